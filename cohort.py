@@ -1,0 +1,221 @@
+"""Who is evaluated: scores and labels from CSV files, matched by scan or by slice, with nobody lost
+silently."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from PIL import Image
+
+from metrics import threshold_at_fpr
+
+Key = tuple                                # (scan_id,) or (scan_id, slice)
+
+
+class InputError(ValueError):
+    """Files or flags that do not fit; the message names them, what was expected, what was found and the
+    mend."""
+
+
+@dataclass(frozen=True)
+class Label:
+    label: int                             # 0 normal, 1 abnormal
+    types: tuple[str, ...]                 # kinds of finding, none for a normal one
+    patient: str                           # the scan where no patient is given
+
+
+@dataclass(frozen=True)
+class Units:
+    """Scans or slices with a score and a label, in the order of the label file."""
+
+    keys: list[Key]
+    scores: np.ndarray                     # float64 [n]
+    labels: np.ndarray                     # int64 [n]
+    types: list[tuple[str, ...]]
+    clusters: np.ndarray                   # [n], the patient
+    left_out: dict[str, int]               # why -> how many
+    counted_worst: int                     # labelled, without a score, counted as ranked wrongly
+
+    def where(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Scores, labels and clusters of the chosen ones, a bool [n]."""
+        return self.scores[chosen], self.labels[chosen], self.clusters[chosen]
+
+
+def name(key: Key) -> str:
+    return " slice ".join(map(str, key))
+
+
+def _some(keys: list[Key]) -> str:
+    return ", ".join(map(name, keys[:3])) + ", ..." * (len(keys) > 3)
+
+
+def read_table(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
+    """Rows of a CSV file whose header has at least these columns. Raises InputError."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, restval="")
+        absent = [c for c in columns if c not in (reader.fieldnames or [])]
+        if absent:
+            raise InputError(f"{path}: needs the columns {', '.join(columns)}; has no {', '.join(absent)}")
+        return list(reader)
+
+
+def _key(path: Path, row: dict[str, str], by_slice: bool, seen: Iterable[Key]) -> Key:
+    if by_slice and not row["slice"].isdecimal():
+        raise InputError(f"{path}: slice must be a whole number from 0, found {row['slice']!r}")
+    key = (row["scan_id"], int(row["slice"])) if by_slice else (row["scan_id"],)
+    if key in seen:
+        raise InputError(f"{path}: {name(key)} is there twice; each may have one row")
+    return key
+
+
+def read_scores(path: Path, by_slice: bool = False) -> dict[Key, float | None]:
+    """Score by key; None for a scan whose status is 'failed' (slices have no status). Raises InputError."""
+    scores = {}
+    columns = ("scan_id", "slice", "score") if by_slice else ("scan_id", "score", "status")
+    for row in read_table(path, columns):
+        key = _key(path, row, by_slice, scores)
+        status = "ok" if by_slice else row["status"]
+        if status not in ("ok", "failed"):
+            raise InputError(f"{path}: {name(key)} has status {status!r}; expected 'ok' or 'failed'")
+        scores[key] = None if status == "failed" else _finite(path, key, row["score"])
+    return scores
+
+
+def _finite(path: Path, key: Key, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = np.nan
+    if not np.isfinite(value):
+        raise InputError(f"{path}: the score of {name(key)} must be a finite number, found {text!r}")
+    return value
+
+
+def read_labels(path: Path, where: Iterable[str] = (),
+                by_slice: bool = False) -> tuple[dict[Key, Label], set[Key]]:
+    """Labels by key, and the keys that the conditions COLUMN=VALUE leave out. Raises InputError."""
+    conditions = dict(w.partition("=")[::2] for w in where)
+    labels, not_chosen = {}, set()
+    columns = ("scan_id", "slice", "label") if by_slice else ("scan_id", "label")
+    for row in read_table(path, (*columns, *conditions)):
+        key = _key(path, row, by_slice, labels.keys() | not_chosen)
+        if any(row[column] != value for column, value in conditions.items()):
+            not_chosen.add(key)
+            continue
+        types = tuple(sorted({t.strip() for t in row.get("types", "").split("|")} - {""}))
+        if row["label"] not in ("0", "1") or (row["label"] == "0" and types):
+            raise InputError(f"{path}: {name(key)} has label {row['label']!r} and types {'|'.join(types)!r}; "
+                             "expected label 0 without types, or label 1")
+        labels[key] = Label(int(row["label"]), types, row.get("patient") or row["scan_id"])
+    if not labels:
+        raise InputError(f"{path}: no labels" + (f" where {' and '.join(where)}" if where else ""))
+    return labels, not_chosen
+
+
+def join(scores: dict[Key, float | None], labels: dict[Key, Label], missing: str,
+         not_chosen: Iterable[Key] = (), what: str = "scans") -> Units:
+    """Scores and labels by key.
+
+    missing: what to do when a unit has no score (failed or absent) or no label: 'error' (InputError),
+    'exclude', or 'worst': without a score it counts as ranked wrongly, below all if abnormal, above all if
+    normal; without a label it can only be excluded. What was done is counted in the result. not_chosen:
+    scored keys left out on purpose.
+    """
+    not_chosen = set(not_chosen)
+    faults = {"failed": [k for k in labels if k in scores and scores[k] is None],
+              "labelled without a score": [k for k in labels if k not in scores],
+              "scored without a label": [k for k in scores if k not in labels and k not in not_chosen]}
+    faults = {why: keys for why, keys in faults.items() if keys}
+    if missing == "error" and faults:
+        told = "; ".join(f"{len(keys)} {what} {why} ({_some(keys)})" for why, keys in faults.items())
+        raise InputError(f"scores and labels do not match: {told}. Mend the files, choose rows of the labels "
+                         "with --where COLUMN=VALUE, or say --missing exclude or --missing worst")
+    finite = [scores[k] for k in labels if scores.get(k) is not None]
+    if not finite:
+        raise InputError(f"none of the labelled {what} has a score")
+    worst = {1: min(finite) - 1, 0: max(finite) + 1}
+    kept = [k for k in labels if missing == "worst" or scores.get(k) is not None]
+    lacking = [k for k in kept if scores.get(k) is None]
+    left_out = {why: len(keys) for why, keys in faults.items()
+                if missing == "exclude" or why == "scored without a label"}
+    if not_chosen & scores.keys():
+        left_out["not chosen"] = len(not_chosen & scores.keys())
+    values = [worst[labels[k].label] if scores.get(k) is None else scores[k] for k in kept]
+    return Units(kept, np.array(values, np.float64), np.array([labels[k].label for k in kept], np.int64),
+                 [labels[k].types for k in kept], np.array([labels[k].patient for k in kept]), left_out,
+                 len(lacking))
+
+
+def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: list[Key]) -> tuple[float, str]:
+    """Threshold at `fpr` on the normal scans of other data, SCORES (all healthy) or SCORES LABELS; and its
+    source."""
+    scores = read_scores(paths[0])
+    labels = read_labels(paths[1])[0] if len(paths) > 1 else {key: Label(0, (), key[0]) for key in scores}
+    shared = sorted(set(labels) & set(evaluated))
+    if shared:
+        raise InputError(f"--threshold-from {paths[0]}: {len(shared)} of its scans are evaluated here too "
+                         f"({_some(shared)}); a threshold must come from other data")
+    units = join(scores, labels, missing)
+    normal = units.scores[units.labels == 0]
+    if not len(normal):
+        raise InputError(f"--threshold-from {paths[-1]}: has no normal scans to set a threshold on")
+    threshold = threshold_at_fpr(normal, fpr)
+    return threshold, f"false-positive rate {fpr:g} on {len(normal)} normal scans of {paths[0]}"
+
+
+def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A NIfTI file as [S, H, W], inferior to superior, anterior first, the patient's right first; and its
+    affine."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    image = nibabel.as_closest_canonical(nibabel.load(path))
+    return np.asarray(image.dataobj)[::-1, ::-1].transpose(2, 1, 0), image.affine
+
+
+def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.ndarray,
+               gaps: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Truth bool [S, H, W] in the geometry of a predicted map of shape `like`, and which slices count, bool
+    [S].
+
+    <scan_id>.nii.gz, or <scan_id>/NN.png where NN is the slice from 0. None if there is neither. Raises
+    InputError.
+    """
+    path = folder / f"{scan_id}.nii.gz"
+    if path.is_file():
+        truth, own = read_volume(path)
+        if truth.shape != like or not np.allclose(own, affine, atol=0.01):
+            raise InputError(f"{path}: its shape {truth.shape} or affine is not the predicted map's "
+                             f"({like}); the truth must be in the geometry of the scan")
+        return truth > 0, np.ones(like[0], bool)
+    pictures = {p.stem: p for p in sorted((folder / scan_id).glob("*.png"))}
+    if not pictures:
+        return None
+    truth, given = np.zeros(like, bool), np.zeros(like[0], bool)
+    for stem, picture in pictures.items():
+        mask = np.asarray(Image.open(picture).convert("L")) > 0
+        if not stem.isdigit() or int(stem) >= like[0] or mask.shape != like[1:]:
+            raise InputError(f"{picture}: expected a slice number below {like[0]} and {like[1:]} pixels, "
+                             f"found {stem!r} and {mask.shape}")
+        truth[int(stem)], given[int(stem)] = mask, True
+    if gaps == "error" and not given.all():
+        raise InputError(f"{folder / scan_id}: {given.sum()} of {like[0]} slices have a mask; say with "
+                         "--mask-gaps whether the others are 'empty' or to 'skip'")
+    return truth, given | (gaps == "empty")
+
+
+def read_seconds(path: Path) -> np.ndarray:
+    """Positive seconds, one a line."""
+    try:
+        seconds = np.loadtxt(path, dtype=np.float64, ndmin=1)
+    except (OSError, ValueError) as problem:
+        raise InputError(f"{path}: expected seconds, one number a line ({problem})") from None
+    if len(seconds) == 0 or not (np.isfinite(seconds) & (seconds > 0)).all():
+        raise InputError(f"{path}: expected positive seconds, one number a line")
+    return seconds

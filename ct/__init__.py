@@ -1,0 +1,1 @@
+"""What a head-CT scan is: reading, windows, brain mask, standard frame, writing. No model in here."""

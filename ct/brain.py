@@ -1,0 +1,233 @@
+"""The intracranial space from HU and morphology: brain, CSF and blood up to the bone's inner edge.
+
+Each slice is cut into chambers: soft tissue (neither bone nor fat nor air) opened by a radius that seals
+foramina, sutures and thin bone. Starting at the level with the largest chamber inside a skull, chambers are
+followed upwards and downwards; one is kept when it lies where the mask of the neighbouring slice lies, which
+drops orbits, sinuses, mastoid cells, the infratemporal fossa and the scalp. Below the foramen magnum nothing is
+kept. Sizes are in mm; where the pixel spacing is unknown it is estimated from the size of the head.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage as ndi
+from skimage.morphology import convex_hull_image
+
+from ct.scan import Scan, ScanError
+
+ADULT_SKULL_AREA_MM2 = np.pi / 4 * 180 * 145   # the skull's outline on its largest slices
+MIN_SKULL_SHARE = 0.02          # of the picture; a smaller outline is no head
+WORK_MM = 1.0                   # pixel size of the morphology
+SEALS_MM = (4.0, 6.5, 9.0, 13.0)  # gaps up to twice this are closed; the first seal that holds is used
+MIN_PLATE = 0.03                # a bone counts as skull from this share of the largest one's volume
+MIN_SEED = 0.4                  # the skull is closed when a chamber fills this share of its largest outline
+HOLDS = 0.75                    # a seal holds when this share of the neighbour's area is found again
+FAT_HU = -8.0                   # below: fat or air (grey pictures clip both to -20)
+REACH_MM = 2.0                  # how far a mask may spread from slice to slice, besides the slices' distance
+MIN_OVERLAP = 0.6               # share of a chamber that must lie where its neighbour's mask lies
+MAX_FAT_CONTACT = 0.25          # share of a chamber's border that may be fat or air
+MIN_BRAIN_MM2 = 3000.0          # the largest chamber of a head is at least this
+MIN_PART_MM2 = 150.0            # smaller parts are partial volume: ethmoid, sella, the last of the vertex
+FORAMEN_MAGNUM_MM2 = 1100.0     # a smaller part behind and below the middle is the spinal canal's
+SMOOTH_MM = 2.0                 # narrower tongues of the mask are cut
+ISLAND_MM2 = 30.0               # larger islands of skull (clinoids, petrous tips) are not brain
+
+
+def brain_mask(scan: Scan) -> np.ndarray:
+    """The intracranial space, bool [S, H, W]; scan.brain itself where the scan came with a mask.
+
+    Raises ScanError when there is no skull around soft tissue on any slice.
+    """
+    if scan.brain is not None:
+        return scan.brain
+    row_mm, column_mm = scan.pixel_spacing_mm or (estimate_pixel_mm(scan),) * 2
+    shape = tuple(max(1, round(n * mm / WORK_MM)) for n, mm in zip(scan.hu.shape[1:], (row_mm, column_mm)))
+    hu = np.stack([_resize(np.clip(image, -200, 300), shape) for image in scan.hu])
+    bone = hu >= bone_threshold(scan)
+    skull = _skull(bone)
+    return _refine(_follow(hu, bone, skull, scan), skull, scan)
+
+
+def bone_threshold(scan: Scan) -> float:
+    """HU from which a pixel counts as bone: above acute blood (50-90 HU), below a saturated bone window."""
+    return float(min(110.0, scan.saturation_hu[1] - 6.0))
+
+
+def estimate_pixel_mm(scan: Scan) -> float:
+    """Pixel size in mm for scans that do not tell it: the skull's convex hull, taken for an adult's.
+
+    A child's head comes out as large as an adult's, which is what the sizes here and the standard frame want.
+    Raises ScanError when no skull is found.
+    """
+    step = max(1, max(scan.hu.shape[1:]) // 128)
+    hu = scan.hu[:, ::step, ::step]
+    areas = [_hull((image >= bone_threshold(scan)) & _largest(_open(image > FAT_HU, 2.0))).sum() for image in hu]
+    area = np.percentile(areas, 90) * step**2   # the jaw's hull can be larger than the vault's
+    if area < MIN_SKULL_SHARE * scan.hu[0].size:
+        raise ScanError(_no_head(scan, "no skull"))
+    return float(np.sqrt(ADULT_SKULL_AREA_MM2 / area))
+
+
+def _no_head(scan: Scan, found: str) -> str:
+    return (f"{scan.scan_id}: no head found: expected axial slices, inferior to superior, with soft tissue "
+            f"(0..80 HU) inside a closed skull (>= {bone_threshold(scan):.0f} HU), found {found}, "
+            f"HU {scan.hu.min():.0f}..{scan.hu.max():.0f}; check the HU window or rescale, and that it is a head")
+
+
+def _skull(bone: np.ndarray) -> np.ndarray:
+    """Bone without small pieces: a newborn's skull is of several, calcifications in the brain are small ones."""
+    labels, count = ndi.label(bone)
+    sizes = ndi.sum(bone, labels, range(count + 1))
+    return bone & (sizes >= MIN_PLATE * sizes.max())[labels]
+
+
+def _follow(hu: np.ndarray, bone: np.ndarray, skull: np.ndarray, scan: Scan) -> np.ndarray:
+    """Mask at working resolution: from the largest chamber up to the vertex and down to the foramen magnum."""
+    fat = _fat(hu)
+    soft = ~bone & ~fat
+    inside, hull, seeds = _enclose(soft, skull)
+    start = int(np.argmax([seed.sum() for seed in seeds]))
+    area = seeds[start].sum() * WORK_MM**2
+    if area < MIN_BRAIN_MM2:
+        raise ScanError(_no_head(scan, f"at most {area / 100:.0f} cm2 of it on a slice"))
+    mask = np.zeros(hu.shape, bool)
+    mask[start] = seeds[start]
+    centre = ndi.center_of_mass(mask[start])
+    for step, last, smallest in ((1, len(hu), MIN_PART_MM2), (-1, -1, FORAMEN_MAGNUM_MM2)):
+        for s in range(start + step, last, step):
+            gap_mm = abs(scan.position_mm[s] - scan.position_mm[s - step])
+            near = _dilate(mask[s - step], (REACH_MM + gap_mm) / WORK_MM)
+            found = _continue(soft[s], fat[s], mask[s - step]) & near
+            if (found & ~inside[s]).any():   # the skull has a hole too wide to seal
+                found &= hull[s]
+            parts = [part for part in _parts(found) if part.sum() * WORK_MM**2 >= MIN_PART_MM2]
+            if step < 0:
+                parts = [part for part in parts if not _is_canal(part, centre)]
+            if sum(part.sum() for part in parts) * WORK_MM**2 < smallest:
+                break
+            mask[s] = np.any(parts, axis=0)
+    return mask
+
+
+def _enclose(soft: np.ndarray, skull: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """The inside of the skull and its convex hull, both [S, h, w], and each slice's largest chamber inside.
+
+    The first seal that closes the skull is used; where none does (open fontanelles), the convex hull.
+    """
+    hull = np.stack([_hull(image) for image in skull])
+    for seal_mm in (*SEALS_MM, None):
+        inside = hull if seal_mm is None else np.stack([_fill(_close(image, seal_mm / WORK_MM)) for image in skull])
+        seeds = [max(_chambers(a & b, seal_mm or SEALS_MM[0]), key=np.sum, default=np.zeros(a.shape, bool))
+                 for a, b in zip(inside, soft)]
+        if max(seed.sum() for seed in seeds) >= MIN_SEED * np.percentile(hull.sum(axis=(1, 2)), 90):
+            break
+    return inside, hull, seeds
+
+
+def _fat(hu: np.ndarray) -> np.ndarray:
+    """Fat and air; lightly smoothed, so that noise in CSF is not taken for it."""
+    return ndi.gaussian_filter(hu, (0, 0.7 / WORK_MM, 0.7 / WORK_MM)) < FAT_HU
+
+
+def _chambers(soft: np.ndarray, seal_mm: float) -> list[np.ndarray]:
+    """The soft tissue of one slice cut at necks narrower than twice seal_mm, one bool [h, w] a chamber."""
+    radius = seal_mm / WORK_MM
+    cores, count = ndi.label(_erode(soft, radius))
+    distance, nearest = ndi.distance_transform_edt(cores == 0, return_indices=True)
+    owner = np.where(soft & (distance <= radius + 1.5), cores[tuple(nearest)], 0)
+    return [_touching(owner == label, cores == label) for label in range(1, count + 1)]
+
+
+def _continue(soft: np.ndarray, fat: np.ndarray, neighbour: np.ndarray) -> np.ndarray:
+    """The chambers of one slice that continue its neighbour's mask, sealed only as tightly as it takes.
+
+    A leak counts against a seal as much as the brain that it finds counts for it.
+    """
+    best, best_score = np.zeros(soft.shape, bool), 0.0
+    below = _dilate(neighbour, REACH_MM / WORK_MM)
+    for seal_mm in SEALS_MM:
+        found = np.zeros(soft.shape, bool)
+        for chamber in _chambers(soft, seal_mm):
+            overlaps = (chamber & below).sum() >= MIN_OVERLAP * chamber.sum()
+            if overlaps and _fat_contact(chamber, fat) <= MAX_FAT_CONTACT:
+                found |= chamber
+        score = 2.0 * (found & below).sum() - found.sum()
+        if score > 1.1 * best_score:
+            best, best_score = found, score
+        if score >= HOLDS * neighbour.sum():
+            break
+    return best
+
+
+def _fat_contact(chamber: np.ndarray, fat: np.ndarray) -> float:
+    """Share of a chamber's border that is fat or air: brain borders on bone, globes and mucosa do not."""
+    ring = ndi.binary_dilation(chamber) & ~_fill(chamber)
+    return float(fat[ring].mean()) if ring.any() else 0.0
+
+
+def _is_canal(part: np.ndarray, centre: tuple[float, float]) -> bool:
+    """Whether a part is the spinal canal or the foramen magnum: small, behind the middle, near the midline."""
+    row, column = ndi.center_of_mass(part)
+    return (part.sum() * WORK_MM**2 < FORAMEN_MAGNUM_MM2 and (row - centre[0]) * WORK_MM > 10
+            and abs(column - centre[1]) * WORK_MM < 25)
+
+
+def _refine(coarse: np.ndarray, skull: np.ndarray, scan: Scan) -> np.ndarray:
+    """Cut tongues, fill what is not skull (calcifications, air, the falx), and bring to full resolution."""
+    mask = np.zeros(scan.hu.shape, bool)
+    for s in np.flatnonzero(coarse.any(axis=(1, 2))):
+        smooth = _open(coarse[s], SMOOTH_MM / WORK_MM)
+        labels, count = ndi.label(_fill(smooth) & ~smooth)
+        islands = ndi.sum(skull[s], labels, range(count + 1)) * WORK_MM**2 > ISLAND_MM2
+        smooth |= (labels > 0) & ~islands[labels]
+        mask[s] = _resize(smooth.astype(np.float32), scan.hu.shape[1:]) > 0.5
+    return mask
+
+
+def _parts(mask: np.ndarray) -> list[np.ndarray]:
+    labels, count = ndi.label(mask)
+    return [labels == label for label in range(1, count + 1)]
+
+
+def _touching(mask: np.ndarray, seed: np.ndarray) -> np.ndarray:
+    labels, count = ndi.label(mask)
+    keep = np.zeros(count + 1, bool)
+    keep[labels[seed & mask]] = True
+    return keep[labels] & mask
+
+
+def _resize(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Bilinear; averages over the pixels that it merges where the picture gets smaller."""
+    return np.asarray(Image.fromarray(image).resize(shape[::-1], Image.Resampling.BILINEAR))
+
+
+def _dilate(mask: np.ndarray, radius: float) -> np.ndarray:
+    return ndi.distance_transform_edt(~mask) <= radius if mask.any() else mask
+
+
+def _erode(mask: np.ndarray, radius: float) -> np.ndarray:
+    return ndi.distance_transform_edt(np.pad(mask, 1, mode="edge"))[1:-1, 1:-1] > radius
+
+
+def _close(mask: np.ndarray, radius: float) -> np.ndarray:
+    pad = int(radius) + 2
+    return _erode(_dilate(np.pad(mask, pad), radius), radius)[pad:-pad, pad:-pad]
+
+
+def _open(mask: np.ndarray, radius: float) -> np.ndarray:
+    core = _erode(mask, radius)
+    return _dilate(core, radius) & mask
+
+
+def _fill(mask: np.ndarray) -> np.ndarray:
+    return ndi.binary_fill_holes(mask)
+
+
+def _hull(mask: np.ndarray) -> np.ndarray:
+    return convex_hull_image(mask) if mask.any() else mask
+
+
+def _largest(mask: np.ndarray) -> np.ndarray:
+    labels, count = ndi.label(mask)
+    return labels == 1 + np.argmax(ndi.sum(mask, labels, range(1, count + 1))) if count else mask

@@ -1,0 +1,398 @@
+"""Standardised slices in one LMDB file, and the sampler that walks over them for ever.
+
+The file is written by prepare.py (preprocess.build_lmdb) and read by everything that trains. Its parts:
+
+  00000000, ...  one record a slice: CRC-32 of what follows, index of the scan, mm below the vertex, pixels.
+                 The pixels are HU + 1024 as uint16, as differences to the row above, zigzag-coded, high bytes
+                 before low bytes, then the brain mask as bits; all of it through zlib
+  manifest       JSON: size, preprocessing settings, the split by patient, counts, scans, a digest of all CRCs
+  (the seal)     20 bytes after LMDB's last page: magic, length and CRC-32 of the file before them; checked
+                 before LMDB maps the file, because LMDB answers a truncated or altered file with a signal
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+import distributed
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+HU_OFFSET = 1024
+HU_LIMITS = (-1024, 2**15 - 1)           # what fits both the uint16 of the record and the int16 handed out
+
+_SEAL = struct.Struct("<8sQI")           # magic, length of the file without the seal, CRC-32 of that part
+_SEAL_MAGIC = b"CTSLICES"
+_LMDB_MAGIC = struct.pack("<I", 0xBEEFC0DE)
+_RECORD = struct.Struct("<IId")          # CRC-32 of the rest, index of the scan, mm below the vertex
+_MANIFEST = b"manifest"
+_CHUNK = 1 << 24
+
+
+class DatasetError(ValueError):
+    """A slice database that cannot be made or used. The message says what was expected and the mend."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One slice
+
+def encode_slice(hu: np.ndarray, brain: np.ndarray) -> bytes:
+    """hu [N, N] (any float or integer, HU; stored to the nearest 1 HU) and brain bool [N, N], compressed."""
+    rounded = np.rint(hu)
+    if not (np.isfinite(rounded).all() and rounded.min() >= HU_LIMITS[0] and rounded.max() <= HU_LIMITS[1]):
+        raise DatasetError(f"HU must be finite and within {HU_LIMITS}, found {rounded.min()} to "
+                           f"{rounded.max()}: clip the scan (--hu-clip LOW HIGH)")
+    values = (rounded.astype(np.int32) + HU_OFFSET).astype(np.uint16)
+    steps = np.diff(values, axis=0, prepend=np.uint16(0)).view(np.int16)   # modulo 2^16: reversible
+    zigzag = ((steps << 1) ^ (steps >> 15)).view(np.uint16)                # small steps, small codes
+    high, low = (zigzag >> 8).astype(np.uint8), zigzag.astype(np.uint8)
+    deflate = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_FILTERED)
+    plain = high.tobytes() + low.tobytes() + np.packbits(brain.astype(bool)).tobytes()
+    return deflate.compress(plain) + deflate.flush()
+
+
+def decode_slice(payload: bytes, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of encode_slice: hu int16 [size, size] and brain bool [size, size]."""
+    pixels = size * size
+    plain = np.frombuffer(zlib.decompress(payload), np.uint8)
+    zigzag = plain[:pixels].astype(np.uint16) << 8 | plain[pixels:2 * pixels]
+    steps = (zigzag >> 1) ^ -(zigzag & 1)
+    values = np.cumsum(steps.reshape(size, size), axis=0, dtype=np.uint16)
+    brain = np.unpackbits(plain[2 * pixels:], count=pixels).view(bool).reshape(size, size)
+    return (values - np.uint16(HU_OFFSET)).view(np.int16), brain
+
+
+@dataclass(frozen=True)
+class ScanRecord:
+    """One scan's slices, encoded: what a worker hands to the writer.
+
+    slices           index of each slice among the slabs of its scan (its own images where they are thick)
+    below_vertex_mm  mm below the vertex, one a slice
+    source, notes    as in ct.scan.Scan
+    """
+
+    scan_id: str
+    size: int
+    slices: tuple[int, ...]
+    below_vertex_mm: tuple[float, ...]
+    payloads: tuple[bytes, ...]
+    source: str = "slices"
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def encode(cls, scan_id: str, hu: np.ndarray, brain: np.ndarray, below_vertex_mm: np.ndarray,
+               slices: np.ndarray | None = None, source: str = "slices",
+               notes: tuple[str, ...] = ()) -> ScanRecord:
+        """hu [S, N, N] in HU, brain bool [S, N, N], below_vertex_mm [S]; slices defaults to 0..S-1."""
+        square = hu.ndim == 3 and hu.shape[1] == hu.shape[2]
+        if not square or brain.shape != hu.shape or len(below_vertex_mm) != len(hu):
+            raise DatasetError(f"{scan_id}: expected hu and brain [S, N, N] and S positions, got {hu.shape}, "
+                               f"{brain.shape} and {len(below_vertex_mm)}")
+        indices = range(len(hu)) if slices is None else slices
+        return cls(scan_id, hu.shape[1], tuple(int(i) for i in indices),
+                   tuple(float(mm) for mm in below_vertex_mm),
+                   tuple(encode_slice(h, b) for h, b in zip(hu, brain)), source, tuple(notes))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Writing
+
+class SliceWriter:
+    """Writes a slice database; nothing appears at `path` before a `with` block has ended well.
+
+    settings  the preprocessing, JSON-able; kept in the manifest as it is
+    facts     further manifest entries, JSON-able (what failed, how the split was made); filled by the caller
+    manifest  what was written, once the block has ended
+    """
+
+    def __init__(self, path: str | os.PathLike, settings: dict, overwrite: bool = False):
+        self.path = Path(path)
+        if self.path.is_dir() or (self.path.exists() and not overwrite):
+            raise DatasetError(f"{self.path} exists already: choose another --out, or pass --overwrite")
+        if not self.path.parent.is_dir():
+            raise DatasetError(f"{self.path}: the folder {self.path.parent} does not exist: create it first")
+        self.settings, self.facts = settings, {}
+        self._scans: list[dict] = []
+        self._crcs: list[int] = []
+        self._size: int | None = None
+        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+
+    def __enter__(self) -> SliceWriter:
+        self._partial.unlink(missing_ok=True)
+        self._env = lmdb.open(str(self._partial), subdir=False, lock=False, map_size=1 << 26, sync=False)
+        return self
+
+    def add(self, record: ScanRecord, split: str, patient: str) -> None:
+        """Appends a scan; its slices stay together and in order."""
+        if split not in SPLITS:
+            raise DatasetError(f"{record.scan_id}: split must be one of {SPLITS}, got '{split}'")
+        if self._size not in (None, record.size):
+            raise DatasetError(f"{record.scan_id}: slices of size {record.size}, not {self._size}")
+        if any(scan["scan_id"] == record.scan_id for scan in self._scans):
+            raise DatasetError(f"{record.scan_id}: written twice; scan ids must be unique")
+        self._size = record.size
+        first = len(self._crcs)
+        items = []
+        for i, (payload, mm) in enumerate(zip(record.payloads, record.below_vertex_mm)):
+            body = _RECORD.pack(0, len(self._scans), mm)[4:] + payload
+            self._crcs.append(zlib.crc32(body))
+            items.append((_key(first + i), struct.pack("<I", self._crcs[-1]) + body))
+        self._put(items)
+        self._scans.append({"scan_id": record.scan_id, "patient": patient, "split": split,
+                            "source": record.source, "first": first, "slices": list(record.slices),
+                            "below_vertex_mm": list(record.below_vertex_mm), "notes": list(record.notes)})
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                self.manifest = self._manifest()
+                self._put([(_MANIFEST, json.dumps(self.manifest).encode())])
+                self._env.sync(True)
+            self._env.close()
+            if kind is None:
+                _seal(self._partial)
+                os.replace(self._partial, self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def _put(self, items: list[tuple[bytes, bytes]]) -> None:
+        while True:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for key, value in items:
+                        transaction.put(key, value, append=key != _MANIFEST)
+                return
+            except lmdb.MapFullError:              # the map only reserves addresses: double it and repeat
+                self._env.set_mapsize(2 * self._env.info()["map_size"])
+
+    def _manifest(self) -> dict:
+        counts = {split: {"scans": 0, "slices": 0} for split in SPLITS}
+        for scan in self._scans:
+            counts[scan["split"]]["scans"] += 1
+            counts[scan["split"]]["slices"] += len(scan["slices"])
+        return {"format": "ct-slices", "format_version": FORMAT_VERSION, "size": self._size,
+                "settings": self.settings, "counts": counts, "scans": self._scans, **self.facts,
+                "digest": _digest(self._crcs)}
+
+
+def _key(index: int) -> bytes:
+    return b"%08d" % index
+
+
+def _digest(crcs: list[int]) -> str:
+    return hashlib.sha256(struct.pack(f"<{len(crcs)}I", *crcs)).hexdigest()
+
+
+def _file_crc(path: Path, length: int) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while length > 0 and (chunk := file.read(min(_CHUNK, length))):
+            crc = zlib.crc32(chunk, crc)
+            length -= len(chunk)
+    return crc
+
+
+def _seal(path: Path) -> None:
+    length = path.stat().st_size
+    crc = _file_crc(path, length)
+    with open(path, "ab") as file:
+        file.write(_SEAL.pack(_SEAL_MAGIC, length, crc))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+
+_environments: dict[str, lmdb.Environment] = {}   # LMDB allows one environment a file and process: shared
+
+
+def _environment(path: Path) -> lmdb.Environment:
+    key = str(path.resolve())
+    if key not in _environments:
+        _environments[key] = lmdb.open(key, subdir=False, readonly=True, lock=False, readahead=False,
+                                       map_size=path.stat().st_size)
+    return _environments[key]
+
+
+def _forget_environment(path: Path) -> None:
+    environment = _environments.pop(str(path.resolve()), None)
+    if environment is not None:
+        environment.close()
+
+
+def _forget_all() -> None:
+    while _environments:
+        _environments.popitem()[1].close()
+
+
+os.register_at_fork(after_in_child=_forget_all)   # an environment must not be used across a fork (DataLoader)
+
+
+def check_seal(path: str | os.PathLike, whole: bool = True) -> None:
+    """Raises DatasetError unless `path` is complete and (whole=True: every byte is read) unaltered."""
+    path = Path(path)
+    if not path.is_file():
+        raise DatasetError(f"{path}: no such file; make it with: python prepare.py SCANS --out {path}")
+    length = path.stat().st_size - _SEAL.size
+    with open(path, "rb") as file:
+        head = file.read(20)
+        file.seek(max(length, 0))
+        tail = file.read()
+    magic, sealed, crc = _SEAL.unpack(tail) if length >= 0 else (b"", 0, 0)
+    if magic != _SEAL_MAGIC or sealed != length:
+        if head[16:20] == _LMDB_MAGIC:
+            raise DatasetError(f"{path}: an LMDB without the seal prepare.py puts at its end: truncated (it "
+                               f"has {length + _SEAL.size} bytes; copy it again) or made by another program")
+        raise DatasetError(f"{path}: not a slice database; expected a file made by prepare.py")
+    if whole and _file_crc(path, length) != crc:
+        raise DatasetError(f"{path}: altered since it was written (CRC-32 mismatch): copy it again")
+
+
+def read_manifest(path: str | os.PathLike) -> dict:
+    """The manifest of a database whose seal has been checked."""
+    path = Path(path)
+    _forget_environment(path)                            # the file may have been replaced since it was mapped
+    with _environment(path).begin() as transaction:
+        stored = transaction.get(_MANIFEST)
+    if stored is None:
+        raise DatasetError(f"{path}: no manifest inside; expected a file made by prepare.py")
+    manifest = json.loads(stored)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise DatasetError(f"{path}: format version {manifest.get('format_version')}, this program reads "
+                           f"{FORMAT_VERSION}: prepare it anew with prepare.py")
+    return manifest
+
+
+def _read_record(path: Path, index: int) -> tuple[int, int, float, bytes]:
+    """(CRC, index of the scan, mm below the vertex, payload) of one record, its CRC checked."""
+    with _environment(path).begin(buffers=True) as transaction:
+        stored = transaction.get(_key(index))
+        if stored is None:
+            raise DatasetError(f"{path}: record {index} is missing: prepare it anew with prepare.py")
+        crc, scan, mm = _RECORD.unpack_from(stored)
+        if zlib.crc32(stored[4:]) != crc:
+            raise DatasetError(f"{path}: record {index} is altered (CRC-32 mismatch): copy the file again")
+        return crc, scan, mm, bytes(stored[_RECORD.size:])
+
+
+def verify(path: str | os.PathLike) -> dict:
+    """Reads and decodes everything in the file; returns its manifest, or raises DatasetError."""
+    path = Path(path)
+    check_seal(path)
+    manifest = read_manifest(path)
+    crcs = []
+    for number, scan in enumerate(manifest["scans"]):
+        for i in range(len(scan["slices"])):
+            crc, owner, mm, payload = _read_record(path, scan["first"] + i)
+            decode_slice(payload, manifest["size"])
+            if (owner, mm) != (number, scan["below_vertex_mm"][i]):
+                raise DatasetError(f"{path}: record {scan['first'] + i} is not where the manifest has it")
+            crcs.append(crc)
+    if _digest(crcs) != manifest["digest"]:
+        raise DatasetError(f"{path}: the records are not those the manifest was written for")
+    return manifest
+
+
+class SliceDataset(Dataset):
+    """The slices of one split ('train', 'val' or 'all') of a database made by prepare.py.
+
+    [i]        dict(hu int16 tensor [N, N] in HU, brain bool tensor [N, N], below_vertex_mm float, scan int)
+    scan(s)    dict(hu int16 [S, N, N], brain bool [S, N, N], below_vertex_mm float64 [S]): one whole scan,
+               inferior to superior
+    scan_ids   the scans of this split; the `scan` of a slice counts in this list
+    manifest   the database's manifest
+
+    The whole file is read once on opening (check=False: only its length is looked at), so that damage shows
+    before training starts. It may be pickled and forked: every process opens the file at its own first read.
+    """
+
+    def __init__(self, path: str | os.PathLike, split: str = "train", check: bool = True):
+        if split not in (*SPLITS, "all"):
+            raise DatasetError(f"split must be 'train', 'val' or 'all', got '{split}'")
+        self.path = Path(path)
+        check_seal(self.path, whole=check)
+        self.manifest = read_manifest(self.path)
+        self._scans = [scan for scan in self.manifest["scans"] if split in ("all", scan["split"])]
+        if not any(scan["slices"] for scan in self._scans):
+            raise DatasetError(f"{self.path}: no slices in split '{split}' ({self.manifest['counts']}): "
+                               "prepare it with more scans, or another --val-fraction or --split")
+        self.scan_ids = [scan["scan_id"] for scan in self._scans]
+        self._records = np.array([(s, scan["first"] + i) for s, scan in enumerate(self._scans)
+                                  for i in range(len(scan["slices"]))])              # [len, 2]: scan, record
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def size(self) -> int:
+        """N: slices are N x N."""
+        return self.manifest["size"]
+
+    def __getitem__(self, index: int) -> dict:
+        scan, record = (int(v) for v in self._records[index])
+        _, _, mm, payload = _read_record(self.path, record)
+        hu, brain = decode_slice(payload, self.size)
+        return {"hu": torch.from_numpy(hu), "brain": torch.from_numpy(brain), "below_vertex_mm": mm,
+                "scan": scan}
+
+    def scan(self, scan: int) -> dict:
+        """All slices of scan_ids[scan] as one stack."""
+        slices = [self[int(i)] for i in np.flatnonzero(self._records[:, 0] == scan)]
+        stacked = {key: torch.stack([one[key] for one in slices]) for key in ("hu", "brain")}
+        mm = torch.tensor([one["below_vertex_mm"] for one in slices], dtype=torch.float64)
+        return {**stacked, "below_vertex_mm": mm}
+
+
+class InfiniteSampler(Sampler[int]):
+    """Indices 0..length-1 for ever, every epoch in a new order drawn from (seed, epoch).
+
+    One global stream has positions 0, 1, 2, ...; rank r of `world` takes start + r, start + r + world,
+    ... So all ranks together read what one rank would, and the global position is the whole state: to resume
+    after P indices (counted over all ranks), pass start=P.
+    """
+
+    def __init__(self, length: int, seed: int, rank: int = 0, world: int = 1, start: int = 0):
+        if length < 1 or start < 0 or not 0 <= rank < world:
+            raise ValueError(f"expected length >= 1, start >= 0 and 0 <= rank < world, got length={length}, "
+                             f"start={start}, rank={rank}, world={world}")
+        self.length, self.seed, self.rank, self.world, self.start = length, seed, rank, world, start
+
+    def __iter__(self) -> Iterator[int]:
+        position, shuffled = self.start + self.rank, -1
+        while True:
+            epoch, offset = divmod(position, self.length)
+            if epoch != shuffled:
+                order, shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.length), epoch
+            yield int(order[offset])
+            position += self.world
+
+
+def image_batches(slices: SliceDataset, batch: int, seed: int, workers: int, start: int = 0) -> Iterator[torch.Tensor]:
+    """HU of training slices for ever: int16 [batch, N, N], this rank's share of the stream that begins at `start`."""
+    sampler = InfiniteSampler(len(slices), seed, distributed.get_rank(), distributed.get_world_size(), start)
+    yield from DataLoader(_HuOnly(slices), batch, sampler=sampler, num_workers=workers,
+                          pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+
+
+class _HuOnly(Dataset):
+    def __init__(self, slices: SliceDataset):
+        self.slices = slices
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.slices[index]["hu"]

@@ -1,0 +1,159 @@
+"""Training and projection losses. Functions take tensors and return scalars; none touches an optimiser."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------------------------
+# Adversarial training (Goodfellow et al. 2014; Mescheder et al. 2018; Karras et al. 2020, section 3.2)
+
+
+def g_nonsaturating(fake_logits: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid(D(G(z))), mean over the batch."""
+    return F.softplus(-fake_logits).mean()
+
+
+def d_logistic(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid(D(x)) - log(1 - sigmoid(D(G(z)))), mean over the batch."""
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def r1_penalty(real_logits: torch.Tensor, real_images: torch.Tensor) -> torch.Tensor:
+    """Mean over the batch of |grad_x D(x)|^2. real_images must require grad. The caller multiplies by gamma / 2."""
+    (grad,) = torch.autograd.grad(real_logits.sum(), real_images, create_graph=True)
+    return grad.square().sum((1, 2, 3)).mean()
+
+
+def path_lengths(images: torch.Tensor, w_plus: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """|J_w^T y| of each sample (Karras et al. 2020, eq. 4): [B]. noise: standard normal, images' shape.
+
+    As in the reference implementations: y is scaled by 1 / sqrt(H W) and the squares are averaged over the layers.
+    """
+    y = noise / math.sqrt(images.shape[2] * images.shape[3])
+    (grad,) = torch.autograd.grad((images * y).sum(), w_plus, create_graph=True)
+    return grad.square().sum(2).mean(1).sqrt()
+
+
+class frozen:
+    """No gradients for a network's parameters inside the block: its backward pass then skips them."""
+
+    def __init__(self, net: torch.nn.Module):
+        self.net = net
+
+    def __enter__(self):
+        self.net.requires_grad_(False)
+
+    def __exit__(self, *_):
+        self.net.requires_grad_(True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Inversion
+
+
+def in_domain(code: torch.Tensor, code_of_reconstruction: torch.Tensor) -> torch.Tensor:
+    """Mean squared distance between the code of an image and the code of its reconstruction (Zhu et al. 2020)."""
+    return F.mse_loss(code_of_reconstruction, code)
+
+
+def prior_excess(p: torch.Tensor, p_encoder: torch.Tensor) -> torch.Tensor:
+    """Squared distance from the encoder's normalised code, counted only where |p| exceeds the encoder's |p|.
+
+    The code may move towards the normal mean (p = 0) freely, but pays for moving away. Mean over all elements of
+    p [S, L, K].
+    """
+    return ((p - p_encoder).square() * (p.abs() > p_encoder.abs())).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Perceptual distances: distance(features(x), features(y)) -> [B]; the query's features are computed once
+
+
+class DiscriminatorPerceptual(nn.Module):
+    """Distance in the features of a trained discriminator: no download, made for head CT.
+
+    Each stage's squared difference is taken relative to the query's mean squared activation there, so that the
+    stages weigh alike; stages are averaged. The discriminator's last stage (4x4) is left out: it judges, it does
+    not describe.
+    """
+
+    def __init__(self, discriminator: nn.Module):
+        super().__init__()
+        self.discriminator = discriminator.requires_grad_(False)
+
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return self.discriminator.features(images)[:-1]
+
+    def distance(self, query: list[torch.Tensor], other: list[torch.Tensor]) -> torch.Tensor:
+        total = 0
+        for q, o in zip(query, other):
+            q, o = q.float(), o.float()
+            scale = q.detach().square().mean((1, 2, 3)) + 1e-8
+            total = total + (q.detach() - o).square().mean((1, 2, 3)) / scale
+        return total / len(query)
+
+
+class LpipsPerceptual(nn.Module):
+    """LPIPS with VGG16 (Zhang et al. 2018, CVPR): unit-normalised features after five ReLUs, weighted per channel.
+
+    vgg16: file with torchvision's vgg16 state dict. lpips: file with the published linear weights
+    (`lin0.model.1.weight` ...); None weighs all channels alike. Images over 256 px are reduced to 256 first.
+    """
+
+    STAGES = (3, 8, 15, 22, 29)
+
+    def __init__(self, vgg16: Path | str | None, lpips: Path | str | None = None):
+        super().__init__()
+        if vgg16 is None or not Path(vgg16).is_file():
+            raise ValueError(
+                f"--perceptual lpips needs the weights of VGG16: give --vgg16 FILE with torchvision's vgg16 state "
+                f"dict (vgg16-397923af.pth), found {vgg16 or 'no flag'}; or use --perceptual discriminator, which "
+                "needs none"
+            )
+        from torchvision.models import vgg16 as build_vgg16
+        net = build_vgg16(weights=None)
+        net.load_state_dict(torch.load(vgg16, map_location="cpu", weights_only=True))
+        self.net = net.features[: self.STAGES[-1] + 1].eval().requires_grad_(False)
+        for layer in self.net:
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = False
+        self.weights = None
+        if lpips is not None:
+            state = torch.load(lpips, map_location="cpu", weights_only=True)
+            self.weights = nn.ParameterList(
+                nn.Parameter(state[f"lin{i}.model.1.weight"], requires_grad=False) for i in range(5)
+            )
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).reshape(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).reshape(1, 3, 1, 1))
+
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        if images.shape[-1] > 256:
+            images = F.interpolate(images, size=256, mode="area")
+        x, stages = (images - self.shift) / self.scale, []
+        for i, layer in enumerate(self.net):
+            x = layer(x)
+            if i in self.STAGES:
+                stages.append(x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-10))
+        return stages
+
+    def distance(self, query: list[torch.Tensor], other: list[torch.Tensor]) -> torch.Tensor:
+        total = 0
+        for i, (q, o) in enumerate(zip(query, other)):
+            d = (q.detach() - o).square()
+            d = d.mean(1) if self.weights is None else (d * self.weights[i]).sum(1)
+            total = total + d.mean((1, 2))
+        return total
+
+
+def build_perceptual(kind: str, discriminator: nn.Module, vgg16=None, lpips=None) -> nn.Module:
+    """kind 'discriminator' or 'lpips'. Raises ValueError naming the flag that is missing."""
+    if kind == "discriminator":
+        return DiscriminatorPerceptual(discriminator)
+    if kind == "lpips":
+        return LpipsPerceptual(vgg16, lpips)
+    raise ValueError(f"--perceptual must be 'discriminator' or 'lpips', got {kind!r}")

@@ -1,0 +1,213 @@
+"""Statistics of a detector: AUC and its intervals, average precision, figures at a threshold, Dice.
+
+Pure functions on 1-D arrays: `scores` (higher is more abnormal) and `labels` (0 normal, 1 abnormal). A figure
+that the data cannot give (one class only, nothing predicted) raises Undefined with the reason; nothing here
+returns a number in its place.
+
+Sources: DeLong, DeLong and Clarke-Pearson, Biometrics 44:837 (1988), computed from midranks as in Sun and Xu,
+IEEE SPL 21:1389 (2014); for correlated units Obuchowski, Biometrics 53:567 (1997); logit scale as in Pepe,
+'The Statistical Evaluation of Medical Tests' (2003), section 5.2; Wilson, JASA 22:209 (1927).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from scipy import stats
+
+
+class Undefined(ValueError):
+    """A figure that these data do not define; the message is the reason."""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Ranking: AUC, DeLong, average precision
+
+def placements(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Placement values (v10 [M] of the abnormal, v01 [N] of the normal), ties counted half; both average to
+    the AUC.
+
+    v10 is, for each abnormal unit, the share of normals scored below it; v01 is, for each normal unit, the
+    share of the abnormal scored above it. Raises Undefined with one class only.
+    """
+    scores, positive = np.asarray(scores, np.float64), np.asarray(labels) == 1
+    m, n = int(positive.sum()), int((~positive).sum())
+    if m == 0 or n == 0:
+        raise Undefined(f"only one class ({m} abnormal, {n} normal)")
+    ranks = stats.rankdata(scores)
+    v10 = (ranks[positive] - stats.rankdata(scores[positive])) / n
+    v01 = 1 - (ranks[~positive] - stats.rankdata(scores[~positive])) / m
+    return v10, v01
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve: the Mann-Whitney chance that an abnormal unit scores above a normal one."""
+    return float(placements(scores, labels)[0].mean())
+
+
+def _delong_covariance(scores: list[np.ndarray], labels: np.ndarray,
+                       clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """AUCs [K] of K scores on the same units, and their covariance [K, K] (Obuchowski 1997, equations 3 to
+    6).
+
+    With every unit its own cluster this is DeLong's estimate exactly.
+    """
+    positive = np.asarray(labels) == 1
+    v10, v01 = (np.stack(v) for v in zip(*(placements(s, labels) for s in scores)))
+    areas = v10.mean(axis=1)
+    m, n = v10.shape[1], v01.shape[1]
+    _, index = np.unique(clusters, return_inverse=True)
+    count = index.max() + 1
+    i10, i01 = len(np.unique(index[positive])), len(np.unique(index[~positive]))
+    if min(i10, i01) < 2:
+        raise Undefined(f"needs two independent units of each class ({i10} abnormal, {i01} normal)")
+
+    def by_cluster(deviation, members):                                      # (K, members) -> (K, clusters)
+        return np.stack([np.bincount(index[members], weights=d, minlength=count) for d in deviation])
+
+    d10, d01 = by_cluster(v10 - areas[:, None], positive), by_cluster(v01 - areas[:, None], ~positive)
+    s10, s01 = i10 / (i10 - 1) * d10 @ d10.T, i01 / (i01 - 1) * d01 @ d01.T
+    s11 = count / (count - 1) * d10 @ d01.T
+    return areas, s10 / m**2 + s01 / n**2 + (s11 + s11.T) / (m * n)
+
+
+def delong_interval(scores: np.ndarray, labels: np.ndarray, clusters: np.ndarray | None = None,
+                    level: float = 0.95) -> tuple[float, float]:
+    """Interval of the AUC from DeLong's variance on the logit scale, so that it stays within 0..1.
+
+    clusters [n]: units with the same value belong together (slices of a scan, scans of a patient); the
+    variance is then Obuchowski's. An AUC of exactly 1 (or 0) has no DeLong variance: its lower (upper) bound
+    is exact and conservative instead. k pairs without a cluster in common are independent and were all ranked
+    right, which has the chance AUC^k, so the bound is ((1 - level) / 2)^(1/k), as Clopper and Pearson's for k
+    right out of k. Raises Undefined with one class, with fewer than two independent units of a class, or with
+    a variance of zero.
+    """
+    clusters = np.arange(len(scores)) if clusters is None else np.asarray(clusters)
+    (area,), ((variance,),) = _delong_covariance([scores], labels, clusters)
+    if area in (0.0, 1.0):
+        bound = ((1 - level) / 2) ** (1 / _independent_pairs(labels, clusters))
+        return (bound, 1.0) if area == 1 else (0.0, 1 - bound)
+    if variance <= 1e-15:
+        raise Undefined("the DeLong variance is zero (scores do not vary enough)")
+    half = stats.norm.ppf((1 + level) / 2) * math.sqrt(variance) / (area * (1 - area))
+    logit = math.log(area / (1 - area))
+    return tuple(float(1 / (1 + math.exp(-x))) for x in (logit - half, logit + half))
+
+
+def _independent_pairs(labels: np.ndarray, clusters: np.ndarray) -> int:
+    """How many (abnormal, normal) pairs can be formed at once with no cluster used twice."""
+    positive = np.asarray(labels) == 1
+    abnormal, normal = np.unique(clusters[positive]), np.unique(clusters[~positive])
+    return min(len(abnormal), len(normal), len(np.union1d(abnormal, normal)) // 2)
+
+
+def delong_paired_test(scores_a: np.ndarray, scores_b: np.ndarray, labels: np.ndarray,
+                       clusters: np.ndarray | None = None) -> float:
+    """Two-sided p of equal AUCs of two scores on the same units (DeLong 1988, equation 5 for two curves)."""
+    clusters = np.arange(len(labels)) if clusters is None else np.asarray(clusters)
+    areas, covariance = _delong_covariance([scores_a, scores_b], labels, clusters)
+    variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
+    if variance <= 1e-15:
+        raise Undefined("the difference of the two AUCs has no variance")
+    return float(2 * stats.norm.sf(abs(areas[0] - areas[1]) / math.sqrt(variance)))
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Area under the precision-recall steps, sum of (R_i - R_i-1) P_i over distinct scores (ties enter
+    together).
+
+    weights [n]: how many units stand behind each entry (one by default).
+    """
+    scores, positive = np.asarray(scores), np.asarray(labels) == 1
+    weights = np.ones(len(scores)) if weights is None else np.asarray(weights, np.float64)
+    total = weights[positive].sum()
+    if total == 0 or total == weights.sum():
+        raise Undefined(f"only one class ({total:.0f} abnormal, {weights.sum() - total:.0f} normal)")
+    order = np.argsort(-scores, kind="stable")
+    last_of_tie = np.append(np.diff(scores[order]) != 0, True)
+    hits = np.cumsum((weights * positive)[order])[last_of_tie]
+    predicted = np.cumsum(weights[order])[last_of_tie]
+    return float(np.sum(np.diff(hits, prepend=0) / total * hits / predicted))
+
+
+def bootstrap_interval(statistic: Callable[[np.ndarray, np.ndarray], float], scores: np.ndarray,
+                       labels: np.ndarray, clusters: np.ndarray | None = None, level: float = 0.95,
+                       repeats: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Percentile interval of statistic(scores, labels) over resampled clusters (every unit its own by
+    default).
+
+    Clusters are drawn whole and with replacement, those with an abnormal unit apart from those without: with
+    units as clusters this is resampling stratified by class. Raises Undefined when the statistic is
+    undefined, is so in over 5 % of the resamples, or does not vary (an AUC of 1 stays 1 in every resample: no
+    information, no interval).
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    statistic(scores, labels)
+    clusters = np.arange(len(scores)) if clusters is None else np.asarray(clusters)
+    _, index = np.unique(clusters, return_inverse=True)
+    members = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
+    abnormal = [c for c in members if labels[c].any()]
+    normal = [c for c in members if not labels[c].any()]
+    rng, values = np.random.default_rng(seed), []
+    for _ in range(repeats):
+        chosen = np.concatenate([group[i] for group in (abnormal, normal) if group
+                                 for i in rng.integers(len(group), size=len(group))])
+        try:
+            values.append(statistic(scores[chosen], labels[chosen]))
+        except Undefined:
+            continue
+    if len(values) < 0.95 * repeats:
+        raise Undefined(f"{repeats - len(values)} of {repeats} resamples hold one class only")
+    if np.ptp(values) == 0:
+        raise Undefined("every resample gives the same value")
+    return tuple(float(v) for v in np.quantile(values, [(1 - level) / 2, (1 + level) / 2]))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# At a threshold
+
+def threshold_at_fpr(normal_scores: np.ndarray, fpr: float) -> float:
+    """The smallest threshold at which at most `fpr` of these normal scores are positive (score >=
+    threshold)."""
+    if not 0 <= fpr < 1:
+        raise ValueError(f"the false-positive rate must lie in [0, 1), got {fpr}")
+    if len(normal_scores) == 0:
+        raise Undefined("no normal scans to set the threshold on")
+    allowed = math.floor(fpr * len(normal_scores) + 1e-9)
+    return float(np.nextafter(np.sort(normal_scores)[::-1][allowed], np.inf))
+
+
+def confusion(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, int]:
+    """Counts tp, fp, tn, fn; a unit is called abnormal when score >= threshold."""
+    called, positive = np.asarray(scores) >= threshold, np.asarray(labels) == 1
+    return {"tp": int((called & positive).sum()), "fp": int((called & ~positive).sum()),
+            "tn": int((~called & ~positive).sum()), "fn": int((~called & positive).sum())}
+
+
+def proportion(hits: int, total: int, level: float = 0.95) -> tuple[float, float, float]:
+    """hits / total with its Wilson interval: (value, low, high). Raises Undefined for total 0."""
+    if total == 0:
+        raise Undefined("0 of 0")
+    interval = stats.binomtest(hits, total).proportion_ci(level, method="wilson")
+    return hits / total, float(interval.low), float(interval.high)
+
+
+def ppv_at_prevalence(sensitivity: float, specificity: float, prevalence: float) -> float:
+    """Chance that a called scan is abnormal where `prevalence` of scans are (Bayes)."""
+    true, false = sensitivity * prevalence, (1 - specificity) * (1 - prevalence)
+    if true + false == 0:
+        raise Undefined("nothing is called abnormal")
+    return true / (true + false)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Masks
+
+def dice(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """2 |A and B| / (|A| + |B|) of two bool arrays of one shape. Raises Undefined when both are empty."""
+    total = int(truth.sum()) + int(predicted.sum())
+    if total == 0:
+        raise Undefined("truth and prediction are both empty")
+    return 2 * int((truth & predicted).sum()) / total

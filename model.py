@@ -1,0 +1,366 @@
+"""Generator, discriminator and encoder of CN-StyleGAN (StyleGAN2: Karras et al. 2020, CVPR, arXiv:1912.04958).
+
+Parameter and buffer names are those of the released checkpoint, so that its state dicts load strictly. Images are
+[B, 3, N, N] in [-1, 1], the three HU windows of ct/window.py. Every module computes in `compute_dtype` (float32 by
+default, bfloat16 where that is fast) with float32 parameters; images, codes and logits go in and out as float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from op import bias_act, binomial_kernel, modulated_conv2d, upfirdn2d
+from op.bias_act import SQRT2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What it takes to rebuild the three networks. The defaults are the paper's at 256."""
+
+    size: int = 256                # image side, a power of two from 32 to 1024
+    style_dim: int = 512           # length of z and of each style vector w
+    n_mlp: int = 8                 # mapping layers
+    lr_mlp: float = 0.01           # learning-rate multiplier of the mapping
+    channel_base: int = 16384      # channels at resolution r: min(channel_max, channel_base * channel_multiplier / r)
+    channel_multiplier: float = 2
+    channel_max: int = 512
+    encoder_stddev: bool = False   # minibatch statistic in the encoder: only for imported released checkpoints
+
+    def __post_init__(self):
+        if self.size not in (32, 64, 128, 256, 512, 1024):
+            raise ValueError(f"size must be a power of two from 32 to 1024, got {self.size}")
+
+    @property
+    def n_latent(self) -> int:
+        """Number of style vectors of a W+ code: 16 at 512."""
+        return 2 * int(math.log2(self.size)) - 2
+
+    @property
+    def resolutions(self) -> list[int]:
+        return [2**i for i in range(2, int(math.log2(self.size)) + 1)]
+
+    def channels(self, resolution: int) -> int:
+        return max(1, min(self.channel_max, int(self.channel_base * self.channel_multiplier) // resolution))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layers
+
+class PixelNorm(nn.Module):
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
+
+
+class EqualLinear(nn.Module):
+    """Linear layer with the equalised learning rate; `activate` adds leaky ReLU 0.2 with gain sqrt 2."""
+
+    def __init__(self, in_dim, out_dim, bias_init=0.0, lr_mul=1.0, activate=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_dim, in_dim) / lr_mul)
+        self.bias = nn.Parameter(torch.full((out_dim,), float(bias_init)))
+        self.scale, self.lr_mul, self.activate = lr_mul / math.sqrt(in_dim), lr_mul, activate
+
+    def forward(self, x):
+        weight, bias = self.weight * self.scale, self.bias * self.lr_mul
+        if self.activate:
+            return bias_act(F.linear(x, weight), bias)
+        return F.linear(x, weight, bias)
+
+
+class EqualConv2d(nn.Module):
+    def __init__(self, in_ch, out_ch, kernel, stride=1, padding=0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_ch, in_ch, kernel, kernel))
+        self.scale, self.stride, self.padding = 1 / math.sqrt(in_ch * kernel**2), stride, padding
+
+    def forward(self, x):
+        return F.conv2d(x, (self.weight * self.scale).to(x.dtype), stride=self.stride, padding=self.padding)
+
+
+class Blur(nn.Module):
+    """Binomial filter 1-3-3-1. pad: (before, after) on both axes; upsample_factor restores the energy."""
+
+    def __init__(self, pad, upsample_factor=1, down=1):
+        super().__init__()
+        self.register_buffer("kernel", binomial_kernel(gain=upsample_factor**2))
+        self.pad, self.down = pad, down
+
+    def forward(self, x):
+        return upfirdn2d(x, self.kernel, down=self.down, pad=self.pad)
+
+
+class Upsample(nn.Module):
+    """Twofold upsampling with the binomial filter: [B, C, H, W] -> [B, C, 2H, 2W]."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kernel", binomial_kernel(gain=4))
+
+    def forward(self, x):
+        return upfirdn2d(x, self.kernel, up=2, pad=(2, 1))
+
+
+class FusedLeakyReLU(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        return bias_act(x, self.bias)
+
+
+class NoiseInjection(nn.Module):
+    """Holds the noise strength of one layer; the addition is folded into StyledConv's pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+
+class ModulatedConv2d(nn.Module):
+    def __init__(self, in_ch, out_ch, kernel, style_dim, demodulate=True, upsample=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, out_ch, in_ch, kernel, kernel))
+        self.modulation = EqualLinear(style_dim, in_ch, bias_init=1)
+        self.scale, self.demodulate, self.upsample = 1 / math.sqrt(in_ch * kernel**2), demodulate, upsample
+        if upsample:
+            self.blur = Blur(pad=(1, 1), upsample_factor=2)
+
+    def forward(self, x, w):
+        """x [B, I, H, W], w [B, style_dim] -> (y, demodulation factor [B, O, 1, 1] or None)."""
+        y, factor = modulated_conv2d(
+            x, self.weight[0] * self.scale, self.modulation(w), self.demodulate, self.upsample
+        )
+        return (self.blur(y) if self.upsample else y), factor
+
+
+class StyledConv(nn.Module):
+    """Modulated convolution, noise, bias and activation; factors are folded so that each pass does two things."""
+
+    def __init__(self, in_ch, out_ch, style_dim, upsample=False):
+        super().__init__()
+        self.conv = ModulatedConv2d(in_ch, out_ch, 3, style_dim, upsample=upsample)
+        self.noise = NoiseInjection()
+        self.activate = FusedLeakyReLU(out_ch)
+
+    def forward(self, x, w, noise):
+        """noise: [B or 1, 1, H', W'] or None."""
+        y, factor = self.conv(x, w)
+        offset = self.activate.bias.reshape(1, -1, 1, 1) * SQRT2
+        if noise is not None:
+            # One channel wide where it can be: the noise is added to the convolution's output, the bias in bias_act.
+            y = torch.addcmul((noise * self.noise.weight).to(y.dtype), y, factor)
+            return bias_act(y, self.activate.bias)
+        return F.leaky_relu(torch.addcmul(offset.to(y.dtype), y, factor * SQRT2), 0.2)
+
+
+class ToRGB(nn.Module):
+    def __init__(self, in_ch, style_dim, upsample=True):
+        super().__init__()
+        if upsample:
+            self.upsample = Upsample()
+        self.conv = ModulatedConv2d(in_ch, 3, 1, style_dim, demodulate=False)
+        self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
+
+    def forward(self, x, w, skip):
+        y, _ = self.conv(x, w)
+        y = y.float() + self.bias                        # the image is summed in float32 in every precision
+        return y if skip is None else y + self.upsample(skip)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Generator
+
+class ConstantInput(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
+
+
+class Generator(nn.Module):
+    """Mapping network and skip (output-sum) synthesis network."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config, self.compute_dtype = config, torch.float32
+        d, ch = config.style_dim, config.channels
+        mapping = [EqualLinear(d, d, lr_mul=config.lr_mlp, activate=True) for _ in range(config.n_mlp)]
+        self.style = nn.Sequential(PixelNorm(), *mapping)
+        self.input = ConstantInput(ch(4))
+        self.conv1 = StyledConv(ch(4), ch(4), d)
+        self.to_rgb1 = ToRGB(ch(4), d, upsample=False)
+        self.convs, self.to_rgbs, self.noises = nn.ModuleList(), nn.ModuleList(), nn.Module()
+        for r in config.resolutions[1:]:
+            self.convs += [StyledConv(ch(r // 2), ch(r), d, upsample=True), StyledConv(ch(r), ch(r), d)]
+            self.to_rgbs.append(ToRGB(ch(r), d))
+        for i, r in enumerate(self.noise_sizes):
+            self.noises.register_buffer(f"noise_{i}", torch.randn(1, 1, r, r))
+
+    @property
+    def noise_sizes(self) -> list[int]:
+        """Side of each noise map, in the order of the layers: 4, 8, 8, 16, 16, ..."""
+        return [4] + [r for r in self.config.resolutions[1:] for _ in range(2)]
+
+    def noise_maps(self, noise: str | list[torch.Tensor] | None, batch: int = 1) -> list[torch.Tensor | None]:
+        """'const': the checkpoint's own buffers; 'random': fresh; None: no noise; or one map [B or 1, 1, r, r] a layer."""
+        if isinstance(noise, str):
+            buffers = [getattr(self.noises, f"noise_{i}") for i in range(len(self.noise_sizes))]
+            if noise == "const":
+                return buffers
+            if noise == "random":
+                return [torch.randn(batch, *b.shape[1:], device=b.device, dtype=self.compute_dtype) for b in buffers]
+            raise ValueError(f"noise must be 'const', 'random', None or a list of maps, got {noise!r}")
+        if noise is None:
+            return [None] * len(self.noise_sizes)
+        if [n.shape[-1] for n in noise] != self.noise_sizes:
+            raise ValueError(f"noise maps must have sides {self.noise_sizes}, got {[n.shape[-1] for n in noise]}")
+        return noise
+
+    def mapping(self, z: torch.Tensor) -> torch.Tensor:
+        """z [B, style_dim] -> w [B, style_dim]."""
+        return self.style(z)
+
+    def mean_latent(self, n: int = 4096, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Mean of w over n random z: [1, style_dim], the centre for truncation."""
+        z = torch.randn(n, self.config.style_dim, generator=generator)
+        with torch.no_grad():
+            return self.mapping(z.to(self.input.input.device)).mean(0, keepdim=True)
+
+    def mix_styles(self, w: torch.Tensor, w2: torch.Tensor, crossover: torch.Tensor) -> torch.Tensor:
+        """W+ codes [B, L, D] that take w [B, D] before layer crossover[b] and w2 from there on."""
+        first = torch.arange(self.config.n_latent, device=w.device)[None] < crossover[:, None]
+        return torch.where(first[:, :, None], w[:, None], w2[:, None])
+
+    def synthesis(self, w_plus: torch.Tensor, noise: str | list[torch.Tensor] | None = "random") -> torch.Tensor:
+        """w_plus [B, n_latent, style_dim] (or w [B, style_dim] for all layers) -> images [B, 3, N, N], float32."""
+        if w_plus.ndim == 2:
+            w_plus = w_plus[:, None].expand(-1, self.config.n_latent, -1)
+        if w_plus.shape[1:] != (self.config.n_latent, self.config.style_dim):
+            raise ValueError(f"w_plus must be [B, {self.config.n_latent}, {self.config.style_dim}], "
+                             f"got {list(w_plus.shape)}")
+        batch, w = w_plus.shape[0], w_plus.unbind(1)
+        maps = self.noise_maps(noise, batch)
+        x = self.input.input.to(self.compute_dtype).expand(batch, -1, -1, -1)
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.conv1(x, w[0], maps[0])
+        image = self.to_rgb1(x, w[1], None)
+        for i, to_rgb in enumerate(self.to_rgbs):
+            x = self.convs[2 * i](x, w[2 * i + 1], maps[2 * i + 1])
+            x = self.convs[2 * i + 1](x, w[2 * i + 2], maps[2 * i + 2])
+            image = to_rgb(x, w[2 * i + 3], image)
+        return image
+
+    def forward(self, z: torch.Tensor, truncation_psi: float = 1.0, noise="random") -> torch.Tensor:
+        """z [B, style_dim] -> images [B, 3, N, N]; truncation_psi < 1 draws codes towards the mean."""
+        w = self.mapping(z)
+        if truncation_psi != 1:
+            mean = self.mean_latent()
+            w = mean + truncation_psi * (w - mean)
+        return self.synthesis(w, noise)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Discriminator and encoder
+
+class ConvLayer(nn.Sequential):
+    """[blur], convolution, [bias and activation]. A 1x1 downsampling filters only the samples that are kept."""
+
+    def __init__(self, in_ch, out_ch, kernel, downsample=False, activate=True):
+        layers = []
+        if downsample:
+            total = 2 + kernel - 1
+            keep_in_blur = kernel == 1
+            layers.append(Blur(pad=((total + 1) // 2, total // 2), down=2 if keep_in_blur else 1))
+            layers.append(EqualConv2d(in_ch, out_ch, kernel, stride=1 if keep_in_blur else 2))
+        else:
+            layers.append(EqualConv2d(in_ch, out_ch, kernel, padding=kernel // 2))
+        if activate:
+            layers.append(FusedLeakyReLU(out_ch))
+        super().__init__(*layers)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_ch, out_ch):
+        super().__init__()
+        self.conv1 = ConvLayer(in_ch, in_ch, 3)
+        self.conv2 = ConvLayer(in_ch, out_ch, 3, downsample=True)
+        self.skip = ConvLayer(in_ch, out_ch, 1, downsample=True, activate=False)
+
+    def forward(self, x):
+        return (self.conv2(self.conv1(x)) + self.skip(x)) * (1 / SQRT2)
+
+
+def minibatch_stddev(x: torch.Tensor, group: int) -> torch.Tensor:
+    """Append one channel with the mean standard deviation over groups of samples (Karras et al. 2018, section 3).
+
+    x [B, C, H, W] -> [B, C + 1, H, W]. Group j holds the samples j, j + B/group, j + 2B/group, ...
+    """
+    b, _, h, w = x.shape
+    std = torch.sqrt(x.float().reshape(group, b // group, -1).var(0, unbiased=False) + 1e-8).mean(1)
+    return torch.cat([x, std.to(x.dtype).repeat(group).reshape(b, 1, 1, 1).expand(b, 1, h, w)], 1)
+
+
+class _Trunk(nn.Module):
+    """The residual stack that discriminator and encoder share, down to 4x4."""
+
+    def __init__(self, config: ModelConfig, stddev: bool):
+        super().__init__()
+        self.config, self.stddev, self.compute_dtype = config, stddev, torch.float32
+        ch, size = config.channels, config.size
+        blocks = [ResBlock(ch(r), ch(r // 2)) for r in reversed(config.resolutions[1:])]
+        self.convs = nn.Sequential(ConvLayer(3, ch(size), 1), *blocks)
+        self.final_conv = ConvLayer(ch(4) + int(stddev), ch(4), 3)
+
+    def stddev_group(self, batch: int) -> int:
+        return next(g for g in (4, 3, 2, 1) if batch % g == 0)
+
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """images [B, 3, N, N] -> the outputs of every stage, [B, C, N, N] down to [B, C, 4, 4], in compute_dtype."""
+        n = self.config.size
+        if images.shape[1:] != (3, n, n):
+            raise ValueError(f"images must be [B, 3, {n}, {n}], got {list(images.shape)}")
+        x = images.to(self.compute_dtype).contiguous(memory_format=torch.channels_last)
+        stages = []
+        for block in self.convs:
+            x = block(x)
+            stages.append(x)
+        return stages
+
+    def trunk(self, images: torch.Tensor) -> torch.Tensor:
+        """images [B, 3, N, N] -> flat features [B, 16 * channels(4)], float32."""
+        x = self.features(images)[-1]
+        if self.stddev:
+            x = minibatch_stddev(x, self.stddev_group(x.shape[0]))
+        return self.final_conv(x).float().flatten(1)
+
+
+class Discriminator(_Trunk):
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, stddev=True)
+        c = config.channels(4)
+        self.final_linear = nn.Sequential(EqualLinear(c * 16, c, activate=True), EqualLinear(c, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images [B, 3, N, N] -> logits [B, 1]."""
+        return self.final_linear(self.trunk(images))
+
+
+class Encoder(_Trunk):
+    """Image to W+ code. With config.encoder_stddev as released: its statistic spans the whole batch, a defect."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, stddev=config.encoder_stddev)
+        self.final_linear = nn.Linear(config.channels(4) * 16, config.n_latent * config.style_dim)
+
+    def stddev_group(self, batch: int) -> int:
+        return batch
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images [B, 3, N, N] -> w_plus [B, n_latent, style_dim]."""
+        w = F.leaky_relu(self.final_linear(self.trunk(images)), 0.2)
+        return w.reshape(-1, self.config.n_latent, self.config.style_dim)

@@ -1,0 +1,131 @@
+"""Exact two-dimensional median filter, which smooths the residual at every step of the projection (19 x 19 at 512).
+
+`cpu` is the fast one (op/csrc/median.c, compiled at first use), `scipy` the one for machines without a compiler,
+`ref` the definition: a copy of every window, some rows at a time, on any device. All give the same numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+
+from op.build import BuildError, load_c
+
+IMPLS = ("auto", "cpu", "scipy", "ref")
+BORDERS = {"zero": "constant", "replicate": "replicate"}
+REF_BYTES = 1 << 28  # of window copies at a time in `ref`
+
+
+@torch.no_grad()
+def median2d(x: torch.Tensor, size: int, impl: str = "auto", border: str = "zero") -> torch.Tensor:
+    """Median of the size x size window around each pixel. x float [..., H, W]; same shape, dtype and device.
+
+    border: what lies outside the picture. 'zero', as in the paper's code: nothing is lost, as the residual outside
+    the brain is zero anyway. 'replicate': the nearest pixel. size may exceed the picture. No gradient flows.
+
+    impl: 'auto' takes 'cpu' for a tensor on the CPU ('scipy', with a warning, where that cannot be built) and
+    'ref' on any other device. 'cpu' raises op.build.BuildError where it cannot be built, and spreads the planes
+    over torch.get_num_threads() threads.
+
+    Raises ValueError for an even size, a tensor that isn't floating or holds NaN, an impl that can't work there.
+    """
+    _check(x, size, impl, border)
+    if size == 1 or x.numel() == 0:
+        return x.clone()
+    if impl == "auto":
+        impl = _best_impl(x.device)
+    planes = x.reshape(-1, *x.shape[-2:])
+    if planes.dtype in (torch.float16, torch.bfloat16):
+        planes = planes.float()
+    margin = size // 2
+    padded = F.pad(planes[None], (margin,) * 4, mode=BORDERS[border])[0].contiguous()
+    median = {"cpu": _median_cpu, "scipy": _median_scipy, "ref": _median_ref}[impl](padded, size)
+    return median.to(x.dtype).reshape(x.shape)
+
+
+def _check(x: torch.Tensor, size: int, impl: str, border: str) -> None:
+    if not isinstance(size, int) or size < 1 or size % 2 == 0:
+        raise ValueError(f"median2d: size must be an odd number of pixels, got {size!r}")
+    if impl not in IMPLS:
+        raise ValueError(f"median2d: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if border not in BORDERS:
+        raise ValueError(f"median2d: border must be one of {', '.join(BORDERS)}, got {border!r}")
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(f"median2d: expected a floating tensor [..., H, W], got {x.dtype} {tuple(x.shape)}")
+    if impl in ("cpu", "scipy") and x.device.type != "cpu":
+        raise ValueError(f"median2d: impl={impl!r} needs a tensor on the CPU, got one on {x.device}; use 'auto'")
+    if torch.isnan(x).any():
+        raise ValueError("median2d: the input holds NaN, and the median of such a window is undefined")
+
+
+def _best_impl(device: torch.device) -> str:
+    if device.type != "cpu":
+        return "ref"
+    try:
+        load_c("median")
+    except BuildError as error:
+        _warn_slow(str(error))
+        return "scipy"
+    return "cpu"
+
+
+_warned = False
+
+
+def _warn_slow(reason: str) -> None:
+    global _warned
+    if not _warned:
+        warnings.warn(f"median2d runs on scipy, about 30 times slower at size 19: {reason}", stacklevel=4)
+        _warned = True
+
+
+# --- the three implementations: padded float [P, H + size - 1, W + size - 1] -> [P, H, W] ---
+
+
+def _median_ref(padded: torch.Tensor, size: int) -> torch.Tensor:
+    planes, height, width = padded.shape[0], padded.shape[1] - size + 1, padded.shape[2] - size + 1
+    rows = max(1, REF_BYTES // (planes * width * size * size * padded.element_size()))
+    medians = []
+    for top in range(0, height, rows):
+        windows = padded[:, top:top + rows + size - 1].unfold(1, size, 1).unfold(2, size, 1)
+        medians.append(windows.flatten(-2).median(-1).values)  # (P, rows, W, size * size)
+    return torch.cat(medians, dim=1)
+
+
+def _median_scipy(padded: torch.Tensor, size: int) -> torch.Tensor:
+    margin = size // 2
+    inside = slice(margin, -margin)
+    return torch.from_numpy(np.stack([ndimage.median_filter(p, size)[inside, inside] for p in padded.numpy()]))
+
+
+def _median_cpu(padded: torch.Tensor, size: int) -> torch.Tensor:
+    if padded.dtype == torch.float64:
+        return torch.stack([_median_double(plane, size) for plane in padded])
+    planes, height, width = padded.shape[0], padded.shape[1] - size + 1, padded.shape[2] - size + 1
+    out = padded.new_empty(planes, height, width)
+    median = load_c("median").median2d
+    median.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_int]
+    threads = min(torch.get_num_threads(), planes)
+
+    def run(first: int, last: int) -> int:  # ctypes lets go of the GIL
+        return median(padded[first:].data_ptr(), out[first:].data_ptr(), last - first, height, width, size)
+
+    edges = [planes * i // threads for i in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        if any(pool.map(run, edges[:-1], edges[1:])):
+            raise MemoryError(f"median2d: no memory for windows of {size} x {size} pixels")
+    return out
+
+
+def _median_double(plane: torch.Tensor, size: int) -> torch.Tensor:
+    """A plane of doubles: the median commutes with ranking, and ranks below 2**24 are exact as 32-bit floats."""
+    values, rank = plane.unique(return_inverse=True)
+    if len(values) >= 1 << 24:
+        raise ValueError(f"median2d: {len(values)} different doubles in a plane, 2**24 at most; pass float32")
+    return values[_median_cpu(rank.float()[None], size)[0].long()]

@@ -1,0 +1,102 @@
+"""Folders of scans to one LMDB file of standardised slices, split by patient.
+
+    python prepare.py SCANS [SCANS ...] --out healthy.lmdb --size 256
+
+SCANS are folders with DICOM series, NIfTI files, or folders of PNG or JPEG slices with a scan.json beside
+them. Every scan is brought to slabs of one thickness, its brain is found, and the head is centred, turned
+upright and scaled. Slices with too little brain are left out. The file is complete or not there at all.
+
+Exit codes: 0 all done; 2 wrong usage or nothing to write; 3 some scans failed (named, the rest done).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from ct.scan import ScanError
+from ct.standardise import StandardiseSettings
+from dataset import DatasetError
+from preprocess import PreprocessSettings, build_lmdb
+
+
+def parser() -> argparse.ArgumentParser:
+    base = PreprocessSettings()
+    text = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=text)
+    p.add_argument("scans", nargs="+", metavar="SCANS", help="folders of scans, searched at any depth")
+    p.add_argument("--out", required=True, metavar="FILE", help="the database to write, e.g. healthy.lmdb")
+    p.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+                   help="scans prepared at a time (default: one a CPU core)")
+
+    group = p.add_argument_group("the slices")
+    group.add_argument("--size", type=int, default=base.standardise.size, metavar="N",
+                       help="pixels of a slice's side (default %(default)s)")
+    group.add_argument("--slab-mm", type=float, default=base.slab_mm, metavar="MM",
+                       help=f"slices thinner than {base.thin_mm:g} mm are averaged to this (%(default)g)")
+    group.add_argument("--unknown-slice-spacing-mm", type=float, default=5.0, metavar="MM",
+                       help="assumed, and noted, where a scan does not tell (default %(default)g; 0: refuse)")
+    group.add_argument("--hu-clip", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                       help="HU range kept (default: the part of -20..180 that no scan's source has clipped)")
+    group.add_argument("--min-brain-fraction", type=float, default=base.min_brain_fraction, metavar="F",
+                       help="leave out slices with less brain than this part of the frame (%(default)g)")
+    group.add_argument("--max-below-vertex-mm", type=float, default=base.max_below_vertex_mm, metavar="MM",
+                       help="leave out slices further below the top of the brain (default %(default)g)")
+    group.add_argument("--slices", metavar="FILE.csv",
+                       help="columns scan_id, slice (0: the most inferior): keep only these, of these scans")
+
+    group = p.add_argument_group("the split into training and validation")
+    group.add_argument("--patients", metavar="FILE.csv",
+                       help="columns scan_id, patient (default: every scan is a patient of its own)")
+    group.add_argument("--val-fraction", type=float, default=0.15, metavar="F",
+                       help="part of the patients kept for validation (default %(default)g)")
+    group.add_argument("--seed", type=int, default=0, help="draws the patients (default %(default)s)")
+    group.add_argument("--split", metavar="FILE.csv",
+                       help="columns scan_id, split (train or val): use this split instead")
+    return p
+
+
+def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program with code 2 where a value cannot be meant."""
+    for flag, value in (("--size", args.size), ("--slab-mm", args.slab_mm), ("--workers", args.workers),
+                        ("--max-below-vertex-mm", args.max_below_vertex_mm)):
+        if not value > 0:
+            p.error(f"{flag} must be above 0, got {value:g}")
+    if args.hu_clip and not args.hu_clip[0] < args.hu_clip[1]:
+        p.error(f"--hu-clip expects LOW below HIGH, got {args.hu_clip[0]:g} {args.hu_clip[1]:g}")
+    if not 0 <= args.min_brain_fraction < 1:
+        p.error(f"--min-brain-fraction must be at least 0 and below 1, got {args.min_brain_fraction:g}")
+
+
+def prepare(args: argparse.Namespace) -> int:
+    """Does what the command line says; returns the exit code."""
+    settings = PreprocessSettings(StandardiseSettings(size=args.size), slab_mm=args.slab_mm,
+                                  min_brain_fraction=args.min_brain_fraction,
+                                  max_below_vertex_mm=args.max_below_vertex_mm)
+    manifest = build_lmdb(args.scans, args.out, settings, hu_clip=args.hu_clip,
+                          val_fraction=args.val_fraction, seed=args.seed, split_csv=args.split,
+                          patients_csv=args.patients, slices_csv=args.slices,
+                          unknown_slice_spacing_mm=args.unknown_slice_spacing_mm, workers=args.workers,
+                          overwrite=args.overwrite)
+    counts = [f"{split} {n['scans']} scans, {n['slices']} slices" for split, n in manifest["counts"].items()]
+    print(f"{args.out}: {'; '.join(counts)}; {Path(args.out).stat().st_size / 1e6:.1f} MB")
+    for failure in manifest["failed"]:
+        print(f"failed: {failure['scan_id']}: {failure['reason']}", file=sys.stderr)
+    return 3 if manifest["failed"] else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser()
+    args = p.parse_args(argv)
+    check(p, args)
+    try:
+        return prepare(args)
+    except (DatasetError, ScanError) as error:
+        p.exit(2, f"prepare.py: {error}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,337 @@
+"""From a scan to the slices a network sees: the one preprocessing that training and inference share.
+
+preprocess_scan does one scan; build_lmdb does folders of them, for prepare.py and for training straight from
+a folder. The settings that decide the outcome are one dataclass, kept in the database and in every model.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import distributed
+from ct.brain import brain_mask
+from ct.read import ScanSource, find_scans, read_scan
+from ct.scan import Scan, ScanError
+from ct.slab import Slabs, to_slabs
+from ct.standardise import Standardised, StandardiseSettings, standardise
+from dataset import SPLITS, DatasetError, ScanRecord, SliceWriter
+
+PathLike = str | os.PathLike
+HU_RANGE = (-20.0, 180.0)     # what the three windows show (CN_STYLEGAN.md, Image)
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    """Everything that decides which pixels a network sees.
+
+    slab_mm             thickness that thin slices are averaged to
+    thin_mm             slices closer together than this are thin
+    min_brain_fraction  slices with less brain than this part of the frame are left out
+    max_below_vertex_mm slices lower than this are left out (the neck)
+    """
+
+    standardise: StandardiseSettings = field(default_factory=StandardiseSettings)
+    slab_mm: float = 5.0
+    thin_mm: float = 4.0
+    min_brain_fraction: float = 0.02
+    max_below_vertex_mm: float = 160.0
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: dict) -> PreprocessSettings:
+        """The inverse of to_json, after a trip through JSON or not; ValueError on missing or unknown keys."""
+        outer = _checked(cls, stored, "preprocessing settings")
+        inner = _checked(StandardiseSettings, outer.pop("standardise"), "standardisation settings")
+        return cls(standardise=StandardiseSettings(**inner), **outer)
+
+
+def _checked(cls: type, stored: dict, what: str) -> dict:
+    names = {f.name for f in dataclasses.fields(cls)}
+    if set(stored) != names:
+        raise ValueError(f"{what}: unknown keys {sorted(set(stored) - names)}, missing keys "
+                         f"{sorted(names - set(stored))}; made by another version: prepare anew")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+
+
+@dataclass(frozen=True)
+class Preprocessed:
+    """One scan, ready for a network, with what it takes to bring maps back.
+
+    slabs         slabs.scan is the scan at working thickness [T, H, W]; from_slabs leads back to its slices
+    brain         bool [T, H, W], in the geometry of the slabs
+    standardised  hu and brain [T, N, N], below_vertex_mm [T], and the frame (ct.standardise.from_frame)
+    kept          bool [T]: enough brain, and above the neck
+    """
+
+    slabs: Slabs
+    brain: np.ndarray
+    standardised: Standardised
+    kept: np.ndarray
+
+
+def preprocess_scan(scan: Scan, settings: PreprocessSettings) -> Preprocessed:
+    """Slabs, brain mask and canonical frame of a scan; ScanError when no head or no usable slice is found."""
+    slabs = to_slabs(scan, settings.slab_mm, settings.thin_mm)
+    brain = brain_mask(slabs.scan)
+    standardised = standardise(slabs.scan, brain, settings.standardise)
+    below = standardised.below_vertex_mm
+    kept = (standardised.brain.mean((1, 2)) >= settings.min_brain_fraction) & (below >= 0)
+    kept &= below <= settings.max_below_vertex_mm
+    if not kept.any():
+        raise ScanError(f"{scan.scan_id}: no slice has brain on {settings.min_brain_fraction:.1%} of the frame "
+                        f"and lies within {settings.max_below_vertex_mm:g} mm below the vertex")
+    return Preprocessed(slabs, brain, standardised, kept)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Tables and the split
+
+def read_table(path: PathLike, columns: Sequence[str], flag: str) -> list[tuple[str, ...]]:
+    """The named columns of a CSV file, row by row. DatasetError names the flag and what is missing."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = [c for c in columns if c not in (reader.fieldnames or ())]
+            if missing:
+                raise DatasetError(f"{flag} {path}: expected columns {', '.join(columns)}; found "
+                                   f"{', '.join(reader.fieldnames or ['none'])}")
+            return [tuple((row[c] or "").strip() for c in columns) for row in reader]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{flag} {path}: cannot be read as a CSV file ({error})") from error
+
+
+def _by_scan(path: PathLike, column: str, flag: str, scan_ids: Sequence[str]) -> dict[str, str]:
+    """scan_id -> value for every scan; a missing or contradictory scan is an error."""
+    values: dict[str, str] = {}
+    for scan_id, value in read_table(path, ("scan_id", column), flag):
+        if values.setdefault(scan_id, value) != value:
+            raise DatasetError(f"{flag} {path}: {scan_id} is both '{values[scan_id]}' and '{value}'")
+    missing = [s for s in scan_ids if not values.get(s)]
+    if missing:
+        raise DatasetError(f"{flag} {path}: no {column} for {_some(missing)}: add a row for every scan")
+    return {s: values[s] for s in scan_ids}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def split_by_patient(patients: dict[str, str], val_fraction: float, seed: int) -> dict[str, str]:
+    """scan_id -> 'train' or 'val', given scan_id -> patient: no patient is in both.
+
+    round(val_fraction * patients) of them, but at least one and not all, go to validation; a fraction of 0
+    puts everybody into training.
+    """
+    if not 0 <= val_fraction < 1:
+        raise DatasetError(f"--val-fraction must be at least 0 and below 1, got {val_fraction}")
+    people = sorted(set(patients.values()))
+    if val_fraction > 0 and len(people) < 2:
+        raise DatasetError(f"--val-fraction {val_fraction}: one patient cannot be split; give more scans, or "
+                           "--val-fraction 0 to train without validation")
+    count = min(max(round(val_fraction * len(people)), 1), len(people) - 1) if val_fraction > 0 else 0
+    chosen = np.random.default_rng(seed).permutation(len(people))[:count]
+    val = {people[i] for i in chosen}
+    return {scan_id: "val" if patient in val else "train" for scan_id, patient in patients.items()}
+
+
+def _assign(scan_ids: list[str], patients_csv: PathLike | None, split_csv: PathLike | None,
+            val_fraction: float, seed: int) -> tuple[dict[str, str], dict[str, str], str]:
+    """(scan_id -> split, scan_id -> patient, one line that says how)."""
+    if patients_csv:
+        patients, who = _by_scan(patients_csv, "patient", "--patients", scan_ids), "by patient (--patients)"
+    else:
+        patients, who = {s: s for s in scan_ids}, "every scan taken for a patient of its own (no --patients)"
+    if not split_csv:
+        return split_by_patient(patients, val_fraction, seed), patients, f"{who}, seed {seed}"
+    splits = _by_scan(split_csv, "split", "--split", scan_ids)
+    sides: dict[str, str] = {}
+    for scan_id, split in splits.items():
+        if split not in SPLITS:
+            raise DatasetError(f"--split {split_csv}: {scan_id} is '{split}', expected {' or '.join(SPLITS)}")
+        if sides.setdefault(patients[scan_id], split) != split:
+            raise DatasetError(f"--split {split_csv}: the patient of {scan_id} is in train and in val: put "
+                               "all scans of a patient on one side")
+    return splits, patients, f"given (--split), {who}"
+
+
+def _selection(slices_csv: PathLike | None) -> dict[str, frozenset[int]] | None:
+    """scan_id -> listed slices (0: the most inferior); None without a list."""
+    if not slices_csv:
+        return None
+    listed: dict[str, set[int]] = {}
+    for scan_id, index in read_table(slices_csv, ("scan_id", "slice"), "--slices"):
+        if not index.isdecimal():
+            raise DatasetError(f"--slices {slices_csv}: slice must be 0 or more, got '{index}' for {scan_id}")
+        listed.setdefault(scan_id, set()).add(int(index))
+    return {scan_id: frozenset(indices) for scan_id, indices in listed.items()}
+
+
+# ----------------------------------------------------------------------------------------------------
+# One scan to a record, in a worker process
+
+@dataclass(frozen=True)
+class _Job:
+    source: ScanSource
+    settings: PreprocessSettings
+    selected: frozenset[int] | None
+
+
+def listed_slabs(slabs: Slabs, selected: frozenset[int], slab_mm: float) -> np.ndarray:
+    """bool [T]: the slabs that no other than the selected slices of their scan reach into."""
+    count = len(slabs.position_mm)
+    if max(selected) >= count:
+        raise ScanError(f"{slabs.scan.scan_id}: --slices names slice {max(selected)}, the scan has {count} "
+                        "(0 is the most inferior)")
+    listed = np.isin(np.arange(count), list(selected))
+    if not slabs.averaged:
+        return listed
+    reach = (slab_mm + float(np.median(np.diff(slabs.position_mm)))) / 2
+    touching = np.abs(slabs.scan.position_mm[:, None] - slabs.position_mm) < reach - 1e-6       # [T, S]
+    return ~(touching & ~listed).any(1)
+
+
+def _encode(job: _Job) -> ScanRecord:
+    scan = read_scan(job.source)
+    done = preprocess_scan(scan, job.settings)
+    kept = done.kept
+    if job.selected is not None:
+        kept = kept & listed_slabs(done.slabs, job.selected, job.settings.slab_mm)
+    if not kept.any():
+        raise ScanError(f"{scan.scan_id}: none of the slices listed in --slices shows enough brain")
+    shown, frame = np.flatnonzero(kept), done.standardised
+    return ScanRecord.encode(scan.scan_id, frame.hu[shown], frame.brain[shown], frame.below_vertex_mm[shown],
+                             shown, scan.source, done.slabs.scan.notes)
+
+
+def _attempt(work: Callable, job) -> tuple[object, str | None]:
+    """(result, None) or (None, reason): one broken scan must not cost the others."""
+    try:
+        return work(job), None
+    except ScanError as error:
+        return None, str(error)
+    except Exception as error:    # whatever a decoder throws at a damaged file: reported, exit code 3
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _saturation(source: ScanSource) -> tuple[float, float]:
+    return read_scan(source).saturation_hu
+
+
+def _parallel(work: Callable, jobs: list, workers: int) -> Iterator[tuple[object, str | None]]:
+    """_attempt(work, job) for every job, in order."""
+    if workers == 1 or len(jobs) == 1:
+        yield from map(_attempt, itertools.repeat(work), jobs)
+        return
+    spawn = get_context("spawn")           # not fork: PyTorch's threads do not survive it
+    try:
+        with ProcessPoolExecutor(min(workers, len(jobs)), spawn, torch.set_num_threads, (1,)) as pool:
+            yield from pool.map(_attempt, itertools.repeat(work), jobs)
+    except BrokenProcessPool as error:
+        raise DatasetError("a worker process was killed, out of memory most likely: use fewer --workers") from error
+
+
+# ----------------------------------------------------------------------------------------------------
+# Folders of scans to a database
+
+def common_hu_range(sources: list[ScanSource], workers: int) -> tuple[float, float]:
+    """The part of HU_RANGE that no scan's source has clipped: one HU range for all scans of a database."""
+    ranges = [limits for limits, reason in _parallel(_saturation, sources, workers) if reason is None]
+    low = max([HU_RANGE[0], *(r[0] for r in ranges)])
+    high = min([HU_RANGE[1], *(r[1] for r in ranges)])
+    if low >= high:
+        raise DatasetError(f"the scans share no HU range (they were clipped to {sorted(set(ranges))}): "
+                           "prepare them apart, or give --hu-clip LOW HIGH")
+    return low, high
+
+
+def find_all(folders: Sequence[PathLike], unknown_slice_spacing_mm: float) -> list[ScanSource]:
+    """The scans of several folders; DatasetError where a folder is missing or two scans share an id."""
+    for folder in folders:
+        if not Path(folder).exists():
+            raise DatasetError(f"{folder}: no such file or folder; expected a folder of scans")
+    sources = [s for folder in folders for s in find_scans(Path(folder), unknown_slice_spacing_mm)]
+    ids = [s.scan_id for s in sources]
+    twice = sorted({i for i in ids if ids.count(i) > 1})
+    if twice:
+        raise DatasetError(f"scan ids found more than once: {_some(twice)}; rename, or leave one out")
+    return sources
+
+
+def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessSettings, *,
+               hu_clip: Sequence[float] | None = None, val_fraction: float = 0.15, seed: int = 0,
+               split_csv: PathLike | None = None, patients_csv: PathLike | None = None,
+               slices_csv: PathLike | None = None, unknown_slice_spacing_mm: float = 5.0, workers: int = 1,
+               overwrite: bool = False, log: Callable[[str], None] = print) -> dict:
+    """Prepares every scan under `folders` and writes the database `out`; returns its manifest.
+
+    hu_clip None: the HU range that all scans share (common_hu_range). It replaces that of the settings.
+    Scans that fail are left out and named with their reason in manifest['failed']; a scan that --slices does
+    not name is in manifest['unlisted']. Raises DatasetError (nothing is written) for wrong values or tables,
+    an existing `out`, or when no scan is left; ScanError where a folder holds no scans.
+    """
+    writer = SliceWriter(out, {}, overwrite)              # refuses an existing file before the long work
+    found = find_all(folders, unknown_slice_spacing_mm)
+    selection = _selection(slices_csv)
+    sources = [s for s in found if selection is None or s.scan_id in selection]
+    unlisted = sorted({s.scan_id for s in found} - {s.scan_id for s in sources})
+    if not sources:
+        raise DatasetError(f"--slices {slices_csv}: names none of the {len(found)} scans found")
+    splits, patients, how = _assign([s.scan_id for s in sources], patients_csv, split_csv, val_fraction, seed)
+    log(f"{len(sources)} scans; split: {how}")
+    if unlisted:
+        log(f"{len(unlisted)} further scans are not in --slices and left out: {_some(unlisted)}")
+    hu_clip = hu_clip or common_hu_range(sources, workers)
+    standardising = dataclasses.replace(settings.standardise, hu_clip=tuple(float(v) for v in hu_clip))
+    settings = dataclasses.replace(settings, standardise=standardising)
+    log(f"HU clipped to {hu_clip[0]:g}..{hu_clip[1]:g}, slices of {standardising.size}x{standardising.size}")
+
+    jobs = [_Job(s, settings, selection[s.scan_id] if selection else None) for s in sources]
+    failed = []
+    terminal = sys.stderr.isatty()
+    writer.settings = settings.to_json()
+    with writer:
+        results = tqdm(_parallel(_encode, jobs, workers), total=len(jobs), unit="scan", disable=not terminal)
+        for number, (source, (record, reason)) in enumerate(zip(sources, results), 1):
+            if reason is not None:
+                failed.append({"scan_id": source.scan_id, "reason": reason})
+                log(f"{number}/{len(jobs)} {source.scan_id}: FAILED, {reason}")
+                continue
+            writer.add(record, splits[source.scan_id], patients[source.scan_id])
+            if not terminal:
+                log("; ".join((f"{number}/{len(jobs)} {source.scan_id}: {len(record.slices)} slices, "
+                               f"{splits[source.scan_id]}", *record.notes)))
+        if len(failed) == len(jobs):
+            raise DatasetError(f"no scan of {len(jobs)} could be prepared; the first: {failed[0]['reason']}")
+        writer.facts = {"split": how, "failed": failed, "unlisted": unlisted}
+    return writer.manifest
+
+
+def ensure_database(data: Path, out: Path, size: int) -> Path:
+    """Collective. `data` itself if it is a database; a folder of scans is prepared first, into out/data.lmdb.
+
+    An existing out/data.lmdb is taken as it is (a run that goes on must not see other slices).
+    """
+    if not data.is_dir():
+        return data
+    database = out / "data.lmdb"
+    if distributed.is_main() and not database.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        build_lmdb([data], database, PreprocessSettings(StandardiseSettings(size=size)))
+    distributed.barrier()
+    return database

@@ -1,0 +1,210 @@
+"""The closest normal image of every slice of a scan, and the votes for what it cannot explain (Lee et al. 2022).
+
+project() is the paper's algorithm on standardised slices: start at the encoder's code, optimise the code, then the
+noise maps, and at each step let pixels vote that stay away from the reconstruction. All slices advance together, in
+chunks that fit the memory; each slice's optimisation is its own, so a result does not depend on the chunks.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import anomaly
+from checkpoint import Bundle
+from config import option
+from ct.window import decode, encode
+from losses import build_perceptual, prior_excess
+
+
+@dataclass(frozen=True)
+class ProjectionSettings:
+    """The defaults are the paper's. Kept in a bundle's model.json: the calibration holds for these alone."""
+
+    steps_latent: int = option(100, "steps on the code")
+    steps_noise: int = option(100, "steps on the noise maps; 0: none")
+    lr_latent: float = option(0.1, "peak rate of Adam on the code")
+    lr_noise: float = option(2.0, "peak rate of Adam on the noise maps")
+    domain: float = option(1.0, "weight of the in-domain term against the perceptual distance")
+    perceptual: str = option("discriminator", "distance between query and reconstruction", ("discriminator", "lpips"))
+    threshold_hu: float = option(5.0, "a pixel votes when its filtered residual exceeds this, HU")
+    median_at_512: int = option(19, "side of the residual's median filter, pixels at 512; scales with the frame")
+    component_at_512: int = option(600, "smaller predicted components are dropped, pixels at 512; scales with area")
+    max_gap_mm: float = option(7.5, "slices further apart are no neighbours, mm")
+    scan_score: str = option("mean", "how slice scores become the scan's score", anomaly.SCAN_SCORES)
+
+    def __post_init__(self):
+        if self.steps_latent < 0 or self.steps_noise < 0 or self.steps_latent + self.steps_noise < 1:
+            raise ValueError(f"steps must not be negative and at least one in all, got {self.steps_latent} latent and "
+                             f"{self.steps_noise} noise")
+
+
+@dataclass(frozen=True)
+class FrameProjection:
+    """What project() returns, on the CPU, in the standard frame; S slices inferior to superior.
+
+    reconstruction  float32 [S, N, N], HU: the closest normal slice
+    residual        float32 [S, N, N], HU: query minus reconstruction in the brain, median-filtered, signed
+    votes           int32 [S, N, N], over `steps` steps, at most two a step
+    predicted       bool [S, N, N]: votes exceed the steps
+    lesion          bool [S, N, N]: predicted without small components
+    slice_scores    float32 [S], HU times votes a step
+    seconds         by stage
+    """
+
+    reconstruction: torch.Tensor
+    residual: torch.Tensor
+    votes: torch.Tensor
+    predicted: torch.Tensor
+    lesion: torch.Tensor
+    slice_scores: torch.Tensor
+    steps: int
+    seconds: dict[str, float]
+
+    def scan_score(self, how: str) -> float:
+        return anomaly.scan_score(self.slice_scores, how)
+
+
+def project(
+    hu: torch.Tensor,
+    brain: torch.Tensor,
+    below_vertex_mm: np.ndarray,
+    bundle: Bundle,
+    perceptual: torch.nn.Module,
+    settings: ProjectionSettings,
+    batch: int = 32,
+) -> FrameProjection:
+    """Project the slices of one scan (all of them, in order, so that neighbours can vote).
+
+    hu              float32 [S, N, N], standardised as the bundle's preprocessing says
+    brain           bool [S, N, N]; below_vertex_mm [S], monotonic
+    perceptual      losses.build_perceptual(settings.perceptual, bundle.discriminator)
+    batch           slices that pass through the networks at a time: memory, not results
+    """
+    n = bundle.config.size
+    if hu.shape[1:] != (n, n) or brain.shape != hu.shape or len(below_vertex_mm) != len(hu):
+        raise ValueError(f"project: expected hu and brain [S, {n}, {n}] and S positions, got {list(hu.shape)}, "
+                         f"{list(brain.shape)} and {len(below_vertex_mm)}")
+    search = _Search(hu, brain, below_vertex_mm, bundle, perceptual, settings, batch)
+    seconds, start = {}, time.perf_counter()
+    for stage, run in (("encode", search.encode), ("latent", search.optimise_latent), ("noise", search.optimise_noise)):
+        run()
+        if search.device.type == "cuda":
+            torch.cuda.synchronize(search.device)
+        seconds[stage] = time.perf_counter() - start
+        start = time.perf_counter()
+    return search.result(seconds)
+
+
+def ramp(t: float, up: float = 0.05, down: float = 0.25) -> float:
+    """Learning-rate factor at t in [0, 1): linear up, then flat, then half a cosine down (Karras et al. 2020, D.1)."""
+    factor = min(1.0, (1.0 - t) / down)
+    return (0.5 - 0.5 * np.cos(factor * np.pi)) * min(1.0, t / up)
+
+
+class _Search:
+    """The state of one scan's projection: code p and noise maps of every slice, and the votes so far."""
+
+    def __init__(self, hu, brain, below_vertex_mm, bundle, perceptual, settings, batch):
+        self.bundle, self.perceptual, self.settings = bundle, perceptual, settings
+        self.device = bundle.generator.input.input.device
+        self.query = encode(hu.to(self.device))
+        # What the three windows can show of the query: the generator can draw no more.
+        self.query_hu, self.brain = decode(self.query), brain.to(self.device)
+        self.positions = np.asarray(below_vertex_mm)
+        self.chunks = [slice(i, min(i + batch, len(hu))) for i in range(0, len(hu), batch)]
+        self.stats = bundle.latent.at(torch.as_tensor(self.positions))
+        self.counter = anomaly.VoteCounter(hu.shape, self.device)
+        self.median = anomaly.scale_median_size(hu.shape[-1], settings.median_at_512)
+        self.image = torch.empty_like(self.query)                        # the reconstruction at the last step
+
+    @torch.no_grad()
+    def encode(self):
+        # In one batch: an imported encoder's statistic is taken over the whole scan, as released.
+        self.p_encoder = self.stats.to_p(self.bundle.encoder(self.query))
+        self.p = self.p_encoder.clone()
+        self.w_plus = self.stats.to_w(self.p)
+        self.noise = [m.expand(len(self.query), -1, -1, -1).clone() for m in self.bundle.generator.noise_maps("const")]
+        self.features = [self.perceptual.features(self.query[c]) for c in self.chunks]
+
+    def optimise_latent(self):
+        """Step 1: the perceptual distance, and a price for leaving the normal mean further than the encoder did."""
+        self.p.requires_grad_(True)
+        optimiser = torch.optim.Adam([self.p], lr=self.settings.lr_latent, betas=(0.9, 0.999))
+        for step in range(self.settings.steps_latent):
+            self._set_rate(optimiser, self.settings.lr_latent, step / self.settings.steps_latent)
+            optimiser.zero_grad(set_to_none=True)
+            w_plus = self.stats.to_w(self.p)
+            gradient = torch.empty_like(w_plus)
+            for chunk, features in zip(self.chunks, self.features):
+                w = w_plus[chunk].detach().requires_grad_(True)
+                image = self.bundle.generator.synthesis(w, [m[chunk] for m in self.noise])
+                # Sums over slices: no slice's gradient may depend on how many others there are.
+                self.perceptual.distance(features, self.perceptual.features(image)).sum().backward()
+                gradient[chunk] = w.grad
+                self.image[chunk] = image.detach()
+            w_plus.backward(gradient, retain_graph=True)
+            (self.settings.domain * len(self.p) * prior_excess(self.p, self.p_encoder)).backward()
+            self._vote()
+            optimiser.step()
+        with torch.no_grad():
+            self.p = self.p.detach()
+            self.w_plus = self.stats.to_w(self.p)
+        self._draw()
+
+    def optimise_noise(self):
+        """Step 2: L1 to the query, and to the drawn normal where an anomaly is predicted: texture, not lesion."""
+        for m in self.noise:
+            m.requires_grad_(True)
+        optimiser = torch.optim.Adam(self.noise, lr=self.settings.lr_noise, betas=(0.9, 0.999))
+        normal = self.image.clone()
+        for step in range(self.settings.steps_noise):
+            self._set_rate(optimiser, self.settings.lr_noise, step / self.settings.steps_noise)
+            optimiser.zero_grad(set_to_none=True)
+            target = torch.where(self.counter.predicted[:, None], normal, self.query)
+            for chunk in self.chunks:
+                image = self.bundle.generator.synthesis(self.w_plus[chunk], [m[chunk] for m in self.noise])
+                (image - target[chunk]).abs().mean((1, 2, 3)).sum().backward()
+                self.image[chunk] = image.detach()
+            self._vote()
+            optimiser.step()
+        self.noise = [m.detach() for m in self.noise]
+        if self.settings.steps_noise:
+            self._draw()
+
+    @torch.no_grad()
+    def result(self, seconds: dict[str, float]) -> FrameProjection:
+        residual, counter = self._residual(), self.counter
+        scores = anomaly.slice_scores(counter.votes, counter.steps, residual.abs(), self.brain)
+        predicted = counter.predicted.cpu()
+        return FrameProjection(
+            reconstruction=decode(self.image).cpu(), residual=residual.cpu(), votes=counter.votes.cpu(),
+            predicted=predicted,
+            lesion=anomaly.lesion_mask(predicted, predicted.shape[-1], self.settings.component_at_512),
+            slice_scores=scores.cpu(), steps=counter.steps, seconds=seconds)
+
+    @staticmethod
+    def _set_rate(optimiser, peak, t):
+        optimiser.param_groups[0]["lr"] = peak * ramp(t)
+
+    @torch.no_grad()
+    def _draw(self):
+        for chunk in self.chunks:
+            self.image[chunk] = self.bundle.generator.synthesis(self.w_plus[chunk], [m[chunk] for m in self.noise])
+
+    def _residual(self):
+        return anomaly.residual(self.query_hu, decode(self.image), self.brain, self.median)
+
+    @torch.no_grad()
+    def _vote(self):
+        s = self.settings
+        self.counter.add(anomaly.frame_votes(self._residual().abs(), s.threshold_hu, self.positions, s.max_gap_mm))
+
+
+def perceptual_for(bundle: Bundle, settings: ProjectionSettings, vgg16=None, lpips=None) -> torch.nn.Module:
+    """The perceptual distance of the settings on the bundle's device. ValueError when LPIPS lacks its weights."""
+    module = build_perceptual(settings.perceptual, bundle.discriminator, vgg16, lpips)
+    return module.to(bundle.generator.input.input.device)

@@ -1,0 +1,80 @@
+"""How close generated slices are to real ones: sliced Wasserstein distance, and FID where its network is given."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from op import binomial_kernel, upfirdn2d
+
+
+def sliced_wasserstein(real_hu: torch.Tensor, fake_hu: torch.Tensor, patches: int = 64, patch: int = 7,
+                       projections: int = 128, seed: int = 0) -> float:
+    """Sliced Wasserstein distance of Laplacian-pyramid patches (Karras et al. 2018, section 5), in HU.
+
+    real_hu, fake_hu [M, N, N], the same number of slices. At each level of the pyramid down to 16 pixels, 7x7
+    patches at the same random places in both sets are projected on random unit directions; the distance of the
+    sorted projections is averaged over directions and levels. Unlike the published figure, patches are not
+    normalised: a wrong brightness counts, and the unit stays HU.
+    """
+    if real_hu.shape != fake_hu.shape:
+        raise ValueError(f"both sets must have the same shape, got {list(real_hu.shape)}, {list(fake_hu.shape)}")
+    generator = torch.Generator().manual_seed(seed)
+    distances = []
+    for real, fake in zip(laplacian_pyramid(real_hu), laplacian_pyramid(fake_hu)):
+        directions = torch.randn(patch * patch, projections, generator=generator)
+        directions /= directions.norm(dim=0)
+        size = real.shape[-1] - patch + 1
+        places = torch.randint(size * size, (len(real), patches), generator=generator)
+        a, b = (_patches(x, places, patch) @ directions for x in (real, fake))
+        distances.append((a.sort(0).values - b.sort(0).values).abs().mean())
+    return torch.stack(distances).mean().item()
+
+
+def laplacian_pyramid(hu: torch.Tensor, smallest: int = 16) -> list[torch.Tensor]:
+    """[M, N, N] -> band-passed levels [M, N, N], [M, N/2, N/2], ..., and the smallest low-pass level."""
+    kernel, levels, x = binomial_kernel((1, 4, 6, 4, 1)), [], hu[:, None].float()
+    while x.shape[-1] > smallest:
+        low = upfirdn2d(x, kernel, down=2, pad=(2, 2))
+        back = upfirdn2d(low, kernel * 4, up=2, pad=(2, 1))
+        levels.append((x - back)[:, 0])
+        x = low
+    return [*levels, x[:, 0]]
+
+
+def _patches(x: torch.Tensor, places: torch.Tensor, patch: int) -> torch.Tensor:
+    """The patches of x [M, N, N] at places [M, P] of the top left corners: [M * P, patch * patch]."""
+    columns = x.shape[-1] - patch + 1
+    rows, cols = places // columns, places % columns
+    offset = torch.arange(patch)
+    index = (rows[..., None, None] + offset[:, None]) * x.shape[-1] + cols[..., None, None] + offset   # (M, P, k, k)
+    return x.flatten(1).gather(1, index.flatten(1)).reshape(-1, patch * patch)
+
+
+def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
+    """Frechet distance of two sets of features [M, D] (Heusel et al. 2017)."""
+    mean_a, mean_b = real.double().mean(0), fake.double().mean(0)
+    cov_a, cov_b = torch.cov(real.double().t()), torch.cov(fake.double().t())
+    # tr sqrt(A B) from the eigenvalues of A B, which are real and not negative but for rounding
+    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root).item()
+
+
+class InceptionFeatures:
+    """2048 pooled features of torchvision's Inception v3, from a file with its state dict.
+
+    These are not the weights of the original FID, so figures compare only with one another.
+    """
+
+    def __init__(self, weights: str, device: torch.device):
+        from torchvision.models import inception_v3
+        net = inception_v3(weights=None, aux_logits=True, init_weights=False)
+        net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        net.fc = torch.nn.Identity()
+        self.net, self.device = net.eval().requires_grad_(False).to(device), device
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """images [M, 3, N, N] in [-1, 1] -> [M, 2048]."""
+        rows = [self.net(F.interpolate(x.to(self.device), size=299, mode="bilinear", antialias=True)).cpu()
+                for x in images.split(32)]
+        return torch.cat(rows)

@@ -1,0 +1,277 @@
+"""Residual, votes, maps, scores and calibration on arrays small enough to work out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import anomaly
+from anomaly import VoteCounter, frame_votes, lesion_mask, residual, scan_score, slice_scores
+
+
+def column(*values: float) -> torch.Tensor:
+    """A scan of one pixel a slice, float [S, 1, 1]."""
+    return torch.tensor(values, dtype=torch.float32)[:, None, None]
+
+
+# --- residual ---
+
+
+@pytest.mark.parametrize(("frame_size", "expected"), ((1024, 39), (512, 19), (256, 9), (128, 5), (64, 3), (32, 3)))
+def test_median_size_scales_with_the_frame(frame_size, expected):
+    assert anomaly.scale_median_size(frame_size) == expected
+
+
+def test_median_size_is_the_nearest_odd_number():
+    assert anomaly.scale_median_size(256, size_at_512=11) == 5   # 5.5
+    assert anomaly.scale_median_size(256, size_at_512=13) == 7   # 6.5
+
+
+def test_residual_is_signed_masked_and_filtered():
+    query, recon = torch.full((2, 5, 5), 40.0), torch.full((2, 5, 5), 30.0)
+    query[1] = 10.0
+    query[0, 2, 2] = 1000.0                                # a single pixel: the median takes it away
+    brain = torch.ones(2, 5, 5, dtype=torch.bool)
+    brain[:, :, 4] = False
+    result = residual(query, recon, brain, 3)
+    # windows of 3 x 3 on a 5 x 4 brain, zeros around: only in its four corners the zeros win
+    expected = torch.ones(5, 5)
+    expected[:, 4] = 0
+    expected[[0, 0, 4, 4], [0, 3, 0, 3]] = 0
+    assert torch.equal(result, torch.stack([10 * expected, -20 * expected]))
+
+
+def test_residual_ignores_what_lies_outside_the_brain():
+    query, recon = torch.zeros(1, 5, 5), torch.zeros(1, 5, 5)
+    brain = torch.zeros(1, 5, 5, dtype=torch.bool)
+    brain[0, 1:4, 1:4] = True
+    outside = torch.where(brain, query, 3000.0)            # bone all around
+    assert residual(outside, recon, brain, 3).abs().max() == 0
+
+
+def test_residual_does_not_depend_on_the_chunks():
+    gen = torch.Generator().manual_seed(0)
+    query, recon = torch.randn(2, 7, 20, 20, generator=gen) * 20
+    brain = torch.rand(7, 20, 20, generator=gen) > 0.2
+    whole = residual(query, recon, brain, 5)
+    chunks = [residual(query[i:i + 3], recon[i:i + 3], brain[i:i + 3], 5) for i in (0, 3, 6)]
+    assert torch.equal(torch.cat(chunks), whole)
+
+
+def test_residual_names_the_shape_that_differs():
+    with pytest.raises(ValueError, match=r"query_hu \(2, 4, 4\), recon_hu \(2, 4, 4\), brain \(1, 4, 4\)"):
+        residual(torch.zeros(2, 4, 4), torch.zeros(2, 4, 4), torch.ones(1, 4, 4, dtype=torch.bool), 3)
+
+
+# --- votes ---
+
+
+@pytest.mark.parametrize(("residuals", "votes"), (
+    ((0, 0, 9, 0, 0), (0, 0, 1, 0, 0)),        # alone
+    ((0, 9, 9, 0, 0), (0, 2, 2, 0, 0)),        # each has itself and a neighbour
+    ((0, 9, 0, 9, 0), (0, 1, 1, 1, 0)),        # the middle one has both neighbours, but not itself
+    ((0, 9, 9, 9, 0), (0, 2, 2, 2, 0)),
+    ((9, 9, 0, 0, 9), (2, 2, 0, 0, 1)),        # beyond the ends nobody votes, and the ends aren't neighbours
+    ((9, 0, 0, 9, 9), (1, 0, 0, 2, 2)),
+    ((9,), (1,)),                              # a scan of one slice
+))
+def test_frame_votes(residuals, votes):
+    result = frame_votes(column(*residuals))
+    assert result.dtype == torch.uint8
+    assert result.flatten().tolist() == list(votes)
+
+
+def test_the_threshold_must_be_exceeded():
+    assert frame_votes(column(5.0, 5.001, 4.999)).flatten().tolist() == [0, 1, 0]
+    assert frame_votes(column(5.0, 5.001, 4.999), threshold_hu=4.0).flatten().tolist() == [2, 2, 2]
+
+
+def test_votes_are_counted_pixel_by_pixel():
+    residuals = torch.tensor([[[9.0, 9.0, 0.0]], [[9.0, 0.0, 0.0]]])
+    assert frame_votes(residuals).tolist() == [[[2, 1, 0]], [[2, 0, 0]]]
+
+
+@pytest.mark.parametrize("sign", (1, -1))
+def test_slices_across_a_gap_are_no_neighbours(sign):
+    residuals = column(9, 9, 9, 0, 9)
+    positions = [0.0, sign * 5.0, sign * 15.0, sign * 20.0, sign * 25.0]
+    assert frame_votes(residuals).flatten().tolist() == [2, 2, 2, 1, 1]
+    assert frame_votes(residuals, positions_mm=positions).flatten().tolist() == [2, 2, 1, 1, 1]
+    assert frame_votes(residuals, positions_mm=positions, max_gap_mm=10).flatten().tolist() == [2, 2, 2, 1, 1]
+
+
+def test_positions_may_be_uneven_and_the_gap_is_inclusive():
+    # 4 mm, then 7 mm: everyday in head CT, and still neighbours
+    assert frame_votes(column(9, 9, 9), positions_mm=[0, 4, 11]).flatten().tolist() == [2, 2, 2]
+    assert frame_votes(column(9, 9), positions_mm=[0, 7.5]).flatten().tolist() == [2, 2]
+    assert frame_votes(column(9, 9), positions_mm=[0, 7.6]).flatten().tolist() == [1, 1]
+
+
+def test_frame_votes_refuses_what_is_no_sorted_scan():
+    with pytest.raises(ValueError, match=r"whole scan \[S, H, W\], got \(4, 4\)"):
+        frame_votes(torch.zeros(4, 4))
+    with pytest.raises(ValueError, match=r"3 slices but positions_mm of shape \(2,\)"):
+        frame_votes(column(0, 0, 0), positions_mm=[0, 5])
+    with pytest.raises(ValueError, match="sort the slices"):
+        frame_votes(column(0, 0, 0), positions_mm=[0, 10, 5])
+
+
+def test_predicted_takes_more_votes_than_steps():
+    counter = VoteCounter((3, 1, 1))
+    assert not counter.predicted.any()
+    history = []
+    for residuals in ((9, 9, 0), (9, 0, 0), (9, 9, 0)):
+        counter.add(frame_votes(column(*residuals)))
+        history.append(counter.predicted.flatten().tolist())
+    # votes 2 2 0, then 1 0 0, then 2 2 0; in sum 2 2 0, 3 2 0, 5 4 0
+    assert counter.steps == 3
+    assert counter.votes.flatten().tolist() == [5, 4, 0]
+    assert history == [[True, True, False], [True, False, False], [True, True, False]]
+
+
+def test_a_thousand_steps_do_not_overflow():
+    counter = VoteCounter((1, 1, 1))
+    for _ in range(1000):
+        counter.add(torch.full((1, 1, 1), 2, dtype=torch.uint8))
+    assert counter.votes.item() == 2000
+
+
+def test_votes_of_a_part_of_the_scan_are_refused():
+    with pytest.raises(ValueError, match=r"counter \(3, 1, 1\), votes \(1, 1, 1\)"):
+        VoteCounter((3, 1, 1)).add(torch.ones(1, 1, 1, dtype=torch.uint8))
+
+
+# --- maps ---
+
+
+def test_anomaly_map_weighs_the_signed_residual():
+    result = anomaly.anomaly_map(torch.tensor([[[0, 2, 4]]]), torch.tensor([[[8.0, -8.0, 8.0]]]), steps=2)
+    assert torch.equal(result, torch.tensor([[[0.0, -4.0, 8.0]]]))
+    with pytest.raises(ValueError, match="steps=0"):
+        anomaly.anomaly_map(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), steps=0)
+
+
+def blocks(size: int, *pixels: int) -> torch.Tensor:
+    """One slice for each count: a compact component of so many pixels."""
+    predicted = torch.zeros(len(pixels), size, size, dtype=torch.bool)
+    for plane, count in zip(predicted, pixels):
+        for i in range(count):
+            plane[1 + i // 25, 1 + i % 25] = True
+    return predicted
+
+
+@pytest.mark.parametrize(("frame_size", "kept", "removed"), (
+    (512, 600, 599),
+    (256, 150, 149),
+    (128, 38, 37),    # the limit is 37.5
+))
+def test_component_limit_scales_with_area(frame_size, kept, removed):
+    predicted = blocks(32, kept, removed)
+    result = lesion_mask(predicted, frame_size)
+    assert torch.equal(result[0], predicted[0])
+    assert not result[1].any()
+
+
+def test_components_are_taken_slice_by_slice():
+    predicted = blocks(32, 100, 100, 100)                   # one on top of the other: not 300 pixels, but 3 x 100
+    assert not lesion_mask(predicted, 256).any()
+
+
+def test_components_touch_at_corners():
+    predicted = torch.zeros(1, 8, 8, dtype=torch.bool)
+    predicted[0, 0:2, 0:2] = predicted[0, 2:4, 2:4] = True
+    predicted[0, 6, 6] = True
+    result = lesion_mask(predicted, 512, min_component_px_at_512=8)
+    assert result.sum() == 8 and not result[0, 6, 6]
+
+
+def test_lesion_mask_of_nothing_and_of_everything():
+    empty = torch.zeros(2, 40, 40, dtype=torch.bool)
+    assert torch.equal(lesion_mask(empty, 512), empty)
+    assert torch.equal(lesion_mask(~empty, 512), ~empty)
+    with pytest.raises(ValueError, match=r"expected bool \[S, H, W\], got torch.float32"):
+        lesion_mask(empty.float(), 512)
+
+
+# --- scores ---
+
+
+def test_slice_scores():
+    votes = torch.tensor([[[4, 2], [0, 4]], [[4, 4], [4, 4]], [[4, 4], [4, 4]]])
+    residuals = torch.tensor([[[10.0, 6.0], [50.0, 8.0]]] * 3)
+    brain = torch.tensor([[[True, True], [True, False]], [[True, True], [True, True]], [[False] * 2] * 2])
+    # (2 * 10 + 1 * 6 + 0 * 50) / 3; 2 * (10 + 6 + 50 + 8) / 4; no brain
+    assert torch.allclose(slice_scores(votes, 2, residuals, brain), torch.tensor([26 / 3, 37.0, 0.0]))
+
+
+def test_slice_scores_do_not_depend_on_the_number_of_steps():
+    votes, residuals = torch.tensor([[[2, 1, 0]]]), torch.tensor([[[10.0, 7.0, 3.0]]])
+    brain = torch.ones(1, 1, 3, dtype=torch.bool)
+    assert torch.allclose(slice_scores(votes, 1, residuals, brain), slice_scores(votes * 200, 200, residuals, brain))
+    with pytest.raises(ValueError, match="steps=0"):
+        slice_scores(votes, 0, residuals, brain)
+
+
+@pytest.mark.parametrize(("how", "expected"), (("max", 9.0), ("top3", 6.0), ("mean", 4.0)))
+def test_scan_score(how, expected):
+    assert scan_score(torch.tensor([1.0, 9.0, 4.0, 1.0, 5.0]), how) == expected
+
+
+def test_scan_score_over_valid_slices():
+    scores = torch.tensor([1.0, 9.0, 4.0, 1.0, 5.0])
+    valid = torch.tensor([True, False, True, False, False])
+    assert [scan_score(scores, how, valid) for how in anomaly.SCAN_SCORES] == [4.0, 2.5, 2.5]
+    assert scan_score(scores.where(scores != 9, torch.nan), "max", valid) == 4.0
+
+
+def test_scan_score_refusals():
+    scores = torch.tensor([1.0, torch.nan])
+    with pytest.raises(ValueError, match="how must be one of max, top3, mean, got 'median'"):
+        scan_score(scores, "median")
+    with pytest.raises(ValueError, match="no slice counts"):
+        scan_score(scores, "max", torch.zeros(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="must be finite"):
+        scan_score(scores)
+
+
+# --- calibration ---
+
+
+def test_percentile_of():
+    healthy = torch.tensor([3.0, 1.0, 2.0, 2.0])
+    scores = torch.tensor([0.5, 1.0, 2.0, 2.5, 99.0])
+    # healthy scores below: 0, 0, 1, 3, 4 of 4; never 100
+    assert anomaly.percentile_of(scores, healthy).tolist() == [0.0, 0.0, 20.0, 60.0, 80.0]
+    assert anomaly.percentile_of(torch.tensor(2.5), healthy).item() == 60.0
+
+
+def test_threshold_at_fpr():
+    healthy = torch.arange(19, 0, -1.0)
+    assert anomaly.threshold_at_fpr(healthy, 0.05) == 19      # ceil(20 * 0.95) = 19th smallest
+    assert anomaly.threshold_at_fpr(healthy, 0.09) == 19      # ceil(18.2)
+    assert anomaly.threshold_at_fpr(healthy, 0.1) == 18
+    assert anomaly.threshold_at_fpr(healthy, 0.5) == 10
+
+
+@pytest.mark.parametrize("fpr", (0.05, 0.1, 0.3, 0.7))
+def test_threshold_keeps_its_promise_when_one_scan_of_all_is_left_out(fpr):
+    scores = torch.randn(40, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # with ties
+    flagged = sum(scores[i].item() > anomaly.threshold_at_fpr(torch.cat([scores[:i], scores[i + 1:]]), fpr)
+                  for i in range(40))
+    assert flagged <= 40 * fpr
+
+
+def test_threshold_and_percentile_agree():
+    healthy = torch.randn(30, generator=torch.Generator().manual_seed(1)).round(decimals=1)
+    scores = torch.arange(-3, 3, 0.05)
+    over = scores > anomaly.threshold_at_fpr(healthy, 0.1)
+    assert torch.equal(over, anomaly.percentile_of(scores, healthy) >= 90 - 1e-3)
+
+
+def test_too_few_healthy_scans():
+    with pytest.raises(ValueError, match="rate of 0.05 needs 19 healthy scans, found 18"):
+        anomaly.threshold_at_fpr(torch.arange(18.0), 0.05)
+    with pytest.raises(ValueError, match="between 0 and 1, got 5"):
+        anomaly.threshold_at_fpr(torch.arange(18.0), 5)
+    with pytest.raises(ValueError, match="finite scores of healthy scans"):
+        anomaly.percentile_of(torch.tensor(1.0), torch.tensor([]))

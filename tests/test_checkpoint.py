@@ -1,0 +1,366 @@
+import argparse
+import json
+import os
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+from checkpoint import CheckpointError
+from latent import LatentStats
+from model import Discriminator, Encoder, Generator, ModelConfig
+from released import infer_config, read_statistics
+
+TINY = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=128, channel_max=16)
+META = dict(preprocessing={"size": 32}, projection=None, calibration=None, provenance={"data": "phantoms"})
+
+
+def networks(config=TINY, seed=0):
+    torch.manual_seed(seed)
+    parts = Generator(config), Discriminator(config), Encoder(config)
+    for part in parts:                                     # zeros at the start would hide a weight that is not loaded
+        for parameter in part.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return tuple(part.eval() for part in parts)
+
+
+def latent_stats(config=TINY):
+    codes = torch.randn(60, config.n_latent, config.style_dim, generator=torch.Generator().manual_seed(0))
+    return LatentStats.fit(codes, torch.zeros(60), [0.0, 5.0], components=3)
+
+
+def outputs(generator, discriminator, encoder):
+    rng = torch.Generator().manual_seed(1)
+    w_plus = torch.randn(2, generator.config.n_latent, generator.config.style_dim, generator=rng)
+    images = torch.randn(2, 3, generator.config.size, generator.config.size, generator=rng)
+    with torch.no_grad():
+        return generator.synthesis(w_plus, noise="const"), discriminator(images), encoder(images)
+
+
+# ---- run folders
+
+def save_one(run, step, value=0.0, **kwargs):
+    module = nn.Linear(2, 2)
+    nn.init.constant_(module.weight, value)
+    state = {"optimiser": torch.optim.Adam(module.parameters()).state_dict(), "rng": torch.get_rng_state()}
+    return checkpoint.save_snapshot(run, step, {"net": module}, state, {"images": step * 16}, **kwargs)
+
+
+def test_snapshot_round_trip(tmp_path):
+    run = checkpoint.new_run(tmp_path / "runs" / "gan")
+    module = nn.Linear(3, 2).to(memory_format=torch.contiguous_format)
+    optimiser = torch.optim.Adam(module.parameters(), lr=0.1)
+    module(torch.ones(1, 3)).sum().backward()
+    optimiser.step()
+    state = {"optimiser": optimiser.state_dict(), "rng": np.random.default_rng(3).bit_generator.state, "ada_p": 0.25,
+             "order": (1, [2, None, "x", b"y"])}
+    checkpoint.save_snapshot(run, 7, {"net": module}, state, {"preset": "smoke32"})
+    snapshot = checkpoint.load_snapshot(run)
+    assert snapshot.step == 7 and snapshot.meta == {"preset": "smoke32"}
+    assert {k: snapshot.state[k] for k in ("rng", "ada_p", "order")} == {k: state[k] for k in ("rng", "ada_p", "order")}
+    other = nn.Linear(3, 2)
+    snapshot.restore({"net": other})
+    torch.testing.assert_close(other.weight, module.weight, atol=0, rtol=0)
+    resumed = torch.optim.Adam(other.parameters())
+    resumed.load_state_dict(snapshot.state["optimiser"])
+    torch.testing.assert_close(resumed.state[other.weight]["exp_avg"], optimiser.state[module.weight]["exp_avg"])
+    with pytest.raises(CheckpointError, match="no network 'ema', only"):
+        snapshot.restore({"ema": other})
+    with pytest.raises(CheckpointError, match=r"weight is \[2, 3\], expected \[2, 4\]"):
+        snapshot.restore({"net": nn.Linear(4, 2)})
+
+
+def test_new_run_refuses_a_run_unless_resumed(tmp_path):
+    save_one(tmp_path, 3)
+    with pytest.raises(CheckpointError, match="a run at step 3; resume it"):
+        checkpoint.new_run(tmp_path)
+    assert checkpoint.new_run(tmp_path, resume=True) == tmp_path
+
+
+def test_last_two_and_milestones_are_kept(tmp_path):
+    for step in range(1, 6):
+        save_one(tmp_path, step, value=step, milestone=step == 2)
+    assert checkpoint.snapshot_steps(tmp_path) == [2, 4, 5]
+    assert checkpoint.load_snapshot(tmp_path, 2).weights["net"]["weight"][0, 0] == 2
+    with pytest.raises(CheckpointError, match=r"no snapshot of step 3; there are \[2, 4, 5\]"):
+        checkpoint.load_snapshot(tmp_path, 3)
+
+
+def test_a_step_saved_again_replaces_the_first(tmp_path):
+    save_one(tmp_path, 1, value=1)
+    save_one(tmp_path, 1, value=2)
+    assert checkpoint.load_snapshot(tmp_path).weights["net"]["weight"][0, 0] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["snapshot-00000001"]
+
+
+def test_a_run_killed_while_saving_keeps_the_snapshot_before(tmp_path, monkeypatch):
+    save_one(tmp_path, 1, value=1)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", killed)
+        save_one(tmp_path, 2, value=2)
+    with pytest.warns(UserWarning, match="half-written"):
+        assert checkpoint.load_snapshot(tmp_path).step == 1
+    save_one(tmp_path, 2, value=2)                                       # clears what was left
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checkpoint.load_snapshot(tmp_path).step == 2
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "state.pt", "meta.json"])
+def test_a_damaged_snapshot_is_passed_over(tmp_path, name):
+    save_one(tmp_path, 1)
+    path = save_one(tmp_path, 2) / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.warns(UserWarning, match="falling back"):
+        assert checkpoint.load_snapshot(tmp_path).step == 1
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.load_snapshot(tmp_path, 2)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=f"{name}: no such file"):
+        checkpoint.load_snapshot(tmp_path, 2)
+
+
+def test_state_that_would_need_unpickling_is_refused(tmp_path):
+    for bad in (np.float64(1), argparse.Namespace(), {"deep": [nn.Linear(1, 1)]}):
+        with pytest.raises(CheckpointError, match=r"state\['x'\].*cannot be saved"):
+            checkpoint.save_snapshot(tmp_path, 1, {}, {"x": bad}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- bundles
+
+@pytest.fixture(scope="module")
+def bundle_parts():
+    return networks(), latent_stats()
+
+
+def test_bundle_round_trip(tmp_path, bundle_parts):
+    parts, latent = bundle_parts
+    checkpoint.save_bundle(tmp_path / "m", *parts, latent, META, dtype=torch.float32)
+    bundle = checkpoint.load_bundle(tmp_path / "m")
+    for found, expected in zip(outputs(bundle.generator, bundle.discriminator, bundle.encoder), outputs(*parts)):
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    torch.testing.assert_close(bundle.latent.components, latent.components, atol=0, rtol=0)
+    assert bundle.config == TINY and {key: bundle.meta[key] for key in META} == META
+    assert not bundle.generator.training and not any(p.requires_grad for p in bundle.encoder.parameters())
+
+
+def test_half_precision_is_close_and_half_the_size(tmp_path, bundle_parts):
+    parts, latent = bundle_parts
+    half = checkpoint.save_bundle(tmp_path / "half", *parts, latent, META)
+    full = checkpoint.save_bundle(tmp_path / "full", *parts, latent, META, dtype=torch.float32)
+    bundle = checkpoint.load_bundle(half)
+    for found, expected in zip(outputs(bundle.generator, bundle.discriminator, bundle.encoder), outputs(*parts)):
+        assert (found - expected).abs().max() < 0.01 * expected.abs().max()
+    # The fixed noise is part of the result: it must come from the file, not from the constructor.
+    torch.testing.assert_close(bundle.generator.noises.noise_3, parts[0].noises.noise_3, atol=1e-3, rtol=1e-3)
+    sizes = [(folder / "discriminator.safetensors").stat().st_size for folder in (half, full)]
+    assert sizes[0] < 0.65 * sizes[1]
+    assert bundle.weights_hash != checkpoint.load_bundle(full).weights_hash
+
+
+def test_values_beyond_half_precision_stay_float32(tmp_path):
+    generator, discriminator, encoder = networks()
+    encoder.final_linear.bias.data[0] = 1e6
+    checkpoint.save_bundle(tmp_path, generator, discriminator, encoder, latent_stats(), META)
+    assert checkpoint.load_bundle(tmp_path).encoder.final_linear.bias[0] == 1e6
+    encoder.final_linear.bias.data[0] = torch.nan
+    with pytest.raises(CheckpointError, match="encoder: final_linear.bias is not finite"):
+        checkpoint.save_bundle(tmp_path, generator, discriminator, encoder, latent_stats(), META, overwrite=True)
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_bundle_errors_name_the_file_and_the_mend(tmp_path, bundle_parts):
+    parts, latent = bundle_parts
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        checkpoint.load_bundle(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="model.json: no such file: not a model bundle"):
+        checkpoint.load_bundle(tmp_path)
+    checkpoint.save_bundle(tmp_path, *parts, latent, META)
+    with pytest.raises(CheckpointError, match="holds a model bundle; overwrite it"):
+        checkpoint.save_bundle(tmp_path, *parts, latent, META)
+
+    original = (tmp_path / "model.json").read_text()
+    edit_json(tmp_path / "model.json", format_version=99)
+    with pytest.raises(CheckpointError, match="format version 99.*update"):
+        checkpoint.load_bundle(tmp_path)
+    (tmp_path / "model.json").write_text(original)
+    edit_json(tmp_path / "model.json", config=json.loads(original)["config"] | {"channel_max": 8})
+    with pytest.raises(CheckpointError, match="generator.safetensors: does not fit this Generator"):
+        checkpoint.load_bundle(tmp_path)
+    edit_json(tmp_path / "model.json", config={"size": 33})
+    with pytest.raises(CheckpointError, match="model.json: config: size must be"):
+        checkpoint.load_bundle(tmp_path)
+    (tmp_path / "model.json").write_text(original)
+
+    path = tmp_path / "encoder.safetensors"
+    weights = bytearray(path.read_bytes())
+    weights[-1] ^= 1
+    path.write_bytes(weights)
+    with pytest.raises(CheckpointError, match="encoder.safetensors: SHA-256 .* fetch the bundle again"):
+        checkpoint.load_bundle(tmp_path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="encoder.safetensors: no such file"):
+        checkpoint.load_bundle(tmp_path)
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path, bundle_parts):
+    parts, latent = bundle_parts
+    other = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=128, channel_max=8)
+    with pytest.raises(CheckpointError, match="generator's .* is not the encoder's"):
+        checkpoint.save_bundle(tmp_path, Generator(other), parts[1], parts[2], latent, META)
+    wide = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_base=128, channel_max=16)
+    with pytest.raises(CheckpointError, match=r"\[8, 16\], but the networks have \[8, 8\]"):
+        checkpoint.save_bundle(tmp_path, *parts, latent_stats(wide), META)
+    with pytest.raises(CheckpointError, match="must be plain JSON without NaN"):
+        checkpoint.save_bundle(tmp_path, *parts, latent, META | {"calibration": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(CheckpointError, match="meta must say calibration"):
+        checkpoint.save_bundle(tmp_path, *parts, latent, {k: v for k, v in META.items() if k != "calibration"})
+
+
+# ---- released files
+
+RELEASED = ModelConfig(size=32, style_dim=8, n_mlp=3, channel_base=128, channel_max=16, encoder_stddev=True)
+
+
+def released_checkpoint(path, parts, prefix="", **extra):
+    states = {key: {prefix + name: t for name, t in part.state_dict().items()} for key, part in zip("gde", parts)}
+    torch.save({"g_ema": states["g"], "d": states["d"], "e": states["e"], "args": argparse.Namespace(size=32)} | extra,
+               path)
+    return path
+
+
+def statistics_file(path, protocol=4, positions=3, **extra):
+    rng = np.random.default_rng(0)
+    shape = (positions, RELEASED.n_latent, RELEASED.style_dim)
+    basis = np.linalg.qr(rng.normal(size=(*shape, RELEASED.style_dim)))[0]
+    arrays = {"mean": rng.normal(size=shape), "std": rng.random(shape), "pca_components": basis,
+              "pca_explained_variance": rng.random(shape) + 0.5}
+    path.write_bytes(pickle.dumps(arrays | extra, protocol=protocol))
+    return arrays
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_released_checkpoint_gives_the_same_outputs(tmp_path, prefix):
+    parts = networks(RELEASED)
+    loaded = checkpoint.load_released(released_checkpoint(tmp_path / "c.pth", parts, prefix))
+    for found, expected in zip(outputs(*loaded), outputs(*parts)):
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    assert loaded[2].config.encoder_stddev and (loaded[0].config.size, loaded[0].config.n_mlp) == (32, 3)
+
+
+def test_released_channels_are_inferred_at_512():
+    for multiplier in (1, 2):
+        config = ModelConfig(size=512, channel_multiplier=multiplier)
+        with torch.device("meta"):
+            state = Generator(config).state_dict()
+        inferred = infer_config(state, "c.pth")
+        assert [inferred.channels(r) for r in config.resolutions] == [config.channels(r) for r in config.resolutions]
+        assert (inferred.size, inferred.n_mlp, inferred.style_dim, inferred.n_latent) == (512, 8, 512, 16)
+
+
+def test_released_checkpoint_must_fit_strictly(tmp_path):
+    parts = networks(RELEASED)
+    states = parts[2].state_dict() | {"final_linear.extra": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"c.pth \(e\): .*final_linear.extra is not known"):
+        checkpoint.load_released(released_checkpoint(tmp_path / "c.pth", parts, e=states))
+    torch.save({"g_ema": {}}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match="no d, e in it"):
+        checkpoint.load_released(tmp_path / "c.pth")
+    torch.save({"g_ema": {}, "d": {}, "e": {}}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match="not a StyleGAN2 generator"):
+        checkpoint.load_released(tmp_path / "c.pth")
+    (tmp_path / "c.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match="or damaged .*fetch it again"):
+        checkpoint.load_released(tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match="no such file"):
+        checkpoint.load_released(tmp_path / "d.pth")
+
+
+class Command:
+    """Unpickling this runs a command."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+class Codec:
+    def __reduce__(self):
+        import _codecs
+        return _codecs.encode, ("text", "rot13")
+
+
+def test_nothing_in_a_released_file_is_executed(tmp_path):
+    proof = tmp_path / "executed"
+    for protocol in range(6):
+        statistics_file(tmp_path / "s.pkl", protocol, evil=Command(f"touch {proof}"))
+        with pytest.raises(CheckpointError, match=r"asks for (posix|nt)\.system"):
+            read_statistics(tmp_path / "s.pkl")
+    statistics_file(tmp_path / "s.pkl", evil=Codec())
+    with pytest.raises(CheckpointError, match="codec 'rot13'"):
+        read_statistics(tmp_path / "s.pkl")
+    # A dotted name reaches through an allowed module in protocol 4.
+    (tmp_path / "s.pkl").write_bytes(b"\x80\x04\x8c\x05numpy\x8c\x0ef2py.os.system\x93.")
+    with pytest.raises(CheckpointError, match="asks for numpy.f2py.os.system"):
+        read_statistics(tmp_path / "s.pkl")
+    released_checkpoint(tmp_path / "c.pth", networks(RELEASED), evil=Command(f"touch {proof}"))
+    with pytest.raises(CheckpointError, match=r"asks for (posix|nt)\.system, not executed"):
+        checkpoint.load_released(tmp_path / "c.pth")
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_released_statistics_are_read_from_every_pickle_protocol(tmp_path, protocol):
+    arrays = statistics_file(tmp_path / "s.pkl", protocol, scalar=np.float32(2))
+    found = read_statistics(tmp_path / "s.pkl")
+    assert sorted(found) == sorted([*arrays, "scalar"])
+    np.testing.assert_array_equal(found["pca_components"], arrays["pca_components"])
+
+
+def test_pickles_that_hold_no_arrays_are_refused(tmp_path):
+    path = tmp_path / "s.pkl"
+    for content, message in [(pickle.dumps([1]), "expected a dict of arrays, found a list"),
+                             (pickle.dumps({"mean": "x"}), "'mean' is not an array of numbers"),
+                             (b"", "not a pickle of arrays"), (b"\x80\x04}q", "not a pickle of arrays")]:
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            read_statistics(path)
+
+
+def test_import_released_command(tmp_path, capsys):
+    parts = networks(RELEASED)
+    released_checkpoint(tmp_path / "c.pth", parts)
+    arrays = statistics_file(tmp_path / "s.pkl")
+    command = ["import-released", "--ckpt", str(tmp_path / "c.pth"), "--latent-statistics", str(tmp_path / "s.pkl"),
+               "--out", str(tmp_path / "bundle")]
+    assert checkpoint.main([*command, "--fp32"]) == 0
+    bundle = checkpoint.load_bundle(tmp_path / "bundle")
+    for found, expected in zip(outputs(bundle.generator, bundle.discriminator, bundle.encoder), outputs(*parts)):
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    np.testing.assert_array_equal(bundle.latent.components, arrays["pca_components"].astype(np.float32))
+
+    assert checkpoint.main(["show", str(tmp_path / "bundle")]) == 0
+    shown = capsys.readouterr().out
+    assert "3 positions, 0 to 10 mm below the vertex; 8 of 8 components" in shown and "4251 (2022)" in shown
+    assert str(tmp_path) not in (tmp_path / "bundle" / "model.json").read_text()
+    assert checkpoint.main(command) == 2                                   # a bundle is there
+    assert "overwrite" in capsys.readouterr().err
+    assert checkpoint.main([*command, "--overwrite"]) == 0
+    statistics_file(tmp_path / "s.pkl", std=0, pca_explained_variance=np.zeros((3, 8, 8)))
+    assert checkpoint.main([*command, "--overwrite"]) == 2
+    assert "s.pkl: variance: every variance must be" in capsys.readouterr().err

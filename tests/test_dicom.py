@@ -1,0 +1,296 @@
+"""DICOM series: order, HU, orientation, what is left out, what is refused, and maps written back in place."""
+
+import os
+import re
+
+import gdcm
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import ImplicitVRLittleEndian, RLELossless
+from scipy.ndimage import map_coordinates
+
+from ct.dicom import spacing_notes
+from ct.read import find_scans, read_scan
+from ct.scan import ScanError
+from ct.write import write_nifti
+from tests.helpers import synthetic_head
+from tests.writers import make_uid, write_dicom_series, write_enhanced_ct
+
+RNG = np.random.default_rng(1)
+HU = RNG.integers(-1000, 1500, (6, 10, 8)).astype(np.float32)
+
+
+def read_only(folder):
+    source, = find_scans(folder)
+    return read_scan(source)
+
+
+def setting(**values):
+    """An edit(ds, k) that sets attributes on every slice."""
+    def edit(ds, k):
+        for keyword, value in values.items():
+            setattr(ds, keyword, value)
+    return edit
+
+
+def on(slices, edit):
+    return lambda ds, k: edit(ds, k) if k in slices else None
+
+
+# ---- order, HU, orientation
+
+def test_sorted_by_position_whatever_the_names(tmp_path):
+    names = RNG.permutation(6)
+    scan = read_only(write_dicom_series(tmp_path / "case", HU, (5, 0.5, 0.4), name=lambda k: f"IM{names[k]}"))
+    np.testing.assert_array_equal(scan.hu, HU)
+    np.testing.assert_allclose(scan.position_mm, 10 + np.arange(6) * 5)
+    assert scan.pixel_spacing_mm == (0.5, 0.4) and scan.source == "dicom" and scan.notes == ()
+
+
+def test_slope_and_intercept_of_each_slice(tmp_path):
+    def edit(ds, k):
+        ds.RescaleSlope, ds.RescaleIntercept = 1 + k, -10 * k
+    scan = read_only(write_dicom_series(tmp_path / "case", np.full((3, 4, 4), 100), intercept=0, edit=edit))
+    np.testing.assert_array_equal(scan.hu[:, 0, 0], [100, 190, 280])          # 100 * (1 + k) - 10 * k
+
+
+@pytest.mark.parametrize("tilt", [0, 20, -30])
+@pytest.mark.parametrize("flip_rows", [False, True])
+@pytest.mark.parametrize("flip_columns", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_any_orientation_comes_to_radiological_display(tmp_path, tilt, flip_rows, flip_columns, transpose):
+    scan = read_only(write_dicom_series(tmp_path / "case", HU, (5, 0.5, 0.4), tilt_deg=tilt, flip_rows=flip_rows,
+                                        flip_columns=flip_columns, transpose=transpose))
+    np.testing.assert_array_equal(scan.hu, HU)
+    np.testing.assert_allclose(scan.pixel_spacing_mm, (0.5, 0.4))
+    np.testing.assert_allclose(np.diff(scan.position_mm), 5, atol=1e-5)       # along the normal, not along z
+    np.testing.assert_allclose(scan.geometry.origins[0], (-40, -60, 10), atol=1e-5)
+
+
+def test_padding_and_values_below_air_become_air(tmp_path):
+    hu = HU.copy()
+    hu[:, 0, 0], hu[:, 0, 1], hu[:, 0, 2] = -2000, 3000, 3005
+    edit = setting(PixelPaddingValue=3000 + 1024, PixelPaddingRangeLimit=3010 + 1024)
+    scan = read_only(write_dicom_series(tmp_path / "case", hu, edit=edit))
+    assert (scan.hu[:, 0, :3] == -1024).all()
+    np.testing.assert_array_equal(scan.hu[:, 1:], hu[:, 1:])
+
+
+def test_negative_padding_in_implicit_vr(tmp_path):
+    def edit(ds, k):
+        ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+        ds.PixelPaddingValue = -1500
+    hu = HU.copy()
+    hu[:, 0, 0] = -1500
+    scan = read_only(write_dicom_series(tmp_path / "case", hu, intercept=0, edit=edit))
+    assert (scan.hu[:, 0, 0] == -1024).all() and (scan.hu[:, 1:] == hu[:, 1:]).all()
+
+
+@pytest.mark.parametrize("stored_inverted", [False, True])
+def test_monochrome1(tmp_path, stored_inverted):
+    hu, _ = synthetic_head(slices=4, size=32, spacing_mm=(5, 7, 7), noise=0)
+
+    def edit(ds, k):
+        ds.PhotometricInterpretation = "MONOCHROME1"
+        if stored_inverted:
+            ds.PixelData = (-1 - np.frombuffer(ds.PixelData, np.int16)).astype(np.int16).tobytes()
+    scan = read_only(write_dicom_series(tmp_path / "case", hu, edit=edit))
+    np.testing.assert_allclose(scan.hu, hu, atol=0.51)
+    assert any("MONOCHROME1" in note for note in scan.notes) == stored_inverted
+
+
+# ---- encodings
+
+def test_rle(tmp_path):
+    scan = read_only(write_dicom_series(tmp_path / "case", HU, edit=lambda ds, k: ds.compress(RLELossless)))
+    np.testing.assert_array_equal(scan.hu, HU)
+
+
+@pytest.mark.parametrize("syntax", ["JPEGLosslessProcess14_1", "JPEGLSLossless", "JPEG2000Lossless"])
+def test_compressed(tmp_path, syntax):
+    unsigned = np.abs(HU)
+    folder = write_dicom_series(tmp_path / "case", unsigned, intercept=0)
+    for path in folder.iterdir():
+        reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+        reader.SetFileName(os.fspath(path))
+        assert reader.Read()
+        change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, syntax)))
+        change.SetInput(reader.GetImage())
+        assert change.Change()
+        writer.SetFileName(os.fspath(path))
+        writer.SetFile(reader.GetFile())
+        writer.SetImage(change.GetOutput())
+        assert writer.Write()
+        assert pydicom.dcmread(path).file_meta.TransferSyntaxUID.is_compressed
+    np.testing.assert_array_equal(read_only(folder).hu, unsigned)
+
+
+def test_multi_frame(tmp_path):
+    path = write_enhanced_ct(tmp_path / "enhanced", np.round(HU), (3, 0.5, 0.4), order=[2, 0, 5, 1, 4, 3])
+    scan = read_only(path)
+    np.testing.assert_allclose(scan.hu, HU, atol=1)                           # odd frames have a slope of 2
+    np.testing.assert_array_equal(scan.hu[::2], HU[::2])
+    np.testing.assert_allclose(scan.position_mm, 10 + np.arange(6) * 3)
+    assert scan.pixel_spacing_mm == (0.5, 0.4)
+
+
+# ---- what is left out
+
+@pytest.mark.parametrize("edit, words", [
+    (setting(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "localiser"),
+    (setting(ImageType=["DERIVED", "SECONDARY", "MPR"]), "derived"),
+    (setting(ImageType=["DERIVED", "SECONDARY", "AXIAL"]), "derived"),
+    (setting(ImageOrientationPatient=[1, 0, 0, 0, 0, -1]), "not axial"),
+    (setting(ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), "not axial"),
+    (setting(Modality="MR"), "not CT (modality MR)"),
+    (lambda ds, k: delattr(ds, "ImagePositionPatient"), "without a position in space"),
+])
+def test_left_out_with_counts(tmp_path, edit, words):
+    scan = read_only(write_dicom_series(tmp_path / "case", HU, edit=on((0, 1), edit)))
+    np.testing.assert_array_equal(scan.hu, HU[2:])
+    assert scan.notes == (f"left out: 2 {words}",)
+    folder = write_dicom_series(tmp_path / "few", HU, series="few", study="few", edit=on(range(4), edit))
+    with pytest.raises(ScanError, match=re.escape(f"2 axial CT slices, at least 3 are needed (left out: 4 {words})")):
+        read_only(folder)
+
+
+def test_lossy_axial_slices_are_derived_but_kept(tmp_path):
+    scan = read_only(write_dicom_series(tmp_path / "case", HU, edit=setting(ImageType=["DERIVED", "PRIMARY", "AXIAL"])))
+    assert len(scan.hu) == 6 and scan.notes == ()
+
+
+# ---- duplicates, gaps, refusals
+
+def test_identical_duplicates_are_dropped(tmp_path):
+    folder = write_dicom_series(tmp_path / "case", HU)
+    for k in (1, 4):
+        ds = pydicom.dcmread(folder / f"{k:03d}.dcm")
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = make_uid("copy", k)
+        ds.save_as(folder / f"copy{k}.dcm")
+    scan = read_only(folder)
+    np.testing.assert_array_equal(scan.hu, HU)
+    assert scan.notes == ("duplicate slices dropped: 2",)
+
+
+def test_two_different_slices_at_one_place_are_refused(tmp_path):
+    folder = write_dicom_series(tmp_path / "case", HU)
+    write_dicom_series(folder, HU[:3] + 1, name=lambda k: f"second{k}.dcm",
+                       edit=lambda ds, k: setattr(ds, "SOPInstanceUID", make_uid("second", k)))
+    with pytest.raises(ScanError, match="another, different slice lies: 3"):
+        read_only(folder)
+
+
+def test_missing_slices_are_noted_and_keep_their_gap(tmp_path):
+    folder = write_dicom_series(tmp_path / "case", np.concatenate([HU, HU]))
+    for k in (4, 8, 9):
+        (folder / f"{k:03d}.dcm").unlink()
+    scan = read_only(folder)
+    np.testing.assert_allclose(np.diff(scan.position_mm), [5, 5, 5, 10, 5, 5, 15, 5])
+    assert len(scan.notes) == 2
+    assert scan.notes[0].startswith("slices missing: 1, 15.0 mm above")
+    assert scan.notes[1].startswith("slices missing: 2, 35.0 mm above")
+
+
+def test_two_spacings_are_no_gap():
+    assert spacing_notes(np.arange(9) * 5.0) == []
+    note, = spacing_notes(np.cumsum([0, 4, 4, 4, 4, 7, 7, 7, 7]))
+    assert note == "uneven slice spacing (4 x 4.00, 4 x 7.00 mm); each slice keeps its own position"
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda ds, k: delattr(ds, "RescaleSlope"), "RescaleSlope"),
+    (lambda ds, k: delattr(ds, "PixelSpacing"), "PixelSpacing"),
+    (setting(PixelSpacing=[0.7, 0.7]), "two reconstructions"),
+    (setting(ImageOrientationPatient=[1, 0, 0, 0, 0.94, -0.3412]), "at an angle"),
+    (setting(Rows=8, Columns=10), "rows and columns"),
+])
+def test_series_that_do_not_hold_together_are_refused(tmp_path, edit, words):
+    folder = write_dicom_series(tmp_path / "case", HU, edit=on((2,), edit))
+    with pytest.raises(ScanError, match=words) as error:
+        read_only(folder)
+    assert "Secret" not in str(error.value)
+
+
+def test_truncated_pixels_are_refused_by_name(tmp_path):
+    folder = write_dicom_series(tmp_path / "case", HU)
+    path = folder / "003.dcm"
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(ScanError, match="003.dcm: its pixels cannot be decoded"):
+        read_only(folder)
+
+
+# ---- written back
+
+def at_point(image, lps):
+    """Value of a NIfTI image at a point in DICOM coordinates, trilinear."""
+    ras = np.append(np.array(lps) * (-1, -1, 1), 1)
+    voxel = (np.linalg.inv(image.affine) @ ras)[:3]
+    return map_coordinates(image.get_fdata(), voxel[:, None], order=1, mode="nearest")[0]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("positions", [np.arange(6) * 5.0, [0, 4, 8, 12, 19, 26]])
+def test_a_map_lies_where_the_slices_were(tmp_path, flip, positions):
+    """18.5 degrees of tilt; the file's own headers say where each pixel is."""
+    folder = write_dicom_series(tmp_path / "case", HU, (5, 0.5, 0.4), position_mm=positions, tilt_deg=18.5,
+                                flip_rows=flip, transpose=flip)
+    scan = read_only(folder)
+    note = write_nifti(tmp_path / "map.nii.gz", scan.hu, scan)
+    assert (note is None) == (len(set(np.diff(positions))) == 1)
+    image = nib.load(tmp_path / "map.nii.gz")
+    for k in range(6):
+        ds = pydicom.dcmread(folder / f"{k:03d}.dcm")
+        right, down = np.array(ds.ImageOrientationPatient).reshape(2, 3)
+        row, column = 3, 5
+        point = (np.array(ds.ImagePositionPatient) + row * ds.PixelSpacing[0] * down
+                 + column * ds.PixelSpacing[1] * right)
+        value = ds.pixel_array[row, column] * ds.RescaleSlope + ds.RescaleIntercept
+        if k in (0, 5) or note is None:
+            np.testing.assert_allclose(at_point(image, point), value, atol=0.1)
+
+
+def test_uneven_spacing_is_resampled(tmp_path):
+    ramp = np.broadcast_to(np.array([0, 4, 8, 12, 18, 24], np.float32)[:, None, None], (6, 5, 4)).copy()
+    scan = read_only(write_dicom_series(tmp_path / "case", ramp, position_mm=ramp[:, 0, 0]))
+    note = write_nifti(tmp_path / "map.nii", scan.hu, scan)
+    assert "uneven spacing (4.00 to 6.00 mm) to 4.00 mm, 7 slices" in note
+    image = nib.load(tmp_path / "map.nii")
+    np.testing.assert_allclose(image.get_fdata()[0, 0], [0, 4, 8, 12, 16, 20, 24], atol=1e-4)   # linear
+    mask = np.zeros(ramp.shape, bool)
+    mask[4] = True                                                            # 18 mm: nearest to 16 and 20
+    write_nifti(tmp_path / "mask.nii", mask, scan)
+    saved = nib.load(tmp_path / "mask.nii")
+    assert saved.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(saved.get_fdata()[0, 0], [0, 0, 0, 0, 1, 1, 0])
+
+
+def test_slices_aside_of_the_line_are_moved_onto_it(tmp_path):
+    """A block of slices with another field centre: their maps move with them."""
+    image = np.zeros((6, 9, 9), np.float32)
+    image[:, 4, 4] = 100
+
+    def edit(ds, k):
+        ds.ImagePositionPatient[0] += 2 * (k in (2, 3))
+    scan = read_only(write_dicom_series(tmp_path / "case", image, edit=edit))
+    note = write_nifti(tmp_path / "map.nii", scan.hu, scan)
+    assert "shifted in plane" in note
+    saved = nib.load(tmp_path / "map.nii")
+    for k in range(6):
+        x = -40 + 4 + 2 * (k in (2, 3))
+        peak = np.average(np.arange(9), weights=saved.get_fdata()[:, 4, k])
+        assert abs(saved.affine[0] @ (peak, 4, k, 1) + x) < 0.01
+
+
+def test_no_patient_data_in_what_is_written(tmp_path):
+    scan = read_only(write_dicom_series(tmp_path / "case", HU))
+    write_nifti(tmp_path / "map.nii", scan.hu, scan)
+    assert b"Secret" not in (tmp_path / "map.nii").read_bytes()
+    assert "Secret" not in repr(scan) and "SECRET" not in repr(scan)
+
+
+def test_a_volume_that_does_not_fit_is_refused(tmp_path):
+    scan = read_only(write_dicom_series(tmp_path / "case", HU))
+    with pytest.raises(ValueError, match="does not fit"):
+        write_nifti(tmp_path / "map.nii", scan.hu[1:], scan)

@@ -1,0 +1,398 @@
+"""evaluate.py and its modules metrics, cohort and triage: by hand, by definition, and through the command."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import norm
+from sklearn.metrics import average_precision_score
+
+import cohort
+import evaluate
+import metrics
+import triage
+from metrics import Undefined
+
+SCORES = np.array([0.9, 0.8, 0.4, 0.7, 0.3, 0.2])
+LABELS = np.array([1, 1, 1, 0, 0, 0])                                        # 8 of 9 pairs ranked right
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ranking
+
+def test_auc_counts_pairs_and_halves_ties():
+    assert metrics.auc(SCORES, LABELS) == pytest.approx(8 / 9)
+    assert metrics.auc(np.array([2, 1, 1, 0]), np.array([1, 1, 0, 0])) == pytest.approx(3.5 / 4)
+    assert metrics.auc(np.zeros(4), np.array([1, 1, 0, 0])) == 0.5
+
+
+@pytest.mark.parametrize("labels", [np.ones(6, int), np.zeros(6, int)])
+def test_one_class_is_undefined(labels):
+    for figure in (metrics.auc, metrics.average_precision, metrics.delong_interval):
+        with pytest.raises(Undefined, match="only one class"):
+            figure(SCORES, labels)
+    with pytest.raises(Undefined, match="only one class"):
+        metrics.bootstrap_interval(metrics.auc, SCORES, labels)
+
+
+def brute_force_covariance(scores, labels):
+    """DeLong's covariance from its definition: sample covariances of the mean comparisons."""
+    x, y = [s[labels == 1] for s in scores], [s[labels == 0] for s in scores]
+    kernel = [(a[:, None] > b) + 0.5 * (a[:, None] == b) for a, b in zip(x, y)]
+    s10, s01 = (np.atleast_2d(np.cov([k.mean(axis=axis) for k in kernel])) for axis in (1, 0))
+    return s10 / len(x[0]) + s01 / len(y[0])
+
+
+def test_delong_interval_by_hand():
+    # v10 = 1, 1, 2/3 (variance 1/27) and v01 = 2/3, 1, 1 (1/27), so the variance of the AUC is 2/81 and its
+    # deviation sqrt(2)/9. Logit: log(8) +- 1.959964 * (sqrt(2)/9) / (8/81)
+    half = 1.959964 * (np.sqrt(2) / 9) * 81 / 8
+    expected = [1 / (1 + np.exp(-(np.log(8) + sign * half))) for sign in (-1, 1)]
+    assert metrics.delong_interval(SCORES, LABELS) == pytest.approx(expected, abs=1e-6)
+
+
+def test_delong_equals_its_definition_with_ties():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 40)
+    a, b = (np.round(labels + rng.normal(0, 1, 40), 1) for _ in range(2))
+    covariance = brute_force_covariance([a, b], labels)
+    _, ours = metrics._delong_covariance([a, b], labels, np.arange(40))
+    assert np.allclose(ours, covariance, atol=1e-12)
+    z = (metrics.auc(a, labels) - metrics.auc(b, labels)) / np.sqrt(covariance @ [1, -1] @ [1, -1])
+
+    assert metrics.delong_paired_test(a, b, labels) == pytest.approx(2 * norm.sf(abs(z)))
+
+
+def test_delong_paired_test_of_a_score_with_itself_is_undefined():
+    with pytest.raises(Undefined, match="no variance"):
+        metrics.delong_paired_test(SCORES, SCORES * 2, LABELS)
+
+
+def test_delong_bounds_of_perfect_separation():
+    scores = np.arange(8.0)
+    labels = np.array([0, 0, 0, 0, 0, 1, 1, 1])
+    low = 0.025 ** (1 / 3)                                                   # three independent pairs
+    assert metrics.delong_interval(scores, labels) == pytest.approx((low, 1))
+    assert metrics.delong_interval(-scores, labels) == pytest.approx((0, 1 - low))
+    with pytest.raises(Undefined, match="variance is zero"):
+        metrics.delong_interval(np.zeros(8), labels)
+    with pytest.raises(Undefined, match="two independent units"):
+        metrics.delong_interval(scores, labels, np.array([0, 1, 2, 3, 4, 5, 5, 5]))
+
+
+def test_copies_of_a_unit_add_no_certainty_when_clustered():
+    """Slices of a scan are not independent: four copies of each unit must not shrink the interval."""
+    rng = np.random.default_rng(1)
+    labels = np.repeat([0, 1], 15)
+    scores = labels + rng.normal(0, 1, 30)
+    copies, copied_labels, clusters = (np.repeat(v, 4) for v in (scores, labels, np.arange(30)))
+    plain = metrics.delong_interval(scores, labels)
+    assert metrics.delong_interval(copies, copied_labels, clusters) == pytest.approx(plain)
+    assert np.ptp(metrics.delong_interval(copies, copied_labels)) < 0.6 * np.ptp(plain)
+    boot = [metrics.bootstrap_interval(metrics.auc, copies, copied_labels, c, repeats=300) for c in (clusters, None)]
+    assert np.ptp(boot[1]) < 0.6 * np.ptp(boot[0])
+
+
+def test_average_precision():
+    # By score: hit, hit, miss, hit, ...: (1 + 1 + 3/4) / 3
+    assert metrics.average_precision(SCORES, LABELS) == pytest.approx((1 + 1 + 0.75) / 3)
+    rng = np.random.default_rng(2)
+    labels, scores = rng.integers(0, 2, 50), rng.integers(0, 8, 50)
+    assert metrics.average_precision(scores, labels) == pytest.approx(average_precision_score(labels, scores))
+    counted, counts = np.unique(np.stack([scores, labels]), axis=1, return_counts=True)
+    assert metrics.average_precision(*counted, counts) == pytest.approx(average_precision_score(labels, scores))
+
+
+def test_bootstrap_is_seeded_and_stratified():
+    interval = metrics.bootstrap_interval(metrics.auc, SCORES, LABELS, repeats=200, seed=3)
+    assert interval == metrics.bootstrap_interval(metrics.auc, SCORES, LABELS, repeats=200, seed=3)
+    many, labels = np.random.default_rng(0).normal(0, 1, 60), np.tile([0, 1], 30)
+    assert (metrics.bootstrap_interval(metrics.auc, many, labels, repeats=50, seed=3)
+            != metrics.bootstrap_interval(metrics.auc, many, labels, repeats=50, seed=4))
+    assert 0 < interval[0] < 8 / 9 < interval[1] <= 1
+    share = metrics.bootstrap_interval(lambda s, y: y.mean() + s[0] * 1e-9, SCORES, LABELS, repeats=200)
+    assert share == pytest.approx((0.5, 0.5))                                # classes keep their sizes
+    with pytest.raises(Undefined, match="same value"):
+        metrics.bootstrap_interval(metrics.auc, np.arange(6), np.array([0, 0, 0, 1, 1, 1]), repeats=100)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# At a threshold, and masks
+
+def test_threshold_at_fpr_lets_through_no_more():
+    normal = np.array([5.0, 1, 2, 3, 4])
+    assert np.sum(normal >= metrics.threshold_at_fpr(normal, 0.2)) == 1
+    assert np.sum(normal >= metrics.threshold_at_fpr(normal, 0.19)) == 0
+    assert np.sum(np.ones(10) >= metrics.threshold_at_fpr(np.ones(10), 0.5)) == 0     # ties go together
+
+
+def test_confusion_and_wilson():
+    assert metrics.confusion(SCORES, LABELS, 0.7) == {"tp": 2, "fp": 1, "tn": 2, "fn": 1}
+    # Wilson for 2 of 3: centre (2/3 + z2/6) / (1 + z2/3), half z sqrt(2/27 + z2/36) / (1 + z2/3)
+    z2 = 1.959964**2
+    centre, half = (2 / 3 + z2 / 6) / (1 + z2 / 3), np.sqrt(z2 * (2 / 27 + z2 / 36)) / (1 + z2 / 3)
+    assert metrics.proportion(2, 3) == pytest.approx((2 / 3, centre - half, centre + half), abs=1e-6)
+    with pytest.raises(Undefined):
+        metrics.proportion(0, 0)
+
+
+def test_ppv_at_prevalence_is_bayes():
+    # 1,000 scans, 100 ill: 80 found, 90 of 900 healthy called too
+    assert metrics.ppv_at_prevalence(0.8, 0.9, 0.1) == pytest.approx(80 / 170)
+    with pytest.raises(Undefined):
+        metrics.ppv_at_prevalence(0.0, 1.0, 0.1)
+
+
+def test_dice():
+    a, b = np.zeros((2, 2, 2), bool), np.zeros((2, 2, 2), bool)
+    a[0], b[0, 0], b[1, 0] = True, True, True                                # 4 and 4 pixels, 2 in common
+    assert metrics.dice(a, b) == 0.5
+    with pytest.raises(Undefined):
+        metrics.dice(a & ~a, b & ~b)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Who is evaluated
+
+def label(value, *types, patient="p"):
+    return cohort.Label(value, types, patient)
+
+
+def test_missing_scans_are_refused_excluded_or_counted_worst():
+    scores = {("a",): 3.0, ("b",): 1.0, ("failed",): None, ("stray",): 9.0}
+    labels = {("a",): label(1), ("b",): label(0), ("failed",): label(1), ("absent",): label(0)}
+    with pytest.raises(cohort.InputError) as error:
+        cohort.join(scores, labels, "error")
+    for told in ("1 scans failed (failed)", "1 scans labelled without a score (absent)", "label (stray)"):
+        assert told in str(error.value)
+
+    units = cohort.join(scores, labels, "exclude")
+    assert units.keys == [("a",), ("b",)]
+    assert units.left_out == {"failed": 1, "labelled without a score": 1, "scored without a label": 1}
+
+    units = cohort.join(scores, labels, "worst")
+    assert dict(zip(units.keys, units.scores)) == {("a",): 3, ("b",): 1, ("failed",): 0, ("absent",): 4}
+    assert units.counted_worst == 2 and units.left_out == {"scored without a label": 1}
+    assert metrics.auc(units.scores, units.labels) == 0.25                   # only a > b is right
+
+
+def write_csv(path, header, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header.split(","), *rows])
+    return path
+
+
+@pytest.mark.parametrize("header, rows, message", [
+    ("scan_id,status", [["a", "ok"]], "has no score"),
+    ("scan_id,score,status", [["a", "1", "ok"], ["a", "2", "ok"]], "there twice"),
+    ("scan_id,score,status", [["a", "nan", "ok"]], "finite"),
+    ("scan_id,score,status", [["a", "1", "done"]], "'ok' or 'failed'"),
+])
+def test_unfit_scores_are_refused(tmp_path, header, rows, message):
+    with pytest.raises(cohort.InputError, match=message):
+        cohort.read_scores(write_csv(tmp_path / "scores.csv", header, rows))
+
+
+def test_labels_are_checked_and_chosen(tmp_path):
+    path = write_csv(tmp_path / "labels.csv", "scan_id,split,label,types",
+                     [["a", "test", "1", "Subdural|Epidural"], ["b", "train", "0", ""]])
+    labels, not_chosen = cohort.read_labels(path, ["split=test"])
+    assert labels == {("a",): cohort.Label(1, ("Epidural", "Subdural"), "a")} and not_chosen == {("b",)}
+    for row in (["c", "test", "0", "Epidural"], ["c", "test", "", ""], ["c", "test", "yes", ""]):
+        with pytest.raises(cohort.InputError, match="expected label 0 without types, or label 1"):
+            cohort.read_labels(write_csv(path, "scan_id,split,label,types", [row]))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The worklist
+
+def test_worklist_of_four_scans_by_hand():
+    arrivals, reading = np.array([0.0, 1, 2, 3]), np.full(4, 10.0)
+    assert triage.read_worklist(arrivals, reading).tolist() == [0, 10, 20, 30]
+    # All scores at once: 0 is being read already, then 3 (highest), 2, 1
+    scores, known = np.array([0.0, 1, 2, 3]), arrivals
+    assert triage.read_worklist(arrivals, reading, scores, known).tolist() == [0, 30, 20, 10]
+    # The score of 3 comes at 12: at 10 it stands behind the scored 2; at 20 it goes first
+    known = np.array([0.0, 1, 2, 12])
+    assert triage.read_worklist(arrivals, reading, scores, known).tolist() == [0, 30, 10, 20]
+    # No score in time: in order of arrival
+    assert triage.read_worklist(arrivals, reading, scores, np.full(4, 99.0)).tolist() == [0, 10, 20, 30]
+
+
+def test_reader_comes_late_and_idles():
+    arrivals, reading = np.array([0.0, 5, 100]), np.full(3, 10.0)
+    assert triage.read_worklist(arrivals, reading, reader_start_s=50).tolist() == [50, 60, 100]
+    by_score = triage.read_worklist(arrivals, reading, np.array([1.0, 2, 3]), arrivals + 1, reader_start_s=50)
+    assert by_score.tolist() == [60, 50, 100]                                # 100 is read before it has a score
+
+
+def test_scores_queue_for_the_machines():
+    arrivals = np.array([0.0, 1, 2, 50])
+    assert triage.scores_known_from(arrivals, 10, machines=1).tolist() == [10, 20, 30, 60]
+    assert triage.scores_known_from(arrivals, 10, machines=2).tolist() == [10, 11, 20, 60]
+
+
+def test_simulation_helps_with_good_scores_and_not_with_late_ones():
+    labels = np.repeat([1, 0], [20, 80])
+    scores = labels + np.linspace(0, 0.5, 100)
+    settings = triage.TriageSettings(repeats=40, seed=1)
+    result = triage.simulate(scores, labels, settings)
+    assert result == triage.simulate(scores, labels, settings)
+    emergency, other = result["emergency"], result["other"]
+    assert emergency["by_score_wait_s"]["median"] < 0.4 * emergency["first_come_wait_s"]["median"]
+    assert emergency["wilcoxon_p"] < 0.001
+    assert other["mean_wait_change_s"] > 0                                   # the price
+    assert emergency["cases"] + other["cases"] == 40 * 60
+    late = triage.simulate(scores, labels, triage.TriageSettings(repeats=5, latency_s=1e5))["emergency"]
+    assert late["by_score_wait_s"] == late["first_come_wait_s"]
+    assert late["wilcoxon_p"].startswith("undefined")
+    with pytest.raises(Undefined, match="only one class"):
+        triage.simulate(scores, np.ones(100, int), settings)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+
+@pytest.fixture
+def results(tmp_path):
+    """Six scans of three slices, scored, with labels and categories."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    names = list("abcdef")
+    write_csv(folder / "scores.csv", "scan_id,score,status,reason", [[n, s, "ok", ""] for n, s in zip(names, SCORES)])
+    types = ["Epidural", "Epidural|Subdural", "Subdural", "", "", ""]
+    write_csv(tmp_path / "labels.csv", "scan_id,label,types", list(zip(names, LABELS, types)))
+    write_csv(folder / "slices.csv", "scan_id,slice,score", [[n, k, s * (k + 1)] for n, s in zip(names, SCORES)
+                                                            for k in range(3)])
+    write_csv(tmp_path / "slice_labels.csv", "scan_id,slice,label",
+              [[n, k, int(y and k == 2)] for n, y in zip(names, LABELS) for k in range(3)])
+    return folder
+
+
+def run(results, *extra, out="metrics"):
+    base = results.parent
+    code = evaluate.main([str(results / "scores.csv"), str(base / "labels.csv"), "--out", str(base / out),
+                          "--bootstrap", "100", *map(str, extra)])
+    path = base / out / "metrics.json"
+    return code, json.loads(path.read_text()) if path.is_file() else None
+
+
+def test_command_end_to_end(results, capsys):
+    base = results.parent
+    code, report = run(results, "--slices", results / "slices.csv", "--slice-labels", base / "slice_labels.csv",
+                       "--threshold", 0.7, "--prevalence", 0.1)
+    assert code == 0
+    scan = report["scan"]
+    assert scan["auc"] == pytest.approx(8 / 9) and (scan["abnormal"], scan["normal"]) == (3, 3)
+    assert scan["at_threshold"]["sensitivity"]["value"] == pytest.approx(2 / 3)
+    assert scan["at_threshold"]["ppv_at_prevalence"]["value"] == pytest.approx((2 / 30) / (2 / 30 + 0.9 / 3))
+    # A scan of several types counts in each: a and b; b and c
+    assert scan["categories"]["Epidural"]["auc"] == 1 and scan["categories"]["Epidural"]["abnormal"] == 2
+    assert scan["categories"]["Subdural"]["auc"] == pytest.approx(5 / 6)
+    assert scan["categories"]["Subdural"]["sensitivity"]["hits"] == 1
+    assert (report["slice"]["n"], report["slice"]["clusters"]) == (18, 6)
+    assert report["slice"]["at_threshold"]["sensitivity"] == evaluate.NO_THRESHOLD
+    assert {"numpy", "scipy"} <= set(report["versions"]) and report["settings"]["seed"] == 0
+    table = (base / "metrics" / "metrics.md").read_text()
+    assert table == capsys.readouterr().out and "| scan | AUC | 0.889 |" in table
+    assert {"roc.png", "pr.png"} <= {p.name for p in (base / "metrics").iterdir()}
+
+
+def test_one_class_gives_undefined_not_a_number(results):
+    write_csv(results.parent / "labels.csv", "scan_id,label", [[n, 0] for n in "abcdef"])
+    code, report = run(results)
+    assert code == 0
+    for figure in ("auc", "auc_delong", "auc_bootstrap", "average_precision", "average_precision_bootstrap"):
+        assert report["scan"][figure] == "undefined: only one class (0 abnormal, 6 normal)"
+    assert report["scan"]["at_threshold"]["sensitivity"] == evaluate.NO_THRESHOLD
+
+
+def test_missing_scan_is_exit_2_unless_allowed(results, capsys):
+    rows = [[n, s, "failed" if n == "a" else "ok"] for n, s in zip("abcdef", SCORES)]
+    write_csv(results / "scores.csv", "scan_id,score,status", rows)
+    assert run(results) == (2, None)
+    assert "1 scans failed (a)" in capsys.readouterr().err
+    code, report = run(results, "--missing", "worst")
+    assert code == 0 and report["scan"]["counted_worst"] == 1 and report["scan"]["auc"] == pytest.approx(5 / 9)
+    code, report = run(results, "--missing", "exclude")
+    assert code == 0 and report["scan"]["left_out"] == {"failed": 1}
+    assert "scans left out: 1 (failed)" in (results.parent / "metrics" / "metrics.md").read_text()
+
+
+def test_threshold_comes_from_other_data(results, capsys):
+    other = write_csv(results.parent / "healthy.csv", "scan_id,score,status",
+                      [[f"h{i}", i / 20, "ok"] for i in range(20)])          # 0 .. 0.95
+    code, report = run(results, "--threshold-from", other, "--fpr", 0.3)
+    at = report["scan"]["at_threshold"]
+    assert code == 0 and 0.65 < at["threshold"] < 0.7 and (at["tp"], at["fp"]) == (2, 1)
+    assert "20 normal scans" in at["threshold_source"]
+    assert run(results, "--threshold-from", results / "scores.csv", out="none") == (2, None)
+    assert "other data" in capsys.readouterr().err
+
+
+def test_comparison_of_two_methods(results):
+    other = write_csv(results.parent / "other.csv", "scan_id,score,status",
+                      [[n, s, "ok"] for n, s in zip("abcdef", [1, 5, 2, 4, 3, 0])])
+    report = run(results, "--compare", other)[1]
+    assert report["comparison"]["auc"] == pytest.approx(5 / 9)
+    assert 0 < report["comparison"]["delong_p"] < 1
+
+
+@pytest.mark.parametrize("extra", [["--slices", "x.csv"], ["--threshold", "1", "--threshold-from", "x.csv"],
+                                   ["--prevalence", "1.5"], ["--where", "split"], ["--level", "95"]])
+def test_wrong_usage_is_exit_2(results, extra):
+    with pytest.raises(SystemExit) as stop:
+        run(results, *extra)
+    assert stop.value.code == 2
+
+
+def display_to_nifti(volume, path):
+    """[S, H, W] with anterior and the patient's right first, as NIfTI stored left, posterior, inferior first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(volume.transpose(2, 1, 0)[::-1, ::-1], np.diag([2.0, 2, 5, 1])), path)
+
+
+def test_masks_nifti_and_pictures(results):
+    base, truth = results.parent, np.zeros((3, 4, 5), np.uint8)
+    truth[1, 0, :4] = 1                                                      # anterior, towards the right
+    predicted = np.zeros_like(truth)
+    predicted[1, 0, 2:4], predicted[2, 3, :2] = 1, 1
+    for name in "abcdef":
+        found = name in "abc"
+        display_to_nifti(predicted * found, results / name / "mask.nii.gz")
+        display_to_nifti((predicted * 2.0 + truth * 0.5) * found, results / name / "anomaly.nii.gz")
+    display_to_nifti(truth, base / "masks" / "a.nii.gz")
+    flipped = nibabel.Nifti1Image(truth.transpose(2, 1, 0), np.array(        # the same mask, stored the other way
+        [[-2.0, 0, 0, 8], [0, -2, 0, 6], [0, 0, 5, 0], [0, 0, 0, 1]]))
+    nibabel.save(flipped, base / "masks" / "b.nii.gz")
+    (base / "masks" / "c").mkdir()
+    Image.fromarray(truth[1] * 255).save(base / "masks" / "c" / "01.png")
+    assert run(results, "--masks", base / "masks", out="none")[0] == 2       # slices 0 and 2 of c: say which
+    code, report = run(results, "--masks", base / "masks", "--mask-gaps", "empty")
+    assert code == 0
+    pixel = report["pixel"]
+    assert pixel["dice_by_scan"] == {"a": 0.5, "b": 0.5, "c": 0.5}           # 4 and 4 pixels, 2 in common
+    assert pixel["dice_pooled"] == 0.5
+    # 2.5: 2 hits of 2; 2.0: 2 misses; 0.5: 2 hits of 6: AP = 0.5 * 1 + 0.5 * 4/6
+    assert pixel["pixel_average_precision"] == pytest.approx(0.5 + 0.5 * 4 / 6)
+    report = run(results, "--masks", base / "masks", "--mask-gaps", "skip")[1]
+    assert report["pixel"]["dice_by_scan"]["c"] == pytest.approx(4 / 6)
+    (base / "masks" / "a.nii.gz").unlink()
+    assert run(results, "--masks", base / "masks", "--mask-gaps", "empty", out="none")[0] == 2
+
+
+def test_triage_command(results):
+    base = results.parent
+    (base / "reading.txt").write_text("20\n25\n")
+    command = ["triage", str(results / "scores.csv"), str(base / "labels.csv"), "--out", str(base / "triage")]
+    assert evaluate.main([*command, "--repeats", "5", "--reading-times", str(base / "reading.txt")]) == 0
+    report = json.loads((base / "triage" / "triage.json").read_text())
+    assert report["load"]["latency_s"] == 10 and report["emergency"]["scans"] == 3
+    assert "| emergency (3 scans) | by score |" in (base / "triage" / "triage.md").read_text()
+    (base / "reading.txt").write_text("20\n-1\n")
+    assert evaluate.main([*command, "--reading-times", str(base / "reading.txt")]) == 2

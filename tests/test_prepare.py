@@ -1,0 +1,229 @@
+"""Scan folders to a database: the split, the choice of slices, broken scans, and the command's exit codes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import prepare
+from ct.read import find_scans, read_scan
+from ct.scan import ScanError
+from ct.slab import to_slabs
+from ct.standardise import StandardiseSettings, from_frame
+from dataset import DatasetError, SliceDataset, verify
+from preprocess import (
+    PreprocessSettings,
+    build_lmdb,
+    ensure_database,
+    listed_slabs,
+    preprocess_scan,
+    split_by_patient,
+)
+from tests.helpers import synthetic_head, synthetic_scan
+from tests.writers import write_slice_folder
+
+SETTINGS = PreprocessSettings(StandardiseSettings(size=32))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three heads of 13 slices, 8 mm apart, as grey pictures of HU -20..100."""
+    top = tmp_path_factory.mktemp("scans")
+    for seed, name in enumerate(("one", "two", "three")):
+        hu, _ = synthetic_head(slices=13, size=48, spacing_mm=(8.0, 5.0, 5.0), seed=seed)
+        write_slice_folder(top / name, hu, slice_spacing_mm=8.0, pixel_spacing_mm=5.0)
+    return top
+
+
+@pytest.fixture(scope="module")
+def database(folder, tmp_path_factory):
+    """The three heads, prepared by the command at size 32."""
+    out = tmp_path_factory.mktemp("out") / "healthy.lmdb"
+    assert prepare.main([str(folder), "--out", str(out), "--size", "32", "--val-fraction", "0.3", "--workers",
+                         "1"]) == 0
+    return out
+
+
+def write_csv(path, *lines):
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+# ---- settings
+
+def test_settings_survive_json_and_refuse_what_they_do_not_know():
+    settings = PreprocessSettings(StandardiseSettings(size=64, hu_clip=(-20.0, 100.0)), slab_mm=4.5)
+    stored = json.loads(json.dumps(settings.to_json()))
+    assert PreprocessSettings.from_json(stored) == settings
+    with pytest.raises(ValueError, match=r"unknown keys \['colour'\]"):
+        PreprocessSettings.from_json({**stored, "colour": 1})
+    with pytest.raises(ValueError, match=r"standardisation settings.*missing keys \['size'\]"):
+        PreprocessSettings.from_json({**stored, "standardise": {
+            k: v for k, v in stored["standardise"].items() if k != "size"}})
+
+
+# ---- one scan
+
+def test_a_preprocessed_scan_leads_back_to_its_own_pixels():
+    scan, brain = synthetic_scan(noise=0.0)
+    done = preprocess_scan(scan, SETTINGS)
+    assert done.standardised.hu.shape == (24, 32, 32) and done.kept.shape == (24,)
+    assert done.brain.shape == done.slabs.scan.hu.shape == (24, 96, 96)
+    back = done.slabs.from_slabs(from_frame(done.standardised.brain, done.standardised.frame).astype(np.float32))
+    middle = back[12] > 0.5
+    assert 2 * (middle & brain[12]).sum() / (middle.sum() + brain[12].sum()) > 0.9      # Dice
+    below = done.standardised.below_vertex_mm
+    assert not done.kept[below < 0].any()
+    assert (done.standardised.brain[done.kept].mean((1, 2)) >= 0.02).all()
+
+
+def test_slices_further_below_the_vertex_are_left_out():
+    scan, _ = synthetic_scan(slices=13, size=48, spacing_mm=(8.0, 5.0, 5.0))
+    everything = preprocess_scan(scan, SETTINGS)
+    upper = preprocess_scan(scan, PreprocessSettings(SETTINGS.standardise, max_below_vertex_mm=60.0))
+    below = upper.standardised.below_vertex_mm
+    assert (upper.kept == (everything.kept & (below <= 60))).all() and upper.kept.sum() < everything.kept.sum()
+    with pytest.raises(ScanError, match="no slice has brain"):
+        preprocess_scan(scan, PreprocessSettings(SETTINGS.standardise, min_brain_fraction=0.99))
+
+
+def test_a_slab_counts_as_listed_only_if_all_its_slices_are():
+    scan, _ = synthetic_scan(slices=60, spacing_mm=(2.5, 2.4, 2.4))
+    slabs = to_slabs(scan, slab_mm=5.0, thin_mm=4.0)
+    assert len(slabs.scan.hu) == 30                                     # two slices of 2.5 mm a slab
+    listed = listed_slabs(slabs, frozenset({0, 1, 2, 5, 6, 7}), slab_mm=5.0)
+    assert np.flatnonzero(listed).tolist() == [0, 3]
+    with pytest.raises(ScanError, match="names slice 60, the scan has 60"):
+        listed_slabs(slabs, frozenset({60}), slab_mm=5.0)
+
+
+def test_a_slice_that_two_slabs_share_must_be_listed_for_both():
+    scan, _ = synthetic_scan(slices=10, size=8, spacing_mm=(2.0, 2.4, 2.4))
+    slabs = to_slabs(scan, slab_mm=5.0, thin_mm=4.0)                    # slice 2 lies in the slabs 0 and 1
+    assert len(slabs.scan.hu) == 4
+    assert listed_slabs(slabs, frozenset({0, 1, 2}), slab_mm=5.0).tolist() == [True, False, False, False]
+    assert not listed_slabs(slabs, frozenset({0, 1, 3, 4}), slab_mm=5.0).any()
+
+
+# ---- the split
+
+def test_split_is_by_patient():
+    patients = {f"scan{i}": f"patient{i // 2}" for i in range(20)}      # two scans each
+    split = split_by_patient(patients, 0.3, seed=0)
+    assert sum(side == "val" for side in split.values()) == 6           # 3 of 10 patients
+    assert all(split[f"scan{2 * i}"] == split[f"scan{2 * i + 1}"] for i in range(10))
+    assert split == split_by_patient(dict(reversed(patients.items())), 0.3, seed=0)
+    assert split != split_by_patient(patients, 0.3, seed=1)
+
+
+def test_split_leaves_both_sides_something():
+    two = {"a": "a", "b": "b"}
+    assert sorted(split_by_patient(two, 0.01, 0).values()) == ["train", "val"]
+    assert sorted(split_by_patient(two, 0.99, 0).values()) == ["train", "val"]
+    assert set(split_by_patient(two, 0, 0).values()) == {"train"}
+    with pytest.raises(DatasetError, match="one patient cannot be split"):
+        split_by_patient({"a": "p", "b": "p"}, 0.5, 0)
+
+
+# ---- the command
+
+def test_the_command_writes_what_preprocess_scan_gives(folder, database):
+    manifest = verify(database)
+    assert manifest["settings"]["standardise"]["hu_clip"] == [-20.0, 100.0]      # what the pictures can show
+    assert [manifest["counts"][s]["scans"] for s in ("train", "val")] == [2, 1]
+    assert manifest["failed"] == [] and "a patient of its own" in manifest["split"]
+    data = SliceDataset(database, "all")
+    assert sorted(data.scan_ids) == ["one", "three", "two"]
+    source = next(s for s in find_scans(folder) if s.scan_id == "two")
+    done = preprocess_scan(read_scan(source), PreprocessSettings.from_json(manifest["settings"]))
+    stored = data.scan(data.scan_ids.index("two"))
+    assert (stored["hu"].numpy() == np.rint(done.standardised.hu[done.kept])).all()
+    assert (stored["brain"].numpy() == done.standardised.brain[done.kept]).all()
+    assert (stored["below_vertex_mm"].numpy() == done.standardised.below_vertex_mm[done.kept]).all()
+
+
+def test_an_existing_database_is_replaced_only_when_asked(folder, tmp_path, capsys):
+    out = tmp_path / "x.lmdb"
+    out.write_bytes(b"precious")
+    with pytest.raises(SystemExit) as stop:
+        prepare.main([str(folder), "--out", str(out)])
+    assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == b"precious"
+
+
+def test_a_broken_scan_is_reported_and_the_rest_done(folder, tmp_path, capsys):
+    write_slice_folder(tmp_path / "more" / "air", np.full((6, 32, 32), -1000.0))
+    bad = write_slice_folder(tmp_path / "more" / "bad", np.zeros((6, 32, 32)))
+    next(bad.glob("*.png")).write_bytes(b"not a picture")
+    out = tmp_path / "x.lmdb"
+    code = prepare.main([str(folder), str(tmp_path / "more"), "--out", str(out), "--size", "32", "--workers", "1"])
+    assert code == 3
+    manifest = verify(out)
+    assert [f["scan_id"] for f in manifest["failed"]] == ["air", "bad"]
+    assert "picture" in manifest["failed"][1]["reason"]
+    assert sum(n["scans"] for n in manifest["counts"].values()) == 3
+    assert "failed: bad: " in capsys.readouterr().err
+
+
+def test_given_split_patients_and_slices_are_followed(folder, tmp_path):
+    split = write_csv(tmp_path / "split.csv", "scan_id,split", "one,val", "two,train", "three,train")
+    patients = write_csv(tmp_path / "patients.csv", "scan_id,patient", "one,p", "two,q", "three,q")
+    slices = write_csv(tmp_path / "slices.csv", "scan_id,slice,far", *(f"one,{i},1" for i in (6, 7)), "two,8,1")
+    lines = []
+    manifest = build_lmdb([folder], tmp_path / "x.lmdb", SETTINGS, split_csv=split, patients_csv=patients,
+                          slices_csv=slices, hu_clip=(0, 80), log=lines.append)
+    assert [(s["scan_id"], s["split"], s["patient"], s["slices"]) for s in manifest["scans"]] == [
+        ("one", "val", "p", [6, 7]), ("two", "train", "q", [8])]
+    assert manifest["unlisted"] == ["three"] and any("three" in line for line in lines)
+    assert manifest["settings"]["standardise"]["hu_clip"] == (0.0, 80.0)
+
+
+@pytest.mark.parametrize("flag, rows, message", [
+    ("split_csv", ("scan_id,split", "one,val", "two,train"), "no split for three"),
+    ("split_csv", ("scan_id,split", "one,test", "two,train", "three,train"), "one is 'test', expected train or val"),
+    ("split_csv", ("scan_id,side", "one,val"), "expected columns scan_id, split; found scan_id, side"),
+    ("split_csv", ("scan_id,split", "one,val", "one,train", "two,train", "three,val"), "one is both"),
+    ("patients_csv", ("scan_id,patient", "one,p"), "no patient for three, two"),
+    ("slices_csv", ("scan_id,slice", "one,x"), "slice must be 0 or more, got 'x'"),
+    ("slices_csv", ("scan_id,slice", "four,1"), "names none of the 3 scans"),
+])
+def test_tables_that_do_not_fit_are_refused_by_name(folder, tmp_path, flag, rows, message):
+    table = write_csv(tmp_path / "table.csv", *rows)
+    with pytest.raises(DatasetError, match=message):
+        build_lmdb([folder], tmp_path / "x.lmdb", SETTINGS, **{flag: table}, hu_clip=(0, 80), log=lambda line: None)
+    assert not (tmp_path / "x.lmdb").exists()
+
+
+def test_one_patient_on_both_sides_of_a_given_split_is_refused(folder, tmp_path):
+    split = write_csv(tmp_path / "split.csv", "scan_id,split", "one,val", "two,train", "three,train")
+    patients = write_csv(tmp_path / "patients.csv", "scan_id,patient", "one,p", "two,p", "three,q")
+    with pytest.raises(DatasetError, match="in train and in val"):
+        build_lmdb([folder], tmp_path / "x.lmdb", SETTINGS, split_csv=split, patients_csv=patients,
+                   log=lambda line: None)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--hu-clip", "80", "0"], "LOW below HIGH"), (["--size", "0"], "--size must be above 0"),
+    (["--val-fraction", "1.5"], "--val-fraction must be"), (["--min-brain-fraction", "1"], "--min-brain-fraction")])
+def test_values_that_cannot_be_meant_end_with_code_2(folder, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        prepare.main([str(folder), "--out", str(tmp_path / "x.lmdb"), "--workers", "1", *flags])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_folder_to_train_on_is_prepared_once(folder, database, tmp_path):
+    assert ensure_database(database, tmp_path / "run", 32) == database
+    made = ensure_database(folder, tmp_path / "run", 32)
+    before = made.stat().st_mtime_ns
+    assert made == tmp_path / "run" / "data.lmdb" and len(SliceDataset(made, "all").scan_ids) == 3
+    assert ensure_database(folder, tmp_path / "run", 32).stat().st_mtime_ns == before
+
+
+def test_missing_and_empty_folders_and_repeated_scans_are_refused(folder, tmp_path, capsys):
+    for scans, message in (([tmp_path / "none"], "no such file or folder"), ([tmp_path], "no scans found"),
+                           ([folder, folder], "found more than once: one, three, two")):
+        with pytest.raises(SystemExit) as stop:
+            prepare.main([*map(str, scans), "--out", str(tmp_path / "x.lmdb"), "--workers", "1"])
+        assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,289 @@
+"""Finding scans, and folders of slices."""
+
+import json
+import shutil
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+
+from ct.read import find_scans, read_scan
+from ct.scan import ScanError
+from tests.writers import (
+    make_uid,
+    write_dicom_series,
+    write_nifti_scan,
+    write_rgb_folder,
+    write_scan_json,
+    write_slice_folder,
+)
+
+RNG = np.random.default_rng(0)
+HU = RNG.integers(-20, 101, (12, 6, 8)).astype(np.float32)
+CT = RNG.integers(-1000, 1500, (4, 6, 8)).astype(np.float32)
+
+
+def ids(folder, **kwargs):
+    return [source.scan_id for source in find_scans(folder, **kwargs)]
+
+
+def read_only(folder, **kwargs):
+    source, = find_scans(folder, **kwargs)
+    return read_scan(source)
+
+
+# ---- slice folders
+
+def test_grey_slices_in_natural_order(tmp_path):
+    scan = read_only(write_slice_folder(tmp_path / "case", HU, slice_spacing_mm=4, pixel_spacing_mm=[0.4, 0.5]))
+    assert scan.scan_id == "case" and scan.source == "slices" and scan.notes == ()
+    np.testing.assert_allclose(scan.hu, HU, atol=120 / 255 / 2 + 1e-4)        # '10.png' comes after '9.png'
+    np.testing.assert_array_equal(scan.position_mm, np.arange(12) * 4.0)
+    assert scan.pixel_spacing_mm == (0.4, 0.5) and scan.saturation_hu == (-20, 100)
+
+
+def test_grey_level_to_hu_by_hand(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.array([[0, 51, 255]], np.uint8)).save(tmp_path / "a" / "0.png")
+    write_scan_json(tmp_path / "a", [[-20, 100]])
+    np.testing.assert_allclose(read_only(tmp_path).hu, [[[-20, 4, 100]]], atol=1e-5)
+
+
+def test_superior_to_inferior_is_reversed_with_its_mask(tmp_path):
+    case = tmp_path / "case"
+    write_slice_folder(case / "png", HU, order="superior-to-inferior", bits=16)
+    mask = np.zeros(HU.shape, bool)
+    mask[0] = True                                                            # the first file: the top slice
+    (case / "BrainExtraction").mkdir()
+    np.save(case / "BrainExtraction" / "bet.npy", mask)
+    scan = read_only(tmp_path)
+    np.testing.assert_allclose(scan.hu, HU, atol=0.01)                        # 16-bit: 120 HU / 65535
+    np.testing.assert_array_equal(scan.brain, mask[::-1])
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_grey_stored_as_rgb(tmp_path, suffix):
+    write_slice_folder(tmp_path / "case", HU[:1], suffix=".png")
+    grey = Image.open(tmp_path / "case" / "0.png")
+    write_slice_folder(tmp_path / "case", HU[:0])
+    (tmp_path / "case" / "0.png").unlink()
+    grey.convert("RGB").save(tmp_path / "case" / f"0{suffix}")
+    assert read_only(tmp_path).hu.shape == (1, 6, 8)
+
+
+def test_colour_in_a_one_window_scan_is_refused(tmp_path):
+    write_rgb_folder(tmp_path / "case", HU)
+    write_scan_json(tmp_path / "case", [[-20, 100]])
+    with pytest.raises(ScanError, match="0.png: a colour picture"):
+        read_only(tmp_path)
+
+
+def test_three_windows_are_fused(tmp_path):
+    hu = np.linspace(-20, 180, 3 * 6 * 8).reshape(3, 6, 8).astype(np.float32)
+    scan = read_only(write_rgb_folder(tmp_path / "case", hu))
+    np.testing.assert_allclose(scan.hu, hu, atol=200 / 255 / 2 + 1e-3)
+    fine = (hu > 5) & (hu < 55)
+    np.testing.assert_allclose(scan.hu[fine], hu[fine], atol=50 / 255 / 2 + 1e-3)
+    assert scan.saturation_hu == (-20, 180)
+
+
+def test_the_originals_layout_needs_no_scan_json(tmp_path):
+    write_rgb_folder(tmp_path / "case7" / "png", HU, scan_json=False)
+    scan = read_only(tmp_path)
+    assert scan.scan_id == "case7" and scan.brain is None
+    assert scan.notes == ("slice spacing unknown, 5 mm assumed (--unknown-slice-spacing-mm)",)
+    assert read_only(tmp_path / "case7" / "png").scan_id == "case7"
+    write_scan_json(tmp_path / "case7", [[5, 55], [0, 80], [-20, 180]], 3.0)  # in the case folder: overrides
+    assert read_only(tmp_path).slice_spacing_mm == 3
+
+
+def test_a_mask_that_does_not_fit_is_an_error(tmp_path):
+    case = tmp_path / "case"
+    write_rgb_folder(case / "png", HU, scan_json=False)
+    (case / "BrainExtraction").mkdir()
+    np.save(case / "BrainExtraction" / "bet.npy", np.ones((11, 6, 8)))
+    with pytest.raises(ScanError, match=r"bet.npy: the mask is \[11, 6, 8\], the slices are \[12, 6, 8\]"):
+        read_only(tmp_path)
+    np.save(case / "BrainExtraction" / "bet.npy", np.zeros((12, 6, 8)))
+    with pytest.raises(ScanError, match="empty"):
+        read_only(tmp_path)
+
+
+def test_unknown_slice_spacing(tmp_path):
+    write_slice_folder(tmp_path / "case", HU, slice_spacing_mm=None)
+    scan = read_only(tmp_path, unknown_slice_spacing_mm=2.5)
+    assert scan.slice_spacing_mm == 2.5 and "2.5 mm assumed" in scan.notes[0]
+    with pytest.raises(ScanError, match="--unknown-slice-spacing-mm"):
+        read_only(tmp_path, unknown_slice_spacing_mm=0)
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("windows_hu", [[100, -20]], "low below high"),
+    ("windows_hu", [[0, 80], [5, 55]], "one \\[low, high\\] pair"),
+    ("windows_hu", [[0, 80], [5, 55], [-20, 180]], "for R, G and B"),
+    ("windows_hu", [["a", 5]], "windows_hu"),
+    ("slice_spacing_mm", -1, "positive number"),
+    ("slice_spacing_mm", True, "positive number"),
+    ("pixel_spacing_mm", [0.5], "pixel_spacing_mm"),
+    ("pixel_spacing_mm", [0.5, None], "pixel_spacing_mm"),
+    ("order", "up", "inferior-to-superior"),
+    ("order", None, "order"),
+])
+def test_scan_json_errors_name_file_and_key(tmp_path, key, value, words):
+    path = write_slice_folder(tmp_path / "case", HU) / "scan.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ScanError, match=words) as error:
+        read_only(tmp_path)
+    assert str(path) in str(error.value) and key in str(error.value)
+
+
+def test_scan_json_that_is_missing_a_key_or_no_json(tmp_path):
+    path = write_slice_folder(tmp_path / "case", HU) / "scan.json"
+    path.write_text('{"windows_hu": [[0, 80]]}')
+    with pytest.raises(ScanError, match="'slice_spacing_mm' is missing"):
+        read_only(tmp_path)
+    path.write_text("{")
+    with pytest.raises(ScanError, match="cannot be read as JSON"):
+        read_only(tmp_path)
+
+
+def test_pictures_that_cannot_be_a_scan(tmp_path):
+    folder = write_slice_folder(tmp_path / "case", HU)
+    Image.fromarray(np.zeros((6, 9), np.uint8)).save(folder / "3.png")
+    with pytest.raises(ScanError, match="3.png: 9x6 pixels, but 0.png has 8x6"):
+        read_only(tmp_path)
+    (folder / "3.png").write_bytes((folder / "4.png").read_bytes()[:40])
+    with pytest.raises(ScanError, match="3.png: cannot be read"):
+        read_only(tmp_path)
+
+
+def test_numbers_that_are_skipped_or_come_twice(tmp_path):
+    folder = write_slice_folder(tmp_path / "case", HU)
+    (folder / "7.png").unlink()
+    assert read_only(tmp_path).notes == (
+        "slices missing, by their numbers: 1 (7); the others are taken as evenly spaced",)
+    shutil.copy(folder / "6.png", folder / "06.png")
+    with pytest.raises(ScanError, match="the same slice as 06.png"):
+        read_only(tmp_path)
+
+
+def test_pictures_without_scan_json_are_a_row_with_a_reason(tmp_path):
+    write_slice_folder(tmp_path / "good", HU)
+    write_slice_folder(tmp_path / "bad", HU, scan_json=False)
+    bad, good = find_scans(tmp_path)
+    assert (bad.scan_id, good.scan_id) == ("bad", "good")
+    with pytest.raises(ScanError, match="12 pictures without a scan.json.*windows_hu.*slice_spacing_mm.*order"):
+        read_scan(bad)
+    shutil.rmtree(tmp_path / "good")
+    (tmp_path / "good").mkdir()
+    write_scan_json(tmp_path / "good", [[0, 80]])
+    with pytest.raises(ScanError, match="no PNG or JPEG"):
+        read_scan(find_scans(tmp_path / "good")[0])
+
+
+# ---- finding
+
+def test_all_kinds_at_any_nesting(tmp_path):
+    write_dicom_series(tmp_path / "a" / "b" / "dicom", CT)
+    write_nifti_scan(tmp_path / "a" / "vol.nii.gz", CT)
+    write_slice_folder(tmp_path / "c" / "pictures", HU)
+    write_rgb_folder(tmp_path / "d" / "png", HU, scan_json=False)
+    write_slice_folder(tmp_path / ".hidden", HU)
+    (tmp_path / "notes.txt").write_text("nothing")
+    (tmp_path / "LICENSE").write_text("nothing")
+    found = find_scans(tmp_path)
+    assert [(s.scan_id, s.kind) for s in found] == [
+        ("d", "slices"), ("dicom", "dicom"), ("pictures", "slices"), ("vol", "nifti")]
+    assert all(read_scan(s).scan_id == s.scan_id for s in found)
+
+
+def test_nothing_found(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(ScanError, match="no scans found; looked for DICOM"):
+        find_scans(tmp_path)
+    with pytest.raises(ScanError, match="no such file"):
+        find_scans(tmp_path / "gone")
+
+
+def test_one_file(tmp_path):
+    path = write_nifti_scan(tmp_path / "vol.nii", CT)
+    write_nifti_scan(tmp_path / "other.nii", CT)
+    assert ids(path) == ["vol"]
+    write_slice_folder(tmp_path / "case", HU)
+    with pytest.raises(ScanError, match="one picture is not a scan"):
+        find_scans(tmp_path / "case" / "0.png")
+
+
+def test_ids_are_made_unique_by_parents(tmp_path):
+    for case in ("p1", "p2"):
+        write_slice_folder(tmp_path / case / "ct" / "brain", HU)
+    write_slice_folder(tmp_path / "p3" / "head", HU)
+    write_nifti_scan(tmp_path / "v.nii", CT)
+    write_nifti_scan(tmp_path / "v.nii.gz", CT)
+    found = ids(tmp_path)
+    assert found[:3] == ["head", "p1-ct-brain", "p2-ct-brain"]
+    assert len(set(found)) == 5
+
+
+def test_series_mixed_in_one_folder_without_extensions(tmp_path):
+    for k, series in enumerate(("one", "two")):
+        write_dicom_series(tmp_path / "mixed", CT + k, series=series, name=lambda i, s=series: f"IM{i}{s}")
+    found = find_scans(tmp_path)
+    assert len(found) == 2 and all(s.scan_id.startswith("mixed-") and len(s.scan_id) == 14 for s in found)
+    assert {read_scan(s).hu[0, 0, 0] for s in found} == {CT[0, 0, 0], CT[0, 0, 0] + 1}
+    text = str(found) + str([read_scan(s).notes for s in found])
+    assert "Secret" not in text and "SECRET" not in text and make_uid("one") not in text
+
+
+def test_a_series_spread_over_folders_is_one_scan_and_a_copy_is_another(tmp_path):
+    write_dicom_series(tmp_path / "study", CT, name=lambda k: f"{k}")
+    for k in range(4):
+        (tmp_path / "study" / f"S{k}").mkdir()
+        (tmp_path / "study" / f"{k}").rename(tmp_path / "study" / f"S{k}" / "im")
+    assert read_only(tmp_path).scan_id == "study"
+    write_dicom_series(tmp_path / "c1", CT, series="again")
+    shutil.copytree(tmp_path / "c1", tmp_path / "c2")
+    assert ids(tmp_path) == ["c1", "c2", "study"]
+
+
+def test_series_without_axial_ct_are_notes_of_the_study(tmp_path):
+    write_dicom_series(tmp_path / "x" / "axial", CT)
+    write_dicom_series(tmp_path / "x" / "scout", CT[:1], series="scout",
+                       edit=lambda ds, k: setattr(ds, "ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"]))
+    write_dicom_series(tmp_path / "y" / "mr", CT, series="mr", study="other",
+                       edit=lambda ds, k: setattr(ds, "Modality", "MR"))
+    axial, mr = find_scans(tmp_path)
+    assert read_scan(axial).notes == ("other series of the study left out: 1 localiser",)
+    with pytest.raises(ScanError, match=r"0 axial CT slices.*4 not CT \(modality MR\)"):
+        read_scan(mr)
+
+
+def test_broken_dicom_files_are_a_row(tmp_path):
+    folder = write_dicom_series(tmp_path / "case", CT)
+    (folder / "junk.dcm").write_bytes(b"junk" * 100)
+    (folder / "empty.dcm").write_bytes(b"")
+    good, bad = find_scans(tmp_path)
+    assert read_scan(good).hu.shape == CT.shape
+    assert bad.scan_id == "case-unreadable"
+    with pytest.raises(ScanError, match="empty.dcm.*and 1 more in this folder"):
+        read_scan(bad)
+
+
+def test_a_dicomdir_is_passed_over(tmp_path):
+    def directory(ds, k):
+        ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.1.3.10"
+        del ds.SOPClassUID
+    write_dicom_series(tmp_path / "case", CT)
+    write_dicom_series(tmp_path, CT[:1], name=lambda k: "DICOMDIR", edit=directory)
+    assert ids(tmp_path) == ["case"]
+
+
+def test_dicom_without_a_preamble(tmp_path):
+    folder = write_dicom_series(tmp_path / "case", CT)
+    for path in folder.iterdir():
+        ds = pydicom.dcmread(path)
+        del ds.file_meta, ds.preamble
+        ds.save_as(path, implicit_vr=True, little_endian=True)
+        assert path.read_bytes()[128:132] != b"DICM"
+    np.testing.assert_array_equal(read_only(tmp_path).hu, CT)

@@ -1,0 +1,361 @@
+"""Train a StyleGAN2 on healthy head-CT slices (Karras et al. 2020, CVPR; adaptive augmentation: NeurIPS 2020).
+
+    python train.py --data healthy.lmdb --out runs/gan --preset ct128
+    torchrun --nproc-per-node=8 train.py --data healthy.lmdb --out runs/gan --preset paper512
+
+Writes to --out: config.json, stats.jsonl, sample grids, TensorBoard curves, snapshots. Run the same command again
+to go on from the last snapshot: weights, optimisers, EMA, augmentation, sampler position and random numbers.
+Exit codes: 0 done, 2 wrong usage, 4 diverged (the last good snapshot is kept).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import distributed
+from augment import AdaptiveAugment
+from config import option, parse
+from ct.picture import save_hu_grid
+from ct.window import decode, encode
+from dataset import DatasetError, SliceDataset, image_batches
+from losses import d_logistic, frozen, g_nonsaturating, path_lengths, r1_penalty
+from model import Discriminator, Generator, ModelConfig
+from preprocess import ensure_database
+from quality import sliced_wasserstein
+from runlog import RunLog, start_run
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # Networks
+    size: int = option(512, "side of the images; must equal the database's")
+    style_dim: int = option(512, "length of z and of a style vector")
+    channel_base: int = option(16384, "channels at resolution r: min(max, base * multiplier / r)")
+    channel_multiplier: float = option(2, "see --channel-base")
+    channel_max: int = option(512, "see --channel-base")
+    # Length and batch
+    kimg: float = option(25000, "length of the training, in thousands of real images seen")
+    batch: int = option(16, "images a step on each rank")
+    accumulate: int = option(1, "micro-batches a step is split into; the batch must be divisible")
+    # Optimisation
+    lr: float = option(0.002, "Adam's learning rate, before the lazy correction")
+    r1_gamma: float = option(10, "weight of the R1 penalty")
+    r1_every: int = option(16, "discriminator steps between R1 penalties; 0: never")
+    path_weight: float = option(2, "weight of the path-length penalty")
+    path_every: int = option(4, "generator steps between path-length penalties; 0: never")
+    path_shrink: int = option(2, "the path-length penalty takes this part of the batch")
+    path_decay: float = option(0.01, "rate of the running mean of path lengths")
+    mixing: float = option(0.9, "probability of mixing two styles")
+    ema_kimg: float = option(10, "half-life of the averaged generator, in thousands of images")
+    ema_rampup: float = option(0.05, "the half-life is at most this part of the images seen so far; 0: no ramp")
+    noise: str = option("random", "noise in training; 'const' trains on the buffers, as the released code",
+                        ("random", "const"))
+    # Augmentation
+    flip: bool = option(True, "mirror half of the real images")
+    ada_target: float = option(0.6, "sign of the real logits that adaptive augmentation aims at; 0: none")
+    ada_kimg: float = option(500, "thousands of images in which its probability can go from 0 to 1")
+    # Running
+    seed: int = option(0, "seed of everything random")
+    precision: str = option("auto", "bf16 where the device is good at it", ("auto", "bf16", "fp32"))
+    workers: int = option(2, "loader processes a rank; 0 decodes in the main process")
+    tick_kimg: float = option(4, "thousands of images between lines of statistics")
+    grid_kimg: float = option(20, "between sample grids and sliced Wasserstein distances")
+    snapshot_kimg: float = option(40, "between snapshots")
+
+    def __post_init__(self):
+        if self.batch % self.accumulate:
+            raise ValueError(f"--batch {self.batch} must be divisible by --accumulate {self.accumulate}")
+
+    def model(self) -> ModelConfig:
+        return ModelConfig(self.size, self.style_dim, channel_base=self.channel_base,
+                           channel_multiplier=self.channel_multiplier, channel_max=self.channel_max)
+
+
+PRESETS = {
+    "paper512": TrainConfig(),
+    "ct256": TrainConfig(size=256, kimg=5000, r1_gamma=2, channel_multiplier=1, ada_kimg=200),
+    # Narrow enough for two CPU cores: about 20 images a second
+    "ct128": TrainConfig(size=128, style_dim=128, channel_base=2048, channel_max=128, kimg=100, r1_gamma=5,
+                         ada_kimg=30, ema_kimg=5, workers=0, tick_kimg=1, grid_kimg=5, snapshot_kimg=10),
+    "smoke32": TrainConfig(size=32, style_dim=32, channel_base=256, channel_max=16, kimg=0.064, batch=8, r1_gamma=0.1,
+                           workers=0, tick_kimg=0.032, grid_kimg=0.064, snapshot_kimg=0.032),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One step
+
+class Trainer:
+    """The networks, their optimisers and the four phases of a step.
+
+    All draws that must not depend on the number of ranks (codes, crossovers, flips) come from a generator seeded
+    by (seed, images seen, purpose) for the global batch, of which a rank takes every world-th row. So several
+    ranks with the same global batch take the step that one would.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
+        self.images_seen = 0                                       # over all ranks
+        torch.manual_seed(config.seed)                             # the same weights on every rank
+        self.g = Generator(config.model()).to(device)
+        self.d = Discriminator(config.model()).to(device)
+        self.g_ema = copy.deepcopy(self.g).requires_grad_(False)   # shares the noise buffers' values
+        dtype = distributed.pick_precision(config.precision, device)
+        self.g.compute_dtype = self.d.compute_dtype = self.g_ema.compute_dtype = dtype
+        self.g_opt = lazy_adam(self.g, config.lr, config.path_every)
+        self.d_opt = lazy_adam(self.d, config.lr, config.r1_every)
+        self.path_mean = torch.zeros((), device=device)
+        self.ada = AdaptiveAugment(config.ada_target, config.ada_kimg) if config.ada_target else None
+        rank_seed = distributed.seed_for_rank(config.seed, self.rank)
+        self.rng = torch.Generator().manual_seed(rank_seed)        # augmentation
+        torch.manual_seed(rank_seed)                               # noise maps
+
+    @property
+    def global_batch(self) -> int:
+        return self.config.batch * self.world
+
+    def step(self, real: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
+        """One step on real images [batch, 3, N, N], step number index; returns scalars for the log."""
+        stats = {}
+        if self.config.flip:
+            flip = self._draw("flip", lambda g, n: torch.rand(n, generator=g) < 0.5)
+            real = torch.where(flip.reshape(-1, 1, 1, 1), real.flip(-1), real)
+        phases = [
+            ("d", self.d, self.d_opt, self.d_main, 1),
+            ("d_reg", self.d, self.d_opt, self.d_reg, self.config.r1_every),
+            ("g", self.g, self.g_opt, self.g_main, 1),
+            ("g_reg", self.g, self.g_opt, self.g_reg, self.config.path_every),
+        ]
+        for name, net, optimiser, phase, every in phases:
+            if not every or index % every:
+                continue
+            optimiser.zero_grad(set_to_none=True)
+            for micro in range(self.config.accumulate):
+                part = slice(micro, None, self.config.accumulate)
+                loss, scalars = phase(real[part], part, name)
+                (loss / self.config.accumulate).backward()
+                for key, value in scalars.items():
+                    stats.setdefault(key, []).append(value.detach())
+            distributed.average_gradients(net.parameters())
+            optimiser.step()
+        self.images_seen += self.global_batch
+        self._update_ema()
+        if self.ada:
+            self.ada.step(distributed.all_reduce_sum)
+        return {key: torch.stack(values).float().mean() for key, values in stats.items()}
+
+    # ---- Phases: (real images of a micro-batch, its rows, purpose of the draws) -> (loss, scalars)
+
+    def d_main(self, real, part, purpose):
+        with torch.no_grad():
+            fake = self.g.synthesis(self._w_plus(part, purpose), self._noise())
+        real_logits, fake_logits = self.d(self._augment(real)), self.d(self._augment(fake))
+        if self.ada:
+            self.ada.observe(real_logits)
+        loss = d_logistic(real_logits, fake_logits)
+        return loss, {"loss_d": loss, "real": real_logits.mean(), "fake": fake_logits.mean(),
+                      "real_sign": real_logits.sign().mean()}
+
+    def d_reg(self, real, part, purpose):
+        real = real.detach().requires_grad_(True)
+        r1 = r1_penalty(self.d(self._augment(real)), real)
+        return r1 * (self.config.r1_gamma / 2 * self.config.r1_every), {"r1": r1}
+
+    def g_main(self, real, part, purpose):
+        fake = self.g.synthesis(self._w_plus(part, purpose), self._noise())
+        with frozen(self.d):
+            loss = g_nonsaturating(self.d(self._augment(fake)))
+        return loss, {"loss_g": loss}
+
+    def g_reg(self, real, part, purpose):
+        w_plus = self._w_plus(part, purpose)
+        w_plus = w_plus[: max(1, len(w_plus) // self.config.path_shrink)]
+        images = self.g.synthesis(w_plus, self._noise())
+        noise = self._draw("path", lambda g, n: torch.randn(n, *images.shape[1:], generator=g))[part][: len(w_plus)]
+        lengths = path_lengths(images, w_plus, noise)
+        mean = distributed.all_reduce_sum(lengths.mean()) / self.world
+        self.path_mean = torch.lerp(self.path_mean, mean, self.config.path_decay)
+        penalty = (lengths - self.path_mean).square().mean()
+        return penalty * (self.config.path_weight * self.config.path_every), {"path_length": lengths.mean()}
+
+    # ---- Draws
+
+    def _draw(self, purpose: str, draw) -> torch.Tensor:
+        """This rank's rows of draw(generator, global batch), the same whatever the number of ranks."""
+        key = f"{self.config.seed} {self.images_seen} {purpose}".encode()
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7]))
+        return draw(generator, self.global_batch)[self.rank::self.world].to(self.device)
+
+    def _w_plus(self, part: slice, purpose: str) -> torch.Tensor:
+        """W+ codes [micro-batch, L, D] of random z, with the mixing of two styles."""
+        dim, layers = self.config.style_dim, self.config.model().n_latent
+        z = self._draw(purpose + " z", lambda g, n: torch.randn(n, 2, dim, generator=g))[part]
+        crossover = self._draw(purpose + " mix", lambda g, n: torch.where(
+            torch.rand(n, generator=g) < self.config.mixing, torch.randint(1, layers, (n,), generator=g), layers))[part]
+        return self.g.mix_styles(self.g.mapping(z[:, 0]), self.g.mapping(z[:, 1]), crossover)
+
+    def _noise(self) -> str:
+        return self.config.noise
+
+    def _augment(self, images: torch.Tensor) -> torch.Tensor:
+        return self.ada(images, self.rng) if self.ada else images
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        half_life = self.config.ema_kimg * 1000
+        if self.config.ema_rampup:
+            half_life = min(half_life, self.images_seen * self.config.ema_rampup)
+        keep = 0.5 ** (self.global_batch / max(half_life, 1e-8))
+        torch._foreach_lerp_(list(self.g_ema.parameters()), list(self.g.parameters()), 1 - keep)
+
+    # ---- State
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {"generator": self.g, "generator_ema": self.g_ema, "discriminator": self.d}
+
+    def state(self) -> dict:
+        """Collective. Everything but the weights that a resumed run needs."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {"g_opt": self.g_opt.state_dict(), "d_opt": self.d_opt.state_dict(), "path_mean": self.path_mean,
+                "ada": self.ada.state_dict() if self.ada else None, "images_seen": self.images_seen,
+                "rng": distributed.gather((self.rng.get_state(), torch.get_rng_state(), cuda))}
+
+    def load_state(self, state: dict) -> None:
+        self.g_opt.load_state_dict(state["g_opt"])
+        self.d_opt.load_state_dict(state["d_opt"])
+        self.path_mean = state["path_mean"].to(self.device)
+        self.images_seen = state["images_seen"]
+        if self.ada and state["ada"]:
+            self.ada.load_state_dict(state["ada"])
+        if len(state["rng"]) == self.world:                        # another number of ranks starts new streams
+            ours, default, cuda = state["rng"][self.rank]
+            self.rng.set_state(ours)
+            torch.set_rng_state(default)
+            if cuda is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(cuda, self.device)
+
+
+def lazy_adam(net: torch.nn.Module, lr: float, every: int) -> torch.optim.Adam:
+    """Adam (0, 0.99), corrected for the extra steps of a regulariser that runs every `every` steps (Karras 2020, B)."""
+    ratio = every / (every + 1) if every else 1
+    return torch.optim.Adam(net.parameters(), lr=lr * ratio, betas=(0.0, 0.99**ratio), eps=1e-8)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+
+def train(config: TrainConfig, data: Path, out: Path, device: torch.device) -> None:
+    """Train until config.kimg. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite."""
+    # ---- Set up
+    dataset, held_out = SliceDataset(data, "train"), SliceDataset(data, "val", check=False)
+    if dataset.size != config.size:
+        raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices but --size is {config.size}: prepare "
+                           f"it with --size {config.size}, or choose another preset")
+    trainer = Trainer(config, device)
+    meta = {"kind": "gan", "config": dataclasses.asdict(config), "model": dataclasses.asdict(config.model()),
+            "data": {key: dataset.manifest[key] for key in ("digest", "counts", "settings")}}
+    snapshot = start_run(out, meta, trainer.modules())
+    if snapshot is not None:
+        trainer.load_state(snapshot.state)
+        distributed.print0(f"Resuming at {trainer.images_seen / 1000:g} kimg")
+    distributed.check_same_state(trainer.g)
+    log = RunLog(out)
+    batches = image_batches(dataset, config.batch, config.seed, config.workers, trainer.images_seen)
+    val_hu = all_slices(held_out)
+    if snapshot is None and distributed.is_main():
+        save_hu_grid(out / "real.png", val_hu[:: max(1, len(val_hu) // 32)][:32].numpy())
+    distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; "
+                       f"{trainer.world} x {config.batch} images a step in {trainer.g.compute_dtype} on {device}")
+
+    # ---- Train
+    batch, since_tick = trainer.global_batch, 0
+    while trainer.images_seen < config.kimg * 1000:
+        before = trainer.images_seen
+        real = encode(next(batches).to(device, non_blocking=True).float())
+        stats = trainer.step(real, before // batch)
+        log.add(**stats)
+        since_tick += batch
+        done = trainer.images_seen >= config.kimg * 1000
+
+        def due(kimg, before=before, done=done):
+            return done or before // (kimg * 1000) < trainer.images_seen // (kimg * 1000)
+
+        if due(config.tick_kimg):
+            extra = {"ada_p": trainer.ada.p, "r_t": trainer.ada.r_t} if trainer.ada else {}
+            if due(config.grid_kimg):
+                extra["swd"] = write_samples(trainer, val_hu, out)
+            row = log.tick(trainer.images_seen, device, since_tick, **extra)
+            since_tick = 0
+            if not all(math.isfinite(value) for value in row.values()):
+                raise FloatingPointError(f"training diverged at {trainer.images_seen} images: {row}")
+        if due(config.snapshot_kimg):
+            state = trainer.state()
+            if distributed.is_main():
+                checkpoint.save_snapshot(out, trainer.images_seen, trainer.modules(), state, meta)
+            distributed.barrier()
+    log.close()
+
+
+def all_slices(dataset: SliceDataset) -> torch.Tensor:
+    """HU of a whole split: float32 [M, N, N]."""
+    return torch.stack([dataset[i]["hu"] for i in range(len(dataset))]).float()
+
+
+@torch.no_grad()
+def write_samples(trainer: Trainer, val_hu: torch.Tensor, out: Path) -> float:
+    """Collective in name only (rank 0 works): a grid of samples, and the distance to held-out slices, HU."""
+    if not distributed.is_main():
+        return 0.0
+    generator = torch.Generator().manual_seed(trainer.config.seed)
+    samples = []
+    for _ in range(-(-max(32, min(len(val_hu), 512)) // 32)):
+        z = torch.randn(32, trainer.config.style_dim, generator=generator).to(trainer.device)
+        samples.append(decode(trainer.g_ema(z, noise="const")).cpu())
+    samples = torch.cat(samples)
+    save_hu_grid(out / f"samples-{trainer.images_seen // 1000:06d}.png", samples[:32].numpy())
+    return sliced_wasserstein(val_hu, samples[: len(val_hu)])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command
+
+def main(argv: list[str] | None = None) -> int:
+    def arguments(parser):
+        parser.add_argument("--data", "--data_path", type=Path, required=True,
+                            help="database made by prepare.py, or a folder of scans (prepared on the fly)")
+        parser.add_argument("--out", type=Path, default=Path("runs/gan"), help="run folder; an unfinished run goes on")
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+
+    config, args = parse(__doc__, PRESETS, arguments, argv)
+    if args.dry_run:
+        print(json.dumps(dataclasses.asdict(config), indent=2))
+        return 0
+    try:
+        device = distributed.pick_device(args.device)
+        distributed.init(device)
+        train(config, ensure_database(args.data, args.out, config.size), args.out, device)
+    except FloatingPointError as error:
+        print(f"error: {error}\nThe last good snapshot is kept in {args.out}.", file=sys.stderr)
+        return 4
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.cleanup()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""Train the inversion encoder: image to W+ code, the generator frozen (in-domain inversion, Zhu et al. 2020, ECCV).
+
+    python train_encoder.py --data healthy.lmdb --gan runs/gan --out runs/encoder --preset ct128
+    torchrun --nproc-per-node=8 train_encoder.py --data healthy.lmdb --gan runs/gan --out runs/encoder
+
+First epochs: perceptual loss only. Then perceptual + adversarial + in-domain, with the discriminator trained on real
+against reconstructed slices. After every epoch PSNR and HU error in the brain of held-out scans. The same command
+goes on from the last snapshot. Exit codes: 0 done, 2 wrong usage, 4 diverged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import distributed
+from augment import random_flip, warp
+from config import option, parse
+from ct.picture import save_hu_grid
+from ct.window import decode, encode
+from dataset import DatasetError, SliceDataset, image_batches
+from losses import build_perceptual, d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
+from model import Discriminator, Encoder, Generator, ModelConfig
+from preprocess import ensure_database
+from runlog import RunLog, start_run
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    epochs: float = option(65, "passes over the training slices")
+    perceptual_epochs: float = option(5, "of these, first with the perceptual loss alone")
+    batch: int = option(8, "images a step on each rank")
+    lr: float = option(1e-4, "Adam's learning rate of the encoder")
+    lr_discriminator: float = option(1e-5, "and of the discriminator")
+    adversarial: float = option(0.05, "weight of the adversarial loss")
+    domain: float = option(1.0, "weight of the in-domain loss: code of the image against code of its reconstruction")
+    r1_gamma: float = option(10, "weight of the R1 penalty")
+    r1_every: int = option(16, "steps between R1 penalties")
+    perceptual: str = option("discriminator", "features of the trained discriminator, or LPIPS-VGG (needs --vgg16)",
+                             ("discriminator", "lpips"))
+    erase: float = option(0.25, "probability of a random rectangle blanked in the encoder's input only")
+    rotate: float = option(0.25, "probability of a rotation up to 45 degrees")
+    flip: bool = option(True, "mirror half of the images")
+    seed: int = option(0, "seed of everything random")
+    precision: str = option("auto", "bf16 where the device is good at it", ("auto", "bf16", "fp32"))
+    workers: int = option(2, "loader processes a rank; 0 decodes in the main process")
+
+
+PRESETS = {
+    "paper512": EncoderConfig(),
+    "ct256": EncoderConfig(),
+    # Few slices and a small network: larger steps
+    "ct128": EncoderConfig(epochs=40, perceptual_epochs=3, lr=5e-4, lr_discriminator=5e-5, r1_gamma=1, workers=0),
+    "smoke32": EncoderConfig(epochs=4, perceptual_epochs=2, lr=1e-3, workers=0),
+}
+
+
+class EncoderTrainer:
+    """Encoder and discriminator against a frozen generator, and the two phases of a step."""
+
+    def __init__(self, config: EncoderConfig, gan: checkpoint.Snapshot, device: torch.device, vgg16=None, lpips=None):
+        self.config, self.device = config, device
+        torch.manual_seed(config.seed)                            # the same weights on every rank
+        model = ModelConfig(**gan.meta["model"])
+        self.g, self.d, critic = Generator(model), Discriminator(model), Discriminator(model)
+        gan.restore({"generator_ema": self.g, "discriminator": self.d})
+        gan.restore({"discriminator": critic})
+        self.g.requires_grad_(False)
+        self.e = Encoder(model)
+        dtype = distributed.pick_precision(config.precision, device)
+        for net in (self.g, self.d, self.e, critic):
+            net.to(device).compute_dtype = dtype
+        # The features that measure distance stay those of the GAN; the discriminator itself goes on learning.
+        self.perceptual = build_perceptual(config.perceptual, critic, vgg16, lpips).to(device)
+        self.e_opt = torch.optim.Adam(self.e.parameters(), lr=config.lr)
+        self.d_opt = torch.optim.Adam(self.d.parameters(), lr=config.lr_discriminator)
+        self.rng = torch.Generator().manual_seed(distributed.seed_for_rank(config.seed, distributed.get_rank()))
+
+    def reconstruct(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and reconstructions, with the generator's own noise buffers: they are part of the model."""
+        w_plus = self.e(images)
+        return w_plus, self.g.synthesis(w_plus, noise="const")
+
+    def step(self, real: torch.Tensor, index: int, full: bool) -> dict[str, torch.Tensor]:
+        """One step on real [B, 3, N, N]; `full` adds the adversarial and in-domain terms to the perceptual one."""
+        if self.config.flip:
+            real = random_flip(real, self.rng)
+        real = self._rotate(real)
+        stats = self._encoder_step(real, full)
+        if full:
+            stats |= self._discriminator_step(real, index)
+        return stats
+
+    def _encoder_step(self, real, full):
+        w_plus, fake = self.reconstruct(self._erase(real))
+        with torch.no_grad():
+            query = self.perceptual.features(self._reduced(real))
+        distance = self.perceptual.distance(query, self.perceptual.features(self._reduced(fake))).mean()
+        loss, stats = distance, {"perceptual": distance}
+        if full:
+            with frozen(self.d):
+                adversarial = g_nonsaturating(self.d(fake))
+            domain = in_domain(w_plus, self.e(fake))
+            loss = loss + self.config.adversarial * adversarial + self.config.domain * domain
+            stats |= {"adversarial": adversarial, "domain": domain}
+        self._update(self.e, self.e_opt, loss)
+        return stats
+
+    def _discriminator_step(self, real, index):
+        with torch.no_grad():
+            _, fake = self.reconstruct(real)
+        loss = d_logistic(self.d(real), self.d(fake))
+        self._update(self.d, self.d_opt, loss)
+        if index % self.config.r1_every == 0:
+            real = real.detach().requires_grad_(True)
+            penalty = r1_penalty(self.d(real), real)
+            self._update(self.d, self.d_opt, penalty * (self.config.r1_gamma / 2 * self.config.r1_every))
+        return {"loss_d": loss}
+
+    def _update(self, net, optimiser, loss):
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        distributed.average_gradients(net.parameters())
+        optimiser.step()
+
+    def _reduced(self, images: torch.Tensor) -> torch.Tensor:
+        """LPIPS looks at images reduced twofold, as released; the discriminator only knows its own size."""
+        return F.avg_pool2d(images, 2) if self.config.perceptual == "lpips" else images
+
+    def _rotate(self, images: torch.Tensor) -> torch.Tensor:
+        on = torch.rand(len(images), generator=self.rng) < self.config.rotate
+        if not on.any():
+            return images
+        angle = (2 * torch.rand(len(images), generator=self.rng) - 1) * math.pi / 4
+        return torch.where(on.to(images.device)[:, None, None, None], warp(images, rotations(angle, images.device)), images)
+
+    def _erase(self, images: torch.Tensor) -> torch.Tensor:
+        return erase(images, self.config.erase, self.rng)
+
+    @torch.no_grad()
+    def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:
+        """Mean PSNR (dB, over the three windows) and HU error in the brain, by scan; a grid of pairs as PNG."""
+        psnr, error, pairs = [], [], []
+        for s in range(len(dataset.scan_ids)):
+            scan = dataset.scan(s)
+            hu, brain = scan["hu"].float(), scan["brain"]
+            real = encode(hu)
+            fake = torch.cat([self.reconstruct(x.to(self.device))[1].cpu() for x in real.split(16)])
+            recon = decode(fake)
+            psnr.append((10 * torch.log10(4 / (fake.clamp(-1, 1) - real).square().mean((1, 2, 3)))).mean())
+            # The generator cannot draw beyond its windows: neither can the scan it is held against.
+            error.append((decode(real) - recon).abs()[brain].mean())
+            pick = torch.linspace(0, len(hu) - 1, 8).long()
+            pairs += [hu[pick], recon[pick]]
+        save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.cat(pairs).numpy(), columns=8)
+        return {"val_psnr_db": torch.stack(psnr).mean().item(), "val_error_hu": torch.stack(error).mean().item()}
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {"encoder": self.e, "discriminator": self.d, "generator": self.g}
+
+    def state(self, images_seen: int) -> dict:
+        """Collective."""
+        return {"e_opt": self.e_opt.state_dict(), "d_opt": self.d_opt.state_dict(), "images_seen": images_seen,
+                "rng": distributed.gather(self.rng.get_state())}
+
+    def load_state(self, state: dict) -> int:
+        self.e_opt.load_state_dict(state["e_opt"])
+        self.d_opt.load_state_dict(state["d_opt"])
+        if len(state["rng"]) == distributed.get_world_size():
+            self.rng.set_state(state["rng"][distributed.get_rank()])
+        return state["images_seen"]
+
+
+def rotations(angle: torch.Tensor, device) -> torch.Tensor:
+    """Angles [B] in radians -> the matrices [B, 3, 3] of augment.warp."""
+    c, s, o, i = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+    return torch.stack([c, -s, o, s, c, o, o, o, i], 1).reshape(-1, 3, 3).to(device)
+
+
+def erase(images: torch.Tensor, p: float, rng: torch.Generator) -> torch.Tensor:
+    """Random erasing (Zhong et al. 2020): with probability p a rectangle of 2-33 % of the area, sides up to 3.3:1,
+    is set to 0, the middle of every window. images [B, 3, N, N]."""
+    batch, _, height, width = images.shape
+    on, area, aspect, y, x = torch.rand(5, batch, generator=rng)
+    area = 0.02 + 0.31 * area
+    aspect = torch.exp((2 * aspect - 1) * math.log(3.3))
+    half_h = (area * aspect).sqrt().clamp(max=1) / 2
+    half_w = (area / aspect).sqrt().clamp(max=1) / 2
+    rows, cols = (torch.arange(n).add(0.5) / n for n in (height, width))
+    inside_y = (rows - (half_h + y * (1 - 2 * half_h))[:, None]).abs() < half_h[:, None]
+    inside_x = (cols - (half_w + x * (1 - 2 * half_w))[:, None]).abs() < half_w[:, None]
+    hole = (on < p)[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]
+    return images.masked_fill(hole[:, None].to(images.device), 0)
+
+
+def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch.device, vgg16=None, lpips=None) -> None:
+    """Train for config.epochs. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite."""
+    # ---- Set up
+    snapshot = checkpoint.load_snapshot(gan)
+    if snapshot.meta.get("kind") != "gan":
+        raise checkpoint.CheckpointError(f"--gan {gan}: not a run of train.py (kind {snapshot.meta.get('kind')!r})")
+    dataset, held_out = SliceDataset(data, "train"), SliceDataset(data, "val", check=False)
+    if dataset.size != snapshot.meta["model"]["size"]:
+        raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices, the GAN in {gan} draws "
+                           f"{snapshot.meta['model']['size']}: prepare it with that --size")
+    trainer = EncoderTrainer(config, snapshot, device, vgg16, lpips)
+    meta = {"kind": "encoder", "config": dataclasses.asdict(config), "model": snapshot.meta["model"],
+            "data": {key: dataset.manifest[key] for key in ("digest", "counts", "settings")},
+            "gan": {"step": snapshot.step, **snapshot.meta}}
+    resumed = start_run(out, meta, trainer.modules())
+    images_seen = trainer.load_state(resumed.state) if resumed else 0
+    distributed.check_same_state(trainer.e)
+    log = RunLog(out)
+    batch = config.batch * distributed.get_world_size()
+    batches = image_batches(dataset, config.batch, config.seed, config.workers, images_seen)
+    epoch_of = len(dataset)
+    distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; GAN at "
+                       f"{snapshot.step / 1000:g} kimg; {trainer.e.compute_dtype} on {device}")
+
+    # ---- Train
+    since_tick = 0
+    for index in itertools.count(images_seen // batch):
+        if images_seen >= config.epochs * epoch_of:
+            break
+        real = encode(next(batches).to(device).float())
+        log.add(**trainer.step(real, index, full=images_seen >= config.perceptual_epochs * epoch_of))
+        before, images_seen, since_tick = images_seen, images_seen + batch, since_tick + batch
+        if images_seen // epoch_of == before // epoch_of and images_seen < config.epochs * epoch_of:
+            continue
+        epoch = images_seen // epoch_of
+        quality = trainer.validate(held_out, out, epoch) if distributed.is_main() else {}
+        quality = distributed.gather(quality)[0]
+        row = log.tick(images_seen, device, since_tick, epoch=epoch, **quality)
+        since_tick = 0
+        if not all(math.isfinite(value) for value in row.values()):
+            raise FloatingPointError(f"training diverged in epoch {epoch}: {row}")
+        state = trainer.state(images_seen)
+        if distributed.is_main():
+            checkpoint.save_snapshot(out, images_seen, trainer.modules(), state, meta)
+        distributed.barrier()
+    log.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    def arguments(parser):
+        parser.add_argument("--data", "--data_path", type=Path, required=True,
+                            help="database made by prepare.py, or a folder of scans (prepared on the fly)")
+        parser.add_argument("--gan", type=Path, required=True, help="run folder of train.py")
+        parser.add_argument("--out", type=Path, default=Path("runs/encoder"), help="run folder; an unfinished run goes on")
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        parser.add_argument("--vgg16", type=Path, help="torchvision's vgg16 state dict, for --perceptual lpips")
+        parser.add_argument("--lpips", type=Path, help="the published linear weights of LPIPS-VGG; else all channels alike")
+
+    config, args = parse(__doc__, PRESETS, arguments, argv)
+    try:
+        device = distributed.pick_device(args.device)
+        distributed.init(device)
+        size = checkpoint.load_snapshot(args.gan).meta["model"]["size"]
+        data = ensure_database(args.data, args.out, size)
+        train(config, data, args.gan, args.out, device, args.vgg16, args.lpips)
+    except FloatingPointError as error:
+        print(f"error: {error}\nThe last good snapshot is kept in {args.out}.", file=sys.stderr)
+        return 4
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.cleanup()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
