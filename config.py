@@ -16,24 +16,9 @@ def option(default: Any, help: str, choices: tuple | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
-def parse(
-    description: str,
-    presets: dict[str, C],
-    add_arguments: Callable[[argparse.ArgumentParser], None],
-    argv: list[str] | None = None,
-) -> tuple[C, argparse.Namespace]:
-    """The preset of --preset with the given flags laid over it, and the other arguments.
-
-    Flags are the field names with dashes (`--r1-gamma`); the first preset is the default. argparse ends the
-    program with exit code 2 on wrong usage; a ValueError of the dataclass becomes the same.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)),
-                        help="where the values of all other options come from")
-    group = parser.add_argument_group("options of the preset")
-    kind = type(next(iter(presets.values())))
-    types = typing.get_type_hints(kind)
+def add_options(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
+    """A flag for every field of the dataclass `kind`, with dashes (`--r1-gamma`); none has a value until given."""
+    group, types = parser.add_argument_group(title), typing.get_type_hints(kind)
     for f in dataclasses.fields(kind):
         flag = "--" + f.name.replace("_", "-")
         if types[f.name] is bool:
@@ -42,9 +27,32 @@ def parse(
         else:
             group.add_argument(flag, type=types[f.name], default=argparse.SUPPRESS, choices=f.metadata["choices"],
                                help=f.metadata["help"])
+
+
+def given(args: argparse.Namespace, base: C) -> C:
+    """base with the fields replaced whose flags were given. Raises ValueError as the dataclass does."""
+    fields = {f.name: getattr(args, f.name) for f in dataclasses.fields(base) if hasattr(args, f.name)}
+    return dataclasses.replace(base, **fields)
+
+
+def parse(
+    description: str,
+    presets: dict[str, C],
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    argv: list[str] | None = None,
+) -> tuple[C, argparse.Namespace]:
+    """The preset of --preset with the given flags laid over it, and the other arguments.
+
+    The first preset is the default. argparse ends the program with exit code 2 on wrong usage; a ValueError of the
+    dataclass becomes the same.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)),
+                        help="where the values of all other options come from (default: %(default)s)")
+    add_options(parser, type(next(iter(presets.values()))), "options of the preset")
     args = parser.parse_args(argv)
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(kind) if hasattr(args, f.name)}
     try:
-        return dataclasses.replace(presets[args.preset], **given), args
+        return given(args, presets[args.preset]), args
     except ValueError as error:
         parser.error(str(error))

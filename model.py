@@ -207,7 +207,7 @@ class Generator(nn.Module):
         return [4] + [r for r in self.config.resolutions[1:] for _ in range(2)]
 
     def noise_maps(self, noise: str | list[torch.Tensor] | None, batch: int = 1) -> list[torch.Tensor | None]:
-        """'const': the checkpoint's own buffers; 'random': fresh; None: no noise; or one map [B or 1, 1, r, r] a layer."""
+        """'const': the own buffers; 'random': fresh; None: no noise; or one map [B or 1, 1, r, r] a layer."""
         if isinstance(noise, str):
             buffers = [getattr(self.noises, f"noise_{i}") for i in range(len(self.noise_sizes))]
             if noise == "const":

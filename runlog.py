@@ -76,6 +76,11 @@ def _short(value: float) -> float | int:
     return value if isinstance(value, int) else float(f"{value:.5g}")
 
 
+def load_optimiser(optimiser: torch.optim.Optimizer, state: dict) -> None:
+    """Take the moments of a saved state, but keep the learning rate and the like: those are today's flags."""
+    optimiser.load_state_dict({**state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
 def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> checkpoint.Snapshot | None:
     """Collective. Open the run folder and, if it holds snapshots, load the last one's weights into modules.
 

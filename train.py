@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -32,7 +33,7 @@ from losses import d_logistic, frozen, g_nonsaturating, path_lengths, r1_penalty
 from model import Discriminator, Generator, ModelConfig
 from preprocess import ensure_database
 from quality import sliced_wasserstein
-from runlog import RunLog, start_run
+from runlog import RunLog, load_optimiser, start_run
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ class Trainer:
                     stats.setdefault(key, []).append(value.detach())
             distributed.average_gradients(net.parameters())
             optimiser.step()
+            if name == "g_reg":
+                self._update_path_mean(stats["path_length"])
         self.images_seen += self.global_batch
         self._update_ema()
         if self.ada:
@@ -184,8 +187,6 @@ class Trainer:
         images = self.g.synthesis(w_plus, self._noise())
         noise = self._draw("path", lambda g, n: torch.randn(n, *images.shape[1:], generator=g))[part][: len(w_plus)]
         lengths = path_lengths(images, w_plus, noise)
-        mean = distributed.all_reduce_sum(lengths.mean()) / self.world
-        self.path_mean = torch.lerp(self.path_mean, mean, self.config.path_decay)
         penalty = (lengths - self.path_mean).square().mean()
         return penalty * (self.config.path_weight * self.config.path_every), {"path_length": lengths.mean()}
 
@@ -211,6 +212,11 @@ class Trainer:
     def _augment(self, images: torch.Tensor) -> torch.Tensor:
         return self.ada(images, self.rng) if self.ada else images
 
+    def _update_path_mean(self, lengths: list[torch.Tensor]) -> None:
+        """Collective. Once a step, so that neither ranks nor micro-batches change what it becomes."""
+        mean = distributed.all_reduce_sum(torch.stack(lengths).mean()) / self.world
+        self.path_mean = torch.lerp(self.path_mean, mean, self.config.path_decay)
+
     @torch.no_grad()
     def _update_ema(self) -> None:
         half_life = self.config.ema_kimg * 1000
@@ -232,8 +238,8 @@ class Trainer:
                 "rng": distributed.gather((self.rng.get_state(), torch.get_rng_state(), cuda))}
 
     def load_state(self, state: dict) -> None:
-        self.g_opt.load_state_dict(state["g_opt"])
-        self.d_opt.load_state_dict(state["d_opt"])
+        load_optimiser(self.g_opt, state["g_opt"])
+        load_optimiser(self.d_opt, state["d_opt"])
         self.path_mean = state["path_mean"].to(self.device)
         self.images_seen = state["images_seen"]
         if self.ada and state["ada"]:
@@ -272,6 +278,8 @@ def train(config: TrainConfig, data: Path, out: Path, device: torch.device) -> N
     distributed.check_same_state(trainer.g)
     log = RunLog(out)
     batches = image_batches(dataset, config.batch, config.seed, config.workers, trainer.images_seen)
+    with torch.random.fork_rng(devices=[]):   # a loader that starts takes a number from the stream of the noise maps
+        batches = itertools.chain([next(batches)], batches)
     val_hu = all_slices(held_out)
     if snapshot is None and distributed.is_main():
         save_hu_grid(out / "real.png", val_hu[:: max(1, len(val_hu) // 32)][:32].numpy())

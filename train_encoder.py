@@ -30,7 +30,7 @@ from dataset import DatasetError, SliceDataset, image_batches
 from losses import build_perceptual, d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
 from model import Discriminator, Encoder, Generator, ModelConfig
 from preprocess import ensure_database
-from runlog import RunLog, start_run
+from runlog import RunLog, load_optimiser, start_run
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class EncoderConfig:
     adversarial: float = option(0.05, "weight of the adversarial loss")
     domain: float = option(1.0, "weight of the in-domain loss: code of the image against code of its reconstruction")
     r1_gamma: float = option(10, "weight of the R1 penalty")
-    r1_every: int = option(16, "steps between R1 penalties")
+    r1_every: int = option(16, "steps between R1 penalties; 0: never")
     perceptual: str = option("discriminator", "features of the trained discriminator, or LPIPS-VGG (needs --vgg16)",
                              ("discriminator", "lpips"))
     erase: float = option(0.25, "probability of a random rectangle blanked in the encoder's input only")
@@ -119,7 +119,7 @@ class EncoderTrainer:
             _, fake = self.reconstruct(real)
         loss = d_logistic(self.d(real), self.d(fake))
         self._update(self.d, self.d_opt, loss)
-        if index % self.config.r1_every == 0:
+        if self.config.r1_every and index % self.config.r1_every == 0:
             real = real.detach().requires_grad_(True)
             penalty = r1_penalty(self.d(real), real)
             self._update(self.d, self.d_opt, penalty * (self.config.r1_gamma / 2 * self.config.r1_every))
@@ -140,7 +140,8 @@ class EncoderTrainer:
         if not on.any():
             return images
         angle = (2 * torch.rand(len(images), generator=self.rng) - 1) * math.pi / 4
-        return torch.where(on.to(images.device)[:, None, None, None], warp(images, rotations(angle, images.device)), images)
+        turned = warp(images, rotations(angle, images.device))
+        return torch.where(on.to(images.device)[:, None, None, None], turned, images)
 
     def _erase(self, images: torch.Tensor) -> torch.Tensor:
         return erase(images, self.config.erase, self.rng)
@@ -172,8 +173,8 @@ class EncoderTrainer:
                 "rng": distributed.gather(self.rng.get_state())}
 
     def load_state(self, state: dict) -> int:
-        self.e_opt.load_state_dict(state["e_opt"])
-        self.d_opt.load_state_dict(state["d_opt"])
+        load_optimiser(self.e_opt, state["e_opt"])
+        load_optimiser(self.d_opt, state["d_opt"])
         if len(state["rng"]) == distributed.get_world_size():
             self.rng.set_state(state["rng"][distributed.get_rank()])
         return state["images_seen"]
@@ -201,7 +202,8 @@ def erase(images: torch.Tensor, p: float, rng: torch.Generator) -> torch.Tensor:
     return images.masked_fill(hole[:, None].to(images.device), 0)
 
 
-def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch.device, vgg16=None, lpips=None) -> None:
+def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch.device, vgg16=None,
+          lpips=None) -> None:
     """Train for config.epochs. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite."""
     # ---- Set up
     snapshot = checkpoint.load_snapshot(gan)
@@ -254,10 +256,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--data", "--data_path", type=Path, required=True,
                             help="database made by prepare.py, or a folder of scans (prepared on the fly)")
         parser.add_argument("--gan", type=Path, required=True, help="run folder of train.py")
-        parser.add_argument("--out", type=Path, default=Path("runs/encoder"), help="run folder; an unfinished run goes on")
+        parser.add_argument("--out", type=Path, default=Path("runs/encoder"),
+                            help="run folder; an unfinished run goes on")
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         parser.add_argument("--vgg16", type=Path, help="torchvision's vgg16 state dict, for --perceptual lpips")
-        parser.add_argument("--lpips", type=Path, help="the published linear weights of LPIPS-VGG; else all channels alike")
+        parser.add_argument("--lpips", type=Path, help="the linear weights of LPIPS-VGG; else all channels weigh alike")
 
     config, args = parse(__doc__, PRESETS, arguments, argv)
     try:

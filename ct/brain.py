@@ -23,7 +23,8 @@ SEALS_MM = (4.0, 6.5, 9.0, 13.0)  # gaps up to twice this are closed; the first 
 MIN_PLATE = 0.03                # a bone counts as skull from this share of the largest one's volume
 MIN_SEED = 0.4                  # the skull is closed when a chamber fills this share of its largest outline
 HOLDS = 0.75                    # a seal holds when this share of the neighbour's area is found again
-FAT_HU = -8.0                   # below: fat or air (grey pictures clip both to -20)
+FAT_HU = -8.0                   # below: fat or air
+FAT_BLUR_MM = 0.7               # so that noise in CSF is not taken for fat
 REACH_MM = 2.0                  # how far a mask may spread from slice to slice, besides the slices' distance
 MIN_OVERLAP = 0.6               # share of a chamber that must lie where its neighbour's mask lies
 MAX_FAT_CONTACT = 0.25          # share of a chamber's border that may be fat or air
@@ -54,6 +55,11 @@ def bone_threshold(scan: Scan) -> float:
     return float(min(110.0, scan.saturation_hu[1] - 6.0))
 
 
+def fat_threshold(scan: Scan) -> float:
+    """HU below which a pixel counts as fat or air; above where a narrow window clips them to (0..80 HU: 0)."""
+    return float(max(FAT_HU, scan.saturation_hu[0] + 3.0))
+
+
 def estimate_pixel_mm(scan: Scan) -> float:
     """Pixel size in mm for scans that do not tell it: the skull's convex hull, taken for an adult's.
 
@@ -62,7 +68,8 @@ def estimate_pixel_mm(scan: Scan) -> float:
     """
     step = max(1, max(scan.hu.shape[1:]) // 128)
     hu = scan.hu[:, ::step, ::step]
-    areas = [_hull((image >= bone_threshold(scan)) & _largest(_open(image > FAT_HU, 2.0))).sum() for image in hu]
+    heads = [_largest(_open(image > fat_threshold(scan), 2.0)) for image in hu]
+    areas = [_hull((image >= bone_threshold(scan)) & head).sum() for image, head in zip(hu, heads)]
     area = np.percentile(areas, 90) * step**2   # the jaw's hull can be larger than the vault's
     if area < MIN_SKULL_SHARE * scan.hu[0].size:
         raise ScanError(_no_head(scan, "no skull"))
@@ -84,7 +91,7 @@ def _skull(bone: np.ndarray) -> np.ndarray:
 
 def _follow(hu: np.ndarray, bone: np.ndarray, skull: np.ndarray, scan: Scan) -> np.ndarray:
     """Mask at working resolution: from the largest chamber up to the vertex and down to the foramen magnum."""
-    fat = _fat(hu)
+    fat = ndi.gaussian_filter(hu, (0, FAT_BLUR_MM / WORK_MM, FAT_BLUR_MM / WORK_MM)) < fat_threshold(scan)
     soft = ~bone & ~fat
     inside, hull, seeds = _enclose(soft, skull)
     start = int(np.argmax([seed.sum() for seed in seeds]))
@@ -123,11 +130,6 @@ def _enclose(soft: np.ndarray, skull: np.ndarray) -> tuple[np.ndarray, np.ndarra
         if max(seed.sum() for seed in seeds) >= MIN_SEED * np.percentile(hull.sum(axis=(1, 2)), 90):
             break
     return inside, hull, seeds
-
-
-def _fat(hu: np.ndarray) -> np.ndarray:
-    """Fat and air; lightly smoothed, so that noise in CSF is not taken for it."""
-    return ndi.gaussian_filter(hu, (0, 0.7 / WORK_MM, 0.7 / WORK_MM)) < FAT_HU
 
 
 def _chambers(soft: np.ndarray, seal_mm: float) -> list[np.ndarray]:

@@ -24,6 +24,31 @@ def tile(pictures: np.ndarray, columns: int) -> np.ndarray:
     return np.concatenate([np.concatenate(list(row), axis=1) for row in grid], axis=0)
 
 
-def save_hu_grid(path: Path, hu: np.ndarray, columns: int = 8, window_hu: tuple[float, float] = BRAIN_WINDOW_HU) -> None:
+def save_hu_grid(path: Path, hu: np.ndarray, columns: int = 8,
+                 window_hu: tuple[float, float] = BRAIN_WINDOW_HU) -> None:
     """Write slices hu [B, N, N] as one PNG contact sheet."""
     Image.fromarray(tile(grey(hu, window_hu), columns)).save(path)
+
+
+def residual_colours(residual_hu: np.ndarray, full_hu: float = 30.0) -> np.ndarray:
+    """Signed residual [H, W] -> RGB uint8: black at 0, towards red and yellow where denser, blue where thinner."""
+    strength = np.clip(np.abs(residual_hu) / full_hu, 0, 1)
+    first, second = np.minimum(1, 2 * strength), np.maximum(0, 2 * strength - 1)
+    dense = np.stack([first, second, 0 * strength], -1)
+    thin = np.stack([second / 2, second, first], -1)
+    return (np.where(residual_hu[..., None] > 0, dense, thin) * 255 + 0.5).astype(np.uint8)
+
+
+def overlay_panels(query_hu: np.ndarray, reconstruction_hu: np.ndarray, residual_hu: np.ndarray, lesion: np.ndarray,
+                   side: int = 360) -> Image.Image:
+    """One slice as four panels: query, closest normal, residual, and the query with the lesion mask in red.
+
+    All [H, W]; a panel's longer side is reduced to `side` pixels if it is longer.
+    """
+    query = np.repeat(grey(query_hu)[..., None], 3, -1)
+    marked = query.copy()
+    marked[lesion] = (0.55 * marked[lesion] + 0.45 * np.array([255, 40, 30])).astype(np.uint8)
+    normal = np.repeat(grey(reconstruction_hu)[..., None], 3, -1)
+    row = Image.fromarray(np.concatenate([query, normal, residual_colours(residual_hu), marked], 1))
+    scale = min(1.0, side / max(query.shape[:2]))
+    return row.resize((round(row.width * scale), round(row.height * scale)), Image.Resampling.LANCZOS)

@@ -42,7 +42,7 @@ class StandardiseSettings:
     """
 
     size: int = 256
-    head_fraction: float = 0.63
+    head_fraction: float = 0.68
     hu_clip: tuple[float, float] = (-20.0, 180.0)
     remove_outside: bool = True
     margin_mm: float = 12.0

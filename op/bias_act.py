@@ -8,7 +8,9 @@ import torch.nn.functional as F
 SQRT2 = 2**0.5
 
 
-def bias_act(x: torch.Tensor, bias: torch.Tensor | None = None, slope: float = 0.2, gain: float = SQRT2) -> torch.Tensor:
+def bias_act(
+    x: torch.Tensor, bias: torch.Tensor | None = None, slope: float = 0.2, gain: float = SQRT2
+) -> torch.Tensor:
     """gain * leaky_relu(x + bias). x [B, C, ...], bias [C] or None; keeps x's dtype; differentiable to any order.
 
     Leaky ReLU is positively homogeneous, so the gain (which must be positive) is folded into the addition: two

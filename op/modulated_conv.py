@@ -19,12 +19,13 @@ def modulated_conv2d(
 
     y is not yet demodulated: the caller folds the factor into its next pass. Padding k // 2; with `upsample` a
     transposed convolution of stride 2 without padding (H' = 2 H + k - 2), to be blurred by the caller. The factor
-    is computed in float32 whatever x's dtype is.
+    is computed in float32 (float64 for a double weight) whatever x's dtype is.
     """
     factor = None
     if demodulate:
-        energy = weight.float().square().sum((2, 3))                          # (O, I)
-        factor = torch.rsqrt(style.float().square() @ energy.t() + 1e-8)      # (B, O)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        energy = weight.to(wide).square().sum((2, 3))                         # (O, I)
+        factor = torch.rsqrt(style.to(wide).square() @ energy.t() + 1e-8)     # (B, O)
         factor = factor[:, :, None, None].to(x.dtype)
     x = x * style[:, :, None, None].to(x.dtype)
     weight = weight.to(x.dtype)

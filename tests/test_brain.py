@@ -34,9 +34,9 @@ def edited(scan: Scan, hu: np.ndarray, **changes) -> Scan:
     return dataclasses.replace(scan, hu=hu.astype(np.float32), **changes)
 
 
-def saturated(scan: Scan) -> Scan:
+def saturated(scan: Scan, low: float = -20.0, high: float = 100.0) -> Scan:
     """As a grey picture of the brain window gives it: clipped, and without pixel spacing."""
-    return edited(scan, np.clip(scan.hu, -20, 100), saturation_hu=(-20.0, 100.0), pixel_spacing_mm=None)
+    return edited(scan, np.clip(scan.hu, low, high), saturation_hu=(low, high), pixel_spacing_mm=None)
 
 
 def test_brain_of_a_synthetic_head_is_found():
@@ -46,9 +46,10 @@ def test_brain_of_a_synthetic_head_is_found():
     assert dice(mask, truth) > 0.95
 
 
-def test_saturated_window_without_spacing_gives_the_same_brain():
+@pytest.mark.parametrize("window", [(-20.0, 100.0), (0.0, 80.0)])
+def test_saturated_window_without_spacing_gives_the_same_brain(window):
     scan, truth = head()
-    mask = brain_mask(saturated(scan))
+    mask = brain_mask(saturated(scan, *window))
     assert dice(mask, truth) > 0.95
     assert dice(mask, brain_mask(scan)) > 0.97
 

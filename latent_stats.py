@@ -1,0 +1,319 @@
+"""Latent statistics of healthy slices and the calibration on held-out healthy scans: writes the model bundle.
+
+    python latent_stats.py --data healthy.lmdb --encoder runs/encoder --out models/mine --preset ct256
+
+The encoder's codes of the training slices, plain and augmented, give mean and principal components by position below
+the vertex (latent.py). Every held-out scan is then projected just as projector.py will project, and its scores are
+kept: they turn a new scan's score into a percentile and a threshold. One process; not for torchrun.
+Exit codes: 0 done, 2 wrong usage.
+
+The bundle's discriminator is that of the encoder run, as in the released checkpoint: the GAN's, trained on against the
+encoder's reconstructions. Its features measure the projection's distance, so the calibration holds for this one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import anomaly
+import checkpoint
+import distributed
+from augment import random_flip, warp
+from config import option, parse
+from ct.window import decode, encode
+from dataset import SliceDataset
+from latent import DEFAULT_CODES, LatentStats
+from model import Discriminator, Encoder, Generator, ModelConfig
+from preprocess import ensure_database
+from projection import ProjectionSettings, perceptual_for, project
+
+ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
+MAX_REACH_MM = 20.0                   # a position with few codes borrows from no further
+FPR = 0.05                            # of the stored thresholds
+LARGE_MB = 25.0                       # beyond this a bundle is too large to be committed
+
+
+@dataclass(frozen=True)
+class StatsConfig(ProjectionSettings):
+    """How the statistics are made, and the settings of the projection that the bundle is calibrated for."""
+
+    components: int = option(16, "principal components kept a position and layer; the rest share one variance")
+    passes: int = option(5, "codes of every slice: one as it is, the others augmented")
+    positions: int = option(32, "positions, from the vertex down; those that no healthy slice reaches are left out")
+    spacing_mm: float = option(5.0, "from position to position, mm")
+    neighbour_mm: float = option(7.5, "a position uses the slices within this, mm")
+    calibrate: str = option("val", "project the held-out scans, or leave the bundle without healthy scores",
+                            ("val", "none"))
+    seed: int = option(0, "seed of the augmentation")
+    batch: int = option(32, "slices in the networks at a time: memory, not results")
+    precision: str = option("auto", "bf16 where the device is good at it", ("auto", "bf16", "fp32"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("components", "passes", "positions", "spacing_mm", "neighbour_mm", "batch"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')}: must be above 0, got {getattr(self, name)}")
+
+    def projection(self) -> ProjectionSettings:
+        return ProjectionSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ProjectionSettings)})
+
+
+PRESETS = {
+    "paper512": StatsConfig(components=512),
+    "ct256": StatsConfig(),
+    "ct128": StatsConfig(),
+    "smoke32": StatsConfig(components=4, passes=3, steps_latent=3, steps_noise=3),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Statistics
+
+@torch.no_grad()
+def encode_slices(encoder: Encoder, dataset: SliceDataset, passes: int, batch: int, rng: torch.Generator
+                  ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes w_plus float32 [passes * M, L, D] of all M slices, and their mm below the vertex [passes * M]; on the CPU.
+
+    The first pass takes the slices as they are, because so does a projection; the others are augmented.
+    """
+    device = next(encoder.parameters()).device
+    codes, positions = [], []
+    for number in range(passes):
+        for first in range(0, len(dataset), batch):
+            slices = [dataset[i] for i in range(first, min(first + batch, len(dataset)))]
+            images = encode(torch.stack([one["hu"] for one in slices]).to(device))
+            codes.append(encoder(augmented(images, rng) if number else images).cpu())
+            positions += [one["below_vertex_mm"] for one in slices]
+    return torch.cat(codes), torch.tensor(positions)
+
+
+def augmented(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Half of images [B, 3, N, N] mirrored, half turned by up to ROTATE_DEG either way; within [-1, 1]."""
+    on = torch.rand(len(images), generator=rng) < ROTATE_P
+    angle = on * (2 * torch.rand(len(images), generator=rng) - 1) * math.radians(ROTATE_DEG)
+    turn = torch.eye(3).repeat(len(images), 1, 1)
+    turn[:, 0, 0] = turn[:, 1, 1] = angle.cos()
+    turn[:, 1, 0], turn[:, 0, 1] = angle.sin(), -angle.sin()
+    images = random_flip(images, rng)
+    turned = warp(images, turn.to(images.device)).clamp(-1, 1)            # bicubic overshoots at the skull
+    return torch.where(on.to(images.device)[:, None, None, None], turned, images)
+
+
+def fit(w_plus: torch.Tensor, below_vertex_mm: torch.Tensor, config: StatsConfig) -> LatentStats:
+    """Statistics at every position that has enough codes within reach; says which have not, and leaves them out.
+
+    Slices there use the nearest position. Raises ValueError naming the flag when no position is left.
+    """
+    if config.components > w_plus.shape[-1]:
+        raise ValueError(f"--components {config.components}: the codes of this encoder have {w_plus.shape[-1]} numbers")
+    needed = max(2 * config.components, DEFAULT_CODES)
+    positions = [i * config.spacing_mm for i in range(config.positions)]
+    found = [int(((below_vertex_mm - position).abs() <= MAX_REACH_MM).sum()) for position in positions]
+    kept = [position for position, codes in zip(positions, found) if codes >= needed]
+    for position, codes in zip(positions, found):
+        if codes < needed:
+            print(f"{position:g} mm below the vertex: left out, {codes} codes within {MAX_REACH_MM:g} mm, {needed} "
+                  "needed; slices there use the nearest position")
+    if not kept:
+        raise ValueError(f"--components {config.components}: needs {needed} codes within {MAX_REACH_MM:g} mm of a "
+                         f"position, found {max(found)} at most; lower it, raise --passes, or add healthy scans")
+    return LatentStats.fit(w_plus, below_vertex_mm, kept, config.components, config.neighbour_mm, config.passes,
+                           min_codes=needed, max_reach_mm=MAX_REACH_MM)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Calibration
+
+def calibrate(bundle: checkpoint.Bundle, held_out: SliceDataset, settings: ProjectionSettings,
+              perceptual: torch.nn.Module, batch: int) -> dict:
+    """Project the held-out healthy scans and keep what a new scan is compared with. JSON-able:
+
+    split, scans   'val', and the ids of its scans
+    scan_scores    by each of anomaly.SCAN_SCORES, in the order of `scans`
+    slice_scores   one dict a slice: scan (index into `scans`), below_vertex_mm, score
+    threshold      by each of anomaly.SCAN_SCORES, exceeded by a healthy scan with probability `fpr` at most; None
+                   where there are too few scans, with the `reason`
+    error_hu       mean absolute error of the reconstruction in the brain, HU, mean over scans: of the encoder's
+                   own, and of the projection's (after the noise maps)
+    precision      of the networks
+    """
+    scan_scores: dict[str, list[float]] = {how: [] for how in anomaly.SCAN_SCORES}
+    slice_scores, errors = [], []
+    for s, scan_id in enumerate(held_out.scan_ids):
+        scan = held_out.scan(s)
+        hu, brain, positions = scan["hu"].float(), scan["brain"], scan["below_vertex_mm"].tolist()
+        result = project(hu, brain, positions, bundle, perceptual, settings, batch)
+        slice_scores += [{"scan": s, "below_vertex_mm": round(mm, 3), "score": score}
+                         for mm, score in zip(positions, result.slice_scores.tolist())]
+        for how in anomaly.SCAN_SCORES:
+            scan_scores[how].append(result.scan_score(how))
+        visible = decode(encode(hu))                          # a generator can draw no more than the windows show
+        errors.append([(visible - drawn).abs()[brain].mean().item()
+                       for drawn in (encoder_reconstruction(bundle, hu, batch), result.reconstruction)])
+        print(f"{scan_id}: {len(hu)} slices, {sum(result.seconds.values()):.0f} s, "
+              + ", ".join(f"{how} {scan_scores[how][s]:.3g}" for how in anomaly.SCAN_SCORES)
+              + f", error {errors[s][0]:.2f} HU from the encoder, {errors[s][1]:.2f} HU projected", flush=True)
+    mean_error = torch.tensor(errors).mean(0).tolist()
+    return {"split": "val", "scans": held_out.scan_ids, "scan_scores": scan_scores, "slice_scores": slice_scores,
+            "threshold": thresholds(scan_scores, FPR), "error_hu": dict(zip(("encoder", "projected"), mean_error)),
+            "precision": str(bundle.generator.compute_dtype).removeprefix("torch.")}
+
+
+@torch.no_grad()
+def encoder_reconstruction(bundle: checkpoint.Bundle, hu: torch.Tensor, batch: int) -> torch.Tensor:
+    """HU [S, N, N] of G(E(x)) for a scan's slices hu [S, N, N], with the generator's own noise; on the CPU."""
+    w_plus = bundle.encoder(encode(hu.to(bundle.generator.input.input.device)))
+    return torch.cat([decode(bundle.generator.synthesis(w, noise="const")).cpu() for w in w_plus.split(batch)])
+
+
+def thresholds(scan_scores: dict[str, list[float]], fpr: float) -> dict:
+    """{fpr, a threshold or None for each way of scoring, reason}: reason says why there is none, else None."""
+    try:
+        by_score = {how: anomaly.threshold_at_fpr(torch.tensor(scores, dtype=torch.float64), fpr)
+                    for how, scores in scan_scores.items()}
+    except ValueError as error:
+        return {"fpr": fpr} | dict.fromkeys(scan_scores) | {"reason": str(error)}
+    return {"fpr": fpr} | by_score | {"reason": None}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The bundle
+
+def build(config: StatsConfig, data: Path, run: Path, out: Path, device: torch.device, name: str | None = None,
+          notes: str | dict | None = None, overwrite: bool = False, vgg16=None, lpips=None) -> Path:
+    """Write the bundle to `out`. Raises DatasetError, CheckpointError or ValueError, before any work where it can."""
+    # ---- Set up
+    if (out / "model.json").exists() and not overwrite:
+        raise checkpoint.CheckpointError(f"--out {out}: holds a model bundle; pass --overwrite, or another folder")
+    snapshot = checkpoint.load_snapshot(run)
+    if snapshot.meta.get("kind") != "encoder":
+        raise checkpoint.CheckpointError(f"--encoder {run}: not a run of train_encoder.py "
+                                         f"(kind {snapshot.meta.get('kind')!r})")
+    dataset = SliceDataset(data, "train")
+    for key, trained_on in snapshot.meta["data"].items():
+        if dataset.manifest[key] != trained_on:
+            raise ValueError(f"--data {data}: its {key} {dataset.manifest[key]} is not that of the database which the "
+                             f"encoder in {run} was trained on, {trained_on}; give that one: another's held-out scans "
+                             "may be among the encoder's training scans")
+    if snapshot.meta["gan"]["data"]["digest"] != snapshot.meta["data"]["digest"]:
+        print("warning: the GAN was trained on another database: if held-out scans were among its training scans, the "
+              "healthy scores come out too low")
+    if config.calibrate == "val" and not dataset.manifest["counts"]["val"]["slices"]:
+        raise ValueError(f"--data {data}: no held-out scans to calibrate on; prepare it with a --val-fraction above 0, "
+                         "or pass --calibrate none")
+    networks = restore(snapshot, device, distributed.pick_precision(config.precision, device))
+
+    # ---- Fit
+    rng = torch.Generator().manual_seed(config.seed)
+    w_plus, below_vertex_mm = encode_slices(networks["encoder"], dataset, config.passes, config.batch, rng)
+    latent = fit(w_plus, below_vertex_mm, config)
+    print(f"{len(w_plus)} codes of {len(dataset)} slices of {len(dataset.scan_ids)} scans; {len(latent.positions_mm)} "
+          f"positions, {config.components} components hold {latent.explained().mean():.0%} of the variance", flush=True)
+    meta = {"preprocessing": dataset.manifest["settings"], "projection": dataclasses.asdict(config.projection()),
+            "calibration": None, "provenance": provenance(snapshot, config, name or out.name, notes)}
+
+    # ---- Calibrate
+    if config.calibrate == "val":
+        # On the weights as they will be read back, rounded to float16.
+        with tempfile.TemporaryDirectory() as folder:
+            bundle = checkpoint.load_bundle(
+                checkpoint.save_bundle(folder, **networks, latent=latent, meta=meta), device)
+        for net in (bundle.generator, bundle.discriminator, bundle.encoder):
+            net.compute_dtype = networks["encoder"].compute_dtype
+        settings = config.projection()
+        perceptual = perceptual_for(bundle, settings, vgg16, lpips)
+        meta["calibration"] = calibrate(bundle, SliceDataset(data, "val", check=False), settings, perceptual,
+                                        config.batch)
+        if meta["calibration"]["threshold"]["reason"]:
+            print(f"no threshold: {meta['calibration']['threshold']['reason']}")
+    return checkpoint.save_bundle(out, **networks, latent=latent, meta=meta, overwrite=overwrite)
+
+
+def restore(snapshot: checkpoint.Snapshot, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """The three networks of an encoder run, by their names, in eval mode and frozen."""
+    model = ModelConfig(**snapshot.meta["model"])
+    networks = {"generator": Generator(model), "discriminator": Discriminator(model), "encoder": Encoder(model)}
+    snapshot.restore(networks)
+    for net in networks.values():
+        net.eval().requires_grad_(False).to(device).compute_dtype = dtype
+    return networks
+
+
+def provenance(snapshot: checkpoint.Snapshot, config: StatsConfig, name: str, notes: str | dict | None) -> dict:
+    """Where the weights come from. JSON-able; no paths."""
+    def run(step: int, meta: dict) -> dict:
+        return {"images_seen": step, "config": meta["config"], "data_digest": meta["data"]["digest"]}
+
+    gan = snapshot.meta["gan"]
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(StatsConfig)
+           if f.name not in {inherited.name for inherited in dataclasses.fields(ProjectionSettings)}}
+    return {"name": name, "data": {key: snapshot.meta["data"][key] for key in ("digest", "counts")},
+            "gan": run(gan["step"], gan), "encoder": run(snapshot.step, snapshot.meta), "latent_stats": own,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}, "notes": notes}
+
+
+def report_size(folder: Path, components: int) -> str:
+    """A line with the size of the bundle, and where to save when it is large."""
+    sizes = {path.name: path.stat().st_size / 1e6 for path in sorted(folder.iterdir())
+             if path.suffix in (".safetensors", ".json")}
+    total = sum(sizes.values())
+    line = f"{folder}: {total:.1f} MB (" + ", ".join(f"{name} {size:.1f}" for name, size in sizes.items()) + ")"
+    if total > LARGE_MB:
+        line += (f"\nwarning: over {LARGE_MB:g} MB, much for a git repository, and float16 already: keep fewer "
+                 f"--components than {components}, or train with a smaller --channel-max and --channel-base")
+    return line
+
+
+def read_notes(value: str | None) -> str | dict | None:
+    """--provenance: the content of a JSON file, or the text itself. Raises ValueError for a file that is not JSON."""
+    if value is None or not (value.endswith(".json") or Path(value).is_file()):
+        return value
+    try:
+        return json.loads(Path(value).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--provenance {value}: expected a text or a JSON file: {error}") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    def arguments(parser):
+        parser.add_argument("--data", "--data_path", type=Path, required=True,
+                            help="database made by prepare.py: the one the encoder was trained on (or the same folder "
+                                 "of scans)")
+        parser.add_argument("--encoder", type=Path, required=True, help="run folder of train_encoder.py")
+        parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
+        parser.add_argument("--overwrite", action="store_true", help="replace the bundle in --out")
+        parser.add_argument("--name", help="of the model, in its provenance (default: the folder's)")
+        parser.add_argument("--provenance",
+                            help="text or JSON file to keep in model.json: commands, machine, data source")
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        parser.add_argument("--vgg16", type=Path, help="torchvision's vgg16 state dict, for --perceptual lpips")
+        parser.add_argument("--lpips", type=Path, help="the published linear weights of LPIPS-VGG")
+
+    config, args = parse(__doc__, PRESETS, arguments, argv)
+    try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("latent_stats.py runs as one process: start it with python, not torchrun")
+        notes, device = read_notes(args.provenance), distributed.pick_device(args.device)
+        size = checkpoint.load_snapshot(args.encoder).meta["model"]["size"]
+        data = ensure_database(args.data, args.encoder, size)       # the encoder's own, where it made one
+        folder = build(config, data, args.encoder, args.out, device, args.name, notes, args.overwrite, args.vgg16,
+                       args.lpips)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report_size(folder, config.components))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

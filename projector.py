@@ -1,0 +1,351 @@
+"""Project head-CT scans: for every slice the closest normal image, maps of what differs, and scores.
+
+    python projector.py SCANS --model models/ct-ich-128 --out results
+    torchrun --nproc-per-node=4 projector.py SCANS --model models/ct-ich-128 --out results
+
+SCANS is a folder that is searched for DICOM series, NIfTI files and folders of slices, or one such scan. Writes
+
+    scores.csv, slices.csv      a row a scan, highest score first: the reading worklist; a row a slice
+    run.json                    versions, weights, settings, seconds
+    SCAN/*.nii.gz               reconstruction, residual (HU), anomaly (votes times residual), mask, brain: in the
+                                scan's own geometry
+    SCAN/overlay/NN.png         query, closest normal, residual, mask; NN counts the scan's slices from below
+
+A rerun skips finished scans. Exit codes: 0 done, 2 wrong usage, 3 some scans failed (rows with a reason).
+Not a medical device: for research only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import platform
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import anomaly
+import checkpoint
+import distributed
+from config import add_options, given
+from ct.picture import overlay_panels
+from ct.read import ScanSource, find_scans, read_scan
+from ct.scan import ScanError
+from ct.standardise import from_frame
+from ct.write import write_nifti
+from preprocess import Preprocessed, PreprocessSettings, preprocess_scan
+from projection import FrameProjection, ProjectionSettings, perceptual_for, project
+
+SCORE_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason", "slices", "projected_slices",
+                 "error_hu", "anomalous_ml", "seconds", "notes")
+SLICE_COLUMNS = ("scan_id", "slice", "position_mm", "below_vertex_mm", "projected", "score")
+TOO_MUCH = 0.35         # predicted part of the brain from which the reconstruction, not the brain, is at fault
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """A projected scan in its own geometry: maps [S, H, W] of the original slices, inferior to superior.
+
+    reconstruction, residual, anomaly in HU; mask bool; slice_scores [S] (0 where not projected); projected bool [S]
+    """
+
+    reconstruction: np.ndarray
+    residual: np.ndarray
+    anomaly: np.ndarray
+    mask: np.ndarray
+    brain: np.ndarray
+    slice_scores: np.ndarray
+    below_vertex_mm: np.ndarray
+    projected: np.ndarray
+    scan_score: float
+
+
+def to_native(pre: Preprocessed, result: FrameProjection, how: str) -> Projection:
+    """Bring the maps of the kept slices back to the scan: frame to pixels, slabs to slices."""
+    frame, kept, slabs = pre.standardised.frame, pre.kept, pre.slabs
+    shape = (len(kept), frame.size, frame.size)
+
+    def back(values: torch.Tensor, fill: float = 0.0) -> np.ndarray:
+        full = np.full(shape, fill, np.float32 if values.dtype != torch.bool else bool)
+        full[kept] = values.numpy()
+        return slabs.from_slabs(from_frame(full, frame, fill=fill))
+
+    def per_slice(values: np.ndarray) -> np.ndarray:
+        return slabs.from_slabs(values[:, None, None])[:, 0, 0]
+
+    low = float(pre.standardised.hu.min())
+    scores = np.zeros(len(kept), np.float32)
+    scores[kept] = result.slice_scores.numpy()
+    weighted = anomaly.anomaly_map(result.votes, result.residual, result.steps)
+    return Projection(
+        reconstruction=back(result.reconstruction, low), residual=back(result.residual), anomaly=back(weighted),
+        mask=back(result.lesion), brain=slabs.from_slabs(pre.brain), slice_scores=per_slice(scores),
+        below_vertex_mm=per_slice(pre.standardised.below_vertex_mm), projected=per_slice(kept),
+        scan_score=result.scan_score(how))
+
+
+class Projector:
+    """A bundle, its settings, and what one scan goes through."""
+
+    def __init__(self, bundle: checkpoint.Bundle, settings: ProjectionSettings, preprocessing: PreprocessSettings,
+                 batch: int, vgg16=None, lpips=None):
+        self.bundle, self.settings, self.preprocessing, self.batch = bundle, settings, preprocessing, batch
+        self.perceptual = perceptual_for(bundle, settings, vgg16, lpips)
+        calibration = bundle.meta["calibration"] or {}
+        # A percentile means something only against scores that were made the same way.
+        same = bundle.meta["projection"] == dataclasses.asdict(settings) and preprocessing.to_json() == _plain(
+            bundle.meta["preprocessing"])
+        self.healthy = calibration.get("scan_scores", {}).get(settings.scan_score) if same else None
+        self.threshold = calibration.get("threshold", {}).get(settings.scan_score) if same else None
+
+    def __call__(self, source: ScanSource, folder: Path) -> dict:
+        """Project one scan and write its folder; returns its rows. Raises ScanError."""
+        started = time.perf_counter()
+        scan = read_scan(source)
+        pre = preprocess_scan(scan, self.preprocessing)
+        seconds = {"read and standardise": time.perf_counter() - started}
+        kept, standard = pre.kept, pre.standardised
+        hu, brain = torch.from_numpy(standard.hu[kept]), torch.from_numpy(standard.brain[kept])
+        result = project(hu, brain, standard.below_vertex_mm[kept], self.bundle, self.perceptual, self.settings,
+                         self.batch)
+        seconds |= result.seconds
+        writing = time.perf_counter()
+        native = to_native(pre, result, self.settings.scan_score)
+        notes = [*scan.notes]
+        share = float(result.predicted.sum() / brain.sum())
+        if share > TOO_MUCH:
+            notes.append(f"{share:.0%} of the brain differs from its reconstruction: not to be trusted; check "
+                         "the scan's window, orientation and brain mask")
+        notes += write_maps(folder, scan, native)
+        write_overlays(folder / "overlay", pre, native)
+        seconds["write"] = time.perf_counter() - writing
+        return self._rows(scan, native, result, hu, brain, notes, seconds, time.perf_counter() - started)
+
+    def _rows(self, scan, native, result, hu, brain, notes, seconds, total) -> dict:
+        error = (hu - result.reconstruction).abs()[brain].mean()
+        percentile = flagged = None
+        if self.healthy:
+            percentile = float(anomaly.percentile_of(torch.tensor([native.scan_score]), torch.tensor(self.healthy))[0])
+        if self.threshold is not None:
+            flagged = int(native.scan_score > self.threshold)
+        row = dict(scan_id=scan.scan_id, score=native.scan_score, percentile=percentile, flagged=flagged, status="ok",
+                   reason=None, slices=len(scan.hu), projected_slices=int(native.projected.sum()),
+                   error_hu=float(error), anomalous_ml=volume_ml(native.mask, scan), seconds=total,
+                   notes=" | ".join(dict.fromkeys(notes)))
+        slices = [dict(scan_id=scan.scan_id, slice=i, position_mm=float(scan.position_mm[i]),
+                       below_vertex_mm=float(native.below_vertex_mm[i]), projected=int(native.projected[i]),
+                       score=float(native.slice_scores[i])) for i in range(len(scan.hu))]
+        return {"scan": row, "slices": slices, "seconds": seconds}
+
+
+def volume_ml(mask: np.ndarray, scan) -> float | None:
+    """Volume of a mask [S, H, W] in millilitres; None where the source does not tell its pixel spacing."""
+    if scan.pixel_spacing_mm is None:
+        return None
+    thickness = np.gradient(scan.position_mm) if len(scan.position_mm) > 1 else np.array([scan.slice_spacing_mm])
+    return float((mask.sum((1, 2)) * thickness).sum() * np.prod(scan.pixel_spacing_mm) / 1000)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
+
+def write_maps(folder: Path, scan, native: Projection) -> list[str]:
+    """The maps as NIfTI in the scan's own geometry; returns the writer's notes."""
+    maps = {"reconstruction": native.reconstruction, "residual": native.residual, "anomaly": native.anomaly,
+            "mask": native.mask, "brain": native.brain}
+    notes = [write_nifti(folder / f"{name}.nii.gz", volume, scan) for name, volume in maps.items()]
+    return [note for note in notes if note]
+
+
+def write_overlays(folder: Path, pre: Preprocessed, native: Projection) -> None:
+    """One PNG for each projected slab, named after the original slice nearest to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.png"):
+        stale.unlink()
+    originals = pre.slabs.position_mm
+    for slab in np.flatnonzero(pre.kept):
+        i = int(np.abs(originals - pre.slabs.scan.position_mm[slab]).argmin())
+        picture = overlay_panels(pre.slabs.scan.hu[slab], native.reconstruction[i], native.residual[i], native.mask[i])
+        picture.save(folder / f"{i:02d}.png")
+
+
+def write_table(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
+    """CSV, replaced in one move so that a reader never sees half a table."""
+    writing = path.with_suffix(".writing")
+    with open(writing, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows({k: _cell(row.get(k)) for k in columns} for row in rows)
+    writing.replace(path)
+
+
+def write_tables(out: Path, done: list[dict], failed: list[dict]) -> None:
+    """scores.csv, highest score first and failed scans last; slices.csv."""
+    ranked = sorted((d["scan"] for d in done), key=lambda row: -row["score"])
+    write_table(out / "scores.csv", SCORE_COLUMNS, ranked + sorted(failed, key=lambda row: row["scan_id"]))
+    slices = [row for d in sorted(done, key=lambda d: d["scan"]["scan_id"]) for row in d["slices"]]
+    write_table(out / "slices.csv", SLICE_COLUMNS, slices)
+
+
+def _cell(value):
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _plain(value):
+    return json.loads(json.dumps(value))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A folder of scans
+
+def run(projector: Projector, sources: list[ScanSource], out: Path, key: dict) -> tuple[list[dict], list[dict]]:
+    """Collective. Project this rank's share of the scans; returns all finished and all failed rows, on every rank.
+
+    A scan is finished when its folder holds result.json, which is written last; `key` says what with.
+    """
+    done, failed = [], []
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    for number, source in enumerate(sources):
+        if number % world != rank:
+            continue
+        folder = out / source.scan_id
+        marker = folder / "result.json"
+        earlier = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else None
+        if earlier and earlier["key"] == key:
+            done.append(earlier)
+            print(f"{number + 1}/{len(sources)} {source.scan_id}: finished before, skipped", flush=True)
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.unlink(missing_ok=True)
+        try:
+            rows = {"key": key, **projector(source, folder)}
+        except ScanError as error:
+            failed.append({"scan_id": source.scan_id, "status": "failed", "reason": str(error)})
+        except Exception as error:       # a scan that breaks us must not cost the others their results
+            traceback.print_exc()
+            failed.append({"scan_id": source.scan_id, "status": "failed", "reason": f"{type(error).__name__}: {error}"})
+        else:
+            marker.write_text(json.dumps(rows), encoding="utf-8")
+            done.append(rows)
+            row = rows["scan"]
+            print(f"{number + 1}/{len(sources)} {source.scan_id}: score {row['score']:.3f}, "
+                  f"{row['seconds']:.1f} s", flush=True)
+            continue
+        print(f"{number + 1}/{len(sources)} {source.scan_id}: FAILED, {failed[-1]['reason']}", flush=True)
+        if world == 1:
+            write_tables(out, done, failed)
+    shares = distributed.gather((done, failed))
+    return [d for share in shares for d in share[0]], [f for share in shares for f in share[1]]
+
+
+def run_report(bundle: checkpoint.Bundle, settings: ProjectionSettings, preprocessing: PreprocessSettings, done, failed,
+               device: torch.device, dtype: torch.dtype, seconds: float) -> dict:
+    """What ran on what with which weights: JSON."""
+    stages: dict[str, float] = {}
+    for d in done:
+        for stage, value in d["seconds"].items():
+            stages[stage] = stages.get(stage, 0) + value / len(done)
+    return {
+        "weights_sha256": bundle.weights_hash, "model": bundle.meta["provenance"],
+        "projection": dataclasses.asdict(settings), "preprocessing": preprocessing.to_json(),
+        "scans": len(done), "failed": len(failed), "seconds": seconds, "seconds_a_scan_by_stage": stages,
+        "device": str(device), "precision": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+        "ranks": distributed.get_world_size(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scans", nargs="?", type=Path, help="folder that holds scans, or one scan")
+    parser.add_argument("--query_save_path", dest="query", type=Path, help="the original's name for SCANS")
+    parser.add_argument("--model", type=Path, required=True, help="model bundle made by latent_stats.py")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="results folder")
+    parser.add_argument("--overwrite", action="store_true", help="project again what other settings have projected")
+    parser.add_argument("--batch", type=int, default=32, help="slices in the networks at a time: memory, not results")
+    parser.add_argument("--slab-mm", type=float,
+                        help="thickness that slices under 4 mm are averaged to (default: the model's)")
+    parser.add_argument("--unknown-slice-spacing-mm", type=float, default=5.0,
+                        help="taken (and noted) where a scan does not tell its slice spacing; 0 refuses such scans")
+    parser.add_argument("--default-preprocessing", action="store_true",
+                        help="for an imported bundle, which has none of its own: standardise as for training")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
+    parser.add_argument("--vgg16", type=Path, help="torchvision's vgg16 state dict, for --perceptual lpips")
+    parser.add_argument("--lpips", type=Path, help="the published linear weights of LPIPS-VGG")
+    add_options(parser, ProjectionSettings, "projection (default: as the model was calibrated)")
+    args = parser.parse_args(argv)
+    if (args.scans is None) == (args.query is None):
+        parser.error("give SCANS, the folder that holds the scans (or --query_save_path), once")
+    if args.batch < 1:
+        parser.error(f"--batch must be at least 1, got {args.batch}")
+    args.scans = args.scans or args.query
+    return args
+
+
+def resolve(bundle: checkpoint.Bundle, args: argparse.Namespace) -> tuple[ProjectionSettings, PreprocessSettings]:
+    """The bundle's settings with the given flags over them. Raises ValueError where the bundle lacks its own."""
+    settings = given(args, ProjectionSettings(**(bundle.meta["projection"] or {})))
+    if bundle.meta["preprocessing"] is not None:
+        preprocessing = PreprocessSettings.from_json(bundle.meta["preprocessing"])
+    elif args.default_preprocessing:
+        preprocessing = PreprocessSettings()
+        standard = dataclasses.replace(preprocessing.standardise, size=bundle.config.size)
+        preprocessing = dataclasses.replace(preprocessing, standardise=standard)
+    else:
+        raise ValueError(f"--model {args.model}: an imported bundle does not say how its scans were prepared; "
+                         "give --default-preprocessing to standardise them as ours")
+    if args.slab_mm is not None:
+        preprocessing = dataclasses.replace(preprocessing, slab_mm=args.slab_mm)
+    return settings, preprocessing
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    started = time.perf_counter()
+    try:
+        device = distributed.pick_device(args.device)
+        distributed.init(device)
+        bundle = checkpoint.load_bundle(args.model, device)
+        settings, preprocessing = resolve(bundle, args)
+        dtype = distributed.pick_precision(args.precision, device)
+        for net in (bundle.generator, bundle.discriminator, bundle.encoder):
+            net.compute_dtype = dtype
+        projector = Projector(bundle, settings, preprocessing, args.batch, args.vgg16, args.lpips)
+        sources = find_scans(args.scans, args.unknown_slice_spacing_mm)
+        key = _plain({"weights": bundle.weights_hash, "projection": dataclasses.asdict(settings),
+                      "preprocessing": preprocessing.to_json(), "precision": str(dtype)})
+        refuse_other_results(args.out, sources, key, args.overwrite)
+        distributed.barrier()
+        done, failed = run(projector, sources, args.out, key)
+        if distributed.is_main():
+            write_tables(args.out, done, failed)
+            report = run_report(bundle, settings, preprocessing, done, failed, device, dtype,
+                                time.perf_counter() - started)
+            (args.out / "run.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            print(f"{len(done)} scans projected, {len(failed)} failed: {args.out / 'scores.csv'}", flush=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.cleanup()
+    return 3 if failed else 0
+
+
+def refuse_other_results(out: Path, sources: list[ScanSource], key: dict, overwrite: bool) -> None:
+    """ValueError if a scan's results there were made with another model or other settings, unless overwrite."""
+    for source in sources:
+        marker = out / source.scan_id / "result.json"
+        if not overwrite and marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["key"] != key:
+            raise ValueError(f"--out {out}: holds results of {source.scan_id} made with another model or other "
+                             "settings; choose another folder, or --overwrite")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""All six commands, one after the other, at 32x32 on tiny synthetic heads; then what a user can do wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+import latent_stats
+import prepare
+import projector
+import train
+import train_encoder
+from tests.helpers import synthetic_head
+from tests.writers import write_dicom_series, write_slice_folder
+
+HEAD = dict(slices=14, size=64, spacing_mm=(10.0, 3.6, 3.6))       # few thick slices: fast
+SHORT = ["--steps-latent", "3", "--steps-noise", "3"]
+
+
+def head(seed, **kwargs):
+    return synthetic_head(**HEAD, seed=seed, angle_deg=4 * seed - 8, **kwargs)[0]
+
+
+def rows(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """healthy/ (five slice folders), query/ (slice folder, DICOM with a bleed, a broken scan), and all runs."""
+    base = tmp_path_factory.mktemp("end-to-end")
+    for seed in range(5):
+        write_slice_folder(base / "healthy" / f"healthy{seed}", head(seed), slice_spacing_mm=10.0)
+    write_slice_folder(base / "query" / "normal", head(7), slice_spacing_mm=10.0)
+    write_dicom_series(base / "query" / "bleed", head(3, lesion=(5, 10, 25, 22, 75)), spacing_mm=HEAD["spacing_mm"])
+    write_slice_folder(base / "query" / "broken", head(1)[:4], slice_spacing_mm=10.0)
+    (base / "query" / "broken" / "2.png").write_bytes(b"not a picture")
+
+    data, gan, encoder, model, out = (str(base / n) for n in ("healthy.lmdb", "gan", "encoder", "model", "results"))
+    assert prepare.main([str(base / "healthy"), "--out", data, "--size", "32", "--val-fraction", "0.4",
+                         "--workers", "1", "--min-brain-fraction", "0.01"]) == 0
+    assert train.main(["--data", data, "--out", gan, "--preset", "smoke32", "--device", "cpu"]) == 0
+    assert train_encoder.main(["--data", data, "--gan", gan, "--out", encoder, "--preset", "smoke32", "--epochs", "3",
+                               "--device", "cpu"]) == 0
+    assert latent_stats.main(["--data", data, "--encoder", encoder, "--out", model, "--preset", "smoke32", *SHORT,
+                              "--device", "cpu"]) == 0
+    assert projector.main([str(base / "query"), "--model", model, "--out", out, "--device", "cpu"]) == 3
+    return base
+
+
+def test_scores_are_ranked_and_the_broken_scan_has_a_reason(work):
+    table = rows(work / "results" / "scores.csv")
+    assert [r["status"] for r in table] == ["ok", "ok", "failed"]
+    assert float(table[0]["score"]) >= float(table[1]["score"])
+    assert table[2]["scan_id"] == "broken" and "2.png" in table[2]["reason"]
+    assert all(r["percentile"] != "" for r in table[:2])
+
+
+def test_slices_have_a_row_each(work):
+    table = rows(work / "results" / "slices.csv")
+    assert sorted({r["scan_id"] for r in table}) == ["bleed", "normal"]
+    assert [int(r["slice"]) for r in table if r["scan_id"] == "bleed"] == list(range(14))
+    assert all(float(r["score"]) == 0 for r in table if r["projected"] == "0")
+
+
+def test_maps_lie_in_the_scans_own_geometry(work):
+    for scan in ("bleed", "normal"):
+        for name in ("reconstruction", "residual", "anomaly", "mask", "brain"):
+            image = nib.load(work / "results" / scan / f"{name}.nii.gz")
+            assert sorted(image.shape) == [14, 64, 64]
+    spacing = nib.load(work / "results" / "bleed" / "mask.nii.gz").header.get_zooms()
+    assert np.allclose(sorted(spacing), [3.6, 3.6, 10.0], atol=1e-4)
+
+
+def test_overlays_have_four_panels(work):
+    pictures = sorted((work / "results" / "normal" / "overlay").glob("*.png"))
+    kept = [r for r in rows(work / "results" / "slices.csv") if r["scan_id"] == "normal" and r["projected"] == "1"]
+    assert [int(p.stem) for p in pictures] == [int(r["slice"]) for r in kept]
+    assert Image.open(pictures[0]).size == (4 * 64, 64)
+
+
+def test_run_report_names_weights_settings_and_stages(work):
+    report = json.loads((work / "results" / "run.json").read_text())
+    assert report["scans"] == 2 and report["failed"] == 1
+    assert len(report["weights_sha256"]) == 64 and report["projection"]["steps_latent"] == 3
+    assert set(report["seconds_a_scan_by_stage"]) >= {"encode", "latent", "noise", "write"}
+
+
+def test_a_rerun_skips_finished_scans_and_gives_the_same_tables(work, capsys):
+    before = (work / "results" / "scores.csv").read_text()
+    args = [str(work / "query"), "--model", str(work / "model"), "--out", str(work / "results"), "--device", "cpu"]
+    assert projector.main(args) == 3
+    assert capsys.readouterr().out.count("finished before, skipped") == 2
+    assert (work / "results" / "scores.csv").read_text() == before
+
+
+def test_other_settings_do_not_mix_with_earlier_results(work, capsys):
+    args = ["--query_save_path", str(work / "query"), "--model", str(work / "model"), "--out", str(work / "results"),
+            "--device", "cpu", "--steps-noise", "0"]
+    assert projector.main(args) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_evaluate_reads_what_the_projector_wrote(work):
+    labels = work / "labels.csv"
+    labels.write_text("scan_id,label,types\nnormal,0,\nbleed,1,Intraparenchymal\n", encoding="utf-8")
+    assert evaluate.main([str(work / "results" / "scores.csv"), str(labels), "--out", str(work / "metrics"),
+                          "--missing", "exclude"]) == 0
+    metrics = json.loads((work / "metrics" / "metrics.json").read_text())
+    assert "0.95" not in json.dumps(metrics.get("error", "")) and (work / "metrics" / "roc.png").exists()
+
+
+def test_no_patient_data_in_the_results(work):
+    for path in (work / "results").rglob("*"):
+        if path.suffix in (".csv", ".json"):
+            assert "Doe" not in path.read_text()
+
+
+def test_a_folder_of_scans_is_prepared_on_the_fly(work):
+    assert train.main(["--data_path", str(work / "healthy"), "--out", str(work / "gan2"), "--preset", "smoke32",
+                       "--kimg", "0.008", "--device", "cpu"]) == 0
+    assert (work / "gan2" / "data.lmdb").exists()
+
+
+@pytest.mark.parametrize("args, message", [
+    (["nowhere", "--model", "MODEL"], "nowhere"),
+    (["QUERY", "--model", "nowhere"], "nowhere"),
+    (["QUERY", "--model", "MODEL", "--perceptual", "lpips"], "--vgg16"),
+    (["QUERY", "--model", "MODEL", "--device", "cuda:99"], "--device"),
+    (["QUERY", "--model", "MODEL", "--steps-latent", "0", "--steps-noise", "0"], "steps"),
+])
+def test_wrong_usage_ends_with_2_and_names_what_is_wrong(work, capsys, args, message):
+    names = {"MODEL": str(work / "model"), "QUERY": str(work / "query")}
+    assert projector.main([names.get(a, a) for a in args] + ["--out", str(work / "other")]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,249 @@
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import latent_stats
+from dataset import ScanRecord, SliceDataset, SliceWriter
+from latent_stats import StatsConfig, augmented, encode_slices, fit, read_notes, report_size, thresholds
+from model import Discriminator, Encoder, Generator, ModelConfig
+from preprocess import PreprocessSettings
+from projection import ProjectionSettings
+
+TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16)
+SETTINGS = PreprocessSettings().to_json()
+
+
+def write_slices(path, held_out=1):
+    """Six scans of five slices, 0 to 20 mm below the vertex; the last `held_out` of them in the val split."""
+    rng = np.random.default_rng(0)
+    brain = np.zeros((5, 32, 32), bool)
+    brain[:, 8:24, 8:24] = True
+    with SliceWriter(path, SETTINGS) as writer:
+        for s in range(6):
+            hu = np.where(brain, 30 + 5 * rng.standard_normal(brain.shape), -20).astype(np.float32)
+            record = ScanRecord.encode(f"head{s}", hu, brain, np.arange(20.0, -1, -5))
+            writer.add(record, "val" if s >= 6 - held_out else "train", f"patient{s}")
+    return path
+
+
+def write_run(folder, manifest, kind="encoder"):
+    torch.manual_seed(0)
+    networks = {"generator": Generator(TINY), "discriminator": Discriminator(TINY), "encoder": Encoder(TINY)}
+    data = {key: manifest[key] for key in ("digest", "counts", "settings")}
+    model = dataclasses.asdict(TINY)
+    gan = {"kind": "gan", "step": 7, "model": model, "config": {"kimg": 0.007}, "data": data}
+    meta = {"kind": kind, "model": model, "config": {"epochs": 2}, "data": data, "gan": gan}
+    checkpoint.save_snapshot(folder, 50, networks, {}, meta)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    data = write_slices(folder / "healthy.lmdb")
+    return data, write_run(folder / "encoder", SliceDataset(data).manifest)
+
+
+def command(data, run, out, *flags):
+    return latent_stats.main(["--data", str(data), "--encoder", str(run), "--out", str(out), "--preset", "smoke32",
+                              "--device", "cpu", "--precision", "fp32", *flags])
+
+
+# ---- the whole command
+
+def test_end_to_end(inputs, tmp_path, capsys):
+    out = tmp_path / "mine"
+    assert command(*inputs, out, "--positions", "12", "--steps-latent", "2", "--steps-noise", "1",
+                   "--provenance", "made by a test") == 0
+
+    bundle = checkpoint.load_bundle(out)
+    assert bundle.latent.components.shape[-1] == 4
+    # 25 training slices, three passes: 75 codes, 15 at each of 0, 5, .. 20 mm; 32 of them within 20 mm
+    # up to 30 mm below the vertex (10, 15 and 20 mm: 45 codes), not at 35 (15 and 20 mm: 30 codes).
+    assert bundle.latent.positions_mm.tolist() == [0, 5, 10, 15, 20, 25, 30]
+    assert "35 mm below the vertex: left out, 30 codes within 20 mm, 32 needed" in capsys.readouterr().out
+
+    meta = bundle.meta
+    assert PreprocessSettings.from_json(meta["preprocessing"]) == PreprocessSettings()
+    settings = ProjectionSettings(**meta["projection"])
+    assert (settings.steps_latent, settings.steps_noise) == (2, 1)
+    assert meta["provenance"]["name"] == "mine" and meta["provenance"]["notes"] == "made by a test"
+    assert meta["provenance"]["encoder"]["images_seen"] == 50 and meta["provenance"]["gan"]["config"] == {"kimg": 0.007}
+    assert meta["provenance"]["latent_stats"]["components"] == 4
+    assert "steps_latent" not in meta["provenance"]["latent_stats"]
+
+    calibration = meta["calibration"]
+    assert calibration["split"] == "val" and calibration["scans"] == ["head5"] and calibration["precision"] == "float32"
+    scores = [one["score"] for one in calibration["slice_scores"]]
+    assert [one["below_vertex_mm"] for one in calibration["slice_scores"]] == [20, 15, 10, 5, 0]
+    assert calibration["scan_scores"]["max"] == [pytest.approx(max(scores))]
+    assert calibration["scan_scores"]["top3"] == [pytest.approx(sum(sorted(scores)[-3:]) / 3)]
+    assert calibration["scan_scores"]["mean"] == [pytest.approx(sum(scores) / 5)]
+    assert min(scores) > 0
+    threshold = calibration["threshold"]
+    assert threshold["max"] is None and "needs 19 healthy scans, found 1" in threshold["reason"]
+    assert all(0 < error < 200 for error in calibration["error_hu"].values())
+
+
+def test_without_calibration_and_overwriting(inputs, tmp_path, capsys):
+    out = tmp_path / "mine"
+    assert command(*inputs, out, "--calibrate", "none", "--name", "first") == 0
+    assert checkpoint.load_bundle(out).meta["calibration"] is None
+    assert "mine: 0." in capsys.readouterr().out                                    # MB
+
+    assert command(*inputs, out, "--calibrate", "none", "--name", "second") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert checkpoint.load_bundle(out).meta["provenance"]["name"] == "first"
+
+    assert command(*inputs, out, "--calibrate", "none", "--name", "second", "--overwrite") == 0
+    assert checkpoint.load_bundle(out).meta["provenance"]["name"] == "second"
+
+
+def test_calibrates_the_weights_it_stores(inputs, tmp_path, monkeypatch):
+    projected = []
+
+    def remember(hu, brain, positions, bundle, *rest):
+        projected.append(bundle.weights_hash)
+        return real(hu, brain, positions, bundle, *rest)
+
+    real = latent_stats.project
+    monkeypatch.setattr(latent_stats, "project", remember)
+    assert command(*inputs, tmp_path / "mine") == 0
+    assert projected == [checkpoint.load_bundle(tmp_path / "mine").weights_hash]
+
+
+# ---- wrong usage: exit code 2, the flag and the mend named
+
+def refused(capsys, *args):
+    code = command(*args)
+    return code, capsys.readouterr().err
+
+
+def test_refuses_a_run_of_another_kind(inputs, tmp_path, capsys):
+    run = write_run(tmp_path / "gan", SliceDataset(inputs[0]).manifest, kind="gan")
+    code, message = refused(capsys, inputs[0], run, tmp_path / "mine")
+    assert code == 2 and "--encoder" in message and "train_encoder.py" in message
+
+
+def test_refuses_another_database(inputs, tmp_path, capsys):
+    # Same slices, other split: what is held out here was trained on there.
+    other = write_slices(tmp_path / "other.lmdb", held_out=2)
+    code, message = refused(capsys, other, inputs[1], tmp_path / "mine")
+    assert code == 2 and "--data" in message and "counts" in message
+
+
+def test_refuses_to_calibrate_on_nothing(tmp_path, capsys):
+    data = write_slices(tmp_path / "healthy.lmdb", held_out=0)
+    run = write_run(tmp_path / "encoder", SliceDataset(data).manifest)
+    code, message = refused(capsys, data, run, tmp_path / "mine")
+    assert code == 2 and "--calibrate none" in message
+    assert command(data, run, tmp_path / "mine", "--calibrate", "none") == 0
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (("--components", "17"), "--components 17: the codes of this encoder have 16 numbers"),
+    (("--passes", "1"), "raise --passes"),
+    (("--provenance", "missing.json"), "--provenance missing.json"),
+    (("--perceptual", "lpips"), "--vgg16"),
+    (("--device", "tpu"), "--device tpu"),
+])
+def test_errors_name_the_flag(inputs, tmp_path, capsys, flags, expected):
+    # 25 codes in one pass are fewer than the 32 that any position needs.
+    code, message = refused(capsys, *inputs, tmp_path / "mine", *flags)
+    assert code == 2 and expected in message and not (tmp_path / "mine").exists()
+
+
+def test_missing_run_and_data(inputs, tmp_path, capsys):
+    assert command(inputs[0], tmp_path / "nowhere", tmp_path / "mine") == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert command(tmp_path / "nothing.lmdb", inputs[1], tmp_path / "mine") == 2
+    assert "nothing.lmdb" in capsys.readouterr().err
+
+
+def test_options_must_be_positive(inputs, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command(*inputs, tmp_path / "mine", "--passes", "0")
+    assert "--passes" in capsys.readouterr().err
+
+
+def test_refuses_torchrun(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, message = refused(capsys, *inputs, tmp_path / "mine")
+    assert code == 2 and "torchrun" in message
+
+
+# ---- parts
+
+def test_codes_and_positions_stay_together(inputs):
+    dataset = SliceDataset(inputs[0])
+    torch.manual_seed(0)
+    encoder = Encoder(TINY)
+    plain, mm = encode_slices(encoder, dataset, 1, 7, torch.Generator().manual_seed(0))
+    again, mm3 = encode_slices(encoder, dataset, 3, 25, torch.Generator().manual_seed(0))
+    assert plain.shape == (25, 8, 16) and again.shape == (75, 8, 16)
+    assert mm.tolist() == [20, 15, 10, 5, 0] * 5 and mm3.tolist() == mm.tolist() * 3
+    torch.testing.assert_close(again[:25], plain, rtol=1e-4, atol=1e-5)             # the first pass: as they are
+    assert not torch.allclose(again[25:50], again[50:], atol=1e-3)                  # the others: drawn anew
+
+
+def test_augmented_flips_and_turns_within_limits():
+    # A bright spot on the x axis, 10 pixels right of the centre: where it goes tells flip and angle.
+    images = torch.full((200, 3, 33, 33), -1.0)
+    images[:, :, 15:18, 25:28] = 1
+    moved = augmented(images, torch.Generator().manual_seed(0))
+    assert moved.min() >= -1 and moved.max() <= 1
+    weight = (moved[:, 0] + 1) / (moved[:, 0] + 1).sum((1, 2), keepdim=True)
+    axis = torch.arange(33.0) - 16
+    x, y = (weight.sum(1) * axis).sum(1), (weight.sum(2) * axis).sum(1)
+    torch.testing.assert_close(torch.hypot(x, y), torch.full((200,), 10.0), atol=0.1, rtol=0)
+    angle = torch.rad2deg(torch.atan2(y, x.abs())).abs()
+    assert 20 < angle.max() <= 30.5
+    assert 70 <= (x < 0).sum() <= 130 and 70 <= (angle < 1e-3).sum() <= 130         # about half of 200 each
+
+
+def test_fit_needs_codes_within_reach():
+    codes = torch.randn(40, 8, 16, generator=torch.Generator().manual_seed(0))
+    config = StatsConfig(components=4, positions=4, spacing_mm=25)
+    # All codes at 30 mm: 0 and 75 mm are too far, 25 and 50 mm (exactly 20 away) are not.
+    assert fit(codes, torch.full((40,), 30.0), config).positions_mm.tolist() == [25, 50]
+    with pytest.raises(ValueError, match="--components 4: needs 32 codes within 20 mm of a position, found 31"):
+        fit(codes[:31], torch.full((31,), 30.0), config)
+
+
+def test_thresholds():
+    healthy = [float(i) for i in range(1, 20)]                                      # 19 scans: one in 20 may exceed
+    found = thresholds({"max": healthy, "mean": [10 * score for score in healthy]}, 0.05)
+    assert found == {"fpr": 0.05, "max": 19.0, "mean": 190.0, "reason": None}
+    few = thresholds({"max": healthy[:18]}, 0.05)
+    assert few["max"] is None and "needs 19" in few["reason"]
+
+
+def test_notes(tmp_path):
+    path = tmp_path / "notes.json"
+    path.write_text(json.dumps({"machine": "one core"}))
+    assert read_notes(str(path)) == {"machine": "one core"}
+    assert read_notes("two hours on one core") == "two hours on one core"
+    assert read_notes(None) is None
+    path.write_text("not json")
+    with pytest.raises(ValueError, match="notes.json"):
+        read_notes(str(path))
+
+
+def test_size_warns_when_large(tmp_path):
+    (tmp_path / "model.json").write_bytes(b"0" * 500_000)
+    (tmp_path / "latent.safetensors").write_bytes(b"0" * 24_000_000)
+    assert "24.5 MB" in report_size(tmp_path, 16) and "warning" not in report_size(tmp_path, 16)
+    (tmp_path / "latent.safetensors").write_bytes(b"0" * 26_000_000)
+    assert "fewer --components than 16" in report_size(tmp_path, 16)
+
+
+def test_presets():
+    assert {name: preset.components for name, preset in latent_stats.PRESETS.items()} == {
+        "paper512": 512, "ct256": 16, "ct128": 16, "smoke32": 4}
+    assert latent_stats.PRESETS["paper512"].projection() == ProjectionSettings()
+    assert math.isclose(latent_stats.PRESETS["paper512"].spacing_mm * 31, 155)

@@ -1,0 +1,208 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint import Bundle
+from ct.window import decode, encode
+from latent import LatentStats
+from model import Discriminator, Encoder, Generator, ModelConfig
+from projection import ProjectionSettings, perceptual_for, project, ramp
+
+TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16)
+FEW = ProjectionSettings(steps_latent=4, steps_noise=3)
+POSITIONS = np.arange(20.0, -1, -5)                        # five slices, inferior to superior
+BRAIN = torch.zeros(5, 32, 32, dtype=torch.bool)
+BRAIN[:, 4:28, 4:28] = True
+
+
+def make_bundle(encoder=None):
+    """A random model that draws soft tissue: HU about 30, all windows telling about the same."""
+    torch.manual_seed(0)
+    generator, discriminator = Generator(TINY), Discriminator(TINY)
+    for to_rgb in (generator.to_rgb1, *generator.to_rgbs):
+        to_rgb.conv.weight.data *= torch.tensor([0.12, 0.075, 0.03]).view(1, 3, 1, 1, 1)
+    generator.to_rgb1.bias.data += encode(torch.full((1, 1), 30.0)).view(1, 3, 1, 1)
+    for conv in (generator.conv1, *generator.convs):
+        conv.noise.weight.data += 0.3                      # 0 before training: noise would do nothing
+    networks = (generator, discriminator, encoder or Encoder(TINY))
+    for net in (generator, discriminator):
+        net.eval().requires_grad_(False)
+    codes = torch.nn.functional.leaky_relu(torch.randn(200, TINY.n_latent, TINY.style_dim), 0.2)
+    latent = LatentStats.fit(codes, torch.linspace(0, 25, 200), [0.0, 10.0, 20.0], components=6)
+    return Bundle(*networks, latent=latent, meta={}, weights_hash="")
+
+
+def codes_like_healthy(slices=5, seed=1):
+    codes = torch.randn(slices, TINY.n_latent, TINY.style_dim, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.leaky_relu(codes, 0.2)
+
+
+def tissue(slices=5, seed=2):
+    rng = torch.Generator().manual_seed(seed)
+    return 30 + 8 * torch.randn(slices, 32, 32, generator=rng)
+
+
+def run(bundle, hu, settings=FEW, brain=BRAIN, positions=POSITIONS, batch=32):
+    return project(hu, brain, positions, bundle, perceptual_for(bundle, settings), settings, batch)
+
+
+@torch.no_grad()
+def drawn(bundle, w_plus):
+    return decode(bundle.generator.synthesis(w_plus, noise="const"))
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    return make_bundle()
+
+
+# ---- schedule
+
+@pytest.mark.parametrize("t, factor", [(0, 0), (0.025, 0.5), (0.05, 1), (0.5, 1), (0.75, 1), (0.875, 0.5), (1, 0)])
+def test_ramp(t, factor):
+    assert ramp(t) == pytest.approx(factor, abs=1e-12)
+
+
+def test_every_step_votes(bundle):
+    result = run(bundle, tissue())
+    assert result.steps == 7 and set(result.seconds) == {"encode", "latent", "noise"}
+    assert 0 < result.votes.max() <= 14
+    assert not result.votes[~BRAIN].any() and not result.residual[~BRAIN].any()
+    torch.testing.assert_close(result.predicted, result.votes > 7)
+
+
+# ---- what a result may depend on
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_same_in_chunks(bundle, batch):
+    whole, chunked = run(bundle, tissue()), run(bundle, tissue(), batch=batch)
+    assert torch.equal(chunked.votes, whole.votes)                     # neighbours vote across the chunks' edges
+    torch.testing.assert_close(chunked.slice_scores, whole.slice_scores, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(chunked.reconstruction, whole.reconstruction, rtol=0, atol=0.01)
+
+
+def test_a_slice_far_from_others_is_on_its_own(bundle):
+    far = np.arange(100.0, -1, -25)
+    together = run(bundle, tissue(), positions=far)
+    for i in range(5):
+        alone = run(bundle, tissue()[i:i + 1], brain=BRAIN[:1], positions=far[i:i + 1])
+        assert torch.equal(alone.votes[0], together.votes[i])
+        torch.testing.assert_close(alone.reconstruction[0], together.reconstruction[i], rtol=0, atol=0.01)
+    assert together.votes.max() == together.steps                      # nobody seconds it: one vote a step at most
+    assert run(bundle, tissue()).votes.max() > together.steps
+
+
+def test_order_of_slices_does_not_matter(bundle):
+    up, down = run(bundle, tissue()), run(bundle, tissue().flip(0), positions=POSITIONS[::-1])
+    assert torch.equal(up.votes, down.votes.flip(0))
+    torch.testing.assert_close(up.slice_scores, down.slice_scores.flip(0), rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_the_windows_show_counts(bundle):
+    dense, denser = tissue(), tissue()
+    dense[:, 10:14, 10:14], denser[:, 10:14, 10:14] = 180, 2000        # both are the top of the widest window
+    torch.testing.assert_close(run(bundle, dense).residual, run(bundle, denser).residual, rtol=0, atol=0)
+
+
+# ---- the search on the code
+
+def test_starts_at_the_encoders_code(bundle):
+    # The first step's rate is 0, so after one step the reconstruction is still the encoder's, with the model's noise.
+    result = run(bundle, tissue(), dataclasses.replace(FEW, steps_latent=1, steps_noise=0))
+    with torch.no_grad():
+        start = drawn(bundle, bundle.encoder(encode(tissue())))
+    torch.testing.assert_close(result.reconstruction, start, rtol=0, atol=0.01)
+    assert result.steps == 1
+
+
+def test_finds_an_image_the_generator_can_draw():
+    true = codes_like_healthy()
+    start = true + 0.3 * torch.randn(true.shape, generator=torch.Generator().manual_seed(3))
+    bundle = make_bundle(encoder=lambda images: start)
+    hu = drawn(bundle, true)
+    errors = {}
+    for steps in (1, 40):
+        settings = ProjectionSettings(steps_latent=steps, steps_noise=0)
+        perceptual = perceptual_for(bundle, settings)
+        result = run(bundle, hu, settings)
+        features = [perceptual.features(encode(x)) for x in (hu, result.reconstruction)]
+        errors[steps] = perceptual.distance(*features)
+    assert (errors[40] < 0.5 * errors[1]).all()
+
+
+def test_the_code_pays_for_leaving_the_normal(bundle):
+    free, held = (run(bundle, tissue(), ProjectionSettings(steps_latent=20, steps_noise=0, domain=domain))
+                  for domain in (0.0, 1e4))
+    error = [(decode(encode(tissue())) - one.reconstruction).abs()[BRAIN].mean() for one in (free, held)]
+    assert not torch.allclose(free.reconstruction, held.reconstruction, atol=0.5)
+    assert error[0] < error[1]
+
+
+# ---- the search on the noise
+
+def lesion_scan():
+    """A scan the generator can draw but for texture of 2 HU and, in slices 1 to 3, a lesion of +25 HU; its mask."""
+    codes = codes_like_healthy()
+    bundle = make_bundle(encoder=lambda images: codes)
+    lesion = torch.zeros(5, 32, 32, dtype=torch.bool)
+    lesion[1:4, 12:20, 12:20] = True
+    texture = 2 * torch.randn(5, 32, 32, generator=torch.Generator().manual_seed(4))
+    return bundle, drawn(bundle, codes) + texture + 25 * lesion, lesion
+
+
+def test_noise_copies_texture_but_not_the_lesion():
+    bundle, hu, lesion = lesion_scan()
+    settings = ProjectionSettings(steps_latent=2, steps_noise=30, lr_latent=1e-4, lr_noise=0.3, component_at_512=600)
+    before = run(bundle, hu, dataclasses.replace(settings, steps_noise=0))
+    after = run(bundle, hu, settings)
+    blind = run(bundle, hu, dataclasses.replace(settings, threshold_hu=1000.0))          # nothing is ever predicted
+
+    core = torch.zeros_like(lesion)
+    core[1:4, 14:18, 14:18] = True
+    elsewhere = BRAIN & ~torch.nn.functional.max_pool2d(lesion.float(), 5, 1, 2).bool()
+    query = decode(encode(hu))
+
+    def error(result, where):
+        return (query - result.reconstruction).abs()[where].mean()
+
+    assert after.predicted[core].all() and after.lesion[core].all() and not after.predicted[elsewhere].any()
+    assert error(after, elsewhere) < 0.7 * error(before, elsewhere)
+    assert after.residual[core].mean() > 0.8 * before.residual[core].mean()
+    assert blind.residual[core].mean() < 0.5 * before.residual[core].mean()
+    assert after.slice_scores[2] > 5 * after.slice_scores[0]
+
+
+def test_no_noise_steps_leave_the_noise_alone():
+    bundle, hu, _ = lesion_scan()
+    buffers = [m.clone() for m in bundle.generator.noise_maps("const")]
+    quiet = run(bundle, hu, ProjectionSettings(steps_latent=2, steps_noise=0, lr_noise=1e6))
+    run(bundle, hu, ProjectionSettings(steps_latent=0, steps_noise=3))
+    assert all(torch.equal(a, b) for a, b in zip(buffers, bundle.generator.noise_maps("const")))   # the model's own
+    assert set(quiet.seconds) == {"encode", "latent", "noise"} and quiet.steps == 2
+    assert quiet.reconstruction.isfinite().all()
+
+
+# ---- wrong use
+
+@pytest.mark.parametrize("hu, brain, positions", [
+    (torch.zeros(5, 64, 64), torch.zeros(5, 64, 64, dtype=torch.bool), POSITIONS),
+    (torch.zeros(5, 32, 32), BRAIN[:4], POSITIONS),
+    (torch.zeros(5, 32, 32), BRAIN, POSITIONS[:4]),
+])
+def test_refuses_shapes_that_do_not_fit(bundle, hu, brain, positions):
+    with pytest.raises(ValueError, match=r"expected hu and brain \[S, 32, 32\] and S positions"):
+        run(bundle, hu, brain=brain, positions=positions)
+
+
+def test_refuses_slices_out_of_order(bundle):
+    with pytest.raises(ValueError, match="sort the slices"):
+        run(bundle, tissue(), positions=POSITIONS[[0, 2, 1, 3, 4]])
+
+
+def test_refuses_a_search_without_steps():
+    with pytest.raises(ValueError, match="at least one"):
+        ProjectionSettings(steps_latent=0, steps_noise=0)
+    with pytest.raises(ValueError, match="negative"):
+        ProjectionSettings(steps_latent=-1)
