@@ -47,6 +47,18 @@ def random_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     return torch.where(flip.to(images.device).view(-1, *[1] * (images.ndim - 1)), images.flip(-1), images)
 
 
+def random_rotation(images: torch.Tensor, p: float, max_deg: float, generator: torch.Generator) -> torch.Tensor:
+    """Turns each image [B, 3, H, W] with probability p by up to max_deg either way; stays within [-1, 1]."""
+    on = torch.rand(len(images), generator=generator) < p
+    if not on.any():
+        return images
+    angle = (2 * torch.rand(len(images), generator=generator) - 1) * math.radians(max_deg)
+    zero = torch.zeros_like(angle)
+    turn = _matrix([[angle.cos(), -angle.sin(), zero], [angle.sin(), angle.cos(), zero]]).to(images.device)
+    turned = warp(images, turn).clamp(-1, 1)                              # bicubic overshoots at the skull
+    return torch.where(on.to(images.device)[:, None, None, None], turned, images)
+
+
 def augment(images: torch.Tensor, p: float, generator: torch.Generator,
             settings: AugmentSettings = AugmentSettings()) -> torch.Tensor:
     """Each transform of `settings` with probability p to each image; p = 0 returns the images themselves.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import platform
 import sys
@@ -28,7 +27,7 @@ import torch
 import anomaly
 import checkpoint
 import distributed
-from augment import random_flip, warp
+from augment import random_flip, random_rotation
 from config import option, parse
 from ct.window import decode, encode
 from dataset import SliceDataset
@@ -98,15 +97,8 @@ def encode_slices(encoder: Encoder, dataset: SliceDataset, passes: int, batch: i
 
 
 def augmented(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Half of images [B, 3, N, N] mirrored, half turned by up to ROTATE_DEG either way; within [-1, 1]."""
-    on = torch.rand(len(images), generator=rng) < ROTATE_P
-    angle = on * (2 * torch.rand(len(images), generator=rng) - 1) * math.radians(ROTATE_DEG)
-    turn = torch.eye(3).repeat(len(images), 1, 1)
-    turn[:, 0, 0] = turn[:, 1, 1] = angle.cos()
-    turn[:, 1, 0], turn[:, 0, 1] = angle.sin(), -angle.sin()
-    images = random_flip(images, rng)
-    turned = warp(images, turn.to(images.device)).clamp(-1, 1)            # bicubic overshoots at the skull
-    return torch.where(on.to(images.device)[:, None, None, None], turned, images)
+    """Half of images [B, 3, N, N] mirrored, half turned by up to ROTATE_DEG either way."""
+    return random_rotation(random_flip(images, rng), ROTATE_P, ROTATE_DEG, rng)
 
 
 def fit(w_plus: torch.Tensor, below_vertex_mm: torch.Tensor, config: StatsConfig) -> LatentStats:

@@ -114,7 +114,7 @@ class _Search:
         self.query = encode(hu.to(self.device))
         # What the three windows can show of the query: the generator can draw no more.
         self.query_hu, self.brain = decode(self.query), brain.to(self.device)
-        self.positions = np.asarray(below_vertex_mm)
+        self.positions = np.ascontiguousarray(below_vertex_mm)          # torch takes no reversed views
         self.chunks = [slice(i, min(i + batch, len(hu))) for i in range(0, len(hu), batch)]
         self.stats = bundle.latent.at(torch.as_tensor(self.positions))
         self.counter = anomaly.VoteCounter(hu.shape, self.device)

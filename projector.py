@@ -99,7 +99,7 @@ class Projector:
         self.perceptual = perceptual_for(bundle, settings, vgg16, lpips)
         calibration = bundle.meta["calibration"] or {}
         # A percentile means something only against scores that were made the same way.
-        same = bundle.meta["projection"] == dataclasses.asdict(settings) and preprocessing.to_json() == _plain(
+        same = bundle.meta["projection"] == dataclasses.asdict(settings) and _plain(preprocessing.to_json()) == _plain(
             bundle.meta["preprocessing"])
         self.healthy = calibration.get("scan_scores", {}).get(settings.scan_score) if same else None
         self.threshold = calibration.get("threshold", {}).get(settings.scan_score) if same else None

@@ -36,7 +36,7 @@ def laplacian_pyramid(hu: torch.Tensor, smallest: int = 16) -> list[torch.Tensor
     kernel, levels, x = binomial_kernel((1, 4, 6, 4, 1)), [], hu[:, None].float()
     while x.shape[-1] > smallest:
         low = upfirdn2d(x, kernel, down=2, pad=(2, 2))
-        back = upfirdn2d(low, kernel * 4, up=2, pad=(2, 1))
+        back = upfirdn2d(low, kernel * 4, up=2, pad=(2, 2))
         levels.append((x - back)[:, 0])
         x = low
     return [*levels, x[:, 0]]

@@ -50,7 +50,15 @@ def read_networks(path: str | Path) -> tuple[ModelConfig, list[dict[str, torch.T
                               "and encoder (e) are needed, as in the checkpoint of the encoder's training")
     states = [{name.removeprefix("module."): tensor for name, tensor in content[key].items()}
               for key in STATE_DICTS]
+    states[2] = _name_last_layer(states[2])
     return infer_config(states[0], path), states
+
+
+def _name_last_layer(encoder: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The encoder's state dict with its one linear layer called final_linear, wherever a Sequential has put it."""
+    trunk = ("convs.", "final_conv.")
+    return {name if name.startswith(trunk) else "final_linear." + name.rsplit(".", 1)[-1]: tensor
+            for name, tensor in encoder.items()}
 
 
 def infer_config(g_ema: Mapping[str, torch.Tensor], path: str | Path) -> ModelConfig:

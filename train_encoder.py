@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import distributed
-from augment import random_flip, warp
+from augment import random_flip, random_rotation
 from config import option, parse
 from ct.picture import save_hu_grid
 from ct.window import decode, encode
@@ -93,7 +93,7 @@ class EncoderTrainer:
         """One step on real [B, 3, N, N]; `full` adds the adversarial and in-domain terms to the perceptual one."""
         if self.config.flip:
             real = random_flip(real, self.rng)
-        real = self._rotate(real)
+        real = random_rotation(real, self.config.rotate, 45, self.rng)
         stats = self._encoder_step(real, full)
         if full:
             stats |= self._discriminator_step(real, index)
@@ -135,14 +135,6 @@ class EncoderTrainer:
         """LPIPS looks at images reduced twofold, as released; the discriminator only knows its own size."""
         return F.avg_pool2d(images, 2) if self.config.perceptual == "lpips" else images
 
-    def _rotate(self, images: torch.Tensor) -> torch.Tensor:
-        on = torch.rand(len(images), generator=self.rng) < self.config.rotate
-        if not on.any():
-            return images
-        angle = (2 * torch.rand(len(images), generator=self.rng) - 1) * math.pi / 4
-        turned = warp(images, rotations(angle, images.device))
-        return torch.where(on.to(images.device)[:, None, None, None], turned, images)
-
     def _erase(self, images: torch.Tensor) -> torch.Tensor:
         return erase(images, self.config.erase, self.rng)
 
@@ -178,12 +170,6 @@ class EncoderTrainer:
         if len(state["rng"]) == distributed.get_world_size():
             self.rng.set_state(state["rng"][distributed.get_rank()])
         return state["images_seen"]
-
-
-def rotations(angle: torch.Tensor, device) -> torch.Tensor:
-    """Angles [B] in radians -> the matrices [B, 3, 3] of augment.warp."""
-    c, s, o, i = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-    return torch.stack([c, -s, o, s, c, o, o, o, i], 1).reshape(-1, 3, 3).to(device)
 
 
 def erase(images: torch.Tensor, p: float, rng: torch.Generator) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from model import Discriminator, Encoder, Generator, ModelConfig, minibatch_stdd
 
 TINY = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=64, channel_multiplier=1, channel_max=8)
 PAPER = ModelConfig(size=512)
+close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
 NETWORKS = (Generator, Discriminator, Encoder)
 
 
@@ -213,13 +215,13 @@ def test_generator_is_the_published_forward_pass():
     g = build(Generator)
     z, w_plus = rand(3, 8), rand(3, TINY.n_latent, 8, seed=2)
     state = g.state_dict()
-    torch.testing.assert_close(g.mapping(z), plain_mapping(state, z, TINY.n_mlp), atol=1e-5, rtol=1e-5)
+    close(g.mapping(z), plain_mapping(state, z, TINY.n_mlp))
     buffers = [state[f"noises.noise_{i}"] for i in range(len(g.noise_sizes))]
-    torch.testing.assert_close(g.synthesis(w_plus, "const"), plain_generator(state, w_plus, buffers), atol=1e-5, rtol=1e-5)
+    close(g.synthesis(w_plus, "const"), plain_generator(state, w_plus, buffers))
     own = [rand(3, 1, r, r, seed=r) for r in g.noise_sizes]
-    torch.testing.assert_close(g.synthesis(w_plus, own), plain_generator(state, w_plus, own), atol=1e-5, rtol=1e-5)
+    close(g.synthesis(w_plus, own), plain_generator(state, w_plus, own))
     silent = [torch.zeros_like(n) for n in own]
-    torch.testing.assert_close(g.synthesis(w_plus, None), plain_generator(state, w_plus, silent), atol=1e-5, rtol=1e-5)
+    close(g.synthesis(w_plus, None), plain_generator(state, w_plus, silent))
 
 
 @pytest.mark.parametrize("batch, group", [(4, 4), (8, 4), (3, 3), (5, 1), (6, 3), (2, 2), (1, 1)])
@@ -227,7 +229,7 @@ def test_discriminator_is_the_published_forward_pass(batch, group):
     """Groups of 4 where the batch allows (as published), else of its largest divisor up to 4."""
     d, images = build(Discriminator), rand(batch, 3, 32, 32)
     expected = plain_discriminator(d.state_dict(), images, 3, group)
-    torch.testing.assert_close(d(images), expected, atol=1e-5, rtol=1e-5)
+    close(d(images), expected)
 
 
 @pytest.mark.parametrize("stddev", [False, True])
@@ -238,14 +240,14 @@ def test_encoder_is_the_published_forward_pass(stddev):
     x = plain_stddev(x, group=6) if stddev else x
     x = plain_activation(plain_conv(state, "final_conv.0", x, padding=1), state["final_conv.1.bias"]).flatten(1)
     x = F.leaky_relu(x @ state["final_linear.weight"].T + state["final_linear.bias"], 0.2)
-    torch.testing.assert_close(e(images), x.reshape(6, TINY.n_latent, 8), atol=1e-5, rtol=1e-5)
+    close(e(images), x.reshape(6, TINY.n_latent, 8))
 
 
 def test_minibatch_stddev_by_hand():
     x = torch.tensor([0.0, 10, 2, 10, 4, 16, 6, 24]).reshape(8, 1, 1, 1)
     y = minibatch_stddev(x, 4)                       # groups 0 2 4 6 (std sqrt 5) and 10 10 16 24 (std sqrt 33)
     assert y.shape == (8, 2, 1, 1) and torch.equal(y[:, :1], x)
-    torch.testing.assert_close(y[:, 1, 0, 0], torch.tensor([5.0, 33.0] * 4).sqrt())
+    close(y[:, 1, 0, 0], torch.tensor([5.0, 33.0] * 4).sqrt())
 
 
 # ---- Behaviour
@@ -254,7 +256,7 @@ def test_a_code_depends_on_its_batch_only_in_the_released_encoder():
     """Released defect, kept for imported checkpoints: the statistic spans the batch."""
     images = rand(4, 3, 32, 32)
     e = build(Encoder)
-    torch.testing.assert_close(e(images)[:1], e(images[:1]), atol=1e-5, rtol=1e-5)
+    close(e(images)[:1], e(images[:1]))
     released = build(Encoder, replace(TINY, encoder_stddev=True))
     assert (released(images)[:1] - released(images[:1])).abs().max() > 1e-3
 
@@ -282,7 +284,7 @@ def test_gradients_reach_codes_and_every_noise_map():
 
 def test_a_single_code_serves_all_layers_and_mixing_switches_at_the_crossover():
     g, w = build(Generator), rand(2, 8)
-    torch.testing.assert_close(g.synthesis(w, "const"), g.synthesis(w[:, None].repeat(1, TINY.n_latent, 1), "const"))
+    close(g.synthesis(w, "const"), g.synthesis(w[:, None].repeat(1, TINY.n_latent, 1), "const"))
     mixed = g.mix_styles(w, -w, torch.tensor([3, TINY.n_latent]))
     assert torch.equal(mixed[0], torch.cat([w[:1].expand(3, -1), -w[:1].expand(TINY.n_latent - 3, -1)]))
     assert torch.equal(mixed[1], w[1].expand(TINY.n_latent, -1))
@@ -294,9 +296,9 @@ def test_truncation_draws_codes_towards_the_mean():
     half = g(z, truncation_psi=0.5, noise="const")
     torch.manual_seed(3)
     mean = g.mean_latent()
-    torch.testing.assert_close(half, g.synthesis(0.5 * (mean + g.mapping(z)), "const"), atol=1e-5, rtol=1e-5)
+    close(half, g.synthesis(0.5 * (mean + g.mapping(z)), "const"))
     none = g(z, truncation_psi=0.0, noise="const")
-    torch.testing.assert_close(none[0], none[1], atol=1e-5, rtol=1e-5)
+    close(none[0], none[1])
     assert (g(z, noise="const").diff(dim=0)).abs().max() > 1e-2
 
 
@@ -304,7 +306,7 @@ def test_mean_latent_is_the_mean_over_many_codes():
     g = build(Generator)
     codes = g.mapping(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
     ours = g.mean_latent(64, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(ours, codes.mean(0, keepdim=True))
+    close(ours, codes.mean(0, keepdim=True))
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -1,0 +1,33 @@
+# The build needs the network, running needs none:
+#
+#   docker build -t cn-stylegan .
+#   docker run --rm --gpus all --network none --user "$(id -u):$(id -g)" \
+#       -v /path/to/scans:/scans:ro -v "$PWD/results:/results" \
+#       cn-stylegan projector.py /scans --model models/ct-ich-128 --out /results
+#
+# For training add --ipc=host: the loader's processes hand over slices in shared memory.
+
+# CUDA 13.0 is what the locked torch is built for. Ubuntu 24.04 has Python 3.12, which the lock covers.
+FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
+
+# gcc: op/ compiles its C source at first use
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+
+RUN python3 -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+COPY requirements.lock /tmp/requirements.lock
+RUN python -m pip install --no-cache-dir --no-deps --only-binary :all: --require-hashes -r /tmp/requirements.lock \
+    && rm /tmp/requirements.lock
+
+COPY . /app
+WORKDIR /app
+
+# Compiled ops and matplotlib's font list go where any user may write: --user need not be the one made here
+ENV XDG_CACHE_HOME=/tmp/cache MPLCONFIGDIR=/tmp/cache/matplotlib PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+RUN useradd --create-home --uid 10001 reader
+USER reader
+
+ENTRYPOINT ["python"]
+CMD ["projector.py", "--help"]

@@ -1,0 +1,41 @@
+# make test    build .venv from requirements.lock if need be, then ruff and the tests
+# make lock    resolve pyproject.toml anew into requirements.lock
+# make clean   remove .venv and caches; runs, results and models stay
+#
+# Needs Python 3.11 to 3.13 (with venv and pip), gcc and make. Another interpreter: make test PYTHON=/path/to/python
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: test venv lock clean
+
+test: venv
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+venv: $(STAMP)
+
+$(STAMP): requirements.lock
+	@test -n "$(PYTHON)" || { echo "make: no python3.11 or python3 on the path; install Python 3.11 (with venv)," \
+		"or name one: make test PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+		echo "make: expected Python 3.11 to 3.13, found $$($(PYTHON) --version 2>&1) ($(PYTHON)); install Python 3.11," \
+		"or name one: make test PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+		--require-hashes --requirement requirements.lock
+	touch $@
+
+# Versions in the present lock are kept where the ranges allow: `make lock UPGRADE=--upgrade` takes the newest.
+# Universal: one lock for every Python and platform that pyproject.toml allows.
+lock:
+	tool=$$(mktemp -d) && trap 'rm -rf "$$tool"' EXIT && \
+	$(PYTHON) -m venv $$tool && $$tool/bin/python -m pip install --quiet 'uv>=0.9' && \
+	$$tool/bin/uv pip compile pyproject.toml --extra test --extra tensorboard $(UPGRADE) --quiet \
+		--universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--custom-compile-command 'make lock' --output-file requirements.lock
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

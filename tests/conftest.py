@@ -1,0 +1,60 @@
+"""What several test files need: a small database of synthetic heads, and a short training run on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from ct.standardise import StandardiseSettings
+from dataset import ScanRecord, SliceWriter
+from preprocess import PreprocessSettings
+from tests.helpers import synthetic_head
+
+
+@pytest.fixture(scope="session")
+def slices32(tmp_path_factory) -> Path:
+    """Slices of 32 x 32 pixels: two scans of 8 to train on, one to validate with."""
+    path = tmp_path_factory.mktemp("data") / "slices32.lmdb"
+    settings = PreprocessSettings(StandardiseSettings(size=32))
+    with SliceWriter(path, settings.to_json()) as writer:
+        for seed, split in enumerate(("train", "train", "val")):
+            hu, brain = synthetic_head(slices=12, size=32, spacing_mm=(10.0, 7.0, 7.0), angle_deg=5 * seed, seed=seed)
+            shown = np.flatnonzero(brain.any((1, 2)))[:8]
+            below_vertex_mm = 10.0 * (shown.max() - shown)
+            record = ScanRecord.encode(f"head{seed}", hu[shown].clip(-20, 180), brain[shown], below_vertex_mm)
+            writer.add(record, split, f"patient{seed}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def train_gan(slices32) -> Callable[..., int]:
+    """train_gan(out, *flags) -> exit code of train.py: 4 images a step, every phase and the augmentation at work."""
+    flags = dict(preset="smoke32", device="cpu", precision="fp32", style_dim=8, channel_base=64, channel_max=8, batch=4,
+                 r1_every=2, path_every=2, ada_target=-0.9, ada_kimg=0.04, kimg=0.032, tick_kimg=0.008, grid_kimg=0.032,
+                 snapshot_kimg=0.016)
+    base = [text for name, value in flags.items() for text in ("--" + name.replace("_", "-"), str(value))]
+
+    def run(out: Path, *more: object) -> int:
+        return train.main(["--data", str(slices32), "--out", str(out), *base, *map(str, more)])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def gan_run(train_gan, tmp_path_factory) -> Path:
+    """A finished run of 8 steps, never interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "gan"
+    assert train_gan(out) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_gan_config() -> train.TrainConfig:
+    """8 images a step; every phase runs at step 0, and nothing in it is drawn a rank at a time."""
+    return dataclasses.replace(train.PRESETS["smoke32"], style_dim=8, channel_base=64, channel_max=8, batch=8,
+                               noise="const", ada_target=0, precision="fp32")

@@ -1,0 +1,143 @@
+"""Losses by hand: softplus values, penalties of linear networks, and what the perceptual distances see."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from losses import (
+    DiscriminatorPerceptual,
+    build_perceptual,
+    d_logistic,
+    frozen,
+    g_nonsaturating,
+    in_domain,
+    path_lengths,
+    prior_excess,
+    r1_penalty,
+)
+from model import Discriminator, ModelConfig
+
+TINY = ModelConfig(size=32, style_dim=8, channel_base=64, channel_multiplier=1, channel_max=8)
+
+
+def rand(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_adversarial_losses_by_hand():
+    logits = torch.tensor([[0.0], [math.log(3)]])                # softplus(-log 3) = log 4/3, softplus(log 3) = log 4
+    assert g_nonsaturating(logits).item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2, abs=1e-6)
+    expected = (math.log(2) + math.log(4 / 3)) / 2 + (math.log(2) + math.log(4)) / 2
+    assert d_logistic(logits, logits).item() == pytest.approx(expected, abs=1e-6)
+    sure = torch.tensor([[1000.0]])
+    assert g_nonsaturating(-sure).item() == 1000 and d_logistic(sure, -sure).item() == 0      # no overflow
+
+
+def test_r1_of_a_linear_discriminator_is_its_squared_norm():
+    weight = rand(3, 4, 4).requires_grad_()
+    images = rand(5, 3, 4, 4, seed=2).requires_grad_()
+    penalty = r1_penalty((images * weight).sum((1, 2, 3)), images)
+    torch.testing.assert_close(penalty, weight.square().sum())
+    penalty.backward()                                           # what the discriminator learns from it
+    torch.testing.assert_close(weight.grad, 2 * weight.detach())
+
+
+def test_r1_averages_over_the_batch():
+    images = torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1).requires_grad_()
+    penalty = r1_penalty(images.square().sum((1, 2, 3)), images)                   # gradients 2 x: squares 4 and 16
+    assert penalty.item() == pytest.approx(10)
+
+
+def test_path_length_of_a_linear_generator():
+    """Image = sum over layers of A_l w_l, so that the length is the rms over layers of |A_l^T y| / sqrt(H W)."""
+    matrices, noise = rand(2, 3 * 4 * 4, 5), rand(6, 3, 4, 4, seed=2)
+    w_plus = rand(6, 2, 5, seed=3).requires_grad_()
+    images = torch.einsum("lpd, bld -> bp", matrices, w_plus).reshape(6, 3, 4, 4)
+    pulled = torch.einsum("lpd, bp -> bld", matrices, noise.flatten(1) / 4)        # sqrt(H W) = 4
+    expected = (pulled.square().sum((1, 2)) / 2).sqrt()
+    torch.testing.assert_close(path_lengths(images, w_plus, noise), expected)
+
+
+def test_path_lengths_can_be_differentiated():
+    scale = torch.tensor(3.0, requires_grad=True)
+    w_plus = rand(2, 1, 4).requires_grad_()
+    images = (scale * w_plus).reshape(2, 1, 2, 2)
+    noise = torch.ones(2, 1, 2, 2)                               # |scale y| = scale |(.5, .5, .5, .5)| = scale
+    lengths = path_lengths(images, w_plus, noise)
+    torch.testing.assert_close(lengths, torch.tensor([3.0, 3.0]))
+    lengths.sum().backward()
+    assert scale.grad.item() == pytest.approx(2)
+
+
+def test_frozen_gives_the_input_a_gradient_and_the_network_none():
+    net, x = torch.nn.Linear(2, 1), torch.ones(1, 2, requires_grad=True)
+    with frozen(net):
+        y = net(x)
+    y.sum().backward()
+    assert net.weight.grad is None and x.grad is not None
+    assert all(p.requires_grad for p in net.parameters())
+    with pytest.raises(RuntimeError), frozen(net):
+        raise RuntimeError
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_in_domain_by_hand():
+    assert in_domain(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 4.0]])).item() == 2.5
+
+
+def test_prior_excess_counts_only_moves_away_from_the_mean():
+    p_encoder = torch.tensor([[[1.0, 1.0, -1.0, -1.0, 0.0, 2.0]]])
+    p = torch.tensor([[[3.0, 0.5, -2.0, 0.0, 0.5, -3.0]]]).requires_grad_()
+    # away by 2, nearer, away by 1, nearer, away by 0.5, away through zero to the far side by 5
+    loss = prior_excess(p, p_encoder)
+    assert loss.item() == pytest.approx((4 + 0 + 1 + 0 + 0.25 + 25) / 6)
+    loss.backward()
+    torch.testing.assert_close(p.grad, torch.tensor([[[4.0, 0, -2, 0, 1, -10]]]) / 6)
+    assert prior_excess(p_encoder, p_encoder).item() == 0
+
+
+# ---- Perceptual distance
+
+@pytest.fixture(scope="module")
+def perceptual():
+    torch.manual_seed(0)
+    return build_perceptual("discriminator", Discriminator(TINY))
+
+
+def test_perceptual_distance_is_zero_only_for_equal_images(perceptual):
+    x, y = rand(2, 3, 32, 32), rand(2, 3, 32, 32, seed=2)
+    distance = perceptual.distance(perceptual.features(x), perceptual.features(torch.cat([x[:1], y[1:]])))
+    assert distance.shape == (2,)
+    assert distance[0] == 0 and distance[1] > 0.1
+
+
+def test_perceptual_gradient_goes_to_the_other_image_alone(perceptual):
+    query, other = rand(1, 3, 32, 32).requires_grad_(), rand(1, 3, 32, 32, seed=2).requires_grad_()
+    perceptual.distance(perceptual.features(query), perceptual.features(other)).sum().backward()
+    assert query.grad is None and other.grad.abs().max() > 0
+    assert all(p.grad is None and not p.requires_grad for p in perceptual.parameters())
+
+
+def test_perceptual_distance_by_hand():
+    """Stages weigh alike: each squared difference is relative to the query's mean square there; the last is unused."""
+
+    class Stages(torch.nn.Module):
+        def features(self, images):
+            return [images, 10 * images, images / 0]
+
+    perceptual = DiscriminatorPerceptual(Stages())
+    query, other = torch.full((1, 3, 2, 2), 2.0), torch.full((1, 3, 2, 2), 3.0)
+    distance = perceptual.distance(perceptual.features(query), perceptual.features(other))
+    torch.testing.assert_close(distance, torch.tensor([0.25]))                     # (1 / 4 + 100 / 400) / 2
+
+
+def test_missing_weights_name_their_flag(tmp_path):
+    with pytest.raises(ValueError, match="--vgg16 FILE.*found no flag"):
+        build_perceptual("lpips", None)
+    with pytest.raises(ValueError, match="--vgg16 FILE.*found .*absent.pth"):
+        build_perceptual("lpips", None, vgg16=tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match="--perceptual must be 'discriminator' or 'lpips', got 'vgg'"):
+        build_perceptual("vgg", None)

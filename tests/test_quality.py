@@ -1,0 +1,75 @@
+"""Distances between sets of slices: nothing for equal sets, and known figures for known differences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from op import binomial_kernel, upfirdn2d
+from quality import frechet_distance, laplacian_pyramid, sliced_wasserstein
+
+
+def slices(count=12, size=32, seed=0):
+    return 30 + 20 * torch.randn(count, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_equal_sets_are_at_distance_zero():
+    real = slices()
+    assert sliced_wasserstein(real, real.clone()) == 0
+    assert sliced_wasserstein(real, slices(seed=1)) > 0
+
+
+def test_a_shift_of_all_hu_counts_in_proportion():
+    """At 16 pixels the pyramid is the picture: a shift of d moves the projections on a unit vector u by d sum(u).
+
+    sum(u) over random directions is close to standard normal (49 values), so that its mean size is sqrt(2 / pi).
+    """
+    real = slices(size=16)
+    distances = [sliced_wasserstein(real, real + shift, projections=2000) for shift in (1.0, 3.0, -3.0)]
+    assert distances[0] == pytest.approx(math.sqrt(2 / math.pi), rel=0.05)
+    assert distances[1] == pytest.approx(3 * distances[0], rel=1e-4)
+    assert distances[2] == pytest.approx(3 * distances[0], rel=1e-4)
+
+
+def test_a_blurred_set_is_farther_the_more_it_is_blurred():
+    real = slices()
+    kernel = binomial_kernel((1, 2, 1))
+    once = upfirdn2d(real[:, None], kernel, pad=(1, 1))
+    twice = upfirdn2d(once, kernel, pad=(1, 1))
+    assert 1 < sliced_wasserstein(real, once[:, 0]) < sliced_wasserstein(real, twice[:, 0])
+
+
+def test_sets_of_different_shape_are_refused():
+    with pytest.raises(ValueError, match=r"same shape, got \[12, 32, 32\], \[4, 32, 32\]"):
+        sliced_wasserstein(slices(), slices(4))
+
+
+def test_the_pyramid_rebuilds_the_picture():
+    hu = slices(2, 64)
+    levels = laplacian_pyramid(hu)
+    assert [level.shape[-1] for level in levels] == [64, 32, 16]
+    x = levels[-1]
+    for level in reversed(levels[:-1]):
+        up = upfirdn2d(x[:, None], 4 * binomial_kernel((1, 4, 6, 4, 1)), up=2, pad=(2, 2))[:, 0]
+        assert up.shape == level.shape
+        x = level + up
+    torch.testing.assert_close(x, hu, atol=1e-3, rtol=0)
+
+
+def test_a_flat_picture_has_nothing_in_its_bands():
+    band, low = laplacian_pyramid(torch.full((1, 32, 32), 40.0))
+    torch.testing.assert_close(band[:, 4:-4, 4:-4], torch.zeros(1, 24, 24), atol=1e-4, rtol=0)
+    torch.testing.assert_close(low[:, 2:-2, 2:-2], torch.full((1, 12, 12), 40.0), atol=1e-4, rtol=0)
+
+
+def test_frechet_distance_of_gaussians_by_formula():
+    """Independent features: |m_a - m_b|^2 + sum (s_a - s_b)^2; correlated: tr(A + B - 2 sqrt(A B))."""
+    # The four corners (+-1, +-1) have mean 0 and covariance 4/3 I.
+    corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
+    other = corners * torch.tensor([2.0, 3.0]) + torch.tensor([3.0, -4.0])
+    assert frechet_distance(corners, other) == pytest.approx(25 + 4 / 3 * (1 + 4), rel=1e-6)
+    assert frechet_distance(corners, corners) == pytest.approx(0, abs=1e-6)
+    mixing = torch.tensor([[2.0, 1], [1, 2]])                # symmetric: the covariance is 4/3 of its square
+    assert frechet_distance(corners, corners @ mixing) == pytest.approx(4 / 3 * (2 + 10 - 2 * 4), rel=1e-6)

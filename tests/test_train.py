@@ -1,0 +1,203 @@
+"""train.py: to the end, over an interruption without a trace, and the same step however it is divided."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from PIL import Image
+
+import checkpoint
+import distributed
+import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def half_run(train_gan, tmp_path_factory) -> Path:
+    """The first half of gan_run."""
+    out = tmp_path_factory.mktemp("runs") / "half"
+    assert train_gan(out, "--kimg", 0.016) == 0
+    return out
+
+
+@pytest.fixture
+def half(half_run, tmp_path) -> Path:
+    return Path(shutil.copytree(half_run, tmp_path / "run"))
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+
+
+def assert_identical(a, b, where=""):
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_identical(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            assert_identical(*pair, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+# ---- A run
+
+def test_a_run_leaves_what_it_promises(gan_run):
+    assert checkpoint.snapshot_steps(gan_run) == [16, 32]
+    every = {"step", "loss_d", "real", "fake", "real_sign", "r1", "loss_g", "path_length", "ada_p", "r_t", "seconds",
+             "memory_gb", "img_per_s", "s_per_kimg"}
+    stats = rows(gan_run)
+    assert [row["step"] for row in stats] == [8, 16, 24, 32]
+    assert [set(row) for row in stats] == [every, every, every, every | {"swd"}]
+    assert stats[-1]["ada_p"] > 0 and stats[-1]["swd"] > 0 and stats[-1]["memory_gb"] > 0
+    config = json.loads((gan_run / "config.json").read_text())
+    assert config["kind"] == "gan" and config["config"]["r1_every"] == 2 and config["model"]["size"] == 32
+    assert config["data"]["counts"]["train"]["slices"] == 16
+    grid = np.asarray(Image.open(gan_run / "samples-000000.png"))
+    assert grid.shape[:2] == (4 * 32, 8 * 32) and grid.std() > 0
+    assert (gan_run / "real.png").is_file()
+
+
+def test_training_changes_what_it_should(gan_run):
+    first, last = (checkpoint.load_snapshot(gan_run, step).weights for step in (16, 32))
+    for network in ("generator", "generator_ema", "discriminator"):
+        assert not torch.equal(next(iter(first[network].values())), next(iter(last[network].values())))
+    for i in range(7):
+        name = f"noises.noise_{i}"                     # released defect: the averaged copy had noise of its own
+        assert torch.equal(last["generator"][name], last["generator_ema"][name])
+        assert torch.equal(last["generator"][name], first["generator"][name])
+
+
+def test_a_resumed_run_is_bit_identical(train_gan, gan_run, half):
+    """Random noise maps, augmentation, sampler, optimisers and running means all go on where they were."""
+    assert train_gan(half) == 0
+    whole, resumed = (checkpoint.load_snapshot(run, 32) for run in (gan_run, half))
+    assert_identical(whole.weights, resumed.weights)
+    assert_identical(whole.state, resumed.state)
+    clock = {"seconds", "memory_gb", "img_per_s", "s_per_kimg"}
+    last = [{k: v for k, v in rows(run)[-1].items() if k not in clock} for run in (gan_run, half)]
+    assert last[0] == last[1]
+
+
+def test_a_finished_run_has_nothing_to_do(train_gan, half):
+    before = rows(half)
+    assert train_gan(half, "--kimg", 0.016) == 0
+    assert rows(half) == before
+
+
+def test_divergence_exits_4_and_keeps_the_last_good_snapshot(train_gan, half, capsys):
+    """The learning rate of the flags holds for a resumed run too, not that of the saved optimiser."""
+    assert train_gan(half, "--lr", 1e30) == 4
+    assert "diverged at 24 images" in capsys.readouterr().err
+    snapshot = checkpoint.load_snapshot(half)
+    assert snapshot.step == 16
+    assert all(torch.isfinite(t).all() for network in snapshot.weights.values() for t in network.values())
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--size", 64), "holds 32x32 slices but --size is 64"),
+    (("--style-dim", 16), "has another model"),
+    (("--data", "absent.lmdb"), "absent.lmdb: no such file"),
+    (("--device", "tpu"), "--device tpu"),
+])
+def test_what_cannot_be_trained_exits_2(train_gan, half, flags, message, capsys):
+    assert train_gan(half, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_batch_that_does_not_divide_exits_2(train_gan, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        train_gan(tmp_path, "--accumulate", 3)
+    assert end.value.code == 2 and "--batch 4 must be divisible by --accumulate 3" in capsys.readouterr().err
+
+
+# ---- A step
+
+def one_step(config: train.TrainConfig) -> dict:
+    """Weights and scalars after step 0 on this rank's share of eight fixed images.
+
+    Plain gradient descent: Adam's first step is the gradient's sign, which rounding decides where it is near zero.
+    """
+    trainer = train.Trainer(config, CPU)
+    for name in ("g", "d"):
+        setattr(trainer, f"{name}_opt", torch.optim.SGD(getattr(trainer, name).parameters(), lr=0.01))
+    real = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    stats = trainer.step(real[trainer.rank::trainer.world], 0)
+    return {"weights": {name: net.state_dict() for name, net in trainer.modules().items()},
+            "path_mean": trainer.path_mean, "stats": distributed.reduce_mean(stats)}
+
+
+def rank_step(rank: int, port: int, config: train.TrainConfig, out: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    distributed.init(CPU, timeout_minutes=5)
+    torch.save(one_step(config), f"{out}/{rank}.pt")
+    distributed.cleanup()
+
+
+def assert_same_step(ours: dict, reference: dict) -> None:
+    torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
+    assert set(ours["stats"]) == {"loss_d", "real", "fake", "real_sign", "r1", "loss_g", "path_length"}
+
+
+@pytest.fixture(scope="module")
+def whole_step(tiny_gan_config) -> dict:
+    return one_step(tiny_gan_config)
+
+
+def test_two_ranks_take_the_step_of_one(tiny_gan_config, whole_step, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(rank_step, (port, dataclasses.replace(tiny_gan_config, batch=4), str(tmp_path)), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert_identical(*results)
+    assert_same_step(results[0], whole_step)
+
+
+def test_accumulated_micro_batches_take_the_step_of_one_batch(tiny_gan_config, whole_step):
+    assert_same_step(one_step(dataclasses.replace(tiny_gan_config, accumulate=2)), whole_step)
+
+
+def test_that_step_depends_on_every_phase(tiny_gan_config, whole_step):
+    """Or the two tests above would prove little."""
+    for phase, network in ((dict(r1_every=0), "discriminator"), (dict(path_every=0), "generator"),
+                           (dict(flip=False), "discriminator"), (dict(mixing=0.0), "generator")):
+        other = one_step(dataclasses.replace(tiny_gan_config, **phase))["weights"][network]
+        largest = max((t - whole_step["weights"][network][name]).abs().max() for name, t in other.items())
+        assert largest > 1e-4, phase
+
+
+@pytest.mark.parametrize("rampup, half_life", [(0.0, 10.0), (0.05, 0.4)])
+def test_the_averaged_generator_follows_its_formula(tiny_gan_config, rampup, half_life):
+    """Half-life 10 images, or 5 % of the 8 images seen."""
+    config = dataclasses.replace(tiny_gan_config, ema_kimg=0.01, ema_rampup=rampup, r1_every=0, path_every=0)
+    trainer = train.Trainer(config, CPU)
+    before = trainer.g_ema.conv1.conv.weight.clone()
+    trainer.step(torch.zeros(8, 3, 32, 32), 0)
+    after, keep = trainer.g.conv1.conv.weight, 0.5 ** (8 / half_life)
+    assert (after - before).abs().max() > 1e-4
+    torch.testing.assert_close(trainer.g_ema.conv1.conv.weight, keep * before + (1 - keep) * after, atol=1e-7, rtol=0)
+
+
+def test_adam_is_corrected_for_the_regulariser():
+    optimiser = train.lazy_adam(torch.nn.Linear(1, 1), lr=0.002, every=4)
+    assert optimiser.defaults["lr"] == pytest.approx(0.0016)
+    assert optimiser.defaults["betas"] == (0.0, pytest.approx(0.99**0.8))
+    assert train.lazy_adam(torch.nn.Linear(1, 1), lr=0.002, every=0).defaults["betas"] == (0.0, 0.99)

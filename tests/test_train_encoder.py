@@ -1,0 +1,147 @@
+"""train_encoder.py: to the end, over an interruption without a trace, and its own augmentations by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import train_encoder
+from augment import random_rotation
+from train_encoder import EncoderConfig, EncoderTrainer, erase
+
+FLAGS = ["--preset", "smoke32", "--device", "cpu", "--precision", "fp32", "--batch", "4", "--epochs", "2",
+         "--perceptual-epochs", "0.5", "--r1-every", "2"]
+
+
+def run_encoder(data, gan, out, *flags) -> int:
+    return train_encoder.main(["--data", str(data), "--gan", str(gan), "--out", str(out), *FLAGS, *map(str, flags)])
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def encoder_run(slices32, gan_run, tmp_path_factory) -> Path:
+    """Two epochs of 16 images, the first half of the first with the perceptual loss alone."""
+    out = tmp_path_factory.mktemp("runs") / "encoder"
+    assert run_encoder(slices32, gan_run, out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def half_run(slices32, gan_run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "half"
+    assert run_encoder(slices32, gan_run, out, "--epochs", 1) == 0
+    return out
+
+
+@pytest.fixture
+def half(half_run, tmp_path) -> Path:
+    return Path(shutil.copytree(half_run, tmp_path / "run"))
+
+
+# ---- A run
+
+def test_a_run_leaves_what_it_promises(encoder_run, gan_run):
+    assert checkpoint.snapshot_steps(encoder_run) == [16, 32]
+    stats = rows(encoder_run)
+    assert [(row["step"], row["epoch"]) for row in stats] == [(16, 1), (32, 2)]
+    assert all(set(row) == {"step", "epoch", "perceptual", "adversarial", "domain", "loss_d", "val_psnr_db",
+                            "val_error_hu", "seconds", "memory_gb", "img_per_s", "s_per_kimg"} for row in stats)
+    assert all(0 < row["val_error_hu"] < 200 and row["val_psnr_db"] > 0 for row in stats)
+    assert (encoder_run / "reconstructions-002.png").is_file()
+    config = json.loads((encoder_run / "config.json").read_text())
+    assert config["kind"] == "encoder" and config["gan"]["step"] == 32
+
+
+def test_the_generator_stays_and_the_discriminator_goes_on(encoder_run, gan_run):
+    gan, ours = checkpoint.load_snapshot(gan_run).weights, checkpoint.load_snapshot(encoder_run).weights
+    assert set(ours) == {"encoder", "discriminator", "generator"}
+    assert all(torch.equal(ours["generator"][name], t) for name, t in gan["generator_ema"].items())
+    assert not torch.equal(ours["discriminator"]["convs.0.0.weight"], gan["discriminator"]["convs.0.0.weight"])
+
+
+def test_a_resumed_run_is_bit_identical(slices32, gan_run, encoder_run, half):
+    assert run_encoder(slices32, gan_run, half) == 0
+    whole, resumed = (checkpoint.load_snapshot(run, 32) for run in (encoder_run, half))
+    for network, weights in whole.weights.items():
+        assert all(torch.equal(resumed.weights[network][name], t) for name, t in weights.items()), network
+    assert torch.equal(whole.state["rng"][0], resumed.state["rng"][0])
+    assert rows(encoder_run)[-1]["val_error_hu"] == rows(half)[-1]["val_error_hu"]
+
+
+def test_divergence_exits_4_and_keeps_the_last_good_snapshot(slices32, gan_run, half, capsys):
+    assert run_encoder(slices32, gan_run, half, "--lr", 1e30) == 4
+    assert "diverged in epoch 2" in capsys.readouterr().err
+    snapshot = checkpoint.load_snapshot(half)
+    assert snapshot.step == 16
+    assert all(torch.isfinite(t).all() for t in snapshot.weights["encoder"].values())
+
+
+def test_what_cannot_be_trained_exits_2(slices32, gan_run, encoder_run, tmp_path, capsys):
+    assert run_encoder(slices32, gan_run, tmp_path, "--perceptual", "lpips") == 2
+    assert "--vgg16 FILE" in capsys.readouterr().err
+    assert run_encoder(slices32, encoder_run, tmp_path) == 2
+    assert "not a run of train.py (kind 'encoder')" in capsys.readouterr().err
+    assert run_encoder(slices32, tmp_path / "absent", tmp_path) == 2
+    assert "no snapshot here" in capsys.readouterr().err
+    assert run_encoder(slices32, gan_run, gan_run) == 2
+    assert "has another kind" in capsys.readouterr().err
+
+
+def test_the_loss_falls_on_a_batch_seen_again_and_again(gan_run):
+    config = EncoderConfig(lr=3e-3, erase=0, rotate=0, flip=False, precision="fp32")
+    trainer = EncoderTrainer(config, checkpoint.load_snapshot(gan_run), torch.device("cpu"))
+    real = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5
+    first, *_, last = (trainer.step(real, i, full=False)["perceptual"].item() for i in range(12))
+    assert last < 0.9 * first
+
+
+# ---- Augmentation
+
+def test_erased_rectangles_keep_their_bounds():
+    """2 to 33 % of the area, sides up to 3.3 : 1, give or take the pixels at the edges."""
+    images = torch.ones(300, 3, 96, 96)
+    holes = erase(images, 1.0, torch.Generator().manual_seed(0)) == 0
+    assert torch.equal(holes, holes[:, :1].expand_as(holes))                           # in all windows alike
+    holes = holes[:, 0]
+    heights, widths = holes.any(2).sum(1), holes.any(1).sum(1)
+    assert torch.equal(holes.sum((1, 2)), heights * widths)                            # one solid rectangle each
+    area, slack = heights * widths / 96**2, (heights + widths + 1) / 96**2
+    assert (area - slack <= 0.33).all() and (area + slack >= 0.02).all()
+    assert area.min() < 0.05 and area.max() > 0.28
+    stretched = heights / widths
+    assert ((heights - 1) / (widths + 1)).max() < 3.3 and ((widths - 1) / (heights + 1)).max() < 3.3
+    assert stretched.max() > 2 and stretched.min() < 1 / 2
+
+
+def test_erasing_hits_its_share_of_the_images():
+    images = torch.rand(400, 3, 32, 32) + 1
+    erased = erase(images, 0.25, torch.Generator().manual_seed(0))
+    hit = (erased != images).flatten(1).any(1)
+    assert 0.18 < hit.float().mean() < 0.32
+    assert torch.equal(erased[~hit], images[~hit])
+    assert torch.equal(erase(images, 0.0, torch.Generator().manual_seed(0)), images)
+    assert ((erased == images) | (erased == 0)).all()
+
+
+def test_rotations_turn_either_way_about_the_centre_up_to_their_limit():
+    images = torch.full((200, 3, 33, 33), -1.0)
+    images[:, :, 16, 26] = 1                                                           # 10 pixels right of the centre
+    turned = random_rotation(images, 0.5, 45, torch.Generator().manual_seed(0))
+    assert turned.min() >= -1 and turned.max() <= 1
+    hit = (turned != images).flatten(1).any(1)
+    assert 0.4 < hit.float().mean() < 0.6
+    weight = (turned[hit, 0] + 1).square()
+    offset = torch.arange(33.0) - 16
+    total = weight.sum((1, 2))
+    y, x = (weight.sum(2) * offset).sum(1) / total, (weight.sum(1) * offset).sum(1) / total
+    degrees = torch.rad2deg(torch.atan2(y, x))
+    torch.testing.assert_close(torch.hypot(x, y), torch.full_like(x, 10.0), atol=0.3, rtol=0)
+    assert 38 < degrees.max() < 47 and -47 < degrees.min() < -38 and degrees.mean().abs() < 8
