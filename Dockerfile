@@ -1,6 +1,7 @@
 # The build needs the network, running needs none:
 #
 #   docker build -t cn-stylegan .
+#   mkdir -p results
 #   docker run --rm --gpus all --network none --user "$(id -u):$(id -g)" \
 #       -v /path/to/scans:/scans:ro -v "$PWD/results:/results" \
 #       cn-stylegan projector.py /scans --model models/ct-ich-128 --out /results

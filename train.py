@@ -32,7 +32,7 @@ from dataset import DatasetError, SliceDataset, image_batches
 from losses import d_logistic, frozen, g_nonsaturating, path_lengths, r1_penalty
 from model import Discriminator, Generator, ModelConfig
 from preprocess import ensure_database
-from quality import sliced_wasserstein
+from quality import InceptionFeatures, frechet_distance, sliced_wasserstein
 from runlog import RunLog, load_optimiser, start_run
 
 
@@ -261,8 +261,11 @@ def lazy_adam(net: torch.nn.Module, lr: float, every: int) -> torch.optim.Adam:
 # ---------------------------------------------------------------------------------------------------------------
 # The loop
 
-def train(config: TrainConfig, data: Path, out: Path, device: torch.device) -> None:
-    """Train until config.kimg. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite."""
+def train(config: TrainConfig, data: Path, out: Path, device: torch.device, inception: Path | None = None) -> None:
+    """Train until config.kimg. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite.
+
+    inception: weights of quality.InceptionFeatures, for the Frechet distance beside the sliced Wasserstein one.
+    """
     # ---- Set up
     dataset, held_out = SliceDataset(data, "train"), SliceDataset(data, "val", check=False)
     if dataset.size != config.size:
@@ -280,9 +283,9 @@ def train(config: TrainConfig, data: Path, out: Path, device: torch.device) -> N
     batches = image_batches(dataset, config.batch, config.seed, config.workers, trainer.images_seen)
     with torch.random.fork_rng(devices=[]):   # a loader that starts takes a number from the stream of the noise maps
         batches = itertools.chain([next(batches)], batches)
-    val_hu = all_slices(held_out)
+    quality = Quality(held_out, dataset, inception, device) if distributed.is_main() else None
     if snapshot is None and distributed.is_main():
-        save_hu_grid(out / "real.png", val_hu[:: max(1, len(val_hu) // 32)][:32].numpy())
+        save_hu_grid(out / "real.png", quality.val_hu[:: max(1, len(held_out) // 32)][:32].numpy())
     distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; "
                        f"{trainer.world} x {config.batch} images a step in {trainer.g.compute_dtype} on {device}")
 
@@ -302,12 +305,14 @@ def train(config: TrainConfig, data: Path, out: Path, device: torch.device) -> N
         if due(config.tick_kimg):
             extra = {"ada_p": trainer.ada.p, "r_t": trainer.ada.r_t} if trainer.ada else {}
             if due(config.grid_kimg):
-                extra["swd"] = write_samples(trainer, val_hu, out)
+                extra |= distributed.gather(quality.measure(trainer, out) if quality else None)[0]
             row = log.tick(trainer.images_seen, device, since_tick, **extra)
             since_tick = 0
             if not all(math.isfinite(value) for value in row.values()):
                 raise FloatingPointError(f"training diverged at {trainer.images_seen} images: {row}")
         if due(config.snapshot_kimg):
+            if not all(p.isfinite().all() for p in (*trainer.g.parameters(), *trainer.d.parameters())):
+                raise FloatingPointError(f"training diverged at {trainer.images_seen} images: weights are not finite")
             state = trainer.state()
             if distributed.is_main():
                 checkpoint.save_snapshot(out, trainer.images_seen, trainer.modules(), state, meta)
@@ -315,24 +320,29 @@ def train(config: TrainConfig, data: Path, out: Path, device: torch.device) -> N
     log.close()
 
 
-def all_slices(dataset: SliceDataset) -> torch.Tensor:
-    """HU of a whole split: float32 [M, N, N]."""
-    return torch.stack([dataset[i]["hu"] for i in range(len(dataset))]).float()
+class Quality:
+    """What is measured on samples now and then, on rank 0: distances to real slices, and a grid to look at."""
 
+    def __init__(self, held_out: SliceDataset, train_slices: SliceDataset, inception: Path | None, device):
+        self.val_hu = torch.stack([held_out[i]["hu"] for i in range(len(held_out))]).float()
+        self.features = InceptionFeatures(inception, device) if inception else None
+        if self.features:
+            pick = range(0, len(train_slices), max(1, len(train_slices) // 2048))
+            self.real = self.features(encode(torch.stack([train_slices[i]["hu"] for i in pick]).float()))
 
-@torch.no_grad()
-def write_samples(trainer: Trainer, val_hu: torch.Tensor, out: Path) -> float:
-    """Collective in name only (rank 0 works): a grid of samples, and the distance to held-out slices, HU."""
-    if not distributed.is_main():
-        return 0.0
-    generator = torch.Generator().manual_seed(trainer.config.seed)
-    samples = []
-    for _ in range(-(-max(32, min(len(val_hu), 512)) // 32)):
-        z = torch.randn(32, trainer.config.style_dim, generator=generator).to(trainer.device)
-        samples.append(decode(trainer.g_ema(z, noise="const")).cpu())
-    samples = torch.cat(samples)
-    save_hu_grid(out / f"samples-{trainer.images_seen // 1000:06d}.png", samples[:32].numpy())
-    return sliced_wasserstein(val_hu, samples[: len(val_hu)])
+    @torch.no_grad()
+    def measure(self, trainer: Trainer, out: Path) -> dict[str, float]:
+        """`swd` against the held-out slices, HU, and `fid` against the training slices where Inception is given."""
+        count = max(32, len(self.val_hu), len(self.real) if self.features else 0)
+        generator = torch.Generator().manual_seed(trainer.config.seed)
+        z = torch.randn(count, trainer.config.style_dim, generator=generator)
+        images = torch.cat([trainer.g_ema(part.to(trainer.device), noise="const").cpu() for part in z.split(32)])
+        samples = decode(images)
+        save_hu_grid(out / f"samples-{trainer.images_seen // 1000:06d}.png", samples[:32].numpy())
+        result = {"swd": sliced_wasserstein(self.val_hu, samples[: len(self.val_hu)])}
+        if self.features:
+            result["fid"] = frechet_distance(self.real, self.features(images))
+        return result
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -344,6 +354,8 @@ def main(argv: list[str] | None = None) -> int:
                             help="database made by prepare.py, or a folder of scans (prepared on the fly)")
         parser.add_argument("--out", type=Path, default=Path("runs/gan"), help="run folder; an unfinished run goes on")
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        parser.add_argument("--inception", type=Path,
+                            help="torchvision's inception_v3 state dict: the Frechet distance is measured, too")
         parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
 
     config, args = parse(__doc__, PRESETS, arguments, argv)
@@ -353,7 +365,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         device = distributed.pick_device(args.device)
         distributed.init(device)
-        train(config, ensure_database(args.data, args.out, config.size), args.out, device)
+        if args.inception and not args.inception.is_file():
+            raise ValueError(f"--inception {args.inception}: no such file; give torchvision's inception_v3 state dict")
+        train(config, ensure_database(args.data, args.out, config.size), args.out, device, args.inception)
     except FloatingPointError as error:
         print(f"error: {error}\nThe last good snapshot is kept in {args.out}.", file=sys.stderr)
         return 4

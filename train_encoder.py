@@ -40,6 +40,8 @@ class EncoderConfig:
     batch: int = option(8, "images a step on each rank")
     lr: float = option(1e-4, "Adam's learning rate of the encoder")
     lr_discriminator: float = option(1e-5, "and of the discriminator")
+    lr_generator: float = option(0.0, "and of the generator; 0, as published, leaves it as the GAN training left it. A "
+                                 "generator cut short learns here to draw the healthy slices it is shown")
     adversarial: float = option(0.05, "weight of the adversarial loss")
     domain: float = option(1.0, "weight of the in-domain loss: code of the image against code of its reconstruction")
     r1_gamma: float = option(10, "weight of the R1 penalty")
@@ -64,7 +66,7 @@ PRESETS = {
 
 
 class EncoderTrainer:
-    """Encoder and discriminator against a frozen generator, and the two phases of a step."""
+    """Encoder and discriminator against a generator (frozen, as published), and the two phases of a step."""
 
     def __init__(self, config: EncoderConfig, gan: checkpoint.Snapshot, device: torch.device, vgg16=None, lpips=None):
         self.config, self.device = config, device
@@ -73,14 +75,17 @@ class EncoderTrainer:
         self.g, self.d, critic = Generator(model), Discriminator(model), Discriminator(model)
         gan.restore({"generator_ema": self.g, "discriminator": self.d})
         gan.restore({"discriminator": critic})
-        self.g.requires_grad_(False)
+        self.g.requires_grad_(config.lr_generator > 0)
         self.e = Encoder(model)
         dtype = distributed.pick_precision(config.precision, device)
         for net in (self.g, self.d, self.e, critic):
             net.to(device).compute_dtype = dtype
         # The features that measure distance stay those of the GAN; the discriminator itself goes on learning.
         self.perceptual = build_perceptual(config.perceptual, critic, vgg16, lpips).to(device)
-        self.e_opt = torch.optim.Adam(self.e.parameters(), lr=config.lr)
+        groups = [{"params": self.e.parameters(), "lr": config.lr}]
+        if config.lr_generator > 0:
+            groups.append({"params": self.g.parameters(), "lr": config.lr_generator})
+        self.e_opt = torch.optim.Adam(groups)
         self.d_opt = torch.optim.Adam(self.d.parameters(), lr=config.lr_discriminator)
         self.rng = torch.Generator().manual_seed(distributed.seed_for_rank(config.seed, distributed.get_rank()))
 
@@ -111,24 +116,24 @@ class EncoderTrainer:
             domain = in_domain(w_plus, self.e(fake))
             loss = loss + self.config.adversarial * adversarial + self.config.domain * domain
             stats |= {"adversarial": adversarial, "domain": domain}
-        self._update(self.e, self.e_opt, loss)
+        self._update(self.e_opt, loss)
         return stats
 
     def _discriminator_step(self, real, index):
         with torch.no_grad():
             _, fake = self.reconstruct(real)
         loss = d_logistic(self.d(real), self.d(fake))
-        self._update(self.d, self.d_opt, loss)
+        self._update(self.d_opt, loss)
         if self.config.r1_every and index % self.config.r1_every == 0:
             real = real.detach().requires_grad_(True)
             penalty = r1_penalty(self.d(real), real)
-            self._update(self.d, self.d_opt, penalty * (self.config.r1_gamma / 2 * self.config.r1_every))
+            self._update(self.d_opt, penalty * (self.config.r1_gamma / 2 * self.config.r1_every))
         return {"loss_d": loss}
 
-    def _update(self, net, optimiser, loss):
+    def _update(self, optimiser, loss):
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        distributed.average_gradients(net.parameters())
+        distributed.average_gradients(p for group in optimiser.param_groups for p in group["params"])
         optimiser.step()
 
     def _reduced(self, images: torch.Tensor) -> torch.Tensor:

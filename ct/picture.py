@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 BRAIN_WINDOW_HU = (0.0, 80.0)
 
@@ -46,8 +47,11 @@ def overlay_panels(query_hu: np.ndarray, reconstruction_hu: np.ndarray, residual
     All [H, W]; a panel's longer side is reduced to `side` pixels if it is longer.
     """
     query = np.repeat(grey(query_hu)[..., None], 3, -1)
+    # An outline and a light tint: what is marked must stay readable.
+    edge = lesion & ~ndimage.binary_erosion(lesion, iterations=max(1, round(max(lesion.shape) / side)))
     marked = query.copy()
-    marked[lesion] = (0.55 * marked[lesion] + 0.45 * np.array([255, 40, 30])).astype(np.uint8)
+    for where, share in ((lesion, 0.15), (edge, 0.9)):
+        marked[where] = ((1 - share) * query[where] + share * np.array([255, 40, 30])).astype(np.uint8)
     normal = np.repeat(grey(reconstruction_hu)[..., None], 3, -1)
     row = Image.fromarray(np.concatenate([query, normal, residual_colours(residual_hu), marked], 1))
     scale = min(1.0, side / max(query.shape[:2]))

@@ -56,11 +56,13 @@ def _upfirdn2d_ref(x, kernel, up, down, pad):
     """Plain PyTorch: zero insertion, padding, one depthwise convolution."""
     b, c, h, w = x.shape
     if up > 1:
-        fmt = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) and c > 1 else None
-        spread = torch.empty((b, c, h * up, w * up), dtype=x.dtype, device=x.device,
-                             memory_format=fmt or torch.contiguous_format).zero_()
+        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        spread = torch.empty((b, c, h * up, w * up), dtype=x.dtype, device=x.device, memory_format=layout).zero_()
         spread[:, :, ::up, ::up] = x
         x = spread
-    x = F.pad(x, pad)
+    left, right, top, bottom = pad
+    even = left == right >= 0 and top == bottom >= 0            # then the convolution pads, without a copy
+    if not even:
+        x = F.pad(x, pad)
     weight = kernel.to(x.dtype).flip(0, 1).expand(c, 1, *kernel.shape)
-    return F.conv2d(x, weight, stride=down, groups=c)
+    return F.conv2d(x, weight, stride=down, padding=(top, left) if even else 0, groups=c)

@@ -29,7 +29,7 @@ MAY_IMPORT = {                                                   # besides itsel
     "dataset": {"ct", "distributed"},
     "preprocess": {"ct", "dataset", "distributed"},
     "runlog": {"checkpoint", "distributed"},
-    "projection": {"anomaly", "ct", "latent", "losses", "model", "checkpoint", "op"},
+    "projection": {"anomaly", "ct", "latent", "losses", "model", "checkpoint", "op", "config"},
     "healthygan": {"ct", "dataset", "distributed", "checkpoint"},
 }
 

@@ -224,7 +224,7 @@ def test_generator_is_the_published_forward_pass():
     close(g.synthesis(w_plus, None), plain_generator(state, w_plus, silent))
 
 
-@pytest.mark.parametrize("batch, group", [(4, 4), (8, 4), (3, 3), (5, 1), (6, 3), (2, 2), (1, 1)])
+@pytest.mark.parametrize("batch, group", [(4, 4), (8, 4), (12, 4), (3, 3), (5, 1), (6, 3), (2, 2), (1, 1)])
 def test_discriminator_is_the_published_forward_pass(batch, group):
     """Groups of 4 where the batch allows (as published), else of its largest divisor up to 4."""
     d, images = build(Discriminator), rand(batch, 3, 32, 32)

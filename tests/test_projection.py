@@ -18,12 +18,13 @@ BRAIN[:, 4:28, 4:28] = True
 
 
 def make_bundle(encoder=None):
-    """A random model that draws soft tissue: HU about 30, all windows telling about the same."""
+    """A random model that draws soft tissue: HU about 30, the same in all windows (widths 50, 80, 200 HU)."""
     torch.manual_seed(0)
     generator, discriminator = Generator(TINY), Discriminator(TINY)
     for to_rgb in (generator.to_rgb1, *generator.to_rgbs):
-        to_rgb.conv.weight.data *= torch.tensor([0.12, 0.075, 0.03]).view(1, 3, 1, 1, 1)
-    generator.to_rgb1.bias.data += encode(torch.full((1, 1), 30.0)).view(1, 3, 1, 1)
+        to_rgb.conv.weight.data = to_rgb.conv.weight.data[:, :1] * torch.tensor([0.12, 0.075, 0.03]).view(1, 3, 1, 1, 1)
+    # In the last layer: upsampling pads with 0, which is another HU in each window.
+    generator.to_rgbs[-1].bias.data += encode(torch.full((1, 1), 30.0)).view(1, 3, 1, 1)
     for conv in (generator.conv1, *generator.convs):
         conv.noise.weight.data += 0.3                      # 0 before training: noise would do nothing
     networks = (generator, discriminator, encoder or Encoder(TINY))
