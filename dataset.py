@@ -383,7 +383,8 @@ class InfiniteSampler(Sampler[int]):
 def image_batches(slices: SliceDataset, batch: int, seed: int, workers: int, start: int = 0) -> Iterator[torch.Tensor]:
     """HU of training slices for ever: int16 [batch, N, N], this rank's share of the stream that begins at `start`."""
     sampler = InfiniteSampler(len(slices), seed, distributed.get_rank(), distributed.get_world_size(), start)
-    yield from DataLoader(_HuOnly(slices), batch, sampler=sampler, num_workers=workers,
+    # A generator of its own: a loader that starts would else take a number from the stream of the noise maps.
+    yield from DataLoader(_HuOnly(slices), batch, sampler=sampler, num_workers=workers, generator=torch.Generator(),
                           pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
 
 

@@ -29,7 +29,7 @@ import checkpoint
 import distributed
 from augment import random_flip, random_rotation
 from config import option, parse
-from ct.window import decode, encode
+from ct.window import encode
 from dataset import SliceDataset
 from latent import DEFAULT_CODES, LatentStats
 from model import Discriminator, Encoder, Generator, ModelConfig
@@ -135,8 +135,7 @@ def calibrate(bundle: checkpoint.Bundle, held_out: SliceDataset, settings: Proje
     slice_scores   one dict a slice: scan (index into `scans`), below_vertex_mm, score
     threshold      by each of anomaly.SCAN_SCORES, exceeded by a healthy scan with probability `fpr` at most; None
                    where there are too few scans, with the `reason`
-    error_hu       mean absolute error of the reconstruction in the brain, HU, mean over scans: of the encoder's
-                   own, and of the projection's (after the noise maps)
+    error_hu       mean absolute error of the reconstruction in the brain after each stage, HU, mean over scans
     precision      of the networks
     """
     scan_scores: dict[str, list[float]] = {how: [] for how in anomaly.SCAN_SCORES}
@@ -149,23 +148,14 @@ def calibrate(bundle: checkpoint.Bundle, held_out: SliceDataset, settings: Proje
                          for mm, score in zip(positions, result.slice_scores.tolist())]
         for how in anomaly.SCAN_SCORES:
             scan_scores[how].append(result.scan_score(how))
-        visible = decode(encode(hu))                          # a generator can draw no more than the windows show
-        errors.append([(visible - drawn).abs()[brain].mean().item()
-                       for drawn in (encoder_reconstruction(bundle, hu, batch), result.reconstruction)])
+        errors.append(result.error_hu)
         print(f"{scan_id}: {len(hu)} slices, {sum(result.seconds.values()):.0f} s, "
               + ", ".join(f"{how} {scan_scores[how][s]:.3g}" for how in anomaly.SCAN_SCORES)
-              + f", error {errors[s][0]:.2f} HU from the encoder, {errors[s][1]:.2f} HU projected", flush=True)
-    mean_error = torch.tensor(errors).mean(0).tolist()
+              + ", error in HU " + ", ".join(f"{stage} {error:.2f}" for stage, error in errors[s].items()), flush=True)
+    mean_error = {stage: sum(error[stage] for error in errors) / len(errors) for stage in errors[0]}
     return {"split": "val", "scans": held_out.scan_ids, "scan_scores": scan_scores, "slice_scores": slice_scores,
-            "threshold": thresholds(scan_scores, FPR), "error_hu": dict(zip(("encoder", "projected"), mean_error)),
+            "threshold": thresholds(scan_scores, FPR), "error_hu": mean_error,
             "precision": str(bundle.generator.compute_dtype).removeprefix("torch.")}
-
-
-@torch.no_grad()
-def encoder_reconstruction(bundle: checkpoint.Bundle, hu: torch.Tensor, batch: int) -> torch.Tensor:
-    """HU [S, N, N] of G(E(x)) for a scan's slices hu [S, N, N], with the generator's own noise; on the CPU."""
-    w_plus = bundle.encoder(encode(hu.to(bundle.generator.input.input.device)))
-    return torch.cat([decode(bundle.generator.synthesis(w, noise="const")).cpu() for w in w_plus.split(batch)])
 
 
 def thresholds(scan_scores: dict[str, list[float]], fpr: float) -> dict:

@@ -52,6 +52,8 @@ class FrameProjection:
     predicted       bool [S, N, N]: votes exceed the steps
     lesion          bool [S, N, N]: predicted without small components
     slice_scores    float32 [S], HU times votes a step
+    error_hu        mean absolute difference from the query in the brain after each stage. That after 'latent' tells
+                    how close the normal comes; the noise stage copies texture and makes it look better
     seconds         by stage
     """
 
@@ -62,6 +64,7 @@ class FrameProjection:
     lesion: torch.Tensor
     slice_scores: torch.Tensor
     steps: int
+    error_hu: dict[str, float]
     seconds: dict[str, float]
 
     def scan_score(self, how: str) -> float:
@@ -89,14 +92,13 @@ def project(
         raise ValueError(f"project: expected hu and brain [S, {n}, {n}] and S positions, got {list(hu.shape)}, "
                          f"{list(brain.shape)} and {len(below_vertex_mm)}")
     search = _Search(hu, brain, below_vertex_mm, bundle, perceptual, settings, batch)
-    seconds, start = {}, time.perf_counter()
+    errors, seconds, start = {}, {}, time.perf_counter()
     for stage, run in (("encode", search.encode), ("latent", search.optimise_latent), ("noise", search.optimise_noise)):
         run()
-        if search.device.type == "cuda":
-            torch.cuda.synchronize(search.device)
+        errors[stage] = search.error_hu()                                # waits for the device, too
         seconds[stage] = time.perf_counter() - start
         start = time.perf_counter()
-    return search.result(seconds)
+    return search.result(errors, seconds)
 
 
 def ramp(t: float, up: float = 0.05, down: float = 0.25) -> float:
@@ -129,6 +131,7 @@ class _Search:
         self.w_plus = self.stats.to_w(self.p)
         self.noise = [m.expand(len(self.query), -1, -1, -1).clone() for m in self.bundle.generator.noise_maps("const")]
         self.features = [self.perceptual.features(self.query[c]) for c in self.chunks]
+        self._draw()
 
     def optimise_latent(self):
         """Step 1: the perceptual distance, and a price for leaving the normal mean further than the encoder did."""
@@ -176,7 +179,11 @@ class _Search:
             self._draw()
 
     @torch.no_grad()
-    def result(self, seconds: dict[str, float]) -> FrameProjection:
+    def error_hu(self) -> float:
+        return (self.query_hu - decode(self.image)).abs()[self.brain].mean().item()
+
+    @torch.no_grad()
+    def result(self, errors: dict[str, float], seconds: dict[str, float]) -> FrameProjection:
         residual, counter = self._residual(), self.counter
         scores = anomaly.slice_scores(counter.votes, counter.steps, residual.abs(), self.brain)
         predicted = counter.predicted.cpu()
@@ -184,7 +191,7 @@ class _Search:
             reconstruction=decode(self.image).cpu(), residual=residual.cpu(), votes=counter.votes.cpu(),
             predicted=predicted,
             lesion=anomaly.lesion_mask(predicted, predicted.shape[-1], self.settings.component_at_512),
-            slice_scores=scores.cpu(), steps=counter.steps, seconds=seconds)
+            slice_scores=scores.cpu(), steps=counter.steps, error_hu=errors, seconds=seconds)
 
     @staticmethod
     def _set_rate(optimiser, peak, t):

@@ -125,10 +125,9 @@ class Projector:
         notes += write_maps(folder, scan, native)
         write_overlays(folder / "overlay", pre, native)
         seconds["write"] = time.perf_counter() - writing
-        return self._rows(scan, native, result, hu, brain, notes, seconds, time.perf_counter() - started)
+        return self._rows(scan, native, result, notes, seconds, time.perf_counter() - started)
 
-    def _rows(self, scan, native, result, hu, brain, notes, seconds, total) -> dict:
-        error = (hu - result.reconstruction).abs()[brain].mean()
+    def _rows(self, scan, native, result, notes, seconds, total) -> dict:
         percentile = flagged = None
         if self.healthy:
             percentile = float(anomaly.percentile_of(torch.tensor([native.scan_score]), torch.tensor(self.healthy))[0])
@@ -136,7 +135,7 @@ class Projector:
             flagged = int(native.scan_score > self.threshold)
         row = dict(scan_id=scan.scan_id, score=native.scan_score, percentile=percentile, flagged=flagged, status="ok",
                    reason=None, slices=len(scan.hu), projected_slices=int(native.projected.sum()),
-                   error_hu=float(error), anomalous_ml=volume_ml(native.mask, scan), seconds=total,
+                   error_hu=result.error_hu["latent"], anomalous_ml=volume_ml(native.mask, scan), seconds=total,
                    notes=" | ".join(dict.fromkeys(notes)))
         slices = [dict(scan_id=scan.scan_id, slice=i, position_mm=float(scan.position_mm[i]),
                        below_vertex_mm=float(native.below_vertex_mm[i]), projected=int(native.projected[i]),

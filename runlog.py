@@ -92,8 +92,8 @@ def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> che
     distributed.barrier()
     snapshot = checkpoint.load_snapshot(out) if checkpoint.snapshot_steps(out) else None
     if snapshot is not None:
-        for key in ("kind", "model", "data"):
-            if snapshot.meta[key] != json.loads(json.dumps(meta[key])):
+        for key in meta.keys() - {"config"}:
+            if snapshot.meta.get(key) != json.loads(json.dumps(meta[key])):
                 raise checkpoint.CheckpointError(
                     f"{out}: the run there has another {key} ({snapshot.meta[key]}, now {meta[key]}); go on with the "
                     "same flags and database, or choose another --out")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import sys
@@ -281,8 +280,6 @@ def train(config: TrainConfig, data: Path, out: Path, device: torch.device, ince
     distributed.check_same_state(trainer.g)
     log = RunLog(out)
     batches = image_batches(dataset, config.batch, config.seed, config.workers, trainer.images_seen)
-    with torch.random.fork_rng(devices=[]):   # a loader that starts takes a number from the stream of the noise maps
-        batches = itertools.chain([next(batches)], batches)
     quality = Quality(held_out, dataset, inception, device) if distributed.is_main() else None
     if snapshot is None and distributed.is_main():
         save_hu_grid(out / "real.png", quality.val_hu[:: max(1, len(held_out) // 32)][:32].numpy())
