@@ -145,19 +145,15 @@ def slice_scores(votes: torch.Tensor, steps: int, residual_abs: torch.Tensor, br
     return (weighted / brain.sum((1, 2)).clamp(min=1)).to(residual_abs.dtype)
 
 
-def scan_score(scores: torch.Tensor, how: str = "max", valid: torch.Tensor | None = None) -> float:
+def scan_score(scores: torch.Tensor, how: str) -> float:
     """One number for a scan from its slice scores [S]: 'max', 'top3' (mean of the three highest), or 'mean'.
 
-    valid: bool [S], the slices that count (all by default); with fewer than three, 'top3' is their mean. Raises
-    ValueError when none counts or a score isn't finite.
+    With fewer than three slices 'top3' is their mean. Raises ValueError when there is none or a score isn't finite.
     """
     if how not in SCAN_SCORES:
         raise ValueError(f"scan_score: how must be one of {', '.join(SCAN_SCORES)}, got {how!r}")
-    if valid is not None:
-        _check_same_shape(scores=scores, valid=valid)
-        scores = scores[valid]
     if scores.numel() == 0:
-        raise ValueError("scan_score: no slice counts, so the scan has no score; is the brain mask empty?")
+        raise ValueError("scan_score: no slices, so the scan has no score; is the brain mask empty?")
     if not torch.isfinite(scores).all():
         raise ValueError("scan_score: slice scores must be finite")
     if how == "top3":

@@ -33,7 +33,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from latent import LatentStats
 from model import Discriminator, Encoder, Generator, ModelConfig
@@ -66,15 +65,6 @@ class Snapshot:
             _load_strictly(module, self.weights[name], self.path / f"{name}.safetensors")
 
 
-def new_run(folder: str | Path, resume: bool = False) -> Path:
-    """Open a run folder, made if needed. One that holds snapshots is refused, unless resume says to go on."""
-    run = Path(folder)
-    if snapshot_steps(run) and not resume:
-        raise CheckpointError(f"{run}: holds a run at step {snapshot_steps(run)[-1]}; resume it, or use another folder")
-    run.mkdir(parents=True, exist_ok=True)
-    return run
-
-
 def snapshot_steps(run: str | Path) -> list[int]:
     """Steps of the finished snapshots of a run folder, ascending; empty for a new or missing folder."""
     names = (path.name for path in Path(run).glob("snapshot-*"))
@@ -85,7 +75,7 @@ def save_snapshot(run: str | Path, step: int, modules: Mapping[str, nn.Module], 
                   meta: Mapping[str, Any], keep: int = 2, milestone: bool = False) -> Path:
     """Write a snapshot atomically, then drop all but the newest `keep` and the milestones. Returns its folder.
 
-    modules  networks by name, wrapped in DDP or not; each becomes NAME.safetensors
+    modules  networks by name; each becomes NAME.safetensors
     state    tensors, numbers, strings, None, and dicts, lists and tuples of these; anything else is refused,
              so that it can be read back without unpickling code
     meta     anything JSON can hold
@@ -98,7 +88,7 @@ def save_snapshot(run: str | Path, step: int, modules: Mapping[str, nn.Module], 
     writing = run / f".snapshot-{step:08d}.writing"
     writing.mkdir(parents=True)
     for name, module in modules.items():
-        save_file(_portable(_bare(module).state_dict()), writing / f"{name}.safetensors")
+        save_file(_portable(module.state_dict()), writing / f"{name}.safetensors")
     torch.save(dict(state), writing / "state.pt")
     files = {path.name: _sha256(path) for path in sorted(writing.iterdir())}
     content = dict(format_version=FORMAT_VERSION, step=step, milestone=milestone, files=files, meta=dict(meta))
@@ -208,7 +198,7 @@ def save_bundle(folder: str | Path, generator: Generator, discriminator: Discrim
     holds a bundle already, unless overwrite.
     """
     folder = Path(folder)
-    networks = dict(generator=_bare(generator), discriminator=_bare(discriminator), encoder=_bare(encoder))
+    networks = dict(generator=generator, discriminator=discriminator, encoder=encoder)
     if (folder / "model.json").exists() and not overwrite:
         raise CheckpointError(f"{folder}: holds a model bundle; overwrite it, or choose another folder")
     if missing := [key for key in BUNDLE_META if key not in meta]:
@@ -247,7 +237,8 @@ def read_bundle_meta(folder: str | Path) -> tuple[dict[str, Any], str]:
         raise CheckpointError(f"{folder}: no such folder; give the folder of a model bundle")
     content = _read_json(folder / "model.json", "not a model bundle; latent_stats.py writes one")
     expected = [f"{name}.safetensors" for name in (*NETWORKS, "latent")]
-    absent = [key for key in ("config", "files", *BUNDLE_META) if key not in content]
+    absent = [key for key in ("config", "files") if not isinstance(content.get(key), dict)]
+    absent += [key for key in BUNDLE_META if not isinstance(content.get(key, ""), dict | None)]
     if absent or sorted(content["files"]) != sorted(expected):
         wanted = ", ".join(absent) or "the hash of each weight file"
         raise CheckpointError(f"{folder / 'model.json'}: must say {wanted}; fetch the bundle again")
@@ -330,10 +321,6 @@ def import_released(ckpt: str | Path, statistics: str | Path, out: str | Path,
 # ------------------------------------------------------------------------------------------------------------
 # Files and tensors
 
-def _bare(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, DistributedDataParallel) else module
-
-
 def _portable(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # safetensors wants contiguous tensors that share no memory.
     return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
@@ -347,16 +334,16 @@ def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path) -> None:
-    own = _bare(module).state_dict()
+    own = module.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in state]
     wrong += [f"{name} is not known" for name in state if name not in own]
     wrong += [f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
               for name in own if name in state and state[name].shape != own[name].shape]
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{source}: does not fit this {type(_bare(module)).__name__}: {'; '.join(wrong[:3])}"
+        raise CheckpointError(f"{source}: does not fit this {type(module).__name__}: {'; '.join(wrong[:3])}"
                               f"{more}. Use the configuration it was trained with")
-    _bare(module).load_state_dict(state)
+    module.load_state_dict(state)
 
 
 def _sha256(path: Path) -> str:

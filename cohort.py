@@ -1,9 +1,9 @@
-"""Who is evaluated: scores and labels from CSV files, matched by scan or by slice, with nobody lost
-silently."""
+"""Who is evaluated: scores and labels from CSV files, matched by scan or by slice, with nobody lost silently."""
 
 from __future__ import annotations
 
 import csv
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,7 @@ Key = tuple                                # (scan_id,) or (scan_id, slice)
 
 
 class InputError(ValueError):
-    """Files or flags that do not fit; the message names them, what was expected, what was found and the
-    mend."""
+    """Files or flags that do not fit; the message names them, what was expected, what was found and the mend."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,17 @@ def read_table(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     """Rows of a CSV file whose header has at least these columns. Raises InputError."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, restval="")
-        absent = [c for c in columns if c not in (reader.fieldnames or [])]
-        if absent:
-            raise InputError(f"{path}: needs the columns {', '.join(columns)}; has no {', '.join(absent)}")
-        return list(reader)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="")
+            rows, found = list(reader), reader.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as CSV in UTF-8 ({error}); save it as such") from error
+    absent = [c for c in columns if c not in found]
+    if absent:
+        raise InputError(f"{path}: needs the columns {', '.join(columns)}; has no {', '.join(absent)}; found "
+                         f"{', '.join(map(repr, found)) or 'no header'}; they are separated by commas")
+    return rows
 
 
 def _key(path: Path, row: dict[str, str], by_slice: bool, seen: Iterable[Key]) -> Key:
@@ -154,8 +158,7 @@ def join(scores: dict[Key, float | None], labels: dict[Key, Label], missing: str
 
 
 def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: list[Key]) -> tuple[float, str]:
-    """Threshold at `fpr` on the normal scans of other data, SCORES (all healthy) or SCORES LABELS; and its
-    source."""
+    """Threshold at `fpr` on the normal scans of other data, SCORES (all healthy) or SCORES LABELS; and its source."""
     scores = read_scores(paths[0])
     labels = read_labels(paths[1])[0] if len(paths) > 1 else {key: Label(0, (), key[0]) for key in scores}
     shared = sorted(set(labels) & set(evaluated))
@@ -171,18 +174,19 @@ def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: list[
 
 
 def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A NIfTI file as [S, H, W], inferior to superior, anterior first, the patient's right first; and its
-    affine."""
+    """A NIfTI file as [S, H, W], inferior to superior, anterior first, the patient's right first; and its affine."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    image = nibabel.as_closest_canonical(nibabel.load(path))
-    return np.asarray(image.dataobj)[::-1, ::-1].transpose(2, 1, 0), image.affine
+    try:
+        image = nibabel.as_closest_canonical(nibabel.load(path))
+        return np.asarray(image.dataobj)[::-1, ::-1].transpose(2, 1, 0), image.affine
+    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+        raise InputError(f"{path}: cannot be read as a NIfTI volume ({error})") from error
 
 
 def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.ndarray,
                gaps: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Truth bool [S, H, W] in the geometry of a predicted map of shape `like`, and which slices count, bool
-    [S].
+    """Truth bool [S, H, W] in the geometry of a predicted map of shape `like`, and which slices count, bool [S].
 
     <scan_id>.nii.gz, or <scan_id>/NN.png where NN is the slice from 0. None if there is neither. Raises
     InputError.

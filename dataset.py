@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -119,10 +120,18 @@ class SliceWriter:
 
     def __init__(self, path: str | os.PathLike, settings: dict, overwrite: bool = False):
         self.path = Path(path)
-        if self.path.is_dir() or (self.path.exists() and not overwrite):
+        if self.path.is_dir():
+            raise DatasetError(f"{self.path} is a folder: --out names a file, such as {self.path / 'healthy.lmdb'}")
+        if self.path.exists() and not overwrite:
             raise DatasetError(f"{self.path} exists already: choose another --out, or pass --overwrite")
         if not self.path.parent.is_dir():
             raise DatasetError(f"{self.path}: the folder {self.path.parent} does not exist: create it first")
+        try:                                       # hours of work come before the first record
+            with tempfile.TemporaryFile(dir=self.path.parent):
+                pass
+        except OSError as error:
+            raise DatasetError(f"{self.path}: the folder {self.path.parent} cannot be written ({error.strerror}): "
+                               "choose another --out") from error
         self.settings, self.facts = settings, {}
         self._scans: list[dict] = []
         self._crcs: list[int] = []

@@ -50,7 +50,7 @@ def pick_device(flag: str = "auto") -> torch.device:
 
 
 def pick_precision(flag: str, device: torch.device) -> torch.dtype:
-    """The autocast type for --precision auto|bf16|fp32: torch.bfloat16 or torch.float32.
+    """The type to compute in for --precision auto|bf16|fp32: torch.bfloat16 or torch.float32.
 
     'auto' is bf16 where the device computes it natively: Ampere and later GPUs, CPUs with AMX or AVX512-BF16.
     Elsewhere bf16 is emulated and slower than fp32, so it has to be asked for.

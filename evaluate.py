@@ -346,6 +346,13 @@ def _share(text: str) -> float:
     return value
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not np.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+    return value
+
+
 def _at_least(kind: type, least: float) -> Callable:
     def parse(text: str):
         value = kind(text)
@@ -384,11 +391,11 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--maps", type=Path, help="<scan_id>/mask.nii.gz, anomaly.nii.gz (default: the folder of scores.csv)")
     add("--mask-gaps", choices=("error", "empty", "skip"), default="error",
         help="slices without a PNG in a truth folder: refuse, nothing there, or not counted (default error)")
-    add("--threshold", type=float, help="a scan is called abnormal at this score or above; set on other data")
+    add("--threshold", type=_finite, help="a scan is called abnormal at this score or above; set on other data")
     add("--threshold-from", type=Path, nargs="+", metavar="CSV",
         help="SCORES [LABELS] of other scans (without labels all healthy): threshold at --fpr on the healthy")
     add("--fpr", type=_share, default=0.05, help="false-positive rate for --threshold-from (default 0.05)")
-    add("--slice-threshold", type=float, help="the same for slices")
+    add("--slice-threshold", type=_finite, help="the same for slices")
     add("--prevalence", type=_share, help="share of abnormal scans for 'PPV at prevalence'")
     add("--compare", type=Path, metavar="SCORES", help="another method's scores: paired DeLong test")
     add("--level", type=_share, default=0.95, help="of the intervals (default 0.95)")
@@ -431,10 +438,12 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("give --threshold or --threshold-from, not both")
         if args.threshold_from and len(args.threshold_from) > 2:
             parser.error("--threshold-from takes SCORES or SCORES LABELS")
+        if args.masks and not args.masks.is_dir():
+            parser.error(f"--masks {args.masks}: no such folder")
         args.maps = args.maps or args.scores.parent
     try:
         command(args)
-    except InputError as problem:
+    except (OSError, InputError) as problem:
         print(f"{parser.prog}: error: {problem}", file=sys.stderr)
         return 2
     return 0

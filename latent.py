@@ -13,7 +13,8 @@ variance (probabilistic PCA, Tipping and Bishop 1999), and p = [c, r] has K + D 
 
     c = U^T x / sqrt(variance)      r = (I - U U^T) x / sqrt(remainder_variance)      x = leaky_5(w) - mean
 
-No D x D matrix is formed for K < D. With K = D, p = c, exactly the paper's.
+No D x D matrix is formed for K < D. With K = D, p = c, the paper's formula; the variances of a fit are shrunk even
+then (LatentStats.fit), those of the released file are as they came.
 """
 
 from __future__ import annotations
@@ -143,14 +144,6 @@ class LatentStats:
         nearest = (mm[:, None] - self.positions_mm).abs().argmin(dim=1)
         return SliceStats(self.mean[nearest], self.components[nearest], self.variance[nearest].sqrt(),
                           self.remainder_variance[nearest, :, None].sqrt())
-
-    def to_p(self, w_plus: torch.Tensor, below_vertex_mm: torch.Tensor) -> torch.Tensor:
-        """Codes w_plus [S, L, D] at below_vertex_mm [S] to p [S, L, p_dim]. In a loop, take at() once."""
-        return self.at(below_vertex_mm).to_p(w_plus)
-
-    def to_w(self, p: torch.Tensor, below_vertex_mm: torch.Tensor) -> torch.Tensor:
-        """p [S, L, p_dim] at below_vertex_mm [S] to codes w_plus [S, L, D]. In a loop, take at() once."""
-        return self.at(below_vertex_mm).to_w(p)
 
     def explained(self) -> torch.Tensor:
         """Share of the total variance along the kept components, [P, L]."""

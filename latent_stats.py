@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         data = ensure_database(args.data, args.encoder, size)       # the encoder's own, where it made one
         folder = build(config, data, args.encoder, args.out, device, args.name, notes, args.overwrite, args.vgg16,
                        args.lpips)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(report_size(folder, config.components))

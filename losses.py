@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,17 +42,14 @@ def path_lengths(images: torch.Tensor, w_plus: torch.Tensor, noise: torch.Tensor
     return grad.square().sum(2).mean(1).sqrt()
 
 
-class frozen:
+@contextmanager
+def frozen(net: nn.Module) -> Iterator[None]:
     """No gradients for a network's parameters inside the block: its backward pass then skips them."""
-
-    def __init__(self, net: torch.nn.Module):
-        self.net = net
-
-    def __enter__(self):
-        self.net.requires_grad_(False)
-
-    def __exit__(self, *_):
-        self.net.requires_grad_(True)
+    net.requires_grad_(False)
+    try:
+        yield
+    finally:
+        net.requires_grad_(True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -73,29 +73,48 @@ def prior_excess(p: torch.Tensor, p_encoder: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 # Perceptual distances: distance(features(x), features(y)) -> [B]; the query's features are computed once
 
+PERCEPTUAL = ("discriminator", "lpips", "pixels")
+
+
+def pixel_distance(query: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference [B] of images [B, 3, N, N], rounded off below 0.01 (Charbonnier): the sign of a
+    difference near 0 would amplify the rounding of a batch."""
+    return (((query.detach() - other).square() + 1e-4).sqrt() - 1e-2).mean((1, 2, 3))
+
+
+class PixelDistance(nn.Module):
+    """The pixels' own difference alone: the cheapest distance, and one that noise cannot lead astray."""
+
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [images]
+
+    def distance(self, query: list[torch.Tensor], other: list[torch.Tensor]) -> torch.Tensor:
+        return pixel_distance(query[0], other[0])
+
 
 class DiscriminatorPerceptual(nn.Module):
     """Distance in the features of a trained discriminator: no download, made for head CT.
 
     Each stage's squared difference is taken relative to the query's mean squared activation there, so that the
     stages weigh alike; stages are averaged. The discriminator's last stage (4x4) is left out: it judges, it does
-    not describe.
+    not describe. The images' own mean absolute difference, in [-1, 1], is added with weight `pixels`: a discriminator
+    listens to noise, which no code can match, and by its features alone a reconstruction may lose the skull.
     """
 
-    def __init__(self, discriminator: nn.Module):
+    def __init__(self, discriminator: nn.Module, pixels: float):
         super().__init__()
-        self.discriminator = discriminator.requires_grad_(False)
+        self.discriminator, self.pixels = discriminator.requires_grad_(False), pixels
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        return self.discriminator.features(images)[:-1]
+        return [images, *self.discriminator.features(images)[:-1]]
 
     def distance(self, query: list[torch.Tensor], other: list[torch.Tensor]) -> torch.Tensor:
+        (image, *query), (other_image, *other) = query, other
         total = 0
         for q, o in zip(query, other):
-            q, o = q.float(), o.float()
-            scale = q.detach().square().mean((1, 2, 3)) + 1e-8
-            total = total + (q.detach() - o).square().mean((1, 2, 3)) / scale
-        return total / len(query)
+            q, o = q.detach().float(), o.float()
+            total = total + (q - o).square().mean((1, 2, 3)) / (q.square().mean((1, 2, 3)) + 1e-8)
+        return total / len(query) + self.pixels * pixel_distance(image, other_image)
 
 
 class LpipsPerceptual(nn.Module):
@@ -116,18 +135,22 @@ class LpipsPerceptual(nn.Module):
                 "needs none"
             )
         from torchvision.models import vgg16 as build_vgg16
-        net = build_vgg16(weights=None)
-        net.load_state_dict(torch.load(vgg16, map_location="cpu", weights_only=True))
-        self.net = net.features[: self.STAGES[-1] + 1].eval().requires_grad_(False)
+        with torch.device("meta"):                                   # drawing 138 M initial weights takes seconds
+            net = build_vgg16(weights=None)
+        try:
+            net.load_state_dict(_load_state(vgg16, "--vgg16"), assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"--vgg16 {vgg16}: not the state dict of torchvision's vgg16") from error
+        self.net = net.features[: self.STAGES[-1] + 1].float().eval().requires_grad_(False)
         for layer in self.net:
             if isinstance(layer, nn.ReLU):
                 layer.inplace = False
         self.weights = None
         if lpips is not None:
-            state = torch.load(lpips, map_location="cpu", weights_only=True)
-            self.weights = nn.ParameterList(
-                nn.Parameter(state[f"lin{i}.model.1.weight"], requires_grad=False) for i in range(5)
-            )
+            state, names = _load_state(lpips, "--lpips"), [f"lin{i}.model.1.weight" for i in range(len(self.STAGES))]
+            if missing := [name for name in names if name not in state]:
+                raise ValueError(f"--lpips {lpips}: no {', '.join(missing)}; give the linear weights of LPIPS-VGG")
+            self.weights = nn.ParameterList(nn.Parameter(state[name], requires_grad=False) for name in names)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).reshape(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).reshape(1, 3, 1, 1))
 
@@ -150,10 +173,22 @@ class LpipsPerceptual(nn.Module):
         return total
 
 
-def build_perceptual(kind: str, discriminator: nn.Module, vgg16=None, lpips=None) -> nn.Module:
-    """kind 'discriminator' or 'lpips'. Raises ValueError naming the flag that is missing."""
+def _load_state(path: Path | str, flag: str) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{flag} {path}: cannot be read as a state dict ({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{flag} {path}: expected a state dict, found a {type(state).__name__}")
+    return state
+
+
+def build_perceptual(kind: str, discriminator: nn.Module, pixels: float, vgg16=None, lpips=None) -> nn.Module:
+    """kind: one of PERCEPTUAL. Raises ValueError naming the flag that is missing."""
     if kind == "discriminator":
-        return DiscriminatorPerceptual(discriminator)
+        return DiscriminatorPerceptual(discriminator, pixels)
     if kind == "lpips":
         return LpipsPerceptual(vgg16, lpips)
-    raise ValueError(f"--perceptual must be 'discriminator' or 'lpips', got {kind!r}")
+    if kind == "pixels":
+        return PixelDistance()
+    raise ValueError(f"--perceptual must be one of {', '.join(PERCEPTUAL)}, got {kind!r}")

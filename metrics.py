@@ -26,8 +26,7 @@ class Undefined(ValueError):
 # Ranking: AUC, DeLong, average precision
 
 def placements(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Placement values (v10 [M] of the abnormal, v01 [N] of the normal), ties counted half; both average to
-    the AUC.
+    """Placement values (v10 [M] of the abnormal, v01 [N] of the normal), ties counted half; both average to the AUC.
 
     v10 is, for each abnormal unit, the share of normals scored below it; v01 is, for each normal unit, the
     share of the abnormal scored above it. Raises Undefined with one class only.
@@ -49,8 +48,7 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 def _delong_covariance(scores: list[np.ndarray], labels: np.ndarray,
                        clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUCs [K] of K scores on the same units, and their covariance [K, K] (Obuchowski 1997, equations 3 to
-    6).
+    """AUCs [K] of K scores on the same units, and their covariance [K, K] (Obuchowski 1997, equations 3 to 6).
 
     With every unit its own cluster this is DeLong's estimate exactly.
     """
@@ -115,8 +113,7 @@ def delong_paired_test(scores_a: np.ndarray, scores_b: np.ndarray, labels: np.nd
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Area under the precision-recall steps, sum of (R_i - R_i-1) P_i over distinct scores (ties enter
-    together).
+    """Area under the precision-recall steps, sum of (R_i - R_i-1) P_i over distinct scores (ties enter together).
 
     weights [n]: how many units stand behind each entry (one by default).
     """
@@ -135,8 +132,7 @@ def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarra
 def bootstrap_interval(statistic: Callable[[np.ndarray, np.ndarray], float], scores: np.ndarray,
                        labels: np.ndarray, clusters: np.ndarray | None = None, level: float = 0.95,
                        repeats: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of statistic(scores, labels) over resampled clusters (every unit its own by
-    default).
+    """Percentile interval of statistic(scores, labels) over resampled clusters (every unit its own by default).
 
     Clusters are drawn whole and with replacement, those with an abnormal unit apart from those without: with
     units as clusters this is resampling stratified by class. Raises Undefined when the statistic is
@@ -169,8 +165,7 @@ def bootstrap_interval(statistic: Callable[[np.ndarray, np.ndarray], float], sco
 # At a threshold
 
 def threshold_at_fpr(normal_scores: np.ndarray, fpr: float) -> float:
-    """The smallest threshold at which at most `fpr` of these normal scores are positive (score >=
-    threshold)."""
+    """The smallest threshold at which at most `fpr` of these normal scores are positive (score >= threshold)."""
     if not 0 <= fpr < 1:
         raise ValueError(f"the false-positive rate must lie in [0, 1), got {fpr}")
     if len(normal_scores) == 0:

@@ -151,12 +151,12 @@ class StyledConv(nn.Module):
     def forward(self, x, w, noise):
         """noise: [B or 1, 1, H', W'] or None."""
         y, factor = self.conv(x, w)
-        offset = self.activate.bias.reshape(1, -1, 1, 1) * SQRT2
-        if noise is not None:
-            # One channel wide where it can be: the noise is added to the convolution's output, the bias in bias_act.
-            y = torch.addcmul((noise * self.noise.weight).to(y.dtype), y, factor)
-            return bias_act(y, self.activate.bias)
-        return F.leaky_relu(torch.addcmul(offset.to(y.dtype), y, factor * SQRT2), 0.2)
+        if noise is None:
+            offset = self.activate.bias.reshape(1, -1, 1, 1) * SQRT2
+            return F.leaky_relu(torch.addcmul(offset.to(y.dtype), y, factor * SQRT2), 0.2)
+        # One channel wide where it can be: the noise is added to the convolution's output, the bias in bias_act.
+        y = torch.addcmul((noise * self.noise.weight).to(y.dtype), y, factor)
+        return bias_act(y, self.activate.bias)
 
 
 class ToRGB(nn.Module):

@@ -142,8 +142,8 @@ def split_by_patient(patients: dict[str, str], val_fraction: float, seed: int) -
         raise DatasetError(f"--val-fraction must be at least 0 and below 1, got {val_fraction}")
     people = sorted(set(patients.values()))
     if val_fraction > 0 and len(people) < 2:
-        raise DatasetError(f"--val-fraction {val_fraction}: one patient cannot be split; give more scans, or "
-                           "--val-fraction 0 to train without validation")
+        raise DatasetError(f"--val-fraction {val_fraction}: one patient cannot be split, and train.py needs "
+                           "held-out slices: give scans of more patients")
     count = min(max(round(val_fraction * len(people)), 1), len(people) - 1) if val_fraction > 0 else 0
     chosen = np.random.default_rng(seed).permutation(len(people))[:count]
     val = {people[i] for i in chosen}

@@ -17,7 +17,7 @@ import anomaly
 from checkpoint import Bundle
 from config import option
 from ct.window import decode, encode
-from losses import build_perceptual, prior_excess
+from losses import PERCEPTUAL, build_perceptual, prior_excess
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,24 @@ class ProjectionSettings:
     lr_latent: float = option(0.1, "peak rate of Adam on the code")
     lr_noise: float = option(2.0, "peak rate of Adam on the noise maps")
     domain: float = option(1.0, "weight of the in-domain term against the perceptual distance")
-    perceptual: str = option("discriminator", "distance between query and reconstruction", ("discriminator", "lpips"))
+    perceptual: str = option("discriminator", "distance between query and reconstruction", PERCEPTUAL)
+    pixels: float = option(5.0, "weight of the pixels' own difference in --perceptual discriminator")
     threshold_hu: float = option(5.0, "a pixel votes when its filtered residual exceeds this, HU")
     median_at_512: int = option(19, "side of the residual's median filter, pixels at 512; scales with the frame")
     component_at_512: int = option(600, "smaller predicted components are dropped, pixels at 512; scales with area")
-    max_gap_mm: float = option(7.5, "slices further apart are no neighbours, mm")
+    max_gap_mm: float = option(7.5, "slices further apart than this, mm, and than 1.5 times the scan's usual spacing "
+                                    "are no neighbours")
     scan_score: str = option("mean", "how slice scores become the scan's score", anomaly.SCAN_SCORES)
 
     def __post_init__(self):
         if self.steps_latent < 0 or self.steps_noise < 0 or self.steps_latent + self.steps_noise < 1:
             raise ValueError(f"steps must not be negative and at least one in all, got {self.steps_latent} latent and "
                              f"{self.steps_noise} noise")
+        if self.median_at_512 < 1:
+            raise ValueError(f"--median-at-512 must be at least 1, got {self.median_at_512}")
+        for name in ("lr_latent", "lr_noise", "domain", "pixels", "threshold_hu", "component_at_512", "max_gap_mm"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name):g}")
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def project(
 
     hu              float32 [S, N, N], standardised as the bundle's preprocessing says
     brain           bool [S, N, N]; below_vertex_mm [S], monotonic
-    perceptual      losses.build_perceptual(settings.perceptual, bundle.discriminator)
+    perceptual      perceptual_for(bundle, settings)
     batch           slices that pass through the networks at a time: memory, not results
     """
     n = bundle.config.size
@@ -117,6 +124,8 @@ class _Search:
         # What the three windows can show of the query: the generator can draw no more.
         self.query_hu, self.brain = decode(self.query), brain.to(self.device)
         self.positions = np.ascontiguousarray(below_vertex_mm)          # torch takes no reversed views
+        usual_mm = np.median(np.abs(np.diff(self.positions))) if len(hu) > 1 else 0
+        self.max_gap_mm = max(settings.max_gap_mm, 1.5 * usual_mm)       # thick slices have neighbours, too
         self.chunks = [slice(i, min(i + batch, len(hu))) for i in range(0, len(hu), batch)]
         self.stats = bundle.latent.at(torch.as_tensor(self.positions))
         self.counter = anomaly.VoteCounter(hu.shape, self.device)
@@ -149,7 +158,7 @@ class _Search:
                 self.perceptual.distance(features, self.perceptual.features(image)).sum().backward()
                 gradient[chunk] = w.grad
                 self.image[chunk] = image.detach()
-            w_plus.backward(gradient, retain_graph=True)
+            w_plus.backward(gradient)
             (self.settings.domain * len(self.p) * prior_excess(self.p, self.p_encoder)).backward()
             self._vote()
             optimiser.step()
@@ -207,11 +216,11 @@ class _Search:
 
     @torch.no_grad()
     def _vote(self):
-        s = self.settings
-        self.counter.add(anomaly.frame_votes(self._residual().abs(), s.threshold_hu, self.positions, s.max_gap_mm))
+        votes = anomaly.frame_votes(self._residual().abs(), self.settings.threshold_hu, self.positions, self.max_gap_mm)
+        self.counter.add(votes)
 
 
 def perceptual_for(bundle: Bundle, settings: ProjectionSettings, vgg16=None, lpips=None) -> torch.nn.Module:
     """The perceptual distance of the settings on the bundle's device. ValueError when LPIPS lacks its weights."""
-    module = build_perceptual(settings.perceptual, bundle.discriminator, vgg16, lpips)
+    module = build_perceptual(settings.perceptual, bundle.discriminator, settings.pixels, vgg16, lpips)
     return module.to(bundle.generator.input.input.device)

@@ -20,9 +20,11 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import hashlib
 import json
 import platform
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -98,8 +100,9 @@ class Projector:
         self.bundle, self.settings, self.preprocessing, self.batch = bundle, settings, preprocessing, batch
         self.perceptual = perceptual_for(bundle, settings, vgg16, lpips)
         calibration = bundle.meta["calibration"] or {}
-        # A percentile means something only against scores that were made the same way.
-        same = bundle.meta["projection"] == dataclasses.asdict(settings) and _plain(preprocessing.to_json()) == _plain(
+        # A percentile means something only against scores that were made the same way; --scan-score has one for each.
+        calibrated = (bundle.meta["projection"] or {}) | {"scan_score": settings.scan_score}
+        same = calibrated == dataclasses.asdict(settings) and _plain(preprocessing.to_json()) == _plain(
             bundle.meta["preprocessing"])
         self.healthy = calibration.get("scan_scores", {}).get(settings.scan_score) if same else None
         self.threshold = calibration.get("threshold", {}).get(settings.scan_score) if same else None
@@ -184,6 +187,13 @@ def write_table(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
     writing.replace(path)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """The whole text or, where the program is stopped, none of it."""
+    writing = path.with_suffix(".writing")
+    writing.write_text(text, encoding="utf-8")
+    writing.replace(path)
+
+
 def write_tables(out: Path, done: list[dict], failed: list[dict]) -> None:
     """scores.csv, highest score first and failed scans last; slices.csv."""
     ranked = sorted((d["scan"] for d in done), key=lambda row: -row["score"])
@@ -203,10 +213,27 @@ def _plain(value):
 # ---------------------------------------------------------------------------------------------------------------
 # A folder of scans
 
+def finished(folder: Path) -> dict | None:
+    """The result.json of a scan's folder; None where there is none, or it is damaged."""
+    try:
+        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def fingerprint(source: ScanSource) -> str:
+    """Changes with the scan's files (names, sizes, times), scan.json included, and with how they are read."""
+    files = [*source.paths, *(v for v in source.options.values() if isinstance(v, Path))]
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    read_as = {k: v for k, v in source.options.items() if not isinstance(v, Path)}
+    return hashlib.sha256(repr((source.kind, facts, read_as)).encode()).hexdigest()
+
+
 def run(projector: Projector, sources: list[ScanSource], out: Path, key: dict) -> tuple[list[dict], list[dict]]:
     """Collective. Project this rank's share of the scans; returns all finished and all failed rows, on every rank.
 
-    A scan is finished when its folder holds result.json, which is written last; `key` says what with.
+    A scan is finished when its folder holds result.json, which is written last; `key` says what with, and its
+    fingerprint that the files have not changed since.
     """
     done, failed = [], []
     rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -215,28 +242,27 @@ def run(projector: Projector, sources: list[ScanSource], out: Path, key: dict) -
             continue
         folder = out / source.scan_id
         marker = folder / "result.json"
-        earlier = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else None
-        if earlier and earlier["key"] == key:
+        earlier, files = finished(folder), fingerprint(source)
+        if earlier and earlier["key"] == key and earlier.get("files") == files:
             done.append(earlier)
             print(f"{number + 1}/{len(sources)} {source.scan_id}: finished before, skipped", flush=True)
             continue
         folder.mkdir(parents=True, exist_ok=True)
         marker.unlink(missing_ok=True)
         try:
-            rows = {"key": key, **projector(source, folder)}
-        except ScanError as error:
-            failed.append({"scan_id": source.scan_id, "status": "failed", "reason": str(error)})
+            rows = {"key": key, "files": files, **projector(source, folder)}
+            replace_text(marker, json.dumps(rows))
         except Exception as error:       # a scan that breaks us must not cost the others their results
-            traceback.print_exc()
-            failed.append({"scan_id": source.scan_id, "status": "failed", "reason": f"{type(error).__name__}: {error}"})
+            reason = str(error)
+            if not isinstance(error, ScanError):
+                traceback.print_exc()
+                reason = f"{type(error).__name__}: {error}"
+            failed.append({"scan_id": source.scan_id, "status": "failed", "reason": reason})
+            outcome = f"FAILED, {reason}"
         else:
-            marker.write_text(json.dumps(rows), encoding="utf-8")
             done.append(rows)
-            row = rows["scan"]
-            print(f"{number + 1}/{len(sources)} {source.scan_id}: score {row['score']:.3f}, "
-                  f"{row['seconds']:.1f} s", flush=True)
-            continue
-        print(f"{number + 1}/{len(sources)} {source.scan_id}: FAILED, {failed[-1]['reason']}", flush=True)
+            outcome = f"score {rows['scan']['score']:.3f}, {rows['scan']['seconds']:.1f} s"
+        print(f"{number + 1}/{len(sources)} {source.scan_id}: {outcome}", flush=True)
         if world == 1:
             write_tables(out, done, failed)
     shares = distributed.gather((done, failed))
@@ -284,13 +310,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give SCANS, the folder that holds the scans (or --query_save_path), once")
     if args.batch < 1:
         parser.error(f"--batch must be at least 1, got {args.batch}")
+    if args.slab_mm is not None and not args.slab_mm > 0:
+        parser.error(f"--slab-mm must be above 0, got {args.slab_mm:g}")
     args.scans = args.scans or args.query
     return args
 
 
 def resolve(bundle: checkpoint.Bundle, args: argparse.Namespace) -> tuple[ProjectionSettings, PreprocessSettings]:
     """The bundle's settings with the given flags over them. Raises ValueError where the bundle lacks its own."""
-    settings = given(args, ProjectionSettings(**(bundle.meta["projection"] or {})))
+    try:
+        calibrated = ProjectionSettings(**(bundle.meta["projection"] or {}))
+    except TypeError as error:
+        raise ValueError(f"--model {args.model}: model.json: projection: {error}; made by another version: run "
+                         "latent_stats.py anew") from error
+    settings = given(args, calibrated)
     if bundle.meta["preprocessing"] is not None:
         preprocessing = PreprocessSettings.from_json(bundle.meta["preprocessing"])
     elif args.default_preprocessing:
@@ -320,6 +353,7 @@ def main(argv: list[str] | None = None) -> int:
         sources = find_scans(args.scans, args.unknown_slice_spacing_mm)
         key = _plain({"weights": bundle.weights_hash, "projection": dataclasses.asdict(settings),
                       "preprocessing": preprocessing.to_json(), "precision": str(dtype)})
+        make_writable(args.out)
         refuse_other_results(args.out, sources, key, args.overwrite)
         distributed.barrier()
         done, failed = run(projector, sources, args.out, key)
@@ -329,19 +363,33 @@ def main(argv: list[str] | None = None) -> int:
                                 time.perf_counter() - started)
             (args.out / "run.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             print(f"{len(done)} scans projected, {len(failed)} failed: {args.out / 'scores.csv'}", flush=True)
-    except ValueError as error:
+        distributed.barrier()             # torchrun stops all ranks when the first ends with 3: not before the tables
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the scans that are left", file=sys.stderr)
+        return 130
     finally:
         distributed.cleanup()
     return 3 if failed else 0
 
 
+def make_writable(out: Path) -> None:
+    """Makes the folder. ValueError where nothing can be written there, before hours of work for it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
+
+
 def refuse_other_results(out: Path, sources: list[ScanSource], key: dict, overwrite: bool) -> None:
     """ValueError if a scan's results there were made with another model or other settings, unless overwrite."""
     for source in sources:
-        marker = out / source.scan_id / "result.json"
-        if not overwrite and marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["key"] != key:
+        earlier = finished(out / source.scan_id)
+        if not overwrite and earlier and earlier["key"] != key:
             raise ValueError(f"--out {out}: holds results of {source.scan_id} made with another model or other "
                              "settings; choose another folder, or --overwrite")
 

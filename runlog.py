@@ -85,18 +85,18 @@ def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> che
     """Collective. Open the run folder and, if it holds snapshots, load the last one's weights into modules.
 
     Writes meta to config.json. Returns the snapshot (for its state), or None for a new run. Raises CheckpointError
-    when the folder holds a run of another kind, other networks or other data: those cannot be gone on with.
+    when the folder holds a run whose meta differ in anything but the config (kind, networks, data, GAN).
     """
     if distributed.is_main():
-        checkpoint.new_run(out, resume=True)
+        out.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
     snapshot = checkpoint.load_snapshot(out) if checkpoint.snapshot_steps(out) else None
     if snapshot is not None:
-        for key in meta.keys() - {"config"}:
+        for key in [key for key in meta if key != "config"]:               # in order: the kind first
             if snapshot.meta.get(key) != json.loads(json.dumps(meta[key])):
                 raise checkpoint.CheckpointError(
-                    f"{out}: the run there has another {key} ({snapshot.meta[key]}, now {meta[key]}); go on with the "
-                    "same flags and database, or choose another --out")
+                    f"{out}: the run there has another {key} ({snapshot.meta.get(key)}, now {meta[key]}); go on with "
+                    "the same flags and database, or choose another --out")
         snapshot.restore(modules)
     if distributed.is_main():
         (out / "config.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")

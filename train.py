@@ -23,7 +23,7 @@ import torch
 
 import checkpoint
 import distributed
-from augment import AdaptiveAugment
+from augment import AdaptiveAugment, AugmentSettings
 from config import option, parse
 from ct.picture import save_hu_grid
 from ct.window import decode, encode
@@ -64,6 +64,8 @@ class TrainConfig:
     flip: bool = option(True, "mirror half of the real images")
     ada_target: float = option(0.6, "sign of the real logits that adaptive augmentation aims at; 0: none")
     ada_kimg: float = option(500, "thousands of images in which its probability can go from 0 to 1")
+    ada_cutout: float = option(0.5, "side of the square cut out, as a part of the image; 0: none. With few scans the "
+                                    "probability climbs high, and the generator learns to cut heads itself")
     # Running
     seed: int = option(0, "seed of everything random")
     precision: str = option("auto", "bf16 where the device is good at it", ("auto", "bf16", "fp32"))
@@ -73,6 +75,8 @@ class TrainConfig:
     snapshot_kimg: float = option(40, "between snapshots")
 
     def __post_init__(self):
+        if self.batch < 1 or self.accumulate < 1:
+            raise ValueError(f"--batch and --accumulate must be at least 1, got {self.batch} and {self.accumulate}")
         if self.batch % self.accumulate:
             raise ValueError(f"--batch {self.batch} must be divisible by --accumulate {self.accumulate}")
 
@@ -83,10 +87,10 @@ class TrainConfig:
 
 PRESETS = {
     "paper512": TrainConfig(),
-    "ct256": TrainConfig(size=256, kimg=5000, r1_gamma=2, channel_multiplier=1, ada_kimg=200),
+    "ct256": TrainConfig(size=256, kimg=5000, r1_gamma=2, channel_multiplier=1, ada_kimg=200, ada_cutout=0),
     # Narrow enough for two CPU cores: about 20 images a second
     "ct128": TrainConfig(size=128, style_dim=128, channel_base=2048, channel_max=128, kimg=100, r1_gamma=5,
-                         ada_kimg=30, ema_kimg=5, workers=0, tick_kimg=1, grid_kimg=5, snapshot_kimg=10),
+                         ada_kimg=60, ada_cutout=0, ema_kimg=5, workers=0, tick_kimg=1, grid_kimg=5, snapshot_kimg=10),
     "smoke32": TrainConfig(size=32, style_dim=32, channel_base=256, channel_max=16, kimg=0.064, batch=8, r1_gamma=0.1,
                            workers=0, tick_kimg=0.032, grid_kimg=0.064, snapshot_kimg=0.032),
 }
@@ -116,7 +120,8 @@ class Trainer:
         self.g_opt = lazy_adam(self.g, config.lr, config.path_every)
         self.d_opt = lazy_adam(self.d, config.lr, config.r1_every)
         self.path_mean = torch.zeros((), device=device)
-        self.ada = AdaptiveAugment(config.ada_target, config.ada_kimg) if config.ada_target else None
+        settings = AugmentSettings(cutout=config.ada_cutout)
+        self.ada = AdaptiveAugment(config.ada_target, config.ada_kimg, settings=settings) if config.ada_target else None
         rank_seed = distributed.seed_for_rank(config.seed, self.rank)
         self.rng = torch.Generator().manual_seed(rank_seed)        # augmentation
         torch.manual_seed(rank_seed)                               # noise maps
@@ -161,7 +166,7 @@ class Trainer:
 
     def d_main(self, real, part, purpose):
         with torch.no_grad():
-            fake = self.g.synthesis(self._w_plus(part, purpose), self._noise())
+            fake = self.g.synthesis(self._w_plus(part, purpose), self.config.noise)
         real_logits, fake_logits = self.d(self._augment(real)), self.d(self._augment(fake))
         if self.ada:
             self.ada.observe(real_logits)
@@ -175,7 +180,7 @@ class Trainer:
         return r1 * (self.config.r1_gamma / 2 * self.config.r1_every), {"r1": r1}
 
     def g_main(self, real, part, purpose):
-        fake = self.g.synthesis(self._w_plus(part, purpose), self._noise())
+        fake = self.g.synthesis(self._w_plus(part, purpose), self.config.noise)
         with frozen(self.d):
             loss = g_nonsaturating(self.d(self._augment(fake)))
         return loss, {"loss_g": loss}
@@ -183,19 +188,25 @@ class Trainer:
     def g_reg(self, real, part, purpose):
         w_plus = self._w_plus(part, purpose)
         w_plus = w_plus[: max(1, len(w_plus) // self.config.path_shrink)]
-        images = self.g.synthesis(w_plus, self._noise())
-        noise = self._draw("path", lambda g, n: torch.randn(n, *images.shape[1:], generator=g))[part][: len(w_plus)]
+        images = self.g.synthesis(w_plus, self.config.noise)
+        # A stream a row, of this rank's rows alone: images for the whole global batch would be large.
+        rows = range(self.rank, self.global_batch, self.world)[part][: len(w_plus)]
+        streams = [self._stream(f"path {row}", self.device) for row in rows]
+        noise = torch.stack([torch.randn(images.shape[1:], generator=g, device=self.device) for g in streams])
         lengths = path_lengths(images, w_plus, noise)
         penalty = (lengths - self.path_mean).square().mean()
         return penalty * (self.config.path_weight * self.config.path_every), {"path_length": lengths.mean()}
 
     # ---- Draws
 
+    def _stream(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """This step's random numbers for one purpose, the same on every rank."""
+        key = f"{self.config.seed} {self.images_seen} {purpose}".encode()
+        return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7]))
+
     def _draw(self, purpose: str, draw) -> torch.Tensor:
         """This rank's rows of draw(generator, global batch), the same whatever the number of ranks."""
-        key = f"{self.config.seed} {self.images_seen} {purpose}".encode()
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7]))
-        return draw(generator, self.global_batch)[self.rank::self.world].to(self.device)
+        return draw(self._stream(purpose), self.global_batch)[self.rank::self.world].to(self.device)
 
     def _w_plus(self, part: slice, purpose: str) -> torch.Tensor:
         """W+ codes [micro-batch, L, D] of random z, with the mixing of two styles."""
@@ -204,9 +215,6 @@ class Trainer:
         crossover = self._draw(purpose + " mix", lambda g, n: torch.where(
             torch.rand(n, generator=g) < self.config.mixing, torch.randint(1, layers, (n,), generator=g), layers))[part]
         return self.g.mix_styles(self.g.mapping(z[:, 0]), self.g.mapping(z[:, 1]), crossover)
-
-    def _noise(self) -> str:
-        return self.config.noise
 
     def _augment(self, images: torch.Tensor) -> torch.Tensor:
         return self.ada(images, self.rng) if self.ada else images
@@ -368,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"error: {error}\nThe last good snapshot is kept in {args.out}.", file=sys.stderr)
         return 4
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

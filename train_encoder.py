@@ -1,8 +1,9 @@
-"""Train the inversion encoder: image to W+ code, the generator frozen (in-domain inversion, Zhu et al. 2020, ECCV).
+"""Train the inversion encoder, image to W+ code (in-domain inversion, Zhu et al. 2020, ECCV).
 
     python train_encoder.py --data healthy.lmdb --gan runs/gan --out runs/encoder --preset ct128
     torchrun --nproc-per-node=8 train_encoder.py --data healthy.lmdb --gan runs/gan --out runs/encoder
 
+The generator stays as it is, unless --lr-generator says otherwise.
 First epochs: perceptual loss only. Then perceptual + adversarial + in-domain, with the discriminator trained on real
 against reconstructed slices. After every epoch PSNR and HU error in the brain of held-out scans. The same command
 goes on from the last snapshot. Exit codes: 0 done, 2 wrong usage, 4 diverged.
@@ -27,7 +28,7 @@ from config import option, parse
 from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import DatasetError, SliceDataset, image_batches
-from losses import build_perceptual, d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
+from losses import PERCEPTUAL, build_perceptual, d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
 from model import Discriminator, Encoder, Generator, ModelConfig
 from preprocess import ensure_database
 from runlog import RunLog, load_optimiser, start_run
@@ -46,14 +47,19 @@ class EncoderConfig:
     domain: float = option(1.0, "weight of the in-domain loss: code of the image against code of its reconstruction")
     r1_gamma: float = option(10, "weight of the R1 penalty")
     r1_every: int = option(16, "steps between R1 penalties; 0: never")
-    perceptual: str = option("discriminator", "features of the trained discriminator, or LPIPS-VGG (needs --vgg16)",
-                             ("discriminator", "lpips"))
+    perceptual: str = option("discriminator", "the trained discriminator's features, LPIPS-VGG (needs --vgg16), or "
+                             "the pixels alone", PERCEPTUAL)
+    pixels: float = option(5.0, "weight of the pixels' own difference in --perceptual discriminator")
     erase: float = option(0.25, "probability of a random rectangle blanked in the encoder's input only")
     rotate: float = option(0.25, "probability of a rotation up to 45 degrees")
     flip: bool = option(True, "mirror half of the images")
     seed: int = option(0, "seed of everything random")
     precision: str = option("auto", "bf16 where the device is good at it", ("auto", "bf16", "fp32"))
     workers: int = option(2, "loader processes a rank; 0 decodes in the main process")
+
+    def __post_init__(self):
+        if self.batch < 1 or not self.epochs > 0:
+            raise ValueError(f"--batch must be at least 1 and --epochs above 0, got {self.batch} and {self.epochs:g}")
 
 
 PRESETS = {
@@ -81,7 +87,7 @@ class EncoderTrainer:
         for net in (self.g, self.d, self.e, critic):
             net.to(device).compute_dtype = dtype
         # The features that measure distance stay those of the GAN; the discriminator itself goes on learning.
-        self.perceptual = build_perceptual(config.perceptual, critic, vgg16, lpips).to(device)
+        self.perceptual = build_perceptual(config.perceptual, critic, config.pixels, vgg16, lpips).to(device)
         groups = [{"params": self.e.parameters(), "lr": config.lr}]
         if config.lr_generator > 0:
             groups.append({"params": self.g.parameters(), "lr": config.lr_generator})
@@ -105,7 +111,7 @@ class EncoderTrainer:
         return stats
 
     def _encoder_step(self, real, full):
-        w_plus, fake = self.reconstruct(self._erase(real))
+        w_plus, fake = self.reconstruct(erase(real, self.config.erase, self.rng))
         with torch.no_grad():
             query = self.perceptual.features(self._reduced(real))
         distance = self.perceptual.distance(query, self.perceptual.features(self._reduced(fake))).mean()
@@ -139,9 +145,6 @@ class EncoderTrainer:
     def _reduced(self, images: torch.Tensor) -> torch.Tensor:
         """LPIPS looks at images reduced twofold, as released; the discriminator only knows its own size."""
         return F.avg_pool2d(images, 2) if self.config.perceptual == "lpips" else images
-
-    def _erase(self, images: torch.Tensor) -> torch.Tensor:
-        return erase(images, self.config.erase, self.rng)
 
     @torch.no_grad()
     def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:
@@ -263,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"error: {error}\nThe last good snapshot is kept in {args.out}.", file=sys.stderr)
         return 4
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

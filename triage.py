@@ -45,8 +45,7 @@ class TriageSettings:
 
 
 def scores_known_from(arrivals: np.ndarray, latency_s: float, machines: int) -> np.ndarray:
-    """When each scan's score is there, s [n]; arrivals (s [n], increasing) are taken in order by the free
-    machine."""
+    """When each scan's score is there, s [n]; arrivals (s [n], increasing) are taken in order by the free machine."""
     free = [0.0] * machines
     ready = np.empty(len(arrivals))
     for i, arrival in enumerate(arrivals):

@@ -217,21 +217,18 @@ def test_scan_score(how, expected):
     assert scan_score(torch.tensor([1.0, 9.0, 4.0, 1.0, 5.0]), how) == expected
 
 
-def test_scan_score_over_valid_slices():
-    scores = torch.tensor([1.0, 9.0, 4.0, 1.0, 5.0])
-    valid = torch.tensor([True, False, True, False, False])
-    assert [scan_score(scores, how, valid) for how in anomaly.SCAN_SCORES] == [4.0, 2.5, 2.5]
-    assert scan_score(scores.where(scores != 9, torch.nan), "max", valid) == 4.0
+def test_scan_score_of_fewer_than_three_slices():
+    assert [scan_score(torch.tensor([1.0, 4.0]), how) for how in anomaly.SCAN_SCORES] == [4.0, 2.5, 2.5]
 
 
 def test_scan_score_refusals():
     scores = torch.tensor([1.0, torch.nan])
     with pytest.raises(ValueError, match="how must be one of max, top3, mean, got 'median'"):
         scan_score(scores, "median")
-    with pytest.raises(ValueError, match="no slice counts"):
-        scan_score(scores, "max", torch.zeros(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no slices"):
+        scan_score(scores[:0], "max")
     with pytest.raises(ValueError, match="must be finite"):
-        scan_score(scores)
+        scan_score(scores, "max")
 
 
 # --- calibration ---

@@ -51,7 +51,7 @@ def save_one(run, step, value=0.0, **kwargs):
 
 
 def test_snapshot_round_trip(tmp_path):
-    run = checkpoint.new_run(tmp_path / "runs" / "gan")
+    run = tmp_path / "runs" / "gan"
     module = nn.Linear(3, 2).to(memory_format=torch.contiguous_format)
     optimiser = torch.optim.Adam(module.parameters(), lr=0.1)
     module(torch.ones(1, 3)).sum().backward()
@@ -72,13 +72,6 @@ def test_snapshot_round_trip(tmp_path):
         snapshot.restore({"ema": other})
     with pytest.raises(CheckpointError, match=r"weight is \[2, 3\], expected \[2, 4\]"):
         snapshot.restore({"net": nn.Linear(4, 2)})
-
-
-def test_new_run_refuses_a_run_unless_resumed(tmp_path):
-    save_one(tmp_path, 3)
-    with pytest.raises(CheckpointError, match="a run at step 3; resume it"):
-        checkpoint.new_run(tmp_path)
-    assert checkpoint.new_run(tmp_path, resume=True) == tmp_path
 
 
 def test_last_two_and_milestones_are_kept(tmp_path):
@@ -199,6 +192,12 @@ def test_bundle_errors_name_the_file_and_the_mend(tmp_path, bundle_parts):
     edit_json(tmp_path / "model.json", config=json.loads(original)["config"] | {"channel_max": 8})
     with pytest.raises(CheckpointError, match="generator.safetensors: does not fit this Generator"):
         checkpoint.load_bundle(tmp_path)
+    for key, value in (("files", None), ("calibration", [1])):
+        (tmp_path / "model.json").write_text(original)
+        edit_json(tmp_path / "model.json", **{key: value})
+        with pytest.raises(CheckpointError, match=f"model.json: must say {key}"):
+            checkpoint.load_bundle(tmp_path)
+    edit_json(tmp_path / "model.json", **json.loads(original))
     edit_json(tmp_path / "model.json", config={"size": 33})
     with pytest.raises(CheckpointError, match="model.json: config: size must be"):
         checkpoint.load_bundle(tmp_path)

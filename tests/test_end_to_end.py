@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -11,14 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import checkpoint
 import evaluate
 import latent_stats
 import prepare
 import projector
 import train
 import train_encoder
+from preprocess import PreprocessSettings
+from projection import ProjectionSettings
 from tests.helpers import synthetic_head
-from tests.writers import write_dicom_series, write_slice_folder
+from tests.writers import write_dicom_series, write_scan_json, write_slice_folder
 
 HEAD = dict(slices=14, size=64, spacing_mm=(10.0, 3.6, 3.6))       # few thick slices: fast
 SHORT = ["--steps-latent", "3", "--steps-noise", "3"]
@@ -109,6 +114,86 @@ def test_other_settings_do_not_mix_with_earlier_results(work, capsys):
     assert "--overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("change, known", [({}, True), ({"scan_score": "max"}, True), ({"threshold_hu": 4.0}, False)])
+def test_healthy_scores_count_for_the_settings_they_were_made_with(work, change, known):
+    bundle = checkpoint.load_bundle(work / "model")
+    settings = dataclasses.replace(ProjectionSettings(**bundle.meta["projection"]), **change)
+    preprocessing = PreprocessSettings.from_json(bundle.meta["preprocessing"])
+    healthy = projector.Projector(bundle, settings, preprocessing, batch=32).healthy
+    assert healthy == (bundle.meta["calibration"]["scan_scores"][settings.scan_score] if known else None)
+
+
+@pytest.fixture
+def one(work, tmp_path) -> list[str]:
+    """Arguments that project a copy of one scan, its results from before copied, too."""
+    shutil.copytree(work / "query" / "normal", tmp_path / "query" / "normal")
+    shutil.copytree(work / "results" / "normal", tmp_path / "results" / "normal")
+    args = [str(tmp_path / "query"), "--model", str(work / "model"), "--out", str(tmp_path / "results")]
+    return [*args, "--device", "cpu"]
+
+
+def test_a_scan_whose_files_changed_is_projected_again(one, tmp_path, capsys):
+    assert projector.main(one) == 0
+    assert "skipped" in capsys.readouterr().out                  # a copy with its times is the same scan
+    write_scan_json(tmp_path / "query" / "normal", [[-20, 100]], slice_spacing_mm=5.0)
+    assert projector.main(one) == 0
+    assert "skipped" not in capsys.readouterr().out
+    positions = [float(r["position_mm"]) for r in rows(tmp_path / "results" / "slices.csv")]
+    assert positions == [5.0 * k for k in range(14)]
+
+
+def test_an_assumed_spacing_is_part_of_what_was_done(one, tmp_path, capsys):
+    write_scan_json(tmp_path / "query" / "normal", [[-20, 100]], slice_spacing_mm=None)
+    for spacing, again in ((6, True), (6, False), (7, True)):
+        assert projector.main([*one, "--unknown-slice-spacing-mm", str(spacing)]) == 0
+        assert ("skipped" not in capsys.readouterr().out) == again
+
+
+def test_half_a_result_is_no_result(one, tmp_path, capsys):
+    marker = tmp_path / "results" / "normal" / "result.json"
+    marker.write_text(marker.read_text()[:50])
+    assert projector.main(one) == 0
+    assert "skipped" not in capsys.readouterr().out and json.loads(marker.read_text())["scan"]["status"] == "ok"
+
+
+def test_an_interrupted_run_keeps_what_is_done_and_goes_on(work, tmp_path, monkeypatch, capsys):
+    args = [str(work / "healthy"), "--model", str(work / "model"), "--out", str(tmp_path), "--device", "cpu"]
+    call, calls = projector.Projector.__call__, []
+
+    def interrupted(self, source, folder):
+        calls.append(source.scan_id)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return call(self, source, folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(projector.Projector, "__call__", interrupted)
+        assert projector.main(args) == 130
+    assert [r["scan_id"] for r in rows(tmp_path / "scores.csv")] == ["healthy0"]
+    capsys.readouterr()
+    assert projector.main(args) == 0
+    assert capsys.readouterr().out.count("skipped") == 1 and len(rows(tmp_path / "scores.csv")) == 5
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_work(work, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    args = [str(work / "query"), "--model", str(work / "model"), "--device", "cpu", "--out"]
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert projector.main([*args, str(out)]) == 2
+        assert f"--out {out}: cannot be written" in capsys.readouterr().err
+    args = ["--data", str(work / "healthy.lmdb"), "--preset", "smoke32", "--device", "cpu", "--out"]
+    assert train.main([*args, str(tmp_path / "file")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_a_bundle_with_settings_of_another_version_is_refused(work, tmp_path, capsys):
+    model = shutil.copytree(work / "model", tmp_path / "model")
+    content = json.loads((model / "model.json").read_text())
+    content["projection"]["unheard_of"] = 1
+    (model / "model.json").write_text(json.dumps(content))
+    assert projector.main([str(work / "query"), "--model", str(model), "--out", str(tmp_path / "out")]) == 2
+    assert "unheard_of" in capsys.readouterr().err
+
+
 def test_evaluate_reads_what_the_projector_wrote(work):
     labels = work / "labels.csv"
     labels.write_text("scan_id,label,types\nnormal,0,\nbleed,1,Intraparenchymal\n", encoding="utf-8")
@@ -137,6 +222,8 @@ def test_a_folder_of_scans_is_prepared_on_the_fly(work):
     (["QUERY", "--model", "MODEL", "--perceptual", "lpips"], "--vgg16"),
     (["QUERY", "--model", "MODEL", "--device", "cuda:99"], "--device"),
     (["QUERY", "--model", "MODEL", "--steps-latent", "0", "--steps-noise", "0"], "steps"),
+    (["QUERY", "--model", "MODEL", "--threshold-hu", "-5"], "--threshold-hu"),
+    (["QUERY", "--model", "MODEL", "--median-at-512", "-3"], "--median-at-512"),
 ])
 def test_wrong_usage_ends_with_2_and_names_what_is_wrong(work, capsys, args, message):
     names = {"MODEL": str(work / "model"), "QUERY": str(work / "query")}

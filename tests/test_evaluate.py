@@ -344,11 +344,37 @@ def test_comparison_of_two_methods(results):
 
 
 @pytest.mark.parametrize("extra", [["--slices", "x.csv"], ["--threshold", "1", "--threshold-from", "x.csv"],
-                                   ["--prevalence", "1.5"], ["--where", "split"], ["--level", "95"]])
+                                   ["--prevalence", "1.5"], ["--where", "split"], ["--level", "95"],
+                                   ["--threshold", "nan"], ["--slice-threshold", "inf"], ["--masks", "nowhere"]])
 def test_wrong_usage_is_exit_2(results, extra):
     with pytest.raises(SystemExit) as stop:
         run(results, *extra)
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("content, message", [
+    ("scan_id,label\na,0\n".encode("utf-16"), "UTF-8"), ("scan_id,label\nmü,1\n".encode("latin-1"), "UTF-8"),
+    (b"scan_id;label\na;0\n", "'scan_id;label'"), (b"", "no header")])
+def test_labels_that_are_no_csv_are_exit_2(results, capsys, content, message):
+    (results.parent / "labels.csv").write_bytes(content)
+    assert run(results)[0] == 2
+    error = capsys.readouterr().err
+    assert "labels.csv" in error and message in error
+
+
+def test_a_file_in_place_of_the_out_folder_is_exit_2(results, capsys):
+    (results.parent / "taken").write_text("x")
+    assert run(results, out="taken/metrics")[0] == 2
+    assert "taken" in capsys.readouterr().err
+
+
+def test_a_damaged_truth_is_exit_2(results, capsys):
+    display_to_nifti(np.zeros((3, 4, 5), np.uint8), results / "a" / "mask.nii.gz")
+    display_to_nifti(np.zeros((3, 4, 5)), results / "a" / "anomaly.nii.gz")
+    (results.parent / "masks").mkdir()
+    (results.parent / "masks" / "a.nii.gz").write_bytes(b"no NIfTI")
+    assert run(results, "--masks", results.parent / "masks")[0] == 2
+    assert "a.nii.gz" in capsys.readouterr().err
 
 
 def display_to_nifti(volume, path):

@@ -36,18 +36,18 @@ def test_full_set_by_hand():
     # Columns are the directions: a quarter turn tells components from their transpose.
     stats = single([[0.0, -1.0], [1.0, 0.0]], variance=[4.0, 9.0], mean=[1.0, 2.0])
     w = torch.tensor([[[3.0, -1.0]]])                              # leaky_5: (3, -5); minus the mean: (2, -7)
-    p = stats.to_p(w, [0.0])
+    p = stats.at([0.0]).to_p(w)
     torch.testing.assert_close(p, torch.tensor([[[-7 / 2, -2 / 3]]]))
-    torch.testing.assert_close(stats.to_w(p, [0.0]), w)
+    torch.testing.assert_close(stats.at([0.0]).to_w(p), w)
 
 
 def test_remainder_by_hand():
     stats = single([[1.0], [0.0], [0.0]], variance=[4.0], mean=[0.0, 0.0, 0.0], remainder=0.25)
     w = torch.tensor([[[6.0, 1.0, -0.2]]])                         # leaky_5: (6, 1, -1)
-    p = stats.to_p(w, [0.0])
+    p = stats.at([0.0]).to_p(w)
     torch.testing.assert_close(p, torch.tensor([[[3.0, 0.0, 2.0, -2.0]]]))     # c, then r in all 3 directions
     p[..., 1] = 50.0                                               # r along the kept component has no meaning
-    torch.testing.assert_close(stats.to_w(p, [0.0]), w)
+    torch.testing.assert_close(stats.at([0.0]).to_w(p), w)
 
 
 @pytest.mark.parametrize("kept", [1, 3, 6])
@@ -57,8 +57,8 @@ def test_inverse(kept):
     at = stats.at(mm)
     p = at.to_p(w)
     assert p.shape == (5, 2, at.p_dim) and at.p_dim == (6 if kept == 6 else 6 + kept)
-    torch.testing.assert_close(stats.to_w(p, mm), w, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(stats.to_p(at.to_w(p), mm), p, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats.at(mm).to_w(p), w, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats.at(mm).to_p(at.to_w(p)), p, atol=1e-5, rtol=1e-5)
 
 
 def test_nearest_position_clamped_at_both_ends():
@@ -133,7 +133,7 @@ def test_healthy_codes_become_standard_normal():
     stats = LatentStats.fit(gaussian_codes(4000, deviations), torch.zeros(4000), [0.0], components=2)
     torch.testing.assert_close(stats.variance.flatten(), torch.tensor([16.0, 4.0]), rtol=0.1, atol=0)
     torch.testing.assert_close(stats.remainder_variance.item(), 0.25, rtol=0.1, atol=0)
-    p = stats.to_p(gaussian_codes(4000, deviations, seed=1), torch.zeros(4000))
+    p = stats.at(torch.zeros(4000)).to_p(gaussian_codes(4000, deviations, seed=1))
     torch.testing.assert_close(p[..., :2].std(dim=0).flatten(), torch.ones(2), atol=0.05, rtol=0)
     assert (p[..., 2:] ** 2).sum(dim=-1).mean().item() == pytest.approx(10, rel=0.05)      # D - K directions
 
@@ -199,9 +199,9 @@ def test_released_statistics_follow_the_papers_formula():
     before = np.where(w > 0, w, 5 * w)
     expected = [(before[l] - arrays["mean"][1, l]) @ arrays["pca_components"][1, l]
                 / np.sqrt(arrays["pca_explained_variance"][1, l]) for l in range(2)]
-    p = stats.to_p(torch.tensor(w[None]), [6.0])
+    p = stats.at([6.0]).to_p(torch.tensor(w[None]))
     np.testing.assert_allclose(p[0], expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(stats.to_w(p, [6.0])[0], w, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(stats.at([6.0]).to_w(p)[0], w, rtol=1e-4, atol=1e-5)
     del arrays["mean"]
     with pytest.raises(ValueError, match="no mean; the file holds"):
         LatentStats.from_released(arrays)

@@ -104,7 +104,7 @@ def test_prior_excess_counts_only_moves_away_from_the_mean():
 @pytest.fixture(scope="module")
 def perceptual():
     torch.manual_seed(0)
-    return build_perceptual("discriminator", Discriminator(TINY))
+    return build_perceptual("discriminator", Discriminator(TINY), pixels=5.0)
 
 
 def test_perceptual_distance_is_zero_only_for_equal_images(perceptual):
@@ -122,22 +122,32 @@ def test_perceptual_gradient_goes_to_the_other_image_alone(perceptual):
 
 
 def test_perceptual_distance_by_hand():
-    """Stages weigh alike: each squared difference is relative to the query's mean square there; the last is unused."""
+    """Stages weigh alike: each squared difference is relative to the query's mean square there; the last is unused.
+    The pixels' absolute difference comes on top."""
 
     class Stages(torch.nn.Module):
         def features(self, images):
             return [images, 10 * images, images / 0]
 
-    perceptual = DiscriminatorPerceptual(Stages())
+    perceptual = DiscriminatorPerceptual(Stages(), pixels=0.5)
     query, other = torch.full((1, 3, 2, 2), 2.0), torch.full((1, 3, 2, 2), 3.0)
     distance = perceptual.distance(perceptual.features(query), perceptual.features(other))
-    torch.testing.assert_close(distance, torch.tensor([0.25]))                     # (1 / 4 + 100 / 400) / 2
+    torch.testing.assert_close(distance, torch.tensor([0.745]), atol=1e-4, rtol=0)  # (1/4 + 100/400) / 2 + 0.99/2
+
+
+def test_files_that_hold_no_weights_name_their_flag(tmp_path):
+    torch.save({"bias": torch.zeros(1)}, tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(ValueError, match="--vgg16 .*other.pth: not the state dict of torchvision's vgg16"):
+        build_perceptual("lpips", None, 0.0, vgg16=tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="--vgg16 .*text.pth: cannot be read as a state dict"):
+        build_perceptual("lpips", None, 0.0, vgg16=tmp_path / "text.pth")
 
 
 def test_missing_weights_name_their_flag(tmp_path):
     with pytest.raises(ValueError, match="--vgg16 FILE.*found no flag"):
-        build_perceptual("lpips", None)
+        build_perceptual("lpips", None, 0.0)
     with pytest.raises(ValueError, match="--vgg16 FILE.*found .*absent.pth"):
-        build_perceptual("lpips", None, vgg16=tmp_path / "absent.pth")
-    with pytest.raises(ValueError, match="--perceptual must be 'discriminator' or 'lpips', got 'vgg'"):
-        build_perceptual("vgg", None)
+        build_perceptual("lpips", None, 0.0, vgg16=tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match="--perceptual must be one of discriminator, lpips, pixels, got 'vgg'"):
+        build_perceptual("vgg", None, 0.0)

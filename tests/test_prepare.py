@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,6 +212,13 @@ def test_values_that_cannot_be_meant_end_with_code_2(folder, tmp_path, capsys, f
     with pytest.raises(SystemExit) as stop:
         prepare.main([str(folder), "--out", str(tmp_path / "x.lmdb"), "--workers", "1", *flags])
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_the_work(folder, tmp_path, capsys):
+    for out, message in ((tmp_path, "is a folder"), (Path("/proc/x.lmdb"), "cannot be written")):
+        with pytest.raises(SystemExit) as stop:
+            prepare.main([str(folder), "--out", str(out), "--workers", "1", "--overwrite"])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_folder_to_train_on_is_prepared_once(folder, database, tmp_path):

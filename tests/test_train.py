@@ -205,3 +205,9 @@ def test_adam_is_corrected_for_the_regulariser():
     assert optimiser.defaults["lr"] == pytest.approx(0.0016)
     assert optimiser.defaults["betas"] == (0.0, pytest.approx(0.99**0.8))
     assert train.lazy_adam(torch.nn.Linear(1, 1), lr=0.002, every=0).defaults["betas"] == (0.0, 0.99)
+
+
+@pytest.mark.parametrize("values", [{"batch": 0}, {"accumulate": 0}, {"batch": 8, "accumulate": 3}])
+def test_batches_that_cannot_be_are_refused(values):
+    with pytest.raises(ValueError, match="--accumulate"):
+        train.TrainConfig(**values)
