@@ -39,9 +39,10 @@ class EncoderConfig:
     epochs: float = option(65, "passes over the training slices")
     perceptual_epochs: float = option(5, "of these, first with the perceptual loss alone")
     batch: int = option(8, "images a step on each rank")
-    lr: float = option(1e-4, "Adam's learning rate of the encoder")
-    lr_discriminator: float = option(1e-5, "and of the discriminator")
-    lr_generator: float = option(0.0, "and of the generator; 0, as published, leaves it as the GAN training left it. A "
+    lr: float = option(1e-4, "Adam's learning rate of the encoder's last layer, a plain one that cannot bear more")
+    lr_trunk: float = option(1e-4, "of the encoder's other layers, which have the equalised learning rate")
+    lr_discriminator: float = option(1e-5, "of the discriminator")
+    lr_generator: float = option(0.0, "of the generator; 0, as published, leaves it as the GAN training left it. A "
                                  "generator cut short learns here to draw the healthy slices it is shown")
     adversarial: float = option(0.05, "weight of the adversarial loss")
     domain: float = option(1.0, "weight of the in-domain loss: code of the image against code of its reconstruction")
@@ -66,8 +67,8 @@ PRESETS = {
     "paper512": EncoderConfig(),
     "ct256": EncoderConfig(),
     # Few slices and a small network: larger steps
-    "ct128": EncoderConfig(epochs=40, perceptual_epochs=3, lr=5e-4, lr_discriminator=5e-5, r1_gamma=1, workers=0),
-    "smoke32": EncoderConfig(epochs=4, perceptual_epochs=2, lr=1e-3, workers=0),
+    "ct128": EncoderConfig(epochs=40, perceptual_epochs=3, lr_trunk=1e-3, lr_discriminator=5e-5, r1_gamma=1, workers=0),
+    "smoke32": EncoderConfig(epochs=4, perceptual_epochs=2, lr=1e-3, lr_trunk=1e-3, workers=0),
 }
 
 
@@ -88,7 +89,9 @@ class EncoderTrainer:
             net.to(device).compute_dtype = dtype
         # The features that measure distance stay those of the GAN; the discriminator itself goes on learning.
         self.perceptual = build_perceptual(config.perceptual, critic, config.pixels, vgg16, lpips).to(device)
-        groups = [{"params": self.e.parameters(), "lr": config.lr}]
+        trunk = [p for name, p in self.e.named_parameters() if not name.startswith("final_linear")]
+        groups = [{"params": trunk, "lr": config.lr_trunk},
+                  {"params": self.e.final_linear.parameters(), "lr": config.lr}]
         if config.lr_generator > 0:
             groups.append({"params": self.g.parameters(), "lr": config.lr_generator})
         self.e_opt = torch.optim.Adam(groups)
