@@ -1,10 +1,12 @@
-"""What a training run writes beside its snapshots: stats.jsonl, TensorBoard, and lines for the eye."""
+"""What the training commands share around their steps: starting and resuming a run, statistics, exit codes."""
 
 from __future__ import annotations
 
 import json
 import resource
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -74,6 +76,26 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def _short(value: float) -> float | int:
     return value if isinstance(value, int) else float(f"{value:.5g}")
+
+
+def run_command(work: Callable[[torch.device], None], device: str, out: Path) -> int:
+    """Start up, work(device), clean up; errors become messages.
+
+    Returns the exit code: 0 done, 2 wrong usage, 4 diverged.
+    """
+    try:
+        chosen = distributed.pick_device(device)
+        distributed.init(chosen)
+        work(chosen)
+    except FloatingPointError as error:
+        print(f"error: {error}\nThe last good snapshot is kept in {out}.", file=sys.stderr)
+        return 4
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.cleanup()
+    return 0
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, state: dict) -> None:

@@ -31,7 +31,7 @@ from dataset import DatasetError, SliceDataset, image_batches
 from losses import PERCEPTUAL, build_perceptual, d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
 from model import Discriminator, Encoder, Generator, ModelConfig
 from preprocess import ensure_database
-from runlog import RunLog, load_optimiser, start_run
+from runlog import RunLog, load_optimiser, run_command, start_run
 
 
 @dataclass(frozen=True)
@@ -260,21 +260,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--lpips", type=Path, help="the linear weights of LPIPS-VGG; else all channels weigh alike")
 
     config, args = parse(__doc__, PRESETS, arguments, argv)
-    try:
-        device = distributed.pick_device(args.device)
-        distributed.init(device)
+
+    def work(device):
         size = checkpoint.load_snapshot(args.gan).meta["model"]["size"]
         data = ensure_database(args.data, args.out, size)
         train(config, data, args.gan, args.out, device, args.vgg16, args.lpips)
-    except FloatingPointError as error:
-        print(f"error: {error}\nThe last good snapshot is kept in {args.out}.", file=sys.stderr)
-        return 4
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        distributed.cleanup()
-    return 0
+
+    return run_command(work, args.device, args.out)
 
 
 if __name__ == "__main__":
