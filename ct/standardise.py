@@ -92,7 +92,7 @@ def standardise(scan: Scan, brain: np.ndarray, settings: StandardiseSettings) ->
     frame = find_frame(scan, brain, settings)
     low, high = settings.hu_clip
     clipped = np.clip(scan.hu, low, high)
-    hu = to_frame(clipped, frame, fill=low)
+    hu = np.clip(to_frame(clipped, frame, fill=low), low, high)      # interpolation rounds a little beyond
     if settings.remove_outside:
         hu[~_head(clipped, brain, frame, settings)] = low
     below_vertex = vertex_mm(brain, scan.position_mm) - scan.position_mm

@@ -11,7 +11,7 @@ from ct.standardise import Frame, StandardiseSettings, find_frame, from_frame, s
 from tests.helpers import synthetic_scan
 
 SETTINGS = StandardiseSettings(size=64)
-HEAD = {"slices": 14, "size": 128, "spacing_mm": (10.0, 3.0, 3.0), "noise": 1.0}    # room for 30 pixels of shift
+HEAD = {"slices": 14, "size": 180, "spacing_mm": (10.0, 2.0, 2.0), "noise": 1.0}    # room for 30 pixels of shift
 
 
 def _identity(size):
@@ -67,8 +67,8 @@ def test_maps_return_to_native_pixels():
     """A spot drawn in native pixels keeps its place and its HU there and back."""
     scan, brain = synthetic_scan(**HEAD, angle_deg=15, shift_mm=(40, -30))
     frame = find_frame(scan, brain, replace(SETTINGS, size=128))
-    row, column = np.mgrid[:128, :128]
-    spot = 50 * np.exp(-((row - 75) ** 2 + (column - 60) ** 2) / 50)[None].astype(np.float32)
+    row, column = np.mgrid[:180, :180]
+    spot = 50 * np.exp(-((row - 105) ** 2 + (column - 85) ** 2) / 50)[None].astype(np.float32)
     np.testing.assert_allclose(from_frame(to_frame(spot, frame), frame), spot, atol=2)
     there_and_back = from_frame(to_frame(brain, frame), frame)
     assert (there_and_back & brain).sum() / (there_and_back | brain).sum() > 0.97
@@ -77,7 +77,7 @@ def test_maps_return_to_native_pixels():
 # ---- the frame
 
 
-@pytest.mark.parametrize("angle_deg, shift_mm", [(15, (90, 0)), (-15, (0, 90)), (15, (-64, -64)), (40, (0, 0))])
+@pytest.mark.parametrize("angle_deg, shift_mm", [(15, (60, 0)), (-15, (0, 60)), (15, (-60, -60)), (40, (0, 0))])
 def test_shift_by_30_pixels_and_turn_stays_under_3_hu(upright, angle_deg, shift_mm):
     scan, brain = synthetic_scan(**HEAD, angle_deg=angle_deg, shift_mm=shift_mm)
     moved = standardise(scan, brain, SETTINGS)
@@ -115,7 +115,7 @@ def test_one_sided_mask_loss_does_not_turn_the_head():
     """The ellipse axes of a mask that lost a frontal quarter lie 5 degrees off; symmetry holds."""
     scan, brain = synthetic_scan(**HEAD, angle_deg=8)
     cut = brain.copy()
-    cut[:, :48, 76:] = False
+    cut[:, :66, 108:] = False
     assert find_frame(scan, cut, SETTINGS).angle_deg == pytest.approx(8, abs=1.5)
 
 
@@ -177,8 +177,8 @@ def test_saturated_and_full_range_sources_come_out_alike():
 def test_what_lies_outside_the_head_is_removed():
     scan, brain = synthetic_scan(**HEAD)
     hu = scan.hu.copy()
-    hu[:, 32:48, 93:97] = 80                                   # a holder and a tube, 40 mm from the scalp
-    hu[:, 32:35, 32:35] = 200
+    hu[:, 42:66, 135:140] = 80                                 # a holder and a tube, 40 mm from the scalp
+    hu[:, 42:46, 42:46] = 200
     held = standardise(replace(scan, hu=hu), brain, SETTINGS).hu
     np.testing.assert_allclose(held, standardise(scan, brain, SETTINGS).hu, atol=2)
     kept = standardise(replace(scan, hu=hu), brain, replace(SETTINGS, remove_outside=False)).hu
