@@ -145,6 +145,16 @@ def slice_scores(votes: torch.Tensor, steps: int, residual_abs: torch.Tensor, br
     return (weighted / brain.sum((1, 2)).clamp(min=1)).to(residual_abs.dtype)
 
 
+def surprise_scores(surprise: torch.Tensor, brain: torch.Tensor, above: float) -> torch.Tensor:
+    """Mean over the brain of how far the surprise goes beyond `above`, for each slice; 0 without brain. [S]
+
+    surprise [S, H, W], signed (normative.py); brain bool [S, H, W]. What is no rarer than 10^-above counts nothing.
+    """
+    _check_same_shape(surprise=surprise, brain=brain)
+    beyond = ((surprise.abs() - above).clamp(min=0) * brain).sum((1, 2), dtype=torch.float64)
+    return (beyond / brain.sum((1, 2)).clamp(min=1)).to(surprise.dtype)
+
+
 def scan_score(scores: torch.Tensor, how: str) -> float:
     """One number for a scan from its slice scores [S]: 'max', 'top3' (mean of the three highest), or 'mean'.
 

@@ -36,6 +36,7 @@ from torch import nn
 
 from latent import LatentStats
 from model import Discriminator, Encoder, Generator, ModelConfig
+from normative import Normal
 from released import STATE_DICTS, CheckpointError, read_networks, read_statistics
 
 FORMAT_VERSION = 1                       # of snapshots and bundles; newer ones are refused
@@ -179,6 +180,7 @@ class Bundle:
     discriminator: Discriminator
     encoder: Encoder
     latent: LatentStats
+    normal: Normal | None         # of healthy residuals; None where nothing was calibrated
     meta: dict[str, Any]          # model.json: the keys BUNDLE_META, config, files, format_version
     weights_hash: str             # SHA-256 over all weight files: names the weights a result was made with
 
@@ -189,7 +191,7 @@ class Bundle:
 
 def save_bundle(folder: str | Path, generator: Generator, discriminator: Discriminator, encoder: Encoder,
                 latent: LatentStats, meta: Mapping[str, Any], dtype: torch.dtype = torch.float16,
-                overwrite: bool = False) -> Path:
+                overwrite: bool = False, normal: Normal | None = None) -> Path:
     """Write a model bundle; model.json comes last, so a bundle with one is whole.
 
     Weights and principal components are stored in dtype; a tensor with values beyond its range, or not a
@@ -212,9 +214,12 @@ def save_bundle(folder: str | Path, generator: Generator, discriminator: Discrim
     _to_json(meta, folder)
     tensors = {name: _compact(network.state_dict(), dtype, name) for name, network in networks.items()}
     tensors["latent"] = latent.to_tensors(dtype)
+    if normal is not None:
+        tensors["normal"] = normal.to_tensors()
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.json").unlink(missing_ok=True)
+    (folder / "normal.safetensors").unlink(missing_ok=True)             # an earlier bundle's
     files = {}
     for name in tensors:
         path, writing = folder / f"{name}.safetensors", folder / f".{name}.writing"
@@ -237,6 +242,8 @@ def read_bundle_meta(folder: str | Path) -> tuple[dict[str, Any], str]:
         raise CheckpointError(f"{folder}: no such folder; give the folder of a model bundle")
     content = _read_json(folder / "model.json", "not a model bundle; latent_stats.py writes one")
     expected = [f"{name}.safetensors" for name in (*NETWORKS, "latent")]
+    if isinstance(content.get("files"), dict) and "normal.safetensors" in content["files"]:
+        expected.append("normal.safetensors")
     absent = [key for key in ("config", "files") if not isinstance(content.get(key), dict)]
     absent += [key for key in BUNDLE_META if not isinstance(content.get(key, ""), dict | None)]
     if absent or sorted(content["files"]) != sorted(expected):
@@ -266,7 +273,18 @@ def load_bundle(folder: str | Path, device: torch.device | str = "cpu") -> Bundl
     except ValueError as error:
         raise CheckpointError(f"{folder / 'latent.safetensors'}: {error}") from error
     _check_latent(latent, config, folder)
-    return Bundle(**networks, latent=latent.to(device), meta=meta, weights_hash=weights_hash)
+    return Bundle(**networks, latent=latent.to(device), normal=_load_normal(folder, meta), meta=meta,
+                  weights_hash=weights_hash)
+
+
+def _load_normal(folder: Path, meta: Mapping[str, Any]) -> Normal | None:
+    path = folder / "normal.safetensors"
+    if path.name not in meta["files"]:
+        return None
+    try:
+        return Normal.from_tensors(_load_tensors(path))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _check_latent(latent: LatentStats, config: ModelConfig, folder: Path) -> None:

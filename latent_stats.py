@@ -27,6 +27,7 @@ import torch
 import anomaly
 import checkpoint
 import distributed
+import normative
 from augment import random_flip, random_rotation
 from config import option, parse
 from ct.window import encode
@@ -34,7 +35,7 @@ from dataset import SliceDataset
 from latent import DEFAULT_CODES, LatentStats
 from model import Discriminator, Encoder, Generator, ModelConfig
 from preprocess import ensure_database
-from projection import ProjectionSettings, perceptual_for, project
+from projection import ProjectionSettings, judge, perceptual_for, project
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
 MAX_REACH_MM = 20.0                   # a position with few codes borrows from no further
@@ -127,7 +128,7 @@ def fit(w_plus: torch.Tensor, below_vertex_mm: torch.Tensor, config: StatsConfig
 # Calibration
 
 def calibrate(bundle: checkpoint.Bundle, held_out: SliceDataset, settings: ProjectionSettings,
-              perceptual: torch.nn.Module, batch: int) -> dict:
+              perceptual: torch.nn.Module, batch: int) -> tuple[dict, normative.Normal | None]:
     """Project the held-out healthy scans and keep what a new scan is compared with. JSON-able:
 
     split, scans   'val', and the ids of its scans
@@ -137,25 +138,42 @@ def calibrate(bundle: checkpoint.Bundle, held_out: SliceDataset, settings: Proje
                    where there are too few scans, with the `reason`
     error_hu       mean absolute error of the reconstruction in the brain after each stage, HU, mean over scans
     precision      of the networks
+
+    and the statistics of the residuals. In --measure surprise a scan's scores are those that the other scans'
+    statistics give it. With under 3 scans there are no statistics (None); --measure surprise then raises ValueError.
     """
-    scan_scores: dict[str, list[float]] = {how: [] for how in anomaly.SCAN_SCORES}
-    slice_scores, errors = [], []
-    for s, scan_id in enumerate(held_out.scan_ids):
-        scan = held_out.scan(s)
-        hu, brain, positions = scan["hu"].float(), scan["brain"], scan["below_vertex_mm"].tolist()
-        result = project(hu, brain, positions, bundle, perceptual, settings, batch)
-        slice_scores += [{"scan": s, "below_vertex_mm": round(mm, 3), "score": score}
-                         for mm, score in zip(positions, result.slice_scores.tolist())]
-        for how in anomaly.SCAN_SCORES:
-            scan_scores[how].append(result.scan_score(how))
+    scans = [held_out.scan(s) for s in range(len(held_out.scan_ids))]
+    brains, positions = [scan["brain"] for scan in scans], [scan["below_vertex_mm"].tolist() for scan in scans]
+    by_votes = dataclasses.replace(settings, measure="votes")       # no surprise can be told before all are projected
+    residuals, scores, errors = [], [], []
+    for scan_id, scan, mm in zip(held_out.scan_ids, scans, positions):
+        result = project(scan["hu"].float(), scan["brain"], mm, bundle, perceptual, by_votes, batch)
+        residuals.append(result.scales)
+        scores.append(result.slice_scores)
         errors.append(result.error_hu)
-        print(f"{scan_id}: {len(hu)} slices, {sum(result.seconds.values()):.0f} s, "
-              + ", ".join(f"{how} {scan_scores[how][s]:.3g}" for how in anomaly.SCAN_SCORES)
-              + ", error in HU " + ", ".join(f"{stage} {error:.2f}" for stage, error in errors[s].items()), flush=True)
+        print(f"{scan_id}: {len(mm)} slices, {sum(result.seconds.values()):.0f} s, error in HU "
+              + ", ".join(f"{stage} {error:.2f}" for stage, error in result.error_hu.items()), flush=True)
+    normal = None
+    if len(scans) >= normative.MIN_SCANS or settings.measure == "surprise":
+        normal, surprises = normative.fit_normal(residuals, brains, positions)
+        if settings.measure == "surprise":
+            scores = [judge(surprise, brain, settings)[2] for surprise, brain in zip(surprises, brains)]
+    return summary(held_out.scan_ids, positions, scores, errors, bundle.generator.compute_dtype), normal
+
+
+def summary(scan_ids: list[str], positions: list[list[float]], scores: list[torch.Tensor],
+            errors: list[dict[str, float]], dtype: torch.dtype) -> dict:
+    """The calibration's JSON from the slice scores and errors of each scan."""
+    scan_scores = {how: [anomaly.scan_score(one, how) for one in scores] for how in anomaly.SCAN_SCORES}
+    slice_scores = [{"scan": s, "below_vertex_mm": round(mm, 3), "score": score}
+                    for s, (one, places) in enumerate(zip(scores, positions))
+                    for score, mm in zip(one.tolist(), places)]
     mean_error = {stage: sum(error[stage] for error in errors) / len(errors) for stage in errors[0]}
-    return {"split": "val", "scans": held_out.scan_ids, "scan_scores": scan_scores, "slice_scores": slice_scores,
+    for how, values in scan_scores.items():
+        print(f"healthy scores, {how}: " + " ".join(f"{value:.3g}" for value in sorted(values)), flush=True)
+    return {"split": "val", "scans": scan_ids, "scan_scores": scan_scores, "slice_scores": slice_scores,
             "threshold": thresholds(scan_scores, FPR), "error_hu": mean_error,
-            "precision": str(bundle.generator.compute_dtype).removeprefix("torch.")}
+            "precision": str(dtype).removeprefix("torch.")}
 
 
 def thresholds(scan_scores: dict[str, list[float]], fpr: float) -> dict:
@@ -193,6 +211,12 @@ def build(config: StatsConfig, data: Path, run: Path, out: Path, device: torch.d
     if config.calibrate == "val" and not dataset.manifest["counts"]["val"]["slices"]:
         raise ValueError(f"--data {data}: no held-out scans to calibrate on; prepare it with a --val-fraction above 0, "
                          "or pass --calibrate none")
+    if config.measure == "surprise" and dataset.manifest["counts"]["val"]["scans"] < normative.MIN_SCANS:
+        raise ValueError(f"--measure surprise: needs {normative.MIN_SCANS} held-out healthy scans, {data} has "
+                         f"{dataset.manifest['counts']['val']['scans']}; prepare it with a larger --val-fraction, or "
+                         "use --measure votes")
+    if config.measure == "surprise" and config.calibrate == "none":
+        raise ValueError("--measure surprise: needs the calibration; leave out --calibrate none")
     networks = restore(snapshot, device, distributed.pick_precision(config.precision, device))
 
     # ---- Fit
@@ -205,6 +229,7 @@ def build(config: StatsConfig, data: Path, run: Path, out: Path, device: torch.d
             "calibration": None, "provenance": provenance(snapshot, config, name or out.name, notes)}
 
     # ---- Calibrate
+    normal = None
     if config.calibrate == "val":
         # On the weights as they will be read back, rounded to float16.
         with tempfile.TemporaryDirectory() as folder:
@@ -214,11 +239,12 @@ def build(config: StatsConfig, data: Path, run: Path, out: Path, device: torch.d
             net.compute_dtype = networks["encoder"].compute_dtype
         settings = config.projection()
         perceptual = perceptual_for(bundle, settings, vgg16, lpips)
-        meta["calibration"] = calibrate(bundle, SliceDataset(data, "val", check=False), settings, perceptual,
-                                        config.batch)
+        meta["calibration"], normal = calibrate(bundle, SliceDataset(data, "val", check=False), settings, perceptual,
+                                                config.batch)
         if meta["calibration"]["threshold"]["reason"]:
             print(f"no threshold: {meta['calibration']['threshold']['reason']}")
-    return checkpoint.save_bundle(out, **networks, latent=latent, meta=meta, overwrite=overwrite)
+    return checkpoint.save_bundle(out, **networks, latent=latent, meta=meta, overwrite=overwrite,
+                                  normal=normal)
 
 
 def restore(snapshot: checkpoint.Snapshot, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:

@@ -14,10 +14,13 @@ import numpy as np
 import torch
 
 import anomaly
+import normative
 from checkpoint import Bundle
 from config import option
 from ct.window import decode, encode
 from losses import PERCEPTUAL, build_perceptual, prior_excess
+
+MEASURES = ("votes", "surprise")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class ProjectionSettings:
     component_at_512: int = option(600, "smaller predicted components are dropped, pixels at 512; scales with area")
     max_gap_mm: float = option(7.5, "slices further apart than this, mm, and than 1.5 times the scan's usual spacing "
                                     "are no neighbours")
+    measure: str = option("votes", "what a map shows and a score sums: votes times residual, as published, or how "
+                                   "surprising the residual is at its place, for a bundle that knows", MEASURES)
+    scale: str = option("both", "scale of the residual in --measure surprise", (*normative.SCALES, "both"))
+    surprise_above: float = option(2.5, "surprise (-log10 of the share of healthy brain) that a score counts from")
+    surprise_mask: float = option(3.0, "surprise from which a pixel is predicted anomalous")
     scan_score: str = option("mean", "how slice scores become the scan's score", anomaly.SCAN_SCORES)
 
     def __post_init__(self):
@@ -49,7 +57,8 @@ class ProjectionSettings:
                              f"{self.steps_noise} noise")
         if self.median_at_512 < 1:
             raise ValueError(f"--median-at-512 must be at least 1, got {self.median_at_512}")
-        for name in ("lr_latent", "lr_noise", "domain", "pixels", "threshold_hu", "component_at_512", "max_gap_mm"):
+        for name in ("lr_latent", "lr_noise", "domain", "pixels", "threshold_hu", "component_at_512", "max_gap_mm",
+                     "surprise_above", "surprise_mask"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name):g}")
 
@@ -60,10 +69,12 @@ class FrameProjection:
 
     reconstruction  float32 [S, N, N], HU: the closest normal slice
     residual        float32 [S, N, N], HU: query minus reconstruction in the brain, median-filtered, signed
-    votes           int32 [S, N, N], over `steps` steps, at most two a step
-    predicted       bool [S, N, N]: votes exceed the steps
+    scales          float32 [S, 2, N, N], HU: the residual at the scales of normative.py
+    votes           int32 [S, N, N], over `steps` steps, at most two a step; none where only surprise was asked for
+    anomaly         float32 [S, N, N], signed: residual weighted by its votes (HU), or its surprise, as measured
+    predicted       bool [S, N, N]: votes exceed the steps, or the surprise exceeds --surprise-mask
     lesion          bool [S, N, N]: predicted without small components
-    slice_scores    float32 [S], HU times votes a step
+    slice_scores    float32 [S]: HU times votes a step, or surprise beyond --surprise-above, mean over the brain
     error_hu        mean absolute difference from the query in the brain after each stage. That after 'latent' tells
                     how close the normal comes; the noise stage copies texture and makes it look better
     seconds         by stage
@@ -71,7 +82,9 @@ class FrameProjection:
 
     reconstruction: torch.Tensor
     residual: torch.Tensor
+    scales: torch.Tensor
     votes: torch.Tensor
+    anomaly: torch.Tensor
     predicted: torch.Tensor
     lesion: torch.Tensor
     slice_scores: torch.Tensor
@@ -100,6 +113,9 @@ def project(
     batch           slices that pass through the networks at a time: memory, not results
     """
     n = bundle.config.size
+    if settings.measure == "surprise" and bundle.normal is None:
+        raise ValueError("--measure surprise: this model holds no statistics of healthy residuals; make it anew with "
+                         "latent_stats.py and at least 3 held-out scans, or use --measure votes")
     if hu.shape[1:] != (n, n) or brain.shape != hu.shape or len(below_vertex_mm) != len(hu):
         raise ValueError(f"project: expected hu and brain [S, {n}, {n}] and S positions, got {list(hu.shape)}, "
                          f"{list(brain.shape)} and {len(below_vertex_mm)}")
@@ -136,6 +152,8 @@ class _Search:
         self.counter = anomaly.VoteCounter(hu.shape, self.device)
         self.median = anomaly.scale_median_size(hu.shape[-1], settings.median_at_512)
         self.image = torch.empty_like(self.query)                        # the reconstruction at the last step
+        # The noise stage must know what is anomalous before a surprise can be told.
+        self._needs_votes = settings.measure == "votes" or settings.steps_noise > 0
 
     @torch.no_grad()
     def encode(self):
@@ -165,7 +183,8 @@ class _Search:
                 self.image[chunk] = image.detach()
             w_plus.backward(gradient)
             (self.settings.domain * len(self.p) * prior_excess(self.p, self.p_encoder)).backward()
-            self._vote()
+            if self._needs_votes:
+                self._vote()
             optimiser.step()
         with torch.no_grad():
             self.p = self.p.detach()
@@ -198,14 +217,20 @@ class _Search:
 
     @torch.no_grad()
     def result(self, errors: dict[str, float], seconds: dict[str, float]) -> FrameProjection:
-        residual, counter = self._residual(), self.counter
-        scores = anomaly.slice_scores(counter.votes, counter.steps, residual.abs(), self.brain)
-        predicted = counter.predicted.cpu()
+        reconstruction, residual, brain = decode(self.image), self._residual().cpu(), self.brain.cpu()
+        scales = normative.scales((self.query_hu - reconstruction).cpu(), residual, brain)
+        votes, steps = self.counter.votes.cpu(), self.counter.steps
+        if self.settings.measure == "surprise":
+            surprise = self.bundle.normal.surprise(scales, brain, self.positions)
+            shown, predicted, scores = judge(surprise, brain, self.settings)
+        else:
+            shown, predicted = anomaly.anomaly_map(votes, residual, steps), self.counter.predicted.cpu()
+            scores = anomaly.slice_scores(votes, steps, residual.abs(), brain)
         return FrameProjection(
-            reconstruction=decode(self.image).cpu(), residual=residual.cpu(), votes=counter.votes.cpu(),
+            reconstruction=reconstruction.cpu(), residual=residual, scales=scales, votes=votes, anomaly=shown,
             predicted=predicted,
             lesion=anomaly.lesion_mask(predicted, predicted.shape[-1], self.settings.component_at_512),
-            slice_scores=scores.cpu(), steps=counter.steps, error_hu=errors, seconds=seconds)
+            slice_scores=scores, steps=steps, error_hu=errors, seconds=seconds)
 
     @staticmethod
     def _set_rate(optimiser, peak, t):
@@ -223,6 +248,16 @@ class _Search:
     def _vote(self):
         votes = anomaly.frame_votes(self._residual().abs(), self.settings.threshold_hu, self.positions, self.max_gap_mm)
         self.counter.add(votes)
+
+
+def judge(surprise: torch.Tensor, brain: torch.Tensor, settings: ProjectionSettings
+          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Map [S, N, N], predicted bool [S, N, N] and slice scores [S] of --measure surprise.
+
+    surprise [S, 2, N, N], signed, of normative.Normal; brain bool [S, N, N].
+    """
+    shown = normative.combine(surprise, settings.scale)
+    return shown, shown.abs() > settings.surprise_mask, anomaly.surprise_scores(shown, brain, settings.surprise_above)
 
 
 def perceptual_for(bundle: Bundle, settings: ProjectionSettings, vgg16=None, lpips=None) -> torch.nn.Module:

@@ -7,8 +7,8 @@ SCANS is a folder that is searched for DICOM series, NIfTI files and folders of 
 
     scores.csv, slices.csv      a row a scan, highest score first: the reading worklist; a row a slice
     run.json                    versions, weights, settings, seconds
-    SCAN/*.nii.gz               reconstruction, residual (HU), anomaly (votes times residual), mask, brain: in the
-                                scan's own geometry
+    SCAN/*.nii.gz               reconstruction, residual (HU), anomaly (surprise, or votes times residual), mask,
+                                brain: in the scan's own geometry
     SCAN/overlay/NN.png         query, closest normal, residual, mask; NN counts the scan's slices from below
 
 A rerun skips finished scans. Exit codes: 0 done, 2 wrong usage, 3 some scans failed (rows with a reason).
@@ -54,7 +54,8 @@ TOO_MUCH = 0.35         # predicted part of the brain from which the reconstruct
 class Projection:
     """A projected scan in its own geometry: maps [S, H, W] of the original slices, inferior to superior.
 
-    reconstruction, residual, anomaly in HU; mask bool; slice_scores [S] (0 where not projected); projected bool [S]
+    reconstruction, residual in HU; anomaly as measured (projection.FrameProjection); mask bool; slice_scores [S] (0
+    where not projected); projected bool [S]
     """
 
     reconstruction: np.ndarray
@@ -84,9 +85,8 @@ def to_native(pre: Preprocessed, result: FrameProjection, how: str) -> Projectio
     low = float(pre.standardised.hu.min())
     scores = np.zeros(len(kept), np.float32)
     scores[kept] = result.slice_scores.numpy()
-    weighted = anomaly.anomaly_map(result.votes, result.residual, result.steps)
     return Projection(
-        reconstruction=back(result.reconstruction, low), residual=back(result.residual), anomaly=back(weighted),
+        reconstruction=back(result.reconstruction, low), residual=back(result.residual), anomaly=back(result.anomaly),
         mask=back(result.lesion), brain=slabs.from_slabs(pre.brain), slice_scores=per_slice(scores),
         below_vertex_mm=per_slice(pre.standardised.below_vertex_mm), projected=per_slice(kept),
         scan_score=result.scan_score(how))
@@ -101,8 +101,8 @@ class Projector:
         self.perceptual = perceptual_for(bundle, settings, vgg16, lpips)
         calibration = bundle.meta["calibration"] or {}
         # A percentile means something only against scores that were made the same way; --scan-score has one for each.
-        calibrated = (bundle.meta["projection"] or {}) | {"scan_score": settings.scan_score}
-        same = calibrated == dataclasses.asdict(settings) and _plain(preprocessing.to_json()) == _plain(
+        calibrated = dataclasses.replace(stored_settings(bundle), scan_score=settings.scan_score)
+        same = calibrated == settings and _plain(preprocessing.to_json()) == _plain(
             bundle.meta["preprocessing"])
         self.healthy = calibration.get("scan_scores", {}).get(settings.scan_score) if same else None
         self.threshold = calibration.get("threshold", {}).get(settings.scan_score) if same else None
@@ -316,14 +316,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def stored_settings(bundle: checkpoint.Bundle) -> ProjectionSettings:
+    """The settings that the bundle was calibrated for; what an older one does not say is the default."""
+    try:
+        return ProjectionSettings(**(bundle.meta["projection"] or {}))
+    except TypeError as error:
+        raise ValueError(f"--model: model.json: projection: {error}; made by another version: run latent_stats.py "
+                         "anew") from error
+
+
 def resolve(bundle: checkpoint.Bundle, args: argparse.Namespace) -> tuple[ProjectionSettings, PreprocessSettings]:
     """The bundle's settings with the given flags over them. Raises ValueError where the bundle lacks its own."""
-    try:
-        calibrated = ProjectionSettings(**(bundle.meta["projection"] or {}))
-    except TypeError as error:
-        raise ValueError(f"--model {args.model}: model.json: projection: {error}; made by another version: run "
-                         "latent_stats.py anew") from error
-    settings = given(args, calibrated)
+    settings = given(args, stored_settings(bundle))
     if bundle.meta["preprocessing"] is not None:
         preprocessing = PreprocessSettings.from_json(bundle.meta["preprocessing"])
     elif args.default_preprocessing:

@@ -33,6 +33,8 @@ from model import Discriminator, Encoder, Generator, ModelConfig
 from preprocess import ensure_database
 from runlog import RunLog, load_optimiser, run_command, start_run
 
+SOFT_TISSUE_HU = (-5.0, 95.0)     # what a lesion may change: not air, fat or bone
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -52,6 +54,8 @@ class EncoderConfig:
                              "the pixels alone", PERCEPTUAL)
     pixels: float = option(5.0, "weight of the pixels' own difference in --perceptual discriminator")
     erase: float = option(0.25, "probability of a random rectangle blanked in the encoder's input only")
+    coarse: float = option(0.0, "probability of coarse noise, blobs denser or thinner than the tissue, in the "
+                                "encoder's input only: it learns to look past them")
     rotate: float = option(0.25, "probability of a rotation up to 45 degrees")
     flip: bool = option(True, "mirror half of the images")
     seed: int = option(0, "seed of everything random")
@@ -114,7 +118,8 @@ class EncoderTrainer:
         return stats
 
     def _encoder_step(self, real, full):
-        w_plus, fake = self.reconstruct(erase(real, self.config.erase, self.rng))
+        corrupted = coarse_noise(erase(real, self.config.erase, self.rng), self.config.coarse, self.rng)
+        w_plus, fake = self.reconstruct(corrupted)
         with torch.no_grad():
             query = self.perceptual.features(self._reduced(real))
         distance = self.perceptual.distance(query, self.perceptual.features(self._reduced(fake))).mean()
@@ -197,6 +202,25 @@ def erase(images: torch.Tensor, p: float, rng: torch.Generator) -> torch.Tensor:
     inside_x = (cols - (half_w + x * (1 - 2 * half_w))[:, None]).abs() < half_w[:, None]
     hole = (on < p)[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]
     return images.masked_fill(hole[:, None].to(images.device), 0)
+
+
+def coarse_noise(images: torch.Tensor, p: float, rng: torch.Generator) -> torch.Tensor:
+    """With probability p, smooth random blobs added to the soft tissue of images [B, 3, N, N] (Kascenas et al. 2022).
+
+    Normal noise on a grid of 4 to 16 cells a side, drawn up to the image's size; what is under a random level is
+    cut off, so that some images get a few blobs and others unrest all over; scaled to 5 to 50 HU of deviation. Air and
+    bone, which no lesion of the brain changes, stay as they are.
+    """
+    if p <= 0:
+        return images
+    batch, size = len(images), images.shape[-1]
+    on, level, amplitude = torch.rand(3, batch, 1, 1, generator=rng)
+    cells = int(torch.randint(4, 17, (), generator=rng))
+    noise = F.interpolate(torch.randn(batch, 1, cells, cells, generator=rng), size=size, mode="bicubic")[:, 0]
+    noise = noise.sign() * (noise.abs() - 2 * level).clamp(min=0) * (5 + 45 * amplitude.square()) * (on < p)
+    hu = decode(images)
+    tissue = (hu > SOFT_TISSUE_HU[0]) & (hu < SOFT_TISSUE_HU[1])
+    return encode(hu + noise.to(images.device) * tissue).to(images.dtype)
 
 
 def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch.device, vgg16=None,

@@ -272,3 +272,11 @@ def test_too_few_healthy_scans():
         anomaly.threshold_at_fpr(torch.arange(18.0), 5)
     with pytest.raises(ValueError, match="finite scores of healthy scans"):
         anomaly.percentile_of(torch.tensor(1.0), torch.tensor([]))
+
+
+def test_surprise_scores_count_what_lies_beyond():
+    surprise = torch.tensor([[[3.0, -4.0], [1.0, 9.0]], [[2.0, 2.0], [2.0, 2.0]]])
+    brain = torch.tensor([[[True, True], [True, False]], [[True, True], [True, True]]])
+    scores = anomaly.surprise_scores(surprise, brain, above=2.0)
+    assert scores.tolist() == pytest.approx([(1 + 2) / 3, 0])
+    assert anomaly.surprise_scores(surprise, ~brain & False, above=2.0).tolist() == [0, 0]

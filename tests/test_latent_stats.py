@@ -247,3 +247,36 @@ def test_presets():
         "paper512": 512, "ct256": 16, "ct128": 16, "smoke32": 4}
     assert latent_stats.PRESETS["paper512"].projection() == ProjectionSettings()
     assert math.isclose(latent_stats.PRESETS["paper512"].spacing_mm * 31, 155)
+
+
+# ---- surprise
+
+def test_surprise_is_calibrated_on_the_others(tmp_path):
+    data = write_slices(tmp_path / "healthy.lmdb", held_out=4)
+    run = write_run(tmp_path / "encoder", SliceDataset(data).manifest)
+    out = tmp_path / "mine"
+    assert command(data, run, out, "--measure", "surprise", "--surprise-above", "0.5", "--components", "2", "--passes",
+                   "4", "--steps-noise", "0") == 0
+    bundle = checkpoint.load_bundle(out)
+    assert bundle.normal is not None and "normal.safetensors" in bundle.meta["files"]
+    assert len(bundle.meta["calibration"]["scan_scores"]["mean"]) == 4
+    # A slice of the healthy, seen again as a new scan, scores; one with a dense blob scores more.
+    scan = SliceDataset(data, "val").scan(0)
+    settings = ProjectionSettings(**bundle.meta["projection"])
+
+    def score(hu):
+        result = latent_stats.project(hu, scan["brain"], scan["below_vertex_mm"].tolist(), bundle,
+                                      latent_stats.perceptual_for(bundle, settings), settings)
+        assert not result.anomaly[~scan["brain"]].any() and not result.votes.any()
+        return result.scan_score("mean")
+
+    plain = score(scan["hu"].float())
+    dense = scan["hu"].float().clone()
+    dense[:, 12:16, 12:16] += 60
+    assert score(dense) > plain > 0
+
+
+def test_surprise_needs_three_scans(inputs, tmp_path, capsys):
+    assert command(*inputs, tmp_path / "mine", "--measure", "surprise") == 2
+    error = capsys.readouterr().err
+    assert "--measure surprise: needs 3 held-out healthy scans" in error and "has 1" in error

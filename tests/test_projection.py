@@ -32,7 +32,7 @@ def make_bundle(encoder=None):
         net.eval().requires_grad_(False)
     codes = torch.nn.functional.leaky_relu(torch.randn(200, TINY.n_latent, TINY.style_dim), 0.2)
     latent = LatentStats.fit(codes, torch.linspace(0, 25, 200), [0.0, 10.0, 20.0], components=6)
-    return Bundle(*networks, latent=latent, meta={}, weights_hash="")
+    return Bundle(*networks, latent=latent, normal=None, meta={}, weights_hash="")
 
 
 def codes_like_healthy(slices=5, seed=1):
@@ -209,3 +209,8 @@ def test_refuses_a_search_without_steps():
         ProjectionSettings(steps_latent=0, steps_noise=0)
     with pytest.raises(ValueError, match="negative"):
         ProjectionSettings(steps_latent=-1)
+
+
+def test_surprise_needs_a_bundle_that_knows_the_healthy(bundle):
+    with pytest.raises(ValueError, match="--measure surprise: this model holds no statistics"):
+        run(bundle, tissue(), dataclasses.replace(FEW, measure="surprise"))

@@ -12,7 +12,8 @@ import torch
 import checkpoint
 import train_encoder
 from augment import random_rotation
-from train_encoder import EncoderConfig, EncoderTrainer, erase
+from ct.window import decode, encode
+from train_encoder import EncoderConfig, EncoderTrainer, coarse_noise, erase
 
 FLAGS = ["--preset", "smoke32", "--device", "cpu", "--precision", "fp32", "--batch", "4", "--epochs", "2",
          "--perceptual-epochs", "0.5", "--r1-every", "2"]
@@ -152,3 +153,25 @@ def test_rotations_turn_either_way_about_the_centre_up_to_their_limit():
 def test_settings_that_train_nothing_are_refused(values):
     with pytest.raises(ValueError, match=f"--{next(iter(values))}"):
         EncoderConfig(**values)
+
+
+# ---- coarse noise
+
+def test_coarse_noise_changes_soft_tissue_alone():
+    rng = torch.Generator().manual_seed(0)
+    hu = torch.full((32, 64, 64), 30.0)
+    hu[:, :8], hu[:, 8:16] = -20.0, 150.0                            # air and bone
+    images = encode(hu)
+    noisy = coarse_noise(images, 1.0, rng)
+    changed = (decode(noisy) - decode(images)).abs()
+    assert not changed[:, :16].gt(1e-3).any()
+    assert changed[:, 16:].amax((1, 2)).gt(5).sum() > 16              # most images have blobs that can be seen
+    assert changed[:, 16:].max() < 151
+
+
+def test_coarse_noise_leaves_the_others_as_they_are():
+    images = encode(torch.full((64, 16, 16), 30.0))
+    assert coarse_noise(images, 0.0, torch.Generator().manual_seed(0)) is images
+    noisy = coarse_noise(images, 0.5, torch.Generator().manual_seed(0))
+    untouched = (noisy - images).abs().amax((1, 2, 3)) < 1e-6
+    assert 16 < untouched.sum() < 56

@@ -1,0 +1,243 @@
+"""How unusual a residual is at its place: mean and spread of healthy residuals by position and pixel.
+
+A generator draws some places of every healthy head badly: cisterns, the skull base, the rim of the cortex. What a
+residual of 8 HU means depends on where it lies. So the residuals of held-out healthy scans, which the networks have
+not seen, give a mean and a standard deviation for every position below the vertex and every place in the standard
+frame, and a new scan's residual is told in those: z = (residual - mean) / std, positive where the scan is denser than
+healthy scans are there against their closest normal.
+
+Healthy z have heavy tails, heavier on the thin side (sulci, old infarcts, cysts) than on the dense one. So z is told in
+turn as a surprise, -log10 of the share of healthy brain that is at least as unusual to that side: 3 is what one healthy
+pixel in a thousand reaches, whether dense or thin, in the mid-brain or at the skull base.
+
+Two scales are kept: FINE, the median-filtered residual of anomaly.residual, for what is small and distinct (a thin
+bleed), and COARSE, a wide Gaussian, for what is faint and large (an early infarct). Heads are centred and upright, so
+left and right lend each other their statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+COARSE_AT_512 = 20.0         # standard deviation of the coarse scale's Gaussian, pixels at 512
+BLUR_AT_512 = 12.0           # of the Gaussian that lends a place its neighbours' statistics, pixels at 512
+REACH_MM = 5.0               # and of the one along the body axis
+SPACING_MM = 5.0             # from position to position
+PRIOR_SCANS = 2.0            # a place's variance is drawn to its position's as if by so many scans
+FLOOR_HU = 0.5               # no healthy spread is taken to be under this
+SCALES = ("fine", "coarse")
+LEVELS = torch.arange(0.5, 4.51, 0.25)       # surprises whose z is kept; beyond the last one a line goes on
+MIN_SCANS = 3                # each scan is told in the statistics of the others, and needs two of them
+HIGHEST = 8.0                # no surprise is told above this: nobody has seen so much healthy brain
+BIN, BINS = 0.02, 2500       # of the histograms that the tails come from: z up to 50
+
+
+def gaussian_blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian of standard deviation sigma pixels over the last two axes of x [..., H, W]; zero outside."""
+    radius = max(1, round(3 * sigma))
+    t = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
+    kernel = torch.exp(-0.5 * (t / sigma).square())
+    kernel = kernel / kernel.sum()
+    planes = x.reshape(-1, 1, *x.shape[-2:])
+    planes = F.conv2d(planes, kernel.reshape(1, 1, -1, 1), padding=(radius, 0))
+    return F.conv2d(planes, kernel.reshape(1, 1, 1, -1), padding=(0, radius)).reshape(x.shape)
+
+
+def scales(difference_hu: torch.Tensor, median_hu: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
+    """The residual at both scales, float32 [S, 2, N, N], HU.
+
+    difference_hu [S, N, N]: query minus reconstruction. median_hu [S, N, N]: the same after anomaly.residual. The
+    coarse scale averages over the brain alone: what lies outside it does not dilute its rim.
+    """
+    inside = brain.to(difference_hu)
+    sigma = COARSE_AT_512 * brain.shape[-1] / 512
+    coarse = gaussian_blur(difference_hu * inside, sigma) / gaussian_blur(inside, sigma).clamp(min=1e-3) * inside
+    return torch.stack([median_hu, coarse], dim=1)
+
+
+@dataclass(frozen=True)
+class ResidualStats:
+    """Healthy residuals at P positions, at both scales, on a grid of n x n places (half the frame).
+
+    positions_mm  [P], mm below the vertex, increasing
+    mean, std     float32 [P, 2, n, n], HU
+    """
+
+    positions_mm: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __post_init__(self):
+        expected = (len(self.positions_mm), 2)
+        if self.mean.ndim != 4 or self.mean.shape[:2] != expected or self.std.shape != self.mean.shape:
+            raise ValueError(f"residual statistics: expected mean and std [{expected[0]}, 2, n, n] for {expected[0]} "
+                             f"positions, got {list(self.mean.shape)} and {list(self.std.shape)}")
+        if not (torch.isfinite(self.std) & (self.std > 0)).all():
+            raise ValueError("residual statistics: every std must be finite and above 0")
+
+    @classmethod
+    def fit(cls, moments: Sequence[torch.Tensor], positions_mm: torch.Tensor, frame_size: int) -> ResidualStats:
+        """From the moments() of healthy scans. Leave some out by leaving them out of the list."""
+        if not moments:
+            raise ValueError("residual statistics: at least one healthy scan is needed")
+        count, first, second = _symmetric(torch.stack(list(moments)).sum(0)).unbind(1)      # each (P, 2, n, n)
+        sigma = BLUR_AT_512 * frame_size / 512 / 2                                          # on the grid
+        overall = [m.sum((2, 3), keepdim=True) for m in (count, first, second)]
+        average = overall[1] / overall[0].clamp(min=1e-6)
+        spread = (overall[2] / overall[0].clamp(min=1e-6) - average.square()).clamp(min=FLOOR_HU**2)
+        count, first, second = (gaussian_blur(m, sigma) for m in (count, first, second))
+        mean = (first + PRIOR_SCANS * average) / (count + PRIOR_SCANS)
+        around = second - 2 * mean * first + mean.square() * count                          # sum of (r - mean)^2
+        variance = (around.clamp(min=0) + PRIOR_SCANS * spread) / (count + PRIOR_SCANS)
+        return cls(positions_mm, mean, variance.sqrt().clamp(min=FLOOR_HU))
+
+    def z(self, residuals: torch.Tensor, brain: torch.Tensor, below_vertex_mm: Sequence[float]) -> torch.Tensor:
+        """residuals [S, 2, N, N] (of scales()) in healthy standard deviations, signed; 0 outside brain [S, N, N]."""
+        mm = torch.as_tensor(np.asarray(below_vertex_mm), dtype=torch.float32)
+        step = (mm - self.positions_mm[0]) / SPACING_MM
+        low = step.floor().clamp(0, len(self.positions_mm) - 1).long()
+        high = (low + 1).clamp(max=len(self.positions_mm) - 1)
+        share = (step - low).clamp(0, 1)[:, None, None, None]
+
+        def here(maps: torch.Tensor) -> torch.Tensor:
+            between = torch.lerp(maps[low], maps[high], share)
+            return F.interpolate(between, size=residuals.shape[-2:], mode="bilinear").to(residuals)
+
+        return (residuals - here(self.mean)) / here(self.std) * brain[:, None].to(residuals)
+
+
+@dataclass(frozen=True)
+class Tails:
+    """How far healthy z reach. z [2, 2, K]: by scale and side (dense, thin), what each of LEVELS corresponds to."""
+
+    z: torch.Tensor
+
+    @classmethod
+    def fit(cls, histograms: Sequence[torch.Tensor]) -> Tails:
+        """From the histogram() of healthy scans, each told in the z of the others. Scans weigh alike."""
+        if not histograms:
+            raise ValueError("residual statistics: a surprise needs at least two healthy scans")
+        share = torch.stack([h / h.sum(-1, keepdim=True).clamp(min=1) for h in histograms]).mean(0)
+        beyond = share.flip(-1).cumsum(-1).flip(-1)                       # of the brain at or above a bin's lower edge
+        reached = (beyond[..., None, :] >= 10 ** -LEVELS.double()[:, None]).sum(-1)       # (2, 2, K)
+        return cls((reached * BIN + 1e-3 * torch.arange(len(LEVELS))).float())            # strictly increasing
+
+    def surprise(self, z: torch.Tensor) -> torch.Tensor:
+        """z [S, 2, N, N] -> signed surprise [S, 2, N, N], positive where dense."""
+        sides = []
+        for scale in range(len(SCALES)):
+            dense, thin = (self._one(side * z[:, scale], self.z[scale, i]) for i, side in enumerate((1, -1)))
+            sides.append(dense - thin)                       # one of them is 0: z has one sign
+        return torch.stack(sides, dim=1)
+
+    @staticmethod
+    def _one(z: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        at = torch.cat([torch.zeros(1), at]).to(z)
+        levels = torch.cat([torch.zeros(1), LEVELS]).to(z)
+        high = torch.searchsorted(at, z.contiguous()).clamp(1, len(at) - 1)
+        # Beyond the last level a line over the last four goes on: one step alone hangs on a few pixels.
+        start = torch.where(z > at[-1], len(at) - 5, high - 1)
+        slope = (levels[high] - levels[start]) / (at[high] - at[start])
+        return torch.where(z > 0, levels[high] + (z - at[high]) * slope, torch.zeros_like(z)).clamp(max=HIGHEST)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """What healthy residuals look like: the part of a bundle that tells a residual's surprise."""
+
+    stats: ResidualStats
+    tails: Tails
+
+    def surprise(self, residuals: torch.Tensor, brain: torch.Tensor, below_vertex_mm: Sequence[float]) -> torch.Tensor:
+        """residuals [S, 2, N, N] of scales(), HU -> signed surprise [S, 2, N, N]; 0 outside brain [S, N, N]."""
+        return self.tails.surprise(self.stats.z(residuals, brain, below_vertex_mm))
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """A flat dict for safetensors; the maps in float16."""
+        return {"positions_mm": self.stats.positions_mm, "mean": self.stats.mean.half(), "std": self.stats.std.half(),
+                "tails": self.tails.z}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Normal:
+        """Back from to_tensors. Raises ValueError on missing tensors or shapes that do not fit together."""
+        if missing := [name for name in ("positions_mm", "mean", "std", "tails") if name not in tensors]:
+            raise ValueError(f"residual statistics: no {', '.join(missing)}")
+        stats = ResidualStats(tensors["positions_mm"], tensors["mean"].float(), tensors["std"].float())
+        return cls(stats, Tails(tensors["tails"]))
+
+
+def fit_normal(residuals: Sequence[torch.Tensor], brains: Sequence[torch.Tensor],
+               below_vertex_mm: Sequence[Sequence[float]]) -> tuple[Normal, list[torch.Tensor]]:
+    """The statistics of healthy scans, MIN_SCANS at least, and every scan's own surprise as the others see it.
+
+    residuals: one [S, 2, N, N] of scales() a scan; brains [S, N, N]. A scan that helped to make the mean would look
+    less unusual than a new one does, so its z comes from the other scans' statistics, and its surprise from the tails
+    of the other scans' z: these surprises may be compared with a new scan's.
+    """
+    if len(residuals) < MIN_SCANS:
+        raise ValueError(f"residual statistics: at least {MIN_SCANS} healthy scans are needed, found {len(residuals)}: "
+                         "each is told in the statistics of the others")
+    size = brains[0].shape[-1]
+    places = positions(max(float(np.max(mm)) for mm in below_vertex_mm))
+    sums = [moments(r, b, mm, places) for r, b, mm in zip(residuals, brains, below_vertex_mm)]
+
+    def others(items: Sequence, left_out: int) -> list:
+        return [item for i, item in enumerate(items) if i != left_out]
+
+    z = [ResidualStats.fit(others(sums, i), places, size).z(r, b, mm)
+         for i, (r, b, mm) in enumerate(zip(residuals, brains, below_vertex_mm))]
+    histograms = [histogram(*pair) for pair in zip(z, brains)]
+    surprises = [Tails.fit(others(histograms, i)).surprise(one) for i, one in enumerate(z)]
+    return Normal(ResidualStats.fit(sums, places, size), Tails.fit(histograms)), surprises
+
+
+def combine(surprise: torch.Tensor, which: str) -> torch.Tensor:
+    """Signed surprise [S, 2, N, N] -> [S, N, N]: that of a scale of SCALES, or the larger of the two ('both')."""
+    if which in SCALES:
+        return surprise[:, SCALES.index(which)]
+    larger = surprise.abs().argmax(dim=1, keepdim=True)
+    return surprise.gather(1, larger)[:, 0]
+
+
+def histogram(z: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
+    """Counts of |z| over the brain by scale and side (dense, thin), float64 [2, 2, BINS]; z [S, 2, N, N].
+
+    The sums over a side fall short of the brain's pixels by those of the other side, which count as 0 here.
+    """
+    counts = []
+    for scale in range(len(SCALES)):
+        values = z[:, scale][brain].float()
+        for side in (1, -1):
+            bins = (side * values / BIN).clamp(0, BINS - 1).long()
+            counts.append(torch.bincount(bins, minlength=BINS).double())
+    return torch.stack(counts).unflatten(0, (len(SCALES), 2))
+
+
+def positions(deepest_mm: float) -> torch.Tensor:
+    """Positions from the vertex to the deepest healthy slice, SPACING_MM apart. [P]"""
+    return torch.arange(0, max(deepest_mm, SPACING_MM) + SPACING_MM / 2, SPACING_MM)
+
+
+def moments(residuals: torch.Tensor, brain: torch.Tensor, below_vertex_mm: Sequence[float],
+            positions_mm: torch.Tensor) -> torch.Tensor:
+    """What one healthy scan adds: sums of 1, r and r^2 over its brain by position and place, [P, 3, 2, n, n].
+
+    residuals [S, 2, N, N], HU; brain bool [S, N, N]. A slice counts for the positions about it by a Gaussian of
+    REACH_MM, made to sum to 1 over the slices of the scan, so that a scan is one observation however thin its slices.
+    """
+    mm = torch.as_tensor(np.asarray(below_vertex_mm), dtype=torch.float32)
+    near = torch.exp(-0.5 * ((positions_mm[:, None] - mm) / REACH_MM).square())
+    near = near / near.sum(1, keepdim=True).clamp(min=1)                     # beyond the scan's ends it says little
+    inside = brain[:, None].to(residuals).expand_as(residuals)
+    sums = torch.stack([inside, residuals * inside, residuals.square() * inside], dim=1)     # (S, 3, 2, N, N)
+    grid = F.avg_pool2d(sums.flatten(0, 2).float(), 2).unflatten(0, sums.shape[:3])
+    return torch.einsum("ps,smchw->pmchw", near, grid)
+
+
+def _symmetric(sums: torch.Tensor) -> torch.Tensor:
+    return (sums + sums.flip(-1)) / 2

@@ -1,0 +1,136 @@
+"""Statistics of healthy residuals by position and place, z and surprise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import normative
+from normative import LEVELS, Normal, ResidualStats, Tails, combine, fit_normal, gaussian_blur, histogram, moments
+
+N = 16
+BRAIN = torch.ones(3, N, N, dtype=torch.bool)
+MM = [10.0, 5.0, 0.0]
+
+
+def healthy(count: int, std: float = 2.0, mean: float = 0.0, seed: int = 0) -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return [mean + std * torch.randn(3, 2, N, N, generator=rng) for _ in range(count)]
+
+
+def fitted(residuals) -> ResidualStats:
+    places = normative.positions(10.0)
+    return ResidualStats.fit([moments(r, BRAIN, MM, places) for r in residuals], places, N)
+
+
+def test_blur_keeps_a_constant_inside_and_the_sum_of_a_point():
+    point = torch.zeros(1, 15, 15)
+    point[0, 7, 7] = 1
+    blurred = gaussian_blur(point, 1.0)
+    assert blurred.sum() == pytest.approx(1)
+    assert blurred[0, 7, 8] / blurred[0, 7, 7] == pytest.approx(np.exp(-0.5), rel=1e-5)
+    assert gaussian_blur(torch.ones(1, 15, 15), 1.0)[0, 7, 7] == pytest.approx(1)
+
+
+def test_coarse_scale_averages_the_brain_alone():
+    brain = torch.zeros(1, N, N, dtype=torch.bool)
+    brain[0, 4:12, 4:12] = True
+    difference = torch.where(brain, 3.0, 1000.0)
+    fine, coarse = normative.scales(difference, torch.zeros(1, N, N), brain)[0]
+    assert not fine.any()
+    torch.testing.assert_close(coarse, torch.where(brain[0], 3.0, 0.0))
+
+
+def test_moments_of_a_scan_count_once_however_thin_its_slices():
+    places = torch.tensor([20.0])
+    thick, thin = np.arange(0, 41, 5.0), np.arange(0, 41, 1.0)
+    sums = [moments(torch.full((len(mm), 2, 4, 4), 7.0), torch.ones(len(mm), 4, 4, dtype=torch.bool), mm, places)
+            for mm in (thick, thin)]
+    torch.testing.assert_close(sums[0], sums[1])
+    torch.testing.assert_close(sums[0][0, :, 0, 0, 0], torch.tensor([1.0, 7.0, 49.0]))
+
+
+def test_spread_and_mean_are_those_of_the_healthy():
+    stats = fitted(healthy(40, std=4.0, mean=3.0))
+    assert stats.mean.mean() == pytest.approx(3, abs=0.1)
+    assert stats.std.mean() == pytest.approx(4, abs=0.2)
+    z = stats.z(torch.full((3, 2, N, N), 11.0), BRAIN, MM)
+    assert z.mean() == pytest.approx(2, abs=0.1)
+
+
+def test_a_place_that_is_always_drawn_badly_is_not_unusual():
+    residuals = healthy(20, std=1.0)
+    for r in residuals:
+        r[:, :, :, :4] *= 6                                      # the rim of every healthy head
+    z = fitted(residuals).z(torch.full((3, 2, N, N), 5.0), BRAIN, MM)
+    assert z[..., 1].mean() < 0.4 * z[..., 8].mean()
+
+
+def test_left_and_right_lend_each_other_their_statistics():
+    residuals = healthy(10, std=1.0)
+    for r in residuals:
+        r[..., : N // 2] += 4                                    # patient's right alone
+    mean = fitted(residuals).mean
+    torch.testing.assert_close(mean, mean.flip(-1))
+    assert mean.mean() == pytest.approx(2, abs=0.1)
+
+
+def test_z_is_0_outside_the_brain_and_interpolates_between_positions():
+    places = torch.tensor([0.0, 5.0])
+    stats = ResidualStats(places, torch.zeros(2, 2, 8, 8), torch.stack([torch.full((2, 8, 8), s) for s in (1.0, 3.0)]))
+    z = stats.z(torch.full((3, 2, N, N), 6.0), BRAIN, [0.0, 2.5, 99.0])
+    assert [one[0, 0, 0].item() for one in z] == pytest.approx([6, 3, 2])
+    assert not stats.z(torch.full((3, 2, N, N), 6.0), ~BRAIN, [0.0, 2.5, 99.0]).any()
+
+
+def test_surprise_is_the_share_of_healthy_brain_beyond():
+    # |z| is uniform on 0..10 on the dense side: a tenth lies above 9, so z = 9 has surprise 1.
+    z = torch.zeros(1, 2, 100, 200)
+    z[0, :, :, :100] = torch.linspace(0, 10, 10000).reshape(100, 100)
+    z[0, :, :, 100:] = -torch.linspace(0, 20, 10000).reshape(100, 100)
+    tails = Tails.fit([histogram(z, torch.ones(1, 100, 200, dtype=torch.bool))])
+    # 1/20 of the whole brain lies above z = 9, and 1/20 below z = -18
+    told = tails.surprise(torch.tensor([9.0, -18.0, 0.0, 4.0]).reshape(1, 1, 2, 2).expand(1, 2, 2, 2))[0, 0]
+    assert told.flatten().tolist() == pytest.approx([-np.log10(0.05), np.log10(0.05), 0, -np.log10(0.3)], abs=0.03)
+
+
+def test_surprise_grows_beyond_what_was_seen_up_to_a_limit():
+    rng = torch.Generator().manual_seed(0)
+    z = torch.randn(4, 2, 64, 64, generator=rng)
+    tails = Tails.fit([histogram(z, torch.ones(4, 64, 64, dtype=torch.bool))])
+    told = tails.surprise(torch.tensor([3.0, 4.0, 5.0, 6.0, 500.0, -500.0]).reshape(1, 1, 2, 3).expand(1, 2, 2, 3))
+    steps = told[0, 0].flatten()
+    assert (steps[:4].diff() > 0).all() and steps[3] > LEVELS[-1]
+    assert steps[4] == normative.HIGHEST and steps[5] == -normative.HIGHEST
+
+
+def test_no_scan_is_told_by_its_own_statistics():
+    residuals = healthy(6, std=1.0)
+    residuals[2] = residuals[2] + 10.0                           # one odd scan
+    _, surprises = fit_normal(residuals, [BRAIN] * 6, [MM] * 6)
+    odd = surprises[2].mean()
+    assert odd > 4 and all(one.abs().mean() < 2 for i, one in enumerate(surprises) if i != 2)
+    normal, _ = fit_normal(residuals, [BRAIN] * 6, [MM] * 6)
+    assert normal.surprise(residuals[2], BRAIN, MM).mean() < odd      # with itself among the healthy: less unusual
+
+
+def test_too_few_scans_are_refused():
+    with pytest.raises(ValueError, match="at least 3 healthy scans.*found 2"):
+        fit_normal(healthy(2), [BRAIN] * 2, [MM] * 2)
+
+
+def test_combine_takes_the_larger_with_its_sign():
+    surprise = torch.tensor([[[[1.0, -4.0]], [[-2.0, 3.0]]]])
+    assert combine(surprise, "both").flatten().tolist() == [-2, -4]
+    assert combine(surprise, "fine").flatten().tolist() == [1, -4]
+    assert combine(surprise, "coarse").flatten().tolist() == [-2, 3]
+
+
+def test_stored_and_read_back():
+    normal, _ = fit_normal(healthy(4), [BRAIN] * 4, [MM] * 4)
+    back = Normal.from_tensors(normal.to_tensors())
+    x = healthy(1, seed=9)[0]
+    torch.testing.assert_close(back.surprise(x, BRAIN, MM), normal.surprise(x, BRAIN, MM), atol=0.02, rtol=0.02)
+    with pytest.raises(ValueError, match="no tails"):
+        Normal.from_tensors({k: v for k, v in normal.to_tensors().items() if k != "tails"})
