@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 from PIL import Image
 
-from metrics import threshold_at_fpr
+from metrics import empirical_threshold
 
 Key = tuple                                # (scan_id,) or (scan_id, slice)
 
@@ -169,7 +169,7 @@ def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: list[
     normal = units.scores[units.labels == 0]
     if not len(normal):
         raise InputError(f"--threshold-from {paths[-1]}: has no normal scans to set a threshold on")
-    threshold = threshold_at_fpr(normal, fpr)
+    threshold = empirical_threshold(normal, fpr)
     return threshold, f"false-positive rate {fpr:g} on {len(normal)} normal scans of {paths[0]}"
 
 

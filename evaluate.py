@@ -5,14 +5,15 @@
 
 labels.csv has the columns scan_id, label (0 or 1) and, if there are any, types (separated by '|') and patient
 (scans of one patient then count as one cluster). Writes metrics.json, metrics.md, roc.png and pr.png
-(triage.json and triage.md). A figure that the data do not define reads 'undefined: <why>'. A threshold comes
-from other data or there is none. No scan is left out silently: see --missing. Exit 0 done, 2 wrong usage or
-unfit input.
+(triage.json and triage.md), and with --report projector.py's report anew, with labels and ROC. A figure that the
+data do not define reads 'undefined: <why>'. A threshold comes from other data or there is none. No scan is left
+out silently: see --missing. Exit 0 done, 2 wrong usage or unfit input.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ import numpy as np
 import scipy
 import sklearn
 from matplotlib.figure import Figure
-from sklearn.metrics import precision_recall_curve, roc_curve
+from sklearn.metrics import precision_recall_curve
 
 import metrics
 import triage
@@ -43,7 +44,8 @@ from cohort import (
     read_volume,
     threshold_from,
 )
-from metrics import Undefined
+from ct.report import ReportError, read_json, write_report
+from metrics import Undefined, defined
 from triage import TriageSettings
 
 NO_THRESHOLD = "undefined: no threshold set on other data"
@@ -52,14 +54,6 @@ CALLED = {"sensitivity": ("tp", "fn"), "specificity": ("tn", "fp"), "ppv": ("tp"
 
 # ----------------------------------------------------------------------------------------------------------
 # Figures
-
-def defined(function: Callable, *args, **kwargs):
-    """The function's result, or 'undefined: <why>'."""
-    try:
-        return function(*args, **kwargs)
-    except Undefined as reason:
-        return f"undefined: {reason}"
-
 
 def ranking(scores, labels, clusters, args) -> dict:
     """AUC and average precision of one set of units, with their intervals."""
@@ -109,7 +103,7 @@ def level_figures(units: Units, threshold: float | None, source: str, args) -> d
     """Everything about scans, or about slices."""
     everything = np.ones(len(units.keys), bool)
     result = {"n": len(units.keys), "left_out": units.left_out, "counted_worst": units.counted_worst,
-              **ranking(*units.where(everything), args),
+              **ranking(*units.where(everything), args), "roc": defined(metrics.roc_points, units.scores, units.labels),
               "at_threshold": at_threshold(units.scores, units.labels, threshold, source, args)}
     result["categories"] = {}
     for name in sorted({t for types in units.types for t in types}):
@@ -127,8 +121,7 @@ def level_figures(units: Units, threshold: float | None, source: str, args) -> d
 def pixel_figures(units: Units, args) -> dict:
     """Dice by scan (where the truth is not empty), pooled Dice and pixel AP. A scan labelled 0 has an empty
     truth."""
-    dices, values, truths, counts, absent = {}, [], [], [], []
-    intersection = total = 0
+    tally, absent = metrics.PixelTally(), []
     for (scan_id,), label in zip(units.keys, units.labels):
         if not (args.maps / scan_id / "mask.nii.gz").is_file():
             absent.append(f"{scan_id} (no map)")
@@ -140,37 +133,22 @@ def pixel_figures(units: Units, args) -> dict:
             absent.append(f"{scan_id} (no truth)")
             continue
         truth, counted = found or (np.zeros(predicted.shape, bool), np.ones(len(predicted), bool))
-        truth, predicted, anomaly = truth[counted], predicted[counted] > 0, anomaly[counted]
-        if truth.any():
-            dices[scan_id] = metrics.dice(truth, predicted)
-        intersection += int((truth & predicted).sum())
-        total += int(truth.sum()) + int(predicted.sum())
-        for value in (False, True):                       # equal pixels counted together: less to sort
-            level, count = np.unique(anomaly[truth == value], return_counts=True)
-            values.append(level)
-            counts.append(count)
-            truths.append(np.full(len(level), value))
+        tally.add(scan_id, truth[counted], predicted[counted] > 0, anomaly[counted])
     if absent and args.missing == "error":
         raise InputError(f"--masks {args.masks} and --maps {args.maps}: nothing to compare for "
                          f"{', '.join(absent)}. Add the files, or leave these scans out of the pixel "
                          "figures with --missing exclude")
-    each = np.array(list(dices.values()))
+    each = np.array(list(tally.dice_by_scan.values()))
     result = {"scans": len(units.keys) - len(absent), "left_out": len(absent),
-              "dice_pooled": 2 * intersection / total if total else "undefined: all masks are empty",
-              "pixel_average_precision": defined(_weighted_ap, values, truths, counts),
-              "dice_by_scan": dices}
+              "dice_pooled": defined(tally.pooled_dice),
+              "pixel_average_precision": defined(tally.average_precision),
+              "dice_by_scan": tally.dice_by_scan}
     if not len(each):
         return {**result, "dice_mean": "undefined: no truth mask with a pixel in it"}
     boot = defined(metrics.bootstrap_interval, lambda s, _: float(s.mean()), each, np.ones(len(each)),
                    level=args.level, repeats=args.bootstrap, seed=args.seed)
     return {**result, "dice_mean": float(each.mean()), "dice_mean_bootstrap": boot,
             "dice_median": float(np.median(each))}
-
-
-def _weighted_ap(values, truths, counts):
-    if not values:
-        raise Undefined("no maps with a truth")
-    return metrics.average_precision(*(np.concatenate(parts) for parts in (values, truths, counts)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -210,8 +188,8 @@ def level_rows(level: str, figures: dict) -> list[tuple]:
     return rows
 
 
-def markdown(report: dict) -> str:
-    """The report as a Markdown table, with what was left out below it."""
+def table(report: dict) -> dict[str, list]:
+    """What is shown of the report: columns, rows of text, and notes on what was left out."""
     rows, notes = [], []
     for level in ("scan", "slice"):
         if level in report:
@@ -236,10 +214,12 @@ def markdown(report: dict) -> str:
         f = report["comparison"]
         p = f"p {shown(f['delong_p'])} (paired DeLong)"
         rows.append(("scan", f"AUC of {f['scores']}", f["auc"], p, ""))
-    lines = [f"| level | figure | value | {report['settings']['level']:.0%} interval | n |",
-             "| --- | --- | --- | --- | --- |"]
-    lines += [f"| {level} | {figure} | {shown(value)} | {shown(interval)} | {n} |"
-              for level, figure, value, interval, n in rows]
+    columns = ["level", "figure", "value", f"{report['settings']['level']:.0%} interval", "n"]
+    return {"columns": columns, "rows": [[shown(cell) for cell in row] for row in rows], "notes": notes}
+
+
+def markdown(columns: list[str], rows: list[list[str]], notes: list[str]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
 
 
@@ -255,8 +235,7 @@ def plot_curves(levels: dict[str, Units], report: dict, out: Path) -> None:
             if len(np.unique(units.labels)) < 2:
                 ax.plot([], [], colour, label=label)
             elif kind == "roc":
-                x, y, _ = roc_curve(units.labels, units.scores, drop_intermediate=False)
-                ax.plot(x, y, colour, label=label)
+                ax.plot(*zip(*report[level]["roc"]), colour, label=label)
             else:
                 y, x, _ = precision_recall_curve(units.labels, units.scores)
                 ax.step(x, y, colour, where="post", label=label)
@@ -318,10 +297,16 @@ def evaluate(args) -> None:
             "scores": str(args.compare), "auc": defined(metrics.auc, other.scores, other.labels),
             "delong_p": defined(metrics.delong_paired_test, units["scan"].scores, other.scores, other.labels,
                                 other.clusters)}
+    report["labels"] = {scan_id: {"label": int(label), "types": types} for (scan_id,), label, types in
+                        zip(units["scan"].keys, units["scan"].labels, units["scan"].types)}
+    report["scores_sha256"] = hashlib.sha256(args.scores.read_bytes()).hexdigest()
     report |= provenance(args)
+    report["table"] = table(report)
     args.out.mkdir(parents=True, exist_ok=True)
     plot_curves(units, report, args.out)
-    write(args.out, "metrics", report, markdown(report))
+    write(args.out, "metrics", report, markdown(**report["table"]))
+    if args.report:
+        write_report(args.scores.parent, args.report, read_json(args.out / "metrics.json"))
 
 
 def simulate_worklist(args) -> None:
@@ -398,6 +383,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--slice-threshold", type=_finite, help="the same for slices")
     add("--prevalence", type=_share, help="share of abnormal scans for 'PPV at prevalence'")
     add("--compare", type=Path, metavar="SCORES", help="another method's scores: paired DeLong test")
+    add("--report", type=Path, metavar="HTML",
+        help="write projector.py's report anew with labels and ROC; SCORES must lie in its results folder")
     add("--level", type=_share, default=0.95, help="of the intervals (default 0.95)")
     add("--bootstrap", type=_at_least(int, 100), default=2000, help="resamples (default 2000)")
     return parser
@@ -443,7 +430,7 @@ def main(argv: list[str] | None = None) -> int:
         args.maps = args.maps or args.scores.parent
     try:
         command(args)
-    except (OSError, InputError) as problem:
+    except (OSError, InputError, ReportError) as problem:
         print(f"{parser.prog}: error: {problem}", file=sys.stderr)
         return 2
     return 0

@@ -16,10 +16,19 @@ from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
+from sklearn.metrics import roc_curve
 
 
 class Undefined(ValueError):
     """A figure that these data do not define; the message is the reason."""
+
+
+def defined(function: Callable, *args, **kwargs):
+    """The function's result, or 'undefined: <why>'."""
+    try:
+        return function(*args, **kwargs)
+    except Undefined as reason:
+        return f"undefined: {reason}"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -44,6 +53,15 @@ def placements(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.n
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve: the Mann-Whitney chance that an abnormal unit scores above a normal one."""
     return float(placements(scores, labels)[0].mean())
+
+
+def roc_points(scores: np.ndarray, labels: np.ndarray) -> list[tuple[float, float]]:
+    """Points (1 - specificity, sensitivity) of the ROC curve from (0, 0) to (1, 1). Raises Undefined with one class."""
+    labels = np.asarray(labels)
+    if len(np.unique(labels)) < 2:
+        raise Undefined(f"only one class ({(labels == 1).sum()} abnormal, {(labels == 0).sum()} normal)")
+    x, y, _ = roc_curve(labels, scores)
+    return [(float(a), float(b)) for a, b in zip(x, y)]
 
 
 def _delong_covariance(scores: list[np.ndarray], labels: np.ndarray,
@@ -164,8 +182,12 @@ def bootstrap_interval(statistic: Callable[[np.ndarray, np.ndarray], float], sco
 # ----------------------------------------------------------------------------------------------------------
 # At a threshold
 
-def threshold_at_fpr(normal_scores: np.ndarray, fpr: float) -> float:
-    """The smallest threshold at which at most `fpr` of these normal scores are positive (score >= threshold)."""
+def empirical_threshold(normal_scores: np.ndarray, fpr: float) -> float:
+    """The smallest threshold at which at most `fpr` of these normal scores are positive (score >= threshold).
+
+    It holds for these scans; new healthy ones pass it somewhat more often. The bound for those, which needs more
+    scans, is anomaly.threshold_at_fpr.
+    """
     if not 0 <= fpr < 1:
         raise ValueError(f"the false-positive rate must lie in [0, 1), got {fpr}")
     if len(normal_scores) == 0:
@@ -206,3 +228,39 @@ def dice(truth: np.ndarray, predicted: np.ndarray) -> float:
     if total == 0:
         raise Undefined("truth and prediction are both empty")
     return 2 * int((truth & predicted).sum()) / total
+
+
+class PixelTally:
+    """Masks of scans, added one at a time so that only one volume is held.
+
+    dice_by_scan  Dice of each scan whose truth is not empty
+    """
+
+    def __init__(self):
+        self.dice_by_scan: dict[str, float] = {}
+        self._intersection = self._total = 0
+        self._values, self._truths, self._counts = [], [], []
+
+    def add(self, scan_id: str, truth: np.ndarray, predicted: np.ndarray, anomaly: np.ndarray) -> None:
+        """truth, predicted bool [S, H, W]; anomaly [S, H, W], higher is more abnormal."""
+        if truth.any():
+            self.dice_by_scan[scan_id] = dice(truth, predicted)
+        self._intersection += int((truth & predicted).sum())
+        self._total += int(truth.sum()) + int(predicted.sum())
+        for value in (False, True):                       # equal pixels counted together: less to sort
+            level, count = np.unique(anomaly[truth == value], return_counts=True)
+            self._values.append(level)
+            self._counts.append(count)
+            self._truths.append(np.full(len(level), value))
+
+    def pooled_dice(self) -> float:
+        """Dice of all scans as if they were one. Raises Undefined when all masks are empty."""
+        if self._total == 0:
+            raise Undefined("all masks are empty")
+        return 2 * self._intersection / self._total
+
+    def average_precision(self) -> float:
+        """Of the pixels of all scans. Raises Undefined without a scan or with one class only."""
+        if not self._values:
+            raise Undefined("no maps with a truth")
+        return average_precision(*(np.concatenate(v) for v in (self._values, self._truths, self._counts)))

@@ -6,6 +6,7 @@
 SCANS is a folder that is searched for DICOM series, NIfTI files and folders of slices, or one such scan. Writes
 
     scores.csv, slices.csv      a row a scan, highest score first: the reading worklist; a row a slice
+    report.html                 all of it to look at, in one file
     run.json                    versions, weights, settings, seconds
     SCAN/*.nii.gz               reconstruction, residual (HU), anomaly (surprise, or votes times residual), mask,
                                 brain: in the scan's own geometry
@@ -38,6 +39,7 @@ import distributed
 from config import add_options, given
 from ct.picture import overlay_panels
 from ct.read import ScanSource, find_scans, read_scan
+from ct.report import write_report
 from ct.scan import ScanError
 from ct.standardise import from_frame
 from ct.write import write_nifti
@@ -269,16 +271,17 @@ def run(projector: Projector, sources: list[ScanSource], out: Path, key: dict) -
     return [d for share in shares for d in share[0]], [f for share in shares for f in share[1]]
 
 
-def run_report(bundle: checkpoint.Bundle, settings: ProjectionSettings, preprocessing: PreprocessSettings, done, failed,
-               device: torch.device, dtype: torch.dtype, seconds: float) -> dict:
-    """What ran on what with which weights: JSON."""
+def run_report(projector: Projector, done, failed, device: torch.device, dtype: torch.dtype, seconds: float) -> dict:
+    """What ran on what with which weights, and the healthy scores it may be held against: JSON."""
+    bundle = projector.bundle
     stages: dict[str, float] = {}
     for d in done:
         for stage, value in d["seconds"].items():
             stages[stage] = stages.get(stage, 0) + value / len(done)
     return {
         "weights_sha256": bundle.weights_hash, "model": bundle.meta["provenance"],
-        "projection": dataclasses.asdict(settings), "preprocessing": preprocessing.to_json(),
+        "projection": dataclasses.asdict(projector.settings), "preprocessing": projector.preprocessing.to_json(),
+        "calibration": bundle.meta["calibration"] if projector.healthy else None,
         "scans": len(done), "failed": len(failed), "seconds": seconds, "seconds_a_scan_by_stage": stages,
         "device": str(device), "precision": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
         "ranks": distributed.get_world_size(),
@@ -363,10 +366,10 @@ def main(argv: list[str] | None = None) -> int:
         done, failed = run(projector, sources, args.out, key)
         if distributed.is_main():
             write_tables(args.out, done, failed)
-            report = run_report(bundle, settings, preprocessing, done, failed, device, dtype,
-                                time.perf_counter() - started)
-            (args.out / "run.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            print(f"{len(done)} scans projected, {len(failed)} failed: {args.out / 'scores.csv'}", flush=True)
+            facts = run_report(projector, done, failed, device, dtype, time.perf_counter() - started)
+            (args.out / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            page = write_report(args.out, args.out / "report.html")
+            print(f"{len(done)} scans projected, {len(failed)} failed: {args.out / 'scores.csv'}, {page}", flush=True)
         distributed.barrier()             # torchrun stops all ranks when the first ends with 3: not before the tables
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ from PIL import Image
 from scipy import ndimage
 
 BRAIN_WINDOW_HU = (0.0, 80.0)
+RESIDUAL_FULL_HU = 30.0                 # shown in the last colour: yellow where denser, pale blue where thinner
+PANELS = ("query", "closest normal", "residual", "mask")          # of an overlay, from left to right
 
 
 def grey(hu: np.ndarray, window_hu: tuple[float, float] = BRAIN_WINDOW_HU) -> np.ndarray:
@@ -31,7 +35,7 @@ def save_hu_grid(path: Path, hu: np.ndarray, columns: int = 8,
     Image.fromarray(tile(grey(hu, window_hu), columns)).save(path)
 
 
-def residual_colours(residual_hu: np.ndarray, full_hu: float = 30.0) -> np.ndarray:
+def residual_colours(residual_hu: np.ndarray, full_hu: float = RESIDUAL_FULL_HU) -> np.ndarray:
     """Signed residual [H, W] -> RGB uint8: black at 0, towards red and yellow where denser, blue where thinner."""
     strength = np.clip(np.abs(residual_hu) / full_hu, 0, 1)
     first, second = np.minimum(1, 2 * strength), np.maximum(0, 2 * strength - 1)
@@ -42,7 +46,7 @@ def residual_colours(residual_hu: np.ndarray, full_hu: float = 30.0) -> np.ndarr
 
 def overlay_panels(query_hu: np.ndarray, reconstruction_hu: np.ndarray, residual_hu: np.ndarray, lesion: np.ndarray,
                    side: int = 360) -> Image.Image:
-    """One slice as four panels: query, closest normal, residual, and the query with the lesion mask in red.
+    """One slice as four panels (PANELS): query, closest normal, residual, and the query with the lesion mask in red.
 
     All [H, W]; a panel's longer side is reduced to `side` pixels if it is longer.
     """
@@ -56,3 +60,20 @@ def overlay_panels(query_hu: np.ndarray, reconstruction_hu: np.ndarray, residual
     row = Image.fromarray(np.concatenate([query, normal, residual_colours(residual_hu), marked], 1))
     scale = min(1.0, side / max(query.shape[:2]))
     return row.resize((round(row.width * scale), round(row.height * scale)), Image.Resampling.LANCZOS)
+
+
+def pack_overlay(path: Path, side: int, quality: int) -> tuple[str, float]:
+    """An overlay's file as WebP in base64, its panels at most `side` pixels long; and a panel's width by height.
+
+    quality: 1 to 100, of WebP. Raises OSError where the file is no picture.
+    """
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    width, height = picture.width // len(PANELS), picture.height
+    scale = min(1.0, side / max(width, height))
+    if scale < 1:
+        size = (len(PANELS) * round(width * scale), round(height * scale))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    packed = io.BytesIO()
+    picture.save(packed, "WEBP", quality=quality, method=2)
+    return base64.b64encode(packed.getvalue()).decode(), width / height

@@ -48,6 +48,15 @@ def brute_force_covariance(scores, labels):
     return s10 / len(x[0]) + s01 / len(y[0])
 
 
+def test_roc_points_by_hand():
+    # By score: hit, hit, miss, hit, miss, miss
+    points = metrics.roc_points(SCORES, LABELS)
+    assert points[0] == (0, 0) and points[-1] == (1, 1)
+    assert np.allclose(points[2:5], [(0, 2 / 3), (1 / 3, 2 / 3), (1 / 3, 1)])
+    with pytest.raises(Undefined, match=r"only one class \(3 abnormal, 0 normal\)"):
+        metrics.roc_points(SCORES[:3], LABELS[:3])
+
+
 def test_delong_interval_by_hand():
     # v10 = 1, 1, 2/3 (variance 1/27) and v01 = 2/3, 1, 1 (1/27), so the variance of the AUC is 2/81 and its
     # deviation sqrt(2)/9. Logit: log(8) +- 1.959964 * (sqrt(2)/9) / (8/81)
@@ -124,11 +133,11 @@ def test_bootstrap_is_seeded_and_stratified():
 # ------------------------------------------------------------------------------------------------------------
 # At a threshold, and masks
 
-def test_threshold_at_fpr_lets_through_no_more():
+def test_empirical_threshold_lets_through_no_more():
     normal = np.array([5.0, 1, 2, 3, 4])
-    assert np.sum(normal >= metrics.threshold_at_fpr(normal, 0.2)) == 1
-    assert np.sum(normal >= metrics.threshold_at_fpr(normal, 0.19)) == 0
-    assert np.sum(np.ones(10) >= metrics.threshold_at_fpr(np.ones(10), 0.5)) == 0     # ties go together
+    assert np.sum(normal >= metrics.empirical_threshold(normal, 0.2)) == 1
+    assert np.sum(normal >= metrics.empirical_threshold(normal, 0.19)) == 0
+    assert np.sum(np.ones(10) >= metrics.empirical_threshold(np.ones(10), 0.5)) == 0     # ties go together
 
 
 def test_confusion_and_wilson():
@@ -289,6 +298,8 @@ def test_command_end_to_end(results, capsys):
     assert code == 0
     scan = report["scan"]
     assert scan["auc"] == pytest.approx(8 / 9) and (scan["abnormal"], scan["normal"]) == (3, 3)
+    assert scan["roc"] == [list(point) for point in metrics.roc_points(SCORES, LABELS)]
+    assert report["labels"]["b"] == {"label": 1, "types": ["Epidural", "Subdural"]}
     assert scan["at_threshold"]["sensitivity"]["value"] == pytest.approx(2 / 3)
     assert scan["at_threshold"]["ppv_at_prevalence"]["value"] == pytest.approx((2 / 30) / (2 / 30 + 0.9 / 3))
     # A scan of several types counts in each: a and b; b and c

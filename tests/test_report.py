@@ -1,0 +1,232 @@
+"""The report: what it says, which pictures it holds, that it is one safe file, and what it refuses."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import json
+import re
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+from ct import report
+from ct.picture import pack_overlay
+from ct.report import ReportError, write_report
+
+RUN = {"weights_sha256": "f00d", "model": {"name": "tiny"}, "projection": {"scan_score": "mean", "threshold_hu": 5.0},
+       "device": "cpu", "precision": "float32", "threads": 1, "ranks": 1, "seconds": 3.0,
+       "seconds_a_scan_by_stage": {"encode": 0.5}, "versions": {"python": "3.11"}}
+CALIBRATION = {"scan_scores": {"mean": [4.0, 1.0, 3.0, 2.0]}, "threshold": {"fpr": 0.2, "mean": 3.5, "reason": None},
+               "slice_scores": [{"scan": 0, "below_vertex_mm": mm, "score": 9.0 if mm > 35 else 1.0}
+                                for mm in (40, 30, 20, 10)]}
+SLICES = (98, 99, 100, 101)                                     # overlay names of two and of three digits
+SLICE_SCORES = (8.0, 2.0, 6.0, 4.0)                             # the highest lies where healthy slices score 9
+
+
+def write_csv(path, columns, rows):
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([columns, *rows])
+
+
+@pytest.fixture
+def results(tmp_path):
+    """make(scores, ...) -> a results folder: scans of 4 slices by descending score, then one that failed."""
+    def make(scores=(5.0, 2.5), names="ab", notes="", calibration=CALIBRATION, failed="c", side=24):
+        folder = tmp_path / "results"
+        below = [sum(score > h for h in (1, 2, 3, 4)) for score in scores]
+        rows = [[name, score, 100 * n / 5, int(score > 3.5), "ok", "", 4, 4, 5.5, 12.3, notes]
+                for name, score, n in zip(names, scores, below)]
+        rows += [[name, "", "", "", "failed", "no brain <found>", "", "", "", "", ""] for name in failed]
+        slices = []
+        rng = np.random.default_rng(0)
+        for name in names:
+            (folder / name / "overlay").mkdir(parents=True)
+            for number, score, mm in zip(SLICES, SLICE_SCORES, (40, 30, 20, 10)):
+                slices.append([name, number, mm, 1, score])
+                noise = rng.integers(0, 255, (side, 4 * side, 3), np.uint8)
+                Image.fromarray(noise).save(folder / name / "overlay" / f"{number:02d}.png")
+        write_csv(folder / "scores.csv", report.SCAN_COLUMNS, rows)
+        write_csv(folder / "slices.csv", report.SLICE_COLUMNS, slices)
+        (folder / "run.json").write_text(json.dumps(RUN | {"calibration": calibration}))
+        return folder
+    return make
+
+
+def page_of(folder, **options) -> str:
+    return write_report(folder, folder / "report.html", **options).read_text(encoding="utf-8")
+
+
+def scans_in(page: str) -> dict[str, dict]:
+    """What the page's script sees of each scan."""
+    pattern = r'<section class="scan" data-scan="(.*?)" hidden>.*?<script type="application/json">(.*?)<'
+    sections = re.findall(pattern, page, re.DOTALL)
+    return {html.unescape(name): json.loads(data) for name, data in sections}
+
+
+def text_of(page: str) -> str:
+    """What a reader sees of the markup, in one line."""
+    body = re.sub(r"<(script|style)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
+
+
+def test_every_scan_with_its_slices_in_order_and_pictures_that_open(results):
+    scans = scans_in(page_of(results()))
+    assert list(scans) == ["a", "b", "c"]
+    assert [number for number, _ in scans["a"]["pictures"]] == [98, 99, 100, 101]      # not 100, 101, 98, 99
+    assert scans["a"]["slices"][1] == [99, 30.0, 2.0, 1]
+    for _, packed in scans["b"]["pictures"]:
+        picture = Image.open(io.BytesIO(base64.b64decode(packed)))
+        assert (picture.format, picture.size) == ("WEBP", (96, 24))
+    assert scans["c"] == {"slices": [], "pictures": [], "aspect": 1.0, "total": 0, "key": []}
+
+
+def test_key_slices_rise_above_healthy_ones_at_their_level(results):
+    folder = results()
+    assert scans_in(page_of(folder))["a"]["key"] == [100, 101, 99]           # 6 - 1, 4 - 1, 2 - 1; 8 - 9 is last
+    (folder / "run.json").write_text(json.dumps(RUN | {"calibration": None}))
+    assert scans_in(page_of(folder))["a"]["key"] == [98, 100, 101]           # by score alone
+
+
+def test_it_says_what_was_found_where_and_how_sure(results):
+    text = text_of(page_of(results()))
+    for told in ("1 of 2 scans flagged", "Highest: a, score 5, above 4 of 4 healthy scans.", "1 scan failed",
+                 "a: slice 100, 20 mm below the top.", "4 healthy scans: none can be called rarer than one in 5.",
+                 "with a chance of at most 20%", "Without labels it is not known", "Not a diagnosis.",
+                 "failed: no brain <found>", "SHA-256 f00d"):
+        assert told in text
+    assert "To stay within" not in text
+
+
+def test_without_a_threshold_or_a_calibration_it_says_so(results):
+    few = CALIBRATION | {"threshold": {"fpr": 0.05, "mean": None, "reason": "needs 19 healthy scans"}}
+    folder = results(calibration=few)
+    rows = (folder / "scores.csv").read_text().replace(",1,ok", ",,ok").replace(",0,ok", ",,ok")
+    (folder / "scores.csv").write_text(rows)
+    text = text_of(page_of(folder))
+    for told in ("1 of 2 scans scored above all 4 healthy scans.", "too few for a threshold", "needs 19 healthy scans"):
+        assert told in text
+    (folder / "run.json").write_text(json.dumps(RUN))                        # of a projector that wrote no calibration
+    assert "does not tell how many there are" in text_of(page_of(folder))
+    (folder / "scores.csv").write_text(rows.replace("80.0", "").replace("40.0", ""))
+    assert "No percentiles" in text_of(page_of(folder))
+
+
+def test_names_and_notes_cannot_become_markup(results):
+    name, note = "<b onclick=x>&'\"", "</script><script>alert(1)</script>"
+    page = page_of(results(scores=(5.0,), names=[name], notes=note, failed=()))
+    assert list(scans_in(page)) == [name] and note in text_of(page)
+    assert "<b onclick" not in page and "<script>alert" not in page
+    assert f'href="#scan={quote(name)}"' in page
+    assert len(re.findall(r"<script\b", page)) == 3                          # the scan's data, the levels, the program
+
+
+def test_nothing_is_fetched(results):
+    page = page_of(results())
+    assert "default-src 'none'" in page
+    assert set(re.findall(r"https?://[^\s\"')]*", page)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r'<(link|iframe|object|embed)\b|\bsrc="|url\(|@import', page)
+
+
+def test_the_page_keeps_its_limit_and_says_what_it_lacks(results):
+    folder = results(scores=range(12, 0, -1), names="abdefghijklm", side=60)
+    whole = page_of(folder)
+    text_alone = len(re.sub(r'"pictures": \[.*?\]\]', "", whole))
+    one = (len(whole) - text_alone) / 12                                     # bytes of a scan with all its pictures
+    page = page_of(folder, megabytes=(text_alone + 8.5 * one) / 1e6)
+    assert len(page.encode()) <= text_alone + 8.5 * one
+    held = [len(scan["pictures"]) for name, scan in scans_in(page).items() if name != "c"]
+    assert held == sorted(held, reverse=True) and set(held) <= {4, 3, 0}     # all, key slices, none
+    assert held.count(4) >= 4                                                # half the room is for the first scans
+    assert f"all slices of the {held.count(4)} scans with the highest scores" in text_of(page)
+    assert held.count(3) == 0 or f"the key slices of {held.count(3)} further scan" in text_of(page)
+    assert held.count(0) == 0 or f"none of the other {held.count(0)} scan" in text_of(page)
+    page = page_of(folder, megabytes=1e-6)
+    assert not any(scan["pictures"] for scan in scans_in(page).values())
+    assert "this page holds none of the other 12 scans" in text_of(page)
+
+
+def test_pictures_that_are_absent_damaged_or_strange_are_named(results):
+    folder = results()
+    (folder / "a" / "overlay" / "100.png").write_bytes(b"no picture")
+    (folder / "a" / "overlay" / "7.png").write_bytes(b"")
+    for path in (folder / "b" / "overlay").iterdir():
+        path.unlink()
+    page = page_of(folder)
+    scans, text = scans_in(page), text_of(page)
+    assert [n for n, _ in scans["a"]["pictures"]] == [98, 99, 101] and scans["a"]["key"] == [101, 99]
+    assert text.count("overlay/100.png cannot be read as a picture") == 1
+    assert "overlay/7.png is left out" in text and "no pictures: its overlay folder is empty" in text
+
+
+def test_large_pictures_are_reduced_and_panels_keep_their_shape(tmp_path):
+    Image.new("RGB", (4 * 500, 1000)).save(tmp_path / "00.png")
+    packed, aspect = pack_overlay(tmp_path / "00.png", side=250, quality=60)
+    assert aspect == 0.5 and Image.open(io.BytesIO(base64.b64decode(packed))).size == (4 * 125, 250)
+
+
+@pytest.mark.parametrize("name, old, new, message", [
+    ("scores.csv", "a,5.0", "a,", "status 'ok' and no score"),
+    ("scores.csv", "a,5.0", "a,nan", "score must be a number, found 'nan'"),
+    ("scores.csv", "scan_id", "scan", "no column scan_id"),
+    ("slices.csv", "b,98", "stranger,98", "stranger is not in scores.csv"),
+    ("slices.csv", "b,98,40", "b,98,", "b has a slice without number, position or score"),
+    ("run.json", '"weights_sha256"', '"weights"', "has no weights_sha256"),
+    ("run.json", "{", "", "cannot be read as JSON")])
+def test_an_unfit_results_folder_is_refused(results, capsys, name, old, new, message):
+    folder = results()
+    (folder / name).write_text((folder / name).read_text().replace(old, new, 1))
+    with pytest.raises(ReportError, match=re.escape(message)):
+        page_of(folder)
+    assert report.main([str(folder)]) == 2
+    told = capsys.readouterr().err
+    assert name in told and message in told and not (folder / "report.html").exists()
+
+
+def test_a_folder_without_results_is_refused(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "scores.csv: cannot be read" in capsys.readouterr().err
+
+
+def evaluated(folder, *flags):
+    write_csv(folder.parent / "labels.csv", ["scan_id", "label", "types"], [["a", 1, "tumour|infarct"], ["b", 0, ""]])
+    command = [folder / "scores.csv", folder.parent / "labels.csv", "--out", folder.parent / "metrics",
+               "--bootstrap", 100, "--missing", "exclude", *flags]
+    return evaluate.main([str(word) for word in command])
+
+
+def test_evaluate_writes_the_report_with_labels_and_roc(results, capsys):
+    folder = results()
+    assert evaluated(folder, "--report", folder / "report.html") == 0
+    text = text_of(page := (folder / "report.html").read_text(encoding="utf-8"))
+    for told in ("AUC against the labels: 1.00.", "from 1 abnormal and 1 normal scans", "labelled infarct, tumour",
+                 "labelled normal", "Against the labels"):
+        assert told in text
+    assert 'points="0.00,100.00 0.00,0.00 100.00,0.00 "' in page             # up, then right
+    again = folder.parent / "again.html"
+    flags = ["--out", again, "--evaluation", folder.parent / "metrics" / "metrics.json"]
+    assert report.main([str(folder), *map(str, flags)]) == 0
+    assert again.read_text(encoding="utf-8") == page
+
+
+def test_an_evaluation_of_other_scores_is_refused(results, capsys):
+    folder = results()
+    assert evaluated(folder) == 0
+    (folder / "scores.csv").write_text((folder / "scores.csv").read_text().replace("5.0", "6.0", 1))
+    flags = ["--evaluation", str(folder.parent / "metrics" / "metrics.json")]
+    assert report.main([str(folder), *flags]) == 2
+    assert "made from another scores.csv" in capsys.readouterr().err
+    with pytest.raises(ReportError, match="run it again"):
+        page_of(folder, evaluation={"scan": {}})
+
+
+def test_evaluate_refuses_a_report_of_what_is_no_results_folder(results, capsys):
+    folder = results()
+    (folder / "run.json").unlink()
+    assert evaluated(folder, "--report", folder / "report.html") == 2
+    assert "run.json" in capsys.readouterr().err
