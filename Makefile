@@ -1,4 +1,6 @@
 # make test    build .venv from requirements.lock if need be, then ruff and the tests
+# make demo    build .venv, make phantoms, project them with the shipped model, write demos/out/report.html
+# make bench   speed and memory of every job against the plain reference path, on this machine
 # make lock    resolve pyproject.toml anew into requirements.lock
 # make clean   remove .venv and caches; runs, results and models stay
 #
@@ -8,11 +10,17 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: test venv lock clean
+.PHONY: test demo bench venv lock clean
 
 test: venv
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+demo: venv
+	$(BIN)/python demos/demo.py
+
+bench: venv
+	$(BIN)/python -m benchmarks.speed --out benchmarks/results.json
 
 venv: $(STAMP)
 
@@ -32,7 +40,7 @@ $(STAMP): requirements.lock
 lock:
 	tool=$$(mktemp -d) && trap 'rm -rf "$$tool"' EXIT && \
 	$(PYTHON) -m venv $$tool && $$tool/bin/python -m pip install --quiet 'uv>=0.9' && \
-	$$tool/bin/uv pip compile pyproject.toml --extra test --extra tensorboard $(UPGRADE) --quiet \
+	$$tool/bin/uv pip compile pyproject.toml --extra test --extra tensorboard --extra demos $(UPGRADE) --quiet \
 		--universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--custom-compile-command 'make lock' --output-file requirements.lock
 

@@ -1,0 +1,297 @@
+"""How well emergencies are found in phantoms never seen, by the shipped model and by simple baselines beside it.
+
+    python demos/benchmark.py --model models/phantom-128 --data healthy.lmdb --out runs/phantom-benchmark
+
+Makes phantoms with seeds of their own, projects them, fits the baselines to the database the model was trained on,
+measures all of them on the same brain masks, and writes to --out
+
+    metrics.json, table.md   every figure; the table, which is printed as well
+    examples.png             one scan of each kind: query, closest normal, anomaly, query with the truth in red
+
+Every scan's result is kept, so the same command goes on where it was stopped. It takes an hour or two on a CPU.
+
+What the figures are. All of them are taken in the scan's own geometry and in the brain mask of the pipeline.
+  scan AUC    emergencies (of one kind) against all healthy scans; DeLong's interval
+  slice AUC   slices with at least 25 mm2 of truth against slices without any, intervals by scan (Obuchowski)
+  pixel AP    average precision of |anomaly map| against the truth, over all brain pixels of the emergencies (of one
+              kind) together; a random map would have the share of the truth
+  Dice        mean over scans of |anomaly map| above a threshold against the whole truth, inside the mask or not
+A method's threshold, and how a baseline's slice scores become a scan's, is what serves it best on tuning phantoms of
+further seeds. Ours keeps the scan score of scores.csv; 'shipped mask' is the Dice of its mask.nii.gz.
+
+Exit codes: 0 done, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
+
+import checkpoint  # noqa: E402
+import distributed  # noqa: E402
+from benchmarks import baselines  # noqa: E402
+from cohort import Key, read_scores, read_table, read_truth, read_volume  # noqa: E402
+from ct.picture import overlay_panels  # noqa: E402
+from ct.read import ScanSource, find_scans, read_scan  # noqa: E402
+from dataset import SliceDataset  # noqa: E402
+from demos.figures import OURS, Case, Cohort, count_levels, example_sheet, report, table, typical  # noqa: E402
+from demos.phantom import Job, make_cohort, plan  # noqa: E402
+from preprocess import PreprocessSettings, preprocess_scan  # noqa: E402
+
+FIRST_SEED = 1_000_000          # cohorts to learn from have smaller seeds
+LARGEST = 10_000                # scans of a group
+MARGIN_PX = 24                  # around the brain, in the pictures
+
+
+def refuse_seen(jobs: list[Job], labels: Path, data: SliceDataset) -> None:
+    """ValueError where a phantom is made with the seed of one in the training cohort's labels.csv.
+
+    Or where the labels are not those of the database: then they would prove nothing.
+    """
+    training = {row["scan_id"]: int(row["seed"]) for row in read_table(labels, ("scan_id", "seed"))}
+    unknown = [scan["scan_id"] for scan in data.manifest["scans"] if scan["scan_id"] not in training]
+    if unknown:
+        raise ValueError(f"--training-labels {labels}: has no row for {len(unknown)} scans of --data {data.path} "
+                         f"({unknown[0]}, ...); give the labels.csv of the cohort that it was prepared from")
+    seen = {job.seed for job in jobs} & set(training.values())
+    if seen:
+        raise ValueError(f"--training-labels {labels}: {len(seen)} of its phantoms are in this benchmark, too; choose "
+                         "another --seed")
+    say(f"no seed of the {len(training)} training phantoms is among the {len(jobs)} of the benchmark")
+
+
+def refuse_other_data(model: Path, data: SliceDataset) -> None:
+    """ValueError unless the model was trained on this database: the baselines are to learn from the same."""
+    provenance = checkpoint.read_bundle_meta(model)[0]["provenance"] or {}
+    trained_on = provenance.get("data", {}).get("digest", "none it names")
+    if trained_on != data.manifest["digest"]:
+        raise ValueError(f"--data {data.path}: has the digest {data.manifest['digest'][:12]}, --model {model} was "
+                         f"trained on {trained_on[:12]}; give that database")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+class Progress:
+    """Lines with the time left, reckoned from the items done in this run."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.number, self.done, self.started = what, total, 0, 0, time.perf_counter()
+
+    def line(self, text: str, fresh: bool = True) -> None:
+        self.number, self.done = self.number + 1, self.done + fresh
+        left = (time.perf_counter() - self.started) / max(self.done, 1) * (self.total - self.number)
+        if fresh or self.number == self.total:
+            say(f"{self.what} {self.number}/{self.total}: {text}, {left / 60:.1f} min left")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Phantoms, their projection, the baselines
+
+def project(folder: Path, model: Path, device: str) -> dict:
+    """Runs projector.py over folder/scans; returns its run.json. It skips what it has finished before."""
+    command = [sys.executable, str(ROOT / "projector.py"), str(folder / "scans"), "--model", str(model),
+               "--out", str(folder / "results"), "--device", device]
+    progress = Progress(f"projection of {folder.name}", len(find_scans(folder / "scans")))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        for line in running.stdout:
+            counted = re.match(r"\d+/\d+ (.*)", line)
+            if counted:
+                progress.line(counted[1], fresh="finished before" not in line)
+    if running.returncode not in (0, 3):
+        raise ValueError(f"projector.py ended with {running.returncode}; its message is above")
+    return json.loads((folder / "results" / "run.json").read_text(encoding="utf-8"))
+
+
+def fitted(kinds: list[str], data: SliceDataset, folder: Path, device: torch.device) -> dict[str, baselines.Baseline]:
+    """The baselines by kind, from the folder where they were fitted before. ValueError for one of other data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for kind in kinds:
+        path = folder / f"{kind}.safetensors"
+        if not path.is_file():
+            say(f"fitting baseline {kind} to {data.path}")
+            baseline = baselines.KINDS[kind](device=device)
+            baseline.fit(data)
+            baseline.save(path)
+        found[kind] = baselines.load(path, device)
+        if found[kind].data_digest != data.manifest["digest"]:
+            raise ValueError(f"{path}: fitted to another database than --data {data.path}; remove the file")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One scan: everything the figures need, in a few numbers
+
+def measure(source: ScanSource, folder: Path, preprocessing: PreprocessSettings,
+            fits: dict[str, baselines.Baseline], ours: dict[Key, float]) -> dict[str, np.ndarray]:
+    """One scan's counts and scores: truth_mm2 [S], shown [S], and for each method levels, slices [S] and seconds.
+
+    ours: the projector's slice scores. Raises ValueError where the brain masks of methods differ.
+    """
+    scan_id, results = source.scan_id, folder / "results" / source.scan_id
+    scan = read_scan(source)
+    started = time.perf_counter()
+    pre = preprocess_scan(scan, preprocessing)
+    prepared = time.perf_counter() - started
+    weighted, affine = read_volume(results / "anomaly.nii.gz")
+    brain, lesion = (read_volume(results / f"{name}.nii.gz")[0] > 0 for name in ("brain", "mask"))
+    if not np.array_equal(brain, pre.slabs.from_slabs(pre.brain)):
+        raise ValueError(f"{results / 'brain.nii.gz'}: not the mask that the baselines get; the program or the phantom "
+                         "has changed since: choose another --out")
+    truth, _ = read_truth(folder / "masks", scan_id, brain.shape, affine, "error")
+    pixel_mm2 = float(np.prod(scan.pixel_spacing_mm))
+    found = {"truth_mm2": truth.sum((1, 2)) * pixel_mm2, "voxel_ml": pixel_mm2 * scan.slice_spacing_mm / 1000,
+             "shown": pre.slabs.from_slabs(pre.kept[:, None, None])[:, 0, 0],
+             "truth_pixels": truth.sum(), "mask_pixels": lesion.sum(), "mask_hits": (lesion & truth).sum(),
+             f"{OURS}_levels": count_levels(weighted, truth, brain),
+             f"{OURS}_slices": np.array([ours[scan_id, i] for i in range(len(brain))])}
+    for kind, baseline in fits.items():
+        started = time.perf_counter()
+        scored = baselines.score_scan(baseline, pre)
+        found |= {f"{kind}_levels": count_levels(scored.anomaly, truth, brain), f"{kind}_slices": scored.slice_scores,
+                  f"{kind}_seconds": prepared + time.perf_counter() - started}
+    return found
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def measure_all(folder: Path, chosen: list[Case], run: dict, fits: dict[str, baselines.Baseline],
+                files: list[Path]) -> tuple[Cohort, dict[str, str]]:
+    """measure() of every scan, read from measures/ID.npz where it was made with the same weights.
+
+    files: the weights of the baselines. Also returns why scans are left out: id -> the projector's reason.
+    """
+    (folder / "measures").mkdir(exist_ok=True)
+    made_with = [run["weights_sha256"], run["projection"], run["preprocessing"], *map(_sha256, files)]
+    key = hashlib.sha256(json.dumps(made_with).encode()).hexdigest()
+    preprocessing = PreprocessSettings.from_json(run["preprocessing"])
+    projected = {row["scan_id"]: row for row in read_table(folder / "results" / "scores.csv", ("scan_id", "status"))}
+    failed = {c.scan_id: projected[c.scan_id]["reason"] for c in chosen if projected[c.scan_id]["status"] != "ok"}
+    ours = read_scores(folder / "results" / "slices.csv", by_slice=True)
+    sources = {source.scan_id: source for source in find_scans(folder / "scans")}
+    done = [case for case in chosen if case.scan_id not in failed]
+    measures, progress = [], Progress(f"measures of {folder.name}", len(done))
+    for case in done:
+        path = folder / "measures" / f"{case.scan_id}.npz"
+        kept = dict(np.load(path)) if path.is_file() else {"key": ""}
+        fresh = kept.pop("key") != key
+        if fresh:
+            kept = measure(sources[case.scan_id], folder, preprocessing, fits, ours)
+            writing = path.with_suffix(".writing.npz")
+            np.savez_compressed(writing, key=key, **kept)
+            writing.replace(path)
+        row = projected[case.scan_id]
+        measures.append(kept | {f"{OURS}_score": float(row["score"]), f"{OURS}_seconds": float(row["seconds"])})
+        progress.line(case.scan_id, fresh)
+    return Cohort(done, measures), failed
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def example(scan_id: str, folder: Path) -> Image.Image:
+    """Query, closest normal, anomaly and truth of the slice with the most truth, cut to the brain."""
+    query, truth = (read_volume(folder / kind / f"{scan_id}.nii.gz")[0] for kind in ("scans", "masks"))
+    normal, weighted, brain = (read_volume(folder / "results" / scan_id / f"{name}.nii.gz")[0]
+                               for name in ("reconstruction", "anomaly", "brain"))
+    rows, columns = (np.flatnonzero(brain.any(axis)) for axis in ((0, 2), (0, 1)))
+    cut = tuple(slice(max(0, i[0] - MARGIN_PX), i[-1] + 1 + MARGIN_PX) for i in (rows, columns))
+    most = int(truth.sum((1, 2)).argmax())
+    return overlay_panels(*(volume[most][cut] for volume in (query, normal, weighted, truth > 0)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Every stage, each going on from what it kept. Raises ValueError."""
+    data = SliceDataset(args.data, "train")
+    refuse_other_data(args.model, data)
+    folders = {"test": args.out / "test", "tune": args.out / "tune"}
+    counts = {"test": (args.healthy, args.emergency), "tune": (args.tune_healthy, args.tune_emergency)}
+    seeds = {name: FIRST_SEED + 2 * args.seed + i for i, name in enumerate(folders)}
+    jobs = {name: plan(*counts[name], seeds[name], folder) for name, folder in folders.items()}
+    print(f"cohorts of the seeds {seeds['test']} and {seeds['tune']}; those below {FIRST_SEED} are to learn from")
+    if args.training_labels:
+        refuse_seen([*jobs["test"], *jobs["tune"]], args.training_labels, data)
+    for name, folder in folders.items():
+        make_cohort(*counts[name], seeds[name], folder, nifti=True, workers=args.workers, log=say)
+    run = {name: project(folder, args.model, args.device) for name, folder in folders.items()}["test"]
+    fits = fitted(args.baselines, data, args.out / "baselines", distributed.pick_device(args.device))
+    files = [args.out / "baselines" / f"{kind}.safetensors" for kind in fits]
+    cohorts, failed = {}, {}
+    for name, folder in folders.items():
+        cases = [Case(job.scan_id, job.kind) for job in jobs[name]]
+        cohorts[name], failed[name] = measure_all(folder, cases, run, fits, files)
+    figures = report(cohorts["test"], cohorts["tune"], [OURS, *fits], run["projection"]["scan_score"])
+    figures |= {"failed": failed, "model": run["model"], "weights_sha256": run["weights_sha256"],
+                "projection": run["projection"], "seeds": seeds, "counts": counts, "versions": run["versions"],
+                "checked_against_training_seeds": args.training_labels is not None}
+    (args.out / "metrics.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (args.out / "table.md").write_text(table(figures), encoding="utf-8")
+    shown = typical(cohorts["test"])
+    sheet = example_sheet({kind: example(scan_id, folders["test"]) for kind, scan_id in shown.items()})
+    sheet.savefig(args.out / "examples.png", facecolor=sheet.get_facecolor())
+    print(table(figures), end="")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="model bundle, such as models/phantom-128")
+    add("--data", type=Path, required=True, help="the database it was trained on, for the baselines")
+    add("--out", type=Path, required=True, help="folder for phantoms, results and figures")
+    add("--training-labels", type=Path, metavar="CSV",
+        help="labels.csv of the cohort the model was trained on: refuse to go on if a phantom is in both")
+    add("--healthy", type=int, default=40, help="healthy phantoms (default %(default)s)")
+    add("--emergency", type=int, default=90, help="emergencies, kinds in turn (default %(default)s)")
+    add("--tune-healthy", type=int, default=12, help="further ones to set thresholds on (default %(default)s)")
+    add("--tune-emergency", type=int, default=24, help="further ones to set thresholds on (default %(default)s)")
+    add("--seed", type=int, default=0, help="another one makes other phantoms (default %(default)s)")
+    add("--baselines", nargs="+", choices=list(baselines.KINDS), default=["dae", "hu", "pca"], metavar="KIND",
+        help=f"of {', '.join(baselines.KINDS)} (default all); OUT/baselines/KIND.safetensors is used where it is there")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)),
+        help="phantoms made at a time (default: one a CPU core)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+    for flag in ("healthy", "emergency", "tune_healthy", "tune_emergency"):
+        if not 2 <= getattr(args, flag) <= LARGEST:
+            parser.error(f"--{flag.replace('_', '-')} must be from 2 to {LARGEST}, got {getattr(args, flag)}")
+    if args.seed < 0 or args.workers < 1:
+        parser.error(f"--seed must be at least 0 and --workers at least 1, got {args.seed} and {args.workers}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        benchmark(args)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

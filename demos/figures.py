@@ -1,0 +1,244 @@
+"""The phantom benchmark's figures, from what was measured on each scan: pure functions, the table and the pictures.
+
+A scan's measures are a dict of arrays:
+  truth_mm2 [S], shown [S] (bool), truth_pixels, voxel_ml      the truth, and the slices that preprocessing kept
+  mask_pixels, mask_hits                                       of the projector's own mask
+  METHOD_levels [2, LEVELS], METHOD_slices [S]                 count_levels of the map; slice scores
+  METHOD_seconds                                               from the file to the scores
+  ours_score                                                   the projector's scan score
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+import anomaly
+import metrics
+from metrics import Undefined
+
+OURS = "ours"
+NAMES = {OURS: "this project", "dae": "denoising autoencoder", "hu": "HU thresholds", "pca": "PCA by position"}
+HAEMORRHAGES = ("epidural", "subdural_acute", "subdural_chronic", "subarachnoid", "intraparenchymal",
+                "intraventricular")
+LARGE_ML = 5.0
+SLICE_MM2 = 25.0                # less truth than this does not make a slice abnormal
+STEP_HU, LEVELS = 0.05, 2401    # map values are counted in steps, up to 120 HU and all above
+
+
+@dataclass(frozen=True)
+class Case:
+    """A phantom; kind None is healthy."""
+
+    scan_id: str
+    kind: str | None
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Phantoms and the measures of each."""
+
+    cases: list[Case]
+    measures: list[dict]
+
+    def of(self, kinds: set[str | None]) -> Cohort:
+        both = [(c, m) for c, m in zip(self.cases, self.measures) if c.kind in kinds]
+        return Cohort([c for c, _ in both], [m for _, m in both])
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.array([case.kind is not None for case in self.cases], int)
+
+    @property
+    def ill(self) -> Cohort:
+        return self.of({case.kind for case in self.cases} - {None})
+
+
+def count_levels(values: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> np.ndarray:
+    """How many brain pixels have |value| in each step of STEP_HU: int64 [2, LEVELS], truth False and True."""
+    level = np.minimum(np.abs(values[brain]) / STEP_HU, LEVELS - 1).astype(np.int64)
+    return np.stack([np.bincount(level[truth[brain] == is_true], minlength=LEVELS) for is_true in (False, True)])
+
+
+def dice_curve(levels: np.ndarray, truth_pixels: int) -> np.ndarray:
+    """Dice [LEVELS] of 'level t or higher' against the truth, from count_levels; truth_pixels of the whole scan."""
+    hits, predicted = (counts[::-1].cumsum()[::-1] for counts in (levels[1], levels.sum(0)))
+    return 2 * hits / np.maximum(predicted + truth_pixels, 1)
+
+
+def best_level(measures: list[dict], method: str) -> int:
+    """The level with the highest mean Dice over scans with a truth."""
+    curves = [dice_curve(m[f"{method}_levels"], m["truth_pixels"]) for m in measures if m["truth_pixels"]]
+    if not curves:
+        raise ValueError("no tuning phantom has a truth mask; raise --tune-emergency")
+    return int(np.mean(curves, axis=0).argmax())
+
+
+def pixel_ap(measures: list[dict], method: str) -> float:
+    """Average precision over the brain pixels of these scans together. Raises Undefined without truth."""
+    counts = np.sum([m[f"{method}_levels"] for m in measures], axis=0)
+    truth, level = np.nonzero(counts)
+    return metrics.average_precision(level, truth, counts[truth, level])
+
+
+def pooled_score(measured: dict, method: str, how: str) -> float:
+    return anomaly.scan_score(torch.from_numpy(np.asarray(measured[f"{method}_slices"])[measured["shown"]]), how)
+
+
+def defined(function, *args):
+    """The function's result, or 'undefined: <why>'."""
+    try:
+        return function(*args)
+    except Undefined as reason:
+        return f"undefined: {reason}"
+
+
+def scan_scores(cohort: Cohort, method: str, how: str) -> np.ndarray:
+    """A score a scan [n]. Ours is the projector's own, whatever `how` says."""
+    if method == OURS:
+        return np.array([m["ours_score"] for m in cohort.measures])
+    return np.array([pooled_score(m, method, how) for m in cohort.measures])
+
+
+def slice_units(cohort: Cohort, method: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores, labels and scan numbers of the shown slices; a little truth is neither normal nor abnormal."""
+    scores, labels, scans = [], [], []
+    for number, m in enumerate(cohort.measures):
+        area = m["truth_mm2"]
+        units = m["shown"] & ((area == 0) | (area >= SLICE_MM2))
+        scores.append(m[f"{method}_slices"][units])
+        labels.append(area[units] > 0)
+        scans.append(np.full(units.sum(), number))
+    return np.concatenate(scores), np.concatenate(labels).astype(int), np.concatenate(scans)
+
+
+def is_large_haemorrhage(case: Case, measured: dict) -> bool:
+    return case.kind in HAEMORRHAGES and measured["truth_pixels"] * measured["voxel_ml"] > LARGE_ML
+
+
+def mean_dice(cohort: Cohort, dice: Callable[[dict], float], large_only: bool) -> float:
+    """Mean of dice(measures) over scans with a truth. Raises Undefined where there is none."""
+    each = [dice(m) for c, m in zip(cohort.cases, cohort.measures)
+            if m["truth_pixels"] and (not large_only or is_large_haemorrhage(c, m))]
+    if not each:
+        raise Undefined("no haemorrhage is that large" if large_only else "no scan has a truth mask")
+    return float(np.mean(each))
+
+
+def method_figures(cohort: Cohort, method: str, how: str, level: int) -> dict:
+    """All figures of one method on a cohort: scan scores pooled by `how`, the binary map cut at `level`."""
+    scores, slices = scan_scores(cohort, method, how), slice_units(cohort, method)
+
+    def dice(measured: dict) -> float:
+        return dice_curve(measured[f"{method}_levels"], measured["truth_pixels"])[level]
+
+    return {"emergencies": int(cohort.labels.sum()), "healthy": int((cohort.labels == 0).sum()),
+            "scan_auc": defined(metrics.auc, scores, cohort.labels),
+            "scan_auc_delong": defined(metrics.delong_interval, scores, cohort.labels),
+            "slice_auc": defined(metrics.auc, *slices[:2]),
+            "slice_auc_delong": defined(metrics.delong_interval, *slices),
+            "pixel_ap": defined(pixel_ap, cohort.ill.measures, method),
+            "dice": defined(mean_dice, cohort, dice, False),
+            "dice_large_haemorrhage": defined(mean_dice, cohort, dice, True)}
+
+
+def shipped_dice(measured: dict) -> float:
+    """Dice of the mask that the projector wrote."""
+    return 2 * measured["mask_hits"] / (measured["mask_pixels"] + measured["truth_pixels"])
+
+
+def best_pooling(tuning: Cohort, method: str) -> str:
+    """The way from slice scores to a scan's that has the highest scan AUC on the tuning cohort."""
+    return max(anomaly.SCAN_SCORES, key=lambda how: metrics.auc(scan_scores(tuning, method, how), tuning.labels))
+
+
+def report(test: Cohort, tuning: Cohort, methods: list[str], how_ours: str) -> dict:
+    """The figures of metrics.json; methods begins with ours, whose slice scores were pooled by how_ours."""
+    kinds = list(dict.fromkeys(case.kind for case in test.cases if case.kind))
+    result = {"methods": {}, "shipped_mask_dice": defined(mean_dice, test, shipped_dice, True)}
+    scores = {}
+    for method in methods:
+        how = how_ours if method == OURS else best_pooling(tuning, method)
+        level = best_level(tuning.measures, method)
+        scores[method] = scan_scores(test, method, how)
+        result["methods"][method] = {
+            "scan_score": how, "threshold_hu": level * STEP_HU,
+            "seconds_a_scan": float(np.mean([m[f"{method}_seconds"] for m in test.measures])),
+            "all": method_figures(test, method, how, level),
+            "kinds": {kind: method_figures(test.of({kind, None}), method, how, level) for kind in kinds}}
+        if method != OURS:
+            result["methods"][method]["p_against_ours"] = defined(metrics.delong_paired_test, scores[OURS],
+                                                                  scores[method], test.labels)
+    result["scans"] = {case.scan_id: {"kind": case.kind, **{m: float(scores[m][i]) for m in methods}}
+                       for i, case in enumerate(test.cases)}
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Table and pictures
+
+def shown(value, digits: int = 2) -> str:
+    """A figure, an interval, or a dash where the data do not define it (metrics.json says why)."""
+    if isinstance(value, str):
+        return "-"
+    return f"{value[0]:.{digits}f}-{value[1]:.{digits}f}" if isinstance(value, tuple) else f"{value:.{digits}f}"
+
+
+def table(figures: dict) -> str:
+    """Markdown: all emergencies, a row a method; then a row a kind, methods side by side."""
+    methods = figures["methods"]
+    everything = methods[OURS]["all"]
+    lines = [f"{everything['emergencies']} emergencies and {everything['healthy']} healthy phantoms, none seen before.",
+             "", "| method | scan AUC (95 %) | slice AUC (95 %) | Dice, haemorrhage > 5 ml | pixel AP | s a scan | p |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
+    for method, f in methods.items():
+        a, p = f["all"], f.get("p_against_ours")
+        lines.append(f"| {NAMES[method]} | {shown(a['scan_auc'])} ({shown(a['scan_auc_delong'])}) | "
+                     f"{shown(a['slice_auc'])} ({shown(a['slice_auc_delong'])}) | "
+                     f"{shown(a['dice_large_haemorrhage'])} | {shown(a['pixel_ap'])} | {f['seconds_a_scan']:.1f} | "
+                     f"{'' if p is None else shown(p, 4)} |")
+    names = " / ".join(methods)
+    lines += ["", f"| kind | scans | scan AUC of ours (95 %) | scan AUC: {names} | Dice: {names} | pixel AP: {names} |",
+              "| --- | --- | --- | --- | --- | --- |"]
+    for kind, ours in methods[OURS]["kinds"].items():
+        each = [f["kinds"][kind] for f in methods.values()]
+        beside = (" / ".join(shown(f[figure]) for f in each) for figure in ("scan_auc", "dice", "pixel_ap"))
+        lines.append(f"| {kind.replace('_', ' ')} | {ours['emergencies']} | {shown(ours['scan_auc'])} "
+                     f"({shown(ours['scan_auc_delong'])}) | {' | '.join(beside)} |")
+    thresholds = ", ".join(f"{method} {f['threshold_hu']:.2f} HU" for method, f in methods.items())
+    pooling = ", ".join(f"{method} {f['scan_score']}" for method, f in methods.items())
+    notes = [f"p: paired DeLong test of the scan AUC against ours. Thresholds for Dice, set on tuning phantoms: "
+             f"{thresholds}. Scan score from slice scores: {pooling}.",
+             f"Dice of the masks that projector.py writes, haemorrhage > 5 ml: {shown(figures['shipped_mask_dice'])}."]
+    failed = [f"{cohort} {scan_id}" for cohort, scans in figures["failed"].items() for scan_id in scans]
+    if failed:
+        notes.append(f"Left out because they could not be projected: {', '.join(failed)}.")
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+
+
+def typical(cohort: Cohort) -> dict[str, str]:
+    """The scan of each kind whose score by ours is the median, among those with a truth: kind -> scan id."""
+    found: dict[str, list] = {}
+    for case, m in zip(cohort.cases, cohort.measures):
+        if case.kind and m["truth_pixels"]:
+            found.setdefault(case.kind, []).append((m["ours_score"], case.scan_id))
+    return {kind: sorted(scans)[len(scans) // 2][1] for kind, scans in found.items()}
+
+
+def example_sheet(rows: dict[str, Image.Image], columns: int = 2) -> Figure:
+    """A picture of four panels for each kind, in `columns` blocks side by side."""
+    count = -(-len(rows) // columns)
+    figure = Figure(figsize=(6.4 * columns, 1.9 * count + 0.3), dpi=100, facecolor="black", layout="constrained")
+    axes = np.atleast_1d(figure.subplots(count, columns)).reshape(count, columns).T.ravel()
+    for ax in axes:
+        ax.axis("off")
+    for ax, (kind, picture) in zip(axes, rows.items()):
+        ax.imshow(picture)
+        ax.set_title(kind.replace("_", " "), color="white", fontsize=9, loc="left", pad=2)
+    figure.suptitle("each row: query, closest normal, anomaly, truth", color="white", fontsize=9)
+    return figure
