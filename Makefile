@@ -1,6 +1,7 @@
 # make test    build .venv from requirements.lock if need be, then ruff and the tests
 # make demo    build .venv, make phantoms, project them with the shipped model, write demos/out/report.html
 # make bench   speed and memory of every job against the plain reference path, on this machine
+# make bench-gpu  on a GPU: the kernels checked, then the GPU rows of the table, each in under ten minutes
 # make lock    resolve pyproject.toml anew into requirements.lock
 # make clean   remove .venv and caches; runs, results and models stay
 #
@@ -10,7 +11,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: test demo bench venv lock clean
+.PHONY: test demo bench bench-gpu venv lock clean
 
 test: venv
 	$(BIN)/ruff check .
@@ -20,7 +21,12 @@ demo: venv
 	$(BIN)/python demos/demo.py
 
 bench: venv
-	$(BIN)/python -m benchmarks.speed --out benchmarks/results.json
+	$(BIN)/python -m benchmarks.speed --out benchmarks/speed.json
+
+bench-gpu: venv
+	sh benchmarks/gpu_session.sh check
+	for rows in ops512,median512 projection512 ct256 paper512; do \
+		sh benchmarks/gpu_session.sh table $$rows || exit 1; done
 
 venv: $(STAMP)
 

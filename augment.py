@@ -110,7 +110,8 @@ def warp(images: torch.Tensor, forward: torch.Tensor) -> torch.Tensor:
     """
     height, width = images.shape[2:]
     half = torch.tensor([width / 2, height / 2, 1.0], device=forward.device, dtype=forward.dtype)
-    to_input = torch.linalg.inv(forward) * half / half[:, None]       # pixels to grid_sample's [-1, 1]
+    # Pixels to grid_sample's [-1, 1]. Without inv()'s test for singular matrices, for which it waits for the GPU.
+    to_input = torch.linalg.inv_ex(forward).inverse * half / half[:, None]
     grid = F.affine_grid(to_input[:, :2].to(images), list(images.shape), align_corners=False)
     moved = F.grid_sample(images - AIR, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
     return moved + AIR

@@ -27,6 +27,7 @@ import torch
 import anomaly
 import checkpoint
 import distributed
+import memory
 import normative
 from augment import random_flip, random_rotation
 from config import option, parse
@@ -34,6 +35,7 @@ from ct.window import encode
 from dataset import SliceDataset
 from latent import DEFAULT_CODES, LatentStats
 from model import Discriminator, Encoder, Generator, ModelConfig
+from op import set_impl
 from preprocess import ensure_database
 from projection import ProjectionSettings, judge, perceptual_for, project
 
@@ -304,6 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--provenance",
                             help="text or JSON file to keep in model.json: commands, machine, data source")
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        parser.add_argument("--ops", default="auto", choices=("auto", "ref"), help="ref: no CUDA kernels of our own")
         parser.add_argument("--vgg16", type=Path, help="torchvision's vgg16 state dict, for --perceptual lpips")
         parser.add_argument("--lpips", type=Path, help="the published linear weights of LPIPS-VGG")
 
@@ -311,6 +314,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("latent_stats.py runs as one process: start it with python, not torchrun")
+        memory.keep_freed()
+        set_impl(args.ops)
         notes, device = read_notes(args.provenance), distributed.pick_device(args.device)
         size = checkpoint.load_snapshot(args.encoder).meta["model"]["size"]
         data = ensure_database(args.data, args.encoder, size)       # the encoder's own, where it made one

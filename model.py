@@ -151,12 +151,10 @@ class StyledConv(nn.Module):
     def forward(self, x, w, noise):
         """noise: [B or 1, 1, H', W'] or None."""
         y, factor = self.conv(x, w)
-        if noise is None:
-            offset = self.activate.bias.reshape(1, -1, 1, 1) * SQRT2
-            return F.leaky_relu(torch.addcmul(offset.to(y.dtype), y, factor * SQRT2), 0.2)
-        # One channel wide where it can be: the noise is added to the convolution's output, the bias in bias_act.
-        y = torch.addcmul((noise * self.noise.weight).to(y.dtype), y, factor)
-        return bias_act(y, self.activate.bias)
+        y = y * (factor * SQRT2)                         # leaky ReLU is homogeneous: its gain rides on the factors
+        if noise is not None:
+            y.add_((noise * (self.noise.weight * SQRT2)).to(y.dtype))
+        return bias_act(y, self.activate.bias * SQRT2, gain=1)
 
 
 class ToRGB(nn.Module):

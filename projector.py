@@ -36,6 +36,7 @@ import torch
 import anomaly
 import checkpoint
 import distributed
+import memory
 from config import add_options, given
 from ct.picture import overlay_panels
 from ct.read import ScanSource, find_scans, read_scan
@@ -43,6 +44,7 @@ from ct.report import write_report
 from ct.scan import ScanError
 from ct.standardise import from_frame
 from ct.write import write_nifti
+from op import set_impl
 from preprocess import Preprocessed, PreprocessSettings, preprocess_scan
 from projection import FrameProjection, ProjectionSettings, perceptual_for, project
 
@@ -304,6 +306,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--default-preprocessing", action="store_true",
                         help="for an imported bundle, which has none of its own: standardise as for training")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--ops", default="auto", choices=("auto", "ref"), help="ref: no CUDA kernels of our own")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
     parser.add_argument("--vgg16", type=Path, help="torchvision's vgg16 state dict, for --perceptual lpips")
     parser.add_argument("--lpips", type=Path, help="the published linear weights of LPIPS-VGG")
@@ -349,6 +352,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     started = time.perf_counter()
     try:
+        memory.keep_freed()
+        set_impl(args.ops)
         device = distributed.pick_device(args.device)
         distributed.init(device)
         bundle = checkpoint.load_bundle(args.model, device)

@@ -23,6 +23,7 @@ import torch
 
 import checkpoint
 import distributed
+import memory
 from augment import AdaptiveAugment, AugmentSettings
 from config import option, parse
 from ct.picture import save_hu_grid
@@ -111,6 +112,7 @@ class Trainer:
         self.config, self.device = config, device
         self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
         self.images_seen = 0                                       # over all ranks
+        torch.backends.cudnn.benchmark = True                      # every step has the same shapes
         torch.manual_seed(config.seed)                             # the same weights on every rank
         self.g = Generator(config.model()).to(device)
         self.d = Discriminator(config.model()).to(device)
@@ -123,7 +125,7 @@ class Trainer:
         settings = AugmentSettings(cutout=config.ada_cutout)
         self.ada = AdaptiveAugment(config.ada_target, config.ada_kimg, settings=settings) if config.ada_target else None
         rank_seed = distributed.seed_for_rank(config.seed, self.rank)
-        self.rng = torch.Generator().manual_seed(rank_seed)        # augmentation
+        self.rng = torch.Generator(device).manual_seed(rank_seed)  # augmentation: drawn where it is used
         torch.manual_seed(rank_seed)                               # noise maps
 
     @property
@@ -206,7 +208,8 @@ class Trainer:
 
     def _draw(self, purpose: str, draw) -> torch.Tensor:
         """This rank's rows of draw(generator, global batch), the same whatever the number of ranks."""
-        return draw(self._stream(purpose), self.global_batch)[self.rank::self.world].to(self.device)
+        drawn = draw(self._stream(purpose), self.global_batch)[self.rank::self.world]
+        return drawn.to(self.device, non_blocking=True)            # a waiting copy would empty the GPU's queue
 
     def _w_plus(self, part: slice, purpose: str) -> torch.Tensor:
         """W+ codes [micro-batch, L, D] of random z, with the mixing of two styles."""
@@ -253,16 +256,17 @@ class Trainer:
             self.ada.load_state_dict(state["ada"])
         if len(state["rng"]) == self.world:                        # another number of ranks starts new streams
             ours, default, cuda = state["rng"][self.rank]
-            self.rng.set_state(ours)
             torch.set_rng_state(default)
-            if cuda is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(cuda, self.device)
+            if (cuda is not None) == (self.device.type == "cuda"): # another kind of device starts a new stream, too
+                self.rng.set_state(ours)
+                if cuda is not None:
+                    torch.cuda.set_rng_state(cuda, self.device)
 
 
 def lazy_adam(net: torch.nn.Module, lr: float, every: int) -> torch.optim.Adam:
     """Adam (0, 0.99), corrected for the extra steps of a regulariser that runs every `every` steps (Karras 2020, B)."""
     ratio = every / (every + 1) if every else 1
-    return torch.optim.Adam(net.parameters(), lr=lr * ratio, betas=(0.0, 0.99**ratio), eps=1e-8)
+    return torch.optim.Adam(net.parameters(), lr=lr * ratio, betas=(0.0, 0.99**ratio), eps=1e-8, fused=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -369,6 +373,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     def work(device):
+        memory.keep_freed()
         if args.inception and not args.inception.is_file():
             raise ValueError(f"--inception {args.inception}: no such file; give torchvision's inception_v3 state dict")
         train(config, ensure_database(args.data, args.out, config.size), args.out, device, args.inception)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import distributed
+import memory
 from augment import random_flip, random_rotation
 from config import option, parse
 from ct.picture import save_hu_grid
@@ -30,6 +31,7 @@ from ct.window import decode, encode
 from dataset import DatasetError, SliceDataset, image_batches
 from losses import PERCEPTUAL, build_perceptual, d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
 from model import Discriminator, Encoder, Generator, ModelConfig
+from op import set_impl
 from preprocess import ensure_database
 from runlog import RunLog, load_optimiser, run_command, start_run
 
@@ -46,6 +48,7 @@ class EncoderConfig:
     lr_discriminator: float = option(1e-5, "of the discriminator")
     lr_generator: float = option(0.0, "of the generator; 0, as published, leaves it as the GAN training left it. A "
                                  "generator cut short learns here to draw the healthy slices it is shown")
+    decay: float = option(0.0, "last part of the training over which all rates fall evenly to 0; published is 0, none")
     adversarial: float = option(0.05, "weight of the adversarial loss")
     domain: float = option(1.0, "weight of the in-domain loss: code of the image against code of its reconstruction")
     r1_gamma: float = option(10, "weight of the R1 penalty")
@@ -65,6 +68,8 @@ class EncoderConfig:
     def __post_init__(self):
         if self.batch < 1 or not self.epochs > 0:
             raise ValueError(f"--batch must be at least 1 and --epochs above 0, got {self.batch} and {self.epochs:g}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"--decay is a part of the training, from 0 to 1, got {self.decay:g}")
 
 
 PRESETS = {
@@ -100,7 +105,14 @@ class EncoderTrainer:
             groups.append({"params": self.g.parameters(), "lr": config.lr_generator})
         self.e_opt = torch.optim.Adam(groups)
         self.d_opt = torch.optim.Adam(self.d.parameters(), lr=config.lr_discriminator)
+        self.rates = [group["lr"] for group in (*self.e_opt.param_groups, *self.d_opt.param_groups)]
         self.rng = torch.Generator().manual_seed(distributed.seed_for_rank(config.seed, distributed.get_rank()))
+
+    def set_rates(self, done: float) -> None:
+        """The rates for a training that is done to this part, 0 to 1."""
+        factor = min(1.0, (1 - done) / self.config.decay) if self.config.decay else 1.0
+        for group, rate in zip([*self.e_opt.param_groups, *self.d_opt.param_groups], self.rates):
+            group["lr"] = rate * factor
 
     def reconstruct(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and reconstructions, with the generator's own noise buffers: they are part of the model."""
@@ -254,6 +266,7 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
         if images_seen >= config.epochs * epoch_of:
             break
         real = encode(next(batches).to(device).float())
+        trainer.set_rates(images_seen / (config.epochs * epoch_of))
         log.add(**trainer.step(real, index, full=images_seen >= config.perceptual_epochs * epoch_of))
         before, images_seen, since_tick = images_seen, images_seen + batch, since_tick + batch
         if images_seen // epoch_of == before // epoch_of and images_seen < config.epochs * epoch_of:
@@ -280,12 +293,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--out", type=Path, default=Path("runs/encoder"),
                             help="run folder; an unfinished run goes on")
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        parser.add_argument("--ops", default="auto", choices=("auto", "ref"), help="ref: no CUDA kernels of our own")
         parser.add_argument("--vgg16", type=Path, help="torchvision's vgg16 state dict, for --perceptual lpips")
         parser.add_argument("--lpips", type=Path, help="the linear weights of LPIPS-VGG; else all channels weigh alike")
 
     config, args = parse(__doc__, PRESETS, arguments, argv)
 
     def work(device):
+        memory.keep_freed()
+        set_impl(args.ops)
         size = checkpoint.load_snapshot(args.gan).meta["model"]["size"]
         data = ensure_database(args.data, args.out, size)
         train(config, data, args.gan, args.out, device, args.vgg16, args.lpips)

@@ -1,9 +1,13 @@
-"""Compiles the C sources of op/csrc at first use and loads them; nothing is compiled at import or at install.
+"""Compiles the C and CUDA sources of op/csrc at first use and loads them; nothing is compiled at import or install.
 
 A library lands in the user's cache folder ($XDG_CACHE_HOME/cn-stylegan, by default ~/.cache/cn-stylegan) under a
-name that hashes the source, the compiler and the processor features it compiles for, so that a changed source, a
-new compiler or another kind of machine sharing the home folder never meets a stale one. The file is written beside
-its place and renamed: processes that start together may each compile, and none loads half a library.
+name that hashes the source, the compiler and the processor features or GPU it compiles for (CUDA: torch's version
+too), so that a changed source, a new compiler or another kind of machine sharing the home folder never meets a
+stale one. The file is written beside its place and renamed: processes that start together may each compile, and
+none loads half a library.
+
+The CUDA sources hold kernels and launchers with C linkage, and include nothing of torch: nvcc takes seconds, and
+one ctypes call starts a kernel, as with the C library. torch's JIT loader finds the compilers and links.
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +26,7 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-shared", "-fPIC", "-std=c11")
 COMPILERS = ("cc", "gcc", "clang")
+CUDA_FLAGS = ("-O3", "-std=c++17", "-lineinfo", "--split-compile=0")
 
 
 class BuildError(RuntimeError):
@@ -60,6 +67,69 @@ def find_compiler() -> list[str]:
     raise BuildError(f"no C compiler: none of {', '.join(COMPILERS)} is on the path; install gcc, or set CC")
 
 
+@functools.cache
+def load_cuda(name: str, capability: tuple[int, int]) -> ctypes.CDLL:
+    """The library compiled from op/csrc/<name>.cu for GPUs of this compute capability, from the cache if it is there.
+
+    Needs nvcc of torch's CUDA version, a C++ compiler and ninja. Raises BuildError.
+    """
+    try:
+        library = cache_folder() / f"{name}-{_cuda_key(name, capability)}.so"
+        if not library.exists():
+            _compile_cuda(name, capability, library)
+        return ctypes.CDLL(str(library))
+    except (OSError, RuntimeError, ImportError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"the CUDA kernel {name} cannot be built or loaded:\n{_last_lines(str(error))}\n"
+                         "See `python -m op.doctor`; --ops ref does without the kernels, but is slower") from error
+
+
+def cuda_home() -> Path:
+    """The CUDA toolkit: $CUDA_HOME, or where the nvcc on the path lives (behind a wrapper script, too)."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=os.path.join(named, "bin") if named else None)
+    if nvcc is None:
+        place = f"in {named}/bin (CUDA_HOME)" if named else "on the path"
+        raise BuildError(f"no nvcc {place}; install the CUDA toolkit of torch's version, or set CUDA_HOME")
+    run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", run.stderr, re.MULTILINE)
+    return Path(top[1] if top else Path(nvcc).parent.parent).resolve()
+
+
+def cuda_sources(name: str) -> list[Path]:
+    """What <name>.cu is made of, headers included."""
+    return [SOURCES / f"{name}.cu", SOURCES / f"{name}.h", SOURCES / "launch.cuh", SOURCES / "portable.h"]
+
+
+def cuda_target(capability: tuple[int, int]) -> str:
+    """nvcc's flag for machine code of one compute capability."""
+    number = "".join(map(str, capability))
+    return f"-gencode=arch=compute_{number},code=sm_{number}"
+
+
+def _cuda_key(name: str, capability: tuple[int, int]) -> str:
+    import torch  # heavy, and not needed for C
+
+    version = subprocess.run([cuda_home() / "bin" / "nvcc", "--version"], capture_output=True, check=True).stdout
+    names = " ".join([*CUDA_FLAGS, cuda_target(capability), torch.__version__, str(torch.version.cuda)])
+    parts = [*(path.read_bytes() for path in cuda_sources(name)), names.encode(), version]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _compile_cuda(name: str, capability: tuple[int, int], library: Path) -> None:
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of what is handled here
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = str(cuda_home())
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        cpp_extension.load(
+            name=library.stem.replace("-", "_"), sources=[str(SOURCES / f"{name}.cu")], build_directory=folder,
+            extra_cuda_cflags=[*CUDA_FLAGS, cuda_target(capability)], is_python_module=False,
+        )
+        (built,) = Path(folder).glob("*.so")
+        built.replace(library)
+
+
 def cache_folder() -> Path:
     """Where compiled libraries are kept; it may not exist yet."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -88,5 +158,7 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
         built.replace(library)
 
 
-def _last_lines(text: bytes, count: int = 8) -> str:
-    return "\n".join(text.decode(errors="replace").strip().splitlines()[-count:])
+def _last_lines(text: str | bytes, count: int = 8) -> str:
+    if isinstance(text, bytes):
+        text = text.decode(errors="replace")
+    return "\n".join(text.strip().splitlines()[-count:])

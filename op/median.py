@@ -1,13 +1,15 @@
 """Exact two-dimensional median filter, which smooths the residual at every step of the projection (19 x 19 at 512).
 
-`cpu` is the fast one (op/csrc/median.c, compiled at first use), `scipy` the one for machines without a compiler,
-`ref` the definition: a copy of every window, some rows at a time, on any device. All give the same numbers.
+`cpu` (op/csrc/median.c) and `cuda` (op/csrc/median.cu) are the fast ones, compiled at first use; `scipy` is for
+machines without a compiler; `ref` is the definition: a copy of every window, some rows at a time, on any device. All
+give the same numbers.
 """
 
 from __future__ import annotations
 
 import ctypes
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,37 +18,56 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from op.build import BuildError, load_c
+from op.cuda import DTYPES, NAMESPACE, choose, launch
 
-IMPLS = ("auto", "cpu", "scipy", "ref")
+IMPLS = ("auto", "cpu", "scipy", "cuda", "ref")
 BORDERS = {"zero": "constant", "replicate": "replicate"}
 REF_BYTES = 1 << 28  # of window copies at a time in `ref`
 
 
-@torch.no_grad()
 def median2d(x: torch.Tensor, size: int, impl: str = "auto", border: str = "zero") -> torch.Tensor:
     """Median of the size x size window around each pixel. x float [..., H, W]; same shape, dtype and device.
 
     border: what lies outside the picture. 'zero', as in the paper's code: nothing is lost, as the residual outside
     the brain is zero anyway. 'replicate': the nearest pixel. size may exceed the picture. No gradient flows.
 
-    impl: 'auto' takes 'cpu' for a tensor on the CPU ('scipy', with a warning, where that cannot be built) and
-    'ref' on any other device. 'cpu' raises op.build.BuildError where it cannot be built, and spreads the planes
-    over torch.get_num_threads() threads.
+    impl: 'auto' takes 'cpu' for a tensor on the CPU ('scipy', with a warning, where that cannot be built), 'cuda' for
+    one on a CUDA device ('ref' after op.set_impl('ref')) and 'ref' on any other. 'cpu' and 'cuda' raise
+    op.build.BuildError where they cannot be built; 'cpu' spreads the planes over torch.get_num_threads() threads.
 
-    Raises ValueError for an even size, a tensor that isn't floating or holds NaN, an impl that can't work there.
+    Raises ValueError for an even size, a tensor that isn't floating, an impl that can't work there, and for NaN;
+    but on a CUDA device the median of a window with NaN is NaN, since to find out would make the GPU wait.
     """
     _check(x, size, impl, border)
+    if impl == "auto" and x.device.type != "cpu":
+        impl = choose("median2d", impl, x)
+    return torch.ops.cn_stylegan.median2d(x.detach(), size, impl, border)
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::median2d", mutates_args=(), schema="(Tensor x, int size, str impl, str border) -> Tensor"
+)
+def _median2d(x, size, impl, border):
+    if not x.is_cuda and torch.isnan(x).any():
+        raise ValueError("median2d: the input holds NaN, and the median of such a window is undefined")
     if size == 1 or x.numel() == 0:
-        return x.clone()
+        return x.clone(memory_format=torch.contiguous_format)
     if impl == "auto":
-        impl = _best_impl(x.device)
+        impl = _best_cpu_impl()
     planes = x.reshape(-1, *x.shape[-2:])
+    if impl == "cuda":
+        return _median_cuda(planes.contiguous(), size, border).reshape(x.shape)
     if planes.dtype in (torch.float16, torch.bfloat16):
         planes = planes.float()
     margin = size // 2
     padded = F.pad(planes[None], (margin,) * 4, mode=BORDERS[border])[0].contiguous()
     median = {"cpu": _median_cpu, "scipy": _median_scipy, "ref": _median_ref}[impl](padded, size)
     return median.to(x.dtype).reshape(x.shape)
+
+
+@_median2d.register_fake
+def _(x, size, impl, border):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _check(x: torch.Tensor, size: int, impl: str, border: str) -> None:
@@ -60,13 +81,11 @@ def _check(x: torch.Tensor, size: int, impl: str, border: str) -> None:
         raise ValueError(f"median2d: expected a floating tensor [..., H, W], got {x.dtype} {tuple(x.shape)}")
     if impl in ("cpu", "scipy") and x.device.type != "cpu":
         raise ValueError(f"median2d: impl={impl!r} needs a tensor on the CPU, got one on {x.device}; use 'auto'")
-    if torch.isnan(x).any():
-        raise ValueError("median2d: the input holds NaN, and the median of such a window is undefined")
+    if impl == "cuda":
+        choose("median2d", impl, x)
 
 
-def _best_impl(device: torch.device) -> str:
-    if device.type != "cpu":
-        return "ref"
+def _best_cpu_impl() -> str:
     try:
         load_c("median")
     except BuildError as error:
@@ -81,11 +100,32 @@ _warned = False
 def _warn_slow(reason: str) -> None:
     global _warned
     if not _warned:
-        warnings.warn(f"median2d runs on scipy, about 30 times slower at size 19: {reason}", stacklevel=4)
+        warnings.warn(f"median2d runs on scipy, about 30 times slower at size 19: {reason}", stacklevel=2)
         _warned = True
 
 
-# --- the three implementations: padded float [P, H + size - 1, W + size - 1] -> [P, H, W] ---
+# --- on a GPU: [P, H, W] -> [P, H, W] ---
+
+
+def _median_cuda(planes: torch.Tensor, size: int, border: str) -> torch.Tensor:
+    if planes.dtype == torch.float64:
+        return torch.stack([_median_cuda_double(plane, size, border) for plane in planes])
+    count, height, width = planes.shape
+    if height * width >= 1 << 31:
+        raise ValueError(f"median2d: a plane may have 2**31 - 1 pixels, got {height} x {width}")
+    out = torch.empty_like(planes)
+    launch("median", planes, planes, out, DTYPES[planes.dtype], count, height, width, size, int(border == "replicate"))
+    return out
+
+
+def _median_cuda_double(plane: torch.Tensor, size: int, border: str) -> torch.Tensor:
+    """As _median_double. A zero border has a rank too, and is laid round the plane before ranking."""
+    margin = size // 2
+    padded = F.pad(plane[None], (margin,) * 4, mode=BORDERS[border])[0]
+    return _by_rank(padded, lambda ranks: _median_cuda(ranks, size, border)[:, margin:-margin, margin:-margin])
+
+
+# --- the others: padded float [P, H + size - 1, W + size - 1] -> [P, H, W] ---
 
 
 def _median_ref(padded: torch.Tensor, size: int) -> torch.Tensor:
@@ -124,8 +164,12 @@ def _median_cpu(padded: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _median_double(plane: torch.Tensor, size: int) -> torch.Tensor:
+    return _by_rank(plane, lambda ranks: _median_cpu(ranks, size))
+
+
+def _by_rank(plane: torch.Tensor, median: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """A plane of doubles: the median commutes with ranking, and ranks below 2**24 are exact as 32-bit floats."""
     values, rank = plane.unique(return_inverse=True)
     if len(values) >= 1 << 24:
         raise ValueError(f"median2d: {len(values)} different doubles in a plane, 2**24 at most; pass float32")
-    return values[_median_cpu(rank.float()[None], size)[0].long()]
+    return values[median(rank.float()[None])[0].long()]

@@ -175,3 +175,19 @@ def test_coarse_noise_leaves_the_others_as_they_are():
     noisy = coarse_noise(images, 0.5, torch.Generator().manual_seed(0))
     untouched = (noisy - images).abs().amax((1, 2, 3)) < 1e-6
     assert 16 < untouched.sum() < 56
+
+
+# ---- rates
+
+def test_rates_fall_evenly_over_the_last_part(gan_run):
+    config = EncoderConfig(decay=0.5, lr=1e-4, lr_trunk=1e-3, lr_discriminator=1e-5, precision="fp32")
+    trainer = EncoderTrainer(config, checkpoint.load_snapshot(gan_run), torch.device("cpu"))
+    for done, factor in ((0.0, 1.0), (0.5, 1.0), (0.75, 0.5), (1.0, 0.0)):
+        trainer.set_rates(done)
+        rates = [group["lr"] for group in (*trainer.e_opt.param_groups, *trainer.d_opt.param_groups)]
+        assert rates == pytest.approx([1e-3 * factor, 1e-4 * factor, 1e-5 * factor])
+
+
+def test_decay_is_a_part():
+    with pytest.raises(ValueError, match="--decay is a part of the training"):
+        EncoderConfig(decay=2)

@@ -1,0 +1,204 @@
+"""The rows of the speed table that need a GPU. On random data: no files, no weights.
+
+Every function takes the device and its sizes, so that the tests run them on the CPU with tiny ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+import distributed
+import train
+from benchmarks.measure import REFERENCE, Row, bandwidth, medians, operations, rate, side_by_side
+from benchmarks.reference import ReferenceDiscriminator, ReferenceGenerator
+from checkpoint import Bundle
+from latent import LatentStats
+from model import Discriminator, Encoder, Generator, ModelConfig
+from op import bias_act, binomial_kernel, set_impl, upfirdn2d
+from op.median import median2d
+from projection import ProjectionSettings, perceptual_for, project
+
+ADA_P = 0.5                                  # all augmentations at work, as late in a training
+
+
+@contextmanager
+def plain_ops() -> Iterator[None]:
+    """Every op in its plain PyTorch form, for the reference."""
+    set_impl("ref")
+    try:
+        yield
+    finally:
+        set_impl("auto")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+def make_trainer(config: train.TrainConfig, device: torch.device, reference: bool = False) -> train.Trainer:
+    """A trainer of random weights; the reference has the published forward passes, in float32."""
+    ours = train.Generator, train.Discriminator
+    if reference:
+        train.Generator, train.Discriminator = ReferenceGenerator, ReferenceDiscriminator
+        config = dataclasses.replace(config, precision="fp32")
+    try:
+        trainer = train.Trainer(config, device)
+    finally:
+        train.Generator, train.Discriminator = ours
+    if trainer.ada:
+        trainer.ada.p = ADA_P
+    return trainer
+
+
+def average_step(seconds: dict[str, float], config: train.TrainConfig) -> float:
+    """Of a step without regularisers, with the path length's, and with all: the mean over many steps."""
+    path, r1 = (1 / every if every else 0 for every in (config.path_every, config.r1_every))
+    return seconds["plain"] + path * (seconds["path"] - seconds["plain"]) + r1 * (seconds["all"] - seconds["path"])
+
+
+def training_row(name: str, config: train.TrainConfig, device: torch.device, repeats: int, goal: str,
+                 most_s_per_kimg: float | None = None, least_ratio: float = 0, precisions=("auto",)) -> list[Row]:
+    """Whole steps of Trainer: augmentation, all phases at their average frequency, optimisers, EMA.
+
+    A row for each precision, seconds a thousand images; real images lie on the device.
+    """
+    real = torch.rand(config.batch, 3, config.size, config.size, device=device) * 2 - 1
+    trainers = {REFERENCE: make_trainer(config, device, reference=True)}
+    trainers |= {p: make_trainer(dataclasses.replace(config, precision=p), device) for p in precisions}
+    # Step numbers that call for: no regulariser, the path length's alone, both.
+    kinds = {"plain": 1, "path": config.path_every, "all": 0}
+
+    def step(who, kind):
+        if who == REFERENCE:
+            with plain_ops():
+                trainers[who].step(real, kinds[kind])
+        else:
+            trainers[who].step(real, kinds[kind])
+
+    samples = {who: {} for who in trainers}
+    for kind in kinds:
+        runs = {who: (lambda who=who, kind=kind: step(who, kind)) for who in trainers}
+        for who, times in side_by_side(runs, device, repeats).items():
+            samples[who][kind] = times
+    kimg = 1000 / config.batch
+    spent = {who: kimg * average_step(medians(by_kind), config) for who, by_kind in samples.items()}
+    rows = []
+    for precision in precisions:
+        trainer = trainers[precision]
+        dtype = trainer.g.compute_dtype
+        counted = {kind: operations(lambda kind=kind, p=precision: step(p, kind)) for kind in kinds}
+        floor = kimg * average_step(counted, config) / rate(device, dtype)
+        met = spent[REFERENCE] / spent[precision] >= least_ratio
+        met &= most_s_per_kimg is None or spent[precision] <= most_s_per_kimg
+        rows.append(Row(name if len(precisions) == 1 else f"{name}, {_short(dtype)}", "s/kimg", goal, spent[REFERENCE],
+                        spent[precision], floor, met, f"batch {config.batch}, {_short(dtype)}, ADA p {ADA_P:g}",
+                        {f"{who} {kind}": times for who in (REFERENCE, precision)
+                         for kind, times in samples[who].items()}))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Projection
+
+def random_bundle(config: ModelConfig, device: torch.device, reference: bool = False) -> Bundle:
+    """A bundle of random weights; statistics of 32 components at every 5 mm."""
+    torch.manual_seed(0)
+    networks = ReferenceGenerator if reference else Generator, ReferenceDiscriminator if reference else Discriminator
+    generator, discriminator, encoder = (
+        net(config).eval().requires_grad_(False).to(device) for net in (*networks, Encoder))
+    positions, layers, dim = 32, config.n_latent, config.style_dim
+    kept = min(32, dim)
+    basis = torch.linalg.qr(torch.randn(layers, dim, kept)).Q.expand(positions, -1, -1, -1).contiguous()
+    latent = LatentStats(
+        5.0 * torch.arange(positions), torch.zeros(positions, layers, dim), basis, torch.ones(positions, layers, kept),
+        torch.ones(positions, layers), torch.full((positions,), 100), torch.full((positions,), 7.5),
+        torch.zeros(positions, layers))
+    return Bundle(generator, discriminator, encoder, latent.to(device), normal=None, meta={}, weights_hash="")
+
+
+def projection_row(name: str, config: ModelConfig, slices: int, settings: ProjectionSettings, device: torch.device,
+                   repeats: int, goal: str, most_s: float) -> Row:
+    """project() of a scan, as projector.py calls it: all but reading and writing files.
+
+    The reference runs a tenth of the steps and counts them tenfold: its time is all in the steps.
+    """
+    hu = torch.rand(slices, config.size, config.size) * 80
+    brain = torch.zeros_like(hu, dtype=torch.bool)
+    margin = config.size // 4
+    brain[:, margin:-margin, margin:-margin] = True
+    below_vertex_mm = 5.0 * np.arange(slices)[::-1]
+    dtype = distributed.pick_precision("auto", device)
+    bundles = {REFERENCE: random_bundle(config, device, reference=True), "ours": random_bundle(config, device)}
+    for net in (bundles["ours"].generator, bundles["ours"].discriminator, bundles["ours"].encoder):
+        net.compute_dtype = dtype
+
+    def run(who, part=1, batch=32):
+        fewer = dataclasses.replace(settings, steps_latent=max(1, settings.steps_latent // part),
+                                    steps_noise=max(1, settings.steps_noise // part))
+        project(hu, brain, below_vertex_mm, bundles[who], perceptual_for(bundles[who], fewer), fewer, batch)
+
+    def reference():
+        with plain_ops():
+            run(REFERENCE, part=10, batch=8)             # 32 slices of its activations may not fit the card
+
+    samples = side_by_side({REFERENCE: reference, "ours": lambda: run("ours")}, device, repeats)
+    spent = medians(samples)
+    per_step = operations(lambda: run("ours", settings.steps_latent))          # one step of each kind
+    floor = per_step * settings.steps_latent / rate(device, dtype)
+    return Row(name, "s", goal, 10 * spent[REFERENCE], spent["ours"], floor, spent["ours"] <= most_s,
+               f"{slices} slices, {settings.steps_latent} + {settings.steps_noise} steps, {_short(dtype)}; the "
+               "reference ran a tenth of the steps, counted tenfold; random weights", samples)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ops
+
+def median_row(shape: tuple[int, int, int], size: int, device: torch.device, repeats: int) -> Row:
+    x = torch.randn(shape, device=device)
+    samples = side_by_side({REFERENCE: lambda: median2d(x, size, impl="ref"), "ours": lambda: median2d(x, size)},
+                           device, repeats)
+    spent = medians(samples, scale=1e3)
+    floor = 1e3 * 2 * x.numel() * 4 / bandwidth(device)
+    return Row(f"gpu median {size}x{size}, {_by(shape)}", "ms", "5x floor", spent[REFERENCE], spent["ours"], floor,
+               spent["ours"] <= 5 * floor, samples=samples)
+
+
+def op_rows(batch: int, levels: tuple[tuple[int, int], ...], device: torch.device, repeats: int,
+            calls: int = 20) -> list[Row]:
+    """upfirdn2d and bias_act at (channels, side) of the networks' layers, bf16 and channels-last as in the networks."""
+    kernel = binomial_kernel(gain=4).to(device)
+    rows = []
+    for channels, side in levels:
+        big, odd, image = (
+            torch.randn(batch, c, s, s, device=device).to(dtype, memory_format=torch.channels_last)
+            for c, s, dtype in ((channels, side, torch.bfloat16), (channels, side + 1, torch.bfloat16),
+                                (3, side // 2, torch.float32)))
+        bias = torch.randn(channels, device=device)
+        ops = {
+            "blur after upsampling": (odd, lambda impl, x=odd: upfirdn2d(x, kernel, pad=(1, 1), impl=impl)),
+            "blur before downsampling": (big, lambda impl, x=big: upfirdn2d(x, kernel, pad=(2, 2), impl=impl)),
+            "blur, every second": (big, lambda impl, x=big: upfirdn2d(x, kernel, down=2, pad=(1, 1), impl=impl)),
+            "image up": (image, lambda impl, x=image: upfirdn2d(x, kernel, up=2, pad=(2, 1), impl=impl)),
+            "bias_act": (big, lambda impl, x=big, b=bias: bias_act(x, b, impl=impl)),
+        }
+        for name, (x, run) in ops.items():
+            y = run("ref")
+            samples = side_by_side({REFERENCE: lambda run=run: run("ref"), "ours": lambda run=run: run("auto")}, device,
+                                   repeats, calls)
+            spent = medians(samples, scale=1e3)
+            floor = 1e3 * (x.numel() * x.element_size() + y.numel() * y.element_size()) / bandwidth(device)
+            rows.append(Row(f"gpu {name} {_by(x.shape)}", "ms", "1.3x floor", spent[REFERENCE], spent["ours"], floor,
+                            spent["ours"] <= 1.3 * floor, samples=samples))
+    return rows
+
+
+def _by(shape) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]

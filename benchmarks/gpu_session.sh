@@ -1,0 +1,33 @@
+#!/bin/sh
+# A GPU for a short while, in pieces that each end within ten minutes:
+#
+#   sh benchmarks/gpu_session.sh check                       the kernels build and agree with their references
+#   sh benchmarks/gpu_session.sh table ops512,median512      rows of the speed table (also: projection512, ct256, paper512)
+#   DATA=healthy.lmdb sh benchmarks/gpu_session.sh train     trains for nine minutes; again goes on where it stopped
+#
+# PYTHON: the interpreter; OUT: where figures go (default benchmarks/gpu-results); RUN, PRESET, PIECE_S: of train.
+set -eu
+PYTHON=${PYTHON:-.venv/bin/python}
+OUT=${OUT:-benchmarks/gpu-results}
+
+case "${1:-}" in
+check)
+    "$PYTHON" -m op.doctor
+    "$PYTHON" -m pytest -q tests/test_op.py tests/test_op_cuda.py tests/test_median.py
+    ;;
+table)
+    mkdir -p "$OUT"
+    "$PYTHON" -m benchmarks.speed --only "$2" --out "$OUT/$2.json"
+    ;;
+train)
+    status=0
+    timeout --signal=INT "${PIECE_S:-540}" "$PYTHON" train.py --data "${DATA:?name the database: DATA=healthy.lmdb}" \
+        --out "${RUN:-runs/gpu}" --preset "${PRESET:-ct256}" --snapshot-kimg 10 --tick-kimg 1 || status=$?
+    test "$status" -eq 124 && echo "time is up; the same command goes on from the last snapshot" && exit 0
+    exit "$status"
+    ;;
+*)
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+    ;;
+esac

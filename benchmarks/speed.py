@@ -1,0 +1,260 @@
+"""Speed of every job beside the plain reference path, in one run: a table, and JSON.
+
+    python -m benchmarks.speed                                   # all rows this machine can measure
+    python -m benchmarks.speed --only generator,median --repeats 7
+    python -m benchmarks.speed --only paper512,ct256 --out benchmarks/gpu.json
+
+Figures of a row come from one run in which reference and ours take turns; each is the median of --repeats. Rows that
+need a GPU are measured where there is one and say 'not measured' elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import skimage.filters
+import torch
+from scipy import ndimage
+
+import distributed
+import train
+from benchmarks import gpu
+from benchmarks.measure import REFERENCE, Row, bandwidth, medians, operations, rate, side_by_side, table
+from benchmarks.reference import ReferenceGenerator
+from model import Generator, ModelConfig
+from op.median import median2d
+from projection import ProjectionSettings
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+MODEL = ROOT / "models" / "ct-ich-128"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rows of the CPU
+
+def generator_rows(repeats: int, config: ModelConfig, batch: int = 4) -> list[Row]:
+    """Synthesis and its gradient with respect to w+, weights frozen: what a step of the projection pays for."""
+    torch.manual_seed(0)
+    ours, plain = (net(config).requires_grad_(False) for net in (Generator, ReferenceGenerator))
+    plain.load_state_dict(ours.state_dict())
+    w_plus = torch.randn(batch, config.n_latent, config.style_dim)
+
+    def run(net, dtype):
+        net.compute_dtype = dtype
+        code = w_plus.clone().requires_grad_()
+        net.synthesis(code, "const").square().mean().backward()
+
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    variants = {name: lambda dtype=dtype: run(ours, dtype) for name, dtype in types.items()}
+    samples = side_by_side({REFERENCE: lambda: run(plain, torch.float32)} | variants, CPU, repeats)
+    spent, count = medians(samples), operations(lambda: run(ours, torch.float32))
+    rows = []
+    for name, least in (("fp32", 4), ("bf16", 12)):
+        rows.append(Row(f"cpu generator, forward and gradient, {name}", "s", f"{least}x", spent[REFERENCE], spent[name],
+                        count / rate(CPU, types[name]), spent[REFERENCE] / spent[name] >= least,
+                        f"{config.size} px, batch {batch}, up to {config.channels(4)} channels",
+                        {who: samples[who] for who in (REFERENCE, name)}))
+    return rows
+
+
+def training_rows(repeats: int) -> list[Row]:
+    config = dataclasses.replace(train.PRESETS["ct128"], batch=8)
+    return gpu.training_row("cpu training step, ct128", config, CPU, repeats, "4x", least_ratio=4,
+                            precisions=("fp32", "bf16"))
+
+
+def median_row(repeats: int, shape=(32, 256, 256), size: int = 19, planes: int = 2) -> Row:
+    """Against the unfold path, and against the better of scipy and scikit-image. They filter plane by plane: timed
+    on some planes and counted for all."""
+    x = torch.randn(shape)
+    few, share = x[:planes], shape[0] / planes
+    samples = side_by_side({
+        REFERENCE: lambda: median2d(few, size, impl="ref"),
+        "scipy": lambda: [ndimage.median_filter(plane, size) for plane in few.numpy()],
+        "scikit-image": lambda: [skimage.filters.median(plane, np.ones((size, size))) for plane in few.numpy()],
+        "ours": lambda: median2d(x, size),
+    }, CPU, repeats)
+    spent = medians(samples)
+    unfold, best = share * spent[REFERENCE], share * min(spent["scipy"], spent["scikit-image"])
+    return Row(f"cpu median {size}x{size}, {' x '.join(map(str, shape))}", "s", "20x; 1.5 of scipy's", unfold,
+               spent["ours"], 2 * x.numel() * 4 / bandwidth(CPU), unfold / spent["ours"] >= 20
+               and spent["ours"] <= 1.5 * best, f"the better of scipy and scikit-image {best:.3g} s "
+               f"({best / spent['ours']:.1f}x); they and the unfold path timed on {planes} planes", samples)
+
+
+def scan_rows(repeats: int, model: Path = MODEL, slices: int = 24, flags: tuple[str, ...] = ()) -> list[Row]:
+    """projector.py on one scan as a process of its own, in bf16 and fp32 by turns: time, peak memory, quality."""
+    samples: dict[str, dict[str, list[float]]] = {p: {} for p in ("fp32", "bf16")}
+    with tempfile.TemporaryDirectory() as folder:
+        scan, residuals = Path(folder) / "head.nii.gz", {}
+        write_head(scan, slices)
+        for turn in range(repeats):
+            for precision, measured in samples.items():
+                out = Path(folder) / f"{precision}-{turn}"
+                for key, value in project_scan(scan, model, out, precision, flags).items():
+                    measured.setdefault(key, []).append(value)
+                if turn == 0:
+                    residuals[precision] = load_maps(out)
+    middle = {p: medians(measured) for p, measured in samples.items()}
+    fp32, bf16 = middle["fp32"], middle["bf16"]
+    brain = residuals["fp32"]["brain"] > 0
+    apart = np.abs(residuals["fp32"]["reconstruction"] - residuals["bf16"]["reconstruction"])[brain].mean()
+    note = f"{slices} slices of an ellipsoid head, {model.name}, a process of its own, start to end"
+    return [
+        Row("cpu projector.py, a scan", "s", "under 60 s", fp32["seconds"], bf16["seconds"], None, bf16["seconds"] < 60,
+            f"{note}; reference: ours in fp32", {p: s["seconds"] for p, s in samples.items()}),
+        Row("cpu projector.py, peak memory", "GB", "under 3 GB", fp32["peak_gb"], bf16["peak_gb"], None,
+            bf16["peak_gb"] < 3, "reference: ours in fp32", {p: s["peak_gb"] for p, s in samples.items()}),
+        Row("bf16 against fp32: reconstruction error", "HU", "measured", fp32["error_hu"], bf16["error_hu"], None, None,
+            f"mean over the brain after the search of the code; the two reconstructions differ by {apart:.2g} HU there",
+            {p: s["error_hu"] for p, s in samples.items()}),
+        Row("bf16 against fp32: scan score", "HU votes", "measured", fp32["score"], bf16["score"], None, None,
+            "reference: fp32", {p: s["score"] for p, s in samples.items()}),
+    ]
+
+
+def project_scan(scan: Path, model: Path, out: Path, precision: str, flags: tuple[str, ...] = ()) -> dict[str, float]:
+    """Seconds and peak memory (GB) of a run of projector.py, and the scan's score and reconstruction error (HU).
+
+    Raises RuntimeError with its output when it fails.
+    """
+    command = [sys.executable, str(ROOT / "projector.py"), str(scan), "--model", str(model), "--out", str(out),
+               "--device", "cpu", "--precision", precision, *flags]
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            log.seek(0)
+            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{log.read()[-2000:]}")
+    with open(out / "scores.csv", newline="", encoding="utf-8") as f:
+        (row,) = csv.DictReader(f)
+    return {"seconds": seconds, "peak_gb": used.ru_maxrss / 2**20, "score": float(row["score"]),
+            "error_hu": float(row["error_hu"])}
+
+
+def load_maps(out: Path) -> dict[str, np.ndarray]:
+    """The maps of the one scan in a results folder, by name."""
+    return {path.name.split(".")[0]: np.asarray(nib.load(path).dataobj) for path in out.glob("*/*.nii.gz")}
+
+
+def write_head(path: Path, slices: int, size: int = 192, seed: int = 0) -> None:
+    """A head of ellipsoids as NIfTI, 5 mm slices: skin, skull, brain, ventricles, a bleed of 65 HU; noise of 3 HU."""
+    step = np.array([230 / size, 230 / size, 5.0])
+    x, y, z = np.meshgrid(*((np.arange(n) - (n - 1) / 2) * s for n, s in zip((size, size, slices), step)),
+                          indexing="ij")
+    hu = np.full(x.shape, -1000.0)
+    for radii, centre, value in (
+        ((74, 90, 79), (0, 0, -8), 40), ((68, 84, 73), (0, 0, -8), 1000), ((62, 78, 67), (0, 0, -8), 34),
+        ((6, 25, 14), (9, 5, 0), 8), ((6, 25, 14), (-9, 5, 0), 8), ((14, 14, 14), (35, 10, 5), 65),
+    ):
+        hu[sum(((a - c) / r) ** 2 for a, c, r in zip((x, y, z), centre, radii)) <= 1] = value
+    hu += np.random.default_rng(seed).normal(0, 3, hu.shape)
+    nib.save(nib.Nifti1Image(hu.astype(np.int16), np.diag([*step, 1])), path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rows of the GPU: the sizes of the issue
+
+def paper512(device: torch.device, repeats: int) -> list[Row]:
+    return gpu.training_row("gpu training, paper512", train.PRESETS["paper512"], device, repeats, "6 s/kimg; 3x", 6, 3)
+
+
+def ct256(device: torch.device, repeats: int) -> list[Row]:
+    return gpu.training_row("gpu training, ct256", train.PRESETS["ct256"], device, repeats, "2 s/kimg", 2)
+
+
+def projection512(device: torch.device, repeats: int) -> list[Row]:
+    return [gpu.projection_row("gpu projection of a scan, 512", ModelConfig(size=512), 32, ProjectionSettings(), device,
+                               repeats, "8 s", 8)]
+
+
+def median512(device: torch.device, repeats: int) -> list[Row]:
+    return [gpu.median_row((32, 512, 512), 19, device, repeats)]
+
+
+def ops512(device: torch.device, repeats: int) -> list[Row]:
+    """At the sides where paper512's layers are large, batch 16."""
+    return gpu.op_rows(16, ((64, 512), (128, 256), (256, 128), (512, 64)), device, repeats)
+
+
+CPU_ROWS: dict[str, Callable[[int], list[Row]]] = {
+    "generator": lambda repeats: generator_rows(repeats, ModelConfig(size=128)),
+    "training": training_rows,
+    "median": lambda repeats: [median_row(repeats)],
+    "scan": scan_rows,
+}
+GPU_ROWS: dict[str, Callable[[torch.device, int], list[Row]]] = {
+    "paper512": paper512, "ct256": ct256, "projection512": projection512, "median512": median512, "ops512": ops512,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What the figures were measured on."""
+    can = torch.cpu.get_capabilities()
+    return {
+        "date": time.strftime("%Y-%m-%d"), "cpu": can.get("cpu_name", platform.processor()),
+        "bf16": next((kind for kind in ("amx_bf16", "avx512_bf16") if can.get(kind)), "emulated"),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+    }
+
+
+def measure(names: list[str], device: torch.device, repeats: int) -> list[Row]:
+    rows = []
+    for name in names:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        if name in CPU_ROWS:
+            rows += CPU_ROWS[name](repeats)
+        elif device.type == "cuda":
+            rows += GPU_ROWS[name](device, repeats)
+            torch.cuda.empty_cache()
+        else:
+            rows.append(Row(f"gpu {name}", "", "-", note="no GPU on this machine"))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    known = [*CPU_ROWS, *GPU_ROWS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help=f"rows to measure, comma-separated: {', '.join(known)}")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of a figure; their median counts")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows, every sample and the machine")
+    args = parser.parse_args(argv)
+    names = args.only.split(",") if args.only else known
+    if unknown := sorted(set(names) - set(known)):
+        parser.error(f"--only: no row {', '.join(unknown)}; there are {', '.join(known)}")
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {args.repeats}")
+    device = distributed.pick_device("auto")
+    rows, facts = measure(names, device, args.repeats), machine(device)
+    print(f"{facts['date']}, {facts['cpu']} ({facts['bf16']}), {facts['threads']} threads, GPU: {facts['gpu']}, "
+          f"torch {facts['torch']}")
+    print(table(rows))
+    if args.out:
+        found = [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows]
+        args.out.write_text(json.dumps({"machine": facts, "rows": found}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

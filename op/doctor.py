@@ -1,0 +1,165 @@
+"""What this machine has for the ops, what builds, and whether every kernel agrees with its reference.
+
+    python -m op.doctor
+
+Prints a line for each thing and exits with 0 if everything that is there works, else with 1. A machine without a GPU
+is not ill: its kernels are reported as not checked.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from op import build
+from op.bias_act import bias_act
+from op.median import median2d
+from op.upfirdn2d import binomial_kernel, upfirdn2d
+
+KERNELS = ("bias_act", "median", "upfirdn2d")
+LAYOUTS = ("contiguous", "channels_last", "strided")
+# Largest error allowed, as a part of the largest value; the second derivative of a square holds several roundings
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+# The cases of the networks (4 x 4 kernel), their gradients' paddings, and odd ones
+RESAMPLINGS = (
+    (4, 1, 1, (1, 1)), (4, 1, 1, (2, 2)), (4, 2, 1, (2, 1)), (4, 1, 2, (1, 1)), (4, 1, 2, (-1, 3, 2, -2)),
+    (4, 2, 1, (-1, 2, 1, 0)), (3, 1, 1, (0, 2)), (5, 3, 2, (2, 4)),
+)
+
+
+def main() -> int:
+    for name, text in machine().items():
+        print(f"{name:10} {text}")
+    healthy = True
+    for name, finding, works in checks():
+        print(f"{name:24} {finding}", flush=True)
+        healthy &= works is not False
+    print("all that is there works" if healthy else "NOT well: see above; --ops ref runs without the CUDA kernels")
+    return 0 if healthy else 1
+
+
+def machine() -> dict[str, str]:
+    """Versions of what the ops are built with, 'none' where there is none."""
+    found = {"torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"}
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    found["GPU"] = ", ".join(f"{gpu.name} (sm_{gpu.major}{gpu.minor})" for gpu in gpus) or "none"
+    for name, flag in (("nvcc", "--version"), ("g++", "--version"), ("gcc", "--version"), ("ninja", "--version")):
+        path = shutil.which(name)
+        run = path and subprocess.run([path, flag], capture_output=True, text=True)
+        lines = [line for line in run.stdout.splitlines() if any(c.isdigit() for c in line)] if run else []
+        release = [line for line in lines if "release" in line] or lines
+        found[name] = f"{release[0]} ({path})" if release else "none"
+    found["setuptools"] = importlib.metadata.version("setuptools")
+    return found
+
+
+def checks() -> Iterator[tuple[str, str, bool | None]]:
+    """Everything that can be checked here: (name, what was found, whether it works or None if it isn't there)."""
+    yield "median, C", *_attempt(lambda: check_median(torch.device("cpu"), torch.float32, "cpu"))
+    if not torch.cuda.is_available():
+        for name in KERNELS:
+            yield f"{name}, CUDA", "not checked: torch sees no GPU", None
+        return
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        capability = torch.cuda.get_device_capability(device)
+        for name in KERNELS:
+            finding, works = _attempt(lambda n=name, c=capability: build.load_cuda(n, c) and 0)
+            yield f"{name}, build for sm_{capability[0]}{capability[1]}", finding, works
+        for dtype in TOLERANCE:
+            kind = str(dtype).removeprefix("torch.")
+            yield f"median, {kind}", *_attempt(lambda t=dtype, d=device: check_median(d, t, "cuda"))
+            yield f"bias_act, {kind}", *_attempt(lambda t=dtype, d=device: check_bias_act(d, t))
+            yield f"upfirdn2d, {kind}", *_attempt(lambda t=dtype, d=device: check_upfirdn2d(d, t))
+
+
+def _attempt(check: Callable[[], float]) -> tuple[str, bool]:
+    """Runs a check that returns its error as a part of the tolerance."""
+    start = time.perf_counter()
+    try:
+        error = check()
+    except (build.BuildError, RuntimeError, ValueError) as problem:
+        return f"FAILED: {problem}", False
+    seconds = time.perf_counter() - start
+    return f"{'ok' if error <= 1 else 'DISAGREES'}, {error:.2g} of the tolerance, {seconds:.1f} s", error <= 1
+
+
+# ---- one op on one device in one dtype, over layouts and odd sizes: its largest error, 1 being the tolerance
+
+def check_median(device: torch.device, dtype: torch.dtype, impl: str) -> float:
+    wrong = 0
+    for (height, width), size, border in itertools.product(((33, 40), (1, 5)), (3, 19, 35), ("zero", "replicate")):
+        x = _random(2, 2, height, width).mul(4).to(dtype)
+        x[0, 0] = x[0, 0].round()                                                          # ties
+        reference = median2d(x, size, "ref", border)
+        for laid_out in (lay_out(x.to(device), layout) for layout in LAYOUTS):
+            wrong += (median2d(laid_out, size, impl, border).cpu() != reference).sum().item()
+    return float(2 * wrong)
+
+
+def check_bias_act(device: torch.device, dtype: torch.dtype) -> float:
+    errors = [0.0]
+    for shape, layout in itertools.product(((3, 5, 7, 9), (2, 16, 6, 5), (3, 8)), LAYOUTS):
+        x, bias = _random(*shape).to(device, dtype), _random(shape[1], seed=1).to(device)
+        errors += relative_errors(bias_act, [lay_out(x, layout), bias])
+    return max(errors) / TOLERANCE[dtype]
+
+
+def check_upfirdn2d(device: torch.device, dtype: torch.dtype) -> float:
+    errors = [0.0]
+    for (taps, up, down, pad), (channels, layout) in itertools.product(
+        RESAMPLINGS, itertools.product((3, 8), LAYOUTS)
+    ):
+        x = lay_out(_random(2, channels, 11, 14).to(device, dtype), layout)
+        for kernel in (_random(taps, taps, seed=1), binomial_kernel([1, 3, 2, 5, 1][:taps])):
+            kernel = kernel.to(device, torch.float32)
+            def resample(t, args=(kernel, up, down, pad)):
+                return upfirdn2d(t, args[0].to(t.device), *args[1:])
+
+            errors += relative_errors(resample, [x])
+    return max(errors) / TOLERANCE[dtype]
+
+
+def relative_errors(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[float]:
+    """Of function(*inputs), its gradient and its second gradient, against doubles on the CPU.
+
+    Each is the largest difference over the largest value.
+    """
+    results = [_with_gradients(function, leaves) for leaves in (inputs, [t.cpu().double() for t in inputs])]
+    return [((ours.cpu().double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
+            for ours, exact in zip(*results)]
+
+
+def _with_gradients(function, inputs):
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    y = function(*leaves)
+    first = torch.autograd.grad(_energy(y), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(_energy(g) for g in first), leaves)
+    return y.detach(), *(g.detach() for g in first), *second
+
+
+def _energy(x):
+    """Scaled so that two gradients of it stay within float16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum() / x.numel() ** 0.5
+
+
+def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same tensor in memory as named: 'strided' is every second column of a wider one."""
+    if layout == "channels_last" and x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return torch.stack([x, x], -1).flatten(-2)[..., ::2] if layout == "strided" else x.contiguous()
+
+
+def _random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

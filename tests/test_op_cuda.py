@@ -1,0 +1,340 @@
+"""The CUDA kernels: their arithmetic on the CPU, their build, their registration with torch, and on a GPU all of it.
+
+Without a GPU the kernels' own functions run thread by thread under g++ (op/csrc/emulate.cpp), over tiles and edges,
+and nvcc compiles every source for an H100 or H200 where it is installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+import op
+from op import bias_act, binomial_kernel, build, doctor, upfirdn2d
+from op.cuda import choose
+from op.median import median2d
+
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+HOPPER = (9, 0)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+needs_nvcc = pytest.mark.skipif(
+    not (shutil.which("nvcc") and shutil.which("ninja") and torch.version.cuda), reason="no nvcc, ninja or CUDA torch")
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the kernels' arithmetic, emulated
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory) -> ctypes.CDLL:
+    if not shutil.which("g++"):
+        pytest.skip("no g++ to emulate the kernels with")
+    library = tmp_path_factory.mktemp("emulated") / "emulate.so"
+    flags = ["-O1", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined,bounds", "-static-libubsan",
+             "-fno-sanitize-recover", "-shared", "-fPIC"]
+    subprocess.run(["g++", *flags, build.SOURCES / "emulate.cpp", "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def address(t: torch.Tensor | None) -> ctypes.c_void_p | None:
+    return None if t is None else ctypes.c_void_p(t.data_ptr())
+
+
+def emulate_upfirdn2d(emulated, x, kernel, up, down, pad, mode, correlate=False):
+    left, right, top, bottom = pad if len(pad) == 4 else (*pad, *pad)
+    (b, c, h, w), (kh, kw) = x.shape, kernel.shape
+    last = x.is_contiguous(memory_format=NHWC) and not x.is_contiguous()
+    out_h, out_w = (h * up + top + bottom - kh) // down + 1, (w * up + left + right - kw) // down + 1
+    y = torch.full((b, c, out_h, out_w), torch.nan).contiguous(memory_format=NHWC if last else NCHW)
+    sizes = [b if last else b * c, h, w, out_h, out_w, c if last else 1, kh, kw, up, down, left, top, int(correlate)]
+    emulated.emulate_upfirdn2d(address(x), address(kernel), address(y), (ctypes.c_int64 * 13)(*sizes), mode)
+    return y
+
+
+@pytest.mark.parametrize("taps, up, down, pad", doctor.RESAMPLINGS)
+@pytest.mark.parametrize("shape, layout", [((2, 3, 11, 14), NCHW), ((2, 3, 5, 7), NHWC), ((1, 8, 18, 5), NHWC)])
+def test_upfirdn2d_kernels(emulated, taps, up, down, pad, shape, layout):
+    x = rand(*shape).contiguous(memory_format=layout)
+    tiled = taps == 4 and 1 in (up, down) and up + down <= 3
+    for kernel in (rand(taps, taps, seed=1), binomial_kernel([1, 3, 2, 5, 1][:taps]), rand(taps, taps) * 0):
+        for correlate in (False, True):
+            turned = kernel.flip(0, 1) if correlate else kernel
+            expected = upfirdn2d(x.double(), turned.double(), up, down, pad)
+            for mode in (0, 1, 2) if tiled else (0, 1):
+                y = emulate_upfirdn2d(emulated, x, kernel, up, down, pad, mode, correlate)
+                torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", [
+    torch.tensor([1.0, -1, 1, -1])[:, None] * torch.ones(4),                   # sums to zero: not factorised
+    torch.tensor([1.0, 2, 0, -3])[:, None] * torch.tensor([0.0, 2, 1, 4]),
+    torch.eye(4), binomial_kernel() * 1e-20, binomial_kernel() + 1e-3 * torch.eye(4),
+])
+def test_upfirdn2d_tiles_factorise_only_what_is_a_product(emulated, kernel):
+    x = rand(1, 4, 9, 9).contiguous(memory_format=NHWC)
+    expected = upfirdn2d(x.double(), kernel.double(), pad=(2, 1)) / kernel.abs().max()
+    y = emulate_upfirdn2d(emulated, x, kernel.contiguous(), 1, 1, (2, 1), 2) / kernel.abs().max()
+    torch.testing.assert_close(y.double(), expected.double(), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape, layout", [
+    ((3, 5, 4, 6), NCHW), ((3, 8, 3, 5), NHWC), ((3, 5, 3, 5), NHWC), ((6, 8), NCHW),
+])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+def test_bias_act_kernels(emulated, shape, layout, packed, wide):
+    x, bias, gradient = rand(*shape), rand(shape[1], seed=1), rand(*shape, seed=2)
+    if layout == NHWC:
+        x, gradient = x.contiguous(memory_format=NHWC), gradient.contiguous(memory_format=NHWC)
+    inner = 1 if layout == NHWC or len(shape) == 2 else 24
+    if packed and x.numel() % 4 or packed and inner == 1 and shape[1] % 4:
+        pytest.skip("the launcher takes no packs here")
+    sizes = [*map(ctypes.c_int64, (x.numel(), shape[1], inner)), ctypes.c_double(0.1), ctypes.c_double(3), packed, wide]
+    leaf = x.double().requires_grad_()
+    expected = bias_act(leaf, bias.double(), 0.1, 3.0)
+    for b, forward in ((bias, expected), (None, bias_act(x.double(), None, 0.1, 3.0))):
+        y = torch.empty_like(x)
+        emulated.emulate_bias_act(address(x), address(b), None, address(y), *sizes)
+        torch.testing.assert_close(y.double(), forward, atol=1e-5, rtol=0)
+    output, derivative = expected.float(), torch.empty_like(x)
+    emulated.emulate_bias_act(address(gradient), None, address(output), address(derivative), *sizes)
+    (backward,) = torch.autograd.grad(expected, leaf, gradient.double())
+    torch.testing.assert_close(derivative.double(), backward, atol=1e-5, rtol=0)
+
+
+def emulate_median2d(emulated, x, size, border, wide=False, backwards=False):
+    y = torch.full_like(x, 7.0)
+    planes, height, width = x.shape
+    emulated.emulate_median2d(address(x), address(y), ctypes.c_int64(planes), height, width, size,
+                              border == "replicate", wide, backwards)
+    return y
+
+
+def pictures() -> dict[str, torch.Tensor]:
+    noise = rand(2, 40, 67)
+    infinite = noise.clone()
+    infinite[:, ::3, ::4], infinite[:, 1::3, 1::4] = torch.inf, -torch.inf
+    blob = noise * (torch.linspace(-1, 1, 40)[:, None].square() + torch.linspace(-1, 1, 67).square() < 0.3)
+    return {"noise": noise, "ties": noise.round(), "infinite": infinite, "masked": blob, "constant": noise * 0 - 3,
+            "tiny numbers": noise * 1e-44, "steps": torch.arange(33.0 * 70).reshape(1, 33, 70) // 9,
+            "one pixel": noise[:, :1, :1].contiguous(), "flat": noise[:, :2].contiguous()}
+
+
+@pytest.mark.parametrize("size", (3, 19, 31))
+@pytest.mark.parametrize("name", pictures())
+def test_median_kernel(emulated, name, size):
+    x = pictures()[name]
+    for border in ("zero", "replicate"):
+        expected = median2d(x, size, border=border)
+        for backwards in (False, True):                        # threads between two barriers in either order
+            assert torch.equal(emulate_median2d(emulated, x, size, border, backwards=backwards), expected), border
+
+
+def test_median_kernel_of_wide_windows(emulated):
+    x = pictures()["infinite"][:1, :9, :12].contiguous()
+    for size, border in ((7, "zero"), (7, "replicate"), (41, "replicate")):
+        assert torch.equal(emulate_median2d(emulated, x, size, border, wide=True), median2d(x, size, border=border))
+
+
+@pytest.mark.parametrize("wide", (False, True))
+def test_median_kernel_passes_nan_on(emulated, wide):
+    x = pictures()["noise"][:1].contiguous()
+    y = x.clone()
+    y[0, 20, 30], y[0, 21, 31] = torch.nan, -torch.tensor(torch.nan)
+    near = torch.zeros(40, 67, dtype=torch.bool)
+    near[18:23, 28:33] = near[19:24, 29:34] = True
+    result = emulate_median2d(emulated, y, 5, "zero", wide)[0]
+    assert torch.equal(result.isnan(), near)
+    assert torch.equal(result[~near], median2d(x, 5)[0][~near])
+
+
+# ---- the build
+
+@needs_nvcc
+@pytest.mark.parametrize("name", doctor.KERNELS)
+def test_nvcc_compiles_and_the_library_loads(name):
+    library = build.load_cuda(name, HOPPER)
+    assert getattr(library, f"{name}_cuda")
+
+
+@needs_nvcc
+def test_built_once_into_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "CUDA_FLAGS", ("-O0", "-std=c++17"))
+    for _ in range(2):
+        build.load_cuda.__wrapped__("bias_act", HOPPER)
+        monkeypatch.setattr(build, "_compile_cuda", lambda *_: pytest.fail("built again"))
+    assert [path.name.partition("-")[0] for path in (tmp_path / "cn-stylegan").iterdir()] == ["bias_act"]
+
+
+def test_the_key_knows_source_version_and_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "cuda_home", lambda: tmp_path)
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin/nvcc"
+    keys = []
+    for release, capability, version in (("1", (9, 0), "2.0"), ("1", (9, 0), "2.0"), ("1", (8, 0), "2.0"),
+                                         ("2", (9, 0), "2.0"), ("1", (9, 0), "2.1")):
+        nvcc.write_text(f"#!/bin/sh\necho {release}\n")
+        nvcc.chmod(0o755)
+        monkeypatch.setattr(torch, "__version__", version)
+        keys.append(build._cuda_key("median", capability))
+    assert keys[0] == keys[1] and len(set(keys)) == 4
+    changed = tmp_path / "portable.h"
+    changed.write_text("changed")
+    sources = build.cuda_sources("median")
+    monkeypatch.setattr(torch, "__version__", "2.0")
+    monkeypatch.setattr(build, "cuda_sources", lambda name: [*sources[:-1], changed])
+    assert build._cuda_key("median", (9, 0)) not in keys
+
+
+def test_no_nvcc(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(build.BuildError, match=r"(?s)no nvcc in .*CUDA_HOME.*--ops ref does without"):
+        build.load_cuda.__wrapped__("median", HOPPER)
+
+
+@needs_nvcc
+def test_a_compile_error_shows_the_last_lines_and_the_way_round(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "CUDA_FLAGS", ("-DTILE=(",))
+    with pytest.raises(build.BuildError, match=r"(?s)kernel median cannot be built.*error.*--ops ref does without"):
+        build.load_cuda.__wrapped__("median", HOPPER)
+    assert list((tmp_path / "cn-stylegan").iterdir()) == []
+
+
+# ---- choosing
+
+def test_cpu_tensors_take_the_reference_and_set_impl_turns_the_kernels_off():
+    on_gpu = torch.empty(0).to("meta")
+    assert choose("op", "auto", torch.empty(0)) == choose("op", "auto", on_gpu) == "ref"
+    with torch._subclasses.FakeTensorMode():
+        on_gpu = torch.empty(1, device="cuda")
+        assert choose("op", "auto", on_gpu) == choose("op", "cuda", on_gpu) == "cuda"
+        try:
+            op.set_impl("ref")
+            assert choose("op", "auto", on_gpu) == "ref" and choose("op", "cuda", on_gpu) == "cuda"
+        finally:
+            op.set_impl("auto")
+        assert choose("op", "auto", on_gpu) == "cuda"
+
+
+@pytest.mark.parametrize("call", [
+    lambda: bias_act(torch.zeros(1, 2), impl="cuda"),
+    lambda: upfirdn2d(torch.zeros(1, 1, 4, 4), torch.ones(2, 2), impl="cuda"),
+    lambda: median2d(torch.zeros(4, 4), 3, "cuda"),
+])
+def test_the_kernels_refuse_a_cpu_tensor(call):
+    with pytest.raises(ValueError, match="impl='cuda' needs a tensor on a CUDA device, got one on cpu; use 'auto'"):
+        call()
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="impl must be one of auto, ref, cuda, got 'fast'"):
+        bias_act(torch.zeros(1, 2), impl="fast")
+    with pytest.raises(ValueError, match="expected auto or ref, got 'cuda'"):
+        op.set_impl("cuda")
+
+
+# ---- registration with torch: on the CPU the registered ops are their references
+
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", [NCHW, NHWC])
+def test_opcheck(device, layout):
+    ops = torch.ops.cn_stylegan
+    x = rand(2, 3, 6, 5).contiguous(memory_format=layout).to(device).requires_grad_()
+    bias, kernel = rand(3, seed=1).to(device).requires_grad_(), rand(4, 4, seed=2).to(device)
+    output = rand(2, 3, 6, 5, seed=3).contiguous(memory_format=layout).to(device)
+    impl = "cuda" if device == "cuda" else "ref"
+    torch.library.opcheck(ops.bias_act, (x, bias, None, 0.2, 2.0))
+    torch.library.opcheck(ops.bias_act, (x, None, None, 0.2, 1.0))
+    torch.library.opcheck(ops.bias_act, (x, None, output, 0.2, 2.0))
+    for up, down in ((1, 1), (2, 1), (1, 2)):
+        torch.library.opcheck(ops.upfirdn2d, (x, kernel, up, down, [2, 1, 1, 2], False, impl))
+    torch.library.opcheck(ops.median2d, (x.detach(), 3, "auto" if device == "cpu" else "cuda", "zero"))
+
+
+def test_the_registered_bias_act_has_both_gradients():
+    x, bias = rand(2, 3, 2, 2).double().requires_grad_(), rand(3, seed=1).double().requires_grad_()
+
+    def registered(a, b):
+        return torch.ops.cn_stylegan.bias_act(a, b, None, 0.2, 2.0)
+
+    torch.testing.assert_close(registered(x, bias), bias_act(x, bias, gain=2.0), atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(registered, (x, bias))
+    assert torch.autograd.gradgradcheck(lambda a, b: registered(a, b) ** 2, (x, bias))
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias, self.kernel = torch.nn.Parameter(rand(3)), binomial_kernel()
+
+    def forward(self, x):
+        y = torch.ops.cn_stylegan.bias_act(upfirdn2d(x, self.kernel, up=2, pad=(2, 1)), self.bias, None, 0.2, 1.0)
+        return y * median2d(x, 3).mean()
+
+
+def test_compile_and_export_pass_through():
+    block, x = Block(), rand(2, 3, 6, 5).requires_grad_()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(*(torch.autograd.grad(f(x).square().sum(), [x, block.bias]) for f in (compiled, block))):
+        torch.testing.assert_close(ours, eager)
+    exported = torch.export.export(block, (x,))
+    targets = {str(node.target) for node in exported.graph.nodes}
+    assert {f"cn_stylegan.{name}.default" for name in ("bias_act", "upfirdn2d", "median2d")} <= targets
+    torch.testing.assert_close(exported.module()(x), block(x))
+
+
+# ---- whole ops against the reference in doubles; the doctor's own checks
+
+@pytest.mark.parametrize("dtype", doctor.TOLERANCE)
+@pytest.mark.parametrize("check", [doctor.check_bias_act, doctor.check_upfirdn2d])
+@needs_gpu
+def test_kernels_and_gradients_of_both_orders_on_a_gpu(check, dtype):
+    assert check(torch.device("cuda"), dtype) <= 1
+
+
+@pytest.mark.parametrize("dtype", doctor.TOLERANCE)
+@needs_gpu
+def test_median_on_a_gpu(dtype):
+    assert doctor.check_median(torch.device("cuda"), dtype, "cuda") == 0
+
+
+@pytest.mark.parametrize("size", (99, 231))
+@needs_gpu
+def test_wide_median_on_a_gpu(size):
+    x = rand(1, 20, 24)
+    assert torch.equal(median2d(x.cuda(), size, border="replicate").cpu(), median2d(x, size, border="replicate"))
+
+
+@needs_gpu
+def test_more_than_two_to_the_31_elements_on_a_gpu():
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GB of GPU memory")
+    x = torch.zeros(2, 1, 32776, 32776, dtype=torch.float16, device="cuda")
+    x[-1, :, -4:, -4:] = rand(1, 4, 4).cuda()
+    corner = x[-1:, :, -8:, -8:].clone()
+    assert torch.equal(bias_act(x)[-1:, :, -8:, -8:], bias_act(corner))
+    y = upfirdn2d(x, binomial_kernel().cuda(), pad=(2, 1))
+    assert torch.equal(y[-1:, :, -4:, -4:], upfirdn2d(corner, binomial_kernel().cuda(), pad=(2, 1))[:, :, -4:, -4:])
+
+
+def test_the_doctor_finds_a_kernel_that_disagrees(monkeypatch, capsys):
+    assert doctor.check_upfirdn2d(torch.device("cpu"), torch.float32) <= 1
+    assert doctor.check_bias_act(torch.device("cpu"), torch.float32) <= 1
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor.main() == 0
+    assert "upfirdn2d, CUDA          not checked: torch sees no GPU" in capsys.readouterr().out
+    monkeypatch.setattr(doctor, "median2d", lambda x, size, impl, border: x + (impl == "ref"))
+    assert doctor.main() == 1
+    assert "median, C                DISAGREES" in capsys.readouterr().out

@@ -1,0 +1,187 @@
+"""The speed benchmark: an honest reference, sound arithmetic, and GPU rows that run before there is a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import memory
+import train
+from benchmarks import gpu, speed
+from benchmarks.measure import REFERENCE, Row, medians, operations, side_by_side, table
+from benchmarks.reference import ReferenceDiscriminator, ReferenceGenerator
+from model import Discriminator, Generator, ModelConfig
+from projection import ProjectionSettings
+
+CPU = torch.device("cpu")
+TINY = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=64, channel_multiplier=1, channel_max=8)
+close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
+
+
+def pair(ours, reference):
+    """Both networks with the same weights, noise strengths and biases away from zero."""
+    torch.manual_seed(0)
+    net, plain = ours(TINY), reference(TINY)
+    for parameter in net.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    plain.load_state_dict(net.state_dict())
+    return net, plain
+
+
+@pytest.fixture(autouse=True)
+def quick_rates(monkeypatch):
+    """The machine's rates take a second to measure; any will do here."""
+    for module in (gpu, speed):
+        monkeypatch.setattr(module, "rate", lambda device, dtype: 1e9)
+        monkeypatch.setattr(module, "bandwidth", lambda device: 1e9)
+    yield
+    memory.keep_freed(False)
+
+
+# ---- The reference
+
+def test_the_reference_generator_is_the_same_function():
+    net, plain = pair(Generator, ReferenceGenerator)
+    w_plus = torch.randn(3, TINY.n_latent, 8, requires_grad=True)
+    images, expected = net.synthesis(w_plus, "const"), plain.synthesis(w_plus, "const")
+    close(images, expected)
+    close(torch.autograd.grad(images.square().sum(), w_plus), torch.autograd.grad(expected.square().sum(), w_plus))
+    close(net.synthesis(w_plus[:, 0], None), plain.synthesis(w_plus[:, 0], None))
+
+
+def test_the_reference_discriminator_is_the_same_function():
+    net, plain = pair(Discriminator, ReferenceDiscriminator)
+    images = torch.randn(4, 3, 32, 32)
+    close(net(images), plain(images))
+
+
+def test_the_reference_trainer_has_the_published_networks_in_float32_and_leaves_ours_alone():
+    config = dataclasses.replace(train.PRESETS["smoke32"], precision="bf16")
+    reference, ours = gpu.make_trainer(config, CPU, reference=True), gpu.make_trainer(config, CPU)
+    assert isinstance(reference.g, ReferenceGenerator) and isinstance(reference.d, ReferenceDiscriminator)
+    assert reference.g.compute_dtype == torch.float32 and ours.g.compute_dtype == torch.bfloat16
+    assert type(ours.g) is Generator and type(ours.d) is Discriminator
+    assert reference.ada.p == ours.ada.p == gpu.ADA_P
+
+
+# ---- Arithmetic
+
+def test_variants_take_turns_and_the_first_call_does_not_count():
+    order = []
+    samples = side_by_side({REFERENCE: lambda: order.append("r"), "ours": lambda: order.append("o")}, CPU, 2, calls=2)
+    assert "".join(order) == "rroo" * 3
+    assert [len(times) for times in samples.values()] == [2, 2]
+
+
+def test_the_median_counts():
+    assert medians({"a": [3.0, 1.0, 9.0]}, scale=10) == {"a": 30.0}
+
+
+def test_the_average_step_counts_every_phase_as_often_as_it_comes():
+    config = dataclasses.replace(train.PRESETS["smoke32"], path_every=4, r1_every=16)
+    assert gpu.average_step({"plain": 1.0, "path": 5.0, "all": 21.0}, config) == 1 + 4 / 4 + 16 / 16
+    without = dataclasses.replace(config, path_every=0, r1_every=0)
+    assert gpu.average_step({"plain": 1.0, "path": 1.0, "all": 1.0}, without) == 1
+
+
+def test_operations_of_a_product():
+    assert operations(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 2 * 2 * 3 * 5
+
+
+def test_the_table_says_what_was_not_measured():
+    text = table([Row("fast", "s", "4x", reference=8.0, ours=1.0, floor=0.5, met=True),
+                  Row("absent", "", "-", note="no GPU on this machine")])
+    lines = text.splitlines()
+    assert lines[2].split() == ["fast", "8", "1", "8.0x", "0.5", "s", "4x", "yes"]
+    assert "not measured" in lines[3] and lines[4] == "absent: no GPU on this machine"
+
+
+# ---- The rows, with tiny sizes
+
+def test_the_generator_rows():
+    fp32, bf16 = speed.generator_rows(1, TINY, batch=2)
+    assert fp32.ours > 0 and bf16.reference == fp32.reference and set(bf16.samples) == {REFERENCE, "bf16"}
+    assert fp32.floor > 0 and fp32.met == (fp32.ratio >= 4)
+
+
+def test_the_median_row_counts_all_planes():
+    row = speed.median_row(1, shape=(4, 8, 8), size=3, planes=2)
+    assert row.reference == 2 * row.samples[REFERENCE][0] and row.floor == 2 * 4 * 64 * 4 / 1e9
+
+
+def test_the_training_row_runs_every_phase_and_judges_by_both_goals():
+    config = dataclasses.replace(train.PRESETS["smoke32"], style_dim=8, channel_base=64, channel_max=8, batch=4)
+    (row,) = gpu.training_row("training", config, CPU, 1, "goal", most_s_per_kimg=1e9, least_ratio=0)
+    assert row.met and row.floor > 0 and row.unit == "s/kimg"
+    assert len(row.samples) == 6
+    (row,) = gpu.training_row("training", config, CPU, 1, "goal", most_s_per_kimg=1e-9)
+    assert not row.met
+
+
+def test_the_projection_row():
+    settings = ProjectionSettings(steps_latent=2, steps_noise=2)
+    row = gpu.projection_row("projection", TINY, 3, settings, CPU, 1, "goal", 1e9)
+    assert row.met and row.reference == 10 * row.samples[REFERENCE][0] and row.floor > 0
+
+
+def test_the_rows_of_the_ops():
+    rows = gpu.op_rows(2, ((3, 8),), CPU, 1, calls=1)
+    assert len(rows) == 5 and all(row.ours > 0 for row in rows)
+    assert rows[-1].floor == 1e3 * 2 * (2 * 3 * 8 * 8 * 2) / 1e9                   # bias_act: read and written once
+    assert gpu.median_row((2, 8, 8), 3, CPU, 1).ours > 0
+
+
+def test_without_a_gpu_its_rows_are_not_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "speed.json"
+    assert speed.main(["--only", "paper512,ops512", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("not measured") == 2
+    found = json.loads(out.read_text())
+    assert [row["ours"] for row in found["rows"]] == [None, None] and found["machine"]["gpu"] == "none"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--only", "median,speed"], "--only: no row speed"), (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+])
+def test_wrong_flags_exit_2(flags, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        speed.main(flags)
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+# ---- projector.py as a process
+
+def test_the_head_has_what_it_says(tmp_path):
+    speed.write_head(tmp_path / "head.nii.gz", slices=24, size=48)
+    hu = np.asarray(speed.nib.load(tmp_path / "head.nii.gz").dataobj)
+    assert hu.shape == (48, 48, 24) and hu[0, 0].max() < -900 and (hu > 900).mean() > 0.05
+    assert 55 < np.median(hu[30:33, 25:28, 13]) < 75
+
+
+PROJECTOR = """
+import sys, pathlib
+scan, out, precision = sys.argv[1], sys.argv[5], sys.argv[9]
+if not pathlib.Path(scan).exists():
+    sys.exit(f"{scan}: no such file")
+kept = bytearray(200_000_000)
+kept[::4096] = bytes(len(kept[::4096]))
+pathlib.Path(out).mkdir()
+pathlib.Path(out, "scores.csv").write_text(f"scan_id,score,error_hu\\nhead,{len(precision)},2.5\\n")
+"""
+
+
+def test_a_projection_is_measured_from_outside(tmp_path, monkeypatch):
+    (tmp_path / "projector.py").write_text(PROJECTOR)
+    monkeypatch.setattr(speed, "ROOT", tmp_path)
+    scan = tmp_path / "head.nii"
+    with pytest.raises(RuntimeError, match="ended with 1:\n.*head.nii: no such file"):
+        speed.project_scan(scan, tmp_path, tmp_path / "out", "fp32")
+    scan.touch()
+    measured = speed.project_scan(scan, tmp_path, tmp_path / "out", "fp32")
+    assert measured["score"] == 4 and measured["error_hu"] == 2.5 and measured["seconds"] > 0
+    assert 0.2 < measured["peak_gb"] < 2
