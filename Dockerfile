@@ -11,9 +11,9 @@
 # CUDA 13.0 is what the locked torch is built for. Ubuntu 24.04 has Python 3.12, which the lock covers.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
 
-# gcc: op/ compiles its C source at first use
+# gcc, g++: op/ compiles its C and CUDA sources at first use (nvcc is in the image)
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev python3 python3-venv \
+    && apt-get install -y --no-install-recommends g++ gcc libc6-dev python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 RUN python3 -m venv /opt/venv

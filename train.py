@@ -31,6 +31,7 @@ from ct.window import decode, encode
 from dataset import DatasetError, SliceDataset, image_batches
 from losses import d_logistic, frozen, g_nonsaturating, path_lengths, r1_penalty
 from model import Discriminator, Generator, ModelConfig
+from op import set_impl
 from preprocess import ensure_database
 from quality import InceptionFeatures, frechet_distance, sliced_wasserstein
 from runlog import RunLog, load_optimiser, run_command, start_run
@@ -363,6 +364,7 @@ def main(argv: list[str] | None = None) -> int:
                             help="database made by prepare.py, or a folder of scans (prepared on the fly)")
         parser.add_argument("--out", type=Path, default=Path("runs/gan"), help="run folder; an unfinished run goes on")
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        parser.add_argument("--ops", default="auto", choices=("auto", "ref"), help="ref: no CUDA kernels of our own")
         parser.add_argument("--inception", type=Path,
                             help="torchvision's inception_v3 state dict: the Frechet distance is measured, too")
         parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
@@ -374,6 +376,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work(device):
         memory.keep_freed()
+        set_impl(args.ops)
         if args.inception and not args.inception.is_file():
             raise ValueError(f"--inception {args.inception}: no such file; give torchvision's inception_v3 state dict")
         train(config, ensure_database(args.data, args.out, config.size), args.out, device, args.inception)
