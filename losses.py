@@ -76,20 +76,31 @@ def prior_excess(p: torch.Tensor, p_encoder: torch.Tensor) -> torch.Tensor:
 PERCEPTUAL = ("discriminator", "lpips", "pixels")
 
 
-def pixel_distance(query: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference [B] of images [B, 3, N, N], rounded off below 0.01 (Charbonnier): the sign of a
-    difference near 0 would amplify the rounding of a batch."""
-    return (((query.detach() - other).square() + 1e-4).sqrt() - 1e-2).mean((1, 2, 3))
+KNEE = 0.01
+
+
+def pixel_distance(query: torch.Tensor, other: torch.Tensor, knee: float = KNEE) -> torch.Tensor:
+    """Mean absolute difference [B] of images [B, 3, N, N], rounded off below `knee` (Charbonnier).
+
+    At the least, since the sign of a difference near 0 would amplify the rounding of a batch. With a knee above the
+    noise of the images (0.2 is 5 HU in the narrowest window) what is larger than noise leads the search, and not the
+    noise's sign at every pixel.
+    """
+    return (((query.detach() - other).square() + knee**2).sqrt() - knee).mean((1, 2, 3))
 
 
 class PixelDistance(nn.Module):
     """The pixels' own difference alone: the cheapest distance, and one that noise cannot lead astray."""
 
+    def __init__(self, knee: float = KNEE):
+        super().__init__()
+        self.knee = knee
+
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
         return [images]
 
     def distance(self, query: list[torch.Tensor], other: list[torch.Tensor]) -> torch.Tensor:
-        return pixel_distance(query[0], other[0])
+        return pixel_distance(query[0], other[0], self.knee)
 
 
 class DiscriminatorPerceptual(nn.Module):
@@ -101,9 +112,9 @@ class DiscriminatorPerceptual(nn.Module):
     listens to noise, which no code can match, and by its features alone a reconstruction may lose the skull.
     """
 
-    def __init__(self, discriminator: nn.Module, pixels: float):
+    def __init__(self, discriminator: nn.Module, pixels: float, knee: float = KNEE):
         super().__init__()
-        self.discriminator, self.pixels = discriminator.requires_grad_(False), pixels
+        self.discriminator, self.pixels, self.knee = discriminator.requires_grad_(False), pixels, knee
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
         return [images, *self.discriminator.features(images)[:-1]]
@@ -114,7 +125,7 @@ class DiscriminatorPerceptual(nn.Module):
         for q, o in zip(query, other):
             q, o = q.detach().float(), o.float()
             total = total + (q - o).square().mean((1, 2, 3)) / (q.square().mean((1, 2, 3)) + 1e-8)
-        return total / len(query) + self.pixels * pixel_distance(image, other_image)
+        return total / len(query) + self.pixels * pixel_distance(image, other_image, self.knee)
 
 
 class LpipsPerceptual(nn.Module):
@@ -183,12 +194,15 @@ def _load_state(path: Path | str, flag: str) -> dict[str, torch.Tensor]:
     return state
 
 
-def build_perceptual(kind: str, discriminator: nn.Module, pixels: float, vgg16=None, lpips=None) -> nn.Module:
+def build_perceptual(kind: str, discriminator: nn.Module, pixels: float, knee: float = KNEE, vgg16=None,
+                     lpips=None) -> nn.Module:
     """kind: one of PERCEPTUAL. Raises ValueError naming the flag that is missing."""
+    if not knee > 0:
+        raise ValueError(f"--knee must be above 0, got {knee:g}")
     if kind == "discriminator":
-        return DiscriminatorPerceptual(discriminator, pixels)
+        return DiscriminatorPerceptual(discriminator, pixels, knee)
     if kind == "lpips":
         return LpipsPerceptual(vgg16, lpips)
     if kind == "pixels":
-        return PixelDistance()
+        return PixelDistance(knee)
     raise ValueError(f"--perceptual must be one of {', '.join(PERCEPTUAL)}, got {kind!r}")

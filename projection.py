@@ -18,7 +18,7 @@ import normative
 from checkpoint import Bundle
 from config import option
 from ct.window import decode, encode
-from losses import PERCEPTUAL, build_perceptual, prior_excess
+from losses import KNEE, PERCEPTUAL, build_perceptual, prior_excess
 
 MEASURES = ("votes", "surprise")
 
@@ -39,6 +39,7 @@ class ProjectionSettings:
     domain: float = option(1.0, "weight of the in-domain term against the perceptual distance")
     perceptual: str = option("discriminator", "distance between query and reconstruction", PERCEPTUAL)
     pixels: float = option(5.0, "weight of the pixels' own difference in --perceptual discriminator")
+    knee: float = option(KNEE, "difference below which the pixels' difference is rounded off, in [-1, 1]")
     threshold_hu: float = option(5.0, "a pixel votes when its filtered residual exceeds this, HU")
     median_at_512: int = option(19, "side of the residual's median filter, pixels at 512; scales with the frame")
     component_at_512: int = option(600, "smaller predicted components are dropped, pixels at 512; scales with area")
@@ -58,7 +59,7 @@ class ProjectionSettings:
         if self.median_at_512 < 1:
             raise ValueError(f"--median-at-512 must be at least 1, got {self.median_at_512}")
         for name in ("lr_latent", "lr_noise", "domain", "pixels", "threshold_hu", "component_at_512", "max_gap_mm",
-                     "surprise_above", "surprise_mask"):
+                     "knee", "surprise_above", "surprise_mask"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name):g}")
 
@@ -262,5 +263,6 @@ def judge(surprise: torch.Tensor, brain: torch.Tensor, settings: ProjectionSetti
 
 def perceptual_for(bundle: Bundle, settings: ProjectionSettings, vgg16=None, lpips=None) -> torch.nn.Module:
     """The perceptual distance of the settings on the bundle's device. ValueError when LPIPS lacks its weights."""
-    module = build_perceptual(settings.perceptual, bundle.discriminator, settings.pixels, vgg16, lpips)
+    module = build_perceptual(settings.perceptual, bundle.discriminator, settings.pixels, settings.knee, vgg16,
+                              lpips)
     return module.to(bundle.generator.input.input.device)

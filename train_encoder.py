@@ -29,7 +29,7 @@ from config import option, parse
 from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import DatasetError, SliceDataset, image_batches
-from losses import PERCEPTUAL, build_perceptual, d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
+from losses import KNEE, PERCEPTUAL, build_perceptual, d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
 from model import Discriminator, Encoder, Generator, ModelConfig
 from op import set_impl
 from preprocess import ensure_database
@@ -56,6 +56,7 @@ class EncoderConfig:
     perceptual: str = option("discriminator", "the trained discriminator's features, LPIPS-VGG (needs --vgg16), or "
                              "the pixels alone", PERCEPTUAL)
     pixels: float = option(5.0, "weight of the pixels' own difference in --perceptual discriminator")
+    knee: float = option(KNEE, "difference below which the pixels' difference is rounded off, in [-1, 1]")
     erase: float = option(0.25, "probability of a random rectangle blanked in the encoder's input only")
     coarse: float = option(0.0, "probability of coarse noise, blobs denser or thinner than the tissue, in the "
                                 "encoder's input only: it learns to look past them")
@@ -97,7 +98,8 @@ class EncoderTrainer:
         for net in (self.g, self.d, self.e, critic):
             net.to(device).compute_dtype = dtype
         # The features that measure distance stay those of the GAN; the discriminator itself goes on learning.
-        self.perceptual = build_perceptual(config.perceptual, critic, config.pixels, vgg16, lpips).to(device)
+        self.perceptual = build_perceptual(config.perceptual, critic, config.pixels, config.knee, vgg16,
+                                           lpips).to(device)
         trunk = [p for name, p in self.e.named_parameters() if not name.startswith("final_linear")]
         groups = [{"params": trunk, "lr": config.lr_trunk},
                   {"params": self.e.final_linear.parameters(), "lr": config.lr}]

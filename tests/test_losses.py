@@ -15,6 +15,7 @@ from losses import (
     g_nonsaturating,
     in_domain,
     path_lengths,
+    pixel_distance,
     prior_excess,
     r1_penalty,
 )
@@ -151,3 +152,12 @@ def test_missing_weights_name_their_flag(tmp_path):
         build_perceptual("lpips", None, 0.0, vgg16=tmp_path / "absent.pth")
     with pytest.raises(ValueError, match="--perceptual must be one of discriminator, lpips, pixels, got 'vgg'"):
         build_perceptual("vgg", None, 0.0)
+
+
+def test_pixel_distance_is_rounded_off_below_its_knee():
+    query = torch.zeros(1, 3, 4, 4)
+    at = [pixel_distance(query, torch.full((1, 3, 4, 4), d), knee=0.2).item() for d in (0.01, 0.02, 1.0)]
+    assert at[1] / at[0] == pytest.approx(4, rel=0.02)                # a parabola below
+    assert at[2] == pytest.approx((1 + 0.04) ** 0.5 - 0.2)            # the absolute value, shifted, above
+    with pytest.raises(ValueError, match="--knee must be above 0"):
+        build_perceptual("pixels", None, 0.0, knee=0.0)
