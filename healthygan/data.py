@@ -1,0 +1,288 @@
+"""Images and head-CT slices for HealthyGAN: read once, kept in memory, handed out as [B, 3, N, N] in [-1, 1].
+
+A source is a folder of images (any size, grey or RGB, 8 or 16 bit) or a database of slices made by prepare.py. An
+image loses its top 8 % (burnt-in text), is cut to its central square and resized; a slice is in its frame already,
+and its three HU windows are the channels, as for CN-StyleGAN. In memory an image takes 2 N^2 bytes a channel.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import distributed
+from ct.window import encode
+from dataset import DatasetError, InfiniteSampler, SliceDataset
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+FULL = 65535                             # white, as images are kept
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """Everything that decides which pixels a network sees; stored with the model and used again for testing.
+
+    kind       'images' or 'slices'
+    size       side N of what the network sees, pixels
+    crop_top   part of an image's rows dropped at the top
+    white_16bit  the value of a 16-bit image that is white
+    slices     the preprocessing settings of the database, where kind is 'slices'
+    """
+
+    kind: str
+    size: int
+    crop_top: float = 0.08
+    white_16bit: int = FULL
+    slices: dict | None = None
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A set of images or slices in memory.
+
+    pixels      images: uint16 [n, C, N, N], C 1 or 3, 65535 is white; slices: int16 [n, 1, N, N] in HU
+    names       one each: 'folder/file' without suffix below its source, or 'scan/slice'
+    units       what belongs to one score: the image itself, or the scan
+    unreadable  {name: reason} of images that were skipped
+    """
+
+    settings: ImageSettings
+    pixels: np.ndarray
+    names: list[str]
+    units: list[str]
+    unreadable: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, indices: Sequence[int]) -> torch.Tensor:
+        """Images float32 [len(indices), 3, N, N] in [-1, 1]."""
+        pixels = torch.from_numpy(self.pixels[np.asarray(indices)].astype(np.float32))
+        if self.settings.kind == "slices":
+            return encode(pixels[:, 0])
+        return (pixels * (2 / FULL) - 1).expand(-1, 3, -1, -1)
+
+    def take(self, indices: Sequence[int]) -> Pictures:
+        """The subset at these indices, in that order."""
+        return dataclasses.replace(self, pixels=self.pixels[np.asarray(indices, int)],
+                                   names=[self.names[i] for i in indices], units=[self.units[i] for i in indices])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Images
+
+def read_image(path: Path, settings: ImageSettings) -> np.ndarray:
+    """An image file as uint16 [C, N, N], C 1 (grey) or 3. Raises OSError or ValueError when it cannot be read.
+
+    16 bits are scaled to 0..65535 by white_16bit, not clipped to 8; transparency is left out.
+    """
+    with Image.open(path) as image:
+        image.load()
+        if image.mode == "F":
+            raise ValueError("expected 8 or 16 bits a pixel, found floating point")
+        if image.mode.startswith("I"):                                    # 16 bits; 'I' in files with 32
+            pixels = np.asarray(image).astype(np.float32) * (FULL / settings.white_16bit)
+            if pixels.min() < 0 or np.asarray(image).max() > FULL:
+                raise ValueError("expected 8 or 16 bits a pixel, found values beyond 16 bits")
+        else:
+            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")) * np.float32(257)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.shape[2] == 3 and (pixels == pixels[..., :1]).all():
+        pixels = pixels[..., :1]
+    pixels = centre_square(pixels[int(settings.crop_top * len(pixels)):])
+    side = (settings.size, settings.size)
+    resized = [Image.fromarray(np.ascontiguousarray(channel)).resize(side, Image.Resampling.BILINEAR)
+               for channel in pixels.transpose(2, 0, 1)]
+    return np.stack([np.asarray(channel).clip(0, FULL).round().astype(np.uint16) for channel in resized])
+
+
+def centre_square(pixels: np.ndarray) -> np.ndarray:
+    """[H, W, C] -> the central [S, S, C], S the shorter side."""
+    side = min(pixels.shape[:2])
+    top, left = ((length - side) // 2 for length in pixels.shape[:2])
+    return pixels[top:top + side, left:left + side]
+
+
+def read_images(folder: Path, settings: ImageSettings) -> Pictures:
+    """All images below a folder, by name; one that cannot be read is skipped and named.
+
+    Raises DatasetError where there is no folder, no image in it, or none that can be read.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"{folder}: no such folder; expected a folder of images")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    if not paths:
+        raise DatasetError(f"{folder}: no images in it; expected files ending in {', '.join(sorted(SUFFIXES))}")
+
+    def attempt(path):
+        try:
+            return read_image(path, settings)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:   # a broken PNG: SyntaxError
+            return str(error) or type(error).__name__
+
+    with ThreadPoolExecutor() as pool:
+        read = list(pool.map(attempt, paths))
+    names = [path.relative_to(folder.parent).with_suffix("").as_posix() for path in paths]
+    unreadable = {name: got for name, got in zip(names, read) if isinstance(got, str)}
+    kept = [i for i, got in enumerate(read) if not isinstance(got, str)]
+    if not kept:
+        raise DatasetError(f"{folder}: none of its {len(paths)} images can be read; the first: "
+                           f"{paths[0].name}: {read[0]}")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DatasetError(f"{folder}: {twice[0]} is there with several suffixes; expected one file of a name")
+    kept_names = [names[i] for i in kept]
+    return Pictures(settings, stack([read[i] for i in kept]), kept_names, kept_names, unreadable)
+
+
+def stack(images: Sequence[np.ndarray]) -> np.ndarray:
+    """[C, N, N] each -> [n, C, N, N]; grey ones become RGB where some are."""
+    channels = max(len(image) for image in images)
+    return np.stack([np.broadcast_to(image, (channels, *image.shape[1:])) for image in images])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Slices
+
+def read_slices(path: Path, split: str, settings: ImageSettings, scans: set[str] | None = None) -> Pictures:
+    """The slices of one split ('train', 'val', 'all') of a database, of all its scans or of those named.
+
+    Raises DatasetError when the database was prepared in another way than settings.slices.
+    """
+    slices = SliceDataset(path, split)
+    if slices.size != settings.size:
+        raise DatasetError(f"{path}: slices of {slices.size} x {slices.size}, but the network takes {settings.size}: "
+                           f"prepare it with --size {settings.size}, or choose another preset")
+    if settings.slices is not None and slices.manifest["settings"] != settings.slices:
+        raise DatasetError(f"{path}: prepared with other settings ({slices.manifest['settings']}) than what the "
+                           f"network learnt from ({settings.slices}): prepare it with those")
+    items = [slices[i] for i in range(len(slices))]
+    by_scan = {scan["scan_id"]: scan["slices"] for scan in slices.manifest["scans"]}
+    names = [f"{scan_id}/{number:02d}" for scan_id in slices.scan_ids for number in by_scan[scan_id]]
+    units = [slices.scan_ids[item["scan"]] for item in items]
+    everything = Pictures(settings, np.stack([item["hu"].numpy() for item in items])[:, None], names, units, {})
+    return everything.take([i for i, unit in enumerate(units) if scans is None or unit in scans])
+
+
+def is_database(path: Path) -> bool:
+    return path.is_file() or path.suffix == ".lmdb"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a training learns from
+
+@dataclass(frozen=True)
+class TrainingData:
+    """healthy: B; mixed: A; held_out: healthy units kept aside for the threshold (None where there are none)."""
+
+    healthy: Pictures
+    mixed: Pictures
+    held_out: Pictures | None
+
+    def facts(self) -> dict:
+        """Counts and settings, JSON."""
+        sets = {"healthy": self.healthy, "mixed": self.mixed, "held_out": self.held_out}
+        counts = {name: {"units": len(set(part.units)), "images": len(part), "unreadable": len(part.unreadable)}
+                  for name, part in sets.items() if part is not None}
+        return {"counts": counts, "image_settings": dataclasses.asdict(self.healthy.settings)}
+
+
+def join(parts: Sequence[Pictures]) -> Pictures:
+    """Several sources as one set."""
+    unreadable = {name: reason for part in parts for name, reason in part.unreadable.items()}
+    pixels = stack([image for part in parts for image in part.pixels])
+    return Pictures(parts[0].settings, pixels, [n for p in parts for n in p.names],
+                    [u for p in parts for u in p.units], unreadable)
+
+
+def class_folders(data: Path, stage: str, classes: tuple[str, str]) -> list[Path]:
+    """data/stage/{classes} or data/{classes}. Raises DatasetError naming what is missing."""
+    base = data / stage if (data / stage).is_dir() else data
+    for name in classes:
+        if not (base / name).is_dir():
+            raise DatasetError(f"{base / name}: no such folder; expected images in {data}/{stage}/{classes[0]} and "
+                               f"{data}/{stage}/{classes[1]}")
+    return [base / name for name in classes]
+
+
+def read_list(path: Path | None) -> set[str] | None:
+    """Scan ids, one a line; None without a file."""
+    if path is None:
+        return None
+    ids = {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+    if not ids:
+        raise DatasetError(f"{path}: no scan ids in it; expected one a line")
+    return ids
+
+
+def load_sources(paths: Sequence[Path], settings: ImageSettings, split: str, scans: Path | None) -> Pictures:
+    """Folders of images, or databases (those of their scans that the file `scans` lists), as one set."""
+    wanted = read_list(scans)
+    if settings.kind == "images":
+        return join([read_images(path, settings) for path in paths])
+    parts = [read_slices(path, split, settings, wanted) for path in paths]
+    if wanted is not None and (unknown := sorted(wanted.difference(*(part.units for part in parts)))):
+        raise DatasetError(f"{scans}: {len(unknown)} scans are not in {', '.join(map(str, paths))} (split {split}), "
+                           f"the first: {unknown[0]}")
+    return join(parts)
+
+
+def load_training(healthy: Sequence[Path], mixed: Sequence[Path], settings: ImageSettings, val_fraction: float,
+                  seed: int, patients: Path | None = None, healthy_scans: Path | None = None,
+                  mixed_scans: Path | None = None) -> TrainingData:
+    """Both sets, and healthy units held out: a database's own validation split, or val_fraction of the images.
+
+    patients: CSV with the columns image and patient; the images of one patient are then held out together.
+    """
+    kinds = {is_database(path) for path in (*healthy, *mixed)}
+    if len(kinds) > 1:
+        raise DatasetError("--healthy and --mixed: expected folders of images only, or databases only, found both")
+    if settings.kind == "slices":
+        manifest = SliceDataset(healthy[0], "all", check=False).manifest
+        settings = dataclasses.replace(settings, slices=manifest["settings"])
+        held_out = [read_slices(path, "val", settings) for path in healthy if _has_validation(path)]
+        return TrainingData(load_sources(healthy, settings, "train", healthy_scans),
+                            load_sources(mixed, settings, "train", mixed_scans), join(held_out) if held_out else None)
+    everything = load_sources(healthy, settings, "train", None)
+    keep, aside = split_by_patient(everything.names, val_fraction, seed, patients)
+    return TrainingData(everything.take(keep), load_sources(mixed, settings, "train", None),
+                        everything.take(aside) if aside else None)
+
+
+def _has_validation(path: Path) -> bool:
+    return SliceDataset(path, "all", check=False).manifest["counts"]["val"]["slices"] > 0
+
+
+def split_by_patient(names: Sequence[str], fraction: float, seed: int, patients: Path | None) -> tuple[list, list]:
+    """Indices (kept, held out): `fraction` of the patients, drawn by seed, are held out with all their images."""
+    patient = {name: name for name in names}
+    if patients is not None:
+        with open(patients, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if not rows or not {"image", "patient"} <= rows[0].keys():
+            raise DatasetError(f"{patients}: expected the columns image and patient")
+        listed = {Path(row["image"]).with_suffix("").as_posix(): row["patient"] for row in rows}
+        if missing := [name for name in names if name not in listed]:
+            raise DatasetError(f"{patients}: no patient for {len(missing)} images, the first: {missing[0]}")
+        patient = {name: listed[name] for name in names}
+    order = sorted(set(patient.values()))
+    drawn = np.random.default_rng(seed).permutation(len(order))[:round(fraction * len(order))]
+    held_out = {order[i] for i in drawn}
+    return ([i for i, name in enumerate(names) if patient[name] not in held_out],
+            [i for i, name in enumerate(names) if patient[name] in held_out])
+
+
+def batches(pictures: Pictures, batch: int, seed: int, start: int = 0) -> Iterator[torch.Tensor]:
+    """Images [batch, 3, N, N] for ever: this rank's share of a shuffled stream of which `start` are used up."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    stream = iter(InfiniteSampler(len(pictures), seed, rank, world, start))
+    while True:
+        yield pictures[[next(stream) for _ in range(batch)]]

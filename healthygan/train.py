@@ -1,0 +1,413 @@
+"""Train HealthyGAN (Rahman Siddiquee et al. 2022): translate images to their healthy version, without labels.
+
+    python -m healthygan.train --data cxr --out runs/healthygan --preset full256
+    python -m healthygan.train --healthy b.lmdb --mixed a.lmdb b.lmdb --mixed-scans a.txt --preset cpu128
+    torchrun --nproc-per-node=8 -m healthygan.train --data cxr --out runs/healthygan
+
+Set B is known to be healthy, set A is unannotated: healthy and diseased mixed. --data holds train/healthy and
+train/mixed; --healthy and --mixed name folders of images, or databases of head-CT slices made by prepare.py.
+Writes to --out: config.json, stats.jsonl, sample grids (x, t, y, m, |x-y|), TensorBoard curves, snapshots, and in
+best/ the generator with the highest AUCp (unannotated against known healthy: no labels) with its frozen threshold.
+Run the same command again to go on from the last snapshot. Exit codes: 0 done, 2 wrong usage, 4 diverged.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a script from anywhere
+
+import checkpoint
+import distributed
+import memory
+import metrics
+from config import option, parse
+from dataset import DatasetError
+from healthygan import losses
+from healthygan.data import ImageSettings, TrainingData, batches, class_folders, is_database, load_training
+from healthygan.model import ModelConfig
+from healthygan.pictures import save_grid
+from healthygan.scoring import aucp, image_scores, unit_scores
+from healthygan.weights import save_model
+from runlog import RunLog, load_optimiser, run_command, start_run
+
+MASK_LIMITS = (0.001, 0.95)              # a mean mask beyond them ...
+COLLAPSED_AFTER = 500                    # ... for as many iterations has collapsed
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # Networks
+    size: int = option(256, "side of the images; must equal a database's")
+    width: int = option(64, "the generator's channels: width, 2 width, 4 width")
+    blocks: int = option(6, "residual blocks of the generator")
+    critic_width: int = option(64, "the critic's first channels, doubled by every layer")
+    critic_max: int = option(2048, "the critic's most channels")
+    critic_layers: int = option(6, "halvings of the critic")
+    # Length and batch
+    iterations: int = option(400_000, "steps of the critic")
+    batch: int = option(16, "images of each set a step, on each rank")
+    # Losses
+    penalty: float = option(losses.PENALTY_WEIGHT, "weight of the critic's gradient penalty")
+    identity: float = option(losses.IDENTITY_WEIGHT, "weight of mean |b - t_b|")
+    reconstruction: float = option(losses.RECONSTRUCTION_WEIGHT, "weight of mean |a - (m a + (1-m) t_a)|")
+    mask: float = option(losses.MASK_WEIGHT, "weight of the mask's size and indecision")
+    # Optimisation
+    lr: float = option(1e-4, "Adam's learning rate; betas are 0.5 and 0.999")
+    lr_decay: str = option("linear", "over the last --decay-iterations, to 0; 'none' in effect as the released code",
+                           ("linear", "none"))
+    decay_iterations: int = option(100_000, "see --lr-decay")
+    critic_steps: int = option(2, "steps of the critic for one of the generator")
+    ema_iterations: float = option(1000, "half-life of the averaged generator; 0: the generator itself is kept")
+    ema_rampup: float = option(0.05, "the half-life is at most this part of the iterations so far")
+    # Images
+    flip: bool = option(True, "mirror half of the images")
+    crop_top: float = option(0.08, "part of an image's rows dropped at the top (burnt-in text); not for databases")
+    white_16bit: int = option(65535, "value that is white in 16-bit images: 4095 for 12 bits stored in 16")
+    val_fraction: float = option(0.1, "part of the healthy images kept aside for the threshold; databases have a "
+                                      "validation split of their own")
+    fpr: float = option(0.05, "the threshold's false-positive rate on those")
+    # Running
+    seed: int = option(0, "seed of everything random")
+    precision: str = option("auto", "bf16 where the device is good at it", ("auto", "bf16", "fp32"))
+    tick: int = option(100, "iterations between lines of statistics")
+    choose: int = option(5000, "iterations between sample grids and the choice of the best generator by AUCp")
+    choose_after: float = option(0.25, "part of the iterations before which none is chosen: a generator that can "
+                                       "do nothing yet may differ between the sets by chance")
+    snapshot: int = option(5000, "iterations between snapshots")
+
+    def __post_init__(self):
+        for name in ("iterations", "batch", "critic_steps", "tick", "choose", "snapshot"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in ("val_fraction", "crop_top", "choose_after"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
+        self.model()
+
+    def model(self) -> ModelConfig:
+        return ModelConfig(self.size, self.width, self.blocks, self.critic_width, self.critic_max, self.critic_layers)
+
+    def learning_rate(self, iteration: int) -> float:
+        """The rate of step `iteration`, from 0: constant, then straight down to lr / decay_iterations."""
+        if self.lr_decay == "none":
+            return self.lr
+        return self.lr * min(1.0, (self.iterations - iteration) / max(1, self.decay_iterations))
+
+
+PRESETS = {
+    "full256": TrainConfig(),
+    # As released: full width, no averaged generator, a rate that in effect never falls, no images kept aside
+    "faithful": TrainConfig(lr_decay="none", ema_iterations=0, val_fraction=0, precision="fp32"),
+    # Narrow and short, for about 20 minutes on two CPU cores with bf16 and nothing else to do
+    "cpu128": TrainConfig(size=128, width=32, blocks=4, critic_width=32, critic_max=512, iterations=4000, batch=8,
+                          lr=2e-4, decay_iterations=1000, ema_iterations=100, tick=50, choose=250, snapshot=250),
+    "smoke32": TrainConfig(size=32, width=8, blocks=2, critic_width=8, critic_max=32, critic_layers=4, iterations=20,
+                           batch=4, decay_iterations=5, ema_iterations=5, val_fraction=0.25, fpr=0.25, tick=5,
+                           choose=10, snapshot=10),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One step
+
+class Trainer:
+    """Both networks, their optimisers, and a step.
+
+    Draws come from a generator seeded by (seed, iteration, purpose) for the global batch, of which a rank takes
+    every world-th row: the number of ranks does not change them, and a resumed run needs only the iteration.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
+        self.iteration = 0
+        torch.manual_seed(config.seed)                             # the same weights on every rank
+        self.g = config.model().generator().to(device)
+        self.d = config.model().critic().to(device)
+        self.g_ema = copy.deepcopy(self.g).requires_grad_(False) if config.ema_iterations else None
+        dtype = distributed.pick_precision(config.precision, device)
+        for net in (self.g, self.d, self.best):
+            net.compute_dtype = dtype
+        self.g_opt, self.d_opt = (torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.5, 0.999), fused=True)
+                                  for net in (self.g, self.d))
+        self.collapsed = torch.zeros(2, dtype=torch.int64, device=device)   # iterations a mask was too small, large
+
+    @property
+    def best(self) -> torch.nn.Module:
+        """The generator to keep: the averaged one where there is one."""
+        return self.g if self.g_ema is None else self.g_ema
+
+    def step(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One step on images a, b [batch, 3, N, N]; returns scalars for the log."""
+        a, b = self._flip(a, "flip a"), self._flip(b, "flip b")
+        for optimiser in (self.g_opt, self.d_opt):
+            for group in optimiser.param_groups:
+                group["lr"] = self.config.learning_rate(self.iteration)
+        # The generator does not change between its use as the critic's opponent and its own step: one pass serves both.
+        with_generator = (self.iteration + 1) % self.config.critic_steps == 0
+        if with_generator:
+            both = self.g(torch.cat([a, b]))
+            of_a, of_b = (type(both)(*parts) for parts in zip(*(part.chunk(2) for part in both)))
+        else:
+            with torch.no_grad():
+                of_a = self.g(a)
+        stats = self._step_critic(b, of_a.y.detach())
+        if with_generator:
+            stats |= self._step_generator(a, b, of_a, of_b)
+        self.iteration += 1
+        return stats
+
+    def _step_critic(self, b: torch.Tensor, y_a: torch.Tensor) -> dict[str, torch.Tensor]:
+        share = self._draw("share", lambda g, n: torch.rand(n, generator=g)).reshape(-1, 1, 1, 1)
+        # Most of the critic's time goes to its weights, so both passes share one cast of them.
+        weights = {name: p.to(self.d.compute_dtype) for name, p in self.d.named_parameters()}
+        critic = partial(torch.func.functional_call, self.d, weights)
+        values_b, values_a = critic(torch.cat([b, y_a])).chunk(2)
+        distance = losses.wasserstein(values_b, values_a)
+        penalty = losses.gradient_penalty(critic, b, y_a, share)
+        self._update(self.d, self.d_opt, self.config.penalty * penalty - distance)
+        return {"wasserstein": distance.detach(), "d_b": values_b.detach().mean(), "d_y": values_a.detach().mean(),
+                "penalty": penalty.detach()}
+
+    def _step_generator(self, a, b, of_a, of_b) -> dict[str, torch.Tensor]:
+        self.d.requires_grad_(False)
+        values_a, values_b = self.d(torch.cat([of_a.y, of_b.y])).chunk(2)
+        terms = {"adversarial": -values_a.mean() - values_b.mean(), "identity": losses.identity(b, of_b),
+                 "reconstruction": losses.reconstruction(a, of_a),
+                 "mask": (losses.focus(of_a.m) + losses.focus(of_b.m)) / 2}
+        self._update(self.g, self.g_opt, terms["adversarial"] + sum(
+            getattr(self.config, name) * terms[name] for name in ("identity", "reconstruction", "mask")))
+        self.d.requires_grad_(True)
+        self._update_ema()
+        m_a, m_b = of_a.m.detach().mean(), of_b.m.detach().mean()
+        self._watch_mask(m_a)
+        return {f"g_{name}": value.detach() for name, value in terms.items()} | {"mask_a": m_a, "mask_b": m_b}
+
+    @staticmethod
+    def _update(net, optimiser, loss) -> None:
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        distributed.average_gradients(net.parameters())
+        optimiser.step()
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        if self.g_ema is None:
+            return
+        half_life = min(self.config.ema_iterations, (self.iteration + 1) * self.config.ema_rampup)
+        keep = 0.5 ** (self.config.critic_steps / max(half_life, 1e-8))
+        torch._foreach_lerp_(list(self.g_ema.parameters()), list(self.g.parameters()), 1 - keep)
+
+    def _watch_mask(self, mean: torch.Tensor) -> None:
+        low, high = MASK_LIMITS
+        beyond = torch.stack([mean < low, mean > high])
+        self.collapsed = (self.collapsed + self.config.critic_steps) * beyond
+
+    def collapse(self) -> str | None:
+        """What is wrong with the mask and what to change, once it has been so for COLLAPSED_AFTER iterations."""
+        low, high = self.collapsed.tolist()
+        advice = f"raise --mask (now {self.config.mask:g})"
+        if low >= COLLAPSED_AFTER:
+            advice = f"lower --mask (now {self.config.mask:g}) or --identity (now {self.config.identity:g})"
+        elif high < COLLAPSED_AFTER:
+            return None
+        side = f"under {MASK_LIMITS[0]}" if low >= COLLAPSED_AFTER else f"over {MASK_LIMITS[1]}"
+        return (f"the mask has collapsed: its mean has been {side} for {max(low, high)} iterations; {advice}, lower "
+                "--lr, or start with another --seed")
+
+    # ---- Draws
+
+    def _draw(self, purpose: str, draw) -> torch.Tensor:
+        """This rank's rows of draw(generator, global batch), the same whatever the number of ranks."""
+        key = f"{self.config.seed} {self.iteration} {purpose}".encode()
+        stream = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7]))
+        return draw(stream, self.config.batch * self.world)[self.rank::self.world].to(self.device)
+
+    def _flip(self, images: torch.Tensor, purpose: str) -> torch.Tensor:
+        if not self.config.flip:
+            return images
+        flip = self._draw(purpose, lambda g, n: torch.rand(n, generator=g) < 0.5)
+        return torch.where(flip.reshape(-1, 1, 1, 1), images.flip(-1), images)
+
+    # ---- State
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        averaged = {} if self.g_ema is None else {"generator_ema": self.g_ema}
+        return {"generator": self.g, "critic": self.d, **averaged}
+
+    def state(self) -> dict:
+        """Everything but the weights that a resumed run needs."""
+        return {"g_opt": self.g_opt.state_dict(), "d_opt": self.d_opt.state_dict(), "iteration": self.iteration,
+                "collapsed": self.collapsed.cpu()}
+
+    def load_state(self, state: dict) -> None:
+        load_optimiser(self.g_opt, state["g_opt"])
+        load_optimiser(self.d_opt, state["d_opt"])
+        self.iteration, self.collapsed = state["iteration"], state["collapsed"].to(self.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The choice of a generator
+
+class Chooser:
+    """Keeps the generator with the highest AUCp in out/best, on rank 0. No label of a diseased image is used."""
+
+    def __init__(self, data: TrainingData, out: Path, meta: dict, device: torch.device):
+        self.data, self.out, self.meta, self.device = data, out, meta, device
+        self.highest = -math.inf
+        few = range(min(6, len(data.mixed), len(data.healthy)))
+        self.shown = torch.cat([data.mixed[few], data.healthy[few]])
+
+    def measure(self, trainer: Trainer) -> dict[str, float]:
+        """`aucp` of the training images, and their mean scores; writes a sample grid, and out/best if it is better."""
+        with torch.no_grad():
+            x = self.shown.to(self.device)
+            save_grid(self.out / f"samples-{trainer.iteration:06d}.png", x, trainer.best(x))
+        sets = (self.data.mixed, self.data.healthy)
+        mixed, healthy = (image_scores(trainer.best, part, self.device) for part in sets)
+        row = {"aucp": aucp(mixed, healthy), "score_mixed": float(mixed.mean()), "score_healthy": float(healthy.mean())}
+        mature = trainer.iteration >= trainer.config.choose_after * trainer.config.iterations
+        if mature and row["aucp"] > self.highest:
+            self.highest = row["aucp"]
+            chosen = {"iteration": trainer.iteration, **row}
+            save_model(self.out / "best", trainer.best, {**self.meta, "chosen": chosen, **self._calibrate(trainer)})
+        return row
+
+    def _calibrate(self, trainer: Trainer) -> dict:
+        """Scores of the healthy units kept aside, and the threshold they give; both None where none were."""
+        if self.data.held_out is None:
+            return {"validation_scores": None, "threshold": None}
+        scores = image_scores(trainer.best, self.data.held_out, self.device)
+        by_unit = sorted(unit_scores(scores, self.data.held_out.units).values())
+        return {"validation_scores": by_unit, "threshold": metrics.empirical_threshold(by_unit, trainer.config.fpr)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+
+def train(config: TrainConfig, data: TrainingData, out: Path, device: torch.device) -> None:
+    """Train until config.iterations. Raises CheckpointError; FloatingPointError when a loss is not finite."""
+    # ---- Set up
+    trainer = Trainer(config, device)
+    facts = data.facts()
+    meta = {"kind": "healthygan", "config": dataclasses.asdict(config),
+            "model": dataclasses.asdict(config.model()), "data": facts}
+    snapshot = start_run(out, meta, trainer.modules())
+    chooser = None
+    if distributed.is_main():
+        chooser = Chooser(data, out, {"model": meta["model"], "image_settings": facts["image_settings"],
+                                      "training": {"config": meta["config"], "counts": facts["counts"]}}, device)
+    if snapshot is not None:
+        trainer.load_state(snapshot.state)
+        if chooser:
+            chooser.highest = snapshot.state["highest_aucp"]
+        distributed.print0(f"Resuming at iteration {trainer.iteration}")
+    distributed.check_same_state(trainer.g)
+    log, batch = RunLog(out), config.batch * trainer.world
+    streams = [batches(part, config.batch, 2 * config.seed + i, trainer.iteration * batch)
+               for i, part in enumerate((data.mixed, data.healthy))]
+    distributed.print0(f"{len(data.healthy)} healthy images, {len(data.mixed)} unannotated, "
+                       f"{len(data.held_out) if data.held_out else 0} healthy kept aside; 2 x {trainer.world} x "
+                       f"{config.batch} images a step in {trainer.g.compute_dtype} on {device}")
+
+    # ---- Train
+    since_tick = 0
+    while trainer.iteration < config.iterations:
+        stats = trainer.step(*(next(stream).to(device) for stream in streams))
+        log.add(**stats)
+        since_tick += batch
+
+        def due(every):
+            return trainer.iteration % every == 0 or trainer.iteration == config.iterations
+
+        if due(config.tick) or due(config.choose):
+            extra = {}
+            if due(config.choose):
+                extra = distributed.gather(chooser.measure(trainer) if chooser else None)[0]
+            row = log.tick(trainer.iteration, device, since_tick, **extra)
+            since_tick = 0
+            if not all(math.isfinite(value) for value in row.values()):
+                raise FloatingPointError(f"training diverged at iteration {trainer.iteration}: {row}")
+            if (problem := trainer.collapse()) and distributed.is_main():
+                warnings.warn(problem, stacklevel=1)
+        if due(config.snapshot):
+            if not all(p.isfinite().all() for p in (*trainer.g.parameters(), *trainer.d.parameters())):
+                raise FloatingPointError(f"training diverged at iteration {trainer.iteration}: weights are not finite")
+            if distributed.is_main():
+                state = {**trainer.state(), "highest_aucp": chooser.highest}
+                checkpoint.save_snapshot(out, trainer.iteration, trainer.modules(), state, meta)
+            distributed.barrier()
+    log.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command
+
+def read_data(config: TrainConfig, args) -> TrainingData:
+    """What --data or --healthy and --mixed name. Raises DatasetError."""
+    healthy, mixed = args.healthy, args.mixed
+    if args.data is not None:
+        healthy, mixed = ([folder] for folder in class_folders(args.data, "train", ("healthy", "mixed")))
+    for path in (*healthy, *mixed):
+        if not path.exists():
+            raise DatasetError(f"{path}: no such file or folder")
+    kind = "slices" if is_database(healthy[0]) else "images"
+    if kind == "images" and (args.healthy_scans or args.mixed_scans):
+        raise DatasetError("--healthy-scans and --mixed-scans choose scans of databases, found folders of images")
+    if kind == "slices" and args.patients:
+        raise DatasetError("--patients is for images; a database is split by patient already (prepare.py --patients)")
+    settings = ImageSettings(kind, config.size, config.crop_top, config.white_16bit)
+    data = load_training(healthy, mixed, settings, config.val_fraction, config.seed, args.patients,
+                         args.healthy_scans, args.mixed_scans)
+    for part in (data.healthy, data.mixed):
+        for name, reason in part.unreadable.items():
+            distributed.print0(f"skipped: {name}: {reason}")
+    skipped = len(data.healthy.unreadable) + len(data.mixed.unreadable)
+    if skipped:
+        distributed.print0(f"{skipped} images could not be read and were skipped")
+    return data
+
+
+def main(argv: list[str] | None = None) -> int:
+    def arguments(parser):
+        parser.add_argument("--data", type=Path, help="folder with train/healthy and train/mixed (or healthy, mixed)")
+        parser.add_argument("--healthy", type=Path, nargs="+", help="set B: folders of images, or databases")
+        parser.add_argument("--mixed", type=Path, nargs="+", help="set A: folders of images, or databases")
+        parser.add_argument("--healthy-scans", type=Path, help="of --healthy's databases take these scans: ids by line")
+        parser.add_argument("--mixed-scans", type=Path, help="of --mixed's databases take these scans: ids by line")
+        parser.add_argument("--patients", type=Path, help="CSV with image (healthy/NAME) and patient: one patient's "
+                                                          "images are kept aside together")
+        parser.add_argument("--out", type=Path, default=Path("runs/healthygan"),
+                            help="run folder; an unfinished run goes on")
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+
+    config, args = parse(__doc__, PRESETS, arguments, argv)
+    if args.dry_run:
+        print(json.dumps(dataclasses.asdict(config), indent=2))
+        return 0
+    if (args.data is None) == (args.healthy is None) or (args.healthy is None) != (args.mixed is None):
+        print("error: give --data FOLDER, or --healthy and --mixed", file=sys.stderr)
+        return 2
+
+    def work(device):
+        memory.keep_freed()
+        train(config, read_data(config, args), args.out, device)
+
+    return run_command(work, args.device, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

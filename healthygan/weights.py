@@ -1,0 +1,152 @@
+"""A trained generator in one folder: generator.safetensors, and model.json with all that a test needs.
+
+    python -m healthygan.weights runs/healthygan --out models/mine --note source="..." --note machine="..."
+
+writes a run's best generator for shipping: as float16, with notes on where it comes from. Also reads the released
+`<iter>-G.ckpt`. Nothing here unpickles code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import pickle
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from checkpoint import CheckpointError
+from healthygan.data import ImageSettings
+from healthygan.model import RUNNING_STATISTICS, Generator, ModelConfig
+
+FORMAT = "healthygan"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """generator: float32, in eval mode; meta: model.json (threshold, validation_scores, provenance ...)."""
+
+    generator: Generator
+    settings: ImageSettings
+    meta: dict
+    weights_hash: str
+
+
+def save_model(folder: Path, generator: Generator, meta: dict, dtype: torch.dtype = torch.float32) -> None:
+    """Write a model; each file is replaced in one move, model.json last.
+
+    meta: JSON, with `model` (ModelConfig) and `image_settings` (ImageSettings) as dicts. Raises CheckpointError for
+    weights that are not finite in dtype.
+    """
+    state = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in generator.state_dict().items()}
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"{folder}: {broken[0]} is not finite in {dtype}: it diverged; use an earlier snapshot")
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, writing = folder / "generator.safetensors", folder / ".writing"
+    save_file(state, writing)
+    digest = _sha256(writing)
+    writing.replace(weights)
+    writing.write_text(json.dumps({"format": FORMAT, **meta, "sha256": digest}, indent=1) + "\n", encoding="utf-8")
+    writing.replace(folder / "model.json")
+
+
+def load_model(folder: Path) -> Model:
+    """Read a model's folder. Raises CheckpointError naming the file and the mend."""
+    path = folder / "model.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give a folder that healthygan.train has written (RUN/best)")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        config, settings = ModelConfig(**meta["model"]), ImageSettings(**meta["image_settings"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: not the description of a HealthyGAN model ({error}); fetch it again") from error
+    weights = folder / "generator.safetensors"
+    if not weights.is_file():
+        raise CheckpointError(f"{weights}: no such file; fetch the model again")
+    if (digest := _sha256(weights)) != meta.get("sha256"):
+        raise CheckpointError(f"{weights}: not the file that {path} was written for; fetch the model again")
+    try:
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights}: not a safetensors file ({error}); fetch it again") from error
+    return Model(load_generator(state, config, weights), settings, meta, digest)
+
+
+def load_released(path: Path) -> Model:
+    """The released `<iter>-G.ckpt`: full width, images of 256; no threshold. Raises CheckpointError."""
+    config = ModelConfig()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a state dict ({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: expected a state dict, found a {type(state).__name__}")
+    return Model(load_generator(state, config, path), ImageSettings("images", config.size), {}, _sha256(path))
+
+
+def load_generator(state: dict[str, torch.Tensor], config: ModelConfig, source: Path) -> Generator:
+    """A generator with these weights. Raises CheckpointError for missing or unknown names and other shapes."""
+    generator = config.generator()
+    own = generator.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in state]
+    wrong += [f"{name} is not known" for name in state
+              if name not in own and name.rpartition(".")[2] not in RUNNING_STATISTICS]
+    wrong += [f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
+              for name in own if name in state and state[name].shape != own[name].shape]
+    if wrong:
+        raise CheckpointError(f"{source}: does not fit {config}: {'; '.join(wrong[:3])}"
+                              f"{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}")
+    generator.load_state_dict(state)
+    return generator.eval().requires_grad_(False)
+
+
+def find_model(path: Path) -> Model:
+    """A model's folder, a run's folder (its best generator), or a released *-G.ckpt. Raises CheckpointError."""
+    if path.is_file():
+        return load_released(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder; give a model's or a run's folder")
+    return load_model(path / "best" if (path / "best").is_dir() else path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def ship(source: Path, out: Path, notes: dict[str, str]) -> Path:
+    """Write a model as float16 with its provenance; returns the folder. Raises CheckpointError if one is there."""
+    if (out / "model.json").exists():
+        raise CheckpointError(f"{out}: holds a model; choose another folder")
+    model = find_model(source)
+    meta = {key: value for key, value in model.meta.items() if key not in ("format", "sha256")}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    save_model(out, model.generator, {**meta, "provenance": {**notes, "versions": versions}}, torch.float16)
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="healthygan.weights", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a run's folder, or a model's")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--note", action="append", default=[], metavar="KEY=TEXT", help="for the provenance; repeat")
+    args = parser.parse_args(argv)
+    if wrong := [note for note in args.note if "=" not in note]:
+        parser.error(f"--note {wrong[0]}: expected KEY=TEXT")
+    try:
+        ship(args.model, args.out, dict(note.split("=", 1) for note in args.note))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

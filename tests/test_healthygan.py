@@ -1,0 +1,320 @@
+"""HealthyGAN end to end: 20 steps at 32 x 32, resume, the choice by AUCp, test, evaluate; what its users get wrong."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import evaluate
+from checkpoint import CheckpointError
+from healthygan import test as healthygan_test
+from healthygan import train, trivial, weights
+from healthygan.model import Generator
+from healthygan.scoring import aucp, difference, unit_scores
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"train/healthy": 12, "train/mixed": 10, "test/healthy": 6, "test/diseased": 5}
+
+
+@pytest.fixture(scope="module")
+def xrays(tmp_path_factory) -> Path:
+    """Smooth noise; in half of train/mixed and in all of test/diseased with a bright square."""
+    data, rng = tmp_path_factory.mktemp("xrays"), np.random.default_rng(0)
+    for folder, count in FOLDERS.items():
+        (data / folder).mkdir(parents=True)
+        for i in range(count):
+            pixels = np.kron(rng.integers(40, 120, (5, 6)), np.ones((8, 8)))
+            if folder == "test/diseased" or (folder == "train/mixed" and i % 2):
+                pixels[16:28, 16:28] = 250
+            Image.fromarray(pixels.astype(np.uint8)).save(data / folder / f"{i:02d}.png")
+    return data
+
+
+@pytest.fixture(scope="module")
+def run_train(xrays):
+    def run(out: Path, *more: object) -> int:
+        flags = ["--preset", "smoke32", "--device", "cpu", "--precision", "fp32", *map(str, more)]
+        return train.main(["--data", str(xrays), "--out", str(out), *flags])
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(run_train, tmp_path_factory) -> Path:
+    """A run of 20 steps, never interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert run_train(out) == 0
+    return out
+
+
+def rows(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def stats(run: Path) -> dict[int, dict]:
+    lines = (run / "stats.jsonl").read_text().splitlines()
+    return {row["step"]: row for row in map(json.loads, lines)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+def test_a_run_writes_what_it_promises(finished):
+    row = stats(finished)[20]
+    assert {"wasserstein", "d_b", "d_y", "penalty", "g_identity", "mask_a", "mask_b", "aucp"} <= row.keys()
+    assert (finished / "samples-000010.png").is_file() and (finished / "config.json").is_file()
+    grid = Image.open(finished / "samples-000020.png")
+    assert grid.size == (6 * 32, 12 * 32)                         # six panels; six of each set
+
+
+def test_resumed_equals_uninterrupted(finished, run_train, tmp_path):
+    run_train(tmp_path, "--iterations", 10, "--lr-decay", "none")  # the rate is constant up to step 15 in both
+    assert run_train(tmp_path) == 0
+    for name in ("generator", "generator_ema", "critic"):
+        whole, resumed = (load_file(run / f"snapshot-00000020/{name}.safetensors") for run in (finished, tmp_path))
+        assert whole.keys() == resumed.keys()
+        for key in whole:
+            torch.testing.assert_close(resumed[key], whole[key], rtol=0, atol=0)
+    for step in (15, 20):
+        assert stats(tmp_path)[step]["wasserstein"] == stats(finished)[step]["wasserstein"]
+
+
+def test_the_generator_with_the_highest_aucp_is_kept_with_its_threshold(finished, xrays):
+    measured = {step: row["aucp"] for step, row in stats(finished).items() if "aucp" in row}
+    model = weights.load_model(finished / "best")
+    best = max(measured, key=measured.get)
+    assert measured.keys() == {10, 20} and model.meta["chosen"]["iteration"] == best
+    assert model.meta["chosen"]["aucp"] == pytest.approx(measured[best], abs=1e-4)
+    held_out = model.meta["validation_scores"]                    # a quarter of 12
+    assert len(held_out) == 3 and model.meta["training"]["counts"]["healthy"]["images"] == 9
+    assert np.sum(np.array(held_out) >= model.meta["threshold"]) == 0   # 25 % of 3 is none
+
+
+def test_no_label_or_test_image_can_reach_the_training(run_train, finished, xrays, tmp_path):
+    alone = tmp_path / "alone"
+    shutil.copytree(xrays / "train", alone / "train")
+    assert train.main(["--data", str(alone), "--out", str(tmp_path / "run"), "--preset", "smoke32", "--device", "cpu",
+                       "--precision", "fp32", "--iterations", "10", "--lr-decay", "none"]) == 0
+    assert stats(tmp_path / "run")[10]["aucp"] == stats(finished)[10]["aucp"]
+
+
+def test_no_generator_is_chosen_before_it_can_do_anything(run_train, tmp_path):
+    assert run_train(tmp_path, "--choose", 5, "--choose-after", 0.75) == 0
+    assert {step for step, row in stats(tmp_path).items() if "aucp" in row} == {5, 10, 15, 20}
+    assert weights.load_model(tmp_path / "best").meta["chosen"]["iteration"] >= 15
+
+
+def test_step_order_and_learning_rate():
+    config = dataclasses.replace(train.PRESETS["smoke32"], precision="fp32")
+    trainer = train.Trainer(config, torch.device("cpu"))
+    a, b = torch.rand(2, 4, 3, 32, 32) * 2 - 1
+    before = [p.clone() for p in trainer.g.parameters()]
+    assert "g_identity" not in trainer.step(a, b)                 # the generator takes every second step only
+    assert all(torch.equal(p, q) for p, q in zip(before, trainer.g.parameters()))
+    assert "g_identity" in trainer.step(a, b)
+    assert not torch.equal(before[0], next(trainer.g.parameters()))
+    assert [config.learning_rate(i) for i in (0, 15, 16, 19)] == pytest.approx([1e-4, 1e-4, 8e-5, 2e-5])
+    assert dataclasses.replace(config, lr_decay="none").learning_rate(19) == 1e-4
+
+
+def test_the_generators_gradient_is_that_of_its_loss():
+    config = dataclasses.replace(train.PRESETS["smoke32"], precision="fp32", flip=False, critic_steps=1, mask=0.3)
+    trainer, other = (train.Trainer(config, torch.device("cpu")) for _ in range(2))
+    a, b = torch.rand(2, 4, 3, 32, 32) * 2 - 1
+    trainer.step(a, b)
+    other.d.load_state_dict(trainer.d.state_dict())               # the critic moves first
+    of_a, of_b = other.g(a), other.g(b)
+
+    def focus(m):
+        return m.mean() ** 2 + (1 / ((m - 0.5).abs() + 0.01)).mean() - 1 / 0.51
+
+    loss = -other.d(of_a.y).mean() - other.d(of_b.y).mean() + (b - of_b.t).abs().mean()
+    loss = loss + ((1 - of_a.m) * (a - of_a.t)).abs().mean() + 0.3 * (focus(of_a.m) + focus(of_b.m)) / 2
+    loss.backward()
+    for p, q in zip(trainer.g.parameters(), other.g.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-3 * q.grad.abs().max().item())
+
+
+def test_the_faithful_preset_is_the_released_one():
+    config = train.PRESETS["faithful"]
+    assert (config.size, config.batch, config.iterations, config.lr) == (256, 16, 400_000, 1e-4)
+    assert config.lr_decay == "none" and config.ema_iterations == 0 and config.model() == train.ModelConfig()
+    trainer = train.Trainer(dataclasses.replace(train.PRESETS["smoke32"], ema_iterations=0), torch.device("cpu"))
+    assert trainer.best is trainer.g and trainer.modules().keys() == {"generator", "critic"}
+
+
+@pytest.mark.parametrize("mean, side, change", [(0.96, "over 0.95", "raise --mask"),
+                                                (0.0005, "under 0.001", "lower --mask")])
+def test_a_collapsed_mask_is_reported_with_what_to_change(mean, side, change):
+    trainer = train.Trainer(train.PRESETS["smoke32"], torch.device("cpu"))
+    for _ in range(249):
+        trainer._watch_mask(torch.tensor(mean))
+    assert trainer.collapse() is None                             # 498 iterations
+    trainer._watch_mask(torch.tensor(mean))
+    assert side in trainer.collapse() and change in trainer.collapse() and "500 iterations" in trainer.collapse()
+    trainer._watch_mask(torch.tensor(0.1))
+    assert trainer.collapse() is None
+
+
+def test_a_diverged_run_ends_with_4(run_train, tmp_path, capsys):
+    assert run_train(tmp_path, "--penalty", "inf", "--ema-iterations", 0) == 4
+    assert "diverged" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Test
+
+@pytest.fixture(scope="module")
+def scored(finished, xrays, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("results")
+    assert healthygan_test.main(["--data", str(xrays), "--model", str(finished), "--out", str(out), "--device", "cpu",
+                                 "--precision", "fp32"]) == 0
+    return out
+
+
+def test_scores_are_the_mean_difference_and_evaluate_reads_them(scored, finished, xrays):
+    table = rows(scored / "scores.csv")
+    assert len(table) == 11 and [float(r["score"]) for r in table] == sorted(float(r["score"]) for r in table)[::-1]
+    assert {r["scan_id"]: r["label"] for r in rows(scored / "labels.csv")}["diseased/00"] == "1"
+    model = weights.load_model(finished / "best")
+    for row in table:
+        stored = np.asarray(Image.open(scored / f"maps/{row['scan_id']}.png")) / 65535
+        assert stored.mean() == pytest.approx(float(row["score"]), abs=1e-5)
+        assert row["flagged"] == str(int(float(row["score"]) >= model.meta["threshold"]))
+        assert 0 <= float(row["percentile"]) <= 75                # of 3 healthy: at most 3 / 4
+        assert Image.open(scored / f"overlays/{row['scan_id']}.png").size == (192, 32)
+    out = scored / "metrics"
+    assert evaluate.main([str(scored / "scores.csv"), str(scored / "labels.csv"), "--out", str(out)]) == 0
+    figures = json.loads((out / "metrics.json").read_text())["scan"]
+    assert (figures["abnormal"], figures["normal"]) == (5, 6)
+
+
+def test_unreadable_images_are_rows_and_exit_3(finished, xrays, tmp_path, capsys):
+    shutil.copytree(xrays / "test/healthy", tmp_path / "folder")
+    (tmp_path / "folder/bad.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert healthygan_test.main(["--data", str(tmp_path / "folder"), "--model", str(finished), "--out", str(out)]) == 3
+    last = rows(out / "scores.csv")[-1]
+    assert (last["scan_id"], last["status"]) == ("folder/bad", "failed") and last["reason"]
+    assert not (out / "labels.csv").exists() and "skipped: folder/bad" in capsys.readouterr().err
+
+
+def test_slices_are_scored_by_scan(slices32, tmp_path):
+    listed = tmp_path / "mixed.txt"
+    listed.write_text("head1\n")
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert train.main(["--healthy", str(slices32), "--mixed", str(slices32), "--mixed-scans", str(listed), "--out",
+                       str(run), "--preset", "smoke32", "--device", "cpu", "--iterations", "2"]) == 0
+    assert healthygan_test.main(["--data", str(slices32), "--model", str(run), "--out", str(out)]) == 0
+    slices = rows(out / "slices.csv")
+    for row in rows(out / "scores.csv"):
+        own = [float(s["score"]) for s in slices if s["scan_id"] == row["scan_id"]]
+        assert len(own) == int(row["slices"]) == 8 and float(row["score"]) == pytest.approx(np.mean(own), rel=1e-4)
+
+
+def test_released_weights_can_be_tested(xrays, tmp_path):
+    state = Generator().state_dict()
+    state |= {"main.1.running_mean": torch.zeros(64), "main.1.num_batches_tracked": torch.tensor(3)}
+    torch.save(state, tmp_path / "360000-G.ckpt")
+    model = weights.find_model(tmp_path / "360000-G.ckpt")
+    assert model.settings.size == 256 and not model.generator.training
+    torch.save({**state, "main.0.weight": torch.zeros(3)}, tmp_path / "bad-G.ckpt")
+    with pytest.raises(CheckpointError, match=r"main.0.weight is \[3\], expected \[64, 3, 7, 7\]"):
+        weights.find_model(tmp_path / "bad-G.ckpt")
+
+
+def test_a_shipped_model_is_half_precision_and_scores_alike(finished, tmp_path):
+    assert weights.main([str(finished), "--out", str(tmp_path / "model"), "--note", "source=synthetic"]) == 0
+    whole, shipped = weights.load_model(finished / "best"), weights.load_model(tmp_path / "model")
+    assert shipped.meta["provenance"]["source"] == "synthetic" and shipped.meta["threshold"] == whole.meta["threshold"]
+    assert all(t.dtype == torch.float16 for t in load_file(tmp_path / "model/generator.safetensors").values())
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(shipped.generator(x).y, whole.generator(x).y, atol=0.01, rtol=0)
+    with open(tmp_path / "model/generator.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(CheckpointError, match="not the file that .*model.json was written for"):
+        weights.load_model(tmp_path / "model")
+
+
+def test_scores_by_hand():
+    x = torch.zeros(1, 3, 1, 2)
+    y = torch.tensor([[[[1.0, 0.0]], [[-1.0, 0.0]], [[0.0, 0.6]]]])
+    torch.testing.assert_close(difference(x, y), torch.tensor([[[1 / 3, 0.1]]]))
+    assert unit_scores([1, 2, 6], ["b", "a", "b"]) == {"b": 3.5, "a": 2}
+    assert aucp(np.array([0.3, 0.1]), np.array([0.2, 0.1])) == 0.625
+
+
+def test_trivial_baselines_find_a_bright_square(xrays, capsys):
+    (_, logistic, _), (_, pca, _), _ = trivial.baselines(xrays, 2)
+    assert logistic == 1 and pca > 0.5
+    assert trivial.main(["--data", str(xrays / "train")]) == 2
+    assert "diseased" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What users get wrong
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "nowhere"], "nowhere/healthy: no such folder"),
+    (["--healthy", "a"], "give --data FOLDER, or --healthy and --mixed"),
+    (["--healthy", "a", "--mixed", "b"], "a: no such file or folder"),
+    ([], "give --data FOLDER"),
+])
+def test_train_names_what_is_missing(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*flags, "--preset", "smoke32"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--batch=0", "--size=30", "--critic-layers=7", "--val-fraction=1"])
+def test_train_refuses_values_that_cannot_be_meant(flag, xrays):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--data", str(xrays), "--preset", "smoke32", flag])
+    assert stop.value.code == 2
+
+
+def test_test_names_what_is_wrong(finished, xrays, slices32, tmp_path, capsys):
+    def error(data, model):
+        assert healthygan_test.main(["--data", str(data), "--model", str(model), "--out", str(tmp_path)]) == 2
+        return capsys.readouterr().err
+
+    assert "no such file or folder" in error(xrays, tmp_path / "nothing")
+    assert "give a folder that healthygan.train has written" in error(xrays, tmp_path)
+    assert "holds slices, but the model was trained on images" in error(slices32, finished)
+    for name in ("healthy", "diseased"):
+        (tmp_path / "half/test" / name).mkdir(parents=True)
+    assert "no images in it" in error(tmp_path / "half", finished)
+    (tmp_path / "half/test/diseased").rmdir()
+    shutil.copytree(xrays / "test/healthy", tmp_path / "half/test/healthy", dirs_exist_ok=True)
+    assert "diseased: no such folder" in error(tmp_path / "half", finished)
+
+
+def test_a_run_with_other_data_is_not_gone_on_with(finished, slices32, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train.main(["--healthy", str(slices32), "--mixed", str(slices32), "--out", str(copy), "--preset",
+                           "smoke32", "--device", "cpu"]) == 2
+    assert "the run there has another data" in capsys.readouterr().err
+
+
+def test_scripts_run_from_their_folder():
+    folder = ROOT / "healthygan"
+    usage = subprocess.run(["bash", "test_covid_pretrained.sh"], cwd=folder, capture_output=True, text=True)
+    assert usage.returncode == 2 and "name a folder of chest X-rays" in usage.stderr
+    dry = subprocess.run(["bash", "train_covid.sh", "datasets/covid", "--dry-run", "--preset", "cpu128"], cwd=folder,
+                         capture_output=True, text=True)
+    assert dry.returncode == 0 and json.loads(dry.stdout)["size"] == 128

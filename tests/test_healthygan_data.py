@@ -1,0 +1,151 @@
+"""What HealthyGAN reads: images of every kind, slices, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import DatasetError, SliceDataset
+from healthygan.data import (
+    FULL,
+    ImageSettings,
+    batches,
+    class_folders,
+    load_sources,
+    load_training,
+    read_image,
+    read_images,
+    read_slices,
+    split_by_patient,
+)
+
+SETTINGS = ImageSettings("images", 4, crop_top=0)
+
+
+def save(path: Path, pixels: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize("pixels, settings, expected", [
+    (np.full((4, 4), 255, np.uint8), SETTINGS, [FULL]),
+    (np.full((4, 4), 51, np.uint8), SETTINGS, [FULL // 5]),
+    (np.full((4, 4), 1000, np.uint16), SETTINGS, [1000]),                           # scaled, not clipped at 255
+    (np.full((4, 4), 4095, np.uint16), ImageSettings("images", 4, 0, 4095), [FULL]),
+    (np.full((4, 4, 3), [255, 0, 51], np.uint8), SETTINGS, [FULL, 0, FULL // 5]),
+    (np.full((4, 4, 3), 51, np.uint8), SETTINGS, [FULL // 5]),                      # RGB that is grey
+    (np.full((4, 4, 4), [51, 51, 51, 0], np.uint8), SETTINGS, [FULL // 5]),         # transparency is left out
+    (np.ones((4, 4), bool), SETTINGS, [FULL]),
+])
+def test_every_kind_of_image_is_scaled_to_16_bits(tmp_path, pixels, settings, expected):
+    got = read_image(save(tmp_path / "x.png", pixels), settings)
+    assert got.dtype == np.uint16 and got.shape == (len(expected), 4, 4)
+    assert got[:, 0, 0].tolist() == expected and (got == got[:, :1, :1]).all()
+
+
+def test_the_top_goes_and_the_centre_stays(tmp_path):
+    pixels = np.zeros((25, 43), np.uint8)                         # 8 % of 25 rows: 2; the centre: columns 10 to 32
+    pixels[2:, 10:33] = 255
+    assert (read_image(save(tmp_path / "x.png", pixels), ImageSettings("images", 23)) == FULL).all()
+    assert (read_image(save(tmp_path / "x.png", pixels), ImageSettings("images", 25, crop_top=0)) == 0).any()
+
+
+def test_a_set_is_handed_out_as_three_channels(tmp_path):
+    save(tmp_path / "set/a.png", np.full((8, 8), 255, np.uint8))
+    save(tmp_path / "set/sub/b.png", np.full((8, 8, 3), [255, 0, 255], np.uint8))
+    images = read_images(tmp_path / "set", SETTINGS)
+    assert images.names == ["set/a", "set/sub/b"] == images.units
+    x = images[[1, 0]]
+    assert x.shape == (2, 3, 4, 4) and x[:, :, 0, 0].tolist() == [[1, -1, 1], [1, 1, 1]]
+
+
+def test_an_unreadable_image_is_skipped_and_named(tmp_path):
+    whole = save(tmp_path / "set/a.png", np.zeros((8, 8), np.uint8))
+    (tmp_path / "set/b.png").write_bytes(whole.read_bytes()[:40])
+    (tmp_path / "set/c.jpg").write_text("no image")
+    images = read_images(tmp_path / "set", SETTINGS)
+    assert images.names == ["set/a"] and images.unreadable.keys() == {"set/b", "set/c"}
+    whole.unlink()
+    with pytest.raises(DatasetError, match="none of its 2 images can be read; the first: b.png"):
+        read_images(tmp_path / "set", SETTINGS)
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    (tmp_path / "train/healthy").mkdir(parents=True)
+    with pytest.raises(DatasetError, match="train/mixed: no such folder; expected images in .*train/healthy"):
+        class_folders(tmp_path, "train", ("healthy", "mixed"))
+    with pytest.raises(DatasetError, match="healthy: no images in it; expected files ending in .bmp"):
+        read_images(tmp_path / "train/healthy", SETTINGS)
+    with pytest.raises(DatasetError, match="nowhere: no such folder"):
+        read_images(tmp_path / "nowhere", SETTINGS)
+
+
+def test_one_name_with_two_suffixes_is_refused(tmp_path):
+    for suffix in ("png", "bmp"):
+        save(tmp_path / f"set/a.{suffix}", np.zeros((8, 8), np.uint8))
+    with pytest.raises(DatasetError, match="set/a is there with several suffixes"):
+        read_images(tmp_path / "set", SETTINGS)
+
+
+def test_a_patient_is_held_out_whole(tmp_path):
+    names = [f"healthy/{i}" for i in range(8)]
+    table = tmp_path / "patients.csv"
+    table.write_text("image,patient\n" + "".join(f"{name}.png,{i // 2}\n" for i, name in enumerate(names)))
+    kept, held_out = split_by_patient(names, 0.5, 0, table)
+    assert len(kept) == len(held_out) == 4 and sorted(kept + held_out) == list(range(8))
+    assert {i // 2 for i in kept}.isdisjoint({i // 2 for i in held_out})
+    assert split_by_patient(names, 0.5, 0, table) == (kept, held_out) != split_by_patient(names, 0.5, 2, table)
+    table.write_text("image,patient\nhealthy/0.png,0\n")
+    with pytest.raises(DatasetError, match="no patient for 7 images, the first: healthy/1"):
+        split_by_patient(names, 0.5, 0, table)
+
+
+def test_batches_go_on_where_they_stopped_and_two_sets_are_not_paired(tmp_path):
+    for i in range(6):
+        save(tmp_path / f"set/{i}.png", np.full((8, 8), 10 * i, np.uint8))
+    images = read_images(tmp_path / "set", SETTINGS)
+
+    def order(seed, start, count):
+        stream = itertools.islice(batches(images, 2, seed, start), count)
+        return [round((v.item() + 1) * 12.75) for batch in stream for v in batch[:, 0, 0, 0]]
+
+    assert sorted(order(0, 0, 3)) == list(range(6))
+    assert order(0, 4, 4) == order(0, 0, 6)[4:]
+    assert order(0, 0, 3) != order(1, 0, 3)
+
+
+def test_slices_keep_scan_and_slice_numbers(slices32):
+    settings = ImageSettings("slices", 32)
+    pictures = read_slices(slices32, "train", settings, {"head1"})
+    source = SliceDataset(slices32, "train")
+    assert set(pictures.units) == {"head1"} and pictures.names[0] == "head1/00" and len(pictures) == len(source) // 2
+    np.testing.assert_array_equal(pictures.pixels[0, 0], source.scan(1)["hu"][0])
+    x = pictures[[0, 1]]
+    assert x.shape == (2, 3, 32, 32) and -1 <= x.min() < x.max() <= 1
+
+
+def test_databases_are_checked(slices32, tmp_path):
+    with pytest.raises(DatasetError, match="slices of 32 x 32, but the network takes 64"):
+        read_slices(slices32, "train", ImageSettings("slices", 64))
+    with pytest.raises(DatasetError, match="prepared with other settings"):
+        read_slices(slices32, "train", ImageSettings("slices", 32, slices={"slab_mm": 7}))
+    listed = tmp_path / "scans.txt"
+    for ids in ("head0\nhead9\n", "head9\n"):
+        listed.write_text(ids)
+        with pytest.raises(DatasetError, match="1 scans are not in .*the first: head9"):
+            load_sources([slices32], ImageSettings("slices", 32), "train", listed)
+    with pytest.raises(DatasetError, match="folders of images only, or databases only"):
+        load_training([slices32], [tmp_path], ImageSettings("slices", 32), 0.1, 0)
+
+
+def test_a_databases_validation_split_is_held_out(slices32, tmp_path):
+    listed = tmp_path / "scans.txt"
+    listed.write_text("head1\n")
+    data = load_training([slices32], [slices32], ImageSettings("slices", 32), 0.1, 0, mixed_scans=listed)
+    assert set(data.healthy.units) == {"head0", "head1"} and set(data.mixed.units) == {"head1"}
+    assert set(data.held_out.units) == {"head2"} and data.healthy.settings.slices["slab_mm"] == 5
