@@ -164,12 +164,13 @@ def test_the_head_has_what_it_says(tmp_path):
 
 
 PROJECTOR = """
-import sys, pathlib
+import sys, pathlib, time
 scan, out, precision = sys.argv[1], sys.argv[5], sys.argv[9]
 if not pathlib.Path(scan).exists():
     sys.exit(f"{scan}: no such file")
 kept = bytearray(200_000_000)
 kept[::4096] = bytes(len(kept[::4096]))
+time.sleep(0.2)                       # the peak is read every 0.05 s
 pathlib.Path(out).mkdir()
 pathlib.Path(out, "scores.csv").write_text(f"scan_id,score,error_hu\\nhead,{len(precision)},2.5\\n")
 """
@@ -184,4 +185,4 @@ def test_a_projection_is_measured_from_outside(tmp_path, monkeypatch):
     scan.touch()
     measured = speed.project_scan(scan, tmp_path, tmp_path / "out", "fp32")
     assert measured["score"] == 4 and measured["error_hu"] == 2.5 and measured["seconds"] > 0
-    assert 0.2 < measured["peak_gb"] < 2
+    assert 0.18 < measured["peak_gb"] < 0.5
