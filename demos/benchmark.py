@@ -43,9 +43,10 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 import checkpoint  # noqa: E402
 import distributed  # noqa: E402
+import normative  # noqa: E402
 from benchmarks import baselines  # noqa: E402
 from cohort import Key, read_scores, read_table, read_truth, read_volume  # noqa: E402
-from ct.picture import overlay_panels  # noqa: E402
+from ct.picture import RESIDUAL_FULL_HU, overlay_panels  # noqa: E402
 from ct.read import ScanSource, find_scans, read_scan  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from demos.figures import OURS, Case, Cohort, count_levels, example_sheet, report, table, typical  # noqa: E402
@@ -207,15 +208,19 @@ def measure_all(folder: Path, chosen: list[Case], run: dict, fits: dict[str, bas
 # ---------------------------------------------------------------------------------------------------------------
 # Pictures
 
-def example(scan_id: str, folder: Path) -> Image.Image:
-    """Query, closest normal, anomaly and truth of the slice with the most truth, cut to the brain."""
+def example(scan_id: str, folder: Path, full: float) -> Image.Image:
+    """Query, closest normal, anomaly and truth of the slice with the most truth, cut to the brain.
+
+    full: the value of the anomaly map that is shown in the last colour.
+    """
     query, truth = (read_volume(folder / kind / f"{scan_id}.nii.gz")[0] for kind in ("scans", "masks"))
     normal, weighted, brain = (read_volume(folder / "results" / scan_id / f"{name}.nii.gz")[0]
                                for name in ("reconstruction", "anomaly", "brain"))
     rows, columns = (np.flatnonzero(brain.any(axis)) for axis in ((0, 2), (0, 1)))
     cut = tuple(slice(max(0, i[0] - MARGIN_PX), i[-1] + 1 + MARGIN_PX) for i in (rows, columns))
     most = int(truth.sum((1, 2)).argmax())
-    return overlay_panels(*(volume[most][cut] for volume in (query, normal, weighted, truth > 0)))
+    coloured = weighted * (RESIDUAL_FULL_HU / full)
+    return overlay_panels(*(volume[most][cut] for volume in (query, normal, coloured, truth > 0)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -248,7 +253,8 @@ def benchmark(args: argparse.Namespace) -> None:
     (args.out / "metrics.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (args.out / "table.md").write_text(table(figures), encoding="utf-8")
     shown = typical(cohorts["test"])
-    sheet = example_sheet({kind: example(scan_id, folders["test"]) for kind, scan_id in shown.items()})
+    full = normative.HIGHEST if run["projection"]["measure"] == "surprise" else RESIDUAL_FULL_HU
+    sheet = example_sheet({kind: example(scan_id, folders["test"], full) for kind, scan_id in shown.items()})
     sheet.savefig(args.out / "examples.png", facecolor=sheet.get_facecolor())
     print(table(figures), end="")
 

@@ -28,7 +28,7 @@ HAEMORRHAGES = ("epidural", "subdural_acute", "subdural_chronic", "subarachnoid"
                 "intraventricular")
 LARGE_ML = 5.0
 SLICE_MM2 = 25.0                # less truth than this does not make a slice abnormal
-STEP_HU, LEVELS = 0.05, 2401    # map values are counted in steps, up to 120 HU and all above
+STEP, LEVELS = 0.05, 2401       # map values are counted in steps, up to 120 and all above
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Cohort:
 
 
 def count_levels(values: np.ndarray, truth: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """How many brain pixels have |value| in each step of STEP_HU: int64 [2, LEVELS], truth False and True."""
-    level = np.minimum(np.abs(values[brain]) / STEP_HU, LEVELS - 1).astype(np.int64)
+    """How many brain pixels have |value| in each step of STEP: int64 [2, LEVELS], truth False and True."""
+    level = np.minimum(np.abs(values[brain]) / STEP, LEVELS - 1).astype(np.int64)
     return np.stack([np.bincount(level[truth[brain] == is_true], minlength=LEVELS) for is_true in (False, True)])
 
 
@@ -167,7 +167,7 @@ def report(test: Cohort, tuning: Cohort, methods: list[str], how_ours: str) -> d
         level = best_level(tuning.measures, method)
         scores[method] = scan_scores(test, method, how)
         result["methods"][method] = {
-            "scan_score": how, "threshold_hu": level * STEP_HU,
+            "scan_score": how, "threshold": level * STEP,
             "seconds_a_scan": float(np.mean([m[f"{method}_seconds"] for m in test.measures])),
             "all": method_figures(test, method, how, level),
             "kinds": {kind: method_figures(test.of({kind, None}), method, how, level) for kind in kinds}}
@@ -210,10 +210,11 @@ def table(figures: dict) -> str:
         beside = (" / ".join(shown(f[figure]) for f in each) for figure in ("scan_auc", "dice", "pixel_ap"))
         lines.append(f"| {kind.replace('_', ' ')} | {ours['emergencies']} | {shown(ours['scan_auc'])} "
                      f"({shown(ours['scan_auc_delong'])}) | {' | '.join(beside)} |")
-    thresholds = ", ".join(f"{method} {f['threshold_hu']:.2f} HU" for method, f in methods.items())
+    thresholds = ", ".join(f"{method} {f['threshold']:.2f}" for method, f in methods.items())
     pooling = ", ".join(f"{method} {f['scan_score']}" for method, f in methods.items())
-    notes = [f"p: paired DeLong test of the scan AUC against ours. Thresholds for Dice, set on tuning phantoms: "
-             f"{thresholds}. Scan score from slice scores: {pooling}.",
+    notes = [f"p: paired DeLong test of the scan AUC against ours. Thresholds for Dice, set on tuning phantoms, in the "
+             f"maps' units (HU; surprise where ours is measured so): {thresholds}. Scan score from slice scores: "
+             f"{pooling}.",
              f"Dice of the masks that projector.py writes, haemorrhage > 5 ml: {shown(figures['shipped_mask_dice'])}."]
     failed = [f"{cohort} {scan_id}" for cohort, scans in figures["failed"].items() for scan_id in scans]
     if failed:

@@ -19,7 +19,7 @@ from ct.standardise import StandardiseSettings
 from ct.write import write_nifti
 from dataset import ScanRecord, SliceDataset, SliceWriter
 from demos import benchmark, figures
-from demos.figures import LEVELS, OURS, STEP_HU, Case, Cohort
+from demos.figures import LEVELS, OURS, STEP, Case, Cohort
 from preprocess import PreprocessSettings, preprocess_scan
 from tests.helpers import synthetic_scan
 
@@ -53,7 +53,7 @@ def test_dice_at_a_level_counts_the_truth_outside_the_brain_as_missed():
     m = measured([1.0, 1.0, 3.0, 3.0], [False, True, True, True], outside=2)
     curve = figures.dice_curve(m[f"{OURS}_levels"], m["truth_pixels"])
     assert curve[0] == pytest.approx(2 * 3 / (4 + 5))
-    assert curve[round(2 / STEP_HU)] == pytest.approx(2 * 2 / (2 + 5))
+    assert curve[round(2 / STEP)] == pytest.approx(2 * 2 / (2 + 5))
     assert curve[-1] == 0
 
 
@@ -61,7 +61,7 @@ def test_the_best_level_is_that_of_the_mean_dice():
     easy = measured([0.0, 0.0, 3.0, 3.0], [False, False, True, True])
     noisy = measured([1.0, 1.0, 1.0, 3.0], [False, False, False, True])
     best = figures.best_level([easy, noisy, measured([5.0], [False])], OURS)
-    assert 1.0 < best * STEP_HU <= 3.0
+    assert 1.0 < best * STEP <= 3.0
 
 
 def test_no_truth_to_tune_on_names_the_flag():
@@ -115,7 +115,7 @@ def test_report_and_table_by_hand(small):
     assert ours["all"]["dice_large_haemorrhage"] == 1
     assert ours["kinds"]["tumour"]["dice_large_haemorrhage"].startswith("undefined")
     assert found["shipped_mask_dice"] == pytest.approx(2 * 1 / (4 + 6))
-    assert 1 < ours["threshold_hu"] <= 10 and 0 < hu["p_against_ours"] < 1
+    assert 1 < ours["threshold"] <= 10 and 0 < hu["p_against_ours"] < 1
     text = figures.table(found | {"failed": {"test": {}, "tune": {"healthy-0002": "no head"}}})
     assert text.startswith("6 emergencies and 3 healthy")
     assert "| epidural | 3 | 1.00" in text and "| HU thresholds | 0.83" in text and "tune healthy-0002" in text
@@ -206,7 +206,7 @@ def project(folder, model, device):
             table = csv.DictWriter(file, ["scan_id", "slice", "score", "status", "reason", "seconds"])
             table.writeheader()
             table.writerows(rows)
-    return {"weights_sha256": "0", "model": {}, "projection": {"scan_score": "mean"}, "versions": {},
+    return {"weights_sha256": "0", "model": {}, "projection": {"scan_score": "mean", "measure": "votes"}, "versions": {},
             "preprocessing": SETTINGS.to_json()}
 
 
