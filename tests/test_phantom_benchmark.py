@@ -206,8 +206,8 @@ def project(folder, model, device):
             table = csv.DictWriter(file, ["scan_id", "slice", "score", "status", "reason", "seconds"])
             table.writeheader()
             table.writerows(rows)
-    return {"weights_sha256": "0", "model": {}, "projection": {"scan_score": "mean", "measure": "votes"}, "versions": {},
-            "preprocessing": SETTINGS.to_json()}
+    return {"weights_sha256": "0", "model": {}, "versions": {},
+            "projection": {"scan_score": "mean", "measure": "votes"}, "preprocessing": SETTINGS.to_json()}
 
 
 @pytest.fixture
