@@ -218,7 +218,8 @@ class _Search:
 
     @torch.no_grad()
     def result(self, errors: dict[str, float], seconds: dict[str, float]) -> FrameProjection:
-        reconstruction, residual, brain = decode(self.image), self._residual().cpu(), self.brain.cpu()
+        reconstruction, brain = decode(self.image), self.brain.cpu()
+        residual = self._residual(reconstruction).cpu()
         scales = normative.scales((self.query_hu - reconstruction).cpu(), residual, brain)
         votes, steps = self.counter.votes.cpu(), self.counter.steps
         if self.settings.measure == "surprise":
@@ -242,12 +243,13 @@ class _Search:
         for chunk in self.chunks:
             self.image[chunk] = self.bundle.generator.synthesis(self.w_plus[chunk], [m[chunk] for m in self.noise])
 
-    def _residual(self):
-        return anomaly.residual(self.query_hu, decode(self.image), self.brain, self.median)
+    def _residual(self, reconstruction):
+        return anomaly.residual(self.query_hu, reconstruction, self.brain, self.median)
 
     @torch.no_grad()
     def _vote(self):
-        votes = anomaly.frame_votes(self._residual().abs(), self.settings.threshold_hu, self.positions, self.max_gap_mm)
+        votes = anomaly.frame_votes(self._residual(decode(self.image)).abs(), self.settings.threshold_hu,
+                                    self.positions, self.max_gap_mm)
         self.counter.add(votes)
 
 
