@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from dataset import DatasetError, InfiniteSampler, SliceDataset
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 FULL = 65535                             # white, as images are kept
+DARK = FULL // 8                         # a folder with nothing brighter is likely 12 bits stored in 16
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def centre_square(pixels: np.ndarray) -> np.ndarray:
 def read_images(folder: Path, settings: ImageSettings) -> Pictures:
     """All images below a folder, by name; one that cannot be read is skipped and named.
 
-    Raises DatasetError where there is no folder, no image in it, or none that can be read.
+    Warns of a folder that is all dark: --white-16bit is then likely wrong. Raises DatasetError where there is no
+    folder, no image in it, or none that can be read.
     """
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder; expected a folder of images")
@@ -139,8 +142,11 @@ def read_images(folder: Path, settings: ImageSettings) -> Pictures:
                            f"{paths[0].name}: {read[0]}")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise DatasetError(f"{folder}: {twice[0]} is there with several suffixes; expected one file of a name")
-    kept_names = [names[i] for i in kept]
-    return Pictures(settings, stack([read[i] for i in kept]), kept_names, kept_names, unreadable)
+    kept_names, pixels = [names[i] for i in kept], stack([read[i] for i in kept])
+    if 0 < (brightest := int(pixels.max())) <= DARK:
+        warnings.warn(f"{folder}: its brightest pixel has {100 * brightest / FULL:.1f} % of white; for 12 bits stored "
+                      f"in 16 give --white-16bit 4095 (now {settings.white_16bit})", stacklevel=2)
+    return Pictures(settings, pixels, kept_names, kept_names, unreadable)
 
 
 def stack(images: Sequence[np.ndarray]) -> np.ndarray:
@@ -276,6 +282,9 @@ def split_by_patient(names: Sequence[str], fraction: float, seed: int, patients:
     order = sorted(set(patient.values()))
     drawn = np.random.default_rng(seed).permutation(len(order))[:round(fraction * len(order))]
     held_out = {order[i] for i in drawn}
+    if len(held_out) == len(order):
+        raise DatasetError(f"--val-fraction {fraction:g} keeps all {len(order)} healthy images (or patients) aside; "
+                           "expected some left to train on: lower it")
     return ([i for i, name in enumerate(names) if patient[name] not in held_out],
             [i for i, name in enumerate(names) if patient[name] in held_out])
 

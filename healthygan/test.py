@@ -121,6 +121,9 @@ def test(args: argparse.Namespace) -> int:
     memory.keep_freed()
     device = distributed.pick_device(args.device)
     model = find_model(args.model)
+    if args.white_16bit is not None:
+        settings = dataclasses.replace(model.settings, white_16bit=args.white_16bit)
+        model = dataclasses.replace(model, settings=settings)
     dtype = model.generator.compute_dtype = distributed.pick_precision(args.precision, device)
     pictures, labels = read_data(args.data, model)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -146,12 +149,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of images, or a database")
     parser.add_argument("--model", type=Path, required=True, help="model's or run's folder, or released *-G.ckpt")
     parser.add_argument("--out", type=Path, default=Path("results/healthygan"), help="results folder")
+    parser.add_argument("--white-16bit", type=int, help="value that is white in 16-bit images (default: as in the "
+                                                        "training); 4095 for 12 bits stored in 16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--batch", type=int, default=16, help="images at a time (default %(default)s)")
     args = parser.parse_args(argv)
     if args.batch < 1:
         parser.error(f"--batch must be at least 1, got {args.batch}")
+    if args.white_16bit is not None and not 1 <= args.white_16bit <= 65535:
+        parser.error(f"--white-16bit must lie in 1..65535, got {args.white_16bit}")
     try:
         return test(args)
     except (OSError, ValueError) as error:

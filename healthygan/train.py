@@ -94,6 +94,8 @@ class TrainConfig:
         for name in ("val_fraction", "crop_top", "choose_after"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
+        if not 1 <= self.white_16bit <= 65535:
+            raise ValueError(f"--white-16bit must lie in 1..65535, got {self.white_16bit}")
         self.model()
 
     def model(self) -> ModelConfig:
@@ -267,8 +269,9 @@ class Chooser:
     def __init__(self, data: TrainingData, out: Path, meta: dict, device: torch.device):
         self.data, self.out, self.meta, self.device = data, out, meta, device
         self.highest = -math.inf
-        few = range(min(6, len(data.mixed), len(data.healthy)))
-        self.shown = torch.cat([data.mixed[few], data.healthy[few]])
+        count = min(6, len(data.mixed), len(data.healthy))       # spread: neighbours are slices of one scan
+        self.shown = torch.cat([part[[i * len(part) // count for i in range(count)]]
+                                for part in (data.mixed, data.healthy)])
 
     def measure(self, trainer: Trainer) -> dict[str, float]:
         """`aucp` of the training images, and their mean scores; writes a sample grid, and out/best if it is better."""

@@ -20,6 +20,8 @@ from sklearn.linear_model import LogisticRegression
 import metrics
 from healthygan.data import ImageSettings, class_folders, read_images
 
+REGULARISATIONS = (1.0, 0.1)             # scikit-learn's C: its default, and a stronger ridge
+
 
 def thumbnails(folder: Path, side: int) -> np.ndarray:
     """Grey images as rows [n, side^2] in [0, 1]; cropped as HealthyGAN sees them."""
@@ -27,10 +29,11 @@ def thumbnails(folder: Path, side: int) -> np.ndarray:
     return pictures.pixels.mean(1).reshape(len(pictures), -1) / 65535
 
 
-def logistic(healthy: np.ndarray, mixed: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Score of each test row: how much it looks like mixed rather than healthy."""
+def logistic(healthy: np.ndarray, mixed: np.ndarray, test: np.ndarray, c: float) -> np.ndarray:
+    """Score of each test row: how much it looks like mixed rather than healthy. c: inverse of the ridge's strength."""
     labels = np.repeat([0, 1], [len(healthy), len(mixed)])
-    return LogisticRegression(max_iter=5000).fit(np.concatenate([healthy, mixed]), labels).decision_function(test)
+    model = LogisticRegression(C=c, max_iter=5000).fit(np.concatenate([healthy, mixed]), labels)
+    return model.decision_function(test)
 
 
 def pca_error(healthy: np.ndarray, test: np.ndarray, components: int) -> np.ndarray:
@@ -47,7 +50,8 @@ def baselines(data: Path, components: int) -> list[tuple[str, float, tuple[float
     for side in (8, 32):
         healthy, mixed, normal, diseased = (thumbnails(folder, side) for folder in folders)
         test, labels = np.concatenate([normal, diseased]), np.repeat([0, 1], [len(normal), len(diseased)])
-        scored = {f"logistic regression, mixed against healthy, {side}x{side}": logistic(healthy, mixed, test)}
+        scored = {f"logistic regression, mixed against healthy, {side}x{side}, C = {c:g}":
+                  logistic(healthy, mixed, test, c) for c in REGULARISATIONS}
         if side == 8:
             scored[f"PCA error of the healthy, {components} components, {side}x{side}"] = pca_error(
                 healthy, test, components)

@@ -210,6 +210,19 @@ def test_unreadable_images_are_rows_and_exit_3(finished, xrays, tmp_path, capsys
     assert not (out / "labels.csv").exists() and "skipped: folder/bad" in capsys.readouterr().err
 
 
+def test_white_of_16_bit_images_can_be_named(finished, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32))
+    stored = {"eight": pixels.astype(np.uint8), "twelve": (pixels * 16).astype(np.uint16)}
+    for name, scaled in stored.items():
+        (tmp_path / name).mkdir()
+        Image.fromarray(scaled).save(tmp_path / name / "x.png")
+        more = ["--white-16bit", "4080"] if name == "twelve" else []
+        assert healthygan_test.main(["--data", str(tmp_path / name), "--model", str(finished), "--device", "cpu",
+                                     "--precision", "fp32", "--out", str(tmp_path / f"{name}-out"), *more]) == 0
+    eight, twelve = (float(rows(tmp_path / f"{name}-out/scores.csv")[0]["score"]) for name in ("eight", "twelve"))
+    assert twelve == pytest.approx(eight, rel=1e-5)
+
+
 def test_slices_are_scored_by_scan(slices32, tmp_path):
     listed = tmp_path / "mixed.txt"
     listed.write_text("head1\n")
@@ -257,8 +270,9 @@ def test_scores_by_hand():
 
 
 def test_trivial_baselines_find_a_bright_square(xrays, capsys):
-    (_, logistic, _), (_, pca, _), _ = trivial.baselines(xrays, 2)
-    assert logistic == 1 and pca > 0.5
+    (first, logistic, _), (_, ridge, _), (third, pca, _), *larger = trivial.baselines(xrays, 2)
+    assert first.endswith("8x8, C = 1") and third.startswith("PCA") and len(larger) == 2
+    assert logistic == 1 and ridge == 1 and pca > 0.5
     assert trivial.main(["--data", str(xrays / "train")]) == 2
     assert "diseased" in capsys.readouterr().err
 
@@ -278,7 +292,8 @@ def test_train_names_what_is_missing(flags, message, tmp_path, monkeypatch, caps
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--batch=0", "--size=30", "--critic-layers=7", "--val-fraction=1"])
+@pytest.mark.parametrize("flag", ["--batch=0", "--size=30", "--critic-layers=7", "--val-fraction=1",
+                                  "--white-16bit=0"])
 def test_train_refuses_values_that_cannot_be_meant(flag, xrays):
     with pytest.raises(SystemExit) as stop:
         train.main(["--data", str(xrays), "--preset", "smoke32", flag])

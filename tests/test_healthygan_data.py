@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,15 @@ def test_an_unreadable_image_is_skipped_and_named(tmp_path):
         read_images(tmp_path / "set", SETTINGS)
 
 
+def test_twelve_bits_read_as_sixteen_are_noticed(tmp_path):
+    save(tmp_path / "set/a.png", np.full((8, 8), 4000, np.uint16))
+    with pytest.warns(UserWarning, match=r"6\.1 % of white; for 12 bits .* --white-16bit 4095 \(now 65535\)"):
+        read_images(tmp_path / "set", SETTINGS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_images(tmp_path / "set", ImageSettings("images", 4, 0, 4095))
+
+
 def test_missing_and_empty_folders_are_named(tmp_path):
     (tmp_path / "train/healthy").mkdir(parents=True)
     with pytest.raises(DatasetError, match="train/mixed: no such folder; expected images in .*train/healthy"):
@@ -100,6 +110,8 @@ def test_a_patient_is_held_out_whole(tmp_path):
     assert len(kept) == len(held_out) == 4 and sorted(kept + held_out) == list(range(8))
     assert {i // 2 for i in kept}.isdisjoint({i // 2 for i in held_out})
     assert split_by_patient(names, 0.5, 0, table) == (kept, held_out) != split_by_patient(names, 0.5, 2, table)
+    with pytest.raises(DatasetError, match="0.9 keeps all 4 healthy images .* lower it"):
+        split_by_patient(names, 0.9, 0, table)
     table.write_text("image,patient\nhealthy/0.png,0\n")
     with pytest.raises(DatasetError, match="no patient for 7 images, the first: healthy/1"):
         split_by_patient(names, 0.5, 0, table)
