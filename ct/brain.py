@@ -23,7 +23,8 @@ SEALS_MM = (4.0, 6.5, 9.0, 13.0)  # gaps up to twice this are closed; the first 
 MIN_PLATE = 0.03                # a bone counts as skull from this share of the largest one's volume
 MIN_SEED = 0.4                  # the skull is closed when a chamber fills this share of its largest outline
 HOLDS = 0.75                    # a seal holds when this share of the neighbour's area is found again
-FAT_HU = -8.0                   # below: fat or air
+FAT_HU = -8.0                   # below: fat or air, where soft tissue is at SOFT_HU or denser
+SOFT_HU = 30.0                  # usual median of soft tissue; on some scanners, and CSF with it, up to 15 HU lower
 FAT_BLUR_MM = 0.7               # so that noise in CSF is not taken for fat
 REACH_MM = 2.0                  # how far a mask may spread from slice to slice, besides the slices' distance
 MIN_OVERLAP = 0.6               # share of a chamber that must lie where its neighbour's mask lies
@@ -56,8 +57,15 @@ def bone_threshold(scan: Scan) -> float:
 
 
 def fat_threshold(scan: Scan) -> float:
-    """HU below which a pixel counts as fat or air; above where a narrow window clips them to (0..80 HU: 0)."""
-    return float(max(FAT_HU, scan.saturation_hu[0] + 3.0))
+    """HU below which a pixel counts as fat or air; above where a narrow window clips them to (0..80 HU: 0).
+
+    Follows the scan's soft tissue down, where that is darker than usual: CSF lies below FAT_HU there.
+    """
+    step = max(1, max(scan.hu.shape[1:]) // 128)
+    hu = scan.hu[:, ::step, ::step]
+    soft = hu[(hu > 5) & (hu < 60)]
+    darker = min(0.0, float(np.median(soft)) - SOFT_HU) if soft.size else 0.0
+    return float(max(FAT_HU + darker, scan.saturation_hu[0] + 3.0))
 
 
 def estimate_pixel_mm(scan: Scan) -> float:
@@ -105,7 +113,8 @@ def _follow(hu: np.ndarray, bone: np.ndarray, skull: np.ndarray, scan: Scan) -> 
         for s in range(start + step, last, step):
             gap_mm = abs(scan.position_mm[s] - scan.position_mm[s - step])
             near = _dilate(mask[s - step], (REACH_MM + gap_mm) / WORK_MM)
-            found = _continue(soft[s], fat[s], mask[s - step]) & near
+            upwards = inside[s] & (step > 0)   # above the largest chamber nothing in the skull is fat: dark CSF, or air
+            found = _continue(soft[s] | (fat[s] & upwards), fat[s] & ~upwards, mask[s - step]) & near
             if (found & ~inside[s]).any():   # the skull has a hole too wide to seal
                 found &= hull[s]
             parts = [part for part in _parts(found) if part.sum() * WORK_MM**2 >= MIN_PART_MM2]

@@ -94,6 +94,25 @@ def test_calcification_and_air_are_filled_but_a_clinoid_is_not():
     assert mask[clinoid].mean() < 0.3
 
 
+def test_csf_near_the_window_s_floor_is_no_fat():
+    """Some scanners show the brain at 18 HU and wide CSF over it at -14, in a picture that ends at -20 HU."""
+    scan, truth = head(noise=2.0)
+    z, y, x = grid_mm(scan.hu.shape)
+    rim = truth & ((y / 62) ** 2 + (x / 52) ** 2 + (z / 57) ** 2 > 1)
+    hu = scan.hu - 14.0 * (scan.hu < 100)
+    mask = brain_mask(saturated(edited(scan, np.where(rim, scan.hu - 44.0, hu))))
+    assert dice(mask, truth) > 0.95
+    assert mask[rim].mean() > 0.9
+
+
+def test_air_under_the_vault_is_inside():
+    scan, truth = head()
+    z, y, x = grid_mm(scan.hu.shape)
+    air = truth & (z > 30) & (y < -30)                                         # reaches the bone: no hole to fill
+    mask = brain_mask(saturated(edited(scan, np.where(air, -1000, scan.hu))))
+    assert mask[air].mean() > 0.9
+
+
 def test_orbits_sinus_and_a_suture_gap():
     """Orbits open to the front and to the brain by a fissure, an air sinus between, a 6 mm gap in the vault."""
     scan, truth = head()
