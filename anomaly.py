@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from op.gaussian import gaussian_blur
 from op.median import median2d
 
 PAPER_SIZE = 512                # the frame, in pixels, that the paper's pixel counts refer to
@@ -153,6 +154,22 @@ def surprise_scores(surprise: torch.Tensor, brain: torch.Tensor, above: float) -
     _check_same_shape(surprise=surprise, brain=brain)
     beyond = ((surprise.abs() - above).clamp(min=0) * brain).sum((1, 2), dtype=torch.float64)
     return (beyond / brain.sum((1, 2)).clamp(min=1)).to(surprise.dtype)
+
+
+def peak_scores(surprise: torch.Tensor, brain: torch.Tensor, above: float, sigma: float) -> torch.Tensor:
+    """Highest mean of how far the surprise goes beyond `above`, to one side, about any pixel of a slice. [S]
+
+    surprise [S, H, W], signed (normative.py); brain bool [S, H, W]. The mean is over a Gaussian of standard deviation
+    sigma pixels in the plane and over the slice and its two neighbours. A lesion is in one place; what is unusual in a
+    healthy head is scattered, and a sum over the brain counts it all.
+    """
+    _check_same_shape(surprise=surprise, brain=brain)
+    highest = []
+    for side in (surprise, -surprise):
+        near = gaussian_blur((side - above).clamp(min=0) * brain, sigma)
+        ends = torch.cat([near[:1], near, near[-1:]])
+        highest.append(((ends[:-2] + near + ends[2:]) / 3).amax((1, 2)))
+    return torch.maximum(*highest)
 
 
 def scan_score(scores: torch.Tensor, how: str) -> float:

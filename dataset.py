@@ -357,6 +357,10 @@ class SliceDataset(Dataset):
         return {"hu": torch.from_numpy(hu), "brain": torch.from_numpy(brain), "below_vertex_mm": mm,
                 "scan": scan}
 
+    def held_out_ids(self) -> list[str]:
+        """Ids of the database's validation scans, whichever split this is."""
+        return [scan["scan_id"] for scan in self.manifest["scans"] if scan["split"] == "val"]
+
     def scan(self, scan: int) -> dict:
         """All slices of scan_ids[scan] as one stack."""
         slices = [self[int(i)] for i in np.flatnonzero(self._records[:, 0] == scan)]

@@ -4,7 +4,9 @@
 
 The encoder's codes of the training slices, plain and augmented, give mean and principal components by position below
 the vertex (latent.py). Every held-out scan is then projected just as projector.py will project, and its scores are
-kept: they turn a new scan's score into a percentile and a threshold. One process; not for torchrun.
+kept: they turn a new scan's score into a percentile and a threshold. Few scans give a poor calibration: with --fold
+DATA RUN (several times) other runs of train_encoder.py, which held other scans out, add theirs, each projected by the
+networks that have not seen them. One process; not for torchrun.
 Exit codes: 0 done, 2 wrong usage.
 
 The bundle's discriminator is that of the encoder run, as in the released checkpoint: the GAN's, trained on against the
@@ -129,9 +131,17 @@ def fit(w_plus: torch.Tensor, below_vertex_mm: torch.Tensor, config: StatsConfig
 # ---------------------------------------------------------------------------------------------------------------
 # Calibration
 
-def calibrate(bundle: checkpoint.Bundle, held_out: SliceDataset, settings: ProjectionSettings,
-              perceptual: torch.nn.Module, batch: int) -> tuple[dict, normative.Normal | None]:
-    """Project the held-out healthy scans and keep what a new scan is compared with. JSON-able:
+@dataclass(frozen=True)
+class Fold:
+    """Networks with their statistics, and the healthy scans that they have not seen."""
+
+    bundle: checkpoint.Bundle
+    held_out: SliceDataset
+
+
+def calibrate(folds: list[Fold], settings: ProjectionSettings, batch: int, vgg16=None, lpips=None
+              ) -> tuple[dict, normative.Normal | None]:
+    """Project the held-out healthy scans, each by its own fold, and keep what a new scan is compared with. JSON-able:
 
     split, scans   'val', and the ids of its scans
     scan_scores    by each of anomaly.SCAN_SCORES, in the order of `scans`
@@ -144,23 +154,27 @@ def calibrate(bundle: checkpoint.Bundle, held_out: SliceDataset, settings: Proje
     and the statistics of the residuals. In --measure surprise a scan's scores are those that the other scans'
     statistics give it. With under 3 scans there are no statistics (None); --measure surprise then raises ValueError.
     """
-    scans = [held_out.scan(s) for s in range(len(held_out.scan_ids))]
-    brains, positions = [scan["brain"] for scan in scans], [scan["below_vertex_mm"].tolist() for scan in scans]
-    by_votes = dataclasses.replace(settings, measure="votes")       # no surprise can be told before all are projected
-    residuals, scores, errors = [], [], []
-    for scan_id, scan, mm in zip(held_out.scan_ids, scans, positions):
-        result = project(scan["hu"].float(), scan["brain"], mm, bundle, perceptual, by_votes, batch)
-        residuals.append(result.scales)
-        scores.append(result.slice_scores)
-        errors.append(result.error_hu)
-        print(f"{scan_id}: {len(mm)} slices, {sum(result.seconds.values()):.0f} s, error in HU "
-              + ", ".join(f"{stage} {error:.2f}" for stage, error in result.error_hu.items()), flush=True)
-    normal = None
-    if len(scans) >= normative.MIN_SCANS or settings.measure == "surprise":
-        normal, surprises = normative.fit_normal(residuals, brains, positions)
+    ids, positions, results = [], [], []
+    for fold in folds:
+        perceptual = perceptual_for(fold.bundle, settings, vgg16, lpips)
+        for s, scan_id in enumerate(fold.held_out.scan_ids):
+            scan = fold.held_out.scan(s)
+            mm = scan["below_vertex_mm"].tolist()
+            result = project(scan["hu"].float(), scan["brain"], mm, fold.bundle, perceptual, settings, batch,
+                             tell=False)                         # no surprise before all are projected
+            ids.append(scan_id)
+            positions.append(mm)
+            results.append(result)
+            print(f"{scan_id}: {len(mm)} slices, {sum(result.seconds.values()):.0f} s, error in HU "
+                  + ", ".join(f"{stage} {error:.2f}" for stage, error in result.error_hu.items()), flush=True)
+    scores, normal = [result.slice_scores for result in results], None
+    if len(ids) >= normative.MIN_SCANS or settings.measure == "surprise":
+        judged = [result.judged for result in results]
+        normal, surprises = normative.fit_normal([result.scales for result in results], judged, positions)
         if settings.measure == "surprise":
-            scores = [judge(surprise, brain, settings)[2] for surprise, brain in zip(surprises, brains)]
-    return summary(held_out.scan_ids, positions, scores, errors, bundle.generator.compute_dtype), normal
+            scores = [judge(surprise, where, settings)[2] for surprise, where in zip(surprises, judged)]
+    errors = [result.error_hu for result in results]
+    return summary(ids, positions, scores, errors, folds[0].bundle.generator.compute_dtype), normal
 
 
 def summary(scan_ids: list[str], positions: list[list[float]], scores: list[torch.Tensor],
@@ -192,61 +206,102 @@ def thresholds(scan_scores: dict[str, list[float]], fpr: float) -> dict:
 # The bundle
 
 def build(config: StatsConfig, data: Path, run: Path, out: Path, device: torch.device, name: str | None = None,
-          notes: str | dict | None = None, overwrite: bool = False, vgg16=None, lpips=None) -> Path:
-    """Write the bundle to `out`. Raises DatasetError, CheckpointError or ValueError, before any work where it can."""
+          notes: str | dict | None = None, overwrite: bool = False, vgg16=None, lpips=None,
+          further: list[tuple[Path, Path]] = ()) -> Path:
+    """Write the bundle to `out`. Raises DatasetError, CheckpointError or ValueError, before any work where it can.
+
+    further: (database, run) of each --fold. Their networks serve the calibration and are not kept.
+    """
     # ---- Set up
     if (out / "model.json").exists() and not overwrite:
         raise checkpoint.CheckpointError(f"--out {out}: holds a model bundle; pass --overwrite, or another folder")
+    if config.calibrate == "none" and (further or config.measure == "surprise"):
+        raise ValueError(f"--calibrate none: {'--fold' if further else '--measure surprise'} is of no use without the "
+                         "calibration; leave one of them out")
+    sources = [(data, run), *further]
+    loaded = [load_run(*source, "--fold" if i else "--encoder") for i, source in enumerate(sources)]
+    if config.calibrate == "val":
+        check_held_out(config, loaded, [path for path, _ in sources])
+    dtype = distributed.pick_precision(config.precision, device)
+    snapshot = loaded[0][0]
+
+    # ---- Fit, and calibrate on the weights as they will be read back, rounded to float16
+    meta = {"preprocessing": loaded[0][1].manifest["settings"], "projection": dataclasses.asdict(config.projection()),
+            "calibration": None, "provenance": provenance(snapshot, config, name or out.name, notes)}
+    if further:
+        meta["provenance"]["folds"] = [{"encoder": {"images_seen": other.step, "config": other.meta["config"]},
+                                        "held_out": dataset.held_out_ids()} for other, dataset in loaded]
+    with tempfile.TemporaryDirectory() as folder:
+        folds = []
+        for i, (fold_snapshot, dataset) in enumerate(loaded):
+            networks = restore(fold_snapshot, device, dtype)
+            latent = fit_fold(networks["encoder"], dataset, config)
+            path = checkpoint.save_bundle(Path(folder) / str(i), **networks, latent=latent, meta=meta)
+            if config.calibrate == "val":
+                bundle = checkpoint.load_bundle(path, device)
+                for net in (bundle.generator, bundle.discriminator, bundle.encoder):
+                    net.compute_dtype = dtype
+                folds.append(Fold(bundle, SliceDataset(sources[i][0], "val", check=False)))
+            if not i:
+                kept = {**networks, "latent": latent}
+        normal = None
+        if folds:
+            meta["calibration"], normal = calibrate(folds, config.projection(), config.batch, vgg16, lpips)
+            if meta["calibration"]["threshold"]["reason"]:
+                print(f"no threshold: {meta['calibration']['threshold']['reason']}")
+    return checkpoint.save_bundle(out, **kept, meta=meta, overwrite=overwrite, normal=normal)
+
+
+def load_run(data: Path, run: Path, flag: str) -> tuple[checkpoint.Snapshot, SliceDataset]:
+    """An encoder run's last snapshot and the training part of its database. Raises unless they belong together."""
     snapshot = checkpoint.load_snapshot(run)
     if snapshot.meta.get("kind") != "encoder":
-        raise checkpoint.CheckpointError(f"--encoder {run}: not a run of train_encoder.py "
+        raise checkpoint.CheckpointError(f"{flag} {run}: not a run of train_encoder.py "
                                          f"(kind {snapshot.meta.get('kind')!r})")
     dataset = SliceDataset(data, "train")
     for key, trained_on in snapshot.meta["data"].items():
         if dataset.manifest[key] != trained_on:
-            raise ValueError(f"--data {data}: its {key} {dataset.manifest[key]} is not that of the database which the "
-                             f"encoder in {run} was trained on, {trained_on}; give that one: another's held-out scans "
-                             "may be among the encoder's training scans")
-    if snapshot.meta["gan"]["data"]["digest"] != snapshot.meta["data"]["digest"]:
-        print("warning: the GAN was trained on another database: if held-out scans were among its training scans, the "
-              "healthy scores come out too low")
-    if config.calibrate == "val" and not dataset.manifest["counts"]["val"]["slices"]:
-        raise ValueError(f"--data {data}: no held-out scans to calibrate on; prepare it with a --val-fraction above 0, "
-                         "or pass --calibrate none")
-    if config.measure == "surprise" and dataset.manifest["counts"]["val"]["scans"] < normative.MIN_SCANS:
-        raise ValueError(f"--measure surprise: needs {normative.MIN_SCANS} held-out healthy scans, {data} has "
-                         f"{dataset.manifest['counts']['val']['scans']}; prepare it with a larger --val-fraction, or "
-                         "use --measure votes")
-    if config.measure == "surprise" and config.calibrate == "none":
-        raise ValueError("--measure surprise: needs the calibration; leave out --calibrate none")
-    networks = restore(snapshot, device, distributed.pick_precision(config.precision, device))
+            raise ValueError(f"{'--data' if flag == '--encoder' else flag} {data}: its {key} {dataset.manifest[key]} "
+                             f"is not that of the database which the encoder in {run} was trained on, {trained_on}; "
+                             "give that one: another's held-out scans may be among the encoder's training scans")
+    for first, what in (("gan", "GAN"), ("init", "run of --init")):
+        earlier = snapshot.meta.get(first)
+        if earlier and earlier["data"]["digest"] != snapshot.meta["data"]["digest"]:
+            print(f"warning: {run}: its {what} was trained on another database: if held-out scans were among its "
+                  "training scans, the healthy scores come out too low")
+    return snapshot, dataset
 
-    # ---- Fit
+
+def check_held_out(config: StatsConfig, loaded: list[tuple[checkpoint.Snapshot, SliceDataset]], paths: list[Path]
+                   ) -> None:
+    """ValueError unless every database holds scans out, none twice, and enough of them for --measure surprise."""
+    seen = {}
+    for (snapshot, dataset), path in zip(loaded, paths):
+        held_out = dataset.held_out_ids()
+        if not held_out:
+            raise ValueError(f"--data {path}: no held-out scans to calibrate on; prepare it with a --val-fraction "
+                             "above 0, or pass --calibrate none")
+        if twice := [scan_id for scan_id in held_out if scan_id in seen]:
+            raise ValueError(f"--fold {path}: {', '.join(twice)} held out in {seen[twice[0]]} already: folds hold "
+                             "different scans out (prepare.py --split)")
+        seen |= dict.fromkeys(held_out, path)
+        if snapshot.meta["model"] != loaded[0][0].meta["model"] or (
+                dataset.manifest["settings"] != loaded[0][1].manifest["settings"]):
+            raise ValueError(f"--fold {path}: its networks or preprocessing are not those of --encoder: the residuals "
+                             "would not be alike")
+    if config.measure == "surprise" and len(seen) < normative.MIN_SCANS:
+        raise ValueError(f"--measure surprise: needs {normative.MIN_SCANS} held-out healthy scans, {paths[0]} has "
+                         f"{len(seen)}; prepare it with a larger --val-fraction, or use --measure votes")
+
+
+def fit_fold(encoder: Encoder, dataset: SliceDataset, config: StatsConfig) -> LatentStats:
+    """Latent statistics of the database's training slices."""
     rng = torch.Generator().manual_seed(config.seed)
-    w_plus, below_vertex_mm = encode_slices(networks["encoder"], dataset, config.passes, config.batch, rng)
+    w_plus, below_vertex_mm = encode_slices(encoder, dataset, config.passes, config.batch, rng)
     latent = fit(w_plus, below_vertex_mm, config)
     print(f"{len(w_plus)} codes of {len(dataset)} slices of {len(dataset.scan_ids)} scans; {len(latent.positions_mm)} "
           f"positions, {config.components} components hold {latent.explained().mean():.0%} of the variance", flush=True)
-    meta = {"preprocessing": dataset.manifest["settings"], "projection": dataclasses.asdict(config.projection()),
-            "calibration": None, "provenance": provenance(snapshot, config, name or out.name, notes)}
-
-    # ---- Calibrate
-    normal = None
-    if config.calibrate == "val":
-        # On the weights as they will be read back, rounded to float16.
-        with tempfile.TemporaryDirectory() as folder:
-            bundle = checkpoint.load_bundle(
-                checkpoint.save_bundle(folder, **networks, latent=latent, meta=meta), device)
-        for net in (bundle.generator, bundle.discriminator, bundle.encoder):
-            net.compute_dtype = networks["encoder"].compute_dtype
-        settings = config.projection()
-        perceptual = perceptual_for(bundle, settings, vgg16, lpips)
-        meta["calibration"], normal = calibrate(bundle, SliceDataset(data, "val", check=False), settings, perceptual,
-                                                config.batch)
-        if meta["calibration"]["threshold"]["reason"]:
-            print(f"no threshold: {meta['calibration']['threshold']['reason']}")
-    return checkpoint.save_bundle(out, **networks, latent=latent, meta=meta, overwrite=overwrite,
-                                  normal=normal)
+    return latent
 
 
 def restore(snapshot: checkpoint.Snapshot, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
@@ -300,6 +355,9 @@ def main(argv: list[str] | None = None) -> int:
                             help="database made by prepare.py: the one the encoder was trained on (or the same folder "
                                  "of scans)")
         parser.add_argument("--encoder", type=Path, required=True, help="run folder of train_encoder.py")
+        parser.add_argument("--fold", type=Path, nargs=2, metavar=("DATA", "RUN"), action="append", default=[],
+                            help="a further encoder run and its database, with other scans held out: they join the "
+                                 "calibration; may be given several times")
         parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
         parser.add_argument("--overwrite", action="store_true", help="replace the bundle in --out")
         parser.add_argument("--name", help="of the model, in its provenance (default: the folder's)")
@@ -320,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
         size = checkpoint.load_snapshot(args.encoder).meta["model"]["size"]
         data = ensure_database(args.data, args.encoder, size)       # the encoder's own, where it made one
         folder = build(config, data, args.encoder, args.out, device, args.name, notes, args.overwrite, args.vgg16,
-                       args.lpips)
+                       args.lpips, args.fold)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

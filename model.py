@@ -30,6 +30,7 @@ class ModelConfig:
     channel_multiplier: float = 2
     channel_max: int = 512
     encoder_stddev: bool = False   # minibatch statistic in the encoder: only for imported released checkpoints
+    encoder_noise: bool = False    # the encoder predicts the generator's noise maps, too
 
     def __post_init__(self):
         if self.size not in (32, 64, 128, 256, 512, 1024):
@@ -329,9 +330,9 @@ class _Trunk(nn.Module):
             stages.append(x)
         return stages
 
-    def trunk(self, images: torch.Tensor) -> torch.Tensor:
-        """images [B, 3, N, N] -> flat features [B, 16 * channels(4)], float32."""
-        x = self.features(images)[-1]
+    def summary(self, stages: list[torch.Tensor]) -> torch.Tensor:
+        """features(images) -> flat features [B, 16 * channels(4)], float32."""
+        x = stages[-1]
         if self.stddev:
             x = minibatch_stddev(x, self.stddev_group(x.shape[0]))
         return self.final_conv(x).float().flatten(1)
@@ -345,20 +346,62 @@ class Discriminator(_Trunk):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, N, N] -> logits [B, 1]."""
-        return self.final_linear(self.trunk(images))
+        return self.final_linear(self.summary(self.features(images)))
+
+
+class NoiseHead(nn.Module):
+    """Noise maps from the encoder's stages, coarse to fine, each stage told what the coarser ones saw (a U-Net's way
+    up, Ronneberger et al. 2015). What is fine in a head and no two heads share, sulci above all, fits in no code."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        ch = config.channels
+        self.upsample = Upsample()
+        self.mixes = nn.ModuleList(ConvLayer(ch(r // 2) + ch(r), ch(r), 3) for r in config.resolutions[1:])
+        self.maps = nn.ModuleList(EqualConv2d(ch(r), 2, 1) for r in config.resolutions[1:])
+        for layer in self.maps:
+            nn.init.zeros_(layer.weight)                             # a trained generator starts from its own buffers
+
+    def forward(self, stages: list[torch.Tensor]) -> list[torch.Tensor]:
+        """_Trunk.features -> a map [B, 1, r, r], float32, for each of Generator.noise_sizes but the first (4x4)."""
+        x, found = stages[-1], []
+        for stage, mix, maps in zip(reversed(stages[:-1]), self.mixes, self.maps):
+            x = mix(torch.cat([self.upsample(x), stage], 1))
+            found += maps(x).float().split(1, dim=1)
+        return found
 
 
 class Encoder(_Trunk):
-    """Image to W+ code. With config.encoder_stddev as released: its statistic spans the whole batch, a defect."""
+    """Image to W+ code and, with config.encoder_noise, to noise maps.
+
+    With config.encoder_stddev as released: its statistic spans the whole batch, a defect.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__(config, stddev=config.encoder_stddev)
         self.final_linear = nn.Linear(config.channels(4) * 16, config.n_latent * config.style_dim)
+        if config.encoder_noise:
+            self.noise_head = NoiseHead(config)
 
     def stddev_group(self, batch: int) -> int:
         return batch
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, N, N] -> w_plus [B, n_latent, style_dim]."""
-        w = F.leaky_relu(self.final_linear(self.trunk(images)), 0.2)
+        return self.code(self.features(images))
+
+    def code(self, stages: list[torch.Tensor]) -> torch.Tensor:
+        """features(images) -> w_plus [B, n_latent, style_dim]."""
+        w = F.leaky_relu(self.final_linear(self.summary(stages)), 0.2)
         return w.reshape(-1, self.config.n_latent, self.config.style_dim)
+
+    def invert(self, images: torch.Tensor, generator: Generator) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """images [B, 3, N, N] -> w_plus [B, n_latent, style_dim] and the noise maps that go with it, one a layer.
+
+        These are the generator's own buffers; with config.encoder_noise, what the images call for beside them.
+        """
+        stages, own = self.features(images), generator.noise_maps("const")
+        if not self.config.encoder_noise:
+            return self.code(stages), own
+        found = self.noise_head(stages)
+        return self.code(stages), [own[0], *(buffer + found for buffer, found in zip(own[1:], found))]

@@ -10,9 +10,11 @@ Healthy z have heavy tails, heavier on the thin side (sulci, old infarcts, cysts
 turn as a surprise, -log10 of the share of healthy brain that is at least as unusual to that side: 3 is what one healthy
 pixel in a thousand reaches, whether dense or thin, in the mid-brain or at the skull base.
 
-Two scales are kept: FINE, the median-filtered residual of anomaly.residual, for what is small and distinct (a thin
-bleed), and COARSE, a wide Gaussian, for what is faint and large (an early infarct). Heads are centred and upright, so
-left and right lend each other their statistics.
+Two scales are kept: FINE, for what is small and distinct (a thin bleed), and COARSE, a wide Gaussian, for what is
+faint and large (an early infarct). FINE is the median-filtered residual of anomaly.residual ('median'), or a narrow
+Gaussian less a wide one in the brain away from bone ('band'): a shade over half a head, which beam hardening and
+another scanner's calibration make, then is none, and neither are the edges of the skull and calcifications. Heads are
+centred and upright, so left and right lend each other their statistics.
 """
 
 from __future__ import annotations
@@ -24,40 +26,56 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from op.gaussian import gaussian_blur
+
 COARSE_AT_512 = 20.0         # standard deviation of the coarse scale's Gaussian, pixels at 512
+FINE_AT_512, WIDE_AT_512 = 6.0, 40.0         # of the two Gaussians of the fine scale in 'band'
+CLIP_HU = 40.0               # a residual counts as no more than this in 'band': beyond, a lesion is as plain as it gets
+BONE_HU, RIM_AT_512 = 95.0, 4                # in 'band', what is denser than blood is left out, and so wide a rim of it
 BLUR_AT_512 = 12.0           # of the Gaussian that lends a place its neighbours' statistics, pixels at 512
 REACH_MM = 5.0               # and of the one along the body axis
 SPACING_MM = 5.0             # from position to position
 PRIOR_SCANS = 2.0            # a place's variance is drawn to its position's as if by so many scans
 FLOOR_HU = 0.5               # no healthy spread is taken to be under this
 SCALES = ("fine", "coarse")
+FILTERS = ("median", "band")
+COMBINED = (*SCALES, "both", "sides")
 LEVELS = torch.arange(0.5, 4.51, 0.25)       # surprises whose z is kept; beyond the last one a line goes on
 MIN_SCANS = 3                # each scan is told in the statistics of the others, and needs two of them
 HIGHEST = 8.0                # no surprise is told above this: nobody has seen so much healthy brain
 BIN, BINS = 0.02, 2500       # of the histograms that the tails come from: z up to 50
 
 
-def gaussian_blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian of standard deviation sigma pixels over the last two axes of x [..., H, W]; zero outside."""
-    radius = max(1, round(3 * sigma))
-    t = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
-    kernel = torch.exp(-0.5 * (t / sigma).square())
-    kernel = kernel / kernel.sum()
-    planes = x.reshape(-1, 1, *x.shape[-2:])
-    planes = F.conv2d(planes, kernel.reshape(1, 1, -1, 1), padding=(radius, 0))
-    return F.conv2d(planes, kernel.reshape(1, 1, 1, -1), padding=(0, radius)).reshape(x.shape)
+def smoothed(x: torch.Tensor, inside: torch.Tensor, sigma: float) -> torch.Tensor:
+    """gaussian_blur of x [S, N, N] over the pixels of `inside` alone: what lies outside does not dilute its rim."""
+    weight = inside.to(x)
+    return gaussian_blur(x * weight, sigma) / gaussian_blur(weight, sigma).clamp(min=1e-3) * weight
 
 
 def scales(difference_hu: torch.Tensor, median_hu: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
-    """The residual at both scales, float32 [S, 2, N, N], HU.
+    """The residual at both scales of 'median', float32 [S, 2, N, N], HU.
 
-    difference_hu [S, N, N]: query minus reconstruction. median_hu [S, N, N]: the same after anomaly.residual. The
-    coarse scale averages over the brain alone: what lies outside it does not dilute its rim.
+    difference_hu [S, N, N]: query minus reconstruction. median_hu [S, N, N]: the same after anomaly.residual.
     """
-    inside = brain.to(difference_hu)
-    sigma = COARSE_AT_512 * brain.shape[-1] / 512
-    coarse = gaussian_blur(difference_hu * inside, sigma) / gaussian_blur(inside, sigma).clamp(min=1e-3) * inside
-    return torch.stack([median_hu, coarse], dim=1)
+    return torch.stack([median_hu, smoothed(difference_hu, brain, COARSE_AT_512 * brain.shape[-1] / 512)], dim=1)
+
+
+def band_scales(difference_hu: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+    """The residual at both scales of 'band', float32 [S, 2, N, N], HU; soft bool [S, N, N] is that of soft_brain."""
+    fine, wide, coarse = (at_512 * soft.shape[-1] / 512 for at_512 in (FINE_AT_512, WIDE_AT_512, COARSE_AT_512))
+    clipped = difference_hu.clamp(-CLIP_HU, CLIP_HU)
+    return torch.stack([smoothed(clipped - smoothed(clipped, soft, wide), soft, fine),
+                        smoothed(clipped, soft, coarse)], dim=1)
+
+
+def soft_brain(query_hu: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
+    """brain without bone, calcifications and metal and a rim of them, bool [S, N, N].
+
+    Blood does not reach BONE_HU. What is next to bone shares pixels with it, and no two heads share their bones' edges.
+    """
+    rim = max(1, round(RIM_AT_512 * brain.shape[-1] / 512))
+    dense = F.max_pool2d((query_hu >= BONE_HU).float()[:, None], 2 * rim + 1, stride=1, padding=rim)[:, 0] > 0
+    return brain & ~dense
 
 
 @dataclass(frozen=True)
@@ -196,10 +214,17 @@ def fit_normal(residuals: Sequence[torch.Tensor], brains: Sequence[torch.Tensor]
     return Normal(ResidualStats.fit(sums, places, size), Tails.fit(histograms)), surprises
 
 
-def combine(surprise: torch.Tensor, which: str) -> torch.Tensor:
-    """Signed surprise [S, 2, N, N] -> [S, N, N]: that of a scale of SCALES, or the larger of the two ('both')."""
+def combine(surprise: torch.Tensor, which: str, thin: float = 1.0) -> torch.Tensor:
+    """Signed surprise [S, 2, N, N] -> [S, N, N]: that of a scale of SCALES, or the larger of the two ('both').
+
+    'sides' takes what is dense from the fine scale and what is thin, times `thin`, from the coarse one: blood is
+    distinct, an infarct faint and large, and thin places are many in healthy heads (sulci, atrophy, old infarcts).
+    """
     if which in SCALES:
         return surprise[:, SCALES.index(which)]
+    if which == "sides":
+        dense, low = surprise[:, 0].clamp(min=0), thin * surprise[:, 1].clamp(max=0)
+        return torch.where(dense >= -low, dense, low)
     larger = surprise.abs().argmax(dim=1, keepdim=True)
     return surprise.gather(1, larger)[:, 0]
 

@@ -21,6 +21,8 @@ from ct.window import decode, encode
 from losses import KNEE, PERCEPTUAL, build_perceptual, prior_excess
 
 MEASURES = ("votes", "surprise")
+POOLS = ("area", "peak")
+PEAK_AT_512 = 12.0      # standard deviation of the Gaussian that --pool peak takes a mean with, pixels at 512
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,26 @@ class ProjectionSettings:
                                     "are no neighbours")
     measure: str = option("votes", "what a map shows and a score sums: votes times residual, as published, or how "
                                    "surprising the residual is at its place, for a bundle that knows", MEASURES)
-    scale: str = option("both", "scale of the residual in --measure surprise", (*normative.SCALES, "both"))
+    filter: str = option("median", "fine scale of the residual in --measure surprise: the median-filtered residual, or "
+                                   "a band of it away from bone", normative.FILTERS)
+    scale: str = option("both", "scale of the residual in --measure surprise; sides: dense at the fine scale, thin at "
+                                "the coarse one", normative.COMBINED)
+    thin: float = option(1.0, "weight of the surprise of what is thin in --scale sides")
+    pool: str = option("area", "a slice's score in --measure surprise: mean over the brain, or the highest mean about "
+                               "any place (peak)", POOLS)
     surprise_above: float = option(2.5, "surprise (-log10 of the share of healthy brain) that a score counts from")
     surprise_mask: float = option(3.0, "surprise from which a pixel is predicted anomalous")
     scan_score: str = option("mean", "how slice scores become the scan's score", anomaly.SCAN_SCORES)
 
     def __post_init__(self):
-        if self.steps_latent < 0 or self.steps_noise < 0 or self.steps_latent + self.steps_noise < 1:
-            raise ValueError(f"steps must not be negative and at least one in all, got {self.steps_latent} latent and "
-                             f"{self.steps_noise} noise")
+        steps = self.steps_latent + self.steps_noise
+        if self.steps_latent < 0 or self.steps_noise < 0 or (steps < 1 and self.measure == "votes"):
+            raise ValueError("steps must not be negative, and --measure votes needs one at least, got "
+                             f"{self.steps_latent} latent and {self.steps_noise} noise")
         if self.median_at_512 < 1:
             raise ValueError(f"--median-at-512 must be at least 1, got {self.median_at_512}")
         for name in ("lr_latent", "lr_noise", "domain", "pixels", "threshold_hu", "component_at_512", "max_gap_mm",
-                     "knee", "surprise_above", "surprise_mask"):
+                     "knee", "thin", "surprise_above", "surprise_mask"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name):g}")
 
@@ -71,6 +80,7 @@ class FrameProjection:
     reconstruction  float32 [S, N, N], HU: the closest normal slice
     residual        float32 [S, N, N], HU: query minus reconstruction in the brain, median-filtered, signed
     scales          float32 [S, 2, N, N], HU: the residual at the scales of normative.py
+    judged          bool [S, N, N]: the brain, or the part of it in which --filter looks for surprises
     votes           int32 [S, N, N], over `steps` steps, at most two a step; none where only surprise was asked for
     anomaly         float32 [S, N, N], signed: residual weighted by its votes (HU), or its surprise, as measured
     predicted       bool [S, N, N]: votes exceed the steps, or the surprise exceeds --surprise-mask
@@ -84,6 +94,7 @@ class FrameProjection:
     reconstruction: torch.Tensor
     residual: torch.Tensor
     scales: torch.Tensor
+    judged: torch.Tensor
     votes: torch.Tensor
     anomaly: torch.Tensor
     predicted: torch.Tensor
@@ -105,6 +116,7 @@ def project(
     perceptual: torch.nn.Module,
     settings: ProjectionSettings,
     batch: int = 32,
+    tell: bool = True,
 ) -> FrameProjection:
     """Project the slices of one scan (all of them, in order, so that neighbours can vote).
 
@@ -112,9 +124,11 @@ def project(
     brain           bool [S, N, N]; below_vertex_mm [S], monotonic
     perceptual      perceptual_for(bundle, settings)
     batch           slices that pass through the networks at a time: memory, not results
+    tell            False leaves the surprise untold, for a bundle that does not know it yet: the anomaly is then the
+                    residual, nothing is predicted and the scores are 0
     """
     n = bundle.config.size
-    if settings.measure == "surprise" and bundle.normal is None:
+    if tell and settings.measure == "surprise" and bundle.normal is None:
         raise ValueError("--measure surprise: this model holds no statistics of healthy residuals; make it anew with "
                          "latent_stats.py and at least 3 held-out scans, or use --measure votes")
     if hu.shape[1:] != (n, n) or brain.shape != hu.shape or len(below_vertex_mm) != len(hu):
@@ -127,7 +141,7 @@ def project(
         errors[stage] = search.error_hu()                                # waits for the device, too
         seconds[stage] = time.perf_counter() - start
         start = time.perf_counter()
-    return search.result(errors, seconds)
+    return search.result(errors, seconds, tell)
 
 
 def ramp(t: float, up: float = 0.05, down: float = 0.25) -> float:
@@ -159,10 +173,11 @@ class _Search:
     @torch.no_grad()
     def encode(self):
         # In one batch: an imported encoder's statistic is taken over the whole scan, as released.
-        self.p_encoder = self.stats.to_p(self.bundle.encoder(self.query))
+        w_plus, noise = self.bundle.encoder.invert(self.query, self.bundle.generator)
+        self.p_encoder = self.stats.to_p(w_plus)
         self.p = self.p_encoder.clone()
         self.w_plus = self.stats.to_w(self.p)
-        self.noise = [m.expand(len(self.query), -1, -1, -1).clone() for m in self.bundle.generator.noise_maps("const")]
+        self.noise = [m.expand(len(self.query), -1, -1, -1).clone() for m in noise]
         self.features = [self.perceptual.features(self.query[c]) for c in self.chunks]
         self._draw()
 
@@ -217,20 +232,22 @@ class _Search:
         return (self.query_hu - decode(self.image)).abs()[self.brain].mean().item()
 
     @torch.no_grad()
-    def result(self, errors: dict[str, float], seconds: dict[str, float]) -> FrameProjection:
+    def result(self, errors: dict[str, float], seconds: dict[str, float], tell: bool) -> FrameProjection:
         reconstruction, brain = decode(self.image), self.brain.cpu()
         residual = self._residual(reconstruction).cpu()
-        scales = normative.scales((self.query_hu - reconstruction).cpu(), residual, brain)
+        scales, judged = residual_scales(self.query_hu.cpu(), reconstruction.cpu(), residual, brain, self.settings)
         votes, steps = self.counter.votes.cpu(), self.counter.steps
-        if self.settings.measure == "surprise":
-            surprise = self.bundle.normal.surprise(scales, brain, self.positions)
-            shown, predicted, scores = judge(surprise, brain, self.settings)
+        if self.settings.measure == "surprise" and tell:
+            surprise = self.bundle.normal.surprise(scales, judged, self.positions)
+            shown, predicted, scores = judge(surprise, judged, self.settings)
+        elif self.settings.measure == "surprise":
+            shown, predicted, scores = residual, torch.zeros_like(brain), torch.zeros(len(brain))
         else:
             shown, predicted = anomaly.anomaly_map(votes, residual, steps), self.counter.predicted.cpu()
             scores = anomaly.slice_scores(votes, steps, residual.abs(), brain)
         return FrameProjection(
-            reconstruction=reconstruction.cpu(), residual=residual, scales=scales, votes=votes, anomaly=shown,
-            predicted=predicted,
+            reconstruction=reconstruction.cpu(), residual=residual, scales=scales, judged=judged, votes=votes,
+            anomaly=shown, predicted=predicted,
             lesion=anomaly.lesion_mask(predicted, predicted.shape[-1], self.settings.component_at_512),
             slice_scores=scores, steps=steps, error_hu=errors, seconds=seconds)
 
@@ -253,14 +270,31 @@ class _Search:
         self.counter.add(votes)
 
 
-def judge(surprise: torch.Tensor, brain: torch.Tensor, settings: ProjectionSettings
+def residual_scales(query_hu: torch.Tensor, normal_hu: torch.Tensor, residual: torch.Tensor, brain: torch.Tensor,
+                    settings: ProjectionSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """What --measure surprise is told of: the residual at both scales [S, 2, N, N], HU, and where, bool [S, N, N].
+
+    query_hu and its closest normal normal_hu, residual (of anomaly.residual) float32 [S, N, N]; brain bool [S, N, N].
+    """
+    if settings.filter == "median":
+        return normative.scales(query_hu - normal_hu, residual, brain), brain
+    soft = normative.soft_brain(query_hu, brain)
+    return normative.band_scales(query_hu - normal_hu, soft), soft
+
+
+def judge(surprise: torch.Tensor, judged: torch.Tensor, settings: ProjectionSettings
           ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Map [S, N, N], predicted bool [S, N, N] and slice scores [S] of --measure surprise.
 
-    surprise [S, 2, N, N], signed, of normative.Normal; brain bool [S, N, N].
+    surprise [S, 2, N, N], signed, of normative.Normal; judged bool [S, N, N], of residual_scales.
     """
-    shown = normative.combine(surprise, settings.scale)
-    return shown, shown.abs() > settings.surprise_mask, anomaly.surprise_scores(shown, brain, settings.surprise_above)
+    shown = normative.combine(surprise, settings.scale, settings.thin)
+    if settings.pool == "peak":
+        sigma = PEAK_AT_512 * shown.shape[-1] / anomaly.PAPER_SIZE
+        scores = anomaly.peak_scores(shown, judged, settings.surprise_above, sigma)
+    else:
+        scores = anomaly.surprise_scores(shown, judged, settings.surprise_above)
+    return shown, shown.abs() > settings.surprise_mask, scores
 
 
 def perceptual_for(bundle: Bundle, settings: ProjectionSettings, vgg16=None, lpips=None) -> torch.nn.Module:

@@ -3,7 +3,8 @@
     python train_encoder.py --data healthy.lmdb --gan runs/gan --out runs/encoder --preset ct128
     torchrun --nproc-per-node=8 train_encoder.py --data healthy.lmdb --gan runs/gan --out runs/encoder
 
-The generator stays as it is, unless --lr-generator says otherwise.
+The generator stays as it is, unless --lr-generator says otherwise. With --init all three networks start from another
+run of this command, on other data (phantoms, say): real scans are few.
 First epochs: perceptual loss only. Then perceptual + adversarial + in-domain, with the discriminator trained on real
 against reconstructed slices. After every epoch PSNR and HU error in the brain of held-out scans. The same command
 goes on from the last snapshot. Exit codes: 0 done, 2 wrong usage, 4 diverged.
@@ -57,6 +58,10 @@ class EncoderConfig:
                              "the pixels alone", PERCEPTUAL)
     pixels: float = option(5.0, "weight of the pixels' own difference in --perceptual discriminator")
     knee: float = option(KNEE, "difference below which the pixels' difference is rounded off, in [-1, 1]")
+    noise: bool = option(False, "the encoder predicts the generator's noise maps, too: what is fine in a head and fits "
+                                "in no code")
+    code_alone: float = option(0.25, "with --noise: part of the images drawn without them, so that the code keeps "
+                                     "what it can hold")
     erase: float = option(0.25, "probability of a random rectangle blanked in the encoder's input only")
     coarse: float = option(0.0, "probability of coarse noise, blobs denser or thinner than the tissue, in the "
                                 "encoder's input only: it learns to look past them")
@@ -88,7 +93,7 @@ class EncoderTrainer:
     def __init__(self, config: EncoderConfig, gan: checkpoint.Snapshot, device: torch.device, vgg16=None, lpips=None):
         self.config, self.device = config, device
         torch.manual_seed(config.seed)                            # the same weights on every rank
-        model = ModelConfig(**gan.meta["model"])
+        model = self.model = ModelConfig(**{**gan.meta["model"], "encoder_noise": config.noise})
         self.g, self.d, critic = Generator(model), Discriminator(model), Discriminator(model)
         gan.restore({"generator_ema": self.g, "discriminator": self.d})
         gan.restore({"discriminator": critic})
@@ -116,10 +121,17 @@ class EncoderTrainer:
         for group, rate in zip([*self.e_opt.param_groups, *self.d_opt.param_groups], self.rates):
             group["lr"] = rate * factor
 
-    def reconstruct(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and reconstructions, with the generator's own noise buffers: they are part of the model."""
-        w_plus = self.e(images)
-        return w_plus, self.g.synthesis(w_plus, noise="const")
+    def reconstruct(self, images: torch.Tensor, alone: torch.Tensor | None = None
+                    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and reconstructions; alone, bool [B], marks the images that are drawn from their code alone.
+
+        Without predicted noise, the generator's own noise buffers are used: they are part of the model.
+        """
+        w_plus, noise = self.e.invert(images, self.g)
+        if alone is not None:
+            own = self.g.noise_maps("const")
+            noise = [torch.where(alone[:, None, None, None], mine, found) for mine, found in zip(own, noise)]
+        return w_plus, self.g.synthesis(w_plus, noise)
 
     def step(self, real: torch.Tensor, index: int, full: bool) -> dict[str, torch.Tensor]:
         """One step on real [B, 3, N, N]; `full` adds the adversarial and in-domain terms to the perceptual one."""
@@ -133,7 +145,8 @@ class EncoderTrainer:
 
     def _encoder_step(self, real, full):
         corrupted = coarse_noise(erase(real, self.config.erase, self.rng), self.config.coarse, self.rng)
-        w_plus, fake = self.reconstruct(corrupted)
+        alone = torch.rand(len(real), generator=self.rng) < self.config.code_alone if self.config.noise else None
+        w_plus, fake = self.reconstruct(corrupted, None if alone is None else alone.to(self.device))
         with torch.no_grad():
             query = self.perceptual.features(self._reduced(real))
         distance = self.perceptual.distance(query, self.perceptual.features(self._reduced(fake))).mean()
@@ -189,6 +202,16 @@ class EncoderTrainer:
     def modules(self) -> dict[str, torch.nn.Module]:
         return {"encoder": self.e, "discriminator": self.d, "generator": self.g}
 
+    def start_from(self, run: checkpoint.Snapshot) -> None:
+        """The weights of another run. Its encoder may lack the noise head: then that starts from nothing."""
+        if self.config.noise and not run.meta["model"].get("encoder_noise"):
+            plain = Encoder(ModelConfig(**run.meta["model"]))
+            run.restore({"encoder": plain})
+            self.e.load_state_dict({**self.e.state_dict(), **plain.state_dict()})
+            run.restore({"generator": self.g, "discriminator": self.d})
+        else:
+            run.restore(self.modules())
+
     def state(self, images_seen: int) -> dict:
         """Collective."""
         return {"e_opt": self.e_opt.state_dict(), "d_opt": self.d_opt.state_dict(), "images_seen": images_seen,
@@ -237,21 +260,37 @@ def coarse_noise(images: torch.Tensor, p: float, rng: torch.Generator) -> torch.
     return encode(hu + noise.to(images.device) * tissue).to(images.dtype)
 
 
+def load_run(folder: Path, flag: str, kind: str, command: str) -> checkpoint.Snapshot:
+    """The last snapshot of a run of this kind. Raises CheckpointError naming the flag."""
+    snapshot = checkpoint.load_snapshot(folder)
+    if snapshot.meta.get("kind") != kind:
+        raise checkpoint.CheckpointError(f"{flag} {folder}: not a run of {command} "
+                                         f"(kind {snapshot.meta.get('kind')!r})")
+    return snapshot
+
+
 def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch.device, vgg16=None,
-          lpips=None) -> None:
+          lpips=None, init: Path | None = None) -> None:
     """Train for config.epochs. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite."""
     # ---- Set up
-    snapshot = checkpoint.load_snapshot(gan)
-    if snapshot.meta.get("kind") != "gan":
-        raise checkpoint.CheckpointError(f"--gan {gan}: not a run of train.py (kind {snapshot.meta.get('kind')!r})")
+    snapshot = load_run(gan, "--gan", "gan", "train.py")
+    first = load_run(init, "--init", "encoder", "train_encoder.py") if init else None
+    if first and {**first.meta["model"], "encoder_noise": False} != {**snapshot.meta["model"], "encoder_noise": False}:
+        raise checkpoint.CheckpointError(f"--init {init}: its networks are {first.meta['model']}, those of --gan {gan} "
+                                         f"{snapshot.meta['model']}; they must be the same")
+    if first and first.meta["model"].get("encoder_noise") and not config.noise:
+        raise checkpoint.CheckpointError(f"--init {init}: its encoder predicts noise maps; pass --noise")
     dataset, held_out = SliceDataset(data, "train"), SliceDataset(data, "val", check=False)
     if dataset.size != snapshot.meta["model"]["size"]:
         raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices, the GAN in {gan} draws "
                            f"{snapshot.meta['model']['size']}: prepare it with that --size")
     trainer = EncoderTrainer(config, snapshot, device, vgg16, lpips)
-    meta = {"kind": "encoder", "config": dataclasses.asdict(config), "model": snapshot.meta["model"],
+    if first:
+        trainer.start_from(first)
+    meta = {"kind": "encoder", "config": dataclasses.asdict(config), "model": dataclasses.asdict(trainer.model),
             "data": {key: dataset.manifest[key] for key in ("digest", "counts", "settings")},
-            "gan": {"step": snapshot.step, **snapshot.meta}}
+            "gan": {"step": snapshot.step, **snapshot.meta},
+            "init": {"step": first.step, **first.meta} if first else None}
     resumed = start_run(out, meta, trainer.modules())
     images_seen = trainer.load_state(resumed.state) if resumed else 0
     distributed.check_same_state(trainer.e)
@@ -292,6 +331,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--data", "--data_path", type=Path, required=True,
                             help="database made by prepare.py, or a folder of scans (prepared on the fly)")
         parser.add_argument("--gan", type=Path, required=True, help="run folder of train.py")
+        parser.add_argument("--init", type=Path, help="run of this command whose networks are the first weights")
         parser.add_argument("--out", type=Path, default=Path("runs/encoder"),
                             help="run folder; an unfinished run goes on")
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -306,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
         set_impl(args.ops)
         size = checkpoint.load_snapshot(args.gan).meta["model"]["size"]
         data = ensure_database(args.data, args.out, size)
-        train(config, data, args.gan, args.out, device, args.vgg16, args.lpips)
+        train(config, data, args.gan, args.out, device, args.vgg16, args.lpips, args.init)
 
     return run_command(work, args.device, args.out)
 

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -37,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a sc
 
 import anomaly  # noqa: E402
 import distributed  # noqa: E402
+from benchmarks.unet import UNet  # noqa: E402
 from config import add_options, given, option  # noqa: E402
 from ct.read import find_scans, read_scan  # noqa: E402
 from ct.scan import ScanError  # noqa: E402
@@ -101,6 +101,19 @@ class Baseline:
         save_file({key: value.contiguous().cpu() for key, value in state.items()}, path, metadata=meta)
 
 
+class Reconstruction(Baseline):
+    """A baseline that draws the closest normal slice; what it cannot draw is anomalous."""
+
+    def closest_normal(self, hu: torch.Tensor, brain: torch.Tensor,
+                       below_vertex_mm: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slices as the baseline sees them, and the closest normal ones: HU, float32 [S, N, N] both."""
+        raise NotImplementedError
+
+    def _map(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> torch.Tensor:
+        median = anomaly.scale_median_size(hu.shape[-1])
+        return anomaly.residual(*self.closest_normal(hu, brain, below_vertex_mm), brain, median).abs()
+
+
 def load(path: Path, device: torch.device | str = "cpu") -> Baseline:
     """A baseline that save wrote. Raises ValueError naming the file."""
     try:
@@ -150,7 +163,7 @@ class PcaSettings:
                              f"{self.step_mm:g}")
 
 
-class PositionPca(Baseline):
+class PositionPca(Reconstruction):
     """For each height the mean slice and the components of its neighbours; what they cannot draw is anomalous."""
 
     kind, settings_type = "pca", PcaSettings
@@ -168,11 +181,12 @@ class PositionPca(Baseline):
         models = [_components(torch.stack([_brain_alone(**data[int(i)]) for i in near[n]]), k) for n in enough]
         self.mean, self.basis = (torch.stack(part) for part in zip(*models))      # [C, N, N], [C, k, N, N]
 
-    def _map(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> torch.Tensor:
+    def closest_normal(self, hu: torch.Tensor, brain: torch.Tensor,
+                       below_vertex_mm: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         query = _brain_alone(hu, brain)
         nearest = (torch.from_numpy(np.ascontiguousarray(below_vertex_mm))[:, None] - self.centres).abs().argmin(1)
         drawn = [self._nearest_normal(image, int(c)) for image, c in zip(query, nearest)]
-        return anomaly.residual(query, torch.stack(drawn), brain, anomaly.scale_median_size(hu.shape[-1])).abs()
+        return query, torch.stack(drawn)
 
     def _nearest_normal(self, image: torch.Tensor, centre: int) -> torch.Tensor:
         basis = self.basis[centre].float().flatten(1)                              # [k, N * N], orthonormal rows
@@ -222,39 +236,6 @@ class DaeSettings:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name):g}")
 
 
-class UNet(nn.Module):
-    """[B, 1, N, N] -> [B, 1, N, N]; N a multiple of 2^(depth + 1).
-
-    2 x 2 pixels are folded into channels first: a CPU spends most of its time at the full resolution.
-    """
-
-    def __init__(self, width: int, depth: int):
-        super().__init__()
-        widths = [width << level for level in range(depth + 1)]
-        self.down = nn.ModuleList(_convolutions(a, b) for a, b in zip([4, *widths], widths))
-        self.narrow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(widths, widths[1:]))
-        self.up = nn.ModuleList(_convolutions(2 * a, a) for a in widths[:-1])
-        self.last = nn.Conv2d(width, 4, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kept, x = [], F.pixel_unshuffle(x, 2)
-        for level in self.down[:-1]:
-            kept.append(level(x))
-            x = F.avg_pool2d(kept[-1], 2)
-        x = self.down[-1](x)
-        for narrow, level, skip in zip(reversed(self.narrow), reversed(self.up), reversed(kept)):
-            x = F.interpolate(narrow(x), scale_factor=2.0)
-            x = level(torch.cat([x, skip], 1))
-        return F.pixel_shuffle(self.last(x), 2)
-
-
-def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for channels in (inputs, outputs):
-        layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.GroupNorm(max(1, outputs // 8), outputs), nn.SiLU()]
-    return nn.Sequential(*layers)
-
-
 def coarse_noise(shape: tuple[int, int, int], coarse: int, generator: torch.Generator) -> torch.Tensor:
     """Gaussian noise of `coarse` pixels a side, enlarged to [B, N, N] and shifted at random (Kascenas 2022, 2.1).
 
@@ -266,7 +247,7 @@ def coarse_noise(shape: tuple[int, int, int], coarse: int, generator: torch.Gene
     return torch.stack([image.roll(shift, (0, 1)) for image, shift in zip(large, shifts)])
 
 
-class DenoisingAutoencoder(Baseline):
+class DenoisingAutoencoder(Reconstruction):
     """Trained to take coarse noise off the brain of healthy slices, it takes lesions off, too."""
 
     kind, settings_type = "dae", DaeSettings
@@ -316,10 +297,10 @@ class DenoisingAutoencoder(Baseline):
             return self.net(x)[:, 0].float() * _HALF_RANGE + _MIDDLE
 
     @torch.no_grad()
-    def _map(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> torch.Tensor:
+    def closest_normal(self, hu: torch.Tensor, brain: torch.Tensor,
+                       below_vertex_mm: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         query = _clipped(hu)
-        normal = torch.cat([self._denoised(part.to(self.device)).cpu() for part in query.split(BATCH)])
-        return anomaly.residual(query, normal, brain, anomaly.scale_median_size(hu.shape[-1])).abs()
+        return query, torch.cat([self._denoised(part.to(self.device)).cpu() for part in query.split(BATCH)])
 
     def state(self) -> dict[str, torch.Tensor]:
         return self.net.state_dict()
@@ -355,15 +336,25 @@ class ScoredScan:
         return anomaly.scan_score(torch.from_numpy(self.slice_scores[self.shown]), how)
 
 
+def kept_slices(pre: Preprocessed) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """What a detector sees of a scan: hu and brain [S, N, N] and below_vertex_mm [S] of the kept slices."""
+    standard = pre.standardised
+    return *(torch.from_numpy(v[pre.kept]) for v in (standard.hu, standard.brain)), standard.below_vertex_mm[pre.kept]
+
+
+def to_scan(pre: Preprocessed, maps: torch.Tensor, scores: torch.Tensor) -> ScoredScan:
+    """Maps [S, N, N] and scores [S] of the kept slices, taken back to the scan."""
+    full, values = np.zeros(pre.standardised.hu.shape, np.float32), np.zeros(len(pre.kept), np.float32)
+    full[pre.kept], values[pre.kept] = maps.numpy(), scores.numpy()
+    values, shown = (pre.slabs.from_slabs(v[:, None, None])[:, 0, 0] for v in (values, pre.kept))
+    return ScoredScan(pre.slabs.from_slabs(from_frame(full, pre.standardised.frame)), values, shown)
+
+
 def score_scan(baseline: Baseline, pre: Preprocessed) -> ScoredScan:
     """Map and scores of a preprocessed scan."""
-    kept, standard = pre.kept, pre.standardised
-    brain = torch.from_numpy(standard.brain[kept])
-    maps = baseline.anomaly_map(torch.from_numpy(standard.hu[kept]), brain, standard.below_vertex_mm[kept])
-    full, scores = np.zeros(standard.hu.shape, np.float32), np.zeros(len(kept), np.float32)
-    full[kept], scores[kept] = maps.numpy(), slice_scores(maps, brain).numpy()
-    values, shown = (pre.slabs.from_slabs(v[:, None, None])[:, 0, 0] for v in (scores, kept))
-    return ScoredScan(pre.slabs.from_slabs(from_frame(full, standard.frame)), values, shown)
+    hu, brain, below_vertex_mm = kept_slices(pre)
+    maps = baseline.anomaly_map(hu, brain, below_vertex_mm)
+    return to_scan(pre, maps, slice_scores(maps, brain))
 
 
 # ---------------------------------------------------------------------------------------------------------------

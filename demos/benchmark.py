@@ -25,17 +25,12 @@ Exit codes: 0 done, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
+import functools
 import os
-import re
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,14 +39,15 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 import checkpoint  # noqa: E402
 import distributed  # noqa: E402
 import normative  # noqa: E402
-from benchmarks import baselines  # noqa: E402
+from benchmarks import baselines, compare  # noqa: E402
+from benchmarks.compare import Progress, fitted, say  # noqa: E402
 from cohort import Key, read_scores, read_table, read_truth, read_volume  # noqa: E402
 from ct.picture import RESIDUAL_FULL_HU, overlay_panels  # noqa: E402
-from ct.read import ScanSource, find_scans, read_scan  # noqa: E402
+from ct.read import ScanSource, find_scans  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from demos.figures import OURS, Case, Cohort, count_levels, example_sheet, report, table, typical  # noqa: E402
 from demos.phantom import Job, make_cohort, plan  # noqa: E402
-from preprocess import PreprocessSettings, preprocess_scan  # noqa: E402
+from preprocess import PreprocessSettings  # noqa: E402
 
 FIRST_SEED = 1_000_000          # cohorts to learn from have smaller seeds
 LARGEST = 10_000                # scans of a group
@@ -75,65 +71,12 @@ def refuse_seen(jobs: list[Job], labels: Path, data: SliceDataset) -> None:
     say(f"no seed of the {len(training)} training phantoms is among the {len(jobs)} of the benchmark")
 
 
-def refuse_other_data(model: Path, data: SliceDataset) -> None:
-    """ValueError unless the model was trained on this database: the baselines are to learn from the same."""
-    provenance = checkpoint.read_bundle_meta(model)[0]["provenance"] or {}
-    trained_on = provenance.get("data", {}).get("digest", "none it names")
-    if trained_on != data.manifest["digest"]:
-        raise ValueError(f"--data {data.path}: has the digest {data.manifest['digest'][:12]}, --model {model} was "
-                         f"trained on {trained_on[:12]}; give that database")
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
-
-
-class Progress:
-    """Lines with the time left, reckoned from the items done in this run."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.number, self.done, self.started = what, total, 0, 0, time.perf_counter()
-
-    def line(self, text: str, fresh: bool = True) -> None:
-        self.number, self.done = self.number + 1, self.done + fresh
-        left = (time.perf_counter() - self.started) / max(self.done, 1) * (self.total - self.number)
-        if fresh or self.number == self.total:
-            say(f"{self.what} {self.number}/{self.total}: {text}, {left / 60:.1f} min left")
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# Phantoms, their projection, the baselines
+# Projection
 
 def project(folder: Path, model: Path, device: str) -> dict:
     """Runs projector.py over folder/scans; returns its run.json. It skips what it has finished before."""
-    command = [sys.executable, str(ROOT / "projector.py"), str(folder / "scans"), "--model", str(model),
-               "--out", str(folder / "results"), "--device", device]
-    progress = Progress(f"projection of {folder.name}", len(find_scans(folder / "scans")))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
-        for line in running.stdout:
-            counted = re.match(r"\d+/\d+ (.*)", line)
-            if counted:
-                progress.line(counted[1], fresh="finished before" not in line)
-    if running.returncode not in (0, 3):
-        raise ValueError(f"projector.py ended with {running.returncode}; its message is above")
-    return json.loads((folder / "results" / "run.json").read_text(encoding="utf-8"))
-
-
-def fitted(kinds: list[str], data: SliceDataset, folder: Path, device: torch.device) -> dict[str, baselines.Baseline]:
-    """The baselines by kind, from the folder where they were fitted before. ValueError for one of other data."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {}
-    for kind in kinds:
-        path = folder / f"{kind}.safetensors"
-        if not path.is_file():
-            say(f"fitting baseline {kind} to {data.path}")
-            baseline = baselines.KINDS[kind](device=device)
-            baseline.fit(data)
-            baseline.save(path)
-        found[kind] = baselines.load(path, device)
-        if found[kind].data_digest != data.manifest["digest"]:
-            raise ValueError(f"{path}: fitted to another database than --data {data.path}; remove the file")
-    return found
+    return compare.project(folder / "scans", model, folder / "results", device, name=folder.name)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -146,15 +89,11 @@ def measure(source: ScanSource, folder: Path, preprocessing: PreprocessSettings,
     ours: the projector's slice scores. Raises ValueError where the brain masks of methods differ.
     """
     scan_id, results = source.scan_id, folder / "results" / source.scan_id
-    scan = read_scan(source)
-    started = time.perf_counter()
-    pre = preprocess_scan(scan, preprocessing)
-    prepared = time.perf_counter() - started
+    methods = {kind: functools.partial(baselines.score_scan, baseline) for kind, baseline in fits.items()}
+    done = compare.run_methods(source, results, preprocessing, methods)
+    scan, pre, brain = done.scan, done.pre, done.brain
     weighted, affine = read_volume(results / "anomaly.nii.gz")
-    brain, lesion = (read_volume(results / f"{name}.nii.gz")[0] > 0 for name in ("brain", "mask"))
-    if not np.array_equal(brain, pre.slabs.from_slabs(pre.brain)):
-        raise ValueError(f"{results / 'brain.nii.gz'}: not the mask that the baselines get; the program or the phantom "
-                         "has changed since: choose another --out")
+    lesion = read_volume(results / "mask.nii.gz")[0] > 0
     truth, _ = read_truth(folder / "masks", scan_id, brain.shape, affine, "error")
     pixel_mm2 = float(np.prod(scan.pixel_spacing_mm))
     found = {"truth_mm2": truth.sum((1, 2)) * pixel_mm2, "voxel_ml": pixel_mm2 * scan.slice_spacing_mm / 1000,
@@ -162,16 +101,10 @@ def measure(source: ScanSource, folder: Path, preprocessing: PreprocessSettings,
              "truth_pixels": truth.sum(), "mask_pixels": lesion.sum(), "mask_hits": (lesion & truth).sum(),
              f"{OURS}_levels": count_levels(weighted, truth, brain),
              f"{OURS}_slices": np.array([ours[scan_id, i] for i in range(len(brain))])}
-    for kind, baseline in fits.items():
-        started = time.perf_counter()
-        scored = baselines.score_scan(baseline, pre)
+    for kind, scored in done.scored.items():
         found |= {f"{kind}_levels": count_levels(scored.anomaly, truth, brain), f"{kind}_slices": scored.slice_scores,
-                  f"{kind}_seconds": prepared + time.perf_counter() - started}
+                  f"{kind}_seconds": done.seconds[kind]}
     return found
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def measure_all(folder: Path, chosen: list[Case], run: dict, fits: dict[str, baselines.Baseline],
@@ -180,9 +113,7 @@ def measure_all(folder: Path, chosen: list[Case], run: dict, fits: dict[str, bas
 
     files: the weights of the baselines. Also returns why scans are left out: id -> the projector's reason.
     """
-    (folder / "measures").mkdir(exist_ok=True)
-    made_with = [run["weights_sha256"], run["projection"], run["preprocessing"], *map(_sha256, files)]
-    key = hashlib.sha256(json.dumps(made_with).encode()).hexdigest()
+    key = compare.key_of(run["weights_sha256"], run["projection"], run["preprocessing"], *map(compare.sha256, files))
     preprocessing = PreprocessSettings.from_json(run["preprocessing"])
     projected = {row["scan_id"]: row for row in read_table(folder / "results" / "scores.csv", ("scan_id", "status"))}
     failed = {c.scan_id: projected[c.scan_id]["reason"] for c in chosen if projected[c.scan_id]["status"] != "ok"}
@@ -191,14 +122,9 @@ def measure_all(folder: Path, chosen: list[Case], run: dict, fits: dict[str, bas
     done = [case for case in chosen if case.scan_id not in failed]
     measures, progress = [], Progress(f"measures of {folder.name}", len(done))
     for case in done:
-        path = folder / "measures" / f"{case.scan_id}.npz"
-        kept = dict(np.load(path)) if path.is_file() else {"key": ""}
-        fresh = kept.pop("key") != key
-        if fresh:
-            kept = measure(sources[case.scan_id], folder, preprocessing, fits, ours)
-            writing = path.with_suffix(".writing.npz")
-            np.savez_compressed(writing, key=key, **kept)
-            writing.replace(path)
+        kept, fresh = compare.remembered(
+            folder / "measures" / f"{case.scan_id}.npz", key,
+            lambda: measure(sources[case.scan_id], folder, preprocessing, fits, ours))  # noqa: B023 - called at once
         row = projected[case.scan_id]
         measures.append(kept | {f"{OURS}_score": float(row["score"]), f"{OURS}_seconds": float(row["seconds"])})
         progress.line(case.scan_id, fresh)
@@ -229,7 +155,7 @@ def example(scan_id: str, folder: Path, full: float) -> Image.Image:
 def benchmark(args: argparse.Namespace) -> None:
     """Every stage, each going on from what it kept. Raises ValueError."""
     data = SliceDataset(args.data, "train")
-    refuse_other_data(args.model, data)
+    compare.refuse_other_data(checkpoint.read_bundle_meta(args.model)[0], args.model, data, "--data")
     folders = {"test": args.out / "test", "tune": args.out / "tune"}
     counts = {"test": (args.healthy, args.emergency), "tune": (args.tune_healthy, args.tune_emergency)}
     seeds = {name: FIRST_SEED + 2 * args.seed + i for i, name in enumerate(folders)}
@@ -250,13 +176,11 @@ def benchmark(args: argparse.Namespace) -> None:
     figures |= {"failed": failed, "model": run["model"], "weights_sha256": run["weights_sha256"],
                 "projection": run["projection"], "seeds": seeds, "counts": counts, "versions": run["versions"],
                 "checked_against_training_seeds": args.training_labels is not None}
-    (args.out / "metrics.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    (args.out / "table.md").write_text(table(figures), encoding="utf-8")
     shown = typical(cohorts["test"])
     full = normative.HIGHEST if run["projection"]["measure"] == "surprise" else RESIDUAL_FULL_HU
     sheet = example_sheet({kind: example(scan_id, folders["test"], full) for kind, scan_id in shown.items()})
     sheet.savefig(args.out / "examples.png", facecolor=sheet.get_facecolor())
-    print(table(figures), end="")
+    compare.write_figures(args.out, figures, table(figures))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -20,10 +20,9 @@ from PIL import Image
 
 import anomaly
 import metrics
-from metrics import Undefined
+from benchmarks.compare import NAMES, OURS, shown
+from metrics import Undefined, defined
 
-OURS = "ours"
-NAMES = {OURS: "this project", "dae": "denoising autoencoder", "hu": "HU thresholds", "pca": "PCA by position"}
 HAEMORRHAGES = ("epidural", "subdural_acute", "subdural_chronic", "subarachnoid", "intraparenchymal",
                 "intraventricular")
 LARGE_ML = 5.0
@@ -88,14 +87,6 @@ def pixel_ap(measures: list[dict], method: str) -> float:
 
 def pooled_score(measured: dict, method: str, how: str) -> float:
     return anomaly.scan_score(torch.from_numpy(np.asarray(measured[f"{method}_slices"])[measured["shown"]]), how)
-
-
-def defined(function, *args):
-    """The function's result, or 'undefined: <why>'."""
-    try:
-        return function(*args)
-    except Undefined as reason:
-        return f"undefined: {reason}"
 
 
 def scan_scores(cohort: Cohort, method: str, how: str) -> np.ndarray:
@@ -181,13 +172,6 @@ def report(test: Cohort, tuning: Cohort, methods: list[str], how_ours: str) -> d
 
 # ---------------------------------------------------------------------------------------------------------------
 # Table and pictures
-
-def shown(value, digits: int = 2) -> str:
-    """A figure, an interval, or a dash where the data do not define it (metrics.json says why)."""
-    if isinstance(value, str):
-        return "-"
-    return f"{value[0]:.{digits}f}-{value[1]:.{digits}f}" if isinstance(value, tuple) else f"{value:.{digits}f}"
-
 
 def table(figures: dict) -> str:
     """Markdown: all emergencies, a row a method; then a row a kind, methods side by side."""

@@ -25,7 +25,7 @@ MAY_IMPORT = {                                                   # besides itsel
     "cohort": {"metrics"},
     "triage": {"metrics"},
     "released": {"model"},
-    "normative": set(),
+    "normative": {"op"},
     "memory": set(),
     "checkpoint": {"model", "latent", "normative", "released"},
     "dataset": {"ct", "distributed"},

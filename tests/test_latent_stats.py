@@ -107,9 +107,9 @@ def test_without_calibration_and_overwriting(inputs, tmp_path, capsys):
 def test_calibrates_the_weights_it_stores(inputs, tmp_path, monkeypatch):
     projected = []
 
-    def remember(hu, brain, positions, bundle, *rest):
+    def remember(hu, brain, positions, bundle, *rest, **options):
         projected.append(bundle.weights_hash)
-        return real(hu, brain, positions, bundle, *rest)
+        return real(hu, brain, positions, bundle, *rest, **options)
 
     real = latent_stats.project
     monkeypatch.setattr(latent_stats, "project", remember)

@@ -1,0 +1,329 @@
+"""What benchmarks that hold our projection against the baselines share: running, fitting, calibrating, remembering.
+
+A method is a function from a preprocessed scan to a baselines.ScoredScan. Ours is not one: projector.py runs as a user
+would run it, and its files are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import anomaly
+import checkpoint
+import distributed
+import normative
+from benchmarks import baselines
+from benchmarks.baselines import ScoredScan
+from cohort import read_volume
+from ct.read import ScanSource, find_scans, read_scan
+from ct.scan import Scan
+from ct.window import encode
+from dataset import SliceDataset
+from healthygan.scoring import difference
+from healthygan.weights import find_model
+from preprocess import Preprocessed, PreprocessSettings, preprocess_scan
+from projection import ProjectionSettings, judge, residual_scales
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS, HEALTHYGAN = "ours", "healthygan"
+NAMES = {OURS: "this project", "faithful": "this project, the paper's algorithm", "dae": "denoising autoencoder",
+         "dae-calibrated": "denoising autoencoder, calibrated", "hu": "HU thresholds", "pca": "PCA by position",
+         "pca-calibrated": "PCA by position, calibrated", HEALTHYGAN: "HealthyGAN"}
+BATCH = 16                      # slices in HealthyGAN's generator at a time
+Method = Callable[[Preprocessed], ScoredScan]
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+class Progress:
+    """Lines with the time left, reckoned from the items done in this run."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.number, self.done, self.started = what, total, 0, 0, time.perf_counter()
+
+    def line(self, text: str, fresh: bool = True) -> None:
+        self.number, self.done = self.number + 1, self.done + fresh
+        left = (time.perf_counter() - self.started) / max(self.done, 1) * (self.total - self.number)
+        if fresh or self.number == self.total:
+            say(f"{self.what} {self.number}/{self.total}: {text}, {left / 60:.1f} min left")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ours
+
+def refuse_other_data(meta: dict, model: Path, data: SliceDataset, flag: str) -> None:
+    """ValueError unless the model with this model.json was trained on this database, the one given with `flag`.
+
+    The baselines are to learn from the same.
+    """
+    trained_on = (meta["provenance"] or {}).get("data", {}).get("digest", "none it names")
+    if trained_on != data.manifest["digest"]:
+        raise ValueError(f"{flag} {data.path}: has the digest {data.manifest['digest'][:12]}, --model {model} was "
+                         f"trained on {trained_on[:12]}; give that database")
+
+
+def project(scans: Path, model: Path, out: Path, device: str, flags: Sequence[str] = (), name: str = "") -> dict:
+    """Runs projector.py over a folder of scans; returns its run.json. It skips what it has finished before.
+
+    flags: further ones of projector.py. Raises ValueError where it ends with more than failed scans.
+    """
+    command = [sys.executable, str(ROOT / "projector.py"), str(scans), "--model", str(model), "--out", str(out),
+               "--device", device, *flags]
+    progress = Progress(f"projection of {name or scans.name}", len(find_scans(scans)))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        for line in running.stdout:
+            counted = re.match(r"\d+/\d+ (.*)", line)
+            if counted:
+                progress.line(counted[1], fresh="finished before" not in line)
+    if running.returncode not in (0, 3):
+        raise ValueError(f"projector.py ended with {running.returncode}; its message is above")
+    return json.loads((out / "run.json").read_text(encoding="utf-8"))
+
+
+def checked_brain(results: Path, pre: Preprocessed) -> np.ndarray:
+    """The brain mask bool [S, H, W] of a projected scan's folder. ValueError unless it is that of `pre`."""
+    brain = read_volume(results / "brain.nii.gz")[0] > 0
+    if not np.array_equal(brain, pre.slabs.from_slabs(pre.brain)):
+        raise ValueError(f"{results / 'brain.nii.gz'}: not the mask that the baselines get; the program or the scan "
+                         "has changed since: choose another --out")
+    return brain
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The others
+
+def fitted(kinds: list[str], data: SliceDataset, folder: Path, device: torch.device) -> dict[str, baselines.Baseline]:
+    """The baselines by kind, from the folder where they were fitted before. ValueError for one of other data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for kind in kinds:
+        path = folder / f"{kind}.safetensors"
+        if not path.is_file():
+            say(f"fitting baseline {kind} to {data.path}")
+            baseline = baselines.KINDS[kind](device=device)
+            baseline.fit(data)
+            baseline.save(path)
+        found[kind] = baselines.load(path, device)
+        if found[kind].data_digest != data.manifest["digest"]:
+            raise ValueError(f"{path}: fitted to another database than {data.path}; remove the file")
+    return found
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A baseline whose residual is told as a surprise, with the calibration that ours has (normative.py).
+
+    settings: the projection's; those of --measure surprise count here.
+    """
+
+    baseline: baselines.Reconstruction
+    normal: normative.Normal
+    settings: ProjectionSettings
+
+    @classmethod
+    def fit(cls, baseline: baselines.Reconstruction, held_out: SliceDataset,
+            settings: ProjectionSettings) -> Calibrated:
+        """From healthy scans that the baseline has not learnt from. Raises ValueError where they are under three."""
+        scans = [held_out.scan(s) for s in range(len(held_out.scan_ids))]
+        residuals, judged = zip(*(scales_of(baseline, scan["hu"].float(), scan["brain"],
+                                            scan["below_vertex_mm"].numpy(), settings) for scan in scans))
+        normal, _ = normative.fit_normal(residuals, judged, [scan["below_vertex_mm"].tolist() for scan in scans])
+        return cls(baseline, normal, settings)
+
+    def score_scan(self, pre: Preprocessed) -> ScoredScan:
+        """Map (signed surprise) and slice scores of a preprocessed scan, as projection.judge makes them of ours."""
+        hu, brain, below_vertex_mm = baselines.kept_slices(pre)
+        residuals, judged = scales_of(self.baseline, hu, brain, below_vertex_mm, self.settings)
+        shown, _, scores = judge(self.normal.surprise(residuals, judged, below_vertex_mm), judged, self.settings)
+        return baselines.to_scan(pre, shown, scores)
+
+
+def scales_of(baseline: baselines.Reconstruction, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,
+              settings: ProjectionSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """projection.residual_scales of a baseline: residuals float32 [S, 2, N, N], HU, and where they count, [S, N, N]."""
+    query, normal = baseline.closest_normal(hu, brain, below_vertex_mm)
+    median = anomaly.scale_median_size(hu.shape[-1], settings.median_at_512)
+    filtered = anomaly.residual(query, normal, brain, median)
+    # Outside the brain the true HU: where bone is decides what is judged, and a baseline may not show it.
+    return residual_scales(torch.where(brain, query, hu), normal, filtered, brain, settings)
+
+
+def healthygan(path: Path, preprocessing: PreprocessSettings, device: torch.device) -> Method:
+    """A trained HealthyGAN as a method; its slice score is its own, the mean difference over the whole frame.
+
+    Raises ValueError unless it has learnt from slices that were prepared with these settings.
+    """
+    model = find_model(path)
+    if model.settings.kind != "slices" or PreprocessSettings.from_json(model.settings.slices) != preprocessing:
+        raise ValueError(f"--healthygan {path}: learnt from images, or from slices prepared in another way than those "
+                         "of --model; train it on a database with that model's settings")
+    generator = model.generator.to(device)
+    generator.compute_dtype = distributed.pick_precision("auto", device)
+
+    @torch.no_grad()
+    def score_scan(pre: Preprocessed) -> ScoredScan:
+        images = encode(baselines.kept_slices(pre)[0].round())
+        maps = torch.cat([difference(x, generator(x).y).cpu() for x in images.to(device).split(BATCH)]).float()
+        return baselines.to_scan(pre, maps, maps.mean((1, 2)))
+
+    return score_scan
+
+
+def open_database(args: argparse.Namespace) -> SliceDataset:
+    """The training split of args.database (of add_arguments). ValueError naming the flag that does not fit.
+
+    All that can be wrong with the methods is found here, before hours of work.
+    """
+    data = SliceDataset(args.database, "train")
+    refuse_other_data(checkpoint.read_bundle_meta(args.model)[0], args.model, data, "--database")
+    held_out = data.manifest["counts"]["val"]["scans"]
+    to_calibrate = [kind for kind in args.baselines if issubclass(baselines.KINDS[kind], baselines.Reconstruction)]
+    if to_calibrate and held_out < normative.MIN_SCANS:
+        raise ValueError(f"--database {args.database}: holds {held_out} held-out scans, but calibrating the baselines "
+                         f"{', '.join(to_calibrate)} needs {normative.MIN_SCANS}; prepare it with a larger "
+                         "--val-fraction, or leave them out of --baselines")
+    if args.healthygan:
+        find_model(args.healthygan)
+    return data
+
+
+def fits_folder(args: argparse.Namespace) -> Path:
+    return args.fits or args.out / "baselines"
+
+
+def make_methods(args: argparse.Namespace, fits: dict[str, baselines.Baseline],
+                 run: dict) -> tuple[dict[str, Method], str]:
+    """The methods beside ours by their keys in NAMES, and a hash of all that their results hang on.
+
+    fits: of fitted(). run: the run.json of our projection; calibrated baselines share its settings of the surprise.
+    """
+    found: dict[str, Method] = {}
+    settings = ProjectionSettings(**run["projection"])
+    made_from = [sha256(fits_folder(args) / f"{kind}.safetensors") for kind in fits]
+    for kind, baseline in fits.items():
+        found[kind] = functools.partial(baselines.score_scan, baseline)
+        if isinstance(baseline, baselines.Reconstruction):
+            held_out = SliceDataset(args.database, "val", check=False)
+            say(f"calibrating baseline {kind} on {len(held_out.scan_ids)} held-out scans")
+            found[f"{kind}-calibrated"] = Calibrated.fit(baseline, held_out, settings).score_scan
+    if args.healthygan:
+        found[HEALTHYGAN] = healthygan(args.healthygan, PreprocessSettings.from_json(run["preprocessing"]),
+                                       distributed.pick_device(args.device))
+        made_from.append(find_model(args.healthygan).weights_hash)
+    return found, key_of(run["weights_sha256"], run["projection"], run["preprocessing"], list(found), made_from)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One scan
+
+@dataclass(frozen=True)
+class Measured:
+    """A scan and what every method makes of it.
+
+    brain    bool [S, H, W], the mask of all methods
+    scored   by method
+    seconds  by method, from the file to the scores
+    """
+
+    scan: Scan
+    pre: Preprocessed
+    brain: np.ndarray
+    scored: dict[str, ScoredScan]
+    seconds: dict[str, float]
+
+
+def run_methods(source: ScanSource, results: Path, preprocessing: PreprocessSettings,
+                methods: dict[str, Method]) -> Measured:
+    """results: the scan's folder among those of projector.py. Raises ValueError where the brain masks differ."""
+    started = time.perf_counter()
+    scan = read_scan(source)
+    pre = preprocess_scan(scan, preprocessing)
+    prepared, scored, seconds = time.perf_counter() - started, {}, {}
+    brain = checked_brain(results, pre)
+    for name, method in methods.items():
+        started = time.perf_counter()
+        scored[name] = method(pre)
+        seconds[name] = prepared + time.perf_counter() - started
+    return Measured(scan, pre, brain, scored, seconds)
+
+
+def remembered(path: Path, key: str, measure: Callable[[], dict]) -> tuple[dict, bool]:
+    """measure()'s dict of arrays, kept in an .npz file under a key; and whether it was made now."""
+    kept = dict(np.load(path)) if path.is_file() else {"key": ""}
+    if kept.pop("key") == key:
+        return kept, False
+    kept = measure()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_suffix(".writing.npz")
+    np.savez_compressed(writing, key=key, **kept)
+    writing.replace(path)
+    return kept, True
+
+
+def key_of(*facts) -> str:
+    """A hash of JSON-able facts, for remembered()."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line and results
+
+def add_arguments(parser: argparse.ArgumentParser, data: str) -> None:
+    """The arguments that the benchmarks on real scans share; data: the help of --data."""
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help=data)
+    add("--database", type=Path, required=True, help="the database that the model was trained on, for the baselines")
+    add("--model", type=Path, required=True, help="model bundle")
+    add("--out", type=Path, required=True, help="folder for results and figures")
+    add("--baselines", nargs="*", choices=list(baselines.KINDS), default=["dae", "pca", "hu"], metavar="KIND",
+        help=f"of {', '.join(baselines.KINDS)} (default all)")
+    add("--fits", type=Path, metavar="FOLDER",
+        help="where KIND.safetensors of the baselines are kept, or taken from (default OUT/baselines)")
+    add("--healthygan", type=Path, metavar="MODEL", help="a HealthyGAN's model or run folder, to stand beside them")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def run_command(benchmark: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """The exit code of benchmark(args), with 2 for what is wrong in files or flags."""
+    try:
+        return benchmark(args)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def shown(value, digits: int = 2) -> str:
+    """A figure, an interval, or a dash where the data do not define it (metrics.json says why)."""
+    if isinstance(value, str):
+        return "-"
+    return f"{value[0]:.{digits}f}-{value[1]:.{digits}f}" if isinstance(value, tuple) else f"{value:.{digits}f}"
+
+
+def write_figures(out: Path, figures: dict, table: str) -> None:
+    """metrics.json and table.md; the table on the terminal as well."""
+    (out / "metrics.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(table, encoding="utf-8")
+    print(table, end="")

@@ -1,0 +1,298 @@
+"""How well haemorrhage is detected on CT-ICH: ours, the paper's algorithm, and what a user could build in an afternoon.
+
+    python benchmarks/ct_ich.py --data ct-ich --database healthy.lmdb --model models/ct-ich-128 --out runs/ct-ich
+
+--data is a folder with the scans in folders named after their split, and two tables: scans.csv (scan_id, split, label,
+and if there are any types, separated by '|', and patient) and slices.csv (scan_id, slice from 0 upwards, label, types).
+Writes to --out metrics.json (every figure) and table.md. Every scan's result is kept, so that the same command goes on
+where it was stopped. The paper's algorithm takes minutes a scan on a CPU; --rows without a value leaves it out.
+
+Nothing is chosen on the scans that are reported on:
+  ours        projector.py with the settings of the bundle, and its own scan score
+  faithful    projector.py --preset faithful
+  baselines   fitted to the training split of --database; slice score: mean of the map over the brain; scan score: mean
+              of the slice scores. 'calibrated': the residual as a surprise, told in the residuals of the database's
+              held-out scans, in the same way and counted from the same surprise as ours
+All get the same brain masks. Intervals and tests go by patient (the scan where no patient is given): DeLong's, for
+slices with Obuchowski's variance, and a bootstrap of patients. A slice that was not projected has the score 0. A scan
+without slice labels counts among scans alone. Seconds are from the file to the scores; ours include writing its maps.
+
+Exit codes: 0 done, 2 wrong usage, 3 some scans failed; they are named and left out of every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
+
+import distributed  # noqa: E402
+import metrics  # noqa: E402
+from benchmarks import compare  # noqa: E402
+from benchmarks.compare import NAMES, OURS, Method, shown  # noqa: E402
+from cohort import InputError, Key, Label, read_labels, read_scores, read_table  # noqa: E402
+from ct.read import ScanSource, find_scans  # noqa: E402
+from dataset import SliceDataset  # noqa: E402
+from metrics import Undefined, defined  # noqa: E402
+from preprocess import PreprocessSettings  # noqa: E402
+
+ROWS = {OURS: (), "faithful": ("--preset", "faithful")}            # further flags of projector.py
+POOLING = "mean"                # from a baseline's slice scores to its scan score
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scan with its labels, and the scores of every method.
+
+    split, label   where it lies, and its label
+    slice_labels   by slice; empty where the slices have none
+    slices         by method, float [S]
+    scores         by method
+    seconds        by method, from the file to the scores
+    """
+
+    scan_id: str
+    split: str
+    label: Label
+    slice_labels: dict[int, Label]
+    slices: dict[str, np.ndarray]
+    scores: dict[str, float]
+    seconds: dict[str, float]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Input
+
+def read_split(data: Path, split: str) -> tuple[dict[str, Label], list[ScanSource]]:
+    """The labels of a split by scan, and its scans. InputError where the two do not match."""
+    by_key, _ = read_labels(data / "scans.csv", [f"split={split}"])
+    labels = {scan_id: label for (scan_id,), label in by_key.items()}
+    if not (data / split).is_dir():
+        raise InputError(f"--data {data}: has no folder {split}, which --split {split} asks for")
+    sources = find_scans(data / split)
+    found = {source.scan_id for source in sources}
+    for name, missing, where in (("scans.csv", found - labels.keys(), "a row of split"),
+                                 (split, labels.keys() - found, "a scan for every row of split")):
+        if missing:
+            raise InputError(f"{data / name}: expected {where} {split}; {len(missing)} are missing: "
+                             f"{', '.join(sorted(missing)[:5])}")
+    return labels, sources
+
+
+def read_slice_labels(data: Path) -> dict[str, dict[int, Label]]:
+    """Labels by scan and slice."""
+    found: dict[str, dict[int, Label]] = {}
+    for (scan_id, number), label in read_labels(data / "slices.csv", by_slice=True)[0].items():
+        found.setdefault(scan_id, {})[number] = label
+    return found
+
+
+def refuse_seen(scan_ids: list[str], data: SliceDataset) -> None:
+    """ValueError where a scan to be reported on is one of the database, held out there or not."""
+    seen = sorted(set(scan_ids) & {scan["scan_id"] for scan in data.manifest["scans"]})
+    if seen:
+        raise ValueError(f"--database {data.path}: holds {len(seen)} of the scans to be reported on "
+                         f"({', '.join(seen[:5])}); choose another --split")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scores
+
+def measure(source: ScanSource, results: Path, preprocessing: PreprocessSettings,
+            methods: dict[str, Method]) -> dict[str, np.ndarray]:
+    """METHOD_slices [S], METHOD_score and METHOD_seconds of the methods beside ours. results: the scan's folder."""
+    done = compare.run_methods(source, results, preprocessing, methods)
+    found = {}
+    for name, scored in done.scored.items():
+        found |= {f"{name}_slices": scored.slice_scores, f"{name}_score": scored.scan_score(POOLING),
+                  f"{name}_seconds": done.seconds[name]}
+    return found
+
+
+def measured(folder: Path, sources: list[ScanSource], preprocessing: PreprocessSettings, methods: dict[str, Method],
+             key: str) -> dict[str, dict[str, np.ndarray]]:
+    """measure() by scan, read from folder/measures where it was made with the same key and the same projection."""
+    found, progress = {}, compare.Progress(f"baselines on {folder.name}", len(sources))
+    for source in sources:
+        results = folder / OURS / source.scan_id
+        found[source.scan_id], fresh = compare.remembered(
+            folder / "measures" / f"{source.scan_id}.npz",
+            compare.key_of(key, compare.sha256(results / "anomaly.nii.gz")),
+            functools.partial(measure, source, results, preprocessing, methods))
+        progress.line(source.scan_id, fresh)
+    return found
+
+
+def projected(folder: Path) -> dict[str, dict]:
+    """What projector.py wrote, by scan: slices [S], score and seconds; or reason, where it failed."""
+    by_slice: dict[str, list[float]] = {}
+    scores: dict[Key, float | None] = read_scores(folder / "slices.csv", by_slice=True)
+    for scan_id, number in sorted(scores):
+        by_slice.setdefault(scan_id, []).append(scores[scan_id, number])
+    rows = read_table(folder / "scores.csv", ("scan_id", "score", "status", "reason", "seconds"))
+    return {row["scan_id"]: {"slices": np.array(by_slice[row["scan_id"]]), "score": float(row["score"]),
+                             "seconds": float(row["seconds"])} if row["status"] == "ok" else {"reason": row["reason"]}
+            for row in rows}
+
+
+def collect(split: str, labels: dict[str, Label], slice_labels: dict[str, dict[int, Label]],
+            ours: dict[str, dict[str, dict]], beside: dict[str, dict], methods: list[str]) -> list[Case]:
+    """The cases of a split. ours: projected() by row; beside: measure() by scan. InputError for a slice too many."""
+    cases = []
+    for scan_id, kept in beside.items():
+        slices = {row: scans[scan_id]["slices"] for row, scans in ours.items()}
+        scores = {row: scans[scan_id]["score"] for row, scans in ours.items()}
+        seconds = {row: scans[scan_id]["seconds"] for row, scans in ours.items()}
+        for name in methods:
+            slices[name] = kept[f"{name}_slices"]
+            scores[name], seconds[name] = float(kept[f"{name}_score"]), float(kept[f"{name}_seconds"])
+        own = slice_labels.get(scan_id, {})
+        if own and max(own) >= len(slices[OURS]):
+            raise InputError(f"slices.csv: labels slice {max(own)} of {scan_id}, which has {len(slices[OURS])} slices "
+                             "(0 is the most inferior)")
+        cases.append(Case(scan_id, split, labels[scan_id], own, slices, scores, seconds))
+    return cases
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Figures
+
+Units = tuple[np.ndarray, np.ndarray, np.ndarray]      # scores, labels, patients, [n] each
+
+
+def scan_units(cases: list[Case], method: str) -> Units:
+    return (np.array([case.scores[method] for case in cases]), np.array([case.label.label for case in cases]),
+            np.array([case.label.patient for case in cases]))
+
+
+def slice_units(cases: list[Case], method: str, kind: str | None = None) -> Units:
+    """Of all labelled slices; with a kind, of the normal ones and those with this type of haemorrhage."""
+    units = [(case.slices[method][number], label.label, case.label.patient)
+             for case in cases for number, label in case.slice_labels.items()
+             if kind is None or not label.label or kind in label.types]
+    return tuple(np.array(column) for column in zip(*units)) or (np.zeros(0), np.zeros(0, int), np.zeros(0, str))
+
+
+def ranking(scores: np.ndarray, labels: np.ndarray, patients: np.ndarray) -> dict:
+    """AUC with both intervals; a figure that these units do not define is 'undefined: <why>'."""
+    return {"abnormal": int((labels == 1).sum()), "normal": int((labels == 0).sum()),
+            "auc": defined(metrics.auc, scores, labels),
+            "auc_delong": defined(metrics.delong_interval, scores, labels, patients),
+            "auc_bootstrap": defined(metrics.bootstrap_interval, metrics.auc, scores, labels, patients)}
+
+
+def against_ours(ours: Units, other: Units) -> float | str:
+    """Two-sided p of equal AUCs, paired."""
+    return defined(metrics.delong_paired_test, ours[0], other[0], ours[1], ours[2])
+
+
+def report(cases: list[Case], methods: list[str]) -> dict:
+    """The figures of metrics.json; methods begins with ours."""
+    found = {}
+    for method in methods:
+        scans, slices = scan_units(cases, method), slice_units(cases, method)
+        found[method] = {"scan": ranking(*scans), "slice": ranking(*slices),
+                         "seconds_a_scan": float(np.mean([case.seconds[method] for case in cases]))}
+        if method != OURS:
+            found[method] |= {"p_scan": against_ours(scan_units(cases, OURS), scans),
+                              "p_slice": against_ours(slice_units(cases, OURS), slices)}
+    types = sorted({kind for case in cases for kind in case.label.types})
+    by_type = {kind: {"scan": ranking(*scan_units([c for c in cases if not c.label.label or kind in c.label.types],
+                                                  OURS)),
+                      "slice": ranking(*slice_units(cases, OURS, kind))} for kind in types}
+    return {"methods": found, "types": by_type,
+            "without_slice_labels": [case.scan_id for case in cases if not case.slice_labels],
+            "scans": {case.scan_id: {"split": case.split, "label": case.label.label, "types": list(case.label.types),
+                                     **case.scores} for case in cases}}
+
+
+def table(figures: dict) -> str:
+    """Markdown: a row a method; then a row a type of haemorrhage, ours; then what is to be known."""
+    methods, splits = figures["methods"], figures["splits"]
+    of = {level: methods[OURS][level] for level in ("scan", "slice")}
+    lines = [f"{of['scan']['abnormal']} scans with haemorrhage and {of['scan']['normal']} without, "
+             f"{of['slice']['abnormal']} slices with and {of['slice']['normal']} without ({', '.join(splits)}).", "",
+             "| method | scan AUC | DeLong 95 % | bootstrap 95 % | slice AUC | DeLong 95 % | bootstrap 95 % | s a scan "
+             "| p, scan | p, slice |", "| --- " * 10 + "|"]
+    for method, f in methods.items():
+        cells = [shown(f[level][figure]) for level in of for figure in ("auc", "auc_delong", "auc_bootstrap")]
+        tests = [shown(f[p], 3) if p in f else "" for p in ("p_scan", "p_slice")]
+        lines.append(f"| {' | '.join([NAMES[method], *cells, format(f['seconds_a_scan'], '.1f'), *tests])} |")
+    if figures["types"]:
+        lines += ["", "| type, ours | scans | scan AUC | DeLong 95 % | slices | slice AUC | DeLong 95 % |",
+                  "| --- " * 7 + "|"]
+    for kind, f in figures["types"].items():
+        cells = [text for level in of for text in (str(f[level]["abnormal"]), shown(f[level]["auc"]),
+                                                   shown(f[level]["auc_delong"]))]
+        lines.append(f"| {' | '.join([kind, *cells])} |")
+    notes = ["p: paired DeLong test against ours, two-sided; not corrected for the number of methods.",
+             f"Scan score from slice scores: ours {figures['projection']['scan_score']}, baselines {POOLING}."]
+    if figures["without_slice_labels"]:
+        notes.append(f"Without slice labels, so among scans alone: {', '.join(figures['without_slice_labels'])}.")
+    if figures["failed"]:
+        notes.append("Failed and left out of every row: "
+                     + "; ".join(f"{scan_id} ({why})" for scan_id, why in figures["failed"].items()) + ".")
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command
+
+def benchmark(args: argparse.Namespace) -> int:
+    """Every stage, each going on from what it kept; returns the exit code. Raises ValueError."""
+    splits = {split: read_split(args.data, split) for split in args.split}
+    slice_labels = read_slice_labels(args.data)
+    data = compare.open_database(args)
+    refuse_seen([scan_id for labels, _ in splits.values() for scan_id in labels], data)
+    fits = compare.fitted(args.baselines, data, compare.fits_folder(args), distributed.pick_device(args.device))
+    rows, runs = [OURS, *args.rows], {}
+    for split in splits:
+        for row in rows:
+            runs[split, row] = compare.project(args.data / split, args.model, args.out / split / row, args.device,
+                                               ROWS[row], f"{split}, {row}")
+    run = runs[args.split[0], OURS]
+    methods, key = compare.make_methods(args, fits, run)
+    preprocessing, cases, failed = PreprocessSettings.from_json(run["preprocessing"]), [], {}
+    for split, (labels, sources) in splits.items():
+        folder = args.out / split
+        ours = {row: projected(folder / row) for row in rows}
+        failed |= {scan_id: scans[scan_id]["reason"] for scans in ours.values() for scan_id in labels
+                   if "reason" in scans[scan_id]}
+        done = [source for source in sources if source.scan_id not in failed]
+        beside = measured(folder, done, preprocessing, methods, key)
+        cases += collect(split, labels, slice_labels, ours, beside, list(methods))
+    if not cases:
+        raise Undefined(f"--data {args.data}: no scan is left: {failed}")
+    figures = report(cases, [*rows, *methods])
+    figures |= {"splits": args.split, "failed": failed, "database": data.manifest["digest"], "model": run["model"],
+                "weights_sha256": run["weights_sha256"], "projection": run["projection"],
+                "rows": {row: runs[args.split[0], row]["projection"] for row in rows}, "versions": run["versions"],
+                "device": run["device"], "threads": run["threads"]}
+    compare.write_figures(args.out, figures, table(figures))
+    return 3 if failed else 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    compare.add_arguments(parser, "folder with scans.csv, slices.csv and a folder of scans for each split")
+    parser.add_argument("--split", nargs="+", default=["test"], metavar="SPLIT",
+                        help="of scans.csv, one or more, reported on together (default test)")
+    others = [row for row in ROWS if row != OURS]
+    parser.add_argument("--rows", nargs="*", choices=others, default=others, metavar="ROW",
+                        help=f"of ours besides the bundle's own settings: {', '.join(others)} (default all)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return compare.run_command(benchmark, parse(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

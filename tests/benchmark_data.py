@@ -1,0 +1,106 @@
+"""What the tests of the benchmarks on real scans need: synthetic heads, a database, a stand-in for the projector."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import baselines, compare
+from ct.read import find_scans, read_scan
+from ct.standardise import StandardiseSettings
+from ct.write import write_nifti
+from dataset import ScanRecord, SliceDataset, SliceWriter
+from preprocess import PreprocessSettings, preprocess_scan
+from projection import ProjectionSettings
+from tests.helpers import synthetic_scan
+
+SETTINGS = PreprocessSettings(StandardiseSettings(size=32, hu_clip=(-20.0, 100.0)), min_brain_fraction=0.01)
+FAILS = "broken"                # a scan of this name cannot be projected by the stand-in
+MM = (10.0, 3.6, 3.6)
+
+
+def head(seed: int, ill: bool):
+    """A scan of 14 slices, 64 x 64, and the truth, bool: a dense ball on the patient's left, or nothing."""
+    kwargs = dict(slices=14, size=64, spacing_mm=MM, seed=seed)
+    healthy, brain = synthetic_scan(**kwargs)
+    if not ill:
+        return healthy, np.zeros(brain.shape, bool)
+    scan, _ = synthetic_scan(**kwargs, lesion=(5, 10, 25, 22, 75))
+    return scan, np.abs(scan.hu - healthy.hu) > 20
+
+
+_PREPARED: dict = {}
+
+
+def prepared(scan, settings: PreprocessSettings):
+    """preprocess_scan, once a scan: most of these tests' time."""
+    key = zlib.crc32(scan.hu.tobytes()), scan.pixel_spacing_mm, settings
+    if key not in _PREPARED:
+        _PREPARED[key] = preprocess_scan(scan, settings)
+    return _PREPARED[key]
+
+
+def write_database(path: Path) -> Path:
+    """Two healthy heads to train on and three held out."""
+    with SliceWriter(path, SETTINGS.to_json()) as writer:
+        for seed, split in enumerate(("train", "train", "val", "val", "val")):
+            pre = prepared(head(900 + seed, False)[0], SETTINGS)
+            hu, brain, mm = baselines.kept_slices(pre)
+            writer.add(ScanRecord.encode(f"h{seed}", hu.numpy(), brain.numpy(), mm, np.flatnonzero(pre.kept)), split,
+                       f"h{seed}")
+    return path
+
+
+def write_fits(folder: Path, database: Path) -> Path:
+    """A small PCA and HU thresholds, fitted."""
+    folder.mkdir()
+    for baseline in (baselines.PositionPca(baselines.PcaSettings(components=2, step_mm=20.0)),
+                     baselines.HuThresholds()):
+        baseline.fit(SliceDataset(database, "train"))
+        baseline.save(folder / f"{baseline.kind}.safetensors")
+    return folder
+
+
+def bundle_meta(database: Path):
+    """A stand-in for checkpoint.read_bundle_meta: a model that was trained on this database."""
+    digest = SliceDataset(database).manifest["digest"]
+    return lambda folder: ({"provenance": {"data": {"digest": digest}}}, "0")
+
+
+def project(scans: Path, model: Path, out: Path, device: str, flags=(), name: str = "") -> dict:
+    """What projector.py writes, with HU thresholds in its place."""
+    ours, rows, slices = baselines.HuThresholds(), [], []
+    ours.preprocessing = SETTINGS.to_json()
+    out.mkdir(parents=True, exist_ok=True)
+    for source in find_scans(scans):
+        if source.scan_id == FAILS:
+            rows.append({"scan_id": source.scan_id, "status": "failed", "reason": "no head"})
+            continue
+        scan = read_scan(source)
+        pre = prepared(scan, SETTINGS)
+        scored = baselines.score_scan(ours, pre)
+        for kind, volume in (("anomaly", scored.anomaly), ("brain", pre.slabs.from_slabs(pre.brain))):
+            (out / source.scan_id).mkdir(exist_ok=True)
+            write_nifti(out / source.scan_id / f"{kind}.nii.gz", volume, scan)
+        rows.append({"scan_id": source.scan_id, "score": scored.scan_score("mean"), "status": "ok", "seconds": 3})
+        slices += [{"scan_id": source.scan_id, "slice": i, "score": s} for i, s in enumerate(scored.slice_scores)]
+    for table, found in (("scores", rows), ("slices", slices)):
+        with open(out / f"{table}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["scan_id", "slice", "score", "status", "reason", "seconds"])
+            writer.writeheader()
+            writer.writerows(found)
+    run = {"weights_sha256": "0", "model": {}, "versions": {}, "device": "cpu", "threads": 1,
+           "projection": dataclasses.asdict(ProjectionSettings()), "preprocessing": SETTINGS.to_json()}
+    return json.loads(json.dumps(run))
+
+
+def stand_in(monkeypatch, database: Path) -> None:
+    """project() in the projector's place, and a model that was trained on the database."""
+    monkeypatch.setattr(compare, "project", project)
+    monkeypatch.setattr("checkpoint.read_bundle_meta", bundle_meta(database))
+    monkeypatch.setattr(compare, "preprocess_scan", prepared)

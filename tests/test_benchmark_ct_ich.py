@@ -1,0 +1,252 @@
+"""The CT-ICH benchmark: its figures by hand, what it refuses, and all stages with a stand-in for the projector."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import metrics
+from benchmarks import baselines, compare, ct_ich
+from benchmarks.ct_ich import Case
+from cohort import InputError, Label
+from dataset import SliceDataset
+from healthygan.model import ModelConfig
+from healthygan.weights import save_model
+from projection import ProjectionSettings
+from tests.benchmark_data import FAILS, MM, SETTINGS, head, prepared, stand_in, write_database, write_fits
+from tests.writers import write_slice_folder
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    return write_database(tmp_path_factory.mktemp("data") / "healthy.lmdb")
+
+
+@pytest.fixture(scope="module")
+def fits(database, tmp_path_factory):
+    return write_fits(tmp_path_factory.mktemp("fits") / "baselines", database)
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two ill and two healthy scans and one that fails; the slices of ill2 have no labels."""
+    folder, scans, slices = tmp_path_factory.mktemp("ct-ich"), [], []
+    for seed, (name, ill) in enumerate((("ill1", 1), ("ill2", 1), ("well1", 0), ("well2", 0), (FAILS, 0))):
+        scan, truth = head(seed, bool(ill))
+        write_slice_folder(folder / "test" / name, scan.hu, slice_spacing_mm=MM[0], pixel_spacing_mm=MM[1])
+        scans.append({"scan_id": name, "split": "test", "label": ill, "types": "Epidural" * ill})
+        slices += [{"scan_id": name, "slice": i, "label": int(marked), "types": "Epidural" * int(marked)}
+                   for i, marked in enumerate(truth.any((1, 2))) if name != "ill2"]
+    write_csv(folder / "scans.csv", scans)
+    write_csv(folder / "slices.csv", slices)
+    return folder
+
+
+# ---- figures by hand
+
+def case(scan_id, label, score, slices, labels, types=(), other=0.0):
+    own = {i: Label(one, types if one else (), scan_id) for i, one in enumerate(labels)}
+    return Case(scan_id, "test", Label(label, types, scan_id), own,
+                {"ours": np.array(slices, float), "hu": np.full(len(slices), other)},
+                {"ours": score, "hu": other}, {"ours": 4.0 + label, "hu": 1.0})
+
+
+@pytest.fixture
+def cases():
+    """Scans: 3 and 1 abnormal against 2 and 0. Slices: 9, 1 abnormal against 0, 2, 5; b's slices have no labels."""
+    return [case("a", 1, 3.0, [9, 1, 0], [1, 1, 0], ("Epidural",), 1.0),
+            case("b", 1, 1.0, [50, 50], [], ("Epidural", "Subdural"), 2.0),
+            case("c", 0, 2.0, [2, 5], [0, 0], (), 3.0), case("d", 0, 0.0, [], [], (), 4.0)]
+
+
+@pytest.fixture(autouse=True)
+def short_bootstrap(monkeypatch):
+    monkeypatch.setattr(metrics, "bootstrap_interval", functools.partial(metrics.bootstrap_interval, repeats=50))
+
+
+def test_figures_by_hand(cases):
+    found = ct_ich.report(cases, ["ours", "hu"])
+    ours, hu = found["methods"]["ours"], found["methods"]["hu"]
+    assert (ours["scan"]["auc"], ours["scan"]["abnormal"], ours["scan"]["normal"]) == (3 / 4, 2, 2)
+    assert ours["slice"]["auc"] == pytest.approx(4 / 6) and ours["slice"]["normal"] == 3     # 9 over all; 1 over 0
+    assert hu["scan"]["auc"] == 0 and ours["seconds_a_scan"] == 4.5
+    low, high = ours["scan"]["auc_delong"]
+    assert low < 3 / 4 < high and 0 < hu["p_scan"] < 1 and "p_scan" not in ours
+    assert found["types"]["Subdural"]["scan"]["auc"] == 1 / 2                               # b alone: over d, not c
+    assert found["types"]["Subdural"]["slice"]["auc"].startswith("undefined: only one class")
+    assert found["types"]["Epidural"]["slice"]["auc"] == pytest.approx(4 / 6)
+    assert found["without_slice_labels"] == ["b", "d"] and found["scans"]["b"]["ours"] == 1.0
+
+
+def test_the_table_shows_undefined_figures_as_a_dash_and_names_what_is_left_out(cases):
+    figures = ct_ich.report(cases, ["ours", "hu"]) | {"splits": ["test"], "failed": {"e": "no head"},
+                                                      "projection": {"scan_score": "top3"}}
+    text = ct_ich.table(figures)
+    assert text.startswith("2 scans with haemorrhage and 2 without, 2 slices with and 3 without (test).")
+    assert "| this project | 0.75 |" in text and "| HU thresholds | 0.00 |" in text
+    assert "| Subdural | 1 | 0.50 | - | 0 | - | - |" in text
+    assert "ours top3, baselines mean" in text and "among scans alone: b, d." in text and "e (no head)" in text
+
+
+def test_one_class_is_undefined_and_no_crash(cases):
+    ill = ct_ich.report(cases[:2], ["ours", "hu"])["methods"]["hu"]
+    assert ill["scan"]["auc"].startswith("undefined") and ill["p_scan"].startswith("undefined")
+    assert ct_ich.report(cases[1:2], ["ours"])["methods"]["ours"]["slice"]["auc"].startswith("undefined")
+
+
+def test_slices_of_a_patient_belong_together():
+    """Ten equal slices of a patient tell no more than one does."""
+    units = np.array([3.0, 1.0, 2.0, 0.0]), np.array([1, 1, 0, 0]), np.array(list("abcd"))
+    one, ten = (ct_ich.ranking(*(np.repeat(column, n) for column in units)) for n in (1, 10))
+    assert ten["auc"] == one["auc"] and ten["auc_delong"] == pytest.approx(one["auc_delong"])
+    assert ten["auc_bootstrap"] == pytest.approx(one["auc_bootstrap"])
+
+
+# ---- what is refused
+
+def test_tables_and_folders_must_match(data, tmp_path):
+    with pytest.raises(InputError, match="no labels where split=mixed"):
+        ct_ich.read_split(data, "mixed")
+    rows = list(csv.DictReader((data / "scans.csv").open()))
+    write_csv(tmp_path / "scans.csv", rows)
+    with pytest.raises(InputError, match="no folder test, which --split test"):
+        ct_ich.read_split(tmp_path, "test")
+    (tmp_path / "test").symlink_to(data / "test")
+    assert len(ct_ich.read_split(tmp_path, "test")[1]) == 5
+    write_csv(tmp_path / "scans.csv", rows[1:])
+    with pytest.raises(InputError, match=r"scans\.csv: expected a row of split test; 1 are missing: ill1"):
+        ct_ich.read_split(tmp_path, "test")
+    write_csv(tmp_path / "scans.csv", [*rows, rows[0] | {"scan_id": "more"}])
+    with pytest.raises(InputError, match="a scan for every row of split test; 1 are missing: more"):
+        ct_ich.read_split(tmp_path, "test")
+
+
+def test_a_scan_of_the_database_is_not_reported_on(database):
+    held_out = SliceDataset(database, "train")
+    ct_ich.refuse_seen(["ill1"], held_out)
+    with pytest.raises(ValueError, match=r"holds 1 of the scans to be reported on \(h3\)"):
+        ct_ich.refuse_seen(["ill1", "h3"], held_out)
+
+
+def test_a_label_beyond_the_scan_is_refused():
+    ours = {"ours": {"a": {"slices": np.zeros(3), "score": 0.0, "seconds": 1.0}}}
+    labels = {"a": Label(1, (), "a")}
+    with pytest.raises(InputError, match="labels slice 3 of a, which has 3 slices"):
+        ct_ich.collect("test", labels, {"a": {3: labels["a"]}}, ours, {"a": {}}, [])
+
+
+def test_a_model_of_other_data_is_refused(database):
+    with pytest.raises(ValueError, match=r"--database .*healthy\.lmdb.*trained on 123456789012; give that database"):
+        compare.refuse_other_data({"provenance": {"data": {"digest": "1234567890123"}}}, "model",
+                                  SliceDataset(database), "--database")
+
+
+# ---- methods
+
+class Biased(baselines.Reconstruction):
+    """Draws everything 10 HU too thin on the right half of the frame: a plain residual lights up there."""
+
+    kind, settings_type = "biased", baselines.HuSettings
+
+    def closest_normal(self, hu, brain, below_vertex_mm):
+        bias = torch.zeros_like(hu)
+        bias[..., hu.shape[-1] // 2:] = 10.0
+        noise = torch.randn(hu.shape, generator=torch.Generator().manual_seed(len(hu))) * 2
+        return torch.full_like(hu, 30.0) + bias + noise + 40.0 * (hu > 60), torch.full_like(hu, 30.0)
+
+
+def test_calibration_forgives_what_healthy_scans_have_too(database):
+    pre = prepared(head(1, True)[0], SETTINGS)
+    calibrated = compare.Calibrated.fit(Biased(), SliceDataset(database, "val"), ProjectionSettings())
+    hu, brain, mm = baselines.kept_slices(pre)
+    shown = calibrated.score_scan(pre)
+    healthy = calibrated.score_scan(prepared(head(2, False)[0], SETTINGS))
+    truth = head(1, True)[1]
+    inside = pre.brain & shown.shown[:, None, None]
+    assert np.abs(healthy.anomaly).mean() < 1 < np.abs(shown.anomaly[truth & inside]).mean()
+    assert shown.scan_score("mean") > 3 * healthy.scan_score("mean")
+    plain = compare.scales_of(Biased(), hu, brain, mm, ProjectionSettings())[0][:, 0]
+    right = brain & (torch.arange(32) > 17)
+    assert plain[right].median() > 5                                      # where the plain residual is of no use
+
+
+def test_healthygan_scores_the_whole_frame_and_must_have_learnt_from_such_slices(tmp_path):
+    config = ModelConfig(size=32, width=4, blocks=1, critic_layers=2)
+    meta = {"model": vars(config), "image_settings": {"kind": "slices", "size": 32, "slices": SETTINGS.to_json()}}
+    save_model(tmp_path / "own", config.generator(), meta)
+    pre = prepared(head(1, False)[0], SETTINGS)
+    scored = compare.healthygan(tmp_path / "own", SETTINGS, torch.device("cpu"))(pre)
+    assert scored.anomaly.shape == pre.brain.shape and (scored.slice_scores[~scored.shown] == 0).all()
+    assert 0 < scored.slice_scores.max() < 1
+    meta["image_settings"] = {"kind": "images", "size": 32}
+    save_model(tmp_path / "images", config.generator(), meta)
+    with pytest.raises(ValueError, match="--healthygan .*images: learnt from images, or from slices prepared"):
+        compare.healthygan(tmp_path / "images", SETTINGS, torch.device("cpu"))
+
+
+def test_the_projector_gets_the_flags_and_its_failure_is_told(tmp_path, monkeypatch):
+    write_slice_folder(tmp_path / "scans" / "one", head(1, False)[0].hu)
+    (tmp_path / "projector.py").write_text(
+        "import json, sys, pathlib\nout = pathlib.Path(sys.argv[5])\nout.mkdir()\n"
+        "(out / 'run.json').write_text(json.dumps(sys.argv[6:]))\n"
+        "print('1/1 one: score 1')\nsys.exit(2 if 'wrong' in sys.argv else 3)\n")
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(compare, "sys", SimpleNamespace(executable=sys.executable))
+    ended = compare.project(tmp_path / "scans", "m", tmp_path / "out", "cpu", ct_ich.ROWS["faithful"])
+    assert ended == ["--device", "cpu", "--preset", "faithful"]
+    with pytest.raises(ValueError, match="projector.py ended with 2"):
+        compare.project(tmp_path / "scans", "m", tmp_path / "again", "wrong")
+
+
+# ---- all stages
+
+def test_every_stage_and_going_on(data, database, fits, tmp_path, monkeypatch, capsys):
+    stand_in(monkeypatch, database)
+    out = tmp_path / "out"
+    command = ["--data", str(data), "--database", str(database), "--model", "model", "--out", str(out), "--fits",
+               str(fits), "--baselines", "hu", "pca", "--device", "cpu"]
+    assert ct_ich.main(command) == 3                                      # one scan failed
+    found, printed = json.loads((out / "metrics.json").read_text()), capsys.readouterr().out
+    assert list(found["methods"]) == ["ours", "faithful", "hu", "pca", "pca-calibrated"]
+    assert found["failed"] == {FAILS: "no head"} and list(found["scans"]) == ["ill1", "ill2", "well1", "well2"]
+    ours, hu = found["methods"]["ours"], found["methods"]["hu"]
+    assert ours["scan"] == hu["scan"] and ours["slice"] == hu["slice"]    # the same map: the same figures
+    assert ours["scan"]["auc"] == 1 and ours["slice"]["auc"] > 0.9 and ours["seconds_a_scan"] == 3
+    assert found["methods"]["pca-calibrated"]["scan"]["auc"] == 1
+    assert found["without_slice_labels"] == ["ill2"] and f"{FAILS} (no head)" in printed
+    assert (out / "table.md").read_text() in printed
+
+    monkeypatch.setattr(ct_ich, "measure", lambda *_: pytest.fail("measured again"))
+    assert ct_ich.main([*command, "--rows"]) == 3
+    again = json.loads((out / "metrics.json").read_text())
+    assert "faithful" not in again["methods"] and again["methods"]["pca"] == found["methods"]["pca"]
+
+
+def test_too_few_held_out_scans_are_told_before_the_projection(data, slices32, tmp_path, monkeypatch, capsys):
+    stand_in(monkeypatch, slices32)
+    monkeypatch.setattr(compare, "project", lambda *_: pytest.fail("projected"))
+    command = ["--data", str(data), "--database", str(slices32), "--model", "m", "--out", str(tmp_path)]
+    assert ct_ich.main([*command, "--baselines", "pca"]) == 2
+    assert "holds 1 held-out scans, but calibrating the baselines pca needs 3" in capsys.readouterr().err
+
+
+def test_wrong_files_are_wrong_usage(data, tmp_path, capsys):
+    for name in ("scans.csv", "slices.csv", "test"):
+        (tmp_path / name).symlink_to(data / name)
+    assert ct_ich.main(["--data", str(tmp_path), "--database", str(tmp_path / "x.lmdb"), "--model", "m", "--out",
+                        str(tmp_path / "o")]) == 2
+    assert "x.lmdb: no such file" in capsys.readouterr().err
