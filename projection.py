@@ -36,6 +36,8 @@ class ProjectionSettings:
 
     steps_latent: int = option(100, "steps on the code")
     steps_noise: int = option(100, "steps on the noise maps; 0: none")
+    predicted_noise: bool = option(True, "start from the noise maps that the encoder predicts, if it does; else from "
+                                         "the generator's own")
     lr_latent: float = option(0.1, "peak rate of Adam on the code")
     lr_noise: float = option(2.0, "peak rate of Adam on the noise maps")
     domain: float = option(1.0, "weight of the in-domain term against the perceptual distance")
@@ -71,6 +73,13 @@ class ProjectionSettings:
                      "knee", "thin", "surprise_above", "surprise_mask"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name):g}")
+
+
+# The published search and score, whatever a bundle is calibrated for (projector.py --preset faithful). The distance is
+# the bundle's: its encoder and generator were trained with it.
+FAITHFUL = {"steps_latent": 100, "steps_noise": 100, "lr_latent": 0.1, "lr_noise": 2.0, "domain": 1.0,
+            "threshold_hu": 5.0, "median_at_512": 19, "component_at_512": 600, "predicted_noise": False,
+            "measure": "votes", "scan_score": "mean"}
 
 
 @dataclass(frozen=True)
@@ -174,6 +183,8 @@ class _Search:
     def encode(self):
         # In one batch: an imported encoder's statistic is taken over the whole scan, as released.
         w_plus, noise = self.bundle.encoder.invert(self.query, self.bundle.generator)
+        if not self.settings.predicted_noise:
+            noise = self.bundle.generator.noise_maps("const")
         self.p_encoder = self.stats.to_p(w_plus)
         self.p = self.p_encoder.clone()
         self.w_plus = self.stats.to_w(self.p)

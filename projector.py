@@ -46,7 +46,7 @@ from ct.standardise import from_frame
 from ct.write import write_nifti
 from op import set_impl
 from preprocess import Preprocessed, PreprocessSettings, preprocess_scan
-from projection import FrameProjection, ProjectionSettings, perceptual_for, project
+from projection import FAITHFUL, FrameProjection, ProjectionSettings, perceptual_for, project
 
 SCORE_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason", "slices", "projected_slices",
                  "error_hu", "anomalous_ml", "seconds", "notes")
@@ -297,6 +297,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--query_save_path", dest="query", type=Path, help="the original's name for SCANS")
     parser.add_argument("--model", type=Path, required=True, help="model bundle made by latent_stats.py")
     parser.add_argument("--out", type=Path, default=Path("results"), help="results folder")
+    parser.add_argument("--preset", choices=("model", "faithful"), default="model",
+                        help="the settings that the model was calibrated for, or the published algorithm: 100 + 100 "
+                             "steps and votes (then without percentiles, if the model was calibrated for others)")
     parser.add_argument("--overwrite", action="store_true", help="project again what other settings have projected")
     parser.add_argument("--batch", type=int, default=32, help="slices in the networks at a time: memory, not results")
     parser.add_argument("--slab-mm", type=float,
@@ -333,7 +336,8 @@ def stored_settings(bundle: checkpoint.Bundle) -> ProjectionSettings:
 
 def resolve(bundle: checkpoint.Bundle, args: argparse.Namespace) -> tuple[ProjectionSettings, PreprocessSettings]:
     """The bundle's settings with the given flags over them. Raises ValueError where the bundle lacks its own."""
-    settings = given(args, stored_settings(bundle))
+    stored = stored_settings(bundle)
+    settings = given(args, dataclasses.replace(stored, **FAITHFUL) if args.preset == "faithful" else stored)
     if bundle.meta["preprocessing"] is not None:
         preprocessing = PreprocessSettings.from_json(bundle.meta["preprocessing"])
     elif args.default_preprocessing:

@@ -12,7 +12,7 @@ Nothing is chosen on the scans that are reported on:
   faithful    projector.py --preset faithful
   baselines   fitted to the training split of --database; slice score: mean of the map over the brain; scan score: mean
               of the slice scores. 'calibrated': the residual as a surprise, told in the residuals of the database's
-              held-out scans, in the same way and counted from the same surprise as ours
+              held-out scans, counted and pooled to slices and scan as ours
 All get the same brain masks. Intervals and tests go by patient (the scan where no patient is given): DeLong's, for
 slices with Obuchowski's variance, and a bootstrap of patients. A slice that was not projected has the score 0. A scan
 without slice labels counts among scans alone. Seconds are from the file to the scores; ours include writing its maps.
@@ -105,19 +105,22 @@ def refuse_seen(scan_ids: list[str], data: SliceDataset) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # Scores
 
-def measure(source: ScanSource, results: Path, preprocessing: PreprocessSettings,
-            methods: dict[str, Method]) -> dict[str, np.ndarray]:
-    """METHOD_slices [S], METHOD_score and METHOD_seconds of the methods beside ours. results: the scan's folder."""
+def measure(source: ScanSource, results: Path, preprocessing: PreprocessSettings, methods: dict[str, Method],
+            own: str) -> dict[str, np.ndarray]:
+    """METHOD_slices [S], METHOD_score and METHOD_seconds of the methods beside ours. results: the scan's folder.
+
+    own: how ours makes a scan's score, and so the calibrated baselines.
+    """
     done = compare.run_methods(source, results, preprocessing, methods)
     found = {}
     for name, scored in done.scored.items():
-        found |= {f"{name}_slices": scored.slice_scores, f"{name}_score": scored.scan_score(POOLING),
+        found |= {f"{name}_slices": scored.slice_scores, f"{name}_score": scored.scan_score(own if name.endswith("-calibrated") else POOLING),
                   f"{name}_seconds": done.seconds[name]}
     return found
 
 
 def measured(folder: Path, sources: list[ScanSource], preprocessing: PreprocessSettings, methods: dict[str, Method],
-             key: str) -> dict[str, dict[str, np.ndarray]]:
+             key: str, own: str) -> dict[str, dict[str, np.ndarray]]:
     """measure() by scan, read from folder/measures where it was made with the same key and the same projection."""
     found, progress = {}, compare.Progress(f"baselines on {folder.name}", len(sources))
     for source in sources:
@@ -125,7 +128,7 @@ def measured(folder: Path, sources: list[ScanSource], preprocessing: PreprocessS
         found[source.scan_id], fresh = compare.remembered(
             folder / "measures" / f"{source.scan_id}.npz",
             compare.key_of(key, compare.sha256(results / "anomaly.nii.gz")),
-            functools.partial(measure, source, results, preprocessing, methods))
+            functools.partial(measure, source, results, preprocessing, methods, own))
         progress.line(source.scan_id, fresh)
     return found
 
@@ -233,7 +236,8 @@ def table(figures: dict) -> str:
                                                    shown(f[level]["auc_delong"]))]
         lines.append(f"| {' | '.join([kind, *cells])} |")
     notes = ["p: paired DeLong test against ours, two-sided; not corrected for the number of methods.",
-             f"Scan score from slice scores: ours {figures['projection']['scan_score']}, baselines {POOLING}."]
+             f"Scan score from slice scores: ours and calibrated baselines {figures['projection']['scan_score']}, others "
+             f"{POOLING}."]
     if figures["without_slice_labels"]:
         notes.append(f"Without slice labels, so among scans alone: {', '.join(figures['without_slice_labels'])}.")
     if figures["failed"]:
@@ -266,7 +270,7 @@ def benchmark(args: argparse.Namespace) -> int:
         failed |= {scan_id: scans[scan_id]["reason"] for scans in ours.values() for scan_id in labels
                    if "reason" in scans[scan_id]}
         done = [source for source in sources if source.scan_id not in failed]
-        beside = measured(folder, done, preprocessing, methods, key)
+        beside = measured(folder, done, preprocessing, methods, key, run["projection"]["scan_score"])
         cases += collect(split, labels, slice_labels, ours, beside, list(methods))
     if not cases:
         raise Undefined(f"--data {args.data}: no scan is left: {failed}")

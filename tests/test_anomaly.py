@@ -280,3 +280,24 @@ def test_surprise_scores_count_what_lies_beyond():
     scores = anomaly.surprise_scores(surprise, brain, above=2.0)
     assert scores.tolist() == pytest.approx([(1 + 2) / 3, 0])
     assert anomaly.surprise_scores(surprise, ~brain & False, above=2.0).tolist() == [0, 0]
+
+
+def test_peak_scores_prefer_one_place_to_many():
+    brain = torch.ones(3, 40, 40, dtype=torch.bool)
+    focal, scattered = torch.zeros(3, 40, 40), torch.zeros(3, 40, 40)
+    focal[:, 18:22, 18:22] = 6.0                                             # 16 pixels, together
+    scattered.view(3, -1)[:, ::100] = 6.0                                    # 16 pixels, apart
+    one, other = (anomaly.peak_scores(x, brain, above=2.0, sigma=2.0) for x in (focal, scattered))
+    assert (one > 4 * other).all() and (one < 4).all()
+    assert torch.allclose(one, anomaly.peak_scores(-focal, brain, above=2.0, sigma=2.0))       # to either side
+    assert not anomaly.peak_scores(focal, ~brain, above=2.0, sigma=2.0).any()
+
+
+def test_peak_scores_want_the_neighbours_support():
+    brain = torch.ones(5, 40, 40, dtype=torch.bool)
+    alone, column = torch.zeros(5, 40, 40), torch.zeros(5, 40, 40)
+    alone[2, 18:22, 18:22] = 6.0
+    column[1:4, 18:22, 18:22] = 6.0
+    single, three = (anomaly.peak_scores(x, brain, above=2.0, sigma=2.0) for x in (alone, column))
+    assert single[2] == pytest.approx(three[2].item() / 3)
+    assert single.tolist() == pytest.approx([0, single[2].item(), single[2].item(), single[2].item(), 0])

@@ -280,3 +280,38 @@ def test_surprise_needs_three_scans(inputs, tmp_path, capsys):
     assert command(*inputs, tmp_path / "mine", "--measure", "surprise") == 2
     error = capsys.readouterr().err
     assert "--measure surprise: needs 3 held-out healthy scans" in error and "has 1" in error
+
+
+# ---- folds
+
+def fold_inputs(folder):
+    """The same six scans twice; heads 4 and 5 held out in one database, 0 and 1 in the other; a run for each."""
+    folds = []
+    for name, held_out in (("a", {4, 5}), ("b", {0, 1})):
+        path, rng = folder / f"{name}.lmdb", np.random.default_rng(0)
+        brain = np.zeros((5, 32, 32), bool)
+        brain[:, 8:24, 8:24] = True
+        with SliceWriter(path, SETTINGS) as writer:
+            for s in range(6):
+                hu = np.where(brain, 30 + 5 * rng.standard_normal(brain.shape), -20).astype(np.float32)
+                record = ScanRecord.encode(f"head{s}", hu, brain, np.arange(20.0, -1, -5))
+                writer.add(record, "val" if s in held_out else "train", f"patient{s}")
+        folds.append((path, write_run(folder / f"run-{name}", SliceDataset(path).manifest)))
+    return folds
+
+
+def test_folds_add_their_held_out_scans(tmp_path):
+    one, other = fold_inputs(tmp_path)
+    flags = ["--measure", "surprise", "--filter", "band", "--pool", "peak", "--scale", "sides", "--steps-latent", "0",
+             "--steps-noise", "0", "--surprise-above", "0.5", "--fold", *map(str, other)]
+    assert command(*one, tmp_path / "mine", *flags) == 0
+    meta = checkpoint.load_bundle(tmp_path / "mine").meta
+    assert meta["calibration"]["scans"] == ["head4", "head5", "head0", "head1"]
+    assert [fold["held_out"] for fold in meta["provenance"]["folds"]] == [["head4", "head5"], ["head0", "head1"]]
+    assert all(score > 0 for score in meta["calibration"]["scan_scores"]["top3"])
+
+
+def test_a_scan_held_out_twice_is_refused(tmp_path, capsys):
+    one, _ = fold_inputs(tmp_path)
+    assert command(*one, tmp_path / "mine", "--fold", *map(str, one)) == 2
+    assert "head4, head5 held out in" in capsys.readouterr().err

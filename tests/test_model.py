@@ -333,3 +333,28 @@ def test_wrong_sizes_raise():
         g.synthesis(rand(2, 8), [rand(1, 1, 4, 4)] * 7)
     with pytest.raises(ValueError, match=r"images must be \[B, 3, 32, 32\], got \[2, 3, 64, 64\]"):
         e(rand(2, 3, 64, 64))
+
+
+def test_an_encoder_without_a_noise_head_leaves_the_noise_to_the_generator():
+    e, g = build(Encoder), build(Generator)
+    code, maps = e.invert(rand(2, 3, 32, 32), g)
+    close(code, e(rand(2, 3, 32, 32)))
+    assert all(torch.equal(one, own) for one, own in zip(maps, g.noise_maps("const")))
+
+
+def test_the_noise_head_starts_from_nothing_and_then_follows_the_image():
+    torch.manual_seed(0)
+    e, g = Encoder(replace(TINY, encoder_noise=True)), build(Generator)
+    own = g.noise_maps("const")
+    _, maps = e.invert(rand(2, 3, 32, 32), g)
+    assert [m.shape[-1] for m in maps] == g.noise_sizes
+    assert all(torch.equal(one.expand(2, -1, -1, -1), m.expand(2, -1, -1, -1)) for one, m in zip(own, maps))
+    for layer in e.noise_head.maps:
+        layer.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    images = rand(2, 3, 32, 32)
+    _, maps = e.invert(images, g)
+    assert all((m[0] - m[1]).abs().max() > 1e-3 for m in maps[1:])
+    moved = images.clone()
+    moved[:, :, :8, :8] += 3                                     # the finest map changes where the image did
+    change = (e.invert(moved, g)[1][-1] - maps[-1]).abs().mean((0, 1))
+    assert change[:8, :8].mean() > 3 * change[24:, 24:].mean()

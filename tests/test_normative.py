@@ -134,3 +134,33 @@ def test_stored_and_read_back():
     torch.testing.assert_close(back.surprise(x, BRAIN, MM), normal.surprise(x, BRAIN, MM), atol=0.02, rtol=0.02)
     with pytest.raises(ValueError, match="no tails"):
         Normal.from_tensors({k: v for k, v in normal.to_tensors().items() if k != "tails"})
+
+
+# ---- the band, away from bone
+
+def test_a_shade_over_the_head_is_no_fine_residual_but_a_spot_is():
+    inside = torch.ones(1, 128, 128, dtype=torch.bool)
+    shade = torch.linspace(0, 10, 128).expand(1, 128, 128).clone()
+    spot = shade.clone()
+    spot[0, 60:66, 60:66] += 30
+    fine, coarse = normative.band_scales(shade, inside)[0]
+    assert fine[20:-20, 20:-20].abs().max() < 0.05 and coarse[64, 100] == pytest.approx(100 / 12.7, abs=0.1)
+    assert normative.band_scales(spot, inside)[0, 0, 62, 62] > 20
+
+
+def test_residuals_are_clipped_in_the_band():
+    inside = torch.ones(1, 64, 64, dtype=torch.bool)
+    assert normative.band_scales(torch.full((1, 64, 64), 500.0), inside)[0, 1].max() <= normative.CLIP_HU + 1e-3
+
+
+def test_soft_brain_leaves_out_bone_and_a_rim_of_it():
+    hu, brain = torch.full((1, 128, 128), 35.0), torch.ones(1, 128, 128, dtype=torch.bool)
+    hu[0, 50, 50], hu[0, 80, 80] = 100.0, 90.0                   # a calcification, and dense blood
+    soft = normative.soft_brain(hu, brain)
+    assert (~soft).sum() == 9 and not soft[0, 49:52, 49:52].any()         # a rim of 4 pixels at 512 is 1 at 128
+    assert not normative.soft_brain(hu, ~brain).any()
+
+
+def test_sides_take_what_is_dense_fine_and_what_is_thin_coarse():
+    surprise = torch.tensor([[3.0, 1.0], [-5.0, 2.0], [1.0, -4.0], [-2.0, -2.0]]).reshape(1, 4, 2).permute(0, 2, 1)
+    assert combine(surprise[..., None], "sides", thin=0.5).flatten().tolist() == [3, 0, -2, -1]

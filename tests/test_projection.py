@@ -8,7 +8,7 @@ from checkpoint import Bundle
 from ct.window import decode, encode
 from latent import LatentStats
 from model import Discriminator, Encoder, Generator, ModelConfig
-from projection import ProjectionSettings, perceptual_for, project, ramp
+from projection import FAITHFUL, ProjectionSettings, perceptual_for, project, ramp
 
 TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16)
 FEW = ProjectionSettings(steps_latent=4, steps_noise=3)
@@ -224,3 +224,20 @@ def test_refuses_a_search_without_steps():
 def test_surprise_needs_a_bundle_that_knows_the_healthy(bundle):
     with pytest.raises(ValueError, match="--measure surprise: this model holds no statistics"):
         run(bundle, tissue(), dataclasses.replace(FEW, measure="surprise"))
+
+
+def test_predicted_noise_is_used_unless_told_otherwise():
+    bundle = make_bundle()
+
+    def marked(images, generator):
+        return codes_like_healthy(), [m + 1 for m in generator.noise_maps("const")]
+
+    bundle.encoder.invert = marked
+    own, predicted = (run(bundle, tissue(), dataclasses.replace(FEW, predicted_noise=on)).reconstruction
+                      for on in (False, True))
+    assert (own - predicted).abs().max() > 1
+
+
+def test_the_published_settings_are_the_defaults_but_for_the_noise():
+    faithful = dataclasses.replace(ProjectionSettings(measure="surprise", steps_latent=0, pool="peak"), **FAITHFUL)
+    assert dataclasses.replace(faithful, pool="area", predicted_noise=True) == ProjectionSettings()

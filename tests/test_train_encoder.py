@@ -191,3 +191,50 @@ def test_rates_fall_evenly_over_the_last_part(gan_run):
 def test_decay_is_a_part():
     with pytest.raises(ValueError, match="--decay is a part of the training"):
         EncoderConfig(decay=2)
+
+
+# ---- Predicted noise, and another run's weights
+
+@pytest.fixture(scope="module")
+def noise_run(slices32, gan_run, encoder_run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "noise"
+    assert run_encoder(slices32, gan_run, out, "--noise", "--init", encoder_run, "--epochs", 1) == 0
+    return out
+
+
+def test_a_run_starts_from_another_runs_weights(gan_run, encoder_run):
+    trainer = EncoderTrainer(EncoderConfig(noise=True), checkpoint.load_snapshot(gan_run), torch.device("cpu"))
+    first = checkpoint.load_snapshot(encoder_run)
+    trainer.start_from(first)
+    for name, module in trainer.modules().items():
+        state = module.state_dict()
+        assert all(torch.equal(state[key], t) for key, t in first.weights[name].items()), name
+    assert {key.split(".")[0] for key in trainer.e.state_dict()} - {"convs", "final_conv", "final_linear"} == {
+        "noise_head"}
+
+
+def test_the_noise_head_is_trained_and_kept(noise_run, encoder_run):
+    weights = checkpoint.load_snapshot(noise_run).weights["encoder"]
+    assert any(weights[f"noise_head.maps.{i}.weight"].abs().max() > 0 for i in range(3))
+    meta = checkpoint.load_snapshot(noise_run).meta
+    assert meta["model"]["encoder_noise"] and meta["init"]["step"] == 32
+
+
+def test_images_alone_are_drawn_with_the_generators_own_noise(gan_run, noise_run):
+    trainer = EncoderTrainer(EncoderConfig(noise=True), checkpoint.load_snapshot(gan_run), torch.device("cpu"))
+    trainer.start_from(checkpoint.load_snapshot(noise_run))
+    for layer in trainer.g.convs:
+        layer.noise.weight.data += 1                       # what the GAN has not learnt to use would change nothing
+    images = 0.5 * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        code, mixed = trainer.reconstruct(images, torch.tensor([True, False]))
+        own = trainer.g.synthesis(code, "const")
+    assert torch.allclose(mixed[0], own[0], atol=1e-5)
+    assert not torch.allclose(mixed[1], own[1], atol=1e-3)
+
+
+def test_first_weights_that_do_not_fit_are_refused(slices32, gan_run, noise_run, tmp_path, capsys):
+    assert run_encoder(slices32, gan_run, tmp_path / "a", "--init", noise_run) == 2
+    assert "predicts noise maps; pass --noise" in capsys.readouterr().err
+    assert run_encoder(slices32, gan_run, tmp_path / "b", "--init", gan_run) == 2
+    assert "--init" in capsys.readouterr().err

@@ -1,0 +1,62 @@
+"""Pasted lesions: where they lie, how dense they are, and that the rest stays as it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.pasted import KINDS, paste, pixel_mm
+
+SIZE, SIDE = 64, 4.0
+MM = np.arange(100.0, -1, -5)
+
+
+def head():
+    """An ellipsoid of tissue of 32 HU with a ball of CSF of 8 HU in the middle and a rim of CSF; its brain mask."""
+    z, y, x = np.meshgrid(MM - 60, *[(np.arange(SIZE) - SIZE / 2) * SIDE] * 2, indexing="ij")
+    away = np.sqrt((z / 65) ** 2 + (y / 85) ** 2 + (x / 68) ** 2)
+    hu = np.where((away > 0.93) | (np.sqrt(z**2 + y**2 + x**2) < 20), 8.0, 32.0).astype(np.float32)
+    return hu, away < 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lesion_lies_in_the_brain_and_changes_nothing_else(kind):
+    hu, brain = head()
+    changed, truth = paste(hu, brain, MM, kind, SIDE, np.random.default_rng(3))
+    assert truth.any() and not (truth & ~brain).any()
+    assert np.array_equal(changed[~brain], hu[~brain])
+    difference = (changed - hu)[truth].mean()
+    assert difference < -3 if kind == "infarct" else 10 < difference < 80
+    far = ~truth & ~np.roll(truth, 3, 1) & ~np.roll(truth, -3, 1) & ~np.roll(truth, 3, 2) & ~np.roll(truth, -3, 2)
+    assert np.abs((changed - hu)[far]).mean() < 0.5
+
+
+def test_subdurals_lie_at_the_skull_and_ventricular_blood_does_not():
+    hu, brain = head()
+    depth = np.stack([_depth(one) for one in brain]) * SIDE
+    rim, middle = (paste(hu, brain, MM, kind, SIDE, np.random.default_rng(0))[1]
+                   for kind in ("subdural", "intraventricular"))
+    assert depth[rim].max() < 16 and depth[middle].min() > 20
+
+
+def test_the_same_seed_pastes_the_same_lesion():
+    hu, brain = head()
+    one, other = (paste(hu, brain, MM, "epidural", SIDE, np.random.default_rng(7))[0] for _ in range(2))
+    assert np.array_equal(one, other)
+
+
+def test_no_room_and_unknown_kinds_are_told():
+    hu, brain = head()
+    with pytest.raises(ValueError, match="kind must be one of intraparenchymal"):
+        paste(hu, brain, MM, "tumour", SIDE, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="no room for intraventricular"):
+        paste(np.full_like(hu, 32), brain, MM, "intraventricular", SIDE, np.random.default_rng(0))
+
+
+def test_pixels_are_those_of_a_usual_head():
+    assert pixel_mm(128, 0.68) == pytest.approx(185 / 87.04)
+
+
+def _depth(mask):
+    from scipy import ndimage
+    return ndimage.distance_transform_edt(mask)
