@@ -264,6 +264,9 @@ def load_run(data: Path, run: Path, flag: str) -> tuple[checkpoint.Snapshot, Sli
             raise ValueError(f"{'--data' if flag == '--encoder' else flag} {data}: its {key} {dataset.manifest[key]} "
                              f"is not that of the database which the encoder in {run} was trained on, {trained_on}; "
                              "give that one: another's held-out scans may be among the encoder's training scans")
+    if snapshot.meta.get("held_out", dataset.held_out_ids()) != dataset.held_out_ids():
+        raise ValueError(f"{'--data' if flag == '--encoder' else flag} {data}: holds other scans out than the database "
+                         f"which the encoder in {run} was trained on: they would be among its training scans")
     for first, what in (("gan", "GAN"), ("init", "run of --init")):
         earlier = snapshot.meta.get(first)
         if earlier and earlier["data"]["digest"] != snapshot.meta["data"]["digest"]:

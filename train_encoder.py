@@ -289,6 +289,7 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
         trainer.start_from(first)
     meta = {"kind": "encoder", "config": dataclasses.asdict(config), "model": dataclasses.asdict(trainer.model),
             "data": {key: dataset.manifest[key] for key in ("digest", "counts", "settings")},
+            "held_out": dataset.held_out_ids(),          # the digest is the same whatever the split
             "gan": {"step": snapshot.step, **snapshot.meta},
             "init": {"step": first.step, **first.meta} if first else None}
     resumed = start_run(out, meta, trainer.modules())

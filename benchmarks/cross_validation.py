@@ -78,8 +78,10 @@ def cases_of(data: Path, run: Path, device: torch.device) -> list[Case]:
     """All cases of a fold. Raises DatasetError, CheckpointError; ValueError where the run is of another database."""
     snapshot = checkpoint.load_snapshot(run)
     held_out = SliceDataset(data, "val")
-    if snapshot.meta.get("kind") != "encoder" or snapshot.meta["data"]["counts"] != held_out.manifest["counts"] or (
-            snapshot.meta["data"]["digest"] != held_out.manifest["digest"]):
+    trained_on = snapshot.meta.get("data", {})
+    if snapshot.meta.get("kind") != "encoder" or any(trained_on[key] != held_out.manifest[key]
+                                                     for key in ("counts", "digest")) or (
+            snapshot.meta.get("held_out", held_out.scan_ids) != held_out.scan_ids):
         raise ValueError(f"--fold {data} {run}: the run is not one of train_encoder.py on this database")
     model = ModelConfig(**snapshot.meta["model"])
     encoder, generator = Encoder(model), Generator(model)

@@ -114,7 +114,8 @@ def measure(source: ScanSource, results: Path, preprocessing: PreprocessSettings
     done = compare.run_methods(source, results, preprocessing, methods)
     found = {}
     for name, scored in done.scored.items():
-        found |= {f"{name}_slices": scored.slice_scores, f"{name}_score": scored.scan_score(own if name.endswith("-calibrated") else POOLING),
+        how = own if name.endswith("-calibrated") else POOLING
+        found |= {f"{name}_slices": scored.slice_scores, f"{name}_score": scored.scan_score(how),
                   f"{name}_seconds": done.seconds[name]}
     return found
 
@@ -236,8 +237,8 @@ def table(figures: dict) -> str:
                                                    shown(f[level]["auc_delong"]))]
         lines.append(f"| {' | '.join([kind, *cells])} |")
     notes = ["p: paired DeLong test against ours, two-sided; not corrected for the number of methods.",
-             f"Scan score from slice scores: ours and calibrated baselines {figures['projection']['scan_score']}, others "
-             f"{POOLING}."]
+             f"Scan score from slice scores: ours and calibrated baselines "
+             f"{figures['projection']['scan_score']}, others {POOLING}."]
     if figures["without_slice_labels"]:
         notes.append(f"Without slice labels, so among scans alone: {', '.join(figures['without_slice_labels'])}.")
     if figures["failed"]:

@@ -311,6 +311,16 @@ def test_folds_add_their_held_out_scans(tmp_path):
     assert all(score > 0 for score in meta["calibration"]["scan_scores"]["top3"])
 
 
+def test_a_fold_of_another_split_is_refused(tmp_path, capsys):
+    (one, run), (other, _) = fold_inputs(tmp_path)
+    snapshot = checkpoint.load_snapshot(run)
+    meta = {**snapshot.meta, "held_out": ["head4", "head5"]}
+    networks = {"generator": Generator(TINY), "discriminator": Discriminator(TINY), "encoder": Encoder(TINY)}
+    checkpoint.save_snapshot(tmp_path / "told", 50, networks, {}, meta)
+    assert command(other, tmp_path / "told", tmp_path / "mine") == 2
+    assert "holds other scans out than the database" in capsys.readouterr().err
+
+
 def test_a_scan_held_out_twice_is_refused(tmp_path, capsys):
     one, _ = fold_inputs(tmp_path)
     assert command(*one, tmp_path / "mine", "--fold", *map(str, one)) == 2

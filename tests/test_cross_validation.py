@@ -1,0 +1,101 @@
+"""benchmarks/cross_validation.py on tiny folds: who is told by whom, the figures by hand, the command."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+from benchmarks import cross_validation, pasted
+from benchmarks.cross_validation import BAND, HEALTHY, PLAIN, Case, figures, main, surprises
+from dataset import ScanRecord, SliceDataset, SliceWriter
+from model import Discriminator, Encoder, Generator, ModelConfig
+from preprocess import PreprocessSettings
+
+TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16)
+MM = np.arange(40.0, -1, -5)
+
+
+def scan(seed=0):
+    rng = np.random.default_rng(seed)
+    brain = np.zeros((len(MM), 32, 32), bool)
+    brain[:, 3:29, 3:29] = True
+    return np.where(brain, 32 + 3 * rng.standard_normal(brain.shape), -20).astype(np.float32), brain
+
+
+def case(scan_id, kind, added=0.0, seed=0):
+    hu, brain = (torch.from_numpy(x) for x in scan(seed))
+    truth = torch.zeros_like(brain)
+    query = hu.clone()
+    if added:
+        truth[3:6, 10:18, 10:18] = True
+        query = query + added * truth
+    return Case(scan_id, kind, query, torch.full_like(hu, 32.0), brain, MM, truth)
+
+
+def cohort():
+    return [case(f"head{i}", HEALTHY, seed=i) for i in range(5)] + [
+        case(f"head{i}", "intraparenchymal", 40.0, seed=i) for i in range(5)]
+
+
+def test_a_plain_bleed_is_told_from_the_healthy_at_its_place():
+    cases = cohort()
+    told, where = surprises(cases, PLAIN)
+    lesion = cases[7]
+    assert told[7][:, 0][lesion.truth].mean() > 3 > told[2][:, 0][lesion.truth].mean() + 2
+    assert all(torch.equal(one, c.brain) for one, c in zip(where, cases))
+
+
+def test_no_case_is_told_by_its_own_head():
+    cases = cohort()
+    other = [dataclasses.replace(c, normal=c.normal - 30) if c.scan_id == "head0" else c for c in cases]
+    before, after = surprises(cases, BAND)[0], surprises(other, BAND)[0]
+    assert (after[0][:, 1] - before[0][:, 1]).mean() > 2          # head0 itself is odd among the others
+    own = surprises([*other[:5], dataclasses.replace(other[0], kind="epidural")], BAND)[0]
+    assert torch.allclose(own[0], own[5])                         # the same head with a lesion is told as it is
+
+
+def test_figures_by_hand():
+    cases = cohort()
+    scores = [torch.tensor([0.1, 0.2, 0.0, 0, 0, 0, 0, 0, 0]) for _ in range(5)]
+    scores += [torch.tensor([0, 0, 0, 0.3, 0.15, 0.05, 0, 0, 0]) for _ in range(5)]
+    found = figures(cases, scores, "max")
+    assert found["intraparenchymal"] == 1 and np.isnan(found["epidural"]) and found["haemorrhage"] == 1
+    # Lesion slices 0.3, 0.15, 0.05 against 0.1, 0.2 and seven 0: 9, 8 and 7 of 9 won.
+    assert found["slices"] == pytest.approx(24 / 27)
+
+
+def folds(folder):
+    made = []
+    for name, held_out in (("a", (0, 1)), ("b", (2, 3))):
+        path = folder / f"{name}.lmdb"
+        with SliceWriter(path, PreprocessSettings().to_json()) as writer:
+            for s in range(4):
+                hu, brain = scan(s)
+                writer.add(ScanRecord.encode(f"head{s}", hu, brain, MM), "val" if s in held_out else "train", f"p{s}")
+        manifest = SliceDataset(path).manifest
+        torch.manual_seed(0)
+        networks = {"generator": Generator(TINY), "discriminator": Discriminator(TINY), "encoder": Encoder(TINY)}
+        meta = {"kind": "encoder", "model": dataclasses.asdict(TINY),
+                "data": {key: manifest[key] for key in ("digest", "counts", "settings")},
+                "held_out": [f"head{s}" for s in held_out]}
+        checkpoint.save_snapshot(folder / f"run-{name}", 8, networks, {}, meta)
+        made.append((path, folder / f"run-{name}"))
+    return made
+
+
+def test_the_command(tmp_path, capsys):
+    (a, run_a), (b, run_b) = folds(tmp_path)
+    fold = ["--fold", str(a), str(run_a), "--fold", str(b), str(run_b)]
+    assert main([*fold, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert len(lines) == 2 + 1 + len(cross_validation.ROWS)
+    assert all(line.count("|") == 4 + len(pasted.KINDS) for line in lines)
+    capsys.readouterr()
+    assert main(["--fold", str(a), str(run_b), "--out", str(tmp_path / "no")]) == 2
+    assert "not one of train_encoder.py on this database" in capsys.readouterr().err
+    assert main(["--fold", str(a), str(run_a), "--out", str(tmp_path / "no")]) == 2
+    assert "3 different held-out scans at least" in capsys.readouterr().err
