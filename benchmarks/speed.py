@@ -113,16 +113,17 @@ def scan_rows(repeats: int, model: Path = MODELS / "phantom-128", slices: int = 
     fp32, bf16 = middle["fp32"], middle["bf16"]
     brain = residuals["fp32"]["brain"] > 0
     apart = np.abs(residuals["fp32"]["reconstruction"] - residuals["bf16"]["reconstruction"])[brain].mean()
-    note = f"{slices} slices of an ellipsoid head, {model.name}, a process of its own, start to end"
+    what = " ".join((model.name, *flags))
+    note = f"{slices} slices of an ellipsoid head, {what}, a process of its own, start to end"
     return [
-        Row(f"cpu projector.py, {model.name}", "s", "under 60 s", fp32["seconds"], bf16["seconds"], None,
+        Row(f"cpu projector.py, {what}", "s", "under 60 s", fp32["seconds"], bf16["seconds"], None,
             bf16["seconds"] < 60, f"{note}; reference: ours in fp32", {p: s["seconds"] for p, s in samples.items()}),
-        Row(f"cpu projector.py, {model.name}, memory", "GB", "under 3 GB", fp32["peak_gb"], bf16["peak_gb"], None,
+        Row(f"cpu projector.py, {what}, memory", "GB", "under 3 GB", fp32["peak_gb"], bf16["peak_gb"], None,
             bf16["peak_gb"] < 3, "reference: ours in fp32", {p: s["peak_gb"] for p, s in samples.items()}),
-        Row(f"bf16 against fp32, {model.name}: error", "HU", "measured", fp32["error_hu"], bf16["error_hu"], None, None,
+        Row(f"bf16 against fp32, {what}: error", "HU", "measured", fp32["error_hu"], bf16["error_hu"], None, None,
             f"mean over the brain after the search of the code; the two reconstructions differ by {apart:.2g} HU there",
             {p: s["error_hu"] for p, s in samples.items()}),
-        Row(f"bf16 against fp32, {model.name}: score", "", "measured", fp32["score"], bf16["score"], None, None,
+        Row(f"bf16 against fp32, {what}: score", "", "measured", fp32["score"], bf16["score"], None, None,
             "reference: fp32", {p: s["score"] for p, s in samples.items()}),
     ]
 
@@ -212,9 +213,9 @@ CPU_ROWS: dict[str, Callable[[int], list[Row]]] = {
     "generator": lambda repeats: generator_rows(repeats, ModelConfig(size=128)),
     "training": training_rows,
     "median": lambda repeats: [median_row(repeats)],
-    "scan": scan_rows,
+    "scan": lambda repeats: scan_rows(repeats) + scan_rows(repeats, MODELS / "ct-ich-128"),
     # The published search, 100 + 100 steps with votes: minutes a run in fp32, so it is run once
-    "scan-published": lambda repeats: scan_rows(1, MODELS / "ct-ich-128"),
+    "scan-published": lambda repeats: scan_rows(1, MODELS / "ct-ich-128", flags=("--preset", "faithful")),
 }
 GPU_ROWS: dict[str, Callable[[torch.device, int], list[Row]]] = {
     "paper512": paper512, "ct256": ct256, "projection512": projection512, "median512": median512, "ops512": ops512,
