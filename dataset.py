@@ -357,6 +357,16 @@ class SliceDataset(Dataset):
         return {"hu": torch.from_numpy(hu), "brain": torch.from_numpy(brain), "below_vertex_mm": mm,
                 "scan": scan}
 
+    def unlike(self, meta: dict) -> str | None:
+        """What of the database that a run was trained on, as its meta has it, is not this one's; None: all is.
+
+        One of the keys of meta["data"], or 'held_out', which older runs do not have.
+        """
+        for key, trained_on in meta["data"].items():
+            if self.manifest[key] != trained_on:
+                return key
+        return "held_out" if meta.get("held_out", self.held_out_ids()) != self.held_out_ids() else None
+
     def held_out_ids(self) -> list[str]:
         """Ids of the database's validation scans, whichever split this is."""
         return [scan["scan_id"] for scan in self.manifest["scans"] if scan["split"] == "val"]

@@ -40,6 +40,7 @@ from model import Discriminator, Encoder, Generator, ModelConfig
 from op import set_impl
 from preprocess import ensure_database
 from projection import ProjectionSettings, judge, perceptual_for, project
+from runlog import load_run
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
 MAX_REACH_MM = 20.0                   # a position with few codes borrows from no further
@@ -219,7 +220,7 @@ def build(config: StatsConfig, data: Path, run: Path, out: Path, device: torch.d
         raise ValueError(f"--calibrate none: {'--fold' if further else '--measure surprise'} is of no use without the "
                          "calibration; leave one of them out")
     sources = [(data, run), *further]
-    loaded = [load_run(*source, "--fold" if i else "--encoder") for i, source in enumerate(sources)]
+    loaded = [open_fold(*source, "--fold" if i else "--encoder") for i, source in enumerate(sources)]
     if config.calibrate == "val":
         check_held_out(config, loaded, [path for path, _ in sources])
     dtype = distributed.pick_precision(config.precision, device)
@@ -252,21 +253,17 @@ def build(config: StatsConfig, data: Path, run: Path, out: Path, device: torch.d
     return checkpoint.save_bundle(out, **kept, meta=meta, overwrite=overwrite, normal=normal)
 
 
-def load_run(data: Path, run: Path, flag: str) -> tuple[checkpoint.Snapshot, SliceDataset]:
+def open_fold(data: Path, run: Path, flag: str) -> tuple[checkpoint.Snapshot, SliceDataset]:
     """An encoder run's last snapshot and the training part of its database. Raises unless they belong together."""
-    snapshot = checkpoint.load_snapshot(run)
-    if snapshot.meta.get("kind") != "encoder":
-        raise checkpoint.CheckpointError(f"{flag} {run}: not a run of train_encoder.py "
-                                         f"(kind {snapshot.meta.get('kind')!r})")
-    dataset = SliceDataset(data, "train")
-    for key, trained_on in snapshot.meta["data"].items():
-        if dataset.manifest[key] != trained_on:
-            raise ValueError(f"{'--data' if flag == '--encoder' else flag} {data}: its {key} {dataset.manifest[key]} "
-                             f"is not that of the database which the encoder in {run} was trained on, {trained_on}; "
-                             "give that one: another's held-out scans may be among the encoder's training scans")
-    if snapshot.meta.get("held_out", dataset.held_out_ids()) != dataset.held_out_ids():
-        raise ValueError(f"{'--data' if flag == '--encoder' else flag} {data}: holds other scans out than the database "
-                         f"which the encoder in {run} was trained on: they would be among its training scans")
+    snapshot = load_run(run, flag, "encoder", "train_encoder.py")
+    dataset, named = SliceDataset(data, "train"), f"{'--data' if flag == '--encoder' else flag} {data}"
+    if (key := dataset.unlike(snapshot.meta)) == "held_out":
+        raise ValueError(f"{named}: holds other scans out than the database which the encoder in {run} was trained on: "
+                         "they would be among its training scans")
+    if key:
+        raise ValueError(f"{named}: its {key} {dataset.manifest[key]} is not that of the database which the encoder in "
+                         f"{run} was trained on, {snapshot.meta['data'][key]}; give that one: another's held-out scans "
+                         "may be among the encoder's training scans")
     for first, what in (("gan", "GAN"), ("init", "run of --init")):
         earlier = snapshot.meta.get(first)
         if earlier and earlier["data"]["digest"] != snapshot.meta["data"]["digest"]:

@@ -193,9 +193,18 @@ def fit_normal(residuals: Sequence[torch.Tensor], brains: Sequence[torch.Tensor]
                below_vertex_mm: Sequence[Sequence[float]]) -> tuple[Normal, list[torch.Tensor]]:
     """The statistics of healthy scans, MIN_SCANS at least, and every scan's own surprise as the others see it.
 
-    residuals: one [S, 2, N, N] of scales() a scan; brains [S, N, N]. A scan that helped to make the mean would look
-    less unusual than a new one does, so its z comes from the other scans' statistics, and its surprise from the tails
-    of the other scans' z: these surprises may be compared with a new scan's.
+    residuals: one [S, 2, N, N] of scales() a scan; brains [S, N, N]. These surprises may be compared with a new scan's.
+    """
+    normal, by_others = fit_leaving_out(residuals, brains, below_vertex_mm)
+    return normal, [other.surprise(r, b, mm) for other, r, b, mm in zip(by_others, residuals, brains, below_vertex_mm)]
+
+
+def fit_leaving_out(residuals: Sequence[torch.Tensor], brains: Sequence[torch.Tensor],
+                    below_vertex_mm: Sequence[Sequence[float]]) -> tuple[Normal, list[Normal]]:
+    """The statistics of healthy scans, and for every scan those of the others. Arguments as of fit_normal.
+
+    A scan that helped to make the mean would look less unusual than a new one does, so its z comes from the other
+    scans' statistics, and its surprise from the tails of the other scans' z.
     """
     if len(residuals) < MIN_SCANS:
         raise ValueError(f"residual statistics: at least {MIN_SCANS} healthy scans are needed, found {len(residuals)}: "
@@ -207,11 +216,10 @@ def fit_normal(residuals: Sequence[torch.Tensor], brains: Sequence[torch.Tensor]
     def others(items: Sequence, left_out: int) -> list:
         return [item for i, item in enumerate(items) if i != left_out]
 
-    z = [ResidualStats.fit(others(sums, i), places, size).z(r, b, mm)
-         for i, (r, b, mm) in enumerate(zip(residuals, brains, below_vertex_mm))]
-    histograms = [histogram(*pair) for pair in zip(z, brains)]
-    surprises = [Tails.fit(others(histograms, i)).surprise(one) for i, one in enumerate(z)]
-    return Normal(ResidualStats.fit(sums, places, size), Tails.fit(histograms)), surprises
+    stats = [ResidualStats.fit(others(sums, i), places, size) for i in range(len(sums))]
+    histograms = [histogram(one.z(r, b, mm), b) for one, r, b, mm in zip(stats, residuals, brains, below_vertex_mm)]
+    by_others = [Normal(one, Tails.fit(others(histograms, i))) for i, one in enumerate(stats)]
+    return Normal(ResidualStats.fit(sums, places, size), Tails.fit(histograms)), by_others
 
 
 def combine(surprise: torch.Tensor, which: str, thin: float = 1.0) -> torch.Tensor:

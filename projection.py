@@ -75,11 +75,11 @@ class ProjectionSettings:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name):g}")
 
 
-# The published search and score, whatever a bundle is calibrated for (projector.py --preset faithful). The distance is
-# the bundle's: its encoder and generator were trained with it.
-FAITHFUL = {"steps_latent": 100, "steps_noise": 100, "lr_latent": 0.1, "lr_noise": 2.0, "domain": 1.0,
-            "threshold_hu": 5.0, "median_at_512": 19, "component_at_512": 600, "predicted_noise": False,
-            "measure": "votes", "scan_score": "mean"}
+# The published search and score, whatever a bundle is calibrated for (projector.py --preset faithful): the defaults of
+# these. The distance stays the bundle's: its encoder and generator were trained with it.
+PUBLISHED = ("steps_latent", "steps_noise", "lr_latent", "lr_noise", "domain", "threshold_hu", "median_at_512",
+             "component_at_512", "measure", "scan_score")
+FAITHFUL = {name: getattr(ProjectionSettings(), name) for name in PUBLISHED} | {"predicted_noise": False}
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,14 @@ class _Search:
         self.p = self.p_encoder.clone()
         self.w_plus = self.stats.to_w(self.p)
         self.noise = [m.expand(len(self.query), -1, -1, -1).clone() for m in noise]
-        self.features = [self.perceptual.features(self.query[c]) for c in self.chunks]
         self._draw()
 
     def optimise_latent(self):
         """Step 1: the perceptual distance, and a price for leaving the normal mean further than the encoder did."""
+        if not self.settings.steps_latent:
+            return
+        with torch.no_grad():
+            query_features = [self.perceptual.features(self.query[c]) for c in self.chunks]
         self.p.requires_grad_(True)
         optimiser = torch.optim.Adam([self.p], lr=self.settings.lr_latent, betas=(0.9, 0.999))
         for step in range(self.settings.steps_latent):
@@ -201,7 +204,7 @@ class _Search:
             optimiser.zero_grad(set_to_none=True)
             w_plus = self.stats.to_w(self.p)
             gradient = torch.empty_like(w_plus)
-            for chunk, features in zip(self.chunks, self.features):
+            for chunk, features in zip(self.chunks, query_features):
                 w = w_plus[chunk].detach().requires_grad_(True)
                 image = self.bundle.generator.synthesis(w, [m[chunk] for m in self.noise])
                 # Sums over slices: no slice's gradient may depend on how many others there are.
@@ -220,6 +223,8 @@ class _Search:
 
     def optimise_noise(self):
         """Step 2: L1 to the query, and to the drawn normal where an anomaly is predicted: texture, not lesion."""
+        if not self.settings.steps_noise:
+            return
         for m in self.noise:
             m.requires_grad_(True)
         optimiser = torch.optim.Adam(self.noise, lr=self.settings.lr_noise, betas=(0.9, 0.999))
@@ -235,8 +240,7 @@ class _Search:
             self._vote()
             optimiser.step()
         self.noise = [m.detach() for m in self.noise]
-        if self.settings.steps_noise:
-            self._draw()
+        self._draw()
 
     @torch.no_grad()
     def error_hu(self) -> float:

@@ -98,6 +98,15 @@ def run_command(work: Callable[[torch.device], None], device: str, out: Path) ->
     return 0
 
 
+def load_run(folder: Path, flag: str, kind: str, command: str) -> checkpoint.Snapshot:
+    """The last snapshot of a run of this kind. Raises CheckpointError naming the flag."""
+    snapshot = checkpoint.load_snapshot(folder)
+    if snapshot.meta.get("kind") != kind:
+        raise checkpoint.CheckpointError(f"{flag} {folder}: not a run of {command} "
+                                         f"(kind {snapshot.meta.get('kind')!r})")
+    return snapshot
+
+
 def load_optimiser(optimiser: torch.optim.Optimizer, state: dict) -> None:
     """Take the moments of a saved state, but keep the learning rate and the like: those are today's flags."""
     optimiser.load_state_dict({**state, "param_groups": optimiser.state_dict()["param_groups"]})

@@ -34,7 +34,7 @@ from losses import KNEE, PERCEPTUAL, build_perceptual, d_logistic, frozen, g_non
 from model import Discriminator, Encoder, Generator, ModelConfig
 from op import set_impl
 from preprocess import ensure_database
-from runlog import RunLog, load_optimiser, run_command, start_run
+from runlog import RunLog, load_optimiser, load_run, run_command, start_run
 
 SOFT_TISSUE_HU = (-5.0, 95.0)     # what a lesion may change: not air, fat or bone
 
@@ -145,8 +145,10 @@ class EncoderTrainer:
 
     def _encoder_step(self, real, full):
         corrupted = coarse_noise(erase(real, self.config.erase, self.rng), self.config.coarse, self.rng)
-        alone = torch.rand(len(real), generator=self.rng) < self.config.code_alone if self.config.noise else None
-        w_plus, fake = self.reconstruct(corrupted, None if alone is None else alone.to(self.device))
+        alone = None
+        if self.config.noise:
+            alone = (torch.rand(len(real), generator=self.rng) < self.config.code_alone).to(self.device)
+        w_plus, fake = self.reconstruct(corrupted, alone)
         with torch.no_grad():
             query = self.perceptual.features(self._reduced(real))
         distance = self.perceptual.distance(query, self.perceptual.features(self._reduced(fake))).mean()
@@ -260,15 +262,6 @@ def coarse_noise(images: torch.Tensor, p: float, rng: torch.Generator) -> torch.
     return encode(hu + noise.to(images.device) * tissue).to(images.dtype)
 
 
-def load_run(folder: Path, flag: str, kind: str, command: str) -> checkpoint.Snapshot:
-    """The last snapshot of a run of this kind. Raises CheckpointError naming the flag."""
-    snapshot = checkpoint.load_snapshot(folder)
-    if snapshot.meta.get("kind") != kind:
-        raise checkpoint.CheckpointError(f"{flag} {folder}: not a run of {command} "
-                                         f"(kind {snapshot.meta.get('kind')!r})")
-    return snapshot
-
-
 def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch.device, vgg16=None,
           lpips=None, init: Path | None = None) -> None:
     """Train for config.epochs. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite."""
@@ -289,7 +282,7 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
         trainer.start_from(first)
     meta = {"kind": "encoder", "config": dataclasses.asdict(config), "model": dataclasses.asdict(trainer.model),
             "data": {key: dataset.manifest[key] for key in ("digest", "counts", "settings")},
-            "held_out": dataset.held_out_ids(),          # the digest is the same whatever the split
+            "held_out": dataset.held_out_ids(),          # neither digest nor counts tell which
             "gan": {"step": snapshot.step, **snapshot.meta},
             "init": {"step": first.step, **first.meta} if first else None}
     resumed = start_run(out, meta, trainer.modules())

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
 import anomaly  # noqa: E402
-import checkpoint  # noqa: E402
 import distributed  # noqa: E402
 import memory  # noqa: E402
 import normative  # noqa: E402
@@ -39,6 +39,7 @@ from ct.window import decode, encode  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from model import Encoder, Generator, ModelConfig  # noqa: E402
 from projection import ProjectionSettings, judge, residual_scales  # noqa: E402
+from runlog import load_run  # noqa: E402
 
 HAEMORRHAGES = ("intraparenchymal", "subdural", "epidural", "subarachnoid", "intraventricular")
 HEALTHY = "healthy"
@@ -72,16 +73,19 @@ class Case:
     below_vertex_mm: np.ndarray
     truth: torch.Tensor
 
+    @functools.cached_property
+    def residual(self) -> torch.Tensor:
+        """anomaly.residual, HU [S, N, N]."""
+        window = anomaly.scale_median_size(self.brain.shape[-1], PLAIN.median_at_512)
+        return anomaly.residual(self.query, self.normal, self.brain, window)
+
 
 @torch.no_grad()
 def cases_of(data: Path, run: Path, device: torch.device) -> list[Case]:
     """All cases of a fold. Raises DatasetError, CheckpointError; ValueError where the run is of another database."""
-    snapshot = checkpoint.load_snapshot(run)
+    snapshot = load_run(run, "--fold", "encoder", "train_encoder.py")
     held_out = SliceDataset(data, "val")
-    trained_on = snapshot.meta.get("data", {})
-    if snapshot.meta.get("kind") != "encoder" or any(trained_on[key] != held_out.manifest[key]
-                                                     for key in ("counts", "digest")) or (
-            snapshot.meta.get("held_out", held_out.scan_ids) != held_out.scan_ids):
+    if held_out.unlike(snapshot.meta):
         raise ValueError(f"--fold {data} {run}: the run is not one of train_encoder.py on this database")
     model = ModelConfig(**snapshot.meta["model"])
     encoder, generator = Encoder(model), Generator(model)
@@ -116,21 +120,12 @@ def cases_of(data: Path, run: Path, device: torch.device) -> list[Case]:
 
 def surprises(cases: list[Case], settings: ProjectionSettings) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Signed surprise [S, 2, N, N] of every case, told without its own head, and where it is judged [S, N, N]."""
-    size = cases[0].brain.shape[-1]
-    told = [residual_scales(c.query, c.normal, median_residual(c), c.brain, settings) for c in cases]
-    places = normative.positions(max(float(c.below_vertex_mm.max()) for c in cases))
-    healthy = {c.scan_id: i for i, c in enumerate(cases) if c.kind == HEALTHY}
-    sums = {s: normative.moments(*told[i], cases[i].below_vertex_mm, places) for s, i in healthy.items()}
-    stats = {s: normative.ResidualStats.fit([sums[o] for o in healthy if o != s], places, size) for s in healthy}
-    z = [stats[c.scan_id].z(*pair, c.below_vertex_mm) for c, pair in zip(cases, told)]
-    histograms = {s: normative.histogram(z[i], told[i][1]) for s, i in healthy.items()}
-    tails = {s: normative.Tails.fit([histograms[o] for o in healthy if o != s]) for s in healthy}
-    return [tails[c.scan_id].surprise(one) for c, one in zip(cases, z)], [where for _, where in told]
-
-
-def median_residual(case: Case) -> torch.Tensor:
-    window = anomaly.scale_median_size(case.brain.shape[-1], PLAIN.median_at_512)
-    return anomaly.residual(case.query, case.normal, case.brain, window)
+    told = [residual_scales(c.query, c.normal, c.residual, c.brain, settings) for c in cases]
+    healthy = [(c, pair) for c, pair in zip(cases, told) if c.kind == HEALTHY]
+    residuals, judged = zip(*(pair for _, pair in healthy))
+    _, by_others = normative.fit_leaving_out(residuals, judged, [c.below_vertex_mm for c, _ in healthy])
+    normal = {c.scan_id: one for (c, _), one in zip(healthy, by_others)}
+    return [normal[c.scan_id].surprise(*pair, c.below_vertex_mm) for c, pair in zip(cases, told)], [w for _, w in told]
 
 
 def figures(cases: list[Case], scores: list[torch.Tensor], how: str) -> dict[str, float]:
@@ -153,7 +148,7 @@ def figures(cases: list[Case], scores: list[torch.Tensor], how: str) -> dict[str
 def table(cases: list[Case]) -> str:
     """The table as Markdown, a line a row of ROWS."""
     def plain(case):
-        return (median_residual(case).abs() * case.brain).sum((1, 2)) / case.brain.sum((1, 2)).clamp(min=1)
+        return case.residual.abs().sum((1, 2)) / case.brain.sum((1, 2)).clamp(min=1)
 
     rows, told_by = {"residual, HU, mean over the brain": figures(cases, [plain(c) for c in cases], "mean")}, {}
     for name, settings in ROWS.items():

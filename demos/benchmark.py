@@ -152,8 +152,8 @@ def example(scan_id: str, folder: Path, full: float) -> Image.Image:
 # ---------------------------------------------------------------------------------------------------------------
 # Command
 
-def benchmark(args: argparse.Namespace) -> None:
-    """Every stage, each going on from what it kept. Raises ValueError."""
+def benchmark(args: argparse.Namespace) -> int:
+    """Every stage, each going on from what it kept; returns the exit code. Raises ValueError."""
     data = SliceDataset(args.data, "train")
     compare.refuse_other_data(checkpoint.read_bundle_meta(args.model)[0], args.model, data, "--data")
     folders = {"test": args.out / "test", "tune": args.out / "tune"}
@@ -181,6 +181,7 @@ def benchmark(args: argparse.Namespace) -> None:
     sheet = example_sheet({kind: example(scan_id, folders["test"], full) for kind, scan_id in shown.items()})
     sheet.savefig(args.out / "examples.png", facecolor=sheet.get_facecolor())
     compare.write_figures(args.out, figures, table(figures))
+    return 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -211,16 +212,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        benchmark(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return compare.run_command(benchmark, parse(argv))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16)
 SETTINGS = PreprocessSettings().to_json()
 
 
-def write_slices(path, held_out=1):
-    """Six scans of five slices, 0 to 20 mm below the vertex; the last `held_out` of them in the val split."""
+def write_slices(path, held_out=(5,)):
+    """Six scans of five slices, 0 to 20 mm below the vertex; those numbered in held_out are the val split."""
     rng = np.random.default_rng(0)
     brain = np.zeros((5, 32, 32), bool)
     brain[:, 8:24, 8:24] = True
@@ -27,7 +27,7 @@ def write_slices(path, held_out=1):
         for s in range(6):
             hu = np.where(brain, 30 + 5 * rng.standard_normal(brain.shape), -20).astype(np.float32)
             record = ScanRecord.encode(f"head{s}", hu, brain, np.arange(20.0, -1, -5))
-            writer.add(record, "val" if s >= 6 - held_out else "train", f"patient{s}")
+            writer.add(record, "val" if s in held_out else "train", f"patient{s}")
     return path
 
 
@@ -132,13 +132,13 @@ def test_refuses_a_run_of_another_kind(inputs, tmp_path, capsys):
 
 def test_refuses_another_database(inputs, tmp_path, capsys):
     # Same slices, other split: what is held out here was trained on there.
-    other = write_slices(tmp_path / "other.lmdb", held_out=2)
+    other = write_slices(tmp_path / "other.lmdb", held_out=(4, 5))
     code, message = refused(capsys, other, inputs[1], tmp_path / "mine")
     assert code == 2 and "--data" in message and "counts" in message
 
 
 def test_refuses_to_calibrate_on_nothing(tmp_path, capsys):
-    data = write_slices(tmp_path / "healthy.lmdb", held_out=0)
+    data = write_slices(tmp_path / "healthy.lmdb", held_out=())
     run = write_run(tmp_path / "encoder", SliceDataset(data).manifest)
     code, message = refused(capsys, data, run, tmp_path / "mine")
     assert code == 2 and "--calibrate none" in message
@@ -252,7 +252,7 @@ def test_presets():
 # ---- surprise
 
 def test_surprise_is_calibrated_on_the_others(tmp_path):
-    data = write_slices(tmp_path / "healthy.lmdb", held_out=4)
+    data = write_slices(tmp_path / "healthy.lmdb", held_out=(2, 3, 4, 5))
     run = write_run(tmp_path / "encoder", SliceDataset(data).manifest)
     out = tmp_path / "mine"
     assert command(data, run, out, "--measure", "surprise", "--surprise-above", "0.5", "--components", "2", "--passes",
@@ -287,15 +287,8 @@ def test_surprise_needs_three_scans(inputs, tmp_path, capsys):
 def fold_inputs(folder):
     """The same six scans twice; heads 4 and 5 held out in one database, 0 and 1 in the other; a run for each."""
     folds = []
-    for name, held_out in (("a", {4, 5}), ("b", {0, 1})):
-        path, rng = folder / f"{name}.lmdb", np.random.default_rng(0)
-        brain = np.zeros((5, 32, 32), bool)
-        brain[:, 8:24, 8:24] = True
-        with SliceWriter(path, SETTINGS) as writer:
-            for s in range(6):
-                hu = np.where(brain, 30 + 5 * rng.standard_normal(brain.shape), -20).astype(np.float32)
-                record = ScanRecord.encode(f"head{s}", hu, brain, np.arange(20.0, -1, -5))
-                writer.add(record, "val" if s in held_out else "train", f"patient{s}")
+    for name, held_out in (("a", (4, 5)), ("b", (0, 1))):
+        path = write_slices(folder / f"{name}.lmdb", held_out)
         folds.append((path, write_run(folder / f"run-{name}", SliceDataset(path).manifest)))
     return folds
 
