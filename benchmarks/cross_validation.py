@@ -106,14 +106,11 @@ def cases_of(data: Path, run: Path, device: torch.device) -> list[Case]:
         scan = held_out.scan(s)
         hu, brain, mm = scan["hu"].float(), scan["brain"], scan["below_vertex_mm"].numpy()
         cases.append(case(scan_id, HEALTHY, hu, brain, mm, torch.zeros_like(brain)))
-        for number, kind in enumerate(pasted.KINDS):
-            rng = np.random.default_rng([number, *scan_id.encode()])
-            try:
-                changed, truth = pasted.paste(hu.numpy(), brain.numpy(), mm, kind, side_mm, rng)
-            except ValueError as error:
-                print(f"{scan_id}: {error}", flush=True)
-                continue
-            cases.append(case(scan_id, kind, torch.from_numpy(changed), brain, mm, torch.from_numpy(truth)))
+        lesions, left_out = pasted.paste_each(scan_id, hu.numpy(), brain.numpy(), mm, side_mm)
+        cases += [case(scan_id, one.kind, torch.from_numpy(one.hu), brain, mm, torch.from_numpy(one.truth))
+                  for one in lesions]
+        for reason in left_out:
+            print(reason, flush=True)
         print(f"{data.name} {scan_id}", flush=True)
     return cases
 

@@ -13,6 +13,8 @@ HU are from those around it; these are drawn at random, from what is hard to see
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from scipy import ndimage
 
@@ -44,6 +46,32 @@ def paste(hu: np.ndarray, brain: np.ndarray, below_vertex_mm: np.ndarray, kind: 
         if truth.sum() * head.voxel_ml >= LEAST_ML:
             return (hu + share * (change - hu * (kind != "infarct"))).astype(np.float32), truth
     raise ValueError(f"paste: no room for {kind} in {TRIES} draws")
+
+
+@dataclass(frozen=True)
+class Pasted:
+    """One lesion in a scan: its kind, the scan's new HU float32 [S, N, N], and the truth bool [S, N, N]."""
+
+    kind: str
+    hu: np.ndarray
+    truth: np.ndarray
+
+
+def paste_each(scan_id: str, hu: np.ndarray, brain: np.ndarray, below_vertex_mm: np.ndarray, side_mm: float,
+               count: int = 1) -> tuple[list[Pasted], list[str]]:
+    """`count` lesions of every kind, each in a copy of its own of the scan, and why some found no room.
+
+    Arguments as for paste(). Seeded by kind and scan_id: the same scan gets the same lesions everywhere.
+    """
+    found, left_out = [], []
+    for number, kind in enumerate(KINDS):
+        rng = np.random.default_rng([number, *scan_id.encode()])
+        for _ in range(count):
+            try:
+                found.append(Pasted(kind, *paste(hu, brain, below_vertex_mm, kind, side_mm, rng)))
+            except ValueError as error:
+                left_out.append(f"{scan_id}: {error}")
+    return found, left_out
 
 
 class _Head:

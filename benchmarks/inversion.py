@@ -1,0 +1,254 @@
+"""How close, how sharp and how free of lesions a closest normal is, on held-out healthy scans and pasted lesions.
+
+    python benchmarks/inversion.py --data heads.lmdb --model models/head-128 --baseline dae.safetensors \\
+        --baseline pca.safetensors --out runs/inversion
+
+A method is a function from the slices of a scan to their closest normals, reconstruct(hu, brain, below_vertex_mm).
+What is measured of it, means over scans or lesions:
+
+error      mean |query - reconstruction| of healthy scans in the brain, HU
+sharpness  mean gradient magnitude of the reconstruction over that of the query, in the brain eroded by 3 pixels
+erasure    1 - sum((R(lesion) - R(healthy)) * sign(c)) / sum(|c|) over a pasted lesion, where c is the change that the
+           lesion makes to the query, clipped to 60 HU, and R the reconstruction: 1 where nothing of the lesion shows
+           in the closest normal, 0 where it is drawn as it is
+
+The lesions are those of pasted.py, clipped to the HU range of the database as a scan that holds them would be. Every
+choice about the inversion is made on this table, with scans that the networks have not seen. A bundle is run with its
+own settings and, in a second row, with its code alone: the generator's own noise maps, and no steps on them. Writes
+table.md and figures.json. Exit codes: 0 done, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
+
+import distributed  # noqa: E402
+import memory  # noqa: E402
+from benchmarks import baselines, compare, pasted  # noqa: E402
+from checkpoint import Bundle, load_bundle  # noqa: E402
+from dataset import SliceDataset  # noqa: E402
+from preprocess import PreprocessSettings  # noqa: E402
+from projection import ProjectionSettings, perceptual_for, project  # noqa: E402
+
+MOST_CONTRAST_HU = 60.0      # of a lesion: what counts is that it is gone, not how bright it was
+ERODED = 3                   # pixels at the rim of the brain where sharpness is not measured: the skull's edge is there
+GOAL = {"error": "at most 3.4", "sharpness": "0.85 to 1.1", "erasure": "at least 0.90"}
+GOAL_OF_A_KIND = "0.80"
+
+# reconstruct(hu float32 [S, N, N], brain bool [S, N, N], below_vertex_mm float64 [S]) -> normal HU float32 [S, N, N]
+Reconstruct = Callable[[torch.Tensor, torch.Tensor, np.ndarray], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A healthy scan in the standard frame: hu float32 [S, N, N], brain bool [S, N, N], below_vertex_mm [S]."""
+
+    scan_id: str
+    hu: torch.Tensor
+    brain: torch.Tensor
+    below_vertex_mm: np.ndarray
+
+
+def held_out_scans(data: SliceDataset, count: int | None = None) -> list[HeldOut]:
+    """The first `count` scans of a split, or all."""
+    scans = []
+    for index, scan_id in enumerate(data.scan_ids[:count]):
+        scan = data.scan(index)
+        scans.append(HeldOut(scan_id, scan["hu"].float(), scan["brain"], scan["below_vertex_mm"].numpy()))
+    return scans
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The figures
+
+def error_hu(query: torch.Tensor, normal: torch.Tensor, brain: torch.Tensor) -> float:
+    """Mean absolute difference in the brain, HU. All [S, N, N]; brain bool, not empty."""
+    return (query - normal).abs()[brain].mean().item()
+
+
+def sharpness(query: torch.Tensor, normal: torch.Tensor, brain: torch.Tensor) -> float:
+    """Mean gradient magnitude of normal over that of query in the eroded brain. All [S, N, N].
+
+    Central differences within the slice. Raises ValueError where the erosion leaves nothing, or a flat query.
+    """
+    inner = np.stack([ndimage.binary_erosion(one, iterations=ERODED) for one in brain.numpy()])
+    if not inner.any():
+        raise ValueError(f"sharpness: no brain is left after an erosion by {ERODED} pixels")
+    drawn, shown = (np.hypot(*np.gradient(image.numpy(), axis=(1, 2)))[inner].mean() for image in (normal, query))
+    if shown == 0:
+        raise ValueError("sharpness: the query is the same everywhere in the brain")
+    return float(drawn / shown)
+
+
+def erasure(change: torch.Tensor, drawn: torch.Tensor, truth: torch.Tensor) -> float:
+    """1 minus the part of a lesion's contrast that shows up in the closest normal.
+
+    change [S, N, N], HU: query with the lesion minus query without; drawn [S, N, N]: the same of their closest
+    normals; truth bool [S, N, N]: the lesion. Raises ValueError for a lesion that changes nothing.
+    """
+    contrast = change.clamp(-MOST_CONTRAST_HU, MOST_CONTRAST_HU)[truth]
+    if not contrast.any():
+        raise ValueError("erasure: the lesion does not change the query")
+    return 1 - ((drawn[truth] * contrast.sign()).sum() / contrast.abs().sum()).item()
+
+
+def evaluate(reconstruct: Reconstruct, scans: Sequence[HeldOut], side_mm: float, hu_clip: tuple[float, float],
+             lesions: int = 1, say: Callable[[str], None] | None = None) -> dict:
+    """The figures of a method on healthy scans and the lesions pasted into them.
+
+    side_mm of a pixel (pasted.pixel_mm); hu_clip: the range that the scans are clipped to; lesions of each kind in
+    each scan; say is told of every scan. Returns dict(error, sharpness, erasure, erasure_by_kind, lesions: their
+    number by kind, scans: their number, left_out: lesions that found no room and why, seconds_per_slice).
+    """
+    if not scans:
+        raise ValueError("evaluate: expected one scan at least")
+    errors, sharp, left_out, seconds, slices = [], [], [], 0.0, 0
+    erased: dict[str, list[float]] = {kind: [] for kind in pasted.KINDS}
+
+    def drawn_for(hu: torch.Tensor, scan: HeldOut) -> torch.Tensor:
+        nonlocal seconds, slices
+        started = time.perf_counter()
+        normal = reconstruct(hu, scan.brain, scan.below_vertex_mm).float().cpu()
+        seconds, slices = seconds + time.perf_counter() - started, slices + len(hu)
+        return normal
+
+    for number, scan in enumerate(scans, 1):
+        query = scan.hu.clamp(*hu_clip)
+        healthy = drawn_for(query, scan)
+        errors.append(error_hu(query, healthy, scan.brain))
+        sharp.append(sharpness(query, healthy, scan.brain))
+        found, reasons = pasted.paste_each(scan.scan_id, query.numpy(), scan.brain.numpy(), scan.below_vertex_mm,
+                                           side_mm, lesions)
+        left_out += reasons
+        for lesion in found:
+            ill = torch.from_numpy(lesion.hu).clamp(*hu_clip)
+            erased[lesion.kind].append(erasure(ill - query, drawn_for(ill, scan) - healthy,
+                                               torch.from_numpy(lesion.truth)))
+        if say:
+            say(f"{number}/{len(scans)}: error {errors[-1]:.2f} HU, sharpness {sharp[-1]:.2f}, erasure so far "
+                f"{_mean(sum(erased.values(), [])):.2f}")
+    return {"error": _mean(errors), "sharpness": _mean(sharp), "erasure": _mean(sum(erased.values(), [])),
+            "erasure_by_kind": {kind: _mean(values) for kind, values in erased.items()},
+            "lesions": {kind: len(values) for kind, values in erased.items()}, "scans": len(scans),
+            "left_out": left_out, "seconds_per_slice": seconds / slices}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Methods
+
+def of_bundle(bundle: Bundle, settings: ProjectionSettings) -> Reconstruct:
+    """What a bundle's networks reconstruct with these settings."""
+    perceptual = perceptual_for(bundle, settings)
+
+    def reconstruct(hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> torch.Tensor:
+        return project(hu, brain, below_vertex_mm, bundle, perceptual, settings, tell=False).reconstruction
+
+    return reconstruct
+
+
+def of_baseline(baseline: baselines.Reconstruction) -> Reconstruct:
+    """What a fitted baseline reconstructs."""
+    return lambda hu, brain, below_vertex_mm: baseline.closest_normal(hu, brain, below_vertex_mm)[1]
+
+
+def methods(args: argparse.Namespace, preprocessing: dict) -> dict[str, Reconstruct]:
+    """The rows of the table, by name. ValueError where a method expects slices that were prepared in another way."""
+    device, found = distributed.pick_device(args.device), {}
+    for folder in args.model:
+        bundle = load_bundle(folder, device)
+        _check_preprocessing(bundle.meta["preprocessing"], preprocessing, f"--model {folder}")
+        for network in (bundle.generator, bundle.encoder):
+            network.compute_dtype = distributed.pick_precision("auto", device)
+        settings = ProjectionSettings(**bundle.meta["projection"])
+        found[folder.name] = of_bundle(bundle, settings)
+        alone = dataclasses.replace(settings, predicted_noise=False, steps_noise=0)
+        found[f"{folder.name}, code alone"] = of_bundle(bundle, alone)
+    for path in args.baseline:
+        baseline = baselines.load(path, device)
+        if not isinstance(baseline, baselines.Reconstruction):
+            raise ValueError(f"--baseline {path}: {baseline.kind} draws no closest normal; expected pca or dae")
+        _check_preprocessing(baseline.preprocessing, preprocessing, f"--baseline {path}")
+        found[compare.NAMES[baseline.kind]] = of_baseline(baseline)
+    return found
+
+
+def _check_preprocessing(own: dict | None, database: dict, what: str) -> None:
+    if own is None or PreprocessSettings.from_json(own) != PreprocessSettings.from_json(database):
+        raise ValueError(f"{what}: made for slices prepared in another way than those of --data; give a database with "
+                         "the same size, HU range and slab thickness")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command
+
+def table(rows: dict[str, dict]) -> str:
+    """Markdown; the last line holds the goals."""
+    def cell(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    columns = ["method", "error, HU", "sharpness", "erasure", *pasted.KINDS]
+    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+    for name, row in rows.items():
+        values = [*(row[key] for key in GOAL), *(row["erasure_by_kind"][kind] for kind in pasted.KINDS)]
+        lines.append("| " + " | ".join([name, *map(cell, values)]) + " |")
+    lines.append("| " + " | ".join(["goal", *GOAL.values(), *[GOAL_OF_A_KIND] * len(pasted.KINDS)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    if not (args.model or args.baseline):
+        raise ValueError("nothing to measure: give --model or --baseline")
+    for flag, value in (("--scans", args.scans), ("--lesions", args.lesions)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} must be at least 1, got {value}")
+    memory.keep_freed()
+    data = SliceDataset(args.data, "val")
+    frame = data.manifest["settings"]["standardise"]
+    side_mm = pasted.pixel_mm(data.size, frame["head_fraction"])
+    scans, rows = held_out_scans(data, args.scans), {}
+    for name, reconstruct in methods(args, data.manifest["settings"]).items():
+        rows[name] = evaluate(reconstruct, scans, side_mm, tuple(frame["hu_clip"]), args.lesions,
+                              lambda line, name=name: compare.say(f"{name} {line}"))
+    for reason in next(iter(rows.values()))["left_out"]:            # the same lesions for every method
+        compare.say(reason)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "figures.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (args.out / "table.md").write_text(table(rows), encoding="utf-8")
+    print(table(rows), end="")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="database made by prepare.py; its validation scans are used")
+    add("--model", type=Path, action="append", default=[], metavar="BUNDLE", help="may be given several times")
+    add("--baseline", type=Path, action="append", default=[], metavar="FILE",
+        help="pca or dae of baselines.py fit; may be given several times")
+    add("--scans", type=int, help="use the first so many held-out scans (default all)")
+    add("--lesions", type=int, default=1, help="of each kind in each scan (default %(default)s)")
+    add("--out", type=Path, default=Path("runs/inversion"), help="folder for table.md and figures.json")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return compare.run_command(benchmark, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
