@@ -1,6 +1,6 @@
 """Standardised slices in one LMDB file, and the sampler that walks over them for ever.
 
-The file is written by prepare.py (preprocess.build_lmdb) and read by everything that trains. Its parts:
+The file is written by prepare.py (gan.database.build_lmdb) and read by everything that trains. Its parts:
 
   00000000, ...  one record a slice: CRC-32 of what follows, index of the scan, mm below the vertex, pixels.
                  The pixels are HU + 1024 as uint16, as differences to the row above, zigzag-coded, high bytes

@@ -3,10 +3,10 @@
     python latent_stats.py --data healthy.lmdb --encoder runs/encoder --out models/mine --preset ct256
 
 The encoder's codes of the training slices, plain and augmented, give mean and principal components by position below
-the vertex (latent.py). Every held-out scan is then projected just as projector.py will project, and its scores are
-kept: they turn a new scan's score into a percentile and a threshold. Few scans give a poor calibration: with --fold
-DATA RUN (several times) other runs of train_encoder.py, which held other scans out, add theirs, each projected by the
-networks that have not seen them. One process; not for torchrun.
+the vertex (detect/latent.py). Every held-out scan is then projected just as projector.py will project, and its scores
+are kept: they turn a new scan's score into a percentile and a threshold. Few scans give a poor calibration: with
+--fold DATA RUN (several times) other runs of train_encoder.py, which held other scans out, add theirs, each projected
+by the networks that have not seen them. One process; not for torchrun.
 Exit codes: 0 done, 2 wrong usage.
 
 The bundle's discriminator is that of the encoder run, as in the released checkpoint: the GAN's, trained on against the
@@ -26,21 +26,21 @@ from pathlib import Path
 
 import torch
 
-import anomaly
-import checkpoint
 import distributed
-import memory
-import normative
-from augment import random_flip, random_rotation
 from config import option, parse
 from ct.window import encode
 from dataset import SliceDataset
-from latent import DEFAULT_CODES, LatentStats
+from detect import measure, normative
+from detect.bundle import Bundle, load_bundle, save_bundle
+from detect.latent import DEFAULT_CODES, LatentStats
+from detect.search import ProjectionSettings, judge, perceptual_for, project
+from gan.augment import random_flip, random_rotation
+from gan.database import ensure_database
+from gan.runlog import load_run
+from gan.snapshots import Snapshot, load_snapshot
 from model import Discriminator, Encoder, Generator, ModelConfig
-from op import set_impl
-from preprocess import ensure_database
-from projection import ProjectionSettings, judge, perceptual_for, project
-from runlog import load_run
+from op import memory, set_impl
+from weights import CheckpointError
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
 MAX_REACH_MM = 20.0                   # a position with few codes borrows from no further
@@ -136,7 +136,7 @@ def fit(w_plus: torch.Tensor, below_vertex_mm: torch.Tensor, config: StatsConfig
 class Fold:
     """Networks with their statistics, and the healthy scans that they have not seen."""
 
-    bundle: checkpoint.Bundle
+    bundle: Bundle
     held_out: SliceDataset
 
 
@@ -145,9 +145,9 @@ def calibrate(folds: list[Fold], settings: ProjectionSettings, batch: int, vgg16
     """Project the held-out healthy scans, each by its own fold, and keep what a new scan is compared with. JSON-able:
 
     split, scans   'val', and the ids of its scans
-    scan_scores    by each of anomaly.SCAN_SCORES, in the order of `scans`
+    scan_scores    by each of measure.SCAN_SCORES, in the order of `scans`
     slice_scores   one dict a slice: scan (index into `scans`), below_vertex_mm, score
-    threshold      by each of anomaly.SCAN_SCORES, exceeded by a healthy scan with probability `fpr` at most; None
+    threshold      by each of measure.SCAN_SCORES, exceeded by a healthy scan with probability `fpr` at most; None
                    where there are too few scans, with the `reason`
     error_hu       mean absolute error of the reconstruction in the brain after each stage, HU, mean over scans
     precision      of the networks
@@ -181,7 +181,7 @@ def calibrate(folds: list[Fold], settings: ProjectionSettings, batch: int, vgg16
 def summary(scan_ids: list[str], positions: list[list[float]], scores: list[torch.Tensor],
             errors: list[dict[str, float]], dtype: torch.dtype) -> dict:
     """The calibration's JSON from the slice scores and errors of each scan."""
-    scan_scores = {how: [anomaly.scan_score(one, how) for one in scores] for how in anomaly.SCAN_SCORES}
+    scan_scores = {how: [measure.scan_score(one, how) for one in scores] for how in measure.SCAN_SCORES}
     slice_scores = [{"scan": s, "below_vertex_mm": round(mm, 3), "score": score}
                     for s, (one, places) in enumerate(zip(scores, positions))
                     for score, mm in zip(one.tolist(), places)]
@@ -196,7 +196,7 @@ def summary(scan_ids: list[str], positions: list[list[float]], scores: list[torc
 def thresholds(scan_scores: dict[str, list[float]], fpr: float) -> dict:
     """{fpr, a threshold or None for each way of scoring, reason}: reason says why there is none, else None."""
     try:
-        by_score = {how: anomaly.threshold_at_fpr(torch.tensor(scores, dtype=torch.float64), fpr)
+        by_score = {how: measure.threshold_at_fpr(torch.tensor(scores, dtype=torch.float64), fpr)
                     for how, scores in scan_scores.items()}
     except ValueError as error:
         return {"fpr": fpr} | dict.fromkeys(scan_scores) | {"reason": str(error)}
@@ -215,7 +215,7 @@ def build(config: StatsConfig, data: Path, run: Path, out: Path, device: torch.d
     """
     # ---- Set up
     if (out / "model.json").exists() and not overwrite:
-        raise checkpoint.CheckpointError(f"--out {out}: holds a model bundle; pass --overwrite, or another folder")
+        raise CheckpointError(f"--out {out}: holds a model bundle; pass --overwrite, or another folder")
     if config.calibrate == "none" and (further or config.measure == "surprise"):
         raise ValueError(f"--calibrate none: {'--fold' if further else '--measure surprise'} is of no use without the "
                          "calibration; leave one of them out")
@@ -237,9 +237,9 @@ def build(config: StatsConfig, data: Path, run: Path, out: Path, device: torch.d
         for i, (fold_snapshot, dataset) in enumerate(loaded):
             networks = restore(fold_snapshot, device, dtype)
             latent = fit_fold(networks["encoder"], dataset, config)
-            path = checkpoint.save_bundle(Path(folder) / str(i), **networks, latent=latent, meta=meta)
+            path = save_bundle(Path(folder) / str(i), **networks, latent=latent, meta=meta)
             if config.calibrate == "val":
-                bundle = checkpoint.load_bundle(path, device)
+                bundle = load_bundle(path, device)
                 for net in (bundle.generator, bundle.discriminator, bundle.encoder):
                     net.compute_dtype = dtype
                 folds.append(Fold(bundle, SliceDataset(sources[i][0], "val", check=False)))
@@ -250,10 +250,10 @@ def build(config: StatsConfig, data: Path, run: Path, out: Path, device: torch.d
             meta["calibration"], normal = calibrate(folds, config.projection(), config.batch, vgg16, lpips)
             if meta["calibration"]["threshold"]["reason"]:
                 print(f"no threshold: {meta['calibration']['threshold']['reason']}")
-    return checkpoint.save_bundle(out, **kept, meta=meta, overwrite=overwrite, normal=normal)
+    return save_bundle(out, **kept, meta=meta, overwrite=overwrite, normal=normal)
 
 
-def open_fold(data: Path, run: Path, flag: str) -> tuple[checkpoint.Snapshot, SliceDataset]:
+def open_fold(data: Path, run: Path, flag: str) -> tuple[Snapshot, SliceDataset]:
     """An encoder run's last snapshot and the training part of its database. Raises unless they belong together."""
     snapshot = load_run(run, flag, "encoder", "train_encoder.py")
     dataset, named = SliceDataset(data, "train"), f"{'--data' if flag == '--encoder' else flag} {data}"
@@ -272,7 +272,7 @@ def open_fold(data: Path, run: Path, flag: str) -> tuple[checkpoint.Snapshot, Sl
     return snapshot, dataset
 
 
-def check_held_out(config: StatsConfig, loaded: list[tuple[checkpoint.Snapshot, SliceDataset]], paths: list[Path]
+def check_held_out(config: StatsConfig, loaded: list[tuple[Snapshot, SliceDataset]], paths: list[Path]
                    ) -> None:
     """ValueError unless every database holds scans out, none twice, and enough of them for --measure surprise."""
     seen = {}
@@ -304,7 +304,7 @@ def fit_fold(encoder: Encoder, dataset: SliceDataset, config: StatsConfig) -> La
     return latent
 
 
-def restore(snapshot: checkpoint.Snapshot, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+def restore(snapshot: Snapshot, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
     """The three networks of an encoder run, by their names, in eval mode and frozen."""
     model = ModelConfig(**snapshot.meta["model"])
     networks = {"generator": Generator(model), "discriminator": Discriminator(model), "encoder": Encoder(model)}
@@ -314,7 +314,7 @@ def restore(snapshot: checkpoint.Snapshot, device: torch.device, dtype: torch.dt
     return networks
 
 
-def provenance(snapshot: checkpoint.Snapshot, config: StatsConfig, name: str, notes: str | dict | None) -> dict:
+def provenance(snapshot: Snapshot, config: StatsConfig, name: str, notes: str | dict | None) -> dict:
     """Where the weights come from. JSON-able; no paths."""
     def run(step: int, meta: dict) -> dict:
         return {"images_seen": step, "config": meta["config"], "data_digest": meta["data"]["digest"]}
@@ -375,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
         memory.keep_freed()
         set_impl(args.ops)
         notes, device = read_notes(args.provenance), distributed.pick_device(args.device)
-        size = checkpoint.load_snapshot(args.encoder).meta["model"]["size"]
+        size = load_snapshot(args.encoder).meta["model"]["size"]
         data = ensure_database(args.data, args.encoder, size)       # the encoder's own, where it made one
         folder = build(config, data, args.encoder, args.out, device, args.name, notes, args.overwrite, args.vgg16,
                        args.lpips, args.fold)

@@ -16,10 +16,11 @@ import os
 import sys
 from pathlib import Path
 
+from ct.frame import PreprocessSettings
 from ct.scan import ScanError
 from ct.standardise import StandardiseSettings
 from dataset import DatasetError
-from preprocess import PreprocessSettings, build_lmdb
+from gan.database import build_lmdb
 
 
 def parser() -> argparse.ArgumentParser:

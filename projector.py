@@ -19,7 +19,6 @@ Not a medical device: for research only.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import hashlib
 import json
@@ -33,73 +32,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import anomaly
-import checkpoint
 import distributed
-import memory
 from config import add_options, given
-from ct.picture import overlay_panels
+from ct.frame import PreprocessSettings, preprocess_scan
 from ct.read import ScanSource, find_scans, read_scan
-from ct.report import write_report
 from ct.scan import ScanError
-from ct.standardise import from_frame
-from ct.write import write_nifti
-from op import set_impl
-from preprocess import Preprocessed, PreprocessSettings, preprocess_scan
-from projection import FAITHFUL, FrameProjection, ProjectionSettings, perceptual_for, project
+from detect import measure
+from detect.bundle import Bundle, load_bundle
+from detect.outputs import replace_text, to_native, volume_ml, write_maps, write_overlays, write_tables
+from detect.report import write_report
+from detect.search import FAITHFUL, ProjectionSettings, perceptual_for, project
+from op import memory, set_impl
 
-SCORE_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason", "slices", "projected_slices",
-                 "error_hu", "anomalous_ml", "seconds", "notes")
-SLICE_COLUMNS = ("scan_id", "slice", "position_mm", "below_vertex_mm", "projected", "score")
 TOO_MUCH = 0.35         # predicted part of the brain from which the reconstruction, not the brain, is at fault
-
-
-@dataclasses.dataclass(frozen=True)
-class Projection:
-    """A projected scan in its own geometry: maps [S, H, W] of the original slices, inferior to superior.
-
-    reconstruction, residual in HU; anomaly as measured (projection.FrameProjection); mask bool; slice_scores [S] (0
-    where not projected); projected bool [S]
-    """
-
-    reconstruction: np.ndarray
-    residual: np.ndarray
-    anomaly: np.ndarray
-    mask: np.ndarray
-    brain: np.ndarray
-    slice_scores: np.ndarray
-    below_vertex_mm: np.ndarray
-    projected: np.ndarray
-    scan_score: float
-
-
-def to_native(pre: Preprocessed, result: FrameProjection, how: str) -> Projection:
-    """Bring the maps of the kept slices back to the scan: frame to pixels, slabs to slices."""
-    frame, kept, slabs = pre.standardised.frame, pre.kept, pre.slabs
-    shape = (len(kept), frame.size, frame.size)
-
-    def back(values: torch.Tensor, fill: float = 0.0) -> np.ndarray:
-        full = np.full(shape, fill, np.float32 if values.dtype != torch.bool else bool)
-        full[kept] = values.numpy()
-        return slabs.from_slabs(from_frame(full, frame, fill=fill))
-
-    def per_slice(values: np.ndarray) -> np.ndarray:
-        return slabs.from_slabs(values[:, None, None])[:, 0, 0]
-
-    low = float(pre.standardised.hu.min())
-    scores = np.zeros(len(kept), np.float32)
-    scores[kept] = result.slice_scores.numpy()
-    return Projection(
-        reconstruction=back(result.reconstruction, low), residual=back(result.residual), anomaly=back(result.anomaly),
-        mask=back(result.lesion), brain=slabs.from_slabs(pre.brain), slice_scores=per_slice(scores),
-        below_vertex_mm=per_slice(pre.standardised.below_vertex_mm), projected=per_slice(kept),
-        scan_score=result.scan_score(how))
 
 
 class Projector:
     """A bundle, its settings, and what one scan goes through."""
 
-    def __init__(self, bundle: checkpoint.Bundle, settings: ProjectionSettings, preprocessing: PreprocessSettings,
+    def __init__(self, bundle: Bundle, settings: ProjectionSettings, preprocessing: PreprocessSettings,
                  batch: int, vgg16=None, lpips=None):
         self.bundle, self.settings, self.preprocessing, self.batch = bundle, settings, preprocessing, batch
         self.perceptual = perceptual_for(bundle, settings, vgg16, lpips)
@@ -117,10 +68,9 @@ class Projector:
         scan = read_scan(source)
         pre = preprocess_scan(scan, self.preprocessing)
         seconds = {"read and standardise": time.perf_counter() - started}
-        kept, standard = pre.kept, pre.standardised
-        hu, brain = torch.from_numpy(standard.hu[kept]), torch.from_numpy(standard.brain[kept])
-        result = project(hu, brain, standard.below_vertex_mm[kept], self.bundle, self.perceptual, self.settings,
-                         self.batch)
+        hu, brain, below_vertex_mm = pre.kept_slices()
+        hu, brain = torch.from_numpy(hu), torch.from_numpy(brain)
+        result = project(hu, brain, below_vertex_mm, self.bundle, self.perceptual, self.settings, self.batch)
         seconds |= result.seconds
         writing = time.perf_counter()
         native = to_native(pre, result, self.settings.scan_score)
@@ -137,7 +87,7 @@ class Projector:
     def _rows(self, scan, native, result, notes, seconds, total) -> dict:
         percentile = flagged = None
         if self.healthy:
-            percentile = float(anomaly.percentile_of(torch.tensor([native.scan_score]), torch.tensor(self.healthy))[0])
+            percentile = float(measure.percentile_of(torch.tensor([native.scan_score]), torch.tensor(self.healthy))[0])
         if self.threshold is not None:
             flagged = int(native.scan_score > self.threshold)
         row = dict(scan_id=scan.scan_id, score=native.scan_score, percentile=percentile, flagged=flagged, status="ok",
@@ -148,66 +98,6 @@ class Projector:
                        below_vertex_mm=float(native.below_vertex_mm[i]), projected=int(native.projected[i]),
                        score=float(native.slice_scores[i])) for i in range(len(scan.hu))]
         return {"scan": row, "slices": slices, "seconds": seconds}
-
-
-def volume_ml(mask: np.ndarray, scan) -> float | None:
-    """Volume of a mask [S, H, W] in millilitres; None where the source does not tell its pixel spacing."""
-    if scan.pixel_spacing_mm is None:
-        return None
-    thickness = np.gradient(scan.position_mm) if len(scan.position_mm) > 1 else np.array([scan.slice_spacing_mm])
-    return float((mask.sum((1, 2)) * thickness).sum() * np.prod(scan.pixel_spacing_mm) / 1000)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Writing
-
-def write_maps(folder: Path, scan, native: Projection) -> list[str]:
-    """The maps as NIfTI in the scan's own geometry; returns the writer's notes."""
-    maps = {"reconstruction": native.reconstruction, "residual": native.residual, "anomaly": native.anomaly,
-            "mask": native.mask, "brain": native.brain}
-    notes = [write_nifti(folder / f"{name}.nii.gz", volume, scan) for name, volume in maps.items()]
-    return [note for note in notes if note]
-
-
-def write_overlays(folder: Path, pre: Preprocessed, native: Projection) -> None:
-    """One PNG for each projected slab, named after the original slice nearest to it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.png"):
-        stale.unlink()
-    originals = pre.slabs.position_mm
-    for slab in np.flatnonzero(pre.kept):
-        i = int(np.abs(originals - pre.slabs.scan.position_mm[slab]).argmin())
-        picture = overlay_panels(pre.slabs.scan.hu[slab], native.reconstruction[i], native.residual[i], native.mask[i])
-        picture.save(folder / f"{i:02d}.png")
-
-
-def write_table(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
-    """CSV, replaced in one move so that a reader never sees half a table."""
-    writing = path.with_suffix(".writing")
-    with open(writing, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, columns)
-        writer.writeheader()
-        writer.writerows({k: _cell(row.get(k)) for k in columns} for row in rows)
-    writing.replace(path)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """The whole text or, where the program is stopped, none of it."""
-    writing = path.with_suffix(".writing")
-    writing.write_text(text, encoding="utf-8")
-    writing.replace(path)
-
-
-def write_tables(out: Path, done: list[dict], failed: list[dict]) -> None:
-    """scores.csv, highest score first and failed scans last; slices.csv."""
-    ranked = sorted((d["scan"] for d in done), key=lambda row: -row["score"])
-    write_table(out / "scores.csv", SCORE_COLUMNS, ranked + sorted(failed, key=lambda row: row["scan_id"]))
-    slices = [row for d in sorted(done, key=lambda d: d["scan"]["scan_id"]) for row in d["slices"]]
-    write_table(out / "slices.csv", SLICE_COLUMNS, slices)
-
-
-def _cell(value):
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
 
 
 def _plain(value):
@@ -325,7 +215,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def stored_settings(bundle: checkpoint.Bundle) -> ProjectionSettings:
+def stored_settings(bundle: Bundle) -> ProjectionSettings:
     """The settings that the bundle was calibrated for; what an older one does not say is the default."""
     try:
         return ProjectionSettings(**(bundle.meta["projection"] or {}))
@@ -334,7 +224,7 @@ def stored_settings(bundle: checkpoint.Bundle) -> ProjectionSettings:
                          "anew") from error
 
 
-def resolve(bundle: checkpoint.Bundle, args: argparse.Namespace) -> tuple[ProjectionSettings, PreprocessSettings]:
+def resolve(bundle: Bundle, args: argparse.Namespace) -> tuple[ProjectionSettings, PreprocessSettings]:
     """The bundle's settings with the given flags over them. Raises ValueError where the bundle lacks its own."""
     stored = stored_settings(bundle)
     settings = given(args, dataclasses.replace(stored, **FAITHFUL) if args.preset == "faithful" else stored)
@@ -360,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         set_impl(args.ops)
         device = distributed.pick_device(args.device)
         distributed.init(device)
-        bundle = checkpoint.load_bundle(args.model, device)
+        bundle = load_bundle(args.model, device)
         settings, preprocessing = resolve(bundle, args)
         dtype = distributed.pick_precision(args.precision, device)
         for net in (bundle.generator, bundle.discriminator, bundle.encoder):

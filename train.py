@@ -21,20 +21,19 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import distributed
-import memory
-from augment import AdaptiveAugment, AugmentSettings
 from config import option, parse
 from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import DatasetError, SliceDataset, image_batches
-from losses import d_logistic, frozen, g_nonsaturating, path_lengths, r1_penalty
+from gan.augment import AdaptiveAugment, AugmentSettings
+from gan.database import ensure_database
+from gan.losses import d_logistic, frozen, g_nonsaturating, path_lengths, r1_penalty
+from gan.quality import InceptionFeatures, frechet_distance, sliced_wasserstein
+from gan.runlog import RunLog, load_optimiser, run_command, start_run
+from gan.snapshots import save_snapshot
 from model import Discriminator, Generator, ModelConfig
-from op import set_impl
-from preprocess import ensure_database
-from quality import InceptionFeatures, frechet_distance, sliced_wasserstein
-from runlog import RunLog, load_optimiser, run_command, start_run
+from op import memory, set_impl
 
 
 @dataclass(frozen=True)
@@ -325,7 +324,7 @@ def train(config: TrainConfig, data: Path, out: Path, device: torch.device, ince
                 raise FloatingPointError(f"training diverged at {trainer.images_seen} images: weights are not finite")
             state = trainer.state()
             if distributed.is_main():
-                checkpoint.save_snapshot(out, trainer.images_seen, trainer.modules(), state, meta)
+                save_snapshot(out, trainer.images_seen, trainer.modules(), state, meta)
             distributed.barrier()
     log.close()
 

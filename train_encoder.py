@@ -22,19 +22,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 import distributed
-import memory
-from augment import random_flip, random_rotation
 from config import option, parse
 from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import DatasetError, SliceDataset, image_batches
-from losses import KNEE, PERCEPTUAL, build_perceptual, d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
+from detect.perceptual import KNEE, PERCEPTUAL, build_perceptual
+from gan.augment import random_flip, random_rotation
+from gan.database import ensure_database
+from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
+from gan.runlog import RunLog, load_optimiser, load_run, run_command, start_run
+from gan.snapshots import Snapshot, load_snapshot, save_snapshot
 from model import Discriminator, Encoder, Generator, ModelConfig
-from op import set_impl
-from preprocess import ensure_database
-from runlog import RunLog, load_optimiser, load_run, run_command, start_run
+from op import memory, set_impl
+from weights import CheckpointError
 
 SOFT_TISSUE_HU = (-5.0, 95.0)     # what a lesion may change: not air, fat or bone
 
@@ -90,7 +91,7 @@ PRESETS = {
 class EncoderTrainer:
     """Encoder and discriminator against a generator (frozen, as published), and the two phases of a step."""
 
-    def __init__(self, config: EncoderConfig, gan: checkpoint.Snapshot, device: torch.device, vgg16=None, lpips=None):
+    def __init__(self, config: EncoderConfig, gan: Snapshot, device: torch.device, vgg16=None, lpips=None):
         self.config, self.device = config, device
         torch.manual_seed(config.seed)                            # the same weights on every rank
         model = self.model = ModelConfig(**{**gan.meta["model"], "encoder_noise": config.noise})
@@ -204,7 +205,7 @@ class EncoderTrainer:
     def modules(self) -> dict[str, torch.nn.Module]:
         return {"encoder": self.e, "discriminator": self.d, "generator": self.g}
 
-    def start_from(self, run: checkpoint.Snapshot) -> None:
+    def start_from(self, run: Snapshot) -> None:
         """The weights of another run. Its encoder may lack the noise head: then that starts from nothing."""
         if self.config.noise and not run.meta["model"].get("encoder_noise"):
             plain = Encoder(ModelConfig(**run.meta["model"]))
@@ -269,10 +270,10 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
     snapshot = load_run(gan, "--gan", "gan", "train.py")
     first = load_run(init, "--init", "encoder", "train_encoder.py") if init else None
     if first and {**first.meta["model"], "encoder_noise": False} != {**snapshot.meta["model"], "encoder_noise": False}:
-        raise checkpoint.CheckpointError(f"--init {init}: its networks are {first.meta['model']}, those of --gan {gan} "
+        raise CheckpointError(f"--init {init}: its networks are {first.meta['model']}, those of --gan {gan} "
                                          f"{snapshot.meta['model']}; they must be the same")
     if first and first.meta["model"].get("encoder_noise") and not config.noise:
-        raise checkpoint.CheckpointError(f"--init {init}: its encoder predicts noise maps; pass --noise")
+        raise CheckpointError(f"--init {init}: its encoder predicts noise maps; pass --noise")
     dataset, held_out = SliceDataset(data, "train"), SliceDataset(data, "val", check=False)
     if dataset.size != snapshot.meta["model"]["size"]:
         raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices, the GAN in {gan} draws "
@@ -315,7 +316,7 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
             raise FloatingPointError(f"training diverged in epoch {epoch}: {row}")
         state = trainer.state(images_seen)
         if distributed.is_main():
-            checkpoint.save_snapshot(out, images_seen, trainer.modules(), state, meta)
+            save_snapshot(out, images_seen, trainer.modules(), state, meta)
         distributed.barrier()
     log.close()
 
@@ -338,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     def work(device):
         memory.keep_freed()
         set_impl(args.ops)
-        size = checkpoint.load_snapshot(args.gan).meta["model"]["size"]
+        size = load_snapshot(args.gan).meta["model"]["size"]
         data = ensure_database(args.data, args.out, size)
         train(config, data, args.gan, args.out, device, args.vgg16, args.lpips, args.init)
 

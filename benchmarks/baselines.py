@@ -10,7 +10,7 @@ dae  denoising autoencoder, a U-Net that takes coarse noise off (Kascenas, Pugea
 
 All have one interface: fit(data), anomaly_map(hu, brain, below_vertex_mm), save(path); load(path) brings any of them
 back. A map is in HU, 0 outside the brain, filtered by the same median as ours. Its scores are defined once: of a
-slice the mean of the map over the brain, HU; of a scan anomaly.scan_score of its slices. `score` writes scores.csv,
+slice the mean of the map over the brain, HU; of a scan measure.scan_score of its slices. `score` writes scores.csv,
 slices.csv and SCAN/anomaly.nii.gz for evaluate.py. Exit codes: 0 done, 2 wrong usage, 3 some scans failed.
 """
 
@@ -34,17 +34,16 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a script from anywhere
 
-import anomaly  # noqa: E402
 import distributed  # noqa: E402
 from benchmarks.unet import UNet  # noqa: E402
 from config import add_options, given, option  # noqa: E402
+from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan  # noqa: E402
 from ct.read import find_scans, read_scan  # noqa: E402
 from ct.scan import ScanError  # noqa: E402
-from ct.standardise import from_frame  # noqa: E402
 from ct.write import write_nifti  # noqa: E402
 from dataset import InfiniteSampler, SliceDataset  # noqa: E402
+from detect import measure  # noqa: E402
 from op.median import median2d  # noqa: E402
-from preprocess import Preprocessed, PreprocessSettings, preprocess_scan  # noqa: E402
 
 RANGE_HU = (-20.0, 100.0)       # what pca and dae see: brain, blood and the edge of bone, in every database alike
 OUTSIDE_HU = 30.0               # what pca sees outside the brain: bone must not take up its components
@@ -110,8 +109,8 @@ class Reconstruction(Baseline):
         raise NotImplementedError
 
     def _map(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> torch.Tensor:
-        median = anomaly.scale_median_size(hu.shape[-1])
-        return anomaly.residual(*self.closest_normal(hu, brain, below_vertex_mm), brain, median).abs()
+        median = measure.scale_median_size(hu.shape[-1])
+        return measure.residual(*self.closest_normal(hu, brain, below_vertex_mm), brain, median).abs()
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Baseline:
@@ -146,7 +145,7 @@ class HuThresholds(Baseline):
 
     def _map(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> torch.Tensor:
         excess = (hu - self.settings.low_hu).clamp(min=0) * (hu <= self.settings.high_hu) * brain
-        return median2d(excess, anomaly.scale_median_size(hu.shape[-1]))
+        return median2d(excess, measure.scale_median_size(hu.shape[-1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -333,21 +332,18 @@ class ScoredScan:
     shown: np.ndarray
 
     def scan_score(self, how: str) -> float:
-        return anomaly.scan_score(torch.from_numpy(self.slice_scores[self.shown]), how)
+        return measure.scan_score(torch.from_numpy(self.slice_scores[self.shown]), how)
 
 
 def kept_slices(pre: Preprocessed) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     """What a detector sees of a scan: hu and brain [S, N, N] and below_vertex_mm [S] of the kept slices."""
-    standard = pre.standardised
-    return *(torch.from_numpy(v[pre.kept]) for v in (standard.hu, standard.brain)), standard.below_vertex_mm[pre.kept]
+    hu, brain, below_vertex_mm = pre.kept_slices()
+    return torch.from_numpy(hu), torch.from_numpy(brain), below_vertex_mm
 
 
 def to_scan(pre: Preprocessed, maps: torch.Tensor, scores: torch.Tensor) -> ScoredScan:
     """Maps [S, N, N] and scores [S] of the kept slices, taken back to the scan."""
-    full, values = np.zeros(pre.standardised.hu.shape, np.float32), np.zeros(len(pre.kept), np.float32)
-    full[pre.kept], values[pre.kept] = maps.numpy(), scores.numpy()
-    values, shown = (pre.slabs.from_slabs(v[:, None, None])[:, 0, 0] for v in (values, pre.kept))
-    return ScoredScan(pre.slabs.from_slabs(from_frame(full, pre.standardised.frame)), values, shown)
+    return ScoredScan(pre.maps_to_scan(maps.numpy()), pre.scores_to_scan(scores.numpy()), pre.values_to_scan(pre.kept))
 
 
 def score_scan(baseline: Baseline, pre: Preprocessed) -> ScoredScan:
@@ -417,7 +413,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("baseline", type=Path, help="file that fit wrote")
     one.add_argument("scans", type=Path, metavar="SCANS", help="folder that holds scans, or one scan")
     one.add_argument("--out", type=Path, required=True, help="results folder")
-    one.add_argument("--scan-score", choices=anomaly.SCAN_SCORES, default="mean",
+    one.add_argument("--scan-score", choices=measure.SCAN_SCORES, default="mean",
                      help="how slice scores become the scan's (default %(default)s)")
     one.add_argument("--mask-hu", type=float, help="also write mask.nii.gz: where the map exceeds this")
     one.set_defaults(work=score)

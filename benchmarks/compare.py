@@ -21,21 +21,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import anomaly
-import checkpoint
 import distributed
-import normative
 from benchmarks import baselines
 from benchmarks.baselines import ScoredScan
-from cohort import read_volume
+from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan
 from ct.read import ScanSource, find_scans, read_scan
 from ct.scan import Scan
 from ct.window import encode
 from dataset import SliceDataset
+from detect import measure, normative
+from detect.bundle import read_bundle_meta
+from detect.search import ProjectionSettings, judge, residual_scales
+from evaluation.cohort import read_volume
 from healthygan.scoring import difference
 from healthygan.weights import find_model
-from preprocess import Preprocessed, PreprocessSettings, preprocess_scan
-from projection import ProjectionSettings, judge, residual_scales
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS, HEALTHYGAN = "ours", "healthygan"
@@ -146,7 +145,7 @@ class Calibrated:
         return cls(baseline, normal, settings)
 
     def score_scan(self, pre: Preprocessed) -> ScoredScan:
-        """Map (signed surprise) and slice scores of a preprocessed scan, as projection.judge makes them of ours."""
+        """Map (signed surprise) and slice scores of a preprocessed scan, as detect.search.judge makes them of ours."""
         hu, brain, below_vertex_mm = baselines.kept_slices(pre)
         residuals, judged = scales_of(self.baseline, hu, brain, below_vertex_mm, self.settings)
         shown, _, scores = judge(self.normal.surprise(residuals, judged, below_vertex_mm), judged, self.settings)
@@ -155,10 +154,10 @@ class Calibrated:
 
 def scales_of(baseline: baselines.Reconstruction, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,
               settings: ProjectionSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """projection.residual_scales of a baseline: residuals float32 [S, 2, N, N], HU, and where they count, [S, N, N]."""
+    """detect.search.residual_scales of a baseline: residuals float32 [S, 2, N, N], HU, and where they count, [S, N, N]."""
     query, normal = baseline.closest_normal(hu, brain, below_vertex_mm)
-    median = anomaly.scale_median_size(hu.shape[-1], settings.median_at_512)
-    filtered = anomaly.residual(query, normal, brain, median)
+    median = measure.scale_median_size(hu.shape[-1], settings.median_at_512)
+    filtered = measure.residual(query, normal, brain, median)
     # Outside the brain the true HU: where bone is decides what is judged, and a baseline may not show it.
     return residual_scales(torch.where(brain, query, hu), normal, filtered, brain, settings)
 
@@ -190,7 +189,7 @@ def open_database(args: argparse.Namespace) -> SliceDataset:
     All that can be wrong with the methods is found here, before hours of work.
     """
     data = SliceDataset(args.database, "train")
-    refuse_other_data(checkpoint.read_bundle_meta(args.model)[0], args.model, data, "--database")
+    refuse_other_data(read_bundle_meta(args.model)[0], args.model, data, "--database")
     held_out = data.manifest["counts"]["val"]["scans"]
     to_calibrate = [kind for kind in args.baselines if issubclass(baselines.KINDS[kind], baselines.Reconstruction)]
     if to_calibrate and held_out < normative.MIN_SCANS:

@@ -30,16 +30,15 @@ from sklearn.metrics import roc_auc_score
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-import anomaly  # noqa: E402
 import distributed  # noqa: E402
-import memory  # noqa: E402
-import normative  # noqa: E402
 from benchmarks import pasted  # noqa: E402
 from ct.window import decode, encode  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
+from detect import measure, normative  # noqa: E402
+from detect.search import ProjectionSettings, judge, residual_scales  # noqa: E402
+from gan.runlog import load_run  # noqa: E402
 from model import Encoder, Generator, ModelConfig  # noqa: E402
-from projection import ProjectionSettings, judge, residual_scales  # noqa: E402
-from runlog import load_run  # noqa: E402
+from op import memory  # noqa: E402
 
 HAEMORRHAGES = ("intraparenchymal", "subdural", "epidural", "subarachnoid", "intraventricular")
 HEALTHY = "healthy"
@@ -75,9 +74,9 @@ class Case:
 
     @functools.cached_property
     def residual(self) -> torch.Tensor:
-        """anomaly.residual, HU [S, N, N]."""
-        window = anomaly.scale_median_size(self.brain.shape[-1], PLAIN.median_at_512)
-        return anomaly.residual(self.query, self.normal, self.brain, window)
+        """measure.residual, HU [S, N, N]."""
+        window = measure.scale_median_size(self.brain.shape[-1], PLAIN.median_at_512)
+        return measure.residual(self.query, self.normal, self.brain, window)
 
 
 @torch.no_grad()
@@ -127,7 +126,7 @@ def surprises(cases: list[Case], settings: ProjectionSettings) -> tuple[list[tor
 
 def figures(cases: list[Case], scores: list[torch.Tensor], how: str) -> dict[str, float]:
     """AUC by kind, 'haemorrhage' (their mean) and 'slices'. scores: slice scores [S] of every case."""
-    scans = [anomaly.scan_score(one, how) for one in scores]
+    scans = [measure.scan_score(one, how) for one in scores]
 
     def auc(kind):
         chosen = [(c.kind == kind, score) for c, score in zip(cases, scans) if c.kind in (kind, HEALTHY)]

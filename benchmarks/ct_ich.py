@@ -34,14 +34,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
 import distributed  # noqa: E402
-import metrics  # noqa: E402
 from benchmarks import compare  # noqa: E402
 from benchmarks.compare import NAMES, OURS, Method, shown  # noqa: E402
-from cohort import InputError, Key, Label, read_labels, read_scores, read_table  # noqa: E402
+from ct.frame import PreprocessSettings  # noqa: E402
 from ct.read import ScanSource, find_scans  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
-from metrics import Undefined, defined  # noqa: E402
-from preprocess import PreprocessSettings  # noqa: E402
+from evaluation import metrics  # noqa: E402
+from evaluation.cohort import InputError, Key, Label, read_labels, read_scores, read_table  # noqa: E402
+from evaluation.metrics import Undefined, defined  # noqa: E402
 
 ROWS = {OURS: (), "faithful": ("--preset", "faithful")}            # further flags of projector.py
 POOLING = "mean"                # from a baseline's slice scores to its scan score

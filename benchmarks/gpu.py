@@ -16,12 +16,12 @@ import distributed
 import train
 from benchmarks.measure import REFERENCE, Row, bandwidth, medians, operations, rate, side_by_side
 from benchmarks.reference import ReferenceDiscriminator, ReferenceGenerator
-from checkpoint import Bundle
-from latent import LatentStats
+from detect.bundle import Bundle
+from detect.latent import LatentStats
+from detect.search import ProjectionSettings, perceptual_for, project
 from model import Discriminator, Encoder, Generator, ModelConfig
 from op import bias_act, binomial_kernel, set_impl, upfirdn2d
 from op.median import median2d
-from projection import ProjectionSettings, perceptual_for, project
 
 ADA_P = 0.5                                  # all augmentations at work, as late in a training
 

@@ -3,7 +3,7 @@
     python -m benchmarks.healthygan --preset cpu128 --repeats 7
 
 Both take the same step with the same weights, images and batch: two critic steps and one of the generator. They
-take turns, so that other work on the machine meets both. Ours keeps freed memory (memory.py), as the training does.
+take turns, so that other work on the machine meets both. Ours keeps freed memory (op/memory.py), as the training does.
 """
 
 from __future__ import annotations

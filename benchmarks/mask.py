@@ -5,7 +5,7 @@
 mask_points.csv has one point a row: dataset, scan_id, slice (0 is the lowest), row, column in the source's pixels,
 inside (1: brain, CSF or blood, which the mask must hold; 0: orbit, sinus, mastoid, face, bone, scalp, which it must
 not) and structure. The points were placed by anatomy, most of them where a mask is likely to fail, so the shares say
-how hard cases fare and which change helps, not what share of all voxels is wrong. The mask is preprocess.py's: of
+how hard cases fare and which change helps, not what share of all voxels is wrong. The mask is ct/frame.py's: of
 the slabs, brought back to the slices.
 
 leak  share of the 0 points that are inside the mask
@@ -26,10 +26,11 @@ from scipy import ndimage as ndi
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a script from anywhere
 
 from ct.brain import brain_mask, estimate_pixel_mm  # noqa: E402
+from ct.frame import PreprocessSettings  # noqa: E402
 from ct.read import ScanSource, find_scans, read_scan  # noqa: E402
 from ct.scan import Scan  # noqa: E402
 from ct.slab import to_slabs  # noqa: E402
-from preprocess import PreprocessSettings, read_table  # noqa: E402
+from gan.database import read_table  # noqa: E402
 
 COLUMNS = ("dataset", "scan_id", "slice", "row", "column", "inside", "structure")
 

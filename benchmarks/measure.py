@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import memory
+from op import memory
 
 REFERENCE = "reference"                     # the variant the others are compared with
 NOT_MEASURED = "not measured"
@@ -50,7 +50,7 @@ def side_by_side(
     """Seconds of one call of each variant, `repeats` times, turn by turn, after one call that does not count.
 
     calls: of a turn, for what is too short for the clock. On the CPU the reference returns freed memory as glibc
-    does, the others keep it as our programs do (memory.py).
+    does, the others keep it as our programs do (op/memory.py).
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1):

@@ -36,17 +36,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
 import distributed  # noqa: E402
-import metrics  # noqa: E402
 from benchmarks import compare  # noqa: E402
 from benchmarks.compare import NAMES, OURS, Method, shown  # noqa: E402
-from cohort import InputError, read_table, read_truth, read_volume  # noqa: E402
 from ct.brain import estimate_pixel_mm  # noqa: E402
+from ct.frame import PreprocessSettings  # noqa: E402
 from ct.picture import grey, tile  # noqa: E402
 from ct.read import ScanSource, find_scans, read_scan  # noqa: E402
 from ct.standardise import from_frame  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
-from metrics import Undefined, defined  # noqa: E402
-from preprocess import PreprocessSettings  # noqa: E402
+from evaluation import metrics  # noqa: E402
+from evaluation.cohort import InputError, read_table, read_truth, read_volume  # noqa: E402
+from evaluation.metrics import Undefined, defined  # noqa: E402
 
 SMOOTH_MM = 5.0                 # standard deviation
 NEAR_MM = 15.0

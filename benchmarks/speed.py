@@ -33,9 +33,9 @@ import train
 from benchmarks import gpu
 from benchmarks.measure import REFERENCE, Row, bandwidth, medians, operations, rate, side_by_side, table
 from benchmarks.reference import ReferenceGenerator
+from detect.search import ProjectionSettings
 from model import Generator, ModelConfig
 from op.median import median2d
-from projection import ProjectionSettings
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

@@ -36,18 +36,18 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-import checkpoint  # noqa: E402
 import distributed  # noqa: E402
-import normative  # noqa: E402
 from benchmarks import baselines, compare  # noqa: E402
 from benchmarks.compare import Progress, fitted, say  # noqa: E402
-from cohort import Key, read_scores, read_table, read_truth, read_volume  # noqa: E402
+from ct.frame import PreprocessSettings  # noqa: E402
 from ct.picture import RESIDUAL_FULL_HU, overlay_panels  # noqa: E402
 from ct.read import ScanSource, find_scans  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from demos.figures import OURS, Case, Cohort, count_levels, example_sheet, report, table, typical  # noqa: E402
 from demos.phantom import Job, make_cohort, plan  # noqa: E402
-from preprocess import PreprocessSettings  # noqa: E402
+from detect import normative  # noqa: E402
+from detect.bundle import read_bundle_meta  # noqa: E402
+from evaluation.cohort import Key, read_scores, read_table, read_truth, read_volume  # noqa: E402
 
 FIRST_SEED = 1_000_000          # cohorts to learn from have smaller seeds
 LARGEST = 10_000                # scans of a group
@@ -155,7 +155,7 @@ def example(scan_id: str, folder: Path, full: float) -> Image.Image:
 def benchmark(args: argparse.Namespace) -> int:
     """Every stage, each going on from what it kept; returns the exit code. Raises ValueError."""
     data = SliceDataset(args.data, "train")
-    compare.refuse_other_data(checkpoint.read_bundle_meta(args.model)[0], args.model, data, "--data")
+    compare.refuse_other_data(read_bundle_meta(args.model)[0], args.model, data, "--data")
     folders = {"test": args.out / "test", "tune": args.out / "tune"}
     counts = {"test": (args.healthy, args.emergency), "tune": (args.tune_healthy, args.tune_emergency)}
     seeds = {name: FIRST_SEED + 2 * args.seed + i for i, name in enumerate(folders)}

@@ -18,10 +18,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-import anomaly
-import metrics
 from benchmarks.compare import NAMES, OURS, shown
-from metrics import Undefined, defined
+from detect import measure
+from evaluation import metrics
+from evaluation.metrics import Undefined, defined
 
 HAEMORRHAGES = ("epidural", "subdural_acute", "subdural_chronic", "subarachnoid", "intraparenchymal",
                 "intraventricular")
@@ -86,7 +86,7 @@ def pixel_ap(measures: list[dict], method: str) -> float:
 
 
 def pooled_score(measured: dict, method: str, how: str) -> float:
-    return anomaly.scan_score(torch.from_numpy(np.asarray(measured[f"{method}_slices"])[measured["shown"]]), how)
+    return measure.scan_score(torch.from_numpy(np.asarray(measured[f"{method}_slices"])[measured["shown"]]), how)
 
 
 def scan_scores(cohort: Cohort, method: str, how: str) -> np.ndarray:
@@ -145,7 +145,7 @@ def shipped_dice(measured: dict) -> float:
 
 def best_pooling(tuning: Cohort, method: str) -> str:
     """The way from slice scores to a scan's that has the highest scan AUC on the tuning cohort."""
-    return max(anomaly.SCAN_SCORES, key=lambda how: metrics.auc(scan_scores(tuning, method, how), tuning.labels))
+    return max(measure.SCAN_SCORES, key=lambda how: metrics.auc(scan_scores(tuning, method, how), tuning.labels))
 
 
 def report(test: Cohort, tuning: Cohort, methods: list[str], how_ours: str) -> dict:

@@ -23,9 +23,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from cohort import InputError, read_table, read_volume  # noqa: E402
 from ct.read import find_scans, read_scan  # noqa: E402
 from ct.scan import ScanError  # noqa: E402
+from evaluation.cohort import InputError, read_table, read_volume  # noqa: E402
 
 HEADS = 16
 IN_LIFE = {

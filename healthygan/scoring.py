@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-import metrics
+from evaluation import metrics
 from healthygan.data import Pictures
 from healthygan.model import Generator
 

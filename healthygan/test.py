@@ -35,12 +35,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a script from anywhere
 
 import distributed
-import memory
 from dataset import DatasetError
 from healthygan.data import Pictures, class_folders, is_database, join, read_images, read_slices
 from healthygan.pictures import panels, save_map
 from healthygan.scoring import difference, unit_scores
 from healthygan.weights import Model, find_model
+from op import memory
 
 SCORE_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason", "slices", "seconds", "notes")
 CLASSES = ("healthy", "diseased")

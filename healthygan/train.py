@@ -28,19 +28,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a script from anywhere
 
-import checkpoint
 import distributed
-import memory
-import metrics
 from config import option, parse
 from dataset import DatasetError
+from evaluation import metrics
+from gan.runlog import RunLog, load_optimiser, run_command, start_run
+from gan.snapshots import save_snapshot
 from healthygan import losses
 from healthygan.data import ImageSettings, TrainingData, batches, class_folders, is_database, load_training
 from healthygan.model import ModelConfig
 from healthygan.pictures import save_grid
 from healthygan.scoring import aucp, image_scores, unit_scores
 from healthygan.weights import save_model
-from runlog import RunLog, load_optimiser, run_command, start_run
+from op import memory
 
 MASK_LIMITS = (0.001, 0.95)              # a mean mask beyond them ...
 COLLAPSED_AFTER = 500                    # ... for as many iterations has collapsed
@@ -352,7 +352,7 @@ def train(config: TrainConfig, data: TrainingData, out: Path, device: torch.devi
                 raise FloatingPointError(f"training diverged at iteration {trainer.iteration}: weights are not finite")
             if distributed.is_main():
                 state = {**trainer.state(), "highest_aucp": chooser.highest}
-                checkpoint.save_snapshot(out, trainer.iteration, trainer.modules(), state, meta)
+                save_snapshot(out, trainer.iteration, trainer.modules(), state, meta)
             distributed.barrier()
     log.close()
 

@@ -17,7 +17,7 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
-import metrics
+from evaluation import metrics
 from healthygan.data import ImageSettings, class_folders, read_images
 
 REGULARISATIONS = (1.0, 0.1)             # scikit-learn's C: its default, and a stronger ridge

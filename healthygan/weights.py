@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from checkpoint import CheckpointError
 from healthygan.data import ImageSettings
 from healthygan.model import RUNNING_STATISTICS, Generator, ModelConfig
+from weights import CheckpointError
 
 FORMAT = "healthygan"
 

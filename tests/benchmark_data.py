@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import baselines, compare
+from ct.frame import PreprocessSettings, preprocess_scan
 from ct.read import find_scans, read_scan
 from ct.standardise import StandardiseSettings
 from ct.write import write_nifti
 from dataset import ScanRecord, SliceDataset, SliceWriter
-from preprocess import PreprocessSettings, preprocess_scan
-from projection import ProjectionSettings
+from detect.search import ProjectionSettings
 from tests.helpers import synthetic_scan
 
 SETTINGS = PreprocessSettings(StandardiseSettings(size=32, hu_clip=(-20.0, 100.0)), min_brain_fraction=0.01)
@@ -67,7 +67,7 @@ def write_fits(folder: Path, database: Path) -> Path:
 
 
 def bundle_meta(database: Path):
-    """A stand-in for checkpoint.read_bundle_meta: a model that was trained on this database."""
+    """A stand-in for read_bundle_meta: a model that was trained on this database."""
     digest = SliceDataset(database).manifest["digest"]
     return lambda folder: ({"provenance": {"data": {"digest": digest}}}, "0")
 
@@ -102,5 +102,5 @@ def project(scans: Path, model: Path, out: Path, device: str, flags=(), name: st
 def stand_in(monkeypatch, database: Path) -> None:
     """project() in the projector's place, and a model that was trained on the database."""
     monkeypatch.setattr(compare, "project", project)
-    monkeypatch.setattr("checkpoint.read_bundle_meta", bundle_meta(database))
+    monkeypatch.setattr(compare, "read_bundle_meta", bundle_meta(database))
     monkeypatch.setattr(compare, "preprocess_scan", prepared)

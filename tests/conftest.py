@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import train
+from ct.frame import PreprocessSettings
 from ct.standardise import StandardiseSettings
 from dataset import ScanRecord, SliceWriter
-from preprocess import PreprocessSettings
 from tests.helpers import synthetic_head
 
 

@@ -1,4 +1,4 @@
-"""augment.py: every transform against hand-computed pixels, derivatives, and the adaptive probability."""
+"""gan/augment.py: every transform against hand-computed pixels, derivatives, and the adaptive probability."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from augment import AdaptiveAugment, AugmentSettings, augment, change_intensity, random_flip, warp
 from ct import window
+from gan.augment import AdaptiveAugment, AugmentSettings, augment, change_intensity, random_flip, warp
 
 OFF = AugmentSettings(integer_shift=0, scale_std=0, rotation_std_deg=0, aniso_std=0, shift_std=0,
                       brightness_std_hu=0, contrast_std=0, noise_std_hu=0, cutout=0)

@@ -11,10 +11,10 @@ import torch
 
 from benchmarks import baselines
 from benchmarks.baselines import DaeSettings, DenoisingAutoencoder, HuThresholds, PcaSettings, PositionPca
-from cohort import read_scores
+from ct.frame import PreprocessSettings, preprocess_scan
 from ct.standardise import StandardiseSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
-from preprocess import PreprocessSettings, preprocess_scan
+from evaluation.cohort import read_scores
 from tests.helpers import synthetic_head, synthetic_scan
 from tests.writers import write_slice_folder
 

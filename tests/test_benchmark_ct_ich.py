@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-import metrics
 from benchmarks import baselines, compare, ct_ich
 from benchmarks.ct_ich import Case
-from cohort import InputError, Label
 from dataset import SliceDataset
+from detect.search import ProjectionSettings
+from evaluation import metrics
+from evaluation.cohort import InputError, Label
 from healthygan.model import ModelConfig
 from healthygan.weights import save_model
-from projection import ProjectionSettings
 from tests.benchmark_data import FAILS, MM, SETTINGS, head, prepared, stand_in, write_database, write_fits
 from tests.writers import write_slice_folder
 

@@ -11,7 +11,7 @@ from PIL import Image
 from benchmarks import phe_sich
 from benchmarks.phe_sich import Place
 from dataset import SliceDataset
-from metrics import Undefined
+from evaluation.metrics import Undefined
 from tests.benchmark_data import FAILS, MM, head, stand_in, write_database, write_fits
 from tests.writers import write_slice_folder
 

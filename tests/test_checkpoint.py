@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 import checkpoint
-from checkpoint import CheckpointError
-from latent import LatentStats
+from detect.bundle import load_bundle, load_released, save_bundle
+from detect.latent import LatentStats
+from detect.released import infer_config, read_statistics
+from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
 from model import Discriminator, Encoder, Generator, ModelConfig
-from released import infer_config, read_statistics
+from weights import CheckpointError
 
 TINY = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=128, channel_max=16)
 META = dict(preprocessing={"size": 32}, projection=None, calibration=None, provenance={"data": "phantoms"})
@@ -47,7 +49,7 @@ def save_one(run, step, value=0.0, **kwargs):
     module = nn.Linear(2, 2)
     nn.init.constant_(module.weight, value)
     state = {"optimiser": torch.optim.Adam(module.parameters()).state_dict(), "rng": torch.get_rng_state()}
-    return checkpoint.save_snapshot(run, step, {"net": module}, state, {"images": step * 16}, **kwargs)
+    return save_snapshot(run, step, {"net": module}, state, {"images": step * 16}, **kwargs)
 
 
 def test_snapshot_round_trip(tmp_path):
@@ -58,8 +60,8 @@ def test_snapshot_round_trip(tmp_path):
     optimiser.step()
     state = {"optimiser": optimiser.state_dict(), "rng": np.random.default_rng(3).bit_generator.state, "ada_p": 0.25,
              "order": (1, [2, None, "x", b"y"])}
-    checkpoint.save_snapshot(run, 7, {"net": module}, state, {"preset": "smoke32"})
-    snapshot = checkpoint.load_snapshot(run)
+    save_snapshot(run, 7, {"net": module}, state, {"preset": "smoke32"})
+    snapshot = load_snapshot(run)
     assert snapshot.step == 7 and snapshot.meta == {"preset": "smoke32"}
     assert {k: snapshot.state[k] for k in ("rng", "ada_p", "order")} == {k: state[k] for k in ("rng", "ada_p", "order")}
     other = nn.Linear(3, 2)
@@ -77,16 +79,16 @@ def test_snapshot_round_trip(tmp_path):
 def test_last_two_and_milestones_are_kept(tmp_path):
     for step in range(1, 6):
         save_one(tmp_path, step, value=step, milestone=step == 2)
-    assert checkpoint.snapshot_steps(tmp_path) == [2, 4, 5]
-    assert checkpoint.load_snapshot(tmp_path, 2).weights["net"]["weight"][0, 0] == 2
+    assert snapshot_steps(tmp_path) == [2, 4, 5]
+    assert load_snapshot(tmp_path, 2).weights["net"]["weight"][0, 0] == 2
     with pytest.raises(CheckpointError, match=r"no snapshot of step 3; there are \[2, 4, 5\]"):
-        checkpoint.load_snapshot(tmp_path, 3)
+        load_snapshot(tmp_path, 3)
 
 
 def test_a_step_saved_again_replaces_the_first(tmp_path):
     save_one(tmp_path, 1, value=1)
     save_one(tmp_path, 1, value=2)
-    assert checkpoint.load_snapshot(tmp_path).weights["net"]["weight"][0, 0] == 2
+    assert load_snapshot(tmp_path).weights["net"]["weight"][0, 0] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["snapshot-00000001"]
 
 
@@ -100,11 +102,11 @@ def test_a_run_killed_while_saving_keeps_the_snapshot_before(tmp_path, monkeypat
         patch.setattr(torch, "save", killed)
         save_one(tmp_path, 2, value=2)
     with pytest.warns(UserWarning, match="half-written"):
-        assert checkpoint.load_snapshot(tmp_path).step == 1
+        assert load_snapshot(tmp_path).step == 1
     save_one(tmp_path, 2, value=2)                                       # clears what was left
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert checkpoint.load_snapshot(tmp_path).step == 2
+        assert load_snapshot(tmp_path).step == 2
 
 
 @pytest.mark.parametrize("name", ["net.safetensors", "state.pt", "meta.json"])
@@ -113,18 +115,18 @@ def test_a_damaged_snapshot_is_passed_over(tmp_path, name):
     path = save_one(tmp_path, 2) / name
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.warns(UserWarning, match="falling back"):
-        assert checkpoint.load_snapshot(tmp_path).step == 1
+        assert load_snapshot(tmp_path).step == 1
     with pytest.raises(CheckpointError, match=name):
-        checkpoint.load_snapshot(tmp_path, 2)
+        load_snapshot(tmp_path, 2)
     path.unlink()
     with pytest.raises(CheckpointError, match=f"{name}: no such file"):
-        checkpoint.load_snapshot(tmp_path, 2)
+        load_snapshot(tmp_path, 2)
 
 
 def test_state_that_would_need_unpickling_is_refused(tmp_path):
     for bad in (np.float64(1), argparse.Namespace(), {"deep": [nn.Linear(1, 1)]}):
         with pytest.raises(CheckpointError, match=r"state\['x'\].*cannot be saved"):
-            checkpoint.save_snapshot(tmp_path, 1, {}, {"x": bad}, {})
+            save_snapshot(tmp_path, 1, {}, {"x": bad}, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,8 +139,8 @@ def bundle_parts():
 
 def test_bundle_round_trip(tmp_path, bundle_parts):
     parts, latent = bundle_parts
-    checkpoint.save_bundle(tmp_path / "m", *parts, latent, META, dtype=torch.float32)
-    bundle = checkpoint.load_bundle(tmp_path / "m")
+    save_bundle(tmp_path / "m", *parts, latent, META, dtype=torch.float32)
+    bundle = load_bundle(tmp_path / "m")
     for found, expected in zip(outputs(bundle.generator, bundle.discriminator, bundle.encoder), outputs(*parts)):
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
     torch.testing.assert_close(bundle.latent.components, latent.components, atol=0, rtol=0)
@@ -148,26 +150,26 @@ def test_bundle_round_trip(tmp_path, bundle_parts):
 
 def test_half_precision_is_close_and_half_the_size(tmp_path, bundle_parts):
     parts, latent = bundle_parts
-    half = checkpoint.save_bundle(tmp_path / "half", *parts, latent, META)
-    full = checkpoint.save_bundle(tmp_path / "full", *parts, latent, META, dtype=torch.float32)
-    bundle = checkpoint.load_bundle(half)
+    half = save_bundle(tmp_path / "half", *parts, latent, META)
+    full = save_bundle(tmp_path / "full", *parts, latent, META, dtype=torch.float32)
+    bundle = load_bundle(half)
     for found, expected in zip(outputs(bundle.generator, bundle.discriminator, bundle.encoder), outputs(*parts)):
         assert (found - expected).abs().max() < 0.01 * expected.abs().max()
     # The fixed noise is part of the result: it must come from the file, not from the constructor.
     torch.testing.assert_close(bundle.generator.noises.noise_3, parts[0].noises.noise_3, atol=1e-3, rtol=1e-3)
     sizes = [(folder / "discriminator.safetensors").stat().st_size for folder in (half, full)]
     assert sizes[0] < 0.65 * sizes[1]
-    assert bundle.weights_hash != checkpoint.load_bundle(full).weights_hash
+    assert bundle.weights_hash != load_bundle(full).weights_hash
 
 
 def test_values_beyond_half_precision_stay_float32(tmp_path):
     generator, discriminator, encoder = networks()
     encoder.final_linear.bias.data[0] = 1e6
-    checkpoint.save_bundle(tmp_path, generator, discriminator, encoder, latent_stats(), META)
-    assert checkpoint.load_bundle(tmp_path).encoder.final_linear.bias[0] == 1e6
+    save_bundle(tmp_path, generator, discriminator, encoder, latent_stats(), META)
+    assert load_bundle(tmp_path).encoder.final_linear.bias[0] == 1e6
     encoder.final_linear.bias.data[0] = torch.nan
     with pytest.raises(CheckpointError, match="encoder: final_linear.bias is not finite"):
-        checkpoint.save_bundle(tmp_path, generator, discriminator, encoder, latent_stats(), META, overwrite=True)
+        save_bundle(tmp_path, generator, discriminator, encoder, latent_stats(), META, overwrite=True)
 
 
 def edit_json(path, **changes):
@@ -177,30 +179,30 @@ def edit_json(path, **changes):
 def test_bundle_errors_name_the_file_and_the_mend(tmp_path, bundle_parts):
     parts, latent = bundle_parts
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
-        checkpoint.load_bundle(tmp_path / "nowhere")
+        load_bundle(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="model.json: no such file: not a model bundle"):
-        checkpoint.load_bundle(tmp_path)
-    checkpoint.save_bundle(tmp_path, *parts, latent, META)
+        load_bundle(tmp_path)
+    save_bundle(tmp_path, *parts, latent, META)
     with pytest.raises(CheckpointError, match="holds a model bundle; overwrite it"):
-        checkpoint.save_bundle(tmp_path, *parts, latent, META)
+        save_bundle(tmp_path, *parts, latent, META)
 
     original = (tmp_path / "model.json").read_text()
     edit_json(tmp_path / "model.json", format_version=99)
     with pytest.raises(CheckpointError, match="format version 99.*update"):
-        checkpoint.load_bundle(tmp_path)
+        load_bundle(tmp_path)
     (tmp_path / "model.json").write_text(original)
     edit_json(tmp_path / "model.json", config=json.loads(original)["config"] | {"channel_max": 8})
     with pytest.raises(CheckpointError, match="generator.safetensors: does not fit this Generator"):
-        checkpoint.load_bundle(tmp_path)
+        load_bundle(tmp_path)
     for key, value in (("files", None), ("calibration", [1])):
         (tmp_path / "model.json").write_text(original)
         edit_json(tmp_path / "model.json", **{key: value})
         with pytest.raises(CheckpointError, match=f"model.json: must say {key}"):
-            checkpoint.load_bundle(tmp_path)
+            load_bundle(tmp_path)
     edit_json(tmp_path / "model.json", **json.loads(original))
     edit_json(tmp_path / "model.json", config={"size": 33})
     with pytest.raises(CheckpointError, match="model.json: config: size must be"):
-        checkpoint.load_bundle(tmp_path)
+        load_bundle(tmp_path)
     (tmp_path / "model.json").write_text(original)
 
     path = tmp_path / "encoder.safetensors"
@@ -208,25 +210,25 @@ def test_bundle_errors_name_the_file_and_the_mend(tmp_path, bundle_parts):
     weights[-1] ^= 1
     path.write_bytes(weights)
     with pytest.raises(CheckpointError, match="encoder.safetensors: SHA-256 .* fetch the bundle again"):
-        checkpoint.load_bundle(tmp_path)
+        load_bundle(tmp_path)
     path.unlink()
     with pytest.raises(CheckpointError, match="encoder.safetensors: no such file"):
-        checkpoint.load_bundle(tmp_path)
+        load_bundle(tmp_path)
 
 
 def test_parts_that_do_not_belong_together_are_refused(tmp_path, bundle_parts):
     parts, latent = bundle_parts
     other = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=128, channel_max=8)
     with pytest.raises(CheckpointError, match="generator's .* is not the encoder's"):
-        checkpoint.save_bundle(tmp_path, Generator(other), parts[1], parts[2], latent, META)
+        save_bundle(tmp_path, Generator(other), parts[1], parts[2], latent, META)
     wide = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_base=128, channel_max=16)
     with pytest.raises(CheckpointError, match=r"\[8, 16\], but the networks have \[8, 8\]"):
-        checkpoint.save_bundle(tmp_path, *parts, latent_stats(wide), META)
+        save_bundle(tmp_path, *parts, latent_stats(wide), META)
     with pytest.raises(CheckpointError, match="must be plain JSON without NaN"):
-        checkpoint.save_bundle(tmp_path, *parts, latent, META | {"calibration": float("nan")})
+        save_bundle(tmp_path, *parts, latent, META | {"calibration": float("nan")})
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(CheckpointError, match="meta must say calibration"):
-        checkpoint.save_bundle(tmp_path, *parts, latent, {k: v for k, v in META.items() if k != "calibration"})
+        save_bundle(tmp_path, *parts, latent, {k: v for k, v in META.items() if k != "calibration"})
 
 
 # ---- released files
@@ -254,7 +256,7 @@ def statistics_file(path, protocol=4, positions=3, **extra):
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_released_checkpoint_gives_the_same_outputs(tmp_path, prefix):
     parts = networks(RELEASED)
-    loaded = checkpoint.load_released(released_checkpoint(tmp_path / "c.pth", parts, prefix))
+    loaded = load_released(released_checkpoint(tmp_path / "c.pth", parts, prefix))
     for found, expected in zip(outputs(*loaded), outputs(*parts)):
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
     assert loaded[2].config.encoder_stddev and (loaded[0].config.size, loaded[0].config.n_mlp) == (32, 3)
@@ -274,18 +276,18 @@ def test_released_checkpoint_must_fit_strictly(tmp_path):
     parts = networks(RELEASED)
     states = parts[2].state_dict() | {"final_linear.extra": torch.zeros(1)}
     with pytest.raises(CheckpointError, match=r"c.pth \(e\): .*final_linear.extra is not known"):
-        checkpoint.load_released(released_checkpoint(tmp_path / "c.pth", parts, e=states))
+        load_released(released_checkpoint(tmp_path / "c.pth", parts, e=states))
     torch.save({"g_ema": {}}, tmp_path / "c.pth")
     with pytest.raises(CheckpointError, match="no d, e in it"):
-        checkpoint.load_released(tmp_path / "c.pth")
+        load_released(tmp_path / "c.pth")
     torch.save({"g_ema": {}, "d": {}, "e": {}}, tmp_path / "c.pth")
     with pytest.raises(CheckpointError, match="not a StyleGAN2 generator"):
-        checkpoint.load_released(tmp_path / "c.pth")
+        load_released(tmp_path / "c.pth")
     (tmp_path / "c.pth").write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointError, match="or damaged .*fetch it again"):
-        checkpoint.load_released(tmp_path / "c.pth")
+        load_released(tmp_path / "c.pth")
     with pytest.raises(CheckpointError, match="no such file"):
-        checkpoint.load_released(tmp_path / "d.pth")
+        load_released(tmp_path / "d.pth")
 
 
 class Command:
@@ -319,7 +321,7 @@ def test_nothing_in_a_released_file_is_executed(tmp_path):
         read_statistics(tmp_path / "s.pkl")
     released_checkpoint(tmp_path / "c.pth", networks(RELEASED), evil=Command(f"touch {proof}"))
     with pytest.raises(CheckpointError, match=r"asks for (posix|nt)\.system, not executed"):
-        checkpoint.load_released(tmp_path / "c.pth")
+        load_released(tmp_path / "c.pth")
     assert not proof.exists()
 
 
@@ -348,7 +350,7 @@ def test_import_released_command(tmp_path, capsys):
     command = ["import-released", "--ckpt", str(tmp_path / "c.pth"), "--latent-statistics", str(tmp_path / "s.pkl"),
                "--out", str(tmp_path / "bundle")]
     assert checkpoint.main([*command, "--fp32"]) == 0
-    bundle = checkpoint.load_bundle(tmp_path / "bundle")
+    bundle = load_bundle(tmp_path / "bundle")
     for found, expected in zip(outputs(bundle.generator, bundle.discriminator, bundle.encoder), outputs(*parts)):
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
     np.testing.assert_array_equal(bundle.latent.components, arrays["pca_components"].astype(np.float32))

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 from benchmarks import cross_validation, pasted
 from benchmarks.cross_validation import BAND, HEALTHY, PLAIN, Case, figures, main, surprises
+from ct.frame import PreprocessSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
+from gan.snapshots import save_snapshot
 from model import Discriminator, Encoder, Generator, ModelConfig
-from preprocess import PreprocessSettings
 
 TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16)
 MM = np.arange(40.0, -1, -5)
@@ -82,7 +82,7 @@ def folds(folder):
         meta = {"kind": "encoder", "model": dataclasses.asdict(TINY),
                 "data": {key: manifest[key] for key in ("digest", "counts", "settings")},
                 "held_out": [f"head{s}" for s in held_out]}
-        checkpoint.save_snapshot(folder / f"run-{name}", 8, networks, {}, meta)
+        save_snapshot(folder / f"run-{name}", 8, networks, {}, meta)
         made.append((path, folder / f"run-{name}"))
     return made
 

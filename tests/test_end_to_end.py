@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import checkpoint
 import evaluate
 import latent_stats
 import prepare
 import projector
 import train
 import train_encoder
-from preprocess import PreprocessSettings
-from projection import ProjectionSettings
+from ct.frame import PreprocessSettings
+from detect.bundle import load_bundle
+from detect.search import ProjectionSettings
 from tests.helpers import synthetic_head
 from tests.writers import write_dicom_series, write_scan_json, write_slice_folder
 
@@ -116,7 +116,7 @@ def test_other_settings_do_not_mix_with_earlier_results(work, capsys):
 
 @pytest.mark.parametrize("change, known", [({}, True), ({"scan_score": "max"}, True), ({"threshold_hu": 4.0}, False)])
 def test_healthy_scores_count_for_the_settings_they_were_made_with(work, change, known):
-    bundle = checkpoint.load_bundle(work / "model")
+    bundle = load_bundle(work / "model")
     settings = dataclasses.replace(ProjectionSettings(**bundle.meta["projection"]), **change)
     preprocessing = PreprocessSettings.from_json(bundle.meta["preprocessing"])
     healthy = projector.Projector(bundle, settings, preprocessing, batch=32).healthy

@@ -12,11 +12,10 @@ from PIL import Image
 from scipy.stats import norm
 from sklearn.metrics import average_precision_score
 
-import cohort
 import evaluate
-import metrics
-import triage
-from metrics import Undefined
+from evaluation import cohort, metrics, triage
+from evaluation.figures import NO_THRESHOLD
+from evaluation.metrics import Undefined
 
 SCORES = np.array([0.9, 0.8, 0.4, 0.7, 0.3, 0.2])
 LABELS = np.array([1, 1, 1, 0, 0, 0])                                        # 8 of 9 pairs ranked right
@@ -307,7 +306,7 @@ def test_command_end_to_end(results, capsys):
     assert scan["categories"]["Subdural"]["auc"] == pytest.approx(5 / 6)
     assert scan["categories"]["Subdural"]["sensitivity"]["hits"] == 1
     assert (report["slice"]["n"], report["slice"]["clusters"]) == (18, 6)
-    assert report["slice"]["at_threshold"]["sensitivity"] == evaluate.NO_THRESHOLD
+    assert report["slice"]["at_threshold"]["sensitivity"] == NO_THRESHOLD
     assert {"numpy", "scipy"} <= set(report["versions"]) and report["settings"]["seed"] == 0
     table = (base / "metrics" / "metrics.md").read_text()
     assert table == capsys.readouterr().out and "| scan | AUC | 0.889 |" in table
@@ -320,7 +319,7 @@ def test_one_class_gives_undefined_not_a_number(results):
     assert code == 0
     for figure in ("auc", "auc_delong", "auc_bootstrap", "average_precision", "average_precision_bootstrap"):
         assert report["scan"][figure] == "undefined: only one class (0 abnormal, 6 normal)"
-    assert report["scan"]["at_threshold"]["sensitivity"] == evaluate.NO_THRESHOLD
+    assert report["scan"]["at_threshold"]["sensitivity"] == NO_THRESHOLD
 
 
 def test_missing_scan_is_exit_2_unless_allowed(results, capsys):

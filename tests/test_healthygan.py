@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
-from checkpoint import CheckpointError
 from healthygan import test as healthygan_test
 from healthygan import train, trivial, weights
 from healthygan.model import Generator
 from healthygan.scoring import aucp, difference, unit_scores
+from weights import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"train/healthy": 12, "train/mixed": 10, "test/healthy": 6, "test/diseased": 5}

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from latent import LatentStats
+from detect.latent import LatentStats
 
 
 def make_stats(positions=(0.0, 5.0, 10.0), layers=2, dim=6, kept=3, seed=0) -> LatentStats:

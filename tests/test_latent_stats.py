@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import latent_stats
+from ct.frame import PreprocessSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
+from detect.bundle import load_bundle
+from detect.search import ProjectionSettings
+from gan.snapshots import load_snapshot, save_snapshot
 from latent_stats import StatsConfig, augmented, encode_slices, fit, read_notes, report_size, thresholds
 from model import Discriminator, Encoder, Generator, ModelConfig
-from preprocess import PreprocessSettings
-from projection import ProjectionSettings
 
 TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16)
 SETTINGS = PreprocessSettings().to_json()
@@ -38,7 +39,7 @@ def write_run(folder, manifest, kind="encoder"):
     model = dataclasses.asdict(TINY)
     gan = {"kind": "gan", "step": 7, "model": model, "config": {"kimg": 0.007}, "data": data}
     meta = {"kind": kind, "model": model, "config": {"epochs": 2}, "data": data, "gan": gan}
-    checkpoint.save_snapshot(folder, 50, networks, {}, meta)
+    save_snapshot(folder, 50, networks, {}, meta)
     return folder
 
 
@@ -61,7 +62,7 @@ def test_end_to_end(inputs, tmp_path, capsys):
     assert command(*inputs, out, "--positions", "12", "--steps-latent", "2", "--steps-noise", "1",
                    "--provenance", "made by a test") == 0
 
-    bundle = checkpoint.load_bundle(out)
+    bundle = load_bundle(out)
     assert bundle.latent.components.shape[-1] == 4
     # 25 training slices, three passes: 75 codes, 15 at each of 0, 5, .. 20 mm; 32 of them within 20 mm
     # up to 30 mm below the vertex (10, 15 and 20 mm: 45 codes), not at 35 (15 and 20 mm: 30 codes).
@@ -93,15 +94,15 @@ def test_end_to_end(inputs, tmp_path, capsys):
 def test_without_calibration_and_overwriting(inputs, tmp_path, capsys):
     out = tmp_path / "mine"
     assert command(*inputs, out, "--calibrate", "none", "--name", "first") == 0
-    assert checkpoint.load_bundle(out).meta["calibration"] is None
+    assert load_bundle(out).meta["calibration"] is None
     assert "mine: 0." in capsys.readouterr().out                                    # MB
 
     assert command(*inputs, out, "--calibrate", "none", "--name", "second") == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert checkpoint.load_bundle(out).meta["provenance"]["name"] == "first"
+    assert load_bundle(out).meta["provenance"]["name"] == "first"
 
     assert command(*inputs, out, "--calibrate", "none", "--name", "second", "--overwrite") == 0
-    assert checkpoint.load_bundle(out).meta["provenance"]["name"] == "second"
+    assert load_bundle(out).meta["provenance"]["name"] == "second"
 
 
 def test_calibrates_the_weights_it_stores(inputs, tmp_path, monkeypatch):
@@ -114,7 +115,7 @@ def test_calibrates_the_weights_it_stores(inputs, tmp_path, monkeypatch):
     real = latent_stats.project
     monkeypatch.setattr(latent_stats, "project", remember)
     assert command(*inputs, tmp_path / "mine") == 0
-    assert projected == [checkpoint.load_bundle(tmp_path / "mine").weights_hash]
+    assert projected == [load_bundle(tmp_path / "mine").weights_hash]
 
 
 # ---- wrong usage: exit code 2, the flag and the mend named
@@ -257,7 +258,7 @@ def test_surprise_is_calibrated_on_the_others(tmp_path):
     out = tmp_path / "mine"
     assert command(data, run, out, "--measure", "surprise", "--surprise-above", "0.5", "--components", "2", "--passes",
                    "4", "--steps-noise", "0") == 0
-    bundle = checkpoint.load_bundle(out)
+    bundle = load_bundle(out)
     assert bundle.normal is not None and "normal.safetensors" in bundle.meta["files"]
     assert len(bundle.meta["calibration"]["scan_scores"]["mean"]) == 4
     # A slice of the healthy, seen again as a new scan, scores; one with a dense blob scores more.
@@ -298,7 +299,7 @@ def test_folds_add_their_held_out_scans(tmp_path):
     flags = ["--measure", "surprise", "--filter", "band", "--pool", "peak", "--scale", "sides", "--steps-latent", "0",
              "--steps-noise", "0", "--surprise-above", "0.5", "--fold", *map(str, other)]
     assert command(*one, tmp_path / "mine", *flags) == 0
-    meta = checkpoint.load_bundle(tmp_path / "mine").meta
+    meta = load_bundle(tmp_path / "mine").meta
     assert meta["calibration"]["scans"] == ["head4", "head5", "head0", "head1"]
     assert [fold["held_out"] for fold in meta["provenance"]["folds"]] == [["head4", "head5"], ["head0", "head1"]]
     assert all(score > 0 for score in meta["calibration"]["scan_scores"]["top3"])
@@ -306,10 +307,10 @@ def test_folds_add_their_held_out_scans(tmp_path):
 
 def test_a_fold_of_another_split_is_refused(tmp_path, capsys):
     (one, run), (other, _) = fold_inputs(tmp_path)
-    snapshot = checkpoint.load_snapshot(run)
+    snapshot = load_snapshot(run)
     meta = {**snapshot.meta, "held_out": ["head4", "head5"]}
     networks = {"generator": Generator(TINY), "discriminator": Discriminator(TINY), "encoder": Encoder(TINY)}
-    checkpoint.save_snapshot(tmp_path / "told", 50, networks, {}, meta)
+    save_snapshot(tmp_path / "told", 50, networks, {}, meta)
     assert command(other, tmp_path / "told", tmp_path / "mine") == 2
     assert "holds other scans out than the database" in capsys.readouterr().err
 

@@ -7,18 +7,8 @@ import math
 import pytest
 import torch
 
-from losses import (
-    DiscriminatorPerceptual,
-    build_perceptual,
-    d_logistic,
-    frozen,
-    g_nonsaturating,
-    in_domain,
-    path_lengths,
-    pixel_distance,
-    prior_excess,
-    r1_penalty,
-)
+from detect.perceptual import DiscriminatorPerceptual, build_perceptual, pixel_distance, prior_excess
+from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, path_lengths, r1_penalty
 from model import Discriminator, ModelConfig
 
 TINY = ModelConfig(size=32, style_dim=8, channel_base=64, channel_multiplier=1, channel_max=8)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-import memory
+from op import memory
 
 # A process of its own: in the tests' own, what other tests left free in the heap would serve the blocks as well.
 PAGES = """
 import resource
 import sys
 
-import memory
+from op import memory
 
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-import normative
-from normative import LEVELS, Normal, ResidualStats, Tails, combine, fit_normal, gaussian_blur, histogram, moments
+from detect import normative
+from detect.normative import (
+    LEVELS,
+    Normal,
+    ResidualStats,
+    Tails,
+    combine,
+    fit_normal,
+    gaussian_blur,
+    histogram,
+    moments,
+)
 
 N = 16
 BRAIN = torch.ones(3, N, N, dtype=torch.bool)

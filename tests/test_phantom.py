@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cohort import read_labels, read_table, read_truth, read_volume
 from ct.dicom import SliceStack
 from ct.read import find_scans, read_scan
 from ct.scan import Scan
 from ct.write import write_nifti
 from demos import phantom
 from demos.phantom import KINDS, Phantom, PhantomError, make, make_cohort, plan
+from evaluation.cohort import read_labels, read_table, read_truth, read_volume
 
 TWO = (KINDS[0], KINDS[3])
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-import metrics
 from benchmarks import baselines
-from cohort import read_volume
+from ct.frame import PreprocessSettings, preprocess_scan
 from ct.read import find_scans, read_scan
 from ct.standardise import StandardiseSettings
 from ct.write import write_nifti
 from dataset import ScanRecord, SliceDataset, SliceWriter
 from demos import benchmark, figures
 from demos.figures import LEVELS, OURS, STEP, Case, Cohort
-from preprocess import PreprocessSettings, preprocess_scan
+from evaluation import metrics
+from evaluation.cohort import read_volume
 from tests.helpers import synthetic_scan
 
 SETTINGS = PreprocessSettings(StandardiseSettings(size=32), min_brain_fraction=0.01)
@@ -216,7 +216,7 @@ def patched(healthy, monkeypatch):
     bundle = {"provenance": {"data": {"digest": SliceDataset(healthy).manifest["digest"]}}}
     monkeypatch.setattr(benchmark, "make_cohort", make_cohort)
     monkeypatch.setattr(benchmark, "project", project)
-    monkeypatch.setattr(benchmark.checkpoint, "read_bundle_meta", lambda folder: (bundle, "0"))
+    monkeypatch.setattr(benchmark, "read_bundle_meta", lambda folder: (bundle, "0"))
     return bundle
 
 

@@ -9,19 +9,13 @@ import numpy as np
 import pytest
 
 import prepare
+from ct.frame import PreprocessSettings, preprocess_scan
 from ct.read import find_scans, read_scan
 from ct.scan import ScanError
 from ct.slab import to_slabs
 from ct.standardise import StandardiseSettings, from_frame
 from dataset import DatasetError, SliceDataset, verify
-from preprocess import (
-    PreprocessSettings,
-    build_lmdb,
-    ensure_database,
-    listed_slabs,
-    preprocess_scan,
-    split_by_patient,
-)
+from gan.database import build_lmdb, ensure_database, listed_slabs, split_by_patient
 from tests.helpers import synthetic_head, synthetic_scan
 from tests.writers import write_slice_folder
 

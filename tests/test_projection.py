@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import Bundle
 from ct.window import decode, encode
-from latent import LatentStats
+from detect.bundle import Bundle
+from detect.latent import LatentStats
+from detect.search import FAITHFUL, ProjectionSettings, perceptual_for, project, ramp
 from model import Discriminator, Encoder, Generator, ModelConfig
-from projection import FAITHFUL, ProjectionSettings, perceptual_for, project, ramp
 
 TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16)
 FEW = ProjectionSettings(steps_latent=4, steps_noise=3)

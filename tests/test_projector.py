@@ -6,8 +6,8 @@ import dataclasses
 from types import SimpleNamespace
 
 import projector
-from preprocess import PreprocessSettings
-from projection import FAITHFUL, ProjectionSettings
+from ct.frame import PreprocessSettings
+from detect.search import FAITHFUL, ProjectionSettings
 
 CALIBRATED = ProjectionSettings(measure="surprise", steps_latent=0, steps_noise=0, pool="peak", perceptual="pixels",
                                 scan_score="top3")

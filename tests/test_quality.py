@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from gan.quality import frechet_distance, laplacian_pyramid, sliced_wasserstein
 from op import binomial_kernel, upfirdn2d
-from quality import frechet_distance, laplacian_pyramid, sliced_wasserstein
 
 
 def slices(count=12, size=32, seed=0):

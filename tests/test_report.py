@@ -17,7 +17,7 @@ from PIL import Image
 import evaluate
 from ct import report
 from ct.picture import pack_overlay
-from ct.report import ReportError, write_report
+from detect.report import ReportError, write_report
 
 RUN = {"weights_sha256": "f00d", "model": {"name": "tiny"}, "projection": {"scan_score": "mean", "threshold_hu": 5.0},
        "device": "cpu", "precision": "float32", "threads": 1, "ranks": 1, "seconds": 3.0,

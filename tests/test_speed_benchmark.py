@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import memory
 import train
 from benchmarks import gpu, speed
 from benchmarks.measure import REFERENCE, Row, medians, operations, side_by_side, table
 from benchmarks.reference import ReferenceDiscriminator, ReferenceGenerator
+from detect.search import ProjectionSettings
 from model import Discriminator, Generator, ModelConfig
-from projection import ProjectionSettings
+from op import memory
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=64, channel_multiplier=1, channel_max=8)

@@ -15,9 +15,9 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
-import checkpoint
 import distributed
 import train
+from gan.snapshots import load_snapshot, snapshot_steps
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ def assert_identical(a, b, where=""):
 # ---- A run
 
 def test_a_run_leaves_what_it_promises(gan_run):
-    assert checkpoint.snapshot_steps(gan_run) == [16, 32]
+    assert snapshot_steps(gan_run) == [16, 32]
     every = {"step", "loss_d", "real", "fake", "real_sign", "r1", "loss_g", "path_length", "ada_p", "r_t", "seconds",
              "memory_gb", "img_per_s", "s_per_kimg"}
     stats = rows(gan_run)
@@ -74,7 +74,7 @@ def test_a_run_leaves_what_it_promises(gan_run):
 
 
 def test_training_changes_what_it_should(gan_run):
-    first, last = (checkpoint.load_snapshot(gan_run, step).weights for step in (16, 32))
+    first, last = (load_snapshot(gan_run, step).weights for step in (16, 32))
     for network in ("generator", "generator_ema", "discriminator"):
         assert not torch.equal(next(iter(first[network].values())), next(iter(last[network].values())))
     for i in range(7):
@@ -86,7 +86,7 @@ def test_training_changes_what_it_should(gan_run):
 def test_a_resumed_run_is_bit_identical(train_gan, gan_run, half):
     """Random noise maps, augmentation, sampler, optimisers and running means all go on where they were."""
     assert train_gan(half) == 0
-    whole, resumed = (checkpoint.load_snapshot(run, 32) for run in (gan_run, half))
+    whole, resumed = (load_snapshot(run, 32) for run in (gan_run, half))
     assert_identical(whole.weights, resumed.weights)
     assert_identical(whole.state, resumed.state)
     clock = {"seconds", "memory_gb", "img_per_s", "s_per_kimg"}
@@ -108,7 +108,7 @@ def test_divergence_exits_4_and_keeps_the_last_good_snapshot(train_gan, half, fl
     """
     assert train_gan(half, "--lr", 1e30, *flags) == 4
     assert f"diverged at {noticed} images" in capsys.readouterr().err
-    snapshot = checkpoint.load_snapshot(half)
+    snapshot = load_snapshot(half)
     assert snapshot.step == 16
     assert all(torch.isfinite(t).all() for network in snapshot.weights.values() for t in network.values())
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import train_encoder
-from augment import random_rotation
 from ct.window import decode, encode
+from gan.augment import random_rotation
+from gan.snapshots import load_snapshot, snapshot_steps
 from train_encoder import EncoderConfig, EncoderTrainer, coarse_noise, erase
 
 FLAGS = ["--preset", "smoke32", "--device", "cpu", "--precision", "fp32", "--batch", "4", "--epochs", "2",
@@ -50,7 +50,7 @@ def half(half_run, tmp_path) -> Path:
 # ---- A run
 
 def test_a_run_leaves_what_it_promises(encoder_run, gan_run):
-    assert checkpoint.snapshot_steps(encoder_run) == [16, 32]
+    assert snapshot_steps(encoder_run) == [16, 32]
     stats = rows(encoder_run)
     assert [(row["step"], row["epoch"]) for row in stats] == [(16, 1), (32, 2)]
     assert all(set(row) == {"step", "epoch", "perceptual", "adversarial", "domain", "loss_d", "val_psnr_db",
@@ -62,7 +62,7 @@ def test_a_run_leaves_what_it_promises(encoder_run, gan_run):
 
 
 def test_the_generator_stays_and_the_discriminator_goes_on(encoder_run, gan_run):
-    gan, ours = checkpoint.load_snapshot(gan_run).weights, checkpoint.load_snapshot(encoder_run).weights
+    gan, ours = load_snapshot(gan_run).weights, load_snapshot(encoder_run).weights
     assert set(ours) == {"encoder", "discriminator", "generator"}
     assert all(torch.equal(ours["generator"][name], t) for name, t in gan["generator_ema"].items())
     assert not torch.equal(ours["discriminator"]["convs.0.0.weight"], gan["discriminator"]["convs.0.0.weight"])
@@ -70,7 +70,7 @@ def test_the_generator_stays_and_the_discriminator_goes_on(encoder_run, gan_run)
 
 def test_a_resumed_run_is_bit_identical(slices32, gan_run, encoder_run, half):
     assert run_encoder(slices32, gan_run, half) == 0
-    whole, resumed = (checkpoint.load_snapshot(run, 32) for run in (encoder_run, half))
+    whole, resumed = (load_snapshot(run, 32) for run in (encoder_run, half))
     for network, weights in whole.weights.items():
         assert all(torch.equal(resumed.weights[network][name], t) for name, t in weights.items()), network
     assert torch.equal(whole.state["rng"][0], resumed.state["rng"][0])
@@ -81,7 +81,7 @@ def test_a_resumed_run_is_bit_identical(slices32, gan_run, encoder_run, half):
 def test_divergence_exits_4_and_keeps_the_last_good_snapshot(slices32, gan_run, half, capsys):
     assert run_encoder(slices32, gan_run, half, "--lr", 1e30) == 4
     assert "diverged in epoch 2" in capsys.readouterr().err
-    snapshot = checkpoint.load_snapshot(half)
+    snapshot = load_snapshot(half)
     assert snapshot.step == 16
     assert all(torch.isfinite(t).all() for t in snapshot.weights["encoder"].values())
 
@@ -99,7 +99,7 @@ def test_what_cannot_be_trained_exits_2(slices32, gan_run, encoder_run, tmp_path
 
 def test_the_loss_falls_on_a_batch_seen_again_and_again(gan_run):
     config = EncoderConfig(lr=3e-3, erase=0, rotate=0, flip=False, precision="fp32")
-    trainer = EncoderTrainer(config, checkpoint.load_snapshot(gan_run), torch.device("cpu"))
+    trainer = EncoderTrainer(config, load_snapshot(gan_run), torch.device("cpu"))
     real = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5
     first, *_, last = (trainer.step(real, i, full=False)["perceptual"].item() for i in range(12))
     assert last < 0.9 * first
@@ -181,7 +181,7 @@ def test_coarse_noise_leaves_the_others_as_they_are():
 
 def test_rates_fall_evenly_over_the_last_part(gan_run):
     config = EncoderConfig(decay=0.5, lr=1e-4, lr_trunk=1e-3, lr_discriminator=1e-5, precision="fp32")
-    trainer = EncoderTrainer(config, checkpoint.load_snapshot(gan_run), torch.device("cpu"))
+    trainer = EncoderTrainer(config, load_snapshot(gan_run), torch.device("cpu"))
     for done, factor in ((0.0, 1.0), (0.5, 1.0), (0.75, 0.5), (1.0, 0.0)):
         trainer.set_rates(done)
         rates = [group["lr"] for group in (*trainer.e_opt.param_groups, *trainer.d_opt.param_groups)]
@@ -203,8 +203,8 @@ def noise_run(slices32, gan_run, encoder_run, tmp_path_factory) -> Path:
 
 
 def test_a_run_starts_from_another_runs_weights(gan_run, encoder_run):
-    trainer = EncoderTrainer(EncoderConfig(noise=True), checkpoint.load_snapshot(gan_run), torch.device("cpu"))
-    first = checkpoint.load_snapshot(encoder_run)
+    trainer = EncoderTrainer(EncoderConfig(noise=True), load_snapshot(gan_run), torch.device("cpu"))
+    first = load_snapshot(encoder_run)
     trainer.start_from(first)
     for name, module in trainer.modules().items():
         state = module.state_dict()
@@ -214,15 +214,15 @@ def test_a_run_starts_from_another_runs_weights(gan_run, encoder_run):
 
 
 def test_the_noise_head_is_trained_and_kept(noise_run, encoder_run):
-    weights = checkpoint.load_snapshot(noise_run).weights["encoder"]
+    weights = load_snapshot(noise_run).weights["encoder"]
     assert any(weights[f"noise_head.maps.{i}.weight"].abs().max() > 0 for i in range(3))
-    meta = checkpoint.load_snapshot(noise_run).meta
+    meta = load_snapshot(noise_run).meta
     assert meta["model"]["encoder_noise"] and meta["init"]["step"] == 32
 
 
 def test_images_alone_are_drawn_with_the_generators_own_noise(gan_run, noise_run):
-    trainer = EncoderTrainer(EncoderConfig(noise=True), checkpoint.load_snapshot(gan_run), torch.device("cpu"))
-    trainer.start_from(checkpoint.load_snapshot(noise_run))
+    trainer = EncoderTrainer(EncoderConfig(noise=True), load_snapshot(gan_run), torch.device("cpu"))
+    trainer.start_from(load_snapshot(noise_run))
     for layer in trainer.g.convs:
         layer.noise.weight.data += 1                       # what the GAN has not learnt to use would change nothing
     images = 0.5 * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import distributed
+from gan.snapshots import Snapshot, load_snapshot, snapshot_steps
+from weights import CheckpointError
 
 
 class RunLog:
@@ -98,11 +99,11 @@ def run_command(work: Callable[[torch.device], None], device: str, out: Path) ->
     return 0
 
 
-def load_run(folder: Path, flag: str, kind: str, command: str) -> checkpoint.Snapshot:
+def load_run(folder: Path, flag: str, kind: str, command: str) -> Snapshot:
     """The last snapshot of a run of this kind. Raises CheckpointError naming the flag."""
-    snapshot = checkpoint.load_snapshot(folder)
+    snapshot = load_snapshot(folder)
     if snapshot.meta.get("kind") != kind:
-        raise checkpoint.CheckpointError(f"{flag} {folder}: not a run of {command} "
+        raise CheckpointError(f"{flag} {folder}: not a run of {command} "
                                          f"(kind {snapshot.meta.get('kind')!r})")
     return snapshot
 
@@ -112,7 +113,7 @@ def load_optimiser(optimiser: torch.optim.Optimizer, state: dict) -> None:
     optimiser.load_state_dict({**state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
-def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> checkpoint.Snapshot | None:
+def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> Snapshot | None:
     """Collective. Open the run folder and, if it holds snapshots, load the last one's weights into modules.
 
     Writes meta to config.json. Returns the snapshot (for its state), or None for a new run. Raises CheckpointError
@@ -121,11 +122,11 @@ def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> che
     if distributed.is_main():
         out.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
-    snapshot = checkpoint.load_snapshot(out) if checkpoint.snapshot_steps(out) else None
+    snapshot = load_snapshot(out) if snapshot_steps(out) else None
     if snapshot is not None:
         for key in [key for key in meta if key != "config"]:               # in order: the kind first
             if snapshot.meta.get(key) != json.loads(json.dumps(meta[key])):
-                raise checkpoint.CheckpointError(
+                raise CheckpointError(
                     f"{out}: the run there has another {key} ({snapshot.meta.get(key)}, now {meta[key]}); go on with "
                     "the same flags and database, or choose another --out")
         snapshot.restore(modules)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from metrics import Undefined
+from evaluation.metrics import Undefined
 
 POLICIES = ("first_come", "by_score")
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import anomaly
-import normative
-from checkpoint import Bundle
 from config import option
 from ct.window import decode, encode
-from losses import KNEE, PERCEPTUAL, build_perceptual, prior_excess
+from detect import measure, normative
+from detect.bundle import Bundle
+from detect.perceptual import KNEE, PERCEPTUAL, build_perceptual, prior_excess
 
 MEASURES = ("votes", "surprise")
 POOLS = ("area", "peak")
@@ -60,7 +59,7 @@ class ProjectionSettings:
                                "any place (peak)", POOLS)
     surprise_above: float = option(2.5, "surprise (-log10 of the share of healthy brain) that a score counts from")
     surprise_mask: float = option(3.0, "surprise from which a pixel is predicted anomalous")
-    scan_score: str = option("mean", "how slice scores become the scan's score", anomaly.SCAN_SCORES)
+    scan_score: str = option("mean", "how slice scores become the scan's score", measure.SCAN_SCORES)
 
     def __post_init__(self):
         steps = self.steps_latent + self.steps_noise
@@ -114,7 +113,7 @@ class FrameProjection:
     seconds: dict[str, float]
 
     def scan_score(self, how: str) -> float:
-        return anomaly.scan_score(self.slice_scores, how)
+        return measure.scan_score(self.slice_scores, how)
 
 
 def project(
@@ -173,8 +172,8 @@ class _Search:
         self.max_gap_mm = max(settings.max_gap_mm, 1.5 * usual_mm)       # thick slices have neighbours, too
         self.chunks = [slice(i, min(i + batch, len(hu))) for i in range(0, len(hu), batch)]
         self.stats = bundle.latent.at(torch.as_tensor(self.positions))
-        self.counter = anomaly.VoteCounter(hu.shape, self.device)
-        self.median = anomaly.scale_median_size(hu.shape[-1], settings.median_at_512)
+        self.counter = measure.VoteCounter(hu.shape, self.device)
+        self.median = measure.scale_median_size(hu.shape[-1], settings.median_at_512)
         self.image = torch.empty_like(self.query)                        # the reconstruction at the last step
         # The noise stage must know what is anomalous before a surprise can be told.
         self._needs_votes = settings.measure == "votes" or settings.steps_noise > 0
@@ -258,12 +257,12 @@ class _Search:
         elif self.settings.measure == "surprise":
             shown, predicted, scores = residual, torch.zeros_like(brain), torch.zeros(len(brain))
         else:
-            shown, predicted = anomaly.anomaly_map(votes, residual, steps), self.counter.predicted.cpu()
-            scores = anomaly.slice_scores(votes, steps, residual.abs(), brain)
+            shown, predicted = measure.anomaly_map(votes, residual, steps), self.counter.predicted.cpu()
+            scores = measure.slice_scores(votes, steps, residual.abs(), brain)
         return FrameProjection(
             reconstruction=reconstruction.cpu(), residual=residual, scales=scales, judged=judged, votes=votes,
             anomaly=shown, predicted=predicted,
-            lesion=anomaly.lesion_mask(predicted, predicted.shape[-1], self.settings.component_at_512),
+            lesion=measure.lesion_mask(predicted, predicted.shape[-1], self.settings.component_at_512),
             slice_scores=scores, steps=steps, error_hu=errors, seconds=seconds)
 
     @staticmethod
@@ -276,11 +275,11 @@ class _Search:
             self.image[chunk] = self.bundle.generator.synthesis(self.w_plus[chunk], [m[chunk] for m in self.noise])
 
     def _residual(self, reconstruction):
-        return anomaly.residual(self.query_hu, reconstruction, self.brain, self.median)
+        return measure.residual(self.query_hu, reconstruction, self.brain, self.median)
 
     @torch.no_grad()
     def _vote(self):
-        votes = anomaly.frame_votes(self._residual(decode(self.image)).abs(), self.settings.threshold_hu,
+        votes = measure.frame_votes(self._residual(decode(self.image)).abs(), self.settings.threshold_hu,
                                     self.positions, self.max_gap_mm)
         self.counter.add(votes)
 
@@ -289,7 +288,7 @@ def residual_scales(query_hu: torch.Tensor, normal_hu: torch.Tensor, residual: t
                     settings: ProjectionSettings) -> tuple[torch.Tensor, torch.Tensor]:
     """What --measure surprise is told of: the residual at both scales [S, 2, N, N], HU, and where, bool [S, N, N].
 
-    query_hu and its closest normal normal_hu, residual (of anomaly.residual) float32 [S, N, N]; brain bool [S, N, N].
+    query_hu and its closest normal normal_hu, residual (of measure.residual) float32 [S, N, N]; brain bool [S, N, N].
     """
     if settings.filter == "median":
         return normative.scales(query_hu - normal_hu, residual, brain), brain
@@ -305,10 +304,10 @@ def judge(surprise: torch.Tensor, judged: torch.Tensor, settings: ProjectionSett
     """
     shown = normative.combine(surprise, settings.scale, settings.thin)
     if settings.pool == "peak":
-        sigma = PEAK_AT_512 * shown.shape[-1] / anomaly.PAPER_SIZE
-        scores = anomaly.peak_scores(shown, judged, settings.surprise_above, sigma)
+        sigma = PEAK_AT_512 * shown.shape[-1] / measure.PAPER_SIZE
+        scores = measure.peak_scores(shown, judged, settings.surprise_above, sigma)
     else:
-        scores = anomaly.surprise_scores(shown, judged, settings.surprise_above)
+        scores = measure.surprise_scores(shown, judged, settings.surprise_above)
     return shown, shown.abs() > settings.surprise_mask, scores
 
 

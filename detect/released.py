@@ -19,13 +19,10 @@ import numpy as np
 import torch
 
 from model import ModelConfig
+from weights import CheckpointError
 
 STATE_DICTS = ("g_ema", "d", "e")        # generator, discriminator, encoder
 CHANNEL_BASE = 16384                     # channels at resolution r: at most base * multiplier / r
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read. The message names the file and the mend."""
 
 
 # ------------------------------------------------------------------------------------------------------------

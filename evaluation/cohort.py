@@ -12,7 +12,7 @@ import nibabel
 import numpy as np
 from PIL import Image
 
-from metrics import empirical_threshold
+from evaluation.metrics import empirical_threshold
 
 Key = tuple                                # (scan_id,) or (scan_id, slice)
 

@@ -1,8 +1,4 @@
-"""From a scan to the slices a network sees: the one preprocessing that training and inference share.
-
-preprocess_scan does one scan; build_lmdb does folders of them, for prepare.py and for training straight from
-a folder. The settings that decide the outcome are one dataclass, kept in the database and in every model.
-"""
+"""Folders of scans to a slice database: for prepare.py, and for training straight from a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,80 +19,15 @@ import torch
 from tqdm import tqdm
 
 import distributed
-from ct.brain import brain_mask
+from ct.frame import PreprocessSettings, preprocess_scan
 from ct.read import ScanSource, find_scans, read_scan
-from ct.scan import Scan, ScanError
-from ct.slab import Slabs, to_slabs
-from ct.standardise import Standardised, StandardiseSettings, standardise
+from ct.scan import ScanError
+from ct.slab import Slabs
+from ct.standardise import StandardiseSettings
 from dataset import SPLITS, DatasetError, ScanRecord, SliceWriter
 
 PathLike = str | os.PathLike
-HU_RANGE = (-20.0, 180.0)     # what the three windows show (CN_STYLEGAN.md, Image)
-
-
-@dataclass(frozen=True)
-class PreprocessSettings:
-    """Everything that decides which pixels a network sees.
-
-    slab_mm             thickness that thin slices are averaged to
-    thin_mm             slices closer together than this are thin
-    min_brain_fraction  slices with less brain than this part of the frame are left out
-    max_below_vertex_mm slices lower than this are left out (the neck)
-    """
-
-    standardise: StandardiseSettings = field(default_factory=StandardiseSettings)
-    slab_mm: float = 5.0
-    thin_mm: float = 4.0
-    min_brain_fraction: float = 0.02
-    max_below_vertex_mm: float = 160.0
-
-    def to_json(self) -> dict:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, stored: dict) -> PreprocessSettings:
-        """The inverse of to_json, after a trip through JSON or not; ValueError on missing or unknown keys."""
-        outer = _checked(cls, stored, "preprocessing settings")
-        inner = _checked(StandardiseSettings, outer.pop("standardise"), "standardisation settings")
-        return cls(standardise=StandardiseSettings(**inner), **outer)
-
-
-def _checked(cls: type, stored: dict, what: str) -> dict:
-    names = {f.name for f in dataclasses.fields(cls)}
-    if set(stored) != names:
-        raise ValueError(f"{what}: unknown keys {sorted(set(stored) - names)}, missing keys "
-                         f"{sorted(names - set(stored))}; made by another version: prepare anew")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
-
-
-@dataclass(frozen=True)
-class Preprocessed:
-    """One scan, ready for a network, with what it takes to bring maps back.
-
-    slabs         slabs.scan is the scan at working thickness [T, H, W]; from_slabs leads back to its slices
-    brain         bool [T, H, W], in the geometry of the slabs
-    standardised  hu and brain [T, N, N], below_vertex_mm [T], and the frame (ct.standardise.from_frame)
-    kept          bool [T]: enough brain, and above the neck
-    """
-
-    slabs: Slabs
-    brain: np.ndarray
-    standardised: Standardised
-    kept: np.ndarray
-
-
-def preprocess_scan(scan: Scan, settings: PreprocessSettings) -> Preprocessed:
-    """Slabs, brain mask and canonical frame of a scan; ScanError when no head or no usable slice is found."""
-    slabs = to_slabs(scan, settings.slab_mm, settings.thin_mm)
-    brain = brain_mask(slabs.scan)
-    standardised = standardise(slabs.scan, brain, settings.standardise)
-    below = standardised.below_vertex_mm
-    kept = (standardised.brain.mean((1, 2)) >= settings.min_brain_fraction) & (below >= 0)
-    kept &= below <= settings.max_below_vertex_mm
-    if not kept.any():
-        raise ScanError(f"{scan.scan_id}: no slice has brain on {settings.min_brain_fraction:.1%} of the frame "
-                        f"and lies within {settings.max_below_vertex_mm:g} mm below the vertex")
-    return Preprocessed(slabs, brain, standardised, kept)
+HU_RANGE = (-20.0, 180.0)     # what the three windows show
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,106 @@
+"""From a scan to the slices a network sees, and back: the one preprocessing that training and inference share.
+
+The settings that decide the outcome are one dataclass, kept in the database and in every model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ct.brain import brain_mask
+from ct.scan import Scan, ScanError
+from ct.slab import Slabs, to_slabs
+from ct.standardise import Standardised, StandardiseSettings, from_frame, standardise
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    """Everything that decides which pixels a network sees.
+
+    slab_mm             thickness that thin slices are averaged to
+    thin_mm             slices closer together than this are thin
+    min_brain_fraction  slices with less brain than this part of the frame are left out
+    max_below_vertex_mm slices lower than this are left out (the neck)
+    """
+
+    standardise: StandardiseSettings = field(default_factory=StandardiseSettings)
+    slab_mm: float = 5.0
+    thin_mm: float = 4.0
+    min_brain_fraction: float = 0.02
+    max_below_vertex_mm: float = 160.0
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: dict) -> PreprocessSettings:
+        """The inverse of to_json, after a trip through JSON or not; ValueError on missing or unknown keys."""
+        outer = _checked(cls, stored, "preprocessing settings")
+        inner = _checked(StandardiseSettings, outer.pop("standardise"), "standardisation settings")
+        return cls(standardise=StandardiseSettings(**inner), **outer)
+
+
+def _checked(cls: type, stored: dict, what: str) -> dict:
+    names = {f.name for f in dataclasses.fields(cls)}
+    if set(stored) != names:
+        raise ValueError(f"{what}: unknown keys {sorted(set(stored) - names)}, missing keys "
+                         f"{sorted(names - set(stored))}; made by another version: prepare anew")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+
+
+@dataclass(frozen=True)
+class Preprocessed:
+    """One scan, ready for a network, with what it takes to bring maps back.
+
+    slabs         slabs.scan is the scan at working thickness [T, H, W]; from_slabs leads back to its slices
+    brain         bool [T, H, W], in the geometry of the slabs
+    standardised  hu and brain [T, N, N], below_vertex_mm [T], and the frame (ct.standardise.from_frame)
+    kept          bool [T]: enough brain, and above the neck
+    """
+
+    slabs: Slabs
+    brain: np.ndarray
+    standardised: Standardised
+    kept: np.ndarray
+
+    def kept_slices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a network sees: hu float32 [K, N, N], brain bool [K, N, N], below_vertex_mm [K] of the kept slices."""
+        standard = self.standardised
+        return standard.hu[self.kept], standard.brain[self.kept], standard.below_vertex_mm[self.kept]
+
+    def maps_to_scan(self, maps: np.ndarray, fill: float = 0.0) -> np.ndarray:
+        """Maps [K, N, N] of the kept slices in the scan's own geometry, [S, H, W]: frame to pixels, slabs to slices.
+
+        float32, or bool of bool. `fill` is what slices that were not kept and pixels outside the frame get.
+        """
+        frame = self.standardised.frame
+        full = np.full((len(self.kept), frame.size, frame.size), fill, bool if maps.dtype == bool else np.float32)
+        full[self.kept] = maps
+        return self.slabs.from_slabs(from_frame(full, frame, fill=fill))
+
+    def values_to_scan(self, values: np.ndarray) -> np.ndarray:
+        """One value per slab [T] as one per slice of the scan [S]; bool of bool."""
+        return self.slabs.from_slabs(values[:, None, None])[:, 0, 0]
+
+    def scores_to_scan(self, scores: np.ndarray) -> np.ndarray:
+        """Scores [K] of the kept slices, float32 [S] per slice of the scan; 0 where a slice was not kept."""
+        full = np.zeros(len(self.kept), np.float32)
+        full[self.kept] = scores
+        return self.values_to_scan(full)
+
+
+def preprocess_scan(scan: Scan, settings: PreprocessSettings) -> Preprocessed:
+    """Slabs, brain mask and canonical frame of a scan; ScanError when no head or no usable slice is found."""
+    slabs = to_slabs(scan, settings.slab_mm, settings.thin_mm)
+    brain = brain_mask(slabs.scan)
+    standardised = standardise(slabs.scan, brain, settings.standardise)
+    below = standardised.below_vertex_mm
+    kept = (standardised.brain.mean((1, 2)) >= settings.min_brain_fraction) & (below >= 0)
+    kept &= below <= settings.max_below_vertex_mm
+    if not kept.any():
+        raise ScanError(f"{scan.scan_id}: no slice has brain on {settings.min_brain_fraction:.1%} of the frame "
+                        f"and lies within {settings.max_below_vertex_mm:g} mm below the vertex")
+    return Preprocessed(slabs, brain, standardised, kept)

@@ -1,0 +1,1 @@
+"""Scores held against labels: figures with intervals, cohorts, the worklist simulation, tables and plots."""

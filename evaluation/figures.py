@@ -1,0 +1,213 @@
+"""Figures of scores against labels, as numbers, as a table and as curves.
+
+args: the settings of evaluate.py (level, bootstrap, seed, prevalence, missing, masks, maps, mask_gaps).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.metrics import precision_recall_curve
+
+from evaluation import metrics
+from evaluation.cohort import InputError, Units, read_truth, read_volume
+from evaluation.metrics import defined
+
+NO_THRESHOLD = "undefined: no threshold set on other data"
+CALLED = {"sensitivity": ("tp", "fn"), "specificity": ("tn", "fp"), "ppv": ("tp", "fp"), "npv": ("tn", "fn")}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Figures
+
+def ranking(scores, labels, clusters, args) -> dict:
+    """AUC and average precision of one set of units, with their intervals."""
+    boot = {"clusters": clusters, "level": args.level, "repeats": args.bootstrap, "seed": args.seed}
+    ap = metrics.average_precision
+    return {"abnormal": int((labels == 1).sum()), "normal": int((labels == 0).sum()),
+            "clusters": len(np.unique(clusters)),
+            "auc": defined(metrics.auc, scores, labels),
+            "auc_delong": defined(metrics.delong_interval, scores, labels, clusters, args.level),
+            "auc_bootstrap": defined(metrics.bootstrap_interval, metrics.auc, scores, labels, **boot),
+            "average_precision": defined(ap, scores, labels),
+            "average_precision_bootstrap": defined(metrics.bootstrap_interval, ap, scores, labels, **boot)}
+
+
+def at_threshold(scores, labels, threshold, source, args) -> dict:
+    """Sensitivity and its kin as {value, interval, hits, of}; 'undefined' without a threshold."""
+    names = [*CALLED, "ppv_at_prevalence"]
+    if threshold is None:
+        return {name: NO_THRESHOLD for name in names}
+    counts = metrics.confusion(scores, labels, threshold)
+    result = {"threshold": threshold, "threshold_source": source, **counts}
+    for name, (right, wrong) in CALLED.items():
+        total = counts[right] + counts[wrong]
+        value = defined(metrics.proportion, counts[right], total, args.level)
+        result[name] = value if isinstance(value, str) else {
+            "value": value[0], "interval": value[1:], "hits": counts[right], "of": total}
+    result["ppv_at_prevalence"] = _ppv(result["sensitivity"], result["specificity"], args.prevalence)
+    return result
+
+
+def _ppv(sensitivity, specificity, prevalence):
+    """PPV at the prevalence; its interval puts both Wilson bounds at their low, then their high end:
+    conservative."""
+    if prevalence is None:
+        return "undefined: no --prevalence given"
+    if isinstance(sensitivity, str) or isinstance(specificity, str):
+        return "undefined: needs abnormal and normal units"
+    value = defined(metrics.ppv_at_prevalence, sensitivity["value"], specificity["value"], prevalence)
+    if isinstance(value, str):
+        return value
+    ends = zip(sensitivity["interval"], specificity["interval"])
+    return {"value": value, "interval": [metrics.ppv_at_prevalence(*end, prevalence) for end in ends],
+            "prevalence": prevalence}
+
+
+def level_figures(units: Units, threshold: float | None, source: str, args) -> dict:
+    """Everything about scans, or about slices."""
+    everything = np.ones(len(units.keys), bool)
+    result = {"n": len(units.keys), "left_out": units.left_out, "counted_worst": units.counted_worst,
+              **ranking(*units.where(everything), args), "roc": defined(metrics.roc_points, units.scores, units.labels),
+              "at_threshold": at_threshold(units.scores, units.labels, threshold, source, args)}
+    result["categories"] = {}
+    for name in sorted({t for types in units.types for t in types}):
+        chosen = np.array([name in types for types in units.types]) | (units.labels == 0)
+        called = at_threshold(*units.where(chosen)[:2], threshold, source, args)
+        result["categories"][name] = {**ranking(*units.where(chosen), args),
+                                      "sensitivity": called["sensitivity"]}
+    untyped = sum(not types for types, label in zip(units.types, units.labels) if label == 1)
+    return {**result, "abnormal_without_category": untyped}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Masks
+
+def pixel_figures(units: Units, args) -> dict:
+    """Dice by scan (where the truth is not empty), pooled Dice and pixel AP. A scan labelled 0 has an empty
+    truth."""
+    tally, absent = metrics.PixelTally(), []
+    for (scan_id,), label in zip(units.keys, units.labels):
+        if not (args.maps / scan_id / "mask.nii.gz").is_file():
+            absent.append(f"{scan_id} (no map)")
+            continue
+        predicted, affine = read_volume(args.maps / scan_id / "mask.nii.gz")
+        anomaly, _ = read_volume(args.maps / scan_id / "anomaly.nii.gz")
+        found = read_truth(args.masks, scan_id, predicted.shape, affine, args.mask_gaps)
+        if found is None and label == 1:
+            absent.append(f"{scan_id} (no truth)")
+            continue
+        truth, counted = found or (np.zeros(predicted.shape, bool), np.ones(len(predicted), bool))
+        tally.add(scan_id, truth[counted], predicted[counted] > 0, anomaly[counted])
+    if absent and args.missing == "error":
+        raise InputError(f"--masks {args.masks} and --maps {args.maps}: nothing to compare for "
+                         f"{', '.join(absent)}. Add the files, or leave these scans out of the pixel "
+                         "figures with --missing exclude")
+    each = np.array(list(tally.dice_by_scan.values()))
+    result = {"scans": len(units.keys) - len(absent), "left_out": len(absent),
+              "dice_pooled": defined(tally.pooled_dice),
+              "pixel_average_precision": defined(tally.average_precision),
+              "dice_by_scan": tally.dice_by_scan}
+    if not len(each):
+        return {**result, "dice_mean": "undefined: no truth mask with a pixel in it"}
+    boot = defined(metrics.bootstrap_interval, lambda s, _: float(s.mean()), each, np.ones(len(each)),
+                   level=args.level, repeats=args.bootstrap, seed=args.seed)
+    return {**result, "dice_mean": float(each.mean()), "dice_mean_bootstrap": boot,
+            "dice_median": float(np.median(each))}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Report
+
+def shown(value) -> str:
+    """A figure for the table: three digits, an interval, or why there is none."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (tuple, list)):
+        return f"{value[0]:.3f} to {value[1]:.3f}"
+    return f"{value:.3f}"
+
+
+def level_rows(level: str, figures: dict) -> list[tuple]:
+    """Table rows of one level: (what, figure, value, interval, n)."""
+    def ranked(what, f):
+        n = f"{f['abnormal']} abnormal, {f['normal']} normal"
+        yield what, "AUC", f["auc"], f"{shown(f['auc_delong'])} (DeLong)", n
+        yield what, "", "", f"{shown(f['auc_bootstrap'])} (bootstrap)", ""
+        yield what, "average precision", f["average_precision"], f["average_precision_bootstrap"], n
+
+    def called(what, figure, f):
+        if isinstance(f, str):
+            return what, figure, f, "", ""
+        return what, figure, f["value"], f["interval"], f"{f['hits']} of {f['of']}" if "of" in f else ""
+
+    rows = list(ranked(level, figures))
+    for figure in CALLED:
+        rows.append(called(level, figure.upper() if figure in ("ppv", "npv") else figure,
+                           figures["at_threshold"][figure]))
+    rows.append(called(level, "PPV at prevalence", figures["at_threshold"]["ppv_at_prevalence"]))
+    for category, f in figures["categories"].items():
+        rows += ranked(f"{level}, {category}", f)
+        if not isinstance(f["sensitivity"], str):
+            rows.append(called(f"{level}, {category}", "sensitivity", f["sensitivity"]))
+    return rows
+
+
+def table(report: dict) -> dict[str, list]:
+    """What is shown of the report: columns, rows of text, and notes on what was left out."""
+    rows, notes = [], []
+    for level in ("scan", "slice"):
+        if level in report:
+            f = report[level]
+            rows += level_rows(level, f)
+            notes += [f"{level}s left out: {count} ({why})" for why, count in f["left_out"].items()]
+            if f["counted_worst"]:
+                notes.append(f"{level}s without a score, counted as ranked wrongly: {f['counted_worst']}")
+            if f["abnormal_without_category"]:
+                notes.append(f"abnormal {level}s without a category: {f['abnormal_without_category']}")
+            if "threshold" in f["at_threshold"]:
+                notes.append(f"{level} threshold {f['at_threshold']['threshold']:.6g}: "
+                             f"{f['at_threshold']['threshold_source']}")
+    if "pixel" in report:
+        f = report["pixel"]
+        rows += [("pixel", "Dice, mean over scans", f["dice_mean"], f.get("dice_mean_bootstrap", ""),
+                  f"{len(f['dice_by_scan'])} scans with a lesion"),
+                 ("pixel", "Dice, pooled", f["dice_pooled"], "", f"{f['scans']} scans"),
+                 ("pixel", "average precision", f["pixel_average_precision"], "", f"{f['scans']} scans")]
+        notes += [f"scans left out of the pixel figures: {f['left_out']}"] * bool(f["left_out"])
+    if "comparison" in report:
+        f = report["comparison"]
+        p = f"p {shown(f['delong_p'])} (paired DeLong)"
+        rows.append(("scan", f"AUC of {f['scores']}", f["auc"], p, ""))
+    columns = ["level", "figure", "value", f"{report['settings']['level']:.0%} interval", "n"]
+    return {"columns": columns, "rows": [[shown(cell) for cell in row] for row in rows], "notes": notes}
+
+
+def markdown(columns: list[str], rows: list[list[str]], notes: list[str]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
+
+
+def plot_curves(levels: dict[str, Units], report: dict, out: Path) -> None:
+    """roc.png and pr.png, one curve a level; a level with one class only is said to be undefined in the
+    legend."""
+    for kind, axes in (("roc", ("1 - specificity", "sensitivity")), ("pr", ("recall", "precision"))):
+        figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
+        ax = figure.add_subplot(xlabel=axes[0], ylabel=axes[1], xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        for colour, (level, units) in zip(("C0", "C1"), levels.items()):
+            label = f"{level}: {'AUC' if kind == 'roc' else 'AP'} "
+            label += shown(report[level]["auc" if kind == "roc" else "average_precision"])
+            if len(np.unique(units.labels)) < 2:
+                ax.plot([], [], colour, label=label)
+            elif kind == "roc":
+                ax.plot(*zip(*report[level]["roc"]), colour, label=label)
+            else:
+                y, x, _ = precision_recall_curve(units.labels, units.scores)
+                ax.step(x, y, colour, where="post", label=label)
+                ax.axhline(units.labels.mean(), color=colour, lw=0.8, ls=":")
+        if kind == "roc":
+            ax.plot([0, 1], [0, 1], "k:", lw=0.8)
+        ax.legend(loc="lower right" if kind == "roc" else "lower left", fontsize=8)
+        figure.savefig(out / f"{kind}.png")

@@ -1,0 +1,1 @@
+"""What only training needs: losses, augmentation, quality, the run's log and snapshots, the database's building."""

@@ -1,0 +1,159 @@
+"""Run folders of the training commands.
+
+A run folder holds snapshots, `snapshot-00012000/`: weights as safetensors, one file per network; optimisers,
+RNGs and the like in state.pt (tensors and plain Python values only); meta.json with a SHA-256 of each file. A
+snapshot is written beside its place and renamed, so a killed run leaves the one before it whole.
+
+In a distributed run, save on rank 0 only.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from weights import (
+    FORMAT_VERSION,
+    CheckpointError,
+    flush,
+    load_strictly,
+    load_tensors,
+    portable,
+    read_json,
+    sha256,
+    to_json,
+    verify,
+)
+
+_PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One moment of a training run, on the CPU."""
+
+    step: int
+    path: Path
+    weights: dict[str, dict[str, torch.Tensor]]      # by network name
+    state: dict[str, Any]                            # optimisers, RNGs, ...: as it was saved
+    meta: dict[str, Any]
+
+    def restore(self, modules: Mapping[str, nn.Module]) -> None:
+        """Load the weights into modules, strictly. Raises CheckpointError when names or shapes do not fit."""
+        for name, module in modules.items():
+            if name not in self.weights:
+                raise CheckpointError(f"{self.path}: no network '{name}', only {sorted(self.weights)}")
+            load_strictly(module, self.weights[name], self.path / f"{name}.safetensors")
+
+
+def snapshot_steps(run: str | Path) -> list[int]:
+    """Steps of the finished snapshots of a run folder, ascending; empty for a new or missing folder."""
+    names = (path.name for path in Path(run).glob("snapshot-*"))
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"snapshot-(\d+)", name)))
+
+
+def save_snapshot(run: str | Path, step: int, modules: Mapping[str, nn.Module], state: Mapping[str, Any],
+                  meta: Mapping[str, Any], keep: int = 2, milestone: bool = False) -> Path:
+    """Write a snapshot atomically, then drop all but the newest `keep` and the milestones. Returns its folder.
+
+    modules  networks by name; each becomes NAME.safetensors
+    state    tensors, numbers, strings, None, and dicts, lists and tuples of these; anything else is refused,
+             so that it can be read back without unpickling code
+    meta     anything JSON can hold
+    """
+    run = Path(run)
+    _check_plain(state, "state")
+    for leftover in [*run.glob(".snapshot-*.writing"), *run.glob(".snapshot-*.replaced")]:
+        shutil.rmtree(leftover)
+
+    writing = run / f".snapshot-{step:08d}.writing"
+    writing.mkdir(parents=True)
+    for name, module in modules.items():
+        save_file(portable(module.state_dict()), writing / f"{name}.safetensors")
+    torch.save(dict(state), writing / "state.pt")
+    files = {path.name: sha256(path) for path in sorted(writing.iterdir())}
+    content = dict(format_version=FORMAT_VERSION, step=step, milestone=milestone, files=files, meta=dict(meta))
+    (writing / "meta.json").write_text(to_json(content, run), encoding="utf-8")
+    for path in [*writing.iterdir(), writing]:
+        flush(path)
+
+    final = _snapshot_path(run, step)
+    if final.exists():
+        final.rename(run / f".{final.name}.replaced")
+    writing.rename(final)
+    flush(run)
+    shutil.rmtree(run / f".{final.name}.replaced", ignore_errors=True)
+    _prune(run, keep)
+    return final
+
+
+def load_snapshot(run: str | Path, step: int | str = "latest") -> Snapshot:
+    """Read a snapshot, checked against its hashes.
+
+    'latest' falls back to the newest whole one, with a warning for each that had to be passed over.
+    Raises CheckpointError when there is none, or when the step asked for is missing or damaged.
+    """
+    run = Path(run)
+    steps = snapshot_steps(run)
+    if not steps:
+        raise CheckpointError(f"{run}: no snapshot here; check the folder, or start the run anew")
+    if step != "latest":
+        if step not in steps:
+            raise CheckpointError(f"{run}: no snapshot of step {step}; there are {steps}")
+        return _read_snapshot(_snapshot_path(run, step))
+
+    for leftover in run.glob(".snapshot-*.writing"):
+        warnings.warn(f"{leftover}: left half-written when the run stopped; not used", stacklevel=2)
+    for candidate in reversed(steps):
+        try:
+            return _read_snapshot(_snapshot_path(run, candidate))
+        except CheckpointError as error:
+            warnings.warn(f"{error}; falling back to the snapshot before it", stacklevel=2)
+    raise CheckpointError(f"{run}: all {len(steps)} snapshots are damaged; start the run anew")
+
+
+def _read_snapshot(folder: Path) -> Snapshot:
+    content = read_json(folder / "meta.json", "the snapshot is not whole; use another")
+    verify(folder, content["files"], "the file was altered or cut short; use another snapshot")
+    networks = [name for name in content["files"] if name.endswith(".safetensors")]
+    weights = {name.removesuffix(".safetensors"): load_tensors(folder / name) for name in networks}
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    return Snapshot(content["step"], folder, weights, state, content["meta"])
+
+
+def _prune(run: Path, keep: int) -> None:
+    for step in snapshot_steps(run)[:-max(keep, 1)]:
+        folder = _snapshot_path(run, step)
+        try:
+            milestone = read_json(folder / "meta.json", "damaged")["milestone"]
+        except CheckpointError:
+            milestone = False
+        if not milestone:
+            shutil.rmtree(folder)
+
+
+def _snapshot_path(run: Path, step: int) -> Path:
+    return run / f"snapshot-{step:08d}"
+
+
+def _check_plain(value: Any, where: str) -> None:
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            _check_plain(key, f"a key of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for i, item in enumerate(value):
+            _check_plain(item, f"{where}[{i}]")
+    elif type(value) not in _PLAIN and not isinstance(value, torch.Tensor):
+        raise CheckpointError(f"{where}: a {type(value).__module__}.{type(value).__name__} cannot be saved; "
+                              "store a tensor, number, string, dict, list or tuple")

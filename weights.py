@@ -1,0 +1,100 @@
+"""Weights in files: safetensors with a SHA-256 each, read strictly; what run folders and model bundles share.
+
+Nothing here unpickles code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+FORMAT_VERSION = 1                       # of snapshots and bundles; newer ones are refused
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read. The message names the file and the fix."""
+
+
+def portable(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU as safetensors wants them: contiguous, sharing no memory."""
+    return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file. Raises CheckpointError."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error}); fetch or write it again") from error
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Load a state dict whose names and shapes must be the module's. Raises CheckpointError naming `source`."""
+    own = module.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in state]
+    wrong += [f"{name} is not known" for name in state if name not in own]
+    wrong += [f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
+              for name in own if name in state and state[name].shape != own[name].shape]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{source}: does not fit this {type(module).__name__}: {'; '.join(wrong[:3])}"
+                              f"{more}. Use the configuration it was trained with")
+    module.load_state_dict(state)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(folder: Path, files: Mapping[str, str], mend: str) -> None:
+    """CheckpointError, ending with `mend`, unless every file is there with its SHA-256."""
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file; {mend}")
+        if (found := sha256(path)) != expected:
+            raise CheckpointError(f"{path}: SHA-256 {found[:12]}, expected {expected[:12]}: {mend}")
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def to_json(content: Mapping[str, Any], folder: Path) -> str:
+    """JSON of meta data. Raises CheckpointError naming the folder for what JSON cannot hold, NaN included."""
+    try:
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: meta must be plain JSON without NaN: {error}") from error
+
+
+def read_json(path: Path, mend: str) -> dict[str, Any]:
+    """A JSON file of a format version that this code reads. Raises CheckpointError, ending with `mend`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file: {mend}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}): {mend}") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise CheckpointError(f"{path}: no format_version: {mend}")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {version}, this code reads up to {FORMAT_VERSION}; update it")
+    return content
