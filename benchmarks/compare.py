@@ -154,7 +154,7 @@ class Calibrated:
 
 def scales_of(baseline: baselines.Reconstruction, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,
               settings: ProjectionSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """detect.search.residual_scales of a baseline: residuals float32 [S, 2, N, N], HU, and where they count, [S, N, N]."""
+    """detect.search.residual_scales of a baseline: residuals float32 [S, 2, N, N], HU; where they count, [S, N, N]."""
     query, normal = baseline.closest_normal(hu, brain, below_vertex_mm)
     median = measure.scale_median_size(hu.shape[-1], settings.median_at_512)
     filtered = measure.residual(query, normal, brain, median)

@@ -17,6 +17,7 @@ from config import option
 from ct.window import decode, encode
 from detect import measure, normative
 from detect.bundle import Bundle
+from detect.measure import SCAN_SCORES
 from detect.perceptual import KNEE, PERCEPTUAL, build_perceptual, prior_excess
 
 MEASURES = ("votes", "surprise")
@@ -59,7 +60,7 @@ class ProjectionSettings:
                                "any place (peak)", POOLS)
     surprise_above: float = option(2.5, "surprise (-log10 of the share of healthy brain) that a score counts from")
     surprise_mask: float = option(3.0, "surprise from which a pixel is predicted anomalous")
-    scan_score: str = option("mean", "how slice scores become the scan's score", measure.SCAN_SCORES)
+    scan_score: str = option("mean", "how slice scores become the scan's score", SCAN_SCORES)
 
     def __post_init__(self):
         steps = self.steps_latent + self.steps_noise
