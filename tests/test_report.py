@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 import evaluate
-from ct import report
 from ct.picture import pack_overlay
+from detect import report
 from detect.report import ReportError, write_report
 
 RUN = {"weights_sha256": "f00d", "model": {"name": "tiny"}, "projection": {"scan_score": "mean", "threshold_hu": 5.0},
