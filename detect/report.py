@@ -1,6 +1,6 @@
 """A results folder of projector.py as one HTML file that opens offline: worklist, pictures, how sure, settings.
 
-    python -m ct.report RESULTS [--out FILE] [--evaluation metrics.json] [--megabytes 40]
+    python -m detect.report RESULTS [--out FILE] [--evaluation metrics.json] [--megabytes 40]
 
 RESULTS holds scores.csv, slices.csv, run.json and <scan>/overlay/NN.png. Pictures are packed as WebP up to the limit:
 first the key slices of every scan, reduced, then all slices of as many scans as fit, highest score first. The page
@@ -425,7 +425,7 @@ def write_report(results: Path, out: Path, evaluation: dict | None = None, megab
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ct.report", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m detect.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results folder of projector.py")
     parser.add_argument("--out", type=Path, help="the page (default: RESULTS/report.html)")
