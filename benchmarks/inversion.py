@@ -37,12 +37,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
 import distributed  # noqa: E402
-import memory  # noqa: E402
 from benchmarks import baselines, compare, pasted  # noqa: E402
-from checkpoint import Bundle, load_bundle  # noqa: E402
+from ct.frame import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
-from preprocess import PreprocessSettings  # noqa: E402
-from projection import ProjectionSettings, perceptual_for, project  # noqa: E402
+from detect.bundle import Bundle, load_bundle  # noqa: E402
+from detect.search import ProjectionSettings, perceptual_for, project  # noqa: E402
+from op import memory  # noqa: E402
 
 MOST_CONTRAST_HU = 60.0      # of a lesion: what counts is that it is gone, not how bright it was
 ERODED = 3                   # pixels at the rim of the brain where sharpness is not measured: the skull's edge is there

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     run("3/4 evaluation against the truth", "evaluate.py", results / "scores.csv", cohort / "labels.csv", "--out",
         figures, "--slices", results / "slices.csv", "--slice-labels", cohort / "slices.csv", "--masks",
         cohort / "masks", "--maps", results)
-    run("4/4 report", "-m", "ct.report", results, "--evaluation", figures / "metrics.json", "--out",
+    run("4/4 report", "-m", "detect.report", results, "--evaluation", figures / "metrics.json", "--out",
         out / "report.html")
     print(f"\n{summary(results / 'scores.csv', cohort / 'labels.csv')}\n\nreport: {out / 'report.html'}\n"
           f"{time.perf_counter() - started:.0f} s in all")
