@@ -1,5 +1,7 @@
 """NIfTI: any axis order and sign comes to a Scan, and goes back to the very grid it came from."""
 
+import gzip
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -136,6 +138,35 @@ def test_types_on_disk(tmp_path, volume, dtype, on_disk):
     assert saved.get_data_dtype() == on_disk
     expected = volume if dtype is None else HU + 1                            # rounded, not cut off
     np.testing.assert_array_equal(saved.get_fdata().transpose(2, 1, 0), expected)
+
+
+@pytest.mark.parametrize("largest_hu, on_disk", [(180.0, np.int16), (5000.0, np.int32)])
+def test_steps_read_back_to_half_a_step(tmp_path, largest_hu, on_disk):
+    scan = read_nifti("vol", write_nifti_scan(tmp_path / "vol.nii", HU, axes="LPS"))
+    values = np.linspace(-largest_hu, largest_hu, scan.hu.size, dtype=np.float32).reshape(scan.hu.shape)
+    values[0, 0, :4] = (0.0, 0.04, 0.06, -12.34)
+    write_nifti(tmp_path / "map.nii.gz", values, scan, step=0.1)
+    saved = nib.load(tmp_path / "map.nii.gz")
+    found = saved.get_fdata().transpose(2, 1, 0)
+    assert saved.get_data_dtype() == on_disk and saved.dataobj.slope == np.float32(0.1)
+    np.testing.assert_allclose(found[0, 0, :4], (0.0, 0.0, 0.1, -12.3), atol=1e-6)
+    np.testing.assert_allclose(found, values, atol=0.0501)
+
+
+def test_steps_refuse_what_is_not_finite(tmp_path):
+    scan = read_nifti("vol", write_nifti_scan(tmp_path / "vol.nii", HU, axes="LPS"))
+    with pytest.raises(ValueError, match="map.nii.gz: expected finite values to store in steps of 0.1, found"):
+        write_nifti(tmp_path / "map.nii.gz", np.full(HU.shape, np.nan, np.float32), scan, step=0.1)
+    assert not (tmp_path / "map.nii.gz").exists()
+
+
+def test_compressed_and_plain_files_hold_the_same_bytes(tmp_path):
+    scan = read_nifti("vol", write_nifti_scan(tmp_path / "vol.nii", HU, axes="LPS"))
+    for name in ("map.nii", "map.nii.gz"):
+        write_nifti(tmp_path / name, scan.hu, scan, step=0.1)
+    packed = (tmp_path / "map.nii.gz").read_bytes()
+    assert gzip.decompress(packed) == (tmp_path / "map.nii").read_bytes()
+    assert packed[4:8] == bytes(4)                                            # no date: equal maps are equal files
 
 
 def test_map_of_a_slice_folder(tmp_path):
