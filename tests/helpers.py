@@ -1,10 +1,21 @@
-"""Seeded synthetic heads for tests: ellipsoids with a skull, scalp, ventricles; written in the real formats."""
+"""For several test files: seeded synthetic heads, a recorder of gradients, a search for patient data."""
 
 from __future__ import annotations
 
+import base64
+import gzip
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
+from PIL import Image
 
 from ct.scan import Scan
+from tests.writers import PATIENT_MARKERS
+
+EMBEDDED = re.compile(rb"data:[\w/+.-]+;base64,([A-Za-z0-9+/=\s]+)")
 
 
 def synthetic_head(slices=24, size=96, spacing_mm=(5.0, 2.4, 2.4), angle_deg=0.0, shift_mm=(0.0, 0.0), noise=3.0,
@@ -48,3 +59,44 @@ def synthetic_scan(scan_id="head", **kwargs) -> tuple[Scan, np.ndarray]:
     spacing = kwargs.get("spacing_mm", (5.0, 2.4, 2.4))
     hu, brain = synthetic_head(**kwargs)
     return Scan(scan_id, hu, np.arange(len(hu)) * spacing[0], tuple(spacing[1:])), brain
+
+
+class GradientRecorder:
+    """In an optimiser's place: keeps the gradients of every step, and leaves the weights as they are.
+
+    steps: one list a step, of the gradient of each parameter in the optimiser's order; None where there is none
+    """
+
+    def __init__(self, optimiser):
+        self.param_groups, self.zero_grad = optimiser.param_groups, optimiser.zero_grad
+        self.steps = []
+
+    def step(self):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self.steps.append([None if p.grad is None else p.grad.clone() for p in parameters])
+
+
+def unpacked(content: bytes) -> Iterator[bytes]:
+    """A file's bytes and, of gzip, PNG and embedded data URIs, what is packed in them, at any depth."""
+    yield content
+    if content[:2] == b"\x1f\x8b":
+        yield from unpacked(gzip.decompress(content))
+    if content[:8] == b"\x89PNG\r\n\x1a\n":
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()                              # text chunks may come after the pixels
+            yield repr(image.info).encode()
+    for match in EMBEDDED.finditer(content):
+        yield from unpacked(base64.b64decode(match[1]))
+
+
+def leaks(folder: Path, *more: bytes) -> list[str]:
+    """'file: marker' for every file below a folder that holds one of writers.PATIENT_MARKERS or `more`.
+
+    Names and every byte are searched; DICOM files, which belong into the patient's study, are not.
+    """
+    found = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".dcm"):
+        parts = [str(path.relative_to(folder)).encode(), *unpacked(path.read_bytes())]
+        found += [f"{path.name}: {marker.decode()}" for marker in (*PATIENT_MARKERS, *more)
+                  if any(marker in part.lower() for part in parts)]
+    return found

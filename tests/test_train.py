@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from PIL import Image
 
 import distributed
 import train
 from gan.snapshots import load_snapshot, snapshot_steps
+from tests.helpers import GradientRecorder
 
 CPU = torch.device("cpu")
 
@@ -208,6 +210,69 @@ def test_adam_is_corrected_for_the_regulariser():
     assert optimiser.defaults["betas"] == (0.0, pytest.approx(0.99**0.8))
     assert train.lazy_adam(torch.nn.Linear(1, 1), lr=0.002, every=0).defaults["betas"] == (0.0, 0.99)
 
+
+# ---- What each phase weighs
+
+def recorded_step(config: train.TrainConfig, index: int = 0, **changes) -> tuple[train.Trainer, dict]:
+    """A step on eight fixed images of a trainer whose optimisers record gradients; without flips."""
+    trainer = train.Trainer(dataclasses.replace(config, flip=False, **changes), CPU)
+    trainer.d_opt, trainer.g_opt = GradientRecorder(trainer.d_opt), GradientRecorder(trainer.g_opt)
+    return trainer, trainer.step(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(5)), index)
+
+
+def test_r1_weighs_half_gamma_times_its_interval(tiny_gan_config):
+    """L = gamma / 2 * E |grad D(x)|^2, taken every 16 steps and 16 times as strong (Karras 2020, B)."""
+    trainer, stats = recorded_step(tiny_gan_config, r1_gamma=6.0, r1_every=16)
+    main, regularised = trainer.d_opt.steps
+    x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    (slope,) = torch.autograd.grad(trainer.d(x).sum(), x, create_graph=True)
+    r1 = slope.square().sum((1, 2, 3)).mean()
+    expected = torch.autograd.grad(6.0 / 2 * 16 * r1, list(trainer.d.parameters()), materialize_grads=True)
+    assert stats["r1"].item() == pytest.approx(r1.item(), rel=1e-5)
+    assert max(g.abs().max() for g in expected) > 1e-2
+    for found, wanted in zip(regularised, expected):
+        torch.testing.assert_close(torch.zeros_like(wanted) if found is None else found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_path_length_weighs_its_interval_too(tiny_gan_config):
+    """L = weight * (|J^T y| - a)^2, taken every 4 steps and 4 times as strong."""
+    once, stats = recorded_step(tiny_gan_config, path_weight=1.0, path_every=1)
+    lazy, _ = recorded_step(tiny_gan_config, path_weight=2.0, path_every=4)
+    moved = [(one, eight) for one, eight in zip(once.g_opt.steps[1], lazy.g_opt.steps[1]) if one is not None]
+    for one, eight in moved:
+        torch.testing.assert_close(8 * one, eight, rtol=1e-4, atol=1e-7)
+    assert max(one.abs().max() for one, _ in moved) > 1e-4
+    assert once.path_mean.item() == pytest.approx(0.01 * stats["path_length"].item())     # from 0, by path_decay
+    # Of one row, the penalty is told by the length itself.
+    loss, scalars = lazy.g_reg(torch.zeros(2, 3, 32, 32), slice(0, 2), "g_reg")
+    away = scalars["path_length"] - lazy.path_mean
+    assert loss.item() == pytest.approx(8 * away.item() ** 2, rel=1e-4)
+
+
+def test_path_lengths_are_taken_of_a_part_of_the_batch(tiny_gan_config, monkeypatch):
+    sizes, original = [], train.path_lengths
+    monkeypatch.setattr(train, "path_lengths", lambda x, *rest: sizes.append(len(x)) or original(x, *rest))
+    recorded_step(tiny_gan_config, path_shrink=4)
+    assert sizes == [2]
+
+
+def test_generator_and_discriminator_pull_apart(tiny_gan_config):
+    """The main phases by hand: D raises real and lowers fake logits, G raises fake ones; no regulariser at index 1."""
+    trainer, stats = recorded_step(tiny_gan_config, index=1)
+    assert len(trainer.d_opt.steps) == len(trainer.g_opt.steps) == 1
+    real = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        trainer.images_seen = 0                                  # the same draws again
+        fake = trainer.g.synthesis(trainer._w_plus(slice(None), "d"), "const")
+    loss = F.softplus(-trainer.d(real)).mean() + F.softplus(trainer.d(fake)).mean()
+    expected = torch.autograd.grad(loss, list(trainer.d.parameters()), materialize_grads=True)
+    assert stats["loss_d"].item() == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(trainer.d_opt.steps[0], list(expected), rtol=1e-4, atol=1e-6)
+    fake = trainer.g.synthesis(trainer._w_plus(slice(None), "g"), "const")
+    loss = F.softplus(-trainer.d(fake)).mean()
+    expected = torch.autograd.grad(loss, list(trainer.g.parameters()), materialize_grads=True)
+    assert stats["loss_g"].item() == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(trainer.g_opt.steps[0], list(expected), rtol=1e-4, atol=1e-6)
 
 @pytest.mark.parametrize("values", [{"batch": 0}, {"accumulate": 0}, {"batch": 8, "accumulate": 3}])
 def test_batches_that_cannot_be_are_refused(values):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_encoder
 from ct.window import decode, encode
 from gan.augment import random_rotation
 from gan.snapshots import load_snapshot, snapshot_steps
+from tests.helpers import GradientRecorder
 from train_encoder import EncoderConfig, EncoderTrainer, coarse_noise, erase
 
 FLAGS = ["--preset", "smoke32", "--device", "cpu", "--precision", "fp32", "--batch", "4", "--epochs", "2",
@@ -103,6 +106,74 @@ def test_the_loss_falls_on_a_batch_seen_again_and_again(gan_run):
     real = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5
     first, *_, last = (trainer.step(real, i, full=False)["perceptual"].item() for i in range(12))
     assert last < 0.9 * first
+
+
+# ---- What a step learns from
+
+def perceptual_by_hand(x: torch.Tensor, y: torch.Tensor, knee: float) -> torch.Tensor:
+    return (((x - y).square() + knee**2).sqrt() - knee).mean()
+
+
+@pytest.fixture(scope="module")
+def recorded(gan_run) -> SimpleNamespace:
+    """A full step of an encoder whose input is erased, with all that went through the networks; weights unchanged."""
+    config = EncoderConfig(perceptual="pixels", knee=0.05, adversarial=0.3, domain=2.0, r1_gamma=6.0, r1_every=16,
+                           erase=1.0, rotate=0, flip=False, precision="fp32")
+    trainer = EncoderTrainer(config, load_snapshot(gan_run), torch.device("cpu"))
+    trainer.e_opt, trainer.d_opt = GradientRecorder(trainer.e_opt), GradientRecorder(trainer.d_opt)
+    real = 0.2 + 0.8 * torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen = SimpleNamespace(trainer=trainer, config=config, real=real, encoder=[], discriminator=[])
+    invert, judge = trainer.e.invert, trainer.d.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.e, "invert", lambda images, g: seen.encoder.append(images) or invert(images, g))
+        patch.setattr(trainer.d, "forward", lambda images: seen.discriminator.append(images.detach()) or judge(images))
+        seen.stats = trainer.step(real, 0, full=True)
+    return seen
+
+
+def test_the_encoder_sees_erased_images(recorded):
+    corrupted, real = recorded.encoder[0], recorded.real
+    erased = (corrupted == 0) & (real != 0)
+    assert 0.02 < erased.float().mean() < 0.4 and erased.flatten(1).any(1).all()
+    assert torch.equal(corrupted[~erased], real[~erased])
+
+
+def test_what_it_shall_draw_is_whole(recorded):
+    """Denoising: the distance is that to the image before it was erased; the discriminator sees no hole, either."""
+    fake = recorded.discriminator[0]
+    wanted = perceptual_by_hand(recorded.real, fake, knee=0.05)
+    assert recorded.stats["perceptual"].item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert recorded.stats["perceptual"].item() != pytest.approx(
+        perceptual_by_hand(recorded.encoder[0], fake, knee=0.05).item(), rel=1e-2)
+    assert torch.equal(recorded.discriminator[1], recorded.real)
+    assert torch.equal(recorded.encoder[1], recorded.real)       # nor does the discriminator's opponent
+
+
+def test_the_encoders_loss_is_the_weighted_sum_of_its_terms(recorded):
+    """distance + 0.3 adversarial + 2 in-domain: the encoder's gradient by hand."""
+    trainer = recorded.trainer
+    code, fake = trainer.reconstruct(recorded.encoder[0])
+    adversarial = F.softplus(-trainer.d(fake)).mean()
+    domain = (code - trainer.e(fake)).square().mean()
+    loss = perceptual_by_hand(recorded.real, fake, knee=0.05) + 0.3 * adversarial + 2.0 * domain
+    parameters = [p for group in trainer.e_opt.param_groups for p in group["params"]]
+    expected = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    torch.testing.assert_close(trainer.e_opt.steps[0], list(expected), rtol=1e-3, atol=1e-6)
+    assert recorded.stats["domain"].item() == pytest.approx(domain.item(), rel=1e-4)
+
+
+def test_r1_weighs_half_gamma_times_its_interval(recorded):
+    trainer, x = recorded.trainer, recorded.real.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(trainer.d(x).sum(), x, create_graph=True)
+    penalty = 6.0 / 2 * 16 * slope.square().sum((1, 2, 3)).mean()
+    expected = torch.autograd.grad(penalty, list(trainer.d.parameters()), materialize_grads=True)
+    for found, wanted in zip(trainer.d_opt.steps[1], expected):
+        torch.testing.assert_close(torch.zeros_like(wanted) if found is None else found, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_the_first_epochs_know_the_distance_alone(gan_run):
+    trainer = EncoderTrainer(EncoderConfig(precision="fp32"), load_snapshot(gan_run), torch.device("cpu"))
+    assert set(trainer.step(torch.zeros(2, 3, 32, 32), 0, full=False)) == {"perceptual"}
 
 
 # ---- Augmentation

@@ -47,6 +47,20 @@ def write_scan_json(folder, windows_hu, slice_spacing_mm=5.0, pixel_spacing_mm=N
         "order": order}))
 
 
+# What an attribute of every DICOM file says of a patient, a stay or a person: none of it may turn up in an output.
+PATIENT = {
+    "PatientName": "Secret^Name", "PatientID": "SECRET-ID", "PatientBirthDate": "19010203",
+    "PatientAddress": "1 Secret Street", "PatientTelephoneNumbers": "SECRET-PHONE", "PatientComments": "Secret comment",
+    "OtherPatientIDs": "SECRET-OTHER-ID", "AccessionNumber": "SECRET-NUMBER", "StudyID": "SECRET-STUDY",
+    "StudyDate": "19990101", "StudyDescription": "Secret study", "SeriesDescription": "Secret series",
+    "ProtocolName": "Secret protocol", "ImageComments": "Secret image", "InstitutionName": "Secret Hospital",
+    "ReferringPhysicianName": "Secret^Referrer", "PerformingPhysicianName": "Secret^Performer",
+    "OperatorsName": "Secret^Operator", "StationName": "SECRETSTATION", "DeviceSerialNumber": "SECRET-SERIAL",
+    "RequestedProcedureDescription": "Secret question", "AdmissionID": "SECRET-STAY",
+}
+PATIENT_MARKERS = (b"secret", b"19010203", b"19990101")             # in lower case; one of them is in each of these
+
+
 def make_uid(*words) -> str:
     """A DICOM UID that is the same for the same words."""
     return f"2.25.{int(hashlib.sha256(repr(words).encode()).hexdigest()[:24], 16)}"
@@ -129,7 +143,9 @@ def _ct_dataset(study_uid: str, series_uid: str, instance_uid: str, sop_class: s
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = instance_uid
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     ds.StudyInstanceUID, ds.SeriesInstanceUID = study_uid, series_uid
-    ds.Modality, ds.PatientName, ds.PatientID, ds.StudyDate = "CT", "Secret^Name", "SECRET-ID", "19990101"
+    ds.Modality = "CT"
+    for keyword, value in PATIENT.items():
+        setattr(ds, keyword, value)
     return ds
 
 
