@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,16 @@ class SliceStack:
     origins: np.ndarray                               # [S, 3]
     row_step: np.ndarray                              # [3] from one row to the next
     column_step: np.ndarray                           # [3] from one column to the next
+    frames: tuple[tuple[Path, int], ...] = ()         # file and frame (from 0) of each slice; () where it has no file
+    transposed: bool = False                          # how the files' pictures were brought to the display:
+    rows_flipped: bool = False                        # first transposed,
+    columns_flipped: bool = False                     # then flipped
+
+    def to_stored(self, volume: np.ndarray) -> np.ndarray:
+        """A map [S, H, W] with rows and columns as in the files; slices stay in the Scan's order."""
+        volume = volume[:, :, ::-1] if self.columns_flipped else volume
+        volume = volume[:, ::-1] if self.rows_flipped else volume
+        return np.ascontiguousarray(volume.transpose(0, 2, 1) if self.transposed else volume)
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ def _frames(path: Path, ds: pydicom.Dataset) -> list[_Frame]:
 
 def _frame(path: Path, index: int, size: tuple[int, int], ds: pydicom.Dataset) -> _Frame:
     def numbers(sequence: str, keyword: str, count: int) -> np.ndarray | None:
-        value = _frame_value(ds, index, sequence, keyword)
+        value = frame_value(ds, index, sequence, keyword)
         if value is None:
             return None
         values = np.asarray(value, np.float64).reshape(-1)
@@ -121,7 +131,7 @@ def _frame(path: Path, index: int, size: tuple[int, int], ds: pydicom.Dataset) -
     spacing = numbers("PixelMeasuresSequence", "PixelSpacing", 2)
     slope = numbers("PixelValueTransformationSequence", "RescaleSlope", 1)
     intercept = numbers("PixelValueTransformationSequence", "RescaleIntercept", 1)
-    frame_type = _frame_value(ds, index, "CTImageFrameTypeSequence", "FrameType") or ds.get("ImageType") or ()
+    frame_type = frame_value(ds, index, "CTImageFrameTypeSequence", "FrameType") or ds.get("ImageType") or ()
     frame_type = [frame_type] if isinstance(frame_type, str) else list(frame_type)
     orientation = None if orientation is None else orientation.reshape(2, 3)
     return _Frame(path, index, size, position, orientation,
@@ -140,7 +150,7 @@ def _padding(ds: pydicom.Dataset) -> tuple[int, int] | None:
     return low, high
 
 
-def _frame_value(ds: pydicom.Dataset, index: int, sequence: str, keyword: str):
+def frame_value(ds: pydicom.Dataset, index: int, sequence: str, keyword: str):
     """A frame's value: from its own functional groups, the shared ones, or the file (single-frame images)."""
     per_frame = ds.get("PerFrameFunctionalGroupsSequence") or ()
     groups = list(per_frame[index:index + 1]) + list(ds.get("SharedFunctionalGroupsSequence") or ())
@@ -202,7 +212,7 @@ def read_dicom(scan_id: str, paths: Sequence[Path], notes: Sequence[str] = ()) -
         raise ScanError(f"{scan_id}: axial CT slices at {len(order)} different positions, at least 3 are needed")
     notes += spacing_notes(position[order])
     spacing = (float(np.linalg.norm(stack.row_step)), float(np.linalg.norm(stack.column_step)))
-    stack = SliceStack(stack.origins[order], stack.row_step, stack.column_step)
+    stack = replace(stack, origins=stack.origins[order], frames=tuple((frames[k].path, frames[k].index) for k in order))
     return Scan(scan_id, hu[order], position[order], spacing, geometry=stack, source="dicom",
                 notes=tuple(notes))
 
@@ -285,13 +295,16 @@ def _to_display(hu: np.ndarray, frames: list[_Frame]) -> tuple[np.ndarray, Slice
     origins = np.array([frame.position for frame in frames])
     column_step = frames[0].orientation[0] * frames[0].spacing[1]
     row_step = frames[0].orientation[1] * frames[0].spacing[0]
-    if abs(column_step[0]) * abs(row_step[1]) < abs(column_step[1]) * abs(row_step[0]):
+    transposed = bool(abs(column_step[0]) * abs(row_step[1]) < abs(column_step[1]) * abs(row_step[0]))
+    if transposed:
         hu, column_step, row_step = hu.transpose(0, 2, 1), row_step, column_step
-    if row_step[1] < 0:
+    rows_flipped, columns_flipped = bool(row_step[1] < 0), bool(column_step[0] < 0)
+    if rows_flipped:
         origins, hu, row_step = origins + (hu.shape[1] - 1) * row_step, hu[:, ::-1], -row_step
-    if column_step[0] < 0:
+    if columns_flipped:
         origins, hu, column_step = origins + (hu.shape[2] - 1) * column_step, hu[:, :, ::-1], -column_step
-    return np.ascontiguousarray(hu), SliceStack(origins, row_step, column_step)
+    stack = SliceStack(origins, row_step, column_step, (), transposed, rows_flipped, columns_flipped)
+    return np.ascontiguousarray(hu), stack
 
 
 def _drop_duplicates(scan_id: str, hu: np.ndarray, position: np.ndarray, notes: list[str]) -> list[int]:

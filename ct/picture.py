@@ -44,18 +44,27 @@ def residual_colours(residual_hu: np.ndarray, full_hu: float = RESIDUAL_FULL_HU)
     return (np.where(residual_hu[..., None] > 0, dense, thin) * 255 + 0.5).astype(np.uint8)
 
 
+def mark(hu: np.ndarray, lesion: np.ndarray, side: int = 360) -> np.ndarray:
+    """A slice [H, W] in the brain window with its lesion mask in red: uint8 [H, W, 3].
+
+    An outline and a light tint, so that what is marked stays readable; the outline is a pixel wide in a picture
+    whose longer side is `side`.
+    """
+    picture = np.repeat(grey(hu)[..., None], 3, -1)
+    edge = lesion & ~ndimage.binary_erosion(lesion, iterations=max(1, round(max(lesion.shape) / side)))
+    marked = picture.copy()
+    for where, share in ((lesion, 0.15), (edge, 0.9)):
+        marked[where] = ((1 - share) * picture[where] + share * np.array([255, 40, 30])).astype(np.uint8)
+    return marked
+
+
 def overlay_panels(query_hu: np.ndarray, reconstruction_hu: np.ndarray, residual_hu: np.ndarray, lesion: np.ndarray,
                    side: int = 360) -> Image.Image:
     """One slice as four panels (PANELS): query, closest normal, residual, and the query with the lesion mask in red.
 
     All [H, W]; a panel's longer side is reduced to `side` pixels if it is longer.
     """
-    query = np.repeat(grey(query_hu)[..., None], 3, -1)
-    # An outline and a light tint: what is marked must stay readable.
-    edge = lesion & ~ndimage.binary_erosion(lesion, iterations=max(1, round(max(lesion.shape) / side)))
-    marked = query.copy()
-    for where, share in ((lesion, 0.15), (edge, 0.9)):
-        marked[where] = ((1 - share) * query[where] + share * np.array([255, 40, 30])).astype(np.uint8)
+    query, marked = np.repeat(grey(query_hu)[..., None], 3, -1), mark(query_hu, lesion, side)
     normal = np.repeat(grey(reconstruction_hu)[..., None], 3, -1)
     row = Image.fromarray(np.concatenate([query, normal, residual_colours(residual_hu), marked], 1))
     scale = min(1.0, side / max(query.shape[:2]))

@@ -1,0 +1,65 @@
+"""A scan's results as DICOM objects: a structured report, a segmentation, a map, key objects and pictures.
+
+write_dicom writes them for one scan, in new series of the source's study. Each module here makes one kind of object
+with one function, build(case); common.py holds what they share. docs/DICOM.md says where each datum lies.
+
+Everything here is research and unverified, and every object says so where it has a place for it.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+import pydicom
+
+from ct.scan import Scan
+from detect.dicom_out import key_objects, parametric_map, secondary_capture, seg, sr
+from detect.dicom_out.common import Case, DicomOutError, Identity, Result, open_case
+
+__all__ = ["Case", "DicomOutError", "Identity", "Result", "build_objects", "write_dicom"]
+
+
+def build_objects(scan: Scan, result: Result, identity: Identity, *, phi: bool = True,
+                  made: datetime | None = None) -> dict[str, pydicom.Dataset]:
+    """The objects of a scan by file name: sr, seg (only where something is marked), map, key-objects, picture-N.
+
+    scan      as read from DICOM: scan.geometry names the files and frames of its slices, which are read again
+    result    what was found, on the slices of the scan
+    phi       whether patient and study modules are copied from the source; without, nothing of them is, and the
+              objects join the study by its Study Instance UID alone
+    made      content date and time; now by default
+
+    UIDs depend on the source's instances, the identity, the result's threshold and phi alone. Raises DicomOutError.
+    """
+    case = open_case(scan, result, identity, phi, made or datetime.now())
+    objects = {}
+    segmentation = seg.build(case) if result.mask.any() else None
+    if segmentation is not None:
+        objects["seg"] = segmentation
+    objects["map"] = parametric_map.build(case)
+    pictures = [secondary_capture.build(case, number) for number in range(len(case.key_slices))]
+    objects |= {f"picture-{number + 1}": picture for number, picture in enumerate(pictures)}
+    objects["sr"] = sr.build(case, segmentation)
+    objects["key-objects"] = key_objects.build(case, list(objects.values()))
+    return objects
+
+
+def write_dicom(folder: Path, scan: Scan, result: Result, identity: Identity, *, phi: bool = True,
+                made: datetime | None = None) -> list[Path]:
+    """Write build_objects(...) to a folder as NAME.dcm, in place of what an earlier call left there; the paths."""
+    objects = build_objects(scan, result, identity, phi=phi, made=made)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.dcm"):
+        stale.unlink()
+    paths = [folder / f"{name}.dcm" for name in objects]
+    for path, ds in zip(paths, objects.values()):
+        ds.save_as(path, enforce_file_format=True)
+    return paths
+
+
+def settings_text(settings: dict) -> str:
+    """Settings as the one text that Identity.settings holds, whatever the order of their keys."""
+    return json.dumps(settings, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,23 @@
+"""The key slices and the other objects as a Key Object Selection: one thing to open, all results with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from highdicom.ko import KeyObjectSelection, KeyObjectSelectionDocument
+from highdicom.sr import ObserverContext
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+
+from detect.dicom_out.common import LONG_WARNING, Case
+from detect.dicom_out.sr import observer
+
+
+def build(case: Case, objects: Sequence[Dataset]) -> KeyObjectSelectionDocument:
+    """Key slices of the source, highest score first, then the objects."""
+    images = list({image.SOPInstanceUID: image for image, _ in map(case.reference, case.key_slices)}.values())
+    selected = [*images, *objects]
+    content = KeyObjectSelection(
+        codes.DCM.OfInterest, selected,
+        observer_device_context=ObserverContext(codes.DCM.Device, observer(case)), description=LONG_WARNING)
+    return case.finish(KeyObjectSelectionDocument(selected, content, **case.header("key-objects", "key objects")))

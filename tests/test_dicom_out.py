@@ -1,0 +1,362 @@
+"""DICOM results: on the source's own frames to the pixel, valid, repeatable, and no patient data with phi=False."""
+
+import shutil
+import subprocess
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+import highdicom
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from pydicom.sr.codedict import codes
+
+from ct.read import find_scans, read_scan
+from ct.write import write_nifti
+from detect.dicom_out import DicomOutError, Identity, build_objects, write_dicom
+from tests.writers import make_uid, write_dicom_series, write_enhanced_ct, write_slice_folder
+
+RNG = np.random.default_rng(2)
+HU = RNG.permutation(np.arange(6 * 12 * 10)).reshape(6, 12, 10).astype(np.float32) - 300    # every pixel its own value
+DENSE = 400                              # about one pixel in 40 is marked
+IDENTITY = Identity("tiny", "1.2", "ab" * 32, "{}")
+MADE = datetime(2024, 5, 6, 7, 8, 9)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A projection whose maps are the scan itself, so that a file's own pixels say what a result must hold."""
+
+    anomaly: np.ndarray
+    mask: np.ndarray
+    slice_scores: np.ndarray
+    projected: np.ndarray
+    score: float = 3.25
+    percentile: float | None = 97.5
+    threshold: float | None = 2.5
+    flagged: bool | None = True
+    anomalous_ml: float | None = 1.5
+
+
+@dataclass(frozen=True)
+class Negative(Result):
+    score: float = 0.5
+    flagged: bool | None = False
+    anomalous_ml: float | None = 0.0
+    percentile: float | None = field(default=12.0)
+
+
+def result_of(scan, kind=Result, **values):
+    mask = scan.hu > DENSE if kind is Result else np.zeros(scan.hu.shape, bool)
+    scores = np.arange(len(scan.hu), dtype=np.float32)
+    return kind(scan.hu.copy(), mask, scores, np.arange(len(scan.hu)) < 5, **values)
+
+
+def complete(ds, k):
+    """What a scanner writes besides the pixels."""
+    ds.FrameOfReferenceUID, ds.PositionReferenceIndicator = make_uid("frame of reference"), ""
+    ds.PatientBirthDate, ds.PatientSex, ds.AccessionNumber, ds.StudyID = "", "", "", "1"
+    ds.StudyDate, ds.StudyTime, ds.ReferringPhysicianName = "20240506", "070000", ""
+    ds.SliceThickness = 5
+
+
+def read_only(folder):
+    source, = find_scans(folder)
+    return read_scan(source)
+
+
+@pytest.fixture
+def series(tmp_path):
+    return write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), edit=complete)
+
+
+def frames_by_source(ds):
+    """(source instance, its frame) -> (pixels as stored, position) of a multi-frame object."""
+    pixels = ds.pixel_array.reshape(int(ds.NumberOfFrames), ds.Rows, ds.Columns)
+    found = {}
+    for image, group in zip(pixels, ds.PerFrameFunctionalGroupsSequence):
+        source, = group.DerivationImageSequence[0].SourceImageSequence
+        key = source.ReferencedSOPInstanceUID, int(source.get("ReferencedFrameNumber", 1))
+        found[key] = image, list(group.PlanePositionSequence[0].ImagePositionPatient)
+    return found
+
+
+# ---- geometry and pixels
+
+@pytest.mark.parametrize("turned", [{}, dict(flip_rows=True), dict(flip_columns=True), dict(transpose=True),
+                                    dict(flip_rows=True, transpose=True)])
+@pytest.mark.parametrize("tilt, position", [(0, None), (18.5, [0, 4, 8, 12, 19, 26])])
+def test_pixels_and_positions_are_the_source_frames_own(tmp_path, turned, tilt, position):
+    folder = write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), tilt_deg=tilt, position_mm=position,
+                                edit=complete, **turned)
+    scan = read_only(folder)
+    write_dicom(tmp_path / "out", scan, result_of(scan), IDENTITY)
+    seg = pydicom.dcmread(tmp_path / "out/seg.dcm")
+    surprise = pydicom.dcmread(tmp_path / "out/map.dcm")
+    of_seg, of_map = frames_by_source(seg), frames_by_source(surprise)
+    assert len(of_map) == 6
+    for path in folder.iterdir():
+        source = pydicom.dcmread(path)
+        hu = source.pixel_array * float(source.RescaleSlope) + float(source.RescaleIntercept)
+        key = source.SOPInstanceUID, 1
+        assert key in of_seg or not (hu > DENSE).any()
+        for found, expected in ((of_seg, hu > DENSE), (of_map, hu)):
+            if key in found:
+                np.testing.assert_array_equal(found[key][0], expected)
+                np.testing.assert_allclose(found[key][1], source.ImagePositionPatient, atol=1e-6)
+    for ds in (seg, surprise):
+        shared = ds.SharedFunctionalGroupsSequence[0]
+        np.testing.assert_allclose(shared.PlaneOrientationSequence[0].ImageOrientationPatient,
+                                   source.ImageOrientationPatient, atol=1e-6)
+        assert shared.PixelMeasuresSequence[0].PixelSpacing == source.PixelSpacing
+        assert ds.FrameOfReferenceUID == source.FrameOfReferenceUID
+
+
+@pytest.mark.parametrize("tilt", [0, 18.5])
+def test_pixels_are_those_of_the_nifti_at_the_same_place(tmp_path, tilt):
+    scan = read_only(write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), tilt_deg=tilt, edit=complete))
+    result = result_of(scan)
+    write_dicom(tmp_path / "out", scan, result, IDENTITY)
+    for name, volume in (("seg", result.mask), ("map", result.anomaly)):
+        write_nifti(tmp_path / f"{name}.nii.gz", volume, scan)
+        nifti = nib.load(tmp_path / f"{name}.nii.gz")
+        ds = pydicom.dcmread(tmp_path / f"out/{name}.dcm")
+        shared = ds.SharedFunctionalGroupsSequence[0]
+        along_row, along_column = np.reshape(shared.PlaneOrientationSequence[0].ImageOrientationPatient, (2, 3))
+        row_mm, column_mm = shared.PixelMeasuresSequence[0].PixelSpacing
+        rows, columns = np.mgrid[:ds.Rows, :ds.Columns]
+        for image, origin in frames_by_source(ds).values():
+            lps = origin + columns[..., None] * column_mm * along_row + rows[..., None] * row_mm * along_column
+            index = nib.affines.apply_affine(np.linalg.inv(nifti.affine), lps * [-1, -1, 1])
+            assert np.abs(index - np.rint(index)).max() < 1e-3
+            np.testing.assert_array_equal(image, nifti.get_fdata()[tuple(np.rint(index).astype(int).T)].T)
+
+
+def test_highdicom_reads_the_segmentation_by_source_instance(tmp_path, series):
+    scan = read_only(series)
+    write_dicom(tmp_path / "out", scan, result_of(scan), IDENTITY)
+    seg = highdicom.seg.segread(tmp_path / "out/seg.dcm")
+    assert seg.SegmentSequence[0].SegmentAlgorithmType == "AUTOMATIC"
+    assert seg.SegmentSequence[0].SegmentAlgorithmName == "tiny"
+    uids = [pydicom.dcmread(path).SOPInstanceUID for path in sorted(series.iterdir())]
+    read = seg.get_pixels_by_source_instance(uids, assert_missing_frames_are_empty=True)[..., 0]
+    np.testing.assert_array_equal(read, HU > DENSE)
+
+
+def test_one_marked_slice_is_one_frame(series):
+    scan = read_only(series)
+    mask = np.zeros(HU.shape, bool)
+    mask[3, 2, 1] = True
+    seg = build_objects(scan, replace(result_of(scan), mask=mask), IDENTITY)["seg"]
+    (uid, _), = frames_by_source(seg)
+    assert seg.NumberOfFrames == 1 and uid == pydicom.dcmread(series / "003.dcm").SOPInstanceUID
+
+
+def test_slices_of_their_own_thickness(tmp_path):
+    def edit(ds, k):
+        complete(ds, k)
+        ds.SliceThickness = 4 if k < 3 else 7
+    folder = write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), position_mm=[0, 4, 8, 13, 20, 27], edit=edit)
+    scan = read_only(folder)
+    surprise = build_objects(scan, result_of(scan), IDENTITY)["map"]
+    thickness = {list(group.PlanePositionSequence[0].ImagePositionPatient)[2]:
+                 float(group.PixelMeasuresSequence[0].SliceThickness)
+                 for group in surprise.PerFrameFunctionalGroupsSequence}
+    assert thickness == {10: 4, 14: 4, 18: 4, 23: 7, 30: 7, 37: 7}              # by height above the origin's 10 mm
+
+
+def test_multi_frame_source(tmp_path):
+    path = write_enhanced_ct(tmp_path / "enhanced", HU, (3, 0.5, 0.4), order=[2, 0, 5, 1, 4, 3])
+    ds = pydicom.dcmread(path)
+    complete(ds, 0)
+    ds.save_as(path)
+    scan = read_only(path)
+    result = result_of(scan)
+    objects = build_objects(scan, result, IDENTITY)
+    for (uid, frame), (image, _) in frames_by_source(objects["map"]).items():
+        assert uid == ds.SOPInstanceUID
+        np.testing.assert_array_equal(image, result.anomaly[[2, 0, 5, 1, 4, 3][frame - 1]])
+
+
+# ---- the report
+
+def presence(report):
+    content = highdicom.sr.MeasurementReport.from_sequence([report.content[0]])
+    group, = content.get_image_measurement_groups() or content.get_volumetric_roi_measurement_groups()
+    evaluation, = group.get_qualitative_evaluations(codes.DCM.PresenceOfProperty)
+    return group, evaluation.value
+
+
+def test_report_of_a_flagged_scan(tmp_path, series):
+    scan = read_only(series)
+    objects = build_objects(scan, result_of(scan), IDENTITY)
+    objects["sr"].save_as(tmp_path / "sr.dcm")
+    report = highdicom.sr.srread(tmp_path / "sr.dcm")
+    assert (report.VerificationFlag, report.CompletionFlag, report.PreliminaryFlag) == (
+        "UNVERIFIED", "COMPLETE", "PRELIMINARY")
+    group, value = presence(report)
+    assert value == codes.DCM.Present
+    assert group.tracking_uid == objects["seg"].SegmentSequence[0].TrackingUID
+    assert group.referenced_segment.referenced_sop_instance_uid == objects["seg"].SOPInstanceUID
+    scores = group.get_measurements(codes.SCT.Score)
+    assert [m.value for m in scores] == [3.25, 4, 3, 2]             # the scan's; the key slices', of the projected
+    assert [m.referenced_images[0].referenced_sop_instance_uid for m in scores[1:]] == [
+        pydicom.dcmread(series / f"00{k}.dcm").SOPInstanceUID for k in (4, 3, 2)]
+    percentile, = group.get_measurements(codes.DCM.PercentileRankingOfMeasurement)
+    volume, = group.get_measurements(codes.SCT.Volume)
+    assert (percentile.value, percentile.unit.value, volume.value, volume.unit.value) == (97.5, "%", 1.5, "ml")
+    said = {e.value for e in report.iterall() if e.keyword in ("TextValue", "UID")}
+    assert {"weights_sha256=" + "ab" * 32, "threshold=2.5", "settings={}", IDENTITY.device_uid} <= said
+
+
+def test_report_of_a_negative_scan_says_absent_without_a_segmentation(series):
+    scan = read_only(series)
+    objects = build_objects(scan, result_of(scan, Negative), IDENTITY)
+    assert "seg" not in objects
+    _, value = presence(objects["sr"])
+    assert value == codes.DCM.Absent
+
+
+def test_without_a_threshold_presence_is_undetermined(series):
+    scan = read_only(series)
+    result = result_of(scan, threshold=None, flagged=None, percentile=None)
+    group, value = presence(build_objects(scan, result, IDENTITY)["sr"])
+    assert value == codes.DCM.PresenceUndetermined
+    assert group.get_measurements(codes.DCM.PercentileRankingOfMeasurement) == []
+
+
+def test_key_objects_name_the_key_slices_and_all_other_objects(series):
+    scan = read_only(series)
+    objects = build_objects(scan, result_of(scan), IDENTITY)
+    named = {item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID
+             for item in objects["key-objects"].ContentSequence if "ReferencedSOPSequence" in item}
+    slices = {pydicom.dcmread(series / f"00{k}.dcm").SOPInstanceUID for k in (4, 3, 2)}
+    assert named == slices | {ds.SOPInstanceUID for name, ds in objects.items() if name != "key-objects"}
+
+
+def test_pictures_show_the_outline_in_radiological_display(tmp_path):
+    folder = write_dicom_series(tmp_path / "series", np.full((3, 64, 64), 40.0), flip_columns=True, edit=complete)
+    scan = read_only(folder)
+    mask = np.zeros(scan.hu.shape, bool)
+    mask[1, 40:50, 8:20] = True                                 # on the patient's right
+    picture = build_objects(scan, replace(result_of(scan), mask=mask), IDENTITY)["picture-1"]
+    red = picture.pixel_array.astype(int)
+    red = red[..., 0] - red[..., 1] > 150
+    rows, columns = np.nonzero(red)
+    assert picture.pixel_array.shape == (512, 512, 3) and list(picture.PatientOrientation) == ["L", "P"]
+    assert (rows.min() // 8, rows.max() // 8, columns.min() // 8, columns.max() // 8) == (40, 49, 8, 19)
+
+
+# ---- UIDs, files
+
+def test_uids_depend_on_scan_weights_settings_threshold_and_nothing_else(tmp_path, series):
+    scan = read_only(series)
+
+    def uids(result=None, identity=IDENTITY, **more):
+        objects = build_objects(scan, result or result_of(scan), identity, **more).values()
+        found = {e.value for ds in objects for e in ds.iterall() if e.VR == "UI" and str(e.value).startswith("2.25.")}
+        return found - {e.value for path in series.iterdir() for e in pydicom.dcmread(path) if e.VR == "UI"}
+
+    first = uids(made=MADE)
+    assert len(first) == 5 + 7 + 2 + 1 + 1                      # series, instances, dimensions, tracking, device
+    assert uids(made=datetime(2025, 1, 1)) == first
+    device = {IDENTITY.device_uid}
+    for changed in (uids(result_of(scan, threshold=2.0)), uids(identity=replace(IDENTITY, settings="{1}")),
+                    uids(phi=False)):
+        assert changed & first == device
+    other = replace(IDENTITY, weights_hash="cd" * 32)
+    assert not uids(identity=other) & first and other.device_uid in uids(identity=other)
+
+
+def test_a_repeated_run_replaces_the_files(tmp_path, series):
+    scan = read_only(series)
+    first = write_dicom(tmp_path / "out", scan, result_of(scan), IDENTITY, made=MADE)
+    before = {path: path.read_bytes() for path in first}
+    assert write_dicom(tmp_path / "out", scan, result_of(scan), IDENTITY, made=MADE) == first
+    assert {path: path.read_bytes() for path in first} == before
+    write_dicom(tmp_path / "out", scan, result_of(scan, Negative), IDENTITY)
+    assert not (tmp_path / "out/seg.dcm").exists()
+
+
+def test_every_object_says_research_and_names_the_device(series):
+    for ds in build_objects(scan := read_only(series), result_of(scan), IDENTITY).values():
+        assert ds.SeriesDescription.startswith("Research, unverified")
+        equipment = ds.ContributingEquipmentSequence[0]
+        assert equipment.DeviceUID == IDENTITY.device_uid
+        assert equipment.ContributionDescription.startswith("Research only, unverified")
+
+
+# ---- patient data
+
+MARKERS = dict(PatientName="MARKER^NAME", PatientID="MARKERID", PatientBirthDate="19010203",
+               PatientComments="MARKERCOMM", OtherPatientNames="MARKER^OTHER", PatientAge="077Y",
+               AccessionNumber="MARKERACC", StudyID="MARKERSTUDY", StudyDescription="MARKERDESC",
+               ReferringPhysicianName="MARKER^REF", AdmissionID="MARKERADM",
+               AdditionalPatientHistory="MARKERHIST")
+ELSEWHERE = dict(InstitutionName="MARKERINST", StationName="MARKERSTAT", OperatorsName="MARKER^OP",
+                 SeriesDescription="MARKERSER", DeviceSerialNumber="MARKERDEV", ProtocolName="MARKERPROT")
+
+
+def marked_series(folder):
+    def edit(ds, k):
+        complete(ds, k)
+        for keyword, value in (MARKERS | ELSEWHERE).items():
+            setattr(ds, keyword, value)
+        ds.add_new(0x00091001, "LO", "MARKERPRIV")
+    return write_dicom_series(folder, HU, edit=edit)
+
+
+def test_no_byte_of_the_patient_without_phi(tmp_path):
+    scan = read_only(marked_series(tmp_path / "series"))
+    for path in write_dicom(tmp_path / "out", scan, result_of(scan), IDENTITY, phi=False):
+        content = path.read_bytes()
+        for marker in ("MARKER", "19010203", "077Y", "20240506", "Secret"):
+            assert marker.encode() not in content, f"{marker} in {path.name}"
+
+
+def test_with_phi_the_patient_and_study_modules_and_no_more(tmp_path):
+    scan = read_only(marked_series(tmp_path / "series"))
+    for path in write_dicom(tmp_path / "out", scan, result_of(scan), IDENTITY, made=MADE):
+        ds = pydicom.dcmread(path)
+        for keyword, value in MARKERS.items():
+            assert str(ds[keyword].value) == value, f"{keyword} in {path.name}"
+            del ds[keyword]
+        left = [e.keyword for e in ds.iterall() if e.VR not in ("OB", "OW", "OF") and "MARKER" in str(e.value)]
+        assert left == [], path.name
+
+
+# ---- what cannot be written
+
+def test_a_source_without_a_frame_of_reference_is_refused_by_name(tmp_path):
+    folder = write_dicom_series(tmp_path / "series", HU)
+    scan = read_only(folder)
+    with pytest.raises(DicomOutError, match=r"\.dcm: no FrameOfReferenceUID.*--no-dicom-out"):
+        build_objects(scan, result_of(scan), IDENTITY)
+
+
+def test_a_scan_that_is_no_dicom_is_refused(tmp_path):
+    scan = read_only(write_slice_folder(tmp_path / "case", HU))
+    with pytest.raises(DicomOutError, match="need a scan read from DICOM files; this one came from slices"):
+        build_objects(scan, result_of(scan), IDENTITY)
+
+
+def test_maps_of_another_scan_are_refused(series):
+    scan = read_only(series)
+    with pytest.raises(DicomOutError, match=r"mask \[5, 12, 10\] does not fit the scan \[6, 12, 10\]"):
+        build_objects(scan, replace(result_of(scan), mask=np.zeros((5, 12, 10), bool)), IDENTITY)
+
+
+# ---- conformance
+
+@pytest.mark.skipif(not shutil.which("dciodvfy"), reason="dciodvfy is not installed (Debian package dicom3tools)")
+@pytest.mark.parametrize("phi", [True, False])
+@pytest.mark.parametrize("kind, tilt", [(Result, 18.5), (Negative, 0)])
+def test_dciodvfy_finds_no_error(tmp_path, kind, tilt, phi):
+    position = [0, 4, 8, 12, 19, 26] if tilt else None
+    scan = read_only(write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), tilt_deg=tilt, position_mm=position,
+                                        edit=complete))
+    for path in write_dicom(tmp_path / "out", scan, result_of(scan, kind), IDENTITY, phi=phi):
+        said = subprocess.run(["dciodvfy", path], capture_output=True, text=True, check=False)
+        errors = [line for line in (said.stdout + said.stderr).splitlines() if line.startswith("Error")]
+        assert errors == [], path.name
