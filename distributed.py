@@ -71,10 +71,11 @@ def pick_precision(flag: str, device: torch.device) -> torch.dtype:
 # ---- Start and end
 
 def init(device: torch.device, timeout_minutes: float = 30) -> None:
-    """Joins the ranks that torchrun started: NCCL for a CUDA device, gloo for the CPU. Alone, does nothing.
+    """Joins the ranks that torchrun started: gloo for tensors on the CPU, NCCL for those on a GPU. Alone, does nothing.
 
     timeout_minutes: how long a rank waits in a collective for the others before it raises; long, because they
-    wait while rank 0 evaluates and writes. Raises ValueError if the launcher's environment is incomplete.
+    wait while rank 0 evaluates and writes. Raises ValueError if the launcher's environment is incomplete, or is one
+    in which a restart could hang.
     """
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -85,8 +86,24 @@ def init(device: torch.device, timeout_minutes: float = 30) -> None:
     if len(present) < len(_LAUNCHER_VARIABLES):
         raise ValueError(f"expected all or none of {', '.join(_LAUNCHER_VARIABLES)} in the environment, "
                          f"found only {', '.join(present)}; start with torchrun, or unset them to run alone")
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes),
-                            device_id=device if on_gpu else None)
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, rank=rank, world_size=world,
+                            store=dist.PrefixStore(_attempt(), store), device_id=device if on_gpu else None)
+
+
+def _attempt() -> str:
+    """A name for this start of the workers, the same on all of them.
+
+    torchrun keeps one store over its restarts: without a name of its own an attempt would read the addresses of the
+    ranks that died, and wait for them. Each node counts its own restarts, so several nodes cannot agree on a name by
+    that count; they need a new store each time instead.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and os.environ.get("GROUP_WORLD_SIZE", "1") != "1" and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":
+        raise ValueError("torchrun with --max-restarts on several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and "
+                         "use --rdzv-backend=c10d; else a restart hangs on the store of the attempt before it")
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if shared else "only attempt"
 
 
 def cleanup() -> None:
@@ -144,6 +161,14 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(total)
     return total
+
+
+def all_reduce_max(number: int) -> int:
+    """Collective. The largest of the ranks' numbers. By the CPU, so that a GPU's queue goes on."""
+    largest = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def reduce_mean(scalars: dict[str, float | torch.Tensor]) -> dict[str, float]:

@@ -5,7 +5,8 @@
 
 Writes to --out: config.json, stats.jsonl, sample grids, TensorBoard curves, snapshots. Run the same command again
 to go on from the last snapshot: weights, optimisers, EMA, augmentation, sampler position and random numbers.
-Exit codes: 0 done, 2 wrong usage, 4 diverged (the last good snapshot is kept).
+SIGINT, SIGTERM and SIGUSR1 end it with a snapshot after the step in progress. Exit codes: 0 done, 2 wrong usage,
+4 diverged again after going back to the last snapshot (which is kept), 130 or 143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,7 @@ from gan.augment import AdaptiveAugment, AugmentSettings
 from gan.database import ensure_database
 from gan.losses import d_logistic, frozen, g_nonsaturating, path_lengths, r1_penalty
 from gan.quality import InceptionFeatures, frechet_distance, sliced_wasserstein
-from gan.runlog import RunLog, load_optimiser, run_command, start_run
-from gan.snapshots import save_snapshot
+from gan.runlog import Run, load_optimiser, run_command
 from model import Discriminator, Generator, ModelConfig
 from op import memory, set_impl
 
@@ -124,8 +123,13 @@ class Trainer:
         self.path_mean = torch.zeros((), device=device)
         settings = AugmentSettings(cutout=config.ada_cutout)
         self.ada = AdaptiveAugment(config.ada_target, config.ada_kimg, settings=settings) if config.ada_target else None
-        rank_seed = distributed.seed_for_rank(config.seed, self.rank)
-        self.rng = torch.Generator(device).manual_seed(rank_seed)  # augmentation: drawn where it is used
+        self.rng = torch.Generator(device)                         # augmentation: drawn where it is used
+        self.reseed(config.seed)
+
+    def reseed(self, seed: int) -> None:
+        self.seed = seed
+        rank_seed = distributed.seed_for_rank(seed, self.rank)
+        self.rng.manual_seed(rank_seed)
         torch.manual_seed(rank_seed)                               # noise maps
 
     @property
@@ -203,7 +207,7 @@ class Trainer:
 
     def _stream(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
         """This step's random numbers for one purpose, the same on every rank."""
-        key = f"{self.config.seed} {self.images_seen} {purpose}".encode()
+        key = f"{self.seed} {self.images_seen} {purpose}".encode()
         return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7]))
 
     def _draw(self, purpose: str, draw) -> torch.Tensor:
@@ -244,7 +248,8 @@ class Trainer:
         """Collective. Everything but the weights that a resumed run needs."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {"g_opt": self.g_opt.state_dict(), "d_opt": self.d_opt.state_dict(), "path_mean": self.path_mean,
-                "ada": self.ada.state_dict() if self.ada else None, "images_seen": self.images_seen,
+                "ada": self.ada.state_dict(distributed.all_reduce_sum) if self.ada else None,
+                "images_seen": self.images_seen,
                 "rng": distributed.gather((self.rng.get_state(), torch.get_rng_state(), cuda))}
 
     def load_state(self, state: dict) -> None:
@@ -253,7 +258,7 @@ class Trainer:
         self.path_mean = state["path_mean"].to(self.device)
         self.images_seen = state["images_seen"]
         if self.ada and state["ada"]:
-            self.ada.load_state_dict(state["ada"])
+            self.ada.load_state_dict(state["ada"], main=self.rank == 0)
         if len(state["rng"]) == self.world:                        # another number of ranks starts new streams
             ours, default, cuda = state["rng"][self.rank]
             torch.set_rng_state(default)
@@ -272,10 +277,12 @@ def lazy_adam(net: torch.nn.Module, lr: float, every: int) -> torch.optim.Adam:
 # ---------------------------------------------------------------------------------------------------------------
 # The loop
 
-def train(config: TrainConfig, data: Path, out: Path, device: torch.device, inception: Path | None = None) -> None:
+def train(config: TrainConfig, data: Path, out: Path, device: torch.device, inception: Path | None = None,
+          rollback: bool = False) -> None:
     """Train until config.kimg. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite.
 
     inception: weights of quality.InceptionFeatures, for the Frechet distance beside the sliced Wasserstein one.
+    rollback: the run diverged; go on from its last snapshot with other random numbers.
     """
     # ---- Set up
     dataset, held_out = SliceDataset(data, "train"), SliceDataset(data, "val", check=False)
@@ -285,48 +292,33 @@ def train(config: TrainConfig, data: Path, out: Path, device: torch.device, ince
     trainer = Trainer(config, device)
     meta = {"kind": "gan", "config": dataclasses.asdict(config), "model": dataclasses.asdict(config.model()),
             "data": {key: dataset.manifest[key] for key in ("digest", "counts", "settings")}}
-    snapshot = start_run(out, meta, trainer.modules())
-    if snapshot is not None:
-        trainer.load_state(snapshot.state)
-        distributed.print0(f"Resuming at {trainer.images_seen / 1000:g} kimg")
-    distributed.check_same_state(trainer.g)
-    log = RunLog(out)
-    batches = image_batches(dataset, config.batch, config.seed, config.workers, trainer.images_seen)
-    quality = Quality(held_out, dataset, inception, device) if distributed.is_main() else None
-    if snapshot is None and distributed.is_main():
-        save_hu_grid(out / "real.png", quality.val_hu[:: max(1, len(held_out) // 32)][:32].numpy())
-    distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; "
-                       f"{trainer.world} x {config.batch} images a step in {trainer.g.compute_dtype} on {device}")
+    with Run(out, meta, trainer, config.seed, rollback) as run:
+        if run.resumed:
+            distributed.print0(f"Resuming at {trainer.images_seen / 1000:g} kimg")
+        distributed.check_same_state(trainer.g)
+        batches = image_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen)
+        quality = Quality(held_out, dataset, inception, device) if distributed.is_main() else None
+        if quality and not run.resumed:
+            save_hu_grid(out / "real.png", quality.val_hu[:: max(1, len(held_out) // 32)][:32].numpy())
+        distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; "
+                           f"{trainer.world} x {config.batch} images a step in {trainer.g.compute_dtype} on {device}")
 
-    # ---- Train
-    batch, since_tick = trainer.global_batch, 0
-    while trainer.images_seen < config.kimg * 1000:
-        before = trainer.images_seen
-        real = encode(next(batches).to(device, non_blocking=True).float())
-        stats = trainer.step(real, before // batch)
-        log.add(**stats)
-        since_tick += batch
-        done = trainer.images_seen >= config.kimg * 1000
+        # ---- Train
+        while trainer.images_seen < config.kimg * 1000:
+            before = trainer.images_seen
+            real = encode(next(batches).to(device, non_blocking=True).float())
+            run.log.add(trainer.global_batch, **trainer.step(real, before // trainer.global_batch))
+            done = trainer.images_seen >= config.kimg * 1000
 
-        def due(kimg, before=before, done=done):
-            return done or before // (kimg * 1000) < trainer.images_seen // (kimg * 1000)
+            def due(kimg, before=before, done=done):
+                return done or before // (kimg * 1000) < trainer.images_seen // (kimg * 1000)
 
-        if due(config.tick_kimg):
-            extra = {"ada_p": trainer.ada.p, "r_t": trainer.ada.r_t} if trainer.ada else {}
-            if due(config.grid_kimg):
-                extra |= distributed.gather(quality.measure(trainer, out) if quality else None)[0]
-            row = log.tick(trainer.images_seen, device, since_tick, **extra)
-            since_tick = 0
-            if not all(math.isfinite(value) for value in row.values()):
-                raise FloatingPointError(f"training diverged at {trainer.images_seen} images: {row}")
-        if due(config.snapshot_kimg):
-            if not all(p.isfinite().all() for p in (*trainer.g.parameters(), *trainer.d.parameters())):
-                raise FloatingPointError(f"training diverged at {trainer.images_seen} images: weights are not finite")
-            state = trainer.state()
-            if distributed.is_main():
-                save_snapshot(out, trainer.images_seen, trainer.modules(), state, meta)
-            distributed.barrier()
-    log.close()
+            if due(config.tick_kimg):
+                extra = {"ada_p": trainer.ada.p, "r_t": trainer.ada.r_t} if trainer.ada else {}
+                if due(config.grid_kimg):
+                    extra |= distributed.gather(quality.measure(trainer, out) if quality else None)[0]
+                run.tick(trainer.images_seen, device, **extra)
+            run.end_step(trainer.images_seen, snapshot=due(config.snapshot_kimg))
 
 
 class Quality:
@@ -373,12 +365,12 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(dataclasses.asdict(config), indent=2))
         return 0
 
-    def work(device):
+    def work(device, rollback):
         memory.keep_freed()
         set_impl(args.ops)
         if args.inception and not args.inception.is_file():
             raise ValueError(f"--inception {args.inception}: no such file; give torchvision's inception_v3 state dict")
-        train(config, ensure_database(args.data, args.out, config.size), args.out, device, args.inception)
+        train(config, ensure_database(args.data, args.out, config.size), args.out, device, args.inception, rollback)
 
     return run_command(work, args.device, args.out)
 

@@ -7,13 +7,14 @@ The generator stays as it is, unless --lr-generator says otherwise. With --init 
 run of this command, on other data (phantoms, say): real scans are few.
 First epochs: perceptual loss only. Then perceptual + adversarial + in-domain, with the discriminator trained on real
 against reconstructed slices. After every epoch PSNR and HU error in the brain of held-out scans. The same command
-goes on from the last snapshot. Exit codes: 0 done, 2 wrong usage, 4 diverged.
+goes on from the last snapshot. SIGINT, SIGTERM and SIGUSR1 end it with a snapshot after the step in progress. Exit
+codes: 0 done, 2 wrong usage, 4 diverged again after going back to the last snapshot (which is kept), 130 or 143
+stopped by a signal.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ from detect.perceptual import KNEE, PERCEPTUAL, build_perceptual
 from gan.augment import random_flip, random_rotation
 from gan.database import ensure_database
 from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
-from gan.runlog import RunLog, load_optimiser, load_run, run_command, start_run
-from gan.snapshots import Snapshot, load_snapshot, save_snapshot
+from gan.runlog import Run, load_optimiser, load_run, run_command
+from gan.snapshots import Snapshot, load_snapshot
 from model import Discriminator, Encoder, Generator, ModelConfig
 from op import memory, set_impl
 from weights import CheckpointError
@@ -114,7 +115,12 @@ class EncoderTrainer:
         self.e_opt = torch.optim.Adam(groups)
         self.d_opt = torch.optim.Adam(self.d.parameters(), lr=config.lr_discriminator)
         self.rates = [group["lr"] for group in (*self.e_opt.param_groups, *self.d_opt.param_groups)]
-        self.rng = torch.Generator().manual_seed(distributed.seed_for_rank(config.seed, distributed.get_rank()))
+        self.images_seen = 0                                      # over all ranks
+        self.rng = torch.Generator()
+        self.reseed(config.seed)
+
+    def reseed(self, seed: int) -> None:
+        self.rng.manual_seed(distributed.seed_for_rank(seed, distributed.get_rank()))
 
     def set_rates(self, done: float) -> None:
         """The rates for a training that is done to this part, 0 to 1."""
@@ -134,6 +140,10 @@ class EncoderTrainer:
             noise = [torch.where(alone[:, None, None, None], mine, found) for mine, found in zip(own, noise)]
         return w_plus, self.g.synthesis(w_plus, noise)
 
+    @property
+    def global_batch(self) -> int:
+        return self.config.batch * distributed.get_world_size()
+
     def step(self, real: torch.Tensor, index: int, full: bool) -> dict[str, torch.Tensor]:
         """One step on real [B, 3, N, N]; `full` adds the adversarial and in-domain terms to the perceptual one."""
         if self.config.flip:
@@ -142,6 +152,7 @@ class EncoderTrainer:
         stats = self._encoder_step(real, full)
         if full:
             stats |= self._discriminator_step(real, index)
+        self.images_seen += self.global_batch
         return stats
 
     def _encoder_step(self, real, full):
@@ -215,17 +226,17 @@ class EncoderTrainer:
         else:
             run.restore(self.modules())
 
-    def state(self, images_seen: int) -> dict:
+    def state(self) -> dict:
         """Collective."""
-        return {"e_opt": self.e_opt.state_dict(), "d_opt": self.d_opt.state_dict(), "images_seen": images_seen,
+        return {"e_opt": self.e_opt.state_dict(), "d_opt": self.d_opt.state_dict(), "images_seen": self.images_seen,
                 "rng": distributed.gather(self.rng.get_state())}
 
-    def load_state(self, state: dict) -> int:
+    def load_state(self, state: dict) -> None:
         load_optimiser(self.e_opt, state["e_opt"])
         load_optimiser(self.d_opt, state["d_opt"])
         if len(state["rng"]) == distributed.get_world_size():
             self.rng.set_state(state["rng"][distributed.get_rank()])
-        return state["images_seen"]
+        self.images_seen = state["images_seen"]
 
 
 def erase(images: torch.Tensor, p: float, rng: torch.Generator) -> torch.Tensor:
@@ -264,8 +275,11 @@ def coarse_noise(images: torch.Tensor, p: float, rng: torch.Generator) -> torch.
 
 
 def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch.device, vgg16=None,
-          lpips=None, init: Path | None = None) -> None:
-    """Train for config.epochs. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite."""
+          lpips=None, init: Path | None = None, rollback: bool = False) -> None:
+    """Train for config.epochs. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite.
+
+    rollback: the run diverged; go on from its last snapshot with other random numbers.
+    """
     # ---- Set up
     snapshot = load_run(gan, "--gan", "gan", "train.py")
     first = load_run(init, "--init", "encoder", "train_encoder.py") if init else None
@@ -286,39 +300,25 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
             "held_out": dataset.held_out_ids(),          # neither digest nor counts tell which
             "gan": {"step": snapshot.step, **snapshot.meta},
             "init": {"step": first.step, **first.meta} if first else None}
-    resumed = start_run(out, meta, trainer.modules())
-    images_seen = trainer.load_state(resumed.state) if resumed else 0
-    distributed.check_same_state(trainer.e)
-    log = RunLog(out)
-    batch = config.batch * distributed.get_world_size()
-    batches = image_batches(dataset, config.batch, config.seed, config.workers, images_seen)
-    epoch_of = len(dataset)
-    distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; GAN at "
-                       f"{snapshot.step / 1000:g} kimg; {trainer.e.compute_dtype} on {device}")
+    with Run(out, meta, trainer, config.seed, rollback) as run:
+        distributed.check_same_state(trainer.e)
+        batches = image_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen)
+        batch, epoch_of = trainer.global_batch, len(dataset)
+        distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; GAN at "
+                           f"{snapshot.step / 1000:g} kimg; {trainer.e.compute_dtype} on {device}")
 
-    # ---- Train
-    since_tick = 0
-    for index in itertools.count(images_seen // batch):
-        if images_seen >= config.epochs * epoch_of:
-            break
-        real = encode(next(batches).to(device).float())
-        trainer.set_rates(images_seen / (config.epochs * epoch_of))
-        log.add(**trainer.step(real, index, full=images_seen >= config.perceptual_epochs * epoch_of))
-        before, images_seen, since_tick = images_seen, images_seen + batch, since_tick + batch
-        if images_seen // epoch_of == before // epoch_of and images_seen < config.epochs * epoch_of:
-            continue
-        epoch = images_seen // epoch_of
-        quality = trainer.validate(held_out, out, epoch) if distributed.is_main() else {}
-        quality = distributed.gather(quality)[0]
-        row = log.tick(images_seen, device, since_tick, epoch=epoch, **quality)
-        since_tick = 0
-        if not all(math.isfinite(value) for value in row.values()):
-            raise FloatingPointError(f"training diverged in epoch {epoch}: {row}")
-        state = trainer.state(images_seen)
-        if distributed.is_main():
-            save_snapshot(out, images_seen, trainer.modules(), state, meta)
-        distributed.barrier()
-    log.close()
+        # ---- Train
+        while (before := trainer.images_seen) < config.epochs * epoch_of:
+            real = encode(next(batches).to(device).float())
+            trainer.set_rates(before / (config.epochs * epoch_of))
+            full = before >= config.perceptual_epochs * epoch_of
+            run.log.add(batch, **trainer.step(real, before // batch, full))
+            epoch, done = trainer.images_seen // epoch_of, trainer.images_seen >= config.epochs * epoch_of
+            epoch_ends = done or before // epoch_of < epoch
+            if epoch_ends:
+                quality = trainer.validate(held_out, out, epoch) if distributed.is_main() else {}
+                run.tick(trainer.images_seen, device, epoch=epoch, **distributed.gather(quality)[0])
+            run.end_step(trainer.images_seen, snapshot=epoch_ends)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -336,12 +336,12 @@ def main(argv: list[str] | None = None) -> int:
 
     config, args = parse(__doc__, PRESETS, arguments, argv)
 
-    def work(device):
+    def work(device, rollback):
         memory.keep_freed()
         set_impl(args.ops)
         size = load_snapshot(args.gan).meta["model"]["size"]
         data = ensure_database(args.data, args.out, size)
-        train(config, data, args.gan, args.out, device, args.vgg16, args.lpips, args.init)
+        train(config, data, args.gan, args.out, device, args.vgg16, args.lpips, args.init, rollback)
 
     return run_command(work, args.device, args.out)
 

@@ -242,10 +242,12 @@ class AdaptiveAugment:
         self.p = min(max(self.p + direction * count / (1000 * self.speed_kimg), 0.0), self.p_max)
         self.steps, self.signs = 0, torch.zeros_like(self.signs)
 
-    def state_dict(self) -> dict[str, float | int | list[float]]:
-        """JSON-able. Within an interval the running sums are this rank's own; at its end all ranks agree."""
-        return {"p": self.p, "r_t": self.r_t, "steps": self.steps, "signs": self.signs.tolist()}
+    def state_dict(self, all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda total: total
+                   ) -> dict[str, float | int | list[float]]:
+        """JSON-able, the same on every rank: the running sums are those of all ranks."""
+        return {"p": self.p, "r_t": self.r_t, "steps": self.steps, "signs": all_reduce_sum(self.signs).tolist()}
 
-    def load_state_dict(self, state: dict[str, float | int | list[float]]) -> None:
+    def load_state_dict(self, state: dict[str, float | int | list[float]], main: bool = True) -> None:
+        """main: one rank, of however many, takes the running sums; the others begin theirs at 0."""
         self.p, self.r_t, self.steps = state["p"], state["r_t"], state["steps"]
-        self.signs = torch.tensor(state["signs"], dtype=torch.float32)
+        self.signs = torch.tensor(state["signs"] if main else [0, 0], dtype=torch.float32)

@@ -1,43 +1,157 @@
-"""What the training commands share around their steps: starting and resuming a run, statistics, exit codes."""
+"""What the training commands share around their steps: a run in its folder, its statistics, stopping, going back.
+
+    def work(device, rollback):
+        ...
+        with Run(out, meta, trainer, config.seed, rollback) as run:
+            while trainer.images_seen < end:
+                run.log.add(batch, **trainer.step(...))
+                if ...:
+                    run.tick(trainer.images_seen, device)
+                run.end_step(trainer.images_seen, snapshot=...)
+
+    exit_code = run_command(work, "auto", out)
+
+A run that is killed goes on from its last snapshot as if nothing had happened, to the bit: statistics, too.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 import distributed
-from gan.snapshots import Snapshot, load_snapshot, snapshot_steps
+from gan.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_steps
 from weights import CheckpointError
+
+# SIGUSR1 is what SLURM is asked to send before a time limit. Exit codes are the shell's, 128 + signal, of the first two
+STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; its snapshot is written."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
+        self.exit_code = STOP_SIGNALS[number]
+
+
+class Trainer(Protocol):
+    """What a run needs of the object that takes the steps."""
+
+    def modules(self) -> dict[str, torch.nn.Module]: ...
+    def state(self) -> dict: ...                           # collective; all but the weights that going on needs
+    def load_state(self, state: dict) -> None: ...
+    def reseed(self, seed: int) -> None: ...               # other random numbers from here on
+
+
+class Run:
+    """A training run in its folder: the snapshot it goes on from, its statistics, new snapshots, signals to stop.
+
+    meta      what the run is (kind, networks, data, config); all but the config must be as in the folder
+    seed      of the config. After a rollback `run.seed` is another, also in later goes; samplers take that one
+    rollback  the last go diverged: take other random numbers from the last snapshot on
+    resumed   whether the folder held a snapshot
+    """
+
+    def __init__(self, out: Path, meta: dict, trainer: Trainer, seed: int, rollback: bool = False):
+        """Collective. Raises CheckpointError when the folder holds a run of another kind."""
+        snapshot = start_run(out, meta, trainer.modules())
+        state = snapshot.state if snapshot else {}
+        self.out, self.meta, self.trainer = out, meta, trainer
+        self.resumed, self.saved_at = snapshot is not None, snapshot.step if snapshot else 0
+        self.rollbacks = state.get("rollbacks", 0) + rollback
+        self.seed = seed + (self.rollbacks << 32)
+        trainer.reseed(self.seed)
+        if snapshot:
+            trainer.load_state(state)
+        if rollback:
+            trainer.reseed(self.seed)
+        self.log = RunLog(out, self.saved_at, state.get("log"))
+        self.signal = 0
+
+    def __enter__(self) -> Run:
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self.log.close()
+
+    def _note(self, number: int, frame) -> None:
+        # Under torchrun a Ctrl-C comes twice, from the terminal and from torchrun: only alone is a second one meant.
+        if number == self.signal == signal.SIGINT and distributed.get_world_size() == 1:
+            raise KeyboardInterrupt
+        self.signal = self.signal or number
+
+    def tick(self, step: int, device: torch.device, **extra: float) -> None:
+        """Collective. A row of statistics. Raises FloatingPointError when one of them is not finite."""
+        if self.rollbacks:
+            extra["rollbacks"] = self.rollbacks
+        row = self.log.tick(step, device, **extra)
+        if not all(math.isfinite(value) for value in row.values()):
+            raise FloatingPointError(f"training diverged at step {step}: {row}")
+
+    def end_step(self, step: int, snapshot: bool) -> None:
+        """Collective. Write a snapshot when one is due, or before raising Stopped when a signal has come to any rank.
+
+        Raises FloatingPointError instead of writing weights that are not finite.
+        """
+        number = distributed.all_reduce_max(self.signal)
+        if snapshot or number:
+            self._save(step)
+        if number:
+            raise Stopped(number)
+
+    def _save(self, step: int) -> None:
+        modules = self.trainer.modules()
+        if not all(p.isfinite().all() for module in modules.values() for p in module.parameters()):
+            raise FloatingPointError(f"training diverged at step {step}: weights are not finite")
+        state = {**self.trainer.state(), "log": self.log.state(), "rollbacks": self.rollbacks}
+        if distributed.is_main():
+            save_snapshot(self.out, step, modules, state, self.meta)
+        distributed.barrier()
 
 
 class RunLog:
     """Collects scalars between ticks; at a tick their means over steps and ranks go to every place.
 
-    Only rank 0 writes. TensorBoard is used where it is installed; stats.jsonl always.
+    Only rank 0 writes. TensorBoard is used where it is installed; stats.jsonl always. Rows after step `begin`, which
+    a killed run wrote after its last snapshot, are dropped: they come again.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.sums, self.counts = Path(folder), {}, {}
+    def __init__(self, folder: Path, begin: int = 0, state: list | None = None):
+        """state: what state() gave. Kept only by as many ranks as it came from."""
+        self.folder, self.sums, self.counts, self.images = Path(folder), {}, {}, 0
         self.file = self.board = None
         self.last = time.perf_counter()
+        if state and len(state) == distributed.get_world_size():
+            self.sums, self.counts = state[distributed.get_rank()]
         if distributed.is_main():
+            _drop_rows_after(self.folder / "stats.jsonl", begin)
             self.file = open(self.folder / "stats.jsonl", "a", encoding="utf-8")
             try:
                 from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(str(self.folder / "tensorboard"))
+                self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=begin + 1)
             except ImportError:
                 print("TensorBoard is not installed: curves go to stats.jsonl only", flush=True)
 
-    def add(self, **scalars: torch.Tensor | float) -> None:
+    def add(self, images: int = 0, **scalars: torch.Tensor | float) -> None:
+        """The scalars of a step over this many images, counted over all ranks."""
+        self.images += images
         for name, value in scalars.items():
             value = value.detach() if torch.is_tensor(value) else value
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.sums[name] = value + self.sums.get(name, 0.0)
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
@@ -46,13 +160,19 @@ class RunLog:
         self.sums, self.counts = {}, {}
         return means
 
-    def tick(self, step: int, device: torch.device, images: int = 0, **extra: float) -> dict[str, float]:
+    def state(self) -> list:
+        """Collective. What the ranks have collected since the last tick, by rank."""
+        sums = {name: value.cpu() if torch.is_tensor(value) else value for name, value in self.sums.items()}
+        return distributed.gather((sums, self.counts))
+
+    def tick(self, step: int, device: torch.device, **extra: float) -> dict[str, float]:
         """Collective. Write the means since the last tick at `step`, with speed and peak memory; returns the row."""
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         row = {"step": step, **self.means(), **extra, "seconds": seconds, "memory_gb": peak_memory_gb(device)}
-        if images:
-            row |= {"img_per_s": images / seconds, "s_per_kimg": 1000 * seconds / images}
+        if self.images:
+            row |= {"img_per_s": self.images / seconds, "s_per_kimg": 1000 * seconds / self.images}
+        self.images = 0
         if self.file:
             self.file.write(json.dumps({k: _short(v) for k, v in row.items()}) + "\n")
             self.file.flush()
@@ -68,6 +188,18 @@ class RunLog:
                 sink.close()
 
 
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Also drops a last line that was cut short. The file is replaced in one move."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        writing = path.with_name(f".{path.name}.writing")
+        writing.write_text("".join(kept), encoding="utf-8")
+        os.replace(writing, path)
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Peak memory of this process: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
@@ -79,24 +211,39 @@ def _short(value: float) -> float | int:
     return value if isinstance(value, int) else float(f"{value:.5g}")
 
 
-def run_command(work: Callable[[torch.device], None], device: str, out: Path) -> int:
-    """Start up, work(device), clean up; errors become messages.
+def run_command(work: Callable[[torch.device, bool], None], device: str, out: Path) -> int:
+    """Start up, work(device, rollback), clean up; errors become messages.
 
-    Returns the exit code: 0 done, 2 wrong usage, 4 diverged.
+    A run that diverges goes back once to its last snapshot: work is called again, with rollback=True. Returns the
+    exit code: 0 done, 2 wrong usage, 4 diverged again (or before the first snapshot), 130 or 143 stopped by a signal.
     """
     try:
         chosen = distributed.pick_device(device)
         distributed.init(chosen)
-        work(chosen)
+        try:
+            work(chosen, False)
+            return 0
+        except FloatingPointError as error:
+            if not snapshot_steps(out):
+                raise
+            distributed.print0(f"{error}\nGoing back to the last snapshot once, with other random numbers.",
+                               file=sys.stderr)
+        work(chosen, True)                             # not in the handler: its traceback keeps the first go in memory
+        return 0
     except FloatingPointError as error:
         print(f"error: {error}\nThe last good snapshot is kept in {out}.", file=sys.stderr)
         return 4
+    except Stopped as stopped:
+        distributed.print0(str(stopped), file=sys.stderr)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last snapshot", file=sys.stderr)
+        return 130
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         distributed.cleanup()
-    return 0
 
 
 def load_run(folder: Path, flag: str, kind: str, command: str) -> Snapshot:

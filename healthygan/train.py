@@ -8,7 +8,9 @@ Set B is known to be healthy, set A is unannotated: healthy and diseased mixed. 
 train/mixed; --healthy and --mixed name folders of images, or databases of head-CT slices made by prepare.py.
 Writes to --out: config.json, stats.jsonl, sample grids (x, t, y, m, |x-y|), TensorBoard curves, snapshots, and in
 best/ the generator with the highest AUCp (unannotated against known healthy: no labels) with its frozen threshold.
-Run the same command again to go on from the last snapshot. Exit codes: 0 done, 2 wrong usage, 4 diverged.
+Run the same command again to go on from the last snapshot. SIGINT, SIGTERM and SIGUSR1 end it with a snapshot after
+the step in progress. Exit codes: 0 done, 2 wrong usage, 4 diverged again after going back to the last snapshot (which
+is kept), 130 or 143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -32,8 +34,7 @@ import distributed
 from config import option, parse
 from dataset import DatasetError
 from evaluation import metrics
-from gan.runlog import RunLog, load_optimiser, run_command, start_run
-from gan.snapshots import save_snapshot
+from gan.runlog import Run, load_optimiser, run_command
 from healthygan import losses
 from healthygan.data import ImageSettings, TrainingData, batches, class_folders, is_database, load_training
 from healthygan.model import ModelConfig
@@ -137,6 +138,8 @@ class Trainer:
         self.config, self.device = config, device
         self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
         self.iteration = 0
+        self.highest_aucp = -math.inf                              # of the generators so far, on rank 0
+        self.reseed(config.seed)
         torch.manual_seed(config.seed)                             # the same weights on every rank
         self.g = config.model().generator().to(device)
         self.d = config.model().critic().to(device)
@@ -147,6 +150,9 @@ class Trainer:
         self.g_opt, self.d_opt = (torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.5, 0.999), fused=True)
                                   for net in (self.g, self.d))
         self.collapsed = torch.zeros(2, dtype=torch.int64, device=device)   # iterations a mask was too small, large
+
+    def reseed(self, seed: int) -> None:
+        self.seed = seed
 
     @property
     def best(self) -> torch.nn.Module:
@@ -235,7 +241,7 @@ class Trainer:
 
     def _draw(self, purpose: str, draw) -> torch.Tensor:
         """This rank's rows of draw(generator, global batch), the same whatever the number of ranks."""
-        key = f"{self.config.seed} {self.iteration} {purpose}".encode()
+        key = f"{self.seed} {self.iteration} {purpose}".encode()
         stream = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7]))
         return draw(stream, self.config.batch * self.world)[self.rank::self.world].to(self.device)
 
@@ -254,12 +260,13 @@ class Trainer:
     def state(self) -> dict:
         """Everything but the weights that a resumed run needs."""
         return {"g_opt": self.g_opt.state_dict(), "d_opt": self.d_opt.state_dict(), "iteration": self.iteration,
-                "collapsed": self.collapsed.cpu()}
+                "collapsed": self.collapsed.cpu(), "highest_aucp": self.highest_aucp}
 
     def load_state(self, state: dict) -> None:
         load_optimiser(self.g_opt, state["g_opt"])
         load_optimiser(self.d_opt, state["d_opt"])
         self.iteration, self.collapsed = state["iteration"], state["collapsed"].to(self.device)
+        self.highest_aucp = state["highest_aucp"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -270,7 +277,6 @@ class Chooser:
 
     def __init__(self, data: TrainingData, out: Path, meta: dict, device: torch.device):
         self.data, self.out, self.meta, self.device = data, out, meta, device
-        self.highest = -math.inf
         count = min(6, len(data.mixed), len(data.healthy))       # spread: neighbours are slices of one scan
         self.shown = torch.cat([part[[i * len(part) // count for i in range(count)]]
                                 for part in (data.mixed, data.healthy)])
@@ -284,8 +290,8 @@ class Chooser:
         mixed, healthy = (image_scores(trainer.best, part, self.device) for part in sets)
         row = {"aucp": aucp(mixed, healthy), "score_mixed": float(mixed.mean()), "score_healthy": float(healthy.mean())}
         mature = trainer.iteration >= trainer.config.choose_after * trainer.config.iterations
-        if mature and row["aucp"] > self.highest:
-            self.highest = row["aucp"]
+        if mature and row["aucp"] > trainer.highest_aucp:
+            trainer.highest_aucp = row["aucp"]
             chosen = {"iteration": trainer.iteration, **row}
             save_model(self.out / "best", trainer.best, {**self.meta, "chosen": chosen, **self._calibrate(trainer)})
         return row
@@ -302,59 +308,46 @@ class Chooser:
 # ---------------------------------------------------------------------------------------------------------------
 # The loop
 
-def train(config: TrainConfig, data: TrainingData, out: Path, device: torch.device) -> None:
-    """Train until config.iterations. Raises CheckpointError; FloatingPointError when a loss is not finite."""
+def train(config: TrainConfig, data: TrainingData, out: Path, device: torch.device, rollback: bool = False) -> None:
+    """Train until config.iterations. Raises CheckpointError; FloatingPointError when a loss is not finite.
+
+    rollback: the run diverged; go on from its last snapshot with other random numbers.
+    """
     # ---- Set up
     trainer = Trainer(config, device)
     facts = data.facts()
     meta = {"kind": "healthygan", "config": dataclasses.asdict(config),
             "model": dataclasses.asdict(config.model()), "data": facts}
-    snapshot = start_run(out, meta, trainer.modules())
-    chooser = None
-    if distributed.is_main():
-        chooser = Chooser(data, out, {"model": meta["model"], "image_settings": facts["image_settings"],
-                                      "training": {"config": meta["config"], "counts": facts["counts"]}}, device)
-    if snapshot is not None:
-        trainer.load_state(snapshot.state)
-        if chooser:
-            chooser.highest = snapshot.state["highest_aucp"]
-        distributed.print0(f"Resuming at iteration {trainer.iteration}")
-    distributed.check_same_state(trainer.g)
-    log, batch = RunLog(out), config.batch * trainer.world
-    streams = [batches(part, config.batch, 2 * config.seed + i, trainer.iteration * batch)
-               for i, part in enumerate((data.mixed, data.healthy))]
-    distributed.print0(f"{len(data.healthy)} healthy images, {len(data.mixed)} unannotated, "
-                       f"{len(data.held_out) if data.held_out else 0} healthy kept aside; 2 x {trainer.world} x "
-                       f"{config.batch} images a step in {trainer.g.compute_dtype} on {device}")
+    with Run(out, meta, trainer, config.seed, rollback) as run:
+        chooser = None
+        if distributed.is_main():
+            chooser = Chooser(data, out, {"model": meta["model"], "image_settings": facts["image_settings"],
+                                          "training": {"config": meta["config"], "counts": facts["counts"]}}, device)
+        if run.resumed:
+            distributed.print0(f"Resuming at iteration {trainer.iteration}")
+        distributed.check_same_state(trainer.g)
+        batch = config.batch * trainer.world
+        streams = [batches(part, config.batch, 2 * run.seed + i, trainer.iteration * batch)
+                   for i, part in enumerate((data.mixed, data.healthy))]
+        distributed.print0(f"{len(data.healthy)} healthy images, {len(data.mixed)} unannotated, "
+                           f"{len(data.held_out) if data.held_out else 0} healthy kept aside; 2 x {trainer.world} x "
+                           f"{config.batch} images a step in {trainer.g.compute_dtype} on {device}")
 
-    # ---- Train
-    since_tick = 0
-    while trainer.iteration < config.iterations:
-        stats = trainer.step(*(next(stream).to(device) for stream in streams))
-        log.add(**stats)
-        since_tick += batch
+        # ---- Train
+        while trainer.iteration < config.iterations:
+            run.log.add(batch, **trainer.step(*(next(stream).to(device) for stream in streams)))
 
-        def due(every):
-            return trainer.iteration % every == 0 or trainer.iteration == config.iterations
+            def due(every):
+                return trainer.iteration % every == 0 or trainer.iteration == config.iterations
 
-        if due(config.tick) or due(config.choose):
-            extra = {}
-            if due(config.choose):
-                extra = distributed.gather(chooser.measure(trainer) if chooser else None)[0]
-            row = log.tick(trainer.iteration, device, since_tick, **extra)
-            since_tick = 0
-            if not all(math.isfinite(value) for value in row.values()):
-                raise FloatingPointError(f"training diverged at iteration {trainer.iteration}: {row}")
-            if (problem := trainer.collapse()) and distributed.is_main():
-                warnings.warn(problem, stacklevel=1)
-        if due(config.snapshot):
-            if not all(p.isfinite().all() for p in (*trainer.g.parameters(), *trainer.d.parameters())):
-                raise FloatingPointError(f"training diverged at iteration {trainer.iteration}: weights are not finite")
-            if distributed.is_main():
-                state = {**trainer.state(), "highest_aucp": chooser.highest}
-                save_snapshot(out, trainer.iteration, trainer.modules(), state, meta)
-            distributed.barrier()
-    log.close()
+            if due(config.tick) or due(config.choose):
+                extra = {}
+                if due(config.choose):
+                    extra = distributed.gather(chooser.measure(trainer) if chooser else None)[0]
+                run.tick(trainer.iteration, device, **extra)
+                if (problem := trainer.collapse()) and distributed.is_main():
+                    warnings.warn(problem, stacklevel=1)
+            run.end_step(trainer.iteration, snapshot=due(config.snapshot))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -407,9 +400,9 @@ def main(argv: list[str] | None = None) -> int:
         print("error: give --data FOLDER, or --healthy and --mixed", file=sys.stderr)
         return 2
 
-    def work(device):
+    def work(device, rollback):
         memory.keep_freed()
-        train(config, read_data(config, args), args.out, device)
+        train(config, read_data(config, args), args.out, device, rollback)
 
     return run_command(work, args.device, args.out)
 

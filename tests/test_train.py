@@ -109,7 +109,7 @@ def test_divergence_exits_4_and_keeps_the_last_good_snapshot(train_gan, half, fl
     The learning rate of the flags holds for a resumed run too, not that of the saved optimiser.
     """
     assert train_gan(half, "--lr", 1e30, *flags) == 4
-    assert f"diverged at {noticed} images" in capsys.readouterr().err
+    assert f"diverged at step {noticed}" in capsys.readouterr().err
     snapshot = load_snapshot(half)
     assert snapshot.step == 16
     assert all(torch.isfinite(t).all() for network in snapshot.weights.values() for t in network.values())
