@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import struct
 import tempfile
 import zlib
@@ -408,7 +409,14 @@ def image_batches(slices: SliceDataset, batch: int, seed: int, workers: int, sta
     sampler = InfiniteSampler(len(slices), seed, distributed.get_rank(), distributed.get_world_size(), start)
     # A generator of its own: a loader that starts would else take a number from the stream of the noise maps.
     yield from DataLoader(_HuOnly(slices), batch, sampler=sampler, num_workers=workers, generator=torch.Generator(),
-                          pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+                          pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
+                          worker_init_fn=_ignore_signals)
+
+
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C and a cluster's warning come to all processes of a job; the main one decides when to end (gan.runlog).
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _HuOnly(Dataset):

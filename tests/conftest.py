@@ -32,15 +32,19 @@ def slices32(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train_gan(slices32) -> Callable[..., int]:
-    """train_gan(out, *flags) -> exit code of train.py: 4 images a step, every phase and the augmentation at work."""
-    flags = dict(preset="smoke32", device="cpu", precision="fp32", style_dim=8, channel_base=64, channel_max=8, batch=4,
-                 r1_every=2, path_every=2, ada_target=-1.5, ada_kimg=0.04, kimg=0.032, tick_kimg=0.008, grid_kimg=0.032,
+def gan_flags(slices32) -> list[str]:
+    """Of train.py, but --out: 8 steps of 4 images, every phase and the augmentation at work."""
+    flags = dict(data=slices32, preset="smoke32", device="cpu", precision="fp32", style_dim=8, channel_base=64,
+                 channel_max=8, batch=4, r1_every=2, path_every=2, ada_target=-1.5, ada_kimg=0.04, kimg=0.032, tick_kimg=0.008, grid_kimg=0.032,
                  snapshot_kimg=0.016)
-    base = [text for name, value in flags.items() for text in ("--" + name.replace("_", "-"), str(value))]
+    return [text for name, value in flags.items() for text in ("--" + name.replace("_", "-"), str(value))]
 
+
+@pytest.fixture(scope="session")
+def train_gan(gan_flags) -> Callable[..., int]:
+    """train_gan(out, *flags) -> exit code of train.py."""
     def run(out: Path, *more: object) -> int:
-        return train.main(["--data", str(slices32), "--out", str(out), *base, *map(str, more)])
+        return train.main([*gan_flags, "--out", str(out), *map(str, more)])
 
     return run
 

@@ -100,3 +100,12 @@ def leaks(folder: Path, *more: bytes) -> list[str]:
         found += [f"{path.name}: {marker.decode()}" for marker in (*PATIENT_MARKERS, *more)
                   if any(marker in part.lower() for part in parts)]
     return found
+
+
+def write_smooth_images(folder: Path, count: int) -> None:
+    """Smooth grey noise, 48 x 40 pixels, as PNG."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        pixels = np.kron(rng.integers(40, 120, (5, 6)), np.ones((8, 8)))
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02d}.png")
