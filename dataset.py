@@ -12,6 +12,7 @@ The file is written by prepare.py (gan.database.build_lmdb) and read by everythi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import distributed
+from files import full_disk_named
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -41,6 +43,7 @@ _LMDB_MAGIC = struct.pack("<I", 0xBEEFC0DE)
 _RECORD = struct.Struct("<IId")          # CRC-32 of the rest, index of the scan, mm below the vertex
 _MANIFEST = b"manifest"
 _CHUNK = 1 << 24
+_PAGE = 4096
 
 
 class DatasetError(ValueError):
@@ -169,10 +172,12 @@ class SliceWriter:
             if kind is None:
                 self.manifest = self._manifest()
                 self._put([(_MANIFEST, json.dumps(self.manifest).encode())])
-                self._env.sync(True)
+                with self._space([]):
+                    self._env.sync(True)
             self._env.close()
             if kind is None:
-                _seal(self._partial)
+                with self._space([]):
+                    _seal(self._partial)
                 os.replace(self._partial, self.path)
         finally:
             self._partial.unlink(missing_ok=True)
@@ -180,12 +185,16 @@ class SliceWriter:
     def _put(self, items: list[tuple[bytes, bytes]]) -> None:
         while True:
             try:
-                with self._env.begin(write=True) as transaction:
+                with self._space(items), self._env.begin(write=True) as transaction:
                     for key, value in items:
                         transaction.put(key, value, append=key != _MANIFEST)
                 return
             except lmdb.MapFullError:              # the map only reserves addresses: double it and repeat
                 self._env.set_mapsize(2 * self._env.info()["map_size"])
+
+    def _space(self, items: list[tuple[bytes, bytes]]) -> contextlib.AbstractContextManager:
+        """Names a full disk. A transaction writes whole pages: records, and on the way to them the tree."""
+        return full_disk_named(self.path, sum(len(value) + 2 * _PAGE for _, value in items) + 8 * _PAGE)
 
     def _manifest(self) -> dict:
         counts = {split: {"scans": 0, "slices": 0} for split in SPLITS}

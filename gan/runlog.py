@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import signal
 import sys
@@ -30,6 +29,7 @@ from typing import Protocol
 import torch
 
 import distributed
+from files import replace_text
 from gan.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_steps
 from weights import CheckpointError
 
@@ -195,9 +195,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     if kept != lines:
-        writing = path.with_name(f".{path.name}.writing")
-        writing.write_text("".join(kept), encoding="utf-8")
-        os.replace(writing, path)
+        replace_text(path, "".join(kept))
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -278,5 +276,5 @@ def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> Sna
                     "the same flags and database, or choose another --out")
         snapshot.restore(modules)
     if distributed.is_main():
-        (out / "config.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        replace_text(out / "config.json", json.dumps(meta, indent=2) + "\n")
     return snapshot

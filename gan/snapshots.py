@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from files import flush, full_disk_named, require_space
 from weights import (
     FORMAT_VERSION,
     CheckpointError,
-    flush,
     load_strictly,
     load_tensors,
     portable,
@@ -70,24 +70,28 @@ def save_snapshot(run: str | Path, step: int, modules: Mapping[str, nn.Module], 
     state    tensors, numbers, strings, None, and dicts, lists and tuples of these; anything else is refused,
              so that it can be read back without unpickling code
     meta     anything JSON can hold
+
+    Raises OSError, naming the space needed, when the disk is full; the snapshots that are there stay whole.
     """
     run = Path(run)
-    _check_plain(state, "state")
+    needed = _bytes({name: module.state_dict() for name, module in modules.items()}) + _bytes(state, "state")
     for leftover in [*run.glob(".snapshot-*.writing"), *run.glob(".snapshot-*.replaced")]:
         shutil.rmtree(leftover)
 
-    writing = run / f".snapshot-{step:08d}.writing"
-    writing.mkdir(parents=True)
-    for name, module in modules.items():
-        save_file(portable(module.state_dict()), writing / f"{name}.safetensors")
-    torch.save(dict(state), writing / "state.pt")
-    files = {path.name: sha256(path) for path in sorted(writing.iterdir())}
-    content = dict(format_version=FORMAT_VERSION, step=step, milestone=milestone, files=files, meta=dict(meta))
-    (writing / "meta.json").write_text(to_json(content, run), encoding="utf-8")
-    for path in [*writing.iterdir(), writing]:
-        flush(path)
+    run.mkdir(parents=True, exist_ok=True)
+    final, writing = _snapshot_path(run, step), run / f".snapshot-{step:08d}.writing"
+    require_space(final, needed)
+    with full_disk_named(final, needed):
+        writing.mkdir()
+        for name, module in modules.items():
+            save_file(portable(module.state_dict()), writing / f"{name}.safetensors")
+        torch.save(dict(state), writing / "state.pt")
+        files = {path.name: sha256(path) for path in sorted(writing.iterdir())}
+        content = dict(format_version=FORMAT_VERSION, step=step, milestone=milestone, files=files, meta=dict(meta))
+        (writing / "meta.json").write_text(to_json(content, run), encoding="utf-8")
+        for path in [*writing.iterdir(), writing]:
+            flush(path)
 
-    final = _snapshot_path(run, step)
     if final.exists():
         final.rename(run / f".{final.name}.replaced")
     writing.rename(final)
@@ -138,22 +142,23 @@ def _prune(run: Path, keep: int) -> None:
             milestone = read_json(folder / "meta.json", "damaged")["milestone"]
         except CheckpointError:
             milestone = False
-        if not milestone:
-            shutil.rmtree(folder)
+        if not milestone:                # in one move first: a run killed here leaves no half of a snapshot
+            shutil.rmtree(folder.rename(run / f".{folder.name}.replaced"))
 
 
 def _snapshot_path(run: Path, step: int) -> Path:
     return run / f"snapshot-{step:08d}"
 
 
-def _check_plain(value: Any, where: str) -> None:
+def _bytes(value: Any, where: str = "weights") -> int:
+    """Of the tensors in value, about. Raises CheckpointError for what is neither plain nor a tensor."""
     if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for i, item in enumerate(value):
-            _check_plain(item, f"{where}[{i}]")
-    elif type(value) not in _PLAIN and not isinstance(value, torch.Tensor):
+        return sum(_bytes(key, f"a key of {where}") + _bytes(item, f"{where}[{key!r}]") for key, item in value.items())
+    if type(value) in (list, tuple):
+        return sum(_bytes(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if type(value) not in _PLAIN:
         raise CheckpointError(f"{where}: a {type(value).__module__}.{type(value).__name__} cannot be saved; "
                               "store a tensor, number, string, dict, list or tuple")
+    return 0

@@ -35,8 +35,8 @@ def slices32(tmp_path_factory) -> Path:
 def gan_flags(slices32) -> list[str]:
     """Of train.py, but --out: 8 steps of 4 images, every phase and the augmentation at work."""
     flags = dict(data=slices32, preset="smoke32", device="cpu", precision="fp32", style_dim=8, channel_base=64,
-                 channel_max=8, batch=4, r1_every=2, path_every=2, ada_target=-1.5, ada_kimg=0.04, kimg=0.032, tick_kimg=0.008, grid_kimg=0.032,
-                 snapshot_kimg=0.016)
+                 channel_max=8, batch=4, r1_every=2, path_every=2, ada_target=-1.5, ada_kimg=0.04, kimg=0.032,
+                 tick_kimg=0.008, grid_kimg=0.032, snapshot_kimg=0.016)
     return [text for name, value in flags.items() for text in ("--" + name.replace("_", "-"), str(value))]
 
 

@@ -12,16 +12,17 @@ COMMANDS = {"prepare", "train", "train_encoder", "latent_stats", "projector", "e
 APART = {"healthygan", "demos", "benchmarks"}                    # folders that nothing else imports
 MAY_IMPORT = {                                                   # besides itself
     "op": set(),
-    "ct": set(),
+    "ct": {"files"},
     "evaluation": set(),
     "distributed": set(),
     "config": set(),
-    "weights": set(),
+    "files": set(),
+    "weights": {"files"},
     "model": {"op"},
-    "dataset": {"ct", "distributed"},
-    "gan": {"op", "model", "weights", "ct", "dataset", "distributed"},
-    "detect": {"op", "model", "weights", "ct", "dataset", "distributed", "config"},
-    "healthygan": {"op", "weights", "ct", "gan", "dataset", "distributed", "config", "evaluation"},
+    "dataset": {"ct", "distributed", "files"},
+    "gan": {"op", "model", "weights", "files", "ct", "dataset", "distributed"},
+    "detect": {"op", "model", "weights", "files", "ct", "dataset", "distributed", "config"},
+    "healthygan": {"op", "weights", "files", "ct", "gan", "dataset", "distributed", "config", "evaluation"},
 }
 # Beyond the library: the phantom benchmark stands beside its baselines; the speed benchmark times train.py's own step
 ALSO = {"demos": {"benchmarks"}, "benchmarks": {"train", "healthygan"}}

@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-import checkpoint
 import train
 import train_encoder
+from gan.snapshots import load_snapshot, snapshot_steps
 from healthygan import train as healthygan_train
 from tests import processes
 from tests.helpers import write_smooth_images
@@ -35,7 +35,7 @@ def rows(run: Path) -> list[dict]:
 
 def assert_same_run(ours: Path, reference: Path) -> None:
     """Bit for bit: weights, optimisers, random numbers, and every row of statistics."""
-    found, expected = (checkpoint.load_snapshot(run) for run in (ours, reference))
+    found, expected = (load_snapshot(run) for run in (ours, reference))
     assert found.step == expected.step
     assert_identical(found.weights, expected.weights, "weights")
     assert_identical(found.state, expected.state, "state")
@@ -124,7 +124,7 @@ def test_a_signal_stops_with_a_snapshot_and_the_same_command_goes_on(
         assert MAIN[command](argv) == code
     monkeypatch.undo()
     assert f"stopped by {number.name}" in capsys.readouterr().err
-    assert len(checkpoint.snapshot_steps(tmp_path)) == 1                # after step 3, when none was due
+    assert len(snapshot_steps(tmp_path)) == 1                # after step 3, when none was due
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL           # as it was found
     assert MAIN[command](argv) == 0
     assert_same_run(tmp_path, whole_runs[command])
@@ -137,8 +137,8 @@ def test_two_ranks_stopped_within_an_ada_interval_go_on_to_the_bit(flags, tmp_pa
     assert processes.codes(processes.start_ranks("train", [*argv, "--out", whole], tmp_path / "a")) == [0, 0]
     short = processes.start_ranks("tests.stopping_train", [*argv, "--out", stopped], tmp_path / "b")
     assert processes.codes(short) == [143, 143]                          # only one of them got the signal
-    assert checkpoint.snapshot_steps(stopped) == [12]
-    state = checkpoint.load_snapshot(stopped).state["ada"]
+    assert snapshot_steps(stopped) == [12]
+    state = load_snapshot(stopped).state["ada"]
     assert state["steps"] == 3 and state["signs"][1] == 12                # logits of both ranks
     assert processes.codes(processes.start_ranks("train", [*argv, "--out", stopped], tmp_path / "c")) == [0, 0]
     assert_same_run(stopped, whole)
@@ -147,17 +147,17 @@ def test_two_ranks_stopped_within_an_ada_interval_go_on_to_the_bit(flags, tmp_pa
 def test_a_second_ctrl_c_does_not_wait(flags, during_step, tmp_path, capsys):
     during_step("train", 2, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     assert train.main([*map(str, flags["train"]), "--out", str(tmp_path)]) == 130
-    assert "interrupted" in capsys.readouterr().err and checkpoint.snapshot_steps(tmp_path) == []
+    assert "interrupted" in capsys.readouterr().err and snapshot_steps(tmp_path) == []
 
 
 def test_loader_processes_leave_a_signal_to_all_to_the_run(flags, tmp_path):
     """As Ctrl-C on a terminal or scancel: every process of the job gets the signal."""
     run = tmp_path / "run"
     process = processes.start("train", [*flags["train"], "--kimg", 100, "--workers", 2, "--out", run], tmp_path / "log")
-    wait_for(lambda: checkpoint.snapshot_steps(run))
+    wait_for(lambda: snapshot_steps(run))
     os.killpg(process.pid, signal.SIGTERM)
     assert processes.codes([process]) == [143], (tmp_path / "log").read_text()
-    assert checkpoint.load_snapshot(run).step > 16 or len(checkpoint.snapshot_steps(run)) == 1
+    assert load_snapshot(run).step > 16 or len(snapshot_steps(run)) == 1
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
@@ -186,7 +186,7 @@ def test_killed_at_random_moments(kills, gan_flags, tmp_path):
         time.sleep(wait.uniform(0, 0.5))
         processes.kill(process)
         assert process.exitcode in (-signal.SIGKILL, 0)
-        reached.append(checkpoint.load_snapshot(run).step)
+        reached.append(load_snapshot(run).step)
         assert len(steps_of(run)) == len(set(steps_of(run)))
         if process.exitcode == 0:
             break
@@ -196,7 +196,7 @@ def test_killed_at_random_moments(kills, gan_flags, tmp_path):
 
 
 def newest(run: Path) -> int:
-    return max(checkpoint.snapshot_steps(run), default=0)
+    return max(snapshot_steps(run), default=0)
 
 
 def steps_of(run: Path) -> list[int]:
@@ -230,7 +230,7 @@ def test_a_run_that_diverges_goes_back_once(command, flags, whole_runs, monkeypa
     assert "Going back to the last snapshot once" in capsys.readouterr().err
     assert [row["step"] for row in rows(tmp_path)] == [row["step"] for row in rows(whole_runs[command])]
     assert rows(tmp_path)[0] == rows(whole_runs[command])[0] and rows(tmp_path)[-1]["rollbacks"] == 1
-    first, whole = checkpoint.load_snapshot(tmp_path), checkpoint.load_snapshot(whole_runs[command])
+    first, whole = load_snapshot(tmp_path), load_snapshot(whole_runs[command])
     assert first.state["rollbacks"] == 1
     assert any(not torch.equal(t, whole.weights[network][name]) for network, state in first.weights.items()
                for name, t in state.items())
@@ -243,7 +243,7 @@ def test_a_run_that_diverges_again_exits_4_and_keeps_the_last_good(command, flag
     assert MAIN[command]([*map(str, flags[command]), "--out", str(tmp_path)]) == 4
     shown = capsys.readouterr().err
     assert shown.count("diverged at step") == 2 and "last good snapshot is kept" in shown
-    good = checkpoint.load_snapshot(tmp_path)
+    good = load_snapshot(tmp_path)
     assert good.state["rollbacks"] == 0
     assert all(t.isfinite().all() for state in good.weights.values() for t in state.values())
 
@@ -280,7 +280,7 @@ def test_an_attempt_does_not_wait_for_the_ranks_of_the_one_before(flags, tmp_pat
     argv = [*flags["train"], "--batch", 2, "--out", tmp_path / "run"]
     first = processes.start_ranks("train", [*argv, "--kimg", 100], tmp_path / "a", **agent,
                                   TORCHELASTIC_RESTART_COUNT=0)
-    wait_for(lambda: checkpoint.snapshot_steps(tmp_path / "run"))
+    wait_for(lambda: snapshot_steps(tmp_path / "run"))
     processes.kill(first[1])
     assert processes.codes(first[:1], 60) == [1]                         # it says so, and does not hang
     step = newest(tmp_path / "run")
