@@ -31,19 +31,27 @@ class ModelConfig:
     channel_max: int = 512
     encoder_stddev: bool = False   # minibatch statistic in the encoder: only for imported released checkpoints
     encoder_noise: bool = False    # the encoder predicts the generator's noise maps, too
+    fold: int = 1                  # 2: the finest layers draw and read 2 x 2 pixels at once, on a grid of half the size
 
     def __post_init__(self):
         if self.size not in (32, 64, 128, 256, 512, 1024):
             raise ValueError(f"size must be a power of two from 32 to 1024, got {self.size}")
+        if self.fold not in (1, 2):
+            raise ValueError(f"fold must be 1 or 2, got {self.fold}")
+
+    @property
+    def grid(self) -> int:
+        """Side of the finest layers' feature maps."""
+        return self.size // self.fold
 
     @property
     def n_latent(self) -> int:
         """Number of style vectors of a W+ code: 16 at 512."""
-        return 2 * int(math.log2(self.size)) - 2
+        return 2 * int(math.log2(self.grid)) - 2
 
     @property
     def resolutions(self) -> list[int]:
-        return [2**i for i in range(2, int(math.log2(self.size)) + 1)]
+        return [2**i for i in range(2, int(math.log2(self.grid)) + 1)]
 
     def channels(self, resolution: int) -> int:
         return max(1, min(self.channel_max, int(self.channel_base * self.channel_multiplier) // resolution))
@@ -159,16 +167,20 @@ class StyledConv(nn.Module):
 
 
 class ToRGB(nn.Module):
-    def __init__(self, in_ch, style_dim, upsample=True):
+    """With fold 2 a pixel of x becomes 2 x 2 of the image."""
+
+    def __init__(self, in_ch, style_dim, upsample=True, fold=1):
         super().__init__()
         if upsample:
             self.upsample = Upsample()
-        self.conv = ModulatedConv2d(in_ch, 3, 1, style_dim, demodulate=False)
-        self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
+        self.conv, self.fold = ModulatedConv2d(in_ch, 3 * fold**2, 1, style_dim, demodulate=False), fold
+        self.bias = nn.Parameter(torch.zeros(1, 3 * fold**2, 1, 1))
 
     def forward(self, x, w, skip):
         y, _ = self.conv(x, w)
         y = y.float() + self.bias                        # the image is summed in float32 in every precision
+        if self.fold > 1:
+            y = F.pixel_shuffle(y, self.fold)
         return y if skip is None else y + self.upsample(skip)
 
 
@@ -197,6 +209,8 @@ class Generator(nn.Module):
         for r in config.resolutions[1:]:
             self.convs += [StyledConv(ch(r // 2), ch(r), d, upsample=True), StyledConv(ch(r), ch(r), d)]
             self.to_rgbs.append(ToRGB(ch(r), d))
+        if config.fold > 1:
+            self.to_fine = ToRGB(ch(config.grid), d, fold=config.fold)
         for i, r in enumerate(self.noise_sizes):
             self.noises.register_buffer(f"noise_{i}", torch.randn(1, 1, r, r))
 
@@ -252,7 +266,7 @@ class Generator(nn.Module):
             x = self.convs[2 * i](x, w[2 * i + 1], maps[2 * i + 1])
             x = self.convs[2 * i + 1](x, w[2 * i + 2], maps[2 * i + 2])
             image = to_rgb(x, w[2 * i + 3], image)
-        return image
+        return image if self.config.fold == 1 else self.to_fine(x, w[-1], image)
 
     def forward(self, z: torch.Tensor, truncation_psi: float = 1.0, noise="random") -> torch.Tensor:
         """z [B, style_dim] -> images [B, 3, N, N]; truncation_psi < 1 draws codes towards the mean."""
@@ -310,9 +324,9 @@ class _Trunk(nn.Module):
     def __init__(self, config: ModelConfig, stddev: bool):
         super().__init__()
         self.config, self.stddev, self.compute_dtype = config, stddev, torch.float32
-        ch, size = config.channels, config.size
+        ch = config.channels
         blocks = [ResBlock(ch(r), ch(r // 2)) for r in reversed(config.resolutions[1:])]
-        self.convs = nn.Sequential(ConvLayer(3, ch(size), 1), *blocks)
+        self.convs = nn.Sequential(ConvLayer(3 * config.fold**2, ch(config.grid), 1), *blocks)
         self.final_conv = ConvLayer(ch(4) + int(stddev), ch(4), 3)
 
     def stddev_group(self, batch: int) -> int:
@@ -323,8 +337,8 @@ class _Trunk(nn.Module):
         n = self.config.size
         if images.shape[1:] != (3, n, n):
             raise ValueError(f"images must be [B, 3, {n}, {n}], got {list(images.shape)}")
-        x = images.to(self.compute_dtype).contiguous(memory_format=torch.channels_last)
-        stages = []
+        x = F.pixel_unshuffle(images.to(self.compute_dtype), self.config.fold)
+        x, stages = x.contiguous(memory_format=torch.channels_last), []
         for block in self.convs:
             x = block(x)
             stages.append(x)

@@ -43,6 +43,7 @@ class TrainConfig:
     channel_base: int = option(16384, "channels at resolution r: min(max, base * multiplier / r)")
     channel_multiplier: float = option(2, "see --channel-base")
     channel_max: int = option(512, "see --channel-base")
+    fold: int = option(1, "2: the finest layers draw 2 x 2 pixels at once; a CPU spends most of its time there", (1, 2))
     # Length and batch
     kimg: float = option(25000, "length of the training, in thousands of real images seen")
     batch: int = option(16, "images a step on each rank")
@@ -82,7 +83,8 @@ class TrainConfig:
 
     def model(self) -> ModelConfig:
         return ModelConfig(self.size, self.style_dim, channel_base=self.channel_base,
-                           channel_multiplier=self.channel_multiplier, channel_max=self.channel_max)
+                           channel_multiplier=self.channel_multiplier, channel_max=self.channel_max,
+                           fold=self.fold)
 
 
 PRESETS = {

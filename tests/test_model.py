@@ -358,3 +358,37 @@ def test_the_noise_head_starts_from_nothing_and_then_follows_the_image():
     moved[:, :, :8, :8] += 3                                     # the finest map changes where the image did
     change = (e.invert(moved, g)[1][-1] - maps[-1]).abs().mean((0, 1))
     assert change[:8, :8].mean() > 3 * change[24:, 24:].mean()
+
+
+# ---- Folded pixels
+
+def folded(**changes):
+    return ModelConfig(size=64, style_dim=8, n_mlp=1, channel_base=64, channel_multiplier=1, channel_max=8, fold=2,
+                       encoder_noise=True, **changes)
+
+
+def test_folded_networks_work_on_half_the_grid():
+    config = folded()
+    generator, encoder, discriminator = Generator(config), Encoder(config), Discriminator(config)
+    assert config.grid == 32 and config.n_latent == 8 and generator.noise_sizes[-1] == 32
+    images = generator(torch.randn(2, 8))
+    w_plus, noise = encoder.invert(images, generator)
+    assert images.shape == (2, 3, 64, 64) and w_plus.shape == (2, 8, 8) and noise[-1].shape == (2, 1, 32, 32)
+    assert generator.synthesis(w_plus, noise).shape == (2, 3, 64, 64) and discriminator(images).shape == (2, 1)
+
+
+def test_a_folded_generator_draws_each_pixel_of_its_square_by_a_channel_of_its_own():
+    generator = Generator(folded())
+    with torch.no_grad():
+        for to_rgb in (generator.to_rgb1, *generator.to_rgbs, generator.to_fine):
+            to_rgb.conv.weight.zero_()
+        generator.to_fine.bias[:, :4] = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 4, 1, 1)    # the first window
+        image = generator.synthesis(torch.zeros(1, 8, 8))[0]
+    assert image[0, :2, :2].tolist() == [[1, 2], [3, 4]] and image[0, 62:, 62:].tolist() == [[1, 2], [3, 4]]
+    assert not image[1:].any()
+
+
+
+def test_fold_is_checked():
+    with pytest.raises(ValueError, match="fold must be 1 or 2, got 3"):
+        ModelConfig(fold=3)
