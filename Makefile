@@ -1,4 +1,5 @@
 # make test    build .venv from requirements.lock if need be, then ruff and the tests
+# make mutants  put defects into a copy of the program, one at a time: the tests must notice each (20 minutes)
 # make demo    build .venv, make phantoms, project them with the shipped model, write demos/out/report.html
 # make bench   speed and memory of every job against the plain reference path, on this machine
 # make bench-gpu  on a GPU: the kernels checked, then the GPU rows of the table, each in under ten minutes
@@ -11,11 +12,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: test demo bench bench-gpu venv lock clean
+.PHONY: test mutants demo bench bench-gpu venv lock clean
 
 test: venv
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+mutants: venv
+	$(BIN)/python tests/mutations.py
 
 demo: venv
 	$(BIN)/python demos/demo.py
@@ -51,5 +55,5 @@ lock:
 		--custom-compile-command 'make lock' --output-file requirements.lock
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,6 +21,7 @@ from healthygan import test as healthygan_test
 from healthygan import train, trivial, weights
 from healthygan.model import Generator
 from healthygan.scoring import aucp, difference, unit_scores
+from tests.helpers import GradientRecorder
 from weights import CheckpointError
 
 ROOT = Path(__file__).parent.parent
@@ -144,6 +145,25 @@ def test_the_generators_gradient_is_that_of_its_loss():
     loss.backward()
     for p, q in zip(trainer.g.parameters(), other.g.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-3 * q.grad.abs().max().item())
+
+
+def test_the_critics_gradient_is_that_of_its_loss():
+    """It raises D(b) - D(y_a), and pays 10 (|grad D| - 1)^2 between the two."""
+    config = dataclasses.replace(train.PRESETS["smoke32"], precision="fp32", flip=False, critic_steps=2)
+    trainer = train.Trainer(config, torch.device("cpu"))
+    trainer.d_opt = GradientRecorder(trainer.d_opt)
+    a, b = torch.rand(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    y = trainer.g(a).y.detach()
+    share = trainer._draw("share", lambda g, n: torch.rand(n, generator=g)).reshape(-1, 1, 1, 1)
+    trainer.step(a, b)
+    mix = (share * b + (1 - share) * y).requires_grad_()
+    (slope,) = torch.autograd.grad(trainer.d(mix).sum(), mix, create_graph=True)
+    penalty = (slope.square().sum((1, 2, 3)).sqrt() - 1).square().mean()
+    loss = trainer.d(y).mean() - trainer.d(b).mean() + 10 * penalty
+    expected = torch.autograd.grad(loss, list(trainer.d.parameters()), materialize_grads=True)
+    for found, wanted in zip(trainer.d_opt.steps[0], expected):
+        torch.testing.assert_close(torch.zeros_like(wanted) if found is None else found, wanted, rtol=0,
+                                   atol=1e-3 * max(wanted.abs().max().item(), 1e-3))
 
 
 def test_the_faithful_preset_is_the_released_one():

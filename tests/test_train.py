@@ -274,6 +274,24 @@ def test_generator_and_discriminator_pull_apart(tiny_gan_config):
     assert stats["loss_g"].item() == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(trainer.g_opt.steps[0], list(expected), rtol=1e-4, atol=1e-6)
 
+def test_real_and_fake_images_are_augmented_alike(tiny_gan_config, monkeypatch):
+    """In every phase that looks through the discriminator, or it would tell them apart by the augmentation."""
+    trainer = train.Trainer(tiny_gan_config, CPU)
+    seen, discriminate = [], trainer.d.forward
+    monkeypatch.setattr(trainer, "_augment", lambda images: images * 0 + 0.25)
+    monkeypatch.setattr(trainer.d, "forward", lambda images: seen.append(images.unique().tolist())
+                        or discriminate(images))
+    trainer.step(torch.zeros(8, 3, 32, 32), 0)
+    assert seen == [[0.25]] * 4                                  # real and fake, R1, generator
+
+
+def test_styles_are_mixed_as_often_as_told(tiny_gan_config):
+    def mixed(probability: float) -> float:
+        """Part of the codes whose last layer is not the first one's."""
+        w_plus = train.Trainer(dataclasses.replace(tiny_gan_config, mixing=probability), CPU)._w_plus(slice(None), "g")
+        return (w_plus[:, 0] != w_plus[:, -1]).any(1).float().mean().item()
+    assert (mixed(0.0), mixed(1.0)) == (0.0, 1.0)
+
 @pytest.mark.parametrize("values", [{"batch": 0}, {"accumulate": 0}, {"batch": 8, "accumulate": 3}])
 def test_batches_that_cannot_be_are_refused(values):
     with pytest.raises(ValueError, match="--accumulate"):

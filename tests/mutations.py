@@ -1,0 +1,286 @@
+"""Defects of one line that the tests must notice: `make mutants`, or python tests/mutations.py WORD ... for those whose
+file or defect holds one of the words.
+
+A copy of the tree gets one mutant at a time, and the tests named for it must fail there; without it they must pass.
+A mutant whose text is not found exactly once is an error: whoever changes such a line writes its mutant anew.
+Exit codes: 0 all caught; 1 a mutant survived, does not fit, or keeps its tests from running at all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = ("matplotlib.figure", "nibabel", "pydicom", "safetensors.torch", "scipy.ndimage", "skimage.morphology",
+             "sklearn.metrics", "torch")   # take longer to import than most of these tests to run
+VERDICTS = {0: "SURVIVED", 1: "caught"}    # by pytest's exit code; others mean that the tests did not run
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In `file` the text `old`, found once, becomes `new`; `tests`, arguments of pytest, must notice."""
+
+    defect: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+BLEED = "tests/test_known_bleed.py"
+MUTANTS = (
+    # ---- projector.py: what a scan is told, and how it is written
+    Mutant("flagged when below the threshold", "projector.py",
+           "native.scan_score > self.threshold", "native.scan_score < self.threshold", BLEED + " -k beyond_all"),
+    Mutant("volume 100 times too large", "detect/outputs.py", "pixel_spacing_mm) / 1000)", "pixel_spacing_mm) / 10)",
+           BLEED + " -k volume"),
+    Mutant("mask mirrored", "detect/outputs.py",
+           "mask=back(result.lesion.numpy())", "mask=back(result.lesion.numpy()[..., ::-1].copy())",
+           BLEED + " -k mask_lies"),
+    Mutant("map with the wrong sign", "detect/outputs.py",
+           "anomaly=back(result.anomaly", "anomaly=-back(result.anomaly", BLEED + " -k too_dense"),
+    Mutant("percentile of minus the score", "projector.py",
+           "torch.tensor([native.scan_score])", "torch.tensor([-native.scan_score])", BLEED + " -k beyond_all"),
+    Mutant("below_vertex_mm all 0", "detect/outputs.py",
+           "values_to_scan(pre.standardised", "values_to_scan(0 * pre.standardised", BLEED + " -k know_their_place"),
+    Mutant("no warning for a bad reconstruction", "projector.py",
+           "if share > TOO_MUCH", "if share > 2", BLEED + " -k wrong_hu"),
+    Mutant("residual with the wrong sign", "detect/outputs.py",
+           "residual=back(result.residual", "residual=-back(result.residual", BLEED + " -k too_dense"),
+    Mutant("maps swapped left to right in the world", "ct/write.py",
+           "np.diag([-1.0, -1.0, 1.0])", "np.diag([1.0, -1.0, 1.0])", BLEED + " -k mask_lies"),
+    Mutant("only what is hyperdense is predicted", "detect/search.py",
+           "shown.abs() > settings.surprise_mask", "shown > settings.surprise_mask", BLEED + " -k wrong_hu"),
+    Mutant("worklist begins with the lowest score", "detect/outputs.py",
+           '-row["score"]', 'row["score"]', BLEED + " -k wrong_hu"),
+    Mutant("exit code 0 although scans failed", "projector.py", "return 3 if failed", "return 0 if failed",
+           "tests/test_patient_data.py -k output"),
+    Mutant("a broken header's value in the reason", "ct/dicom.py",
+           "cannot be read as DICOM ({type(error).__name__})", "cannot be read as DICOM ({error})",
+           "tests/test_patient_data.py"),
+    Mutant("query and reconstruction swapped", "detect/measure.py",
+           "(query_hu - recon_hu) * brain", "(recon_hu - query_hu) * brain", "tests/test_anomaly.py -k residual"),
+    Mutant("votes of the slice below lost", "detect/measure.py",
+           "supporters[1:] += exceeds[:-1]", "supporters[1:] += 0 * exceeds[:-1]", "tests/test_anomaly.py -k votes"),
+    Mutant("a move towards the normal costs, one away is free", "detect/perceptual.py",
+           "p.abs() > p_encoder.abs()", "p.abs() < p_encoder.abs()", "tests/test_losses.py -k prior"),
+    Mutant("a peak needs no neighbours", "detect/measure.py",
+           "(ends[:-2] + near + ends[2:]) / 3", "near", "tests/test_anomaly.py -k peak"),
+    # ---- train.py
+    Mutant("R1 doubled", "train.py",
+           "self.config.r1_gamma / 2", "self.config.r1_gamma", "tests/test_train.py -k weighs"),
+    Mutant("path length without its lazy factor", "train.py",
+           "path_weight * self.config.path_every", "path_weight", "tests/test_train.py -k weighs"),
+    Mutant("mean path length never moves", "train.py",
+           "mean, self.config.path_decay", "mean, 0.0", "tests/test_train.py -k weighs"),
+    Mutant("path length of the whole batch", "train.py",
+           "len(w_plus) // self.config.path_shrink", "len(w_plus)", "tests/test_train.py -k part_of_the_batch"),
+    Mutant("averaged generator keeps what it should drop", "train.py", "1 - keep", "keep",
+           "tests/test_train.py -k averaged"),
+    Mutant("fake images shown without augmentation", "train.py",
+           "self.d(self._augment(real)), self.d(self._augment(fake))", "self.d(self._augment(real)), self.d(fake)",
+           "tests/test_train.py -k alike"),
+    Mutant("styles mixed where they should not be", "train.py",
+           "< self.config.mixing", "> self.config.mixing", "tests/test_train.py -k styles"),
+    Mutant("a resumed discriminator forgets Adam's averages", "train.py",
+           'load_optimiser(self.d_opt, state["d_opt"])', "pass", "tests/test_train.py -k bit_identical"),
+    Mutant("generator scared of fooling the discriminator", "gan/losses.py",
+           "F.softplus(-fake_logits).mean()", "F.softplus(fake_logits).mean()", "tests/test_losses.py -k adversarial"),
+    # ---- train_encoder.py
+    Mutant("no in-domain term", "train_encoder.py",
+           " + self.config.domain * domain", "", "tests/test_train_encoder.py -k sum_of"),
+    Mutant("encoder input not corrupted", "train_encoder.py",
+           "self.reconstruct(corrupted, alone)", "self.reconstruct(real, alone)",
+           "tests/test_train_encoder.py -k erased_images"),
+    Mutant("target corrupted", "train_encoder.py",
+           "features(self._reduced(real))", "features(self._reduced(corrupted))",
+           "tests/test_train_encoder.py -k whole"),
+    Mutant("adversarial term at full weight", "train_encoder.py",
+           "self.config.adversarial * adversarial", "adversarial", "tests/test_train_encoder.py -k sum_of"),
+    Mutant("encoder training's R1 without its interval", "train_encoder.py",
+           "self.config.r1_gamma / 2 * self.config.r1_every", "self.config.r1_gamma / 2",
+           "tests/test_train_encoder.py -k weighs"),
+    Mutant("coarse noise in bone, too", "train_encoder.py",
+           "(hu < SOFT_TISSUE_HU[1])", "(hu > SOFT_TISSUE_HU[0])", "tests/test_train_encoder.py -k coarse"),
+    Mutant("rates fall from the start", "train_encoder.py",
+           "(1 - done) / self.config.decay", "1 - done", "tests/test_train_encoder.py -k rates_fall"),
+    # ---- latent_stats.py
+    Mutant("calibrated on the training scans", "latent_stats.py",
+           'SliceDataset(sources[i][0], "val"', 'SliceDataset(sources[i][0], "train"',
+           "tests/test_latent_stats.py -k end_to_end"),
+    Mutant("the plain pass is the augmented one", "latent_stats.py",
+           "if number else images", "if not number else images", "tests/test_latent_stats.py -k stay_together"),
+    Mutant("thresholds at the complement of the rate", "latent_stats.py",
+           "dtype=torch.float64), fpr)", "dtype=torch.float64), 1 - fpr)", "tests/test_latent_stats.py -k thresholds"),
+    Mutant("healthy scans measured by their own statistics", "detect/normative.py",
+           "if i != left_out", "if i != -1", "tests/test_normative.py -k own_statistics"),
+    Mutant("latent statistics of the farthest position", "detect/latent.py",
+           "self.positions_mm).abs().argmin(dim=1)", "self.positions_mm).abs().argmax(dim=1)",
+           "tests/test_latent.py -k nearest"),
+    # ---- prepare.py and the reading of scans
+    Mutant("the neck kept, the brain left out", "ct/frame.py",
+           "below <= settings.max_below_vertex_mm", "below >= settings.max_below_vertex_mm",
+           "tests/test_prepare.py -k below_the_vertex"),
+    Mutant("split by scan, not by patient", "gan/database.py",
+           '_by_scan(patients_csv, "patient", "--patients", scan_ids)', "{s: s for s in scan_ids}",
+           "tests/test_prepare.py -k given_split"),
+    Mutant("listed slices ignored", "gan/database.py",
+           "kept & listed_slabs(", "kept | listed_slabs(", "tests/test_prepare.py -k given_split"),
+    Mutant("prepare.py ignores --slab-mm", "prepare.py",
+           "slab_mm=args.slab_mm", "slab_mm=5.0", "tests/test_prepare.py -k command"),
+    Mutant("HU without their intercept", "ct/dicom.py",
+           "values * slope + intercept", "values * slope", "tests/test_dicom.py"),
+    Mutant("slices from top to bottom", "ct/dicom.py", "np.argsort(position", "np.argsort(-position",
+           "tests/test_dicom.py"),
+    Mutant("millimetres above the vertex, not below", "ct/standardise.py",
+           "below_vertex = vertex_mm(brain, scan.position_mm) -", "below_vertex = vertex_mm(brain, scan.position_mm) +",
+           "tests/test_standardise.py -k grows_downwards"),
+    Mutant("windows decoded at half their width", "ct/window.py",
+           "((high - low) / 2)", "((high - low) / 4)", "tests/test_window.py"),
+    # ---- evaluate.py
+    Mutant("AUC of the healthy over the ill", "evaluation/metrics.py",
+           "return float(placements(", "return 1 - float(placements(",
+           "tests/test_evaluate.py -k counts_pairs"),
+    Mutant("false alarms counted as misses", "evaluation/metrics.py",
+           '"fn": int((~called & positive)', '"fn": int((called & ~positive)', "tests/test_evaluate.py -k confusion"),
+    Mutant("failed scans counted as ranked best", "evaluation/cohort.py",
+           "{1: min(finite) - 1, 0: max(finite) + 1}", "{0: min(finite) - 1, 1: max(finite) + 1}",
+           "tests/test_evaluate.py -k missing"),
+    Mutant("patients taken for independent slices", "evaluate.py",
+           "patient=scan_labels[k[:1]].patient", "patient=k", "tests/test_evaluate.py -k command_end_to_end"),
+    Mutant("pixels ranked by minus the map", "evaluation/figures.py",
+           "anomaly[counted])", "-anomaly[counted])", "tests/test_evaluate.py -k masks"),
+    Mutant("a category against all scans but the healthy", "evaluation/figures.py",
+           "| (units.labels == 0)", "| (units.labels == 1)", "tests/test_evaluate.py -k command_end_to_end"),
+    Mutant("worklist reads the lowest score first", "evaluation/triage.py",
+           "(scores[i], -i)", "(-scores[i], -i)", "tests/test_evaluate.py -k worklist"),
+    # ---- checkpoint.py, bundles and snapshots
+    Mutant("goes on from the oldest snapshot", "gan/snapshots.py",
+           "in reversed(steps)", "in steps", "tests/test_checkpoint.py"),
+    Mutant("weights not checked against their hash", "weights.py",
+           "(found := sha256(path)) != expected", '(found := sha256(path)) == ""', "tests/test_checkpoint.py"),
+    Mutant("values beyond half precision become infinite", "detect/bundle.py",
+           "stored if stored.isfinite().all() else tensor", "stored", "tests/test_checkpoint.py -k half_precision"),
+    Mutant("checkpoint.py ends with 0 for a damaged bundle", "checkpoint.py",
+           "return 2", "return 0", "tests/test_checkpoint.py -k command"),
+    Mutant("checkpoint.py halves what --fp32 should keep", "checkpoint.py",
+           "torch.float32 if args.fp32", "torch.float16 if args.fp32", "tests/test_checkpoint.py -k command"),
+    # ---- healthygan
+    Mutant("critic lowers what it should raise", "healthygan/train.py",
+           "* penalty - distance", "* penalty + distance", "tests/test_healthygan.py -k critics_gradient"),
+    Mutant("generator's terms all weigh 1", "healthygan/train.py",
+           "getattr(self.config, name) * terms[name]", "terms[name]",
+           "tests/test_healthygan.py -k generators_gradient"),
+    Mutant("healthy scans flagged", "healthygan/test.py",
+           "int(score >= threshold)", "int(score < threshold)", "tests/test_healthygan.py -k mean_difference"),
+    Mutant("differences cancel", "healthygan/scoring.py",
+           "(x - y).abs() / 2", "(x - y) / 2", "tests/test_healthygan.py -k by_hand"),
+    Mutant("the worst generator is kept", "healthygan/train.py",
+           '> self.highest', "< -self.highest", "tests/test_healthygan.py -k highest"),
+)
+
+
+def misfits(root: Path) -> list[str]:
+    """What keeps a mutant from being put in."""
+    found = []
+    for mutant in MUTANTS:
+        path = root / mutant.file
+        count = path.read_text(encoding="utf-8").count(mutant.old) if path.is_file() else 0
+        if count != 1:
+            found.append(f"{mutant.file}: expected once, found {count} times: {mutant.old!r} ({mutant.defect})")
+    return found
+
+
+def copy_tree(to: Path) -> None:
+    """The files that git knows or would add, as they are now."""
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                            check=True, capture_output=True, text=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+
+
+def run_tests(tree: Path, file: str, selected: str) -> tuple[int, str]:
+    """pytest's exit code for the tests of a file, '' or an expression of -k, and what it said.
+
+    In a fork of this process, which has the libraries and nothing of the program. No bytecode is kept: it would
+    outlive a mutant of the same length. What tests keep in pytest's cache stays from run to run.
+    """
+    log = tree / ".said"
+    child = os.fork()
+    if not child:
+        code = 3
+        try:
+            said = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            os.chdir(tree)
+            sys.dont_write_bytecode = True
+            sys.path[:] = [entry for entry in sys.path if entry != str(ROOT / "tests")]
+            arguments = ["-x", "-q", "--tb=line", file, *(["-k", selected] if selected else [])]
+            code = int(pytest.main(arguments))
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), log.read_text(encoding="utf-8", errors="replace")
+
+
+def by_file(mutants: list[Mutant]) -> dict[str, str]:
+    """The test files of the mutants, and what to select of each so that all of their tests run."""
+    selections = defaultdict(set)
+    for mutant in mutants:
+        file, _, selected = mutant.tests.partition(" -k ")
+        selections[file].add(selected)
+    return {file: "" if "" in chosen else " or ".join(sorted(chosen)) for file, chosen in selections.items()}
+
+
+def main(words: list[str]) -> int:
+    if wrong := misfits(ROOT):
+        print("\n".join(wrong), file=sys.stderr)
+        return 1
+    chosen = [m for m in MUTANTS if not words or any(word in f"{m.file}: {m.defect}" for word in words)]
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    survivors = 0
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        tree = Path(folder)
+        copy_tree(tree)
+        for file, selected in by_file(chosen).items():
+            code, said = run_tests(tree, file, selected)
+            if code:
+                print(f"{file}: must pass without a mutant, but ended with {code}\n{said}", file=sys.stderr)
+                return 1
+            print(f"{file}: passes without a mutant", flush=True)
+        for number, mutant in enumerate(chosen, 1):
+            started = time.perf_counter()
+            path = tree / mutant.file
+            text = path.read_text(encoding="utf-8")
+            path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+            file, _, selected = mutant.tests.partition(" -k ")
+            code, said = run_tests(tree, file, selected)
+            path.write_text(text, encoding="utf-8")
+            verdict = VERDICTS.get(code, f"NOT TESTED (pytest ended with {code})")
+            print(f"{number}/{len(chosen)} {verdict}: {mutant.file}: {mutant.defect} "
+                  f"({time.perf_counter() - started:.0f} s)", flush=True)
+            if code != 1:
+                survivors += 1
+                print(said[-2000:], flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
