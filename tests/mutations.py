@@ -187,7 +187,7 @@ MUTANTS = (
     Mutant("differences cancel", "healthygan/scoring.py",
            "(x - y).abs() / 2", "(x - y) / 2", "tests/test_healthygan.py -k by_hand"),
     Mutant("the worst generator is kept", "healthygan/train.py",
-           '> self.highest', "< -self.highest", "tests/test_healthygan.py -k highest"),
+           "> trainer.highest", "< -trainer.highest", "tests/test_healthygan.py -k highest"),
 )
 
 
