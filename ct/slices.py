@@ -20,18 +20,34 @@ ORDERS = ("inferior-to-superior", "superior-to-inferior")
 SCAN_JSON_HELP = (
     'scan.json must hold {"windows_hu": [[low, high]] for grey pictures or three such pairs for RGB, '
     '"slice_spacing_mm": number or null, "pixel_spacing_mm": number, [row, column] or null, '
-    f'"order": "{ORDERS[0]}" or "{ORDERS[1]}"}}'
+    f'"order": "{ORDERS[0]}" or "{ORDERS[1]}"}}; "clipped_hu": [low, high] besides, where values were clipped to less '
+    "than the window"
+)
+LOOSE_HELP = (
+    'scan.json of loose slices must hold {"loose": true, "windows_hu": [[low, high]], "pixel_spacing_mm": number or '
+    '[row, column], the assumed one where it is unknown}; "clipped_hu" as for scans'
 )
 
 
 @dataclass(frozen=True)
 class SliceSpec:
-    """What scan.json says: one or three windows in HU, spacings in mm (None where unknown), the file order."""
+    """What scan.json says: one or three windows in HU, spacings in mm (None where unknown), the file order.
+
+    clipped_hu  what values were clipped to before they were written, where that is less than the windows
+    loose       the pictures are no scan but single slices of many people (ct.loose)
+    """
 
     windows_hu: tuple[tuple[float, float], ...]
     slice_spacing_mm: float | None
     pixel_spacing_mm: tuple[float, float] | None
     order: str
+    clipped_hu: tuple[float, float] | None = None
+    loose: bool = False
+
+    @property
+    def saturation_hu(self) -> tuple[float, float]:
+        """As in ct.scan.Scan."""
+        return self.clipped_hu or (min(low for low, _ in self.windows_hu), max(high for _, high in self.windows_hu))
 
 
 ORIGINAL_LAYOUT = SliceSpec(WINDOWS_HU, None, None, ORDERS[0])   # <case>/png/*.png without a scan.json
@@ -51,14 +67,25 @@ def load_spec(path: Path) -> SliceSpec:
         raise ScanError(f"{path}: cannot be read as JSON ({error}); {SCAN_JSON_HELP}") from error
     if not isinstance(data, dict):
         raise ScanError(f"{path}: expected an object, found {type(data).__name__}; {SCAN_JSON_HELP}")
-    for key in ("windows_hu", "slice_spacing_mm", "pixel_spacing_mm", "order"):
+    loose = data.get("loose", False)
+    if not isinstance(loose, bool):
+        raise ScanError(f"{path}: 'loose' must be true or false, found {loose!r}; {LOOSE_HELP}")
+    keys = ("windows_hu", "pixel_spacing_mm") if loose else ("windows_hu", "slice_spacing_mm", "pixel_spacing_mm",
+                                                             "order")
+    for key in keys:
         if key not in data:
-            raise ScanError(f"{path}: '{key}' is missing; {SCAN_JSON_HELP}")
+            raise ScanError(f"{path}: '{key}' is missing; {LOOSE_HELP if loose else SCAN_JSON_HELP}")
+    windows, pixel_spacing_mm = _windows(path, data["windows_hu"]), _pixel_spacing(path, data["pixel_spacing_mm"])
+    clipped_hu = _clipped(path, data["clipped_hu"]) if "clipped_hu" in data else None
+    if loose:
+        if pixel_spacing_mm is None:
+            raise ScanError(f"{path}: 'pixel_spacing_mm' is null, and one slice does not tell the size of its head; "
+                            f"{LOOSE_HELP}")
+        return SliceSpec(windows, None, pixel_spacing_mm, ORDERS[0], clipped_hu, loose)
     if data["order"] not in ORDERS:
         raise ScanError(f"{path}: 'order' must be one of {', '.join(ORDERS)}, found {data['order']!r}")
     slice_spacing_mm = _spacing(path, "slice_spacing_mm", data["slice_spacing_mm"])
-    return SliceSpec(_windows(path, data["windows_hu"]), slice_spacing_mm,
-                     _pixel_spacing(path, data["pixel_spacing_mm"]), data["order"])
+    return SliceSpec(windows, slice_spacing_mm, pixel_spacing_mm, data["order"], clipped_hu)
 
 
 def _is_number(value) -> bool:
@@ -78,6 +105,12 @@ def _windows(path: Path, value) -> tuple[tuple[float, float], ...]:
                         f"windows of the method; found {value!r}; export the slices again with these, or as "
                         "16-bit grey with one window")
     return windows
+
+
+def _clipped(path: Path, value) -> tuple[float, float]:
+    if not (isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]):
+        raise ScanError(f"{path}: 'clipped_hu' must be [low, high] in HU, low below high; found {value!r}")
+    return float(value[0]), float(value[1])
 
 
 def _spacing(path: Path, key: str, value) -> float | None:
@@ -106,8 +139,11 @@ def read_slices(scan_id: str, pictures: Sequence[Path], scan_json: Path | None, 
     Raises ScanError for pictures that cannot be read, differ in size or do not fit the windows.
     """
     spec = ORIGINAL_LAYOUT if scan_json is None else load_spec(scan_json)
+    if spec.loose:
+        raise ScanError(f"{scan_json}: loose slices are no scan: without neighbours and positions they can only be "
+                        "trained on (prepare.py)")
     pictures = sorted(pictures, key=natural_key)
-    slices = [_read_picture(path, spec) for path in pictures]
+    slices = [read_picture(path, spec) for path in pictures]
     for path, image in zip(pictures, slices):
         if image.shape != slices[0].shape:
             raise ScanError(f"{path}: {image.shape[1]}x{image.shape[0]} pixels, but {pictures[0].name} has "
@@ -126,8 +162,7 @@ def read_slices(scan_id: str, pictures: Sequence[Path], scan_json: Path | None, 
                             "--unknown-slice-spacing-mm a number above 0")
         spacing = float(unknown_slice_spacing_mm)
         notes = (f"slice spacing unknown, {spacing:g} mm assumed (--unknown-slice-spacing-mm)", *notes)
-    saturation = (min(low for low, _ in spec.windows_hu), max(high for _, high in spec.windows_hu))
-    return Scan(scan_id, hu, np.arange(len(hu)) * spacing, spec.pixel_spacing_mm, saturation, brain,
+    return Scan(scan_id, hu, np.arange(len(hu)) * spacing, spec.pixel_spacing_mm, spec.saturation_hu, brain,
                 source="slices", notes=notes)
 
 
@@ -144,8 +179,8 @@ def _skipped_numbers(pictures: Sequence[Path]) -> tuple[str, ...]:
     return (f"slices missing, by their numbers: {len(skipped)} ({shown}); the others are taken as evenly spaced",)
 
 
-def _read_picture(path: Path, spec: SliceSpec) -> np.ndarray:
-    """One picture as HU, float32 [H, W]."""
+def read_picture(path: Path, spec: SliceSpec) -> np.ndarray:
+    """One picture as HU, float32 [H, W]. Raises ScanError where it cannot be read or does not fit the windows."""
     try:
         with Image.open(path) as image:
             if image.mode in ("P", "RGBA"):

@@ -89,7 +89,11 @@ class Standardised:
 
 def standardise(scan: Scan, brain: np.ndarray, settings: StandardiseSettings) -> Standardised:
     """Brings a scan and its brain mask, bool [S, H, W], to the canonical frame. Raises ScanError as find_frame."""
-    frame = find_frame(scan, brain, settings)
+    return in_frame(scan, brain, find_frame(scan, brain, settings), settings)
+
+
+def in_frame(scan: Scan, brain: np.ndarray, frame: Frame, settings: StandardiseSettings) -> Standardised:
+    """A scan and its brain mask, bool [S, H, W], in a frame that was found for it."""
     low, high = settings.hu_clip
     clipped = np.clip(scan.hu, low, high)
     hu = np.clip(to_frame(clipped, frame, fill=low), low, high)      # interpolation rounds a little beyond
