@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import signal
 import struct
@@ -84,7 +85,7 @@ class ScanRecord:
     """One scan's slices, encoded: what a worker hands to the writer.
 
     slices           index of each slice among the slabs of its scan (its own images where they are thick)
-    below_vertex_mm  mm below the vertex, one a slice
+    below_vertex_mm  mm below the vertex, one a slice; NaN where unknown, of loose slices (ct.loose)
     source, notes    as in ct.scan.Scan
     """
 
@@ -165,7 +166,8 @@ class SliceWriter:
         self._put(items)
         self._scans.append({"scan_id": record.scan_id, "patient": patient, "split": split,
                             "source": record.source, "first": first, "slices": list(record.slices),
-                            "below_vertex_mm": list(record.below_vertex_mm), "notes": list(record.notes)})
+                            "below_vertex_mm": [None if math.isnan(mm) else mm for mm in record.below_vertex_mm],
+                            "notes": list(record.notes)})
 
     def __exit__(self, kind, error, trace) -> None:
         try:
@@ -197,10 +199,12 @@ class SliceWriter:
         return full_disk_named(self.path, sum(len(value) + 2 * _PAGE for _, value in items) + 8 * _PAGE)
 
     def _manifest(self) -> dict:
-        counts = {split: {"scans": 0, "slices": 0} for split in SPLITS}
+        counts = {split: {"scans": 0, "slices": 0, "loose": 0} for split in SPLITS}      # loose: of the slices
         for scan in self._scans:
-            counts[scan["split"]]["scans"] += 1
-            counts[scan["split"]]["slices"] += len(scan["slices"])
+            count, loose = counts[scan["split"]], scan["below_vertex_mm"].count(None)
+            count["scans"] += loose == 0
+            count["slices"] += len(scan["slices"])
+            count["loose"] += loose
         return {"format": "ct-slices", "format_version": FORMAT_VERSION, "size": self._size,
                 "settings": self.settings, "counts": counts, "scans": self._scans, **self.facts,
                 "digest": _digest(self._crcs)}
@@ -317,7 +321,7 @@ def verify(path: str | os.PathLike) -> dict:
         for i in range(len(scan["slices"])):
             crc, owner, mm, payload = _read_record(path, scan["first"] + i)
             decode_slice(payload, manifest["size"])
-            if (owner, mm) != (number, scan["below_vertex_mm"][i]):
+            if (owner, None if math.isnan(mm) else mm) != (number, scan["below_vertex_mm"][i]):
                 raise DatasetError(f"{path}: record {scan['first'] + i} is not where the manifest has it")
             crcs.append(crc)
     if _digest(crcs) != manifest["digest"]:
@@ -328,7 +332,8 @@ def verify(path: str | os.PathLike) -> dict:
 class SliceDataset(Dataset):
     """The slices of one split ('train', 'val' or 'all') of a database made by prepare.py.
 
-    [i]        dict(hu int16 tensor [N, N] in HU, brain bool tensor [N, N], below_vertex_mm float, scan int)
+    [i]        dict(hu int16 tensor [N, N] in HU, brain bool tensor [N, N], below_vertex_mm float, scan int);
+               below_vertex_mm is NaN for a loose slice (ct.loose), which is a scan of its own here
     scan(s)    dict(hu int16 [S, N, N], brain bool [S, N, N], below_vertex_mm float64 [S]): one whole scan,
                inferior to superior
     scan_ids   the scans of this split; the `scan` of a slice counts in this list
@@ -366,6 +371,11 @@ class SliceDataset(Dataset):
         hu, brain = decode_slice(payload, self.size)
         return {"hu": torch.from_numpy(hu), "brain": torch.from_numpy(brain), "below_vertex_mm": mm,
                 "scan": scan}
+
+    @property
+    def below_vertex_mm(self) -> np.ndarray:
+        """float64 [len]: of every slice, without reading it; NaN where unknown, of loose slices."""
+        return np.array([mm for scan in self._scans for mm in scan["below_vertex_mm"]], float)
 
     def unlike(self, meta: dict) -> str | None:
         """What of the database that a run was trained on, as its meta has it, is not this one's; None: all is.

@@ -24,6 +24,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import distributed
@@ -87,15 +88,17 @@ PRESETS = {
 @torch.no_grad()
 def encode_slices(encoder: Encoder, dataset: SliceDataset, passes: int, batch: int, rng: torch.Generator
                   ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes w_plus float32 [passes * M, L, D] of all M slices, and their mm below the vertex [passes * M]; on the CPU.
+    """Codes w_plus float32 [passes * M, L, D] of M slices, and their mm below the vertex [passes * M]; on the CPU.
 
-    The first pass takes the slices as they are, because so does a projection; the others are augmented.
+    Loose slices, whose position is unknown, are left out. The first pass takes the slices as they are, because so does
+    a projection; the others are augmented.
     """
     device = next(encoder.parameters()).device
     codes, positions = [], []
+    known = np.flatnonzero(~np.isnan(dataset.below_vertex_mm)).tolist()
     for number in range(passes):
-        for first in range(0, len(dataset), batch):
-            slices = [dataset[i] for i in range(first, min(first + batch, len(dataset)))]
+        for first in range(0, len(known), batch):
+            slices = [dataset[i] for i in known[first:first + batch]]
             images = encode(torch.stack([one["hu"] for one in slices]).to(device))
             codes.append(encoder(augmented(images, rng) if number else images).cpu())
             positions += [one["below_vertex_mm"] for one in slices]
@@ -297,9 +300,16 @@ def check_held_out(config: StatsConfig, loaded: list[tuple[Snapshot, SliceDatase
 def fit_fold(encoder: Encoder, dataset: SliceDataset, config: StatsConfig) -> LatentStats:
     """Latent statistics of the database's training slices."""
     rng = torch.Generator().manual_seed(config.seed)
+    loose = int(np.isnan(dataset.below_vertex_mm).sum())
+    if loose == len(dataset):
+        raise ValueError(f"{dataset.path}: only loose slices to train on, none with a position: the statistics by "
+                         "position need scans")
+    if loose:
+        print(f"{loose} loose slices without a position are left out of the statistics", flush=True)
     w_plus, below_vertex_mm = encode_slices(encoder, dataset, config.passes, config.batch, rng)
     latent = fit(w_plus, below_vertex_mm, config)
-    print(f"{len(w_plus)} codes of {len(dataset)} slices of {len(dataset.scan_ids)} scans; {len(latent.positions_mm)} "
+    scans = dataset.manifest["counts"]["train"]["scans"]
+    print(f"{len(w_plus)} codes of {len(dataset) - loose} slices of {scans} scans; {len(latent.positions_mm)} "
           f"positions, {config.components} components hold {latent.explained().mean():.0%} of the variance", flush=True)
     return latent
 

@@ -6,6 +6,9 @@ SCANS are folders with DICOM series, NIfTI files, or folders of PNG or JPEG slic
 them. Every scan is brought to slabs of one thickness, its brain is found, and the head is centred, turned
 upright and scaled. Slices with too little brain are left out. The file is complete or not there at all.
 
+A folder whose scan.json says "loose": true holds single slices of many people (ct/loose.py): each is prepared for
+itself and goes into training, never into statistics by position, calibration or validation.
+
 Exit codes: 0 all done; 2 wrong usage or nothing to write; 3 some scans failed (named, the rest done).
 """
 
@@ -47,7 +50,11 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--max-below-vertex-mm", type=float, default=base.max_below_vertex_mm, metavar="MM",
                        help="leave out slices further below the top of the brain (default %(default)g)")
     group.add_argument("--slices", metavar="FILE.csv",
-                       help="columns scan_id, slice (0: the most inferior): keep only these, of these scans")
+                       help="columns scan_id, slice (0: the most inferior): keep only these, of these scans; "
+                            "loose slices are kept as they are")
+    group.add_argument("--leave-out", metavar="FILE.csv",
+                       help="columns scan_id, slice (empty: the whole scan): leave these out; wins over --slices. A "
+                            "loose slice is FOLDER-FILE, slice 0")
 
     group = p.add_argument_group("the split into training and validation")
     group.add_argument("--patients", metavar="FILE.csv",
@@ -79,10 +86,11 @@ def prepare(args: argparse.Namespace) -> int:
                                   max_below_vertex_mm=args.max_below_vertex_mm)
     manifest = build_lmdb(args.scans, args.out, settings, hu_clip=args.hu_clip,
                           val_fraction=args.val_fraction, seed=args.seed, split_csv=args.split,
-                          patients_csv=args.patients, slices_csv=args.slices,
+                          patients_csv=args.patients, slices_csv=args.slices, leave_out_csv=args.leave_out,
                           unknown_slice_spacing_mm=args.unknown_slice_spacing_mm, workers=args.workers,
                           overwrite=args.overwrite)
-    counts = [f"{split} {n['scans']} scans, {n['slices']} slices" for split, n in manifest["counts"].items()]
+    counts = [f"{split} {n['scans']} scans, {n['slices']} slices" + f" ({n['loose']} loose)" * bool(n["loose"])
+              for split, n in manifest["counts"].items()]
     print(f"{args.out}: {'; '.join(counts)}; {Path(args.out).stat().st_size / 1e6:.1f} MB")
     for failure in manifest["failed"]:
         print(f"failed: {failure['scan_id']}: {failure['reason']}", file=sys.stderr)

@@ -169,8 +169,10 @@ class PositionPca(Reconstruction):
 
     def _fit(self, data: SliceDataset) -> None:
         k, step = self.settings.components, self.settings.step_mm
-        heights = np.array([mm for scan in range(len(data.scan_ids)) for mm in data.scan(scan)["below_vertex_mm"]])
-        centres = np.unique(np.rint(heights / step)) * step
+        heights = data.below_vertex_mm
+        if unknown := int(np.isnan(heights).sum()):
+            print(f"pca: {unknown} loose slices without a position are left out", flush=True)
+        centres = np.unique(np.rint(heights[~np.isnan(heights)] / step)) * step
         near = [np.flatnonzero(np.abs(heights - c) <= step) for c in centres]
         enough = [i for i, slices in enumerate(near) if len(slices) > k]
         if not enough:

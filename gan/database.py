@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 import distributed
+from ct import loose
 from ct.frame import PreprocessSettings, preprocess_scan
 from ct.read import ScanSource, find_scans, read_scan
 from ct.scan import ScanError
@@ -103,12 +104,30 @@ def _assign(scan_ids: list[str], patients_csv: PathLike | None, split_csv: PathL
 
 def _selection(slices_csv: PathLike | None) -> dict[str, frozenset[int]] | None:
     """scan_id -> listed slices (0: the most inferior); None without a list."""
-    if not slices_csv:
-        return None
+    return _listed(slices_csv, "--slices") if slices_csv else None
+
+
+def _left_out(csv_file: PathLike | None, found: Sequence[ScanSource]) -> dict[str, frozenset[int] | None]:
+    """scan_id -> slices to leave out, None for all. DatasetError for what is not there."""
+    if not csv_file:
+        return {}
+    rows = read_table(csv_file, ("scan_id", "slice"), "--leave-out")
+    whole = {scan_id for scan_id, index in rows if not index}
+    listed = _listed(csv_file, "--leave-out", [row for row in rows if row[0] not in whole])
+    if unknown := sorted((whole | listed.keys()) - {s.scan_id for s in found}):
+        raise DatasetError(f"--leave-out {csv_file}: not among the scans found: {_some(unknown)}")
+    single = {s.scan_id for s in found if s.kind == loose.KIND}
+    if beyond := sorted(scan_id for scan_id, slices in listed.items() if scan_id in single and slices != {0}):
+        raise DatasetError(f"--leave-out {csv_file}: a loose slice is slice 0 of its own, found others for "
+                           f"{_some(beyond)}")
+    return {**listed, **dict.fromkeys(whole | (single & listed.keys()))}
+
+
+def _listed(csv_file: PathLike, flag: str, rows: Sequence[tuple[str, ...]] | None = None) -> dict[str, frozenset[int]]:
     listed: dict[str, set[int]] = {}
-    for scan_id, index in read_table(slices_csv, ("scan_id", "slice"), "--slices"):
+    for scan_id, index in read_table(csv_file, ("scan_id", "slice"), flag) if rows is None else rows:
         if not index.isdecimal():
-            raise DatasetError(f"--slices {slices_csv}: slice must be 0 or more, got '{index}' for {scan_id}")
+            raise DatasetError(f"{flag} {csv_file}: slice must be 0 or more, got '{index}' for {scan_id}")
         listed.setdefault(scan_id, set()).add(int(index))
     return {scan_id: frozenset(indices) for scan_id, indices in listed.items()}
 
@@ -118,9 +137,12 @@ def _selection(slices_csv: PathLike | None) -> dict[str, frozenset[int]] | None:
 
 @dataclass(frozen=True)
 class _Job:
+    """A scan or loose slice. selected: the slices to keep, None: all; left_out: not these."""
+
     source: ScanSource
     settings: PreprocessSettings
     selected: frozenset[int] | None
+    left_out: frozenset[int]
 
 
 def listed_slabs(slabs: Slabs, selected: frozenset[int], slab_mm: float) -> np.ndarray:
@@ -138,16 +160,38 @@ def listed_slabs(slabs: Slabs, selected: frozenset[int], slab_mm: float) -> np.n
 
 
 def _encode(job: _Job) -> ScanRecord:
+    if job.source.kind == loose.KIND:
+        return _encode_loose(job)
     scan = read_scan(job.source)
     done = preprocess_scan(scan, job.settings)
     kept = done.kept
-    if job.selected is not None:
-        kept = kept & listed_slabs(done.slabs, job.selected, job.settings.slab_mm)
+    if job.selected is not None or job.left_out:
+        kept = kept & listed_slabs(done.slabs, _chosen(job, len(done.slabs.position_mm)), job.settings.slab_mm)
     if not kept.any():
-        raise ScanError(f"{scan.scan_id}: none of the slices listed in --slices shows enough brain")
+        raise ScanError(f"{scan.scan_id}: none of the slices that --slices and --leave-out choose shows enough brain")
     shown, frame = np.flatnonzero(kept), done.standardised
     return ScanRecord.encode(scan.scan_id, frame.hu[shown], frame.brain[shown], frame.below_vertex_mm[shown],
                              shown, scan.source, done.slabs.scan.notes)
+
+
+def _chosen(job: _Job, count: int) -> frozenset[int]:
+    """Of the `count` slices of a scan. ScanError where none is left, or --leave-out names one beyond them."""
+    if max(job.left_out, default=0) >= count:
+        raise ScanError(f"{job.source.scan_id}: --leave-out names slice {max(job.left_out)}, the scan has {count} "
+                        "(0 is the most inferior)")
+    chosen = (frozenset(range(count)) if job.selected is None else job.selected) - job.left_out
+    if not chosen:
+        raise ScanError(f"{job.source.scan_id}: --leave-out leaves no slice of it; give the scan with an empty slice "
+                        "to leave it out as a whole")
+    return chosen
+
+
+def _encode_loose(job: _Job) -> ScanRecord:
+    done = loose.standardise_loose(loose.read_loose(job.source), job.settings.standardise)
+    share = done.brain.mean()
+    if share < job.settings.min_brain_fraction:
+        raise ScanError(f"{job.source.scan_id}: brain on {share:.1%} of the frame, less than --min-brain-fraction")
+    return ScanRecord.encode(job.source.scan_id, done.hu, done.brain, done.below_vertex_mm, source=loose.KIND)
 
 
 def _attempt(work: Callable, job) -> tuple[object, str | None]:
@@ -161,7 +205,7 @@ def _attempt(work: Callable, job) -> tuple[object, str | None]:
 
 
 def _saturation(source: ScanSource) -> tuple[float, float]:
-    return read_scan(source).saturation_hu
+    return (loose.read_loose if source.kind == loose.KIND else read_scan)(source).saturation_hu
 
 
 def _parallel(work: Callable, jobs: list, workers: int) -> Iterator[tuple[object, str | None]]:
@@ -192,11 +236,15 @@ def common_hu_range(sources: list[ScanSource], workers: int) -> tuple[float, flo
 
 
 def find_all(folders: Sequence[PathLike], unknown_slice_spacing_mm: float) -> list[ScanSource]:
-    """The scans of several folders; DatasetError where a folder is missing or two scans share an id."""
+    """The scans of several folders, and loose slices, each a source of its own (ct.loose).
+
+    DatasetError where a folder is missing or two sources share an id.
+    """
     for folder in folders:
         if not Path(folder).exists():
             raise DatasetError(f"{folder}: no such file or folder; expected a folder of scans")
-    sources = [s for folder in folders for s in find_scans(Path(folder), unknown_slice_spacing_mm)]
+    found = [s for folder in folders for s in find_scans(Path(folder), unknown_slice_spacing_mm)]
+    sources = [one for source in found for one in loose.pictures(source) or [source]]
     ids = [s.scan_id for s in sources]
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
@@ -207,32 +255,53 @@ def find_all(folders: Sequence[PathLike], unknown_slice_spacing_mm: float) -> li
 def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessSettings, *,
                hu_clip: Sequence[float] | None = None, val_fraction: float = 0.15, seed: int = 0,
                split_csv: PathLike | None = None, patients_csv: PathLike | None = None,
-               slices_csv: PathLike | None = None, unknown_slice_spacing_mm: float = 5.0, workers: int = 1,
-               overwrite: bool = False, log: Callable[[str], None] = print) -> dict:
+               slices_csv: PathLike | None = None, leave_out_csv: PathLike | None = None,
+               unknown_slice_spacing_mm: float = 5.0, workers: int = 1, overwrite: bool = False,
+               log: Callable[[str], None] = print) -> dict:
     """Prepares every scan under `folders` and writes the database `out`; returns its manifest.
 
     hu_clip None: the HU range that all scans share (common_hu_range). It replaces that of the settings.
+    Loose slices all go into training; the tables of patients, split and slices are about scans.
     Scans that fail are left out and named with their reason in manifest['failed']; a scan that --slices does
-    not name is in manifest['unlisted']. Raises DatasetError (nothing is written) for wrong values or tables,
-    an existing `out`, or when no scan is left; ScanError where a folder holds no scans.
+    not name is in manifest['unlisted'], one that --leave-out names as a whole in manifest['left_out'].
+    Raises DatasetError (nothing is written) for wrong values or tables, an existing `out`, or when no scan is left;
+    ScanError where a folder holds no scans.
     """
     writer = SliceWriter(out, {}, overwrite)              # refuses an existing file before the long work
     found = find_all(folders, unknown_slice_spacing_mm)
+    left_out = _left_out(leave_out_csv, found)
+    remaining = [s for s in found if left_out.get(s.scan_id, ()) is not None]
     selection = _selection(slices_csv)
-    sources = [s for s in found if selection is None or s.scan_id in selection]
-    unlisted = sorted({s.scan_id for s in found} - {s.scan_id for s in sources})
+    scans = [s for s in remaining if s.kind != loose.KIND and (selection is None or s.scan_id in selection)]
+    singles = [s for s in remaining if s.kind == loose.KIND]
+    sources = [*scans, *singles]
+    unlisted = sorted({s.scan_id for s in remaining} - {s.scan_id for s in sources})
     if not sources:
-        raise DatasetError(f"--slices {slices_csv}: names none of the {len(found)} scans found")
-    splits, patients, how = _assign([s.scan_id for s in sources], patients_csv, split_csv, val_fraction, seed)
-    log(f"{len(sources)} scans; split: {how}")
+        raise DatasetError(f"--slices {slices_csv}: names none of the {len(remaining)} scans found" if remaining else
+                           f"--leave-out {leave_out_csv}: names all of the {len(found)} scans found")
+    if scans:
+        splits, patients, how = _assign([s.scan_id for s in scans], patients_csv, split_csv, val_fraction, seed)
+        log(f"{len(scans)} scans; split: {how}")
+    elif val_fraction > 0:
+        raise DatasetError(f"--val-fraction {val_fraction}: loose slices are never held out, and there is no scan; add "
+                           "scans, or give --val-fraction 0")
+    else:
+        splits, patients, how = {}, {}, "none: loose slices alone"
+    if singles:
+        log(f"{len(singles)} loose slices, without neighbours and positions, all for training")
+        splits |= {s.scan_id: "train" for s in singles}
+        patients |= {s.scan_id: s.scan_id for s in singles}
     if unlisted:
         log(f"{len(unlisted)} further scans are not in --slices and left out: {_some(unlisted)}")
+    if len(remaining) < len(found):
+        log(f"--leave-out: {len(found) - len(remaining)} scans or loose slices")
     hu_clip = hu_clip or common_hu_range(sources, workers)
     standardising = dataclasses.replace(settings.standardise, hu_clip=tuple(float(v) for v in hu_clip))
     settings = dataclasses.replace(settings, standardise=standardising)
     log(f"HU clipped to {hu_clip[0]:g}..{hu_clip[1]:g}, slices of {standardising.size}x{standardising.size}")
 
-    jobs = [_Job(s, settings, selection[s.scan_id] if selection else None) for s in sources]
+    jobs = [_Job(s, settings, None if selection is None or s.kind == loose.KIND else selection[s.scan_id],
+                 left_out.get(s.scan_id, frozenset())) for s in sources]
     failed = []
     terminal = sys.stderr.isatty()
     writer.settings = settings.to_json()
@@ -244,12 +313,13 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
                 log(f"{number}/{len(jobs)} {source.scan_id}: FAILED, {reason}")
                 continue
             writer.add(record, splits[source.scan_id], patients[source.scan_id])
-            if not terminal:
+            if not terminal and source.kind != loose.KIND:                 # a line a scan, not a picture
                 log("; ".join((f"{number}/{len(jobs)} {source.scan_id}: {len(record.slices)} slices, "
                                f"{splits[source.scan_id]}", *record.notes)))
         if len(failed) == len(jobs):
             raise DatasetError(f"no scan of {len(jobs)} could be prepared; the first: {failed[0]['reason']}")
-        writer.facts = {"split": how, "failed": failed, "unlisted": unlisted}
+        writer.facts = {"split": how, "failed": failed, "unlisted": unlisted,
+                        "left_out": sorted({s.scan_id for s in found} - {s.scan_id for s in remaining})}
     return writer.manifest
 
 

@@ -87,7 +87,8 @@ def test_scan_numbers_count_within_the_split(database):
 def test_manifest_tells_how_the_database_was_made(database):
     manifest = dataset.verify(database)
     assert manifest["size"] == N and manifest["format_version"] == 1 and manifest["settings"] == {"slab_mm": 5.0}
-    assert manifest["counts"] == {"train": {"scans": 2, "slices": 6}, "val": {"scans": 1, "slices": 3}}
+    assert manifest["counts"] == {"train": {"scans": 2, "slices": 6, "loose": 0},
+                                  "val": {"scans": 1, "slices": 3, "loose": 0}}
     assert manifest["scans"][1] == {"scan_id": "b", "patient": "patient b", "split": "val", "source": "slices",
                                     "first": 3, "slices": [4, 5, 6], "below_vertex_mm": [11.25, 6.25, 1.25],
                                     "notes": ["note b"]}
