@@ -1,8 +1,10 @@
-"""What several test files need: a small database of synthetic heads, and a short training run on it."""
+"""What several test files need: a small database of synthetic heads, a short training run on it; no network for any."""
 
 from __future__ import annotations
 
 import dataclasses
+import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,32 @@ from ct.frame import PreprocessSettings
 from ct.standardise import StandardiseSettings
 from dataset import ScanRecord, SliceWriter
 from tests.helpers import synthetic_head
+
+LOCAL = (None, "", "localhost", socket.gethostname(), "127.0.0.1", "::1", "0.0.0.0", "::")
+refused: list[str] = []                          # addresses beyond this machine that a test has tried to reach
+
+
+def _refuse_network(event: str, args: tuple) -> None:
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+        host = args[1][0] if isinstance(args[1], tuple) else None
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        host = args[0].decode() if isinstance(args[0], bytes) else args[0]
+    else:
+        return
+    if host not in LOCAL and not str(host).startswith("127."):
+        refused.append(host)
+        raise PermissionError(f"{event} {host}: the tests, and what they test, use no network")
+
+
+sys.addaudithook(_refuse_network)                # Python's own sockets; a hook stays for the life of the process
+
+
+@pytest.fixture(autouse=True)
+def no_network():
+    """Fails a test whose code has tried, even where it went on without; gives the addresses."""
+    yield refused
+    tried, refused[:] = list(refused), []
+    assert tried == []
 
 
 @pytest.fixture(scope="session")
