@@ -1,5 +1,8 @@
 # make test    build .venv from requirements.lock if need be, then ruff and the tests
 # make mutants  put defects into a copy of the program, one at a time: the tests must notice each (20 minutes)
+# make soak    the long runs behind docs/RELIABILITY.md: kills, restarts, many scans; about an hour
+# make test-lowest  the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+# make audit   known vulnerabilities of the lock (asks the index it was resolved from), and every licence
 # make demo    build .venv, make phantoms, project them with the shipped model, write demos/out/report.html
 # make bench   speed and memory of every job against the plain reference path, on this machine
 # make bench-gpu  on a GPU: the kernels checked, then the GPU rows of the table, each in under ten minutes
@@ -12,7 +15,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: test mutants demo bench bench-gpu venv lock clean
+.PHONY: test mutants soak test-lowest audit demo bench bench-gpu venv lock clean
 
 test: venv
 	$(BIN)/ruff check .
@@ -20,6 +23,24 @@ test: venv
 
 mutants: venv
 	$(BIN)/python tests/mutations.py
+
+soak: venv
+	$(BIN)/python -m pytest -m soak -s
+
+test-lowest:
+	tool=$$(mktemp -d) && trap 'rm -rf "$$tool"' EXIT && \
+	$(PYTHON) -m venv $$tool && $$tool/bin/python -m pip install --quiet 'uv>=0.9' && \
+	$$tool/bin/uv venv --quiet --clear --python $(PYTHON) .venv-lowest && \
+	$$tool/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
+		--requirement pyproject.toml --extra test --extra demos
+	.venv-lowest/bin/python -m pytest
+
+# --strict: a package that no database knows is an error, not a pass
+audit: venv
+	tool=$$(mktemp -d) && trap 'rm -rf "$$tool"' EXIT && \
+	$(PYTHON) -m venv $$tool && $$tool/bin/python -m pip install --quiet pip-audit pip-licenses && \
+	$$tool/bin/pip-licenses --python=$(BIN)/python --from=mixed --order=license && \
+	$$tool/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
 
 demo: venv
 	$(BIN)/python demos/demo.py
@@ -55,5 +76,5 @@ lock:
 		--custom-compile-command 'make lock' --output-file requirements.lock
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
