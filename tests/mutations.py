@@ -128,6 +128,15 @@ MUTANTS = (
     Mutant("latent statistics of the farthest position", "detect/latent.py",
            "self.positions_mm).abs().argmin(dim=1)", "self.positions_mm).abs().argmax(dim=1)",
            "tests/test_latent.py -k nearest"),
+    # ---- loose slices
+    Mutant("statistics by position of loose slices", "latent_stats.py",
+           "np.flatnonzero(~np.isnan(dataset.below_vertex_mm))", "np.arange(len(dataset))",
+           "tests/test_loose.py -k leave_loose_slices_out"),
+    Mutant("loose slices held out", "gan/database.py",
+           'splits |= {s.scan_id: "train"', 'splits |= {s.scan_id: "val"', "tests/test_loose.py -k without_a_position"),
+    Mutant("every loose slice as large as the next", "ct/loose.py",
+           "max(HEAD_MM, widest / LARGEST)", "widest / LARGEST", "tests/test_loose.py -k high_levels"),
+
     # ---- prepare.py and the reading of scans
     Mutant("the neck kept, the brain left out", "ct/frame.py",
            "below <= settings.max_below_vertex_mm", "below >= settings.max_below_vertex_mm",
