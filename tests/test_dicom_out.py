@@ -12,9 +12,11 @@ import pydicom
 import pytest
 from pydicom.sr.codedict import codes
 
+from ct.derived import DerivedError
 from ct.read import find_scans, read_scan
+from ct.scan import Scan
 from ct.write import write_nifti
-from detect.dicom_out import DicomOutError, Identity, build_objects, write_dicom
+from detect.dicom_out import Identity, build_objects, write_dicom
 from tests.writers import make_uid, write_dicom_series, write_enhanced_ct, write_slice_folder
 
 RNG = np.random.default_rng(2)
@@ -28,6 +30,7 @@ MADE = datetime(2024, 5, 6, 7, 8, 9)
 class Result:
     """A projection whose maps are the scan itself, so that a file's own pixels say what a result must hold."""
 
+    scan: Scan
     anomaly: np.ndarray
     mask: np.ndarray
     slice_scores: np.ndarray
@@ -50,7 +53,7 @@ class Negative(Result):
 def result_of(scan, kind=Result, **values):
     mask = scan.hu > DENSE if kind is Result else np.zeros(scan.hu.shape, bool)
     scores = np.arange(len(scan.hu), dtype=np.float32)
-    return kind(scan.hu.copy(), mask, scores, np.arange(len(scan.hu)) < 5, **values)
+    return kind(scan, scan.hu.copy(), mask, scores, np.arange(len(scan.hu)) < 5, **values)
 
 
 def complete(ds, k):
@@ -91,7 +94,7 @@ def test_pixels_and_positions_are_the_source_frames_own(tmp_path, turned, tilt, 
     folder = write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), tilt_deg=tilt, position_mm=position,
                                 edit=complete, **turned)
     scan = read_only(folder)
-    write_dicom(tmp_path / "out", scan, result_of(scan), IDENTITY)
+    write_dicom(tmp_path / "out", result_of(scan), IDENTITY)
     seg = pydicom.dcmread(tmp_path / "out/seg.dcm")
     surprise = pydicom.dcmread(tmp_path / "out/map.dcm")
     of_seg, of_map = frames_by_source(seg), frames_by_source(surprise)
@@ -117,7 +120,7 @@ def test_pixels_and_positions_are_the_source_frames_own(tmp_path, turned, tilt, 
 def test_pixels_are_those_of_the_nifti_at_the_same_place(tmp_path, tilt):
     scan = read_only(write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), tilt_deg=tilt, edit=complete))
     result = result_of(scan)
-    write_dicom(tmp_path / "out", scan, result, IDENTITY)
+    write_dicom(tmp_path / "out", result, IDENTITY)
     for name, volume in (("seg", result.mask), ("map", result.anomaly)):
         write_nifti(tmp_path / f"{name}.nii.gz", volume, scan)
         nifti = nib.load(tmp_path / f"{name}.nii.gz")
@@ -135,7 +138,7 @@ def test_pixels_are_those_of_the_nifti_at_the_same_place(tmp_path, tilt):
 
 def test_highdicom_reads_the_segmentation_by_source_instance(tmp_path, series):
     scan = read_only(series)
-    write_dicom(tmp_path / "out", scan, result_of(scan), IDENTITY)
+    write_dicom(tmp_path / "out", result_of(scan), IDENTITY)
     seg = highdicom.seg.segread(tmp_path / "out/seg.dcm")
     assert seg.SegmentSequence[0].SegmentAlgorithmType == "AUTOMATIC"
     assert seg.SegmentSequence[0].SegmentAlgorithmName == "tiny"
@@ -148,7 +151,7 @@ def test_one_marked_slice_is_one_frame(series):
     scan = read_only(series)
     mask = np.zeros(HU.shape, bool)
     mask[3, 2, 1] = True
-    seg = build_objects(scan, replace(result_of(scan), mask=mask), IDENTITY)["seg"]
+    seg = build_objects(replace(result_of(scan), mask=mask), IDENTITY)["seg"]
     (uid, _), = frames_by_source(seg)
     assert seg.NumberOfFrames == 1 and uid == pydicom.dcmread(series / "003.dcm").SOPInstanceUID
 
@@ -159,7 +162,7 @@ def test_slices_of_their_own_thickness(tmp_path):
         ds.SliceThickness = 4 if k < 3 else 7
     folder = write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), position_mm=[0, 4, 8, 13, 20, 27], edit=edit)
     scan = read_only(folder)
-    surprise = build_objects(scan, result_of(scan), IDENTITY)["map"]
+    surprise = build_objects(result_of(scan), IDENTITY)["map"]
     thickness = {list(group.PlanePositionSequence[0].ImagePositionPatient)[2]:
                  float(group.PixelMeasuresSequence[0].SliceThickness)
                  for group in surprise.PerFrameFunctionalGroupsSequence}
@@ -173,7 +176,7 @@ def test_multi_frame_source(tmp_path):
     ds.save_as(path)
     scan = read_only(path)
     result = result_of(scan)
-    objects = build_objects(scan, result, IDENTITY)
+    objects = build_objects(result, IDENTITY)
     for (uid, frame), (image, _) in frames_by_source(objects["map"]).items():
         assert uid == ds.SOPInstanceUID
         np.testing.assert_array_equal(image, result.anomaly[[2, 0, 5, 1, 4, 3][frame - 1]])
@@ -190,7 +193,7 @@ def presence(report):
 
 def test_report_of_a_flagged_scan(tmp_path, series):
     scan = read_only(series)
-    objects = build_objects(scan, result_of(scan), IDENTITY)
+    objects = build_objects(result_of(scan), IDENTITY)
     objects["sr"].save_as(tmp_path / "sr.dcm")
     report = highdicom.sr.srread(tmp_path / "sr.dcm")
     assert (report.VerificationFlag, report.CompletionFlag, report.PreliminaryFlag) == (
@@ -207,12 +210,12 @@ def test_report_of_a_flagged_scan(tmp_path, series):
     volume, = group.get_measurements(codes.SCT.Volume)
     assert (percentile.value, percentile.unit.value, volume.value, volume.unit.value) == (97.5, "%", 1.5, "ml")
     said = {e.value for e in report.iterall() if e.keyword in ("TextValue", "UID")}
-    assert {"weights_sha256=" + "ab" * 32, "threshold=2.5", "settings={}", IDENTITY.device_uid} <= said
+    assert {"weights_sha256=" + "ab" * 32, "threshold=2.5", "settings={}", IDENTITY.maker.device_uid} <= said
 
 
 def test_report_of_a_negative_scan_says_absent_without_a_segmentation(series):
     scan = read_only(series)
-    objects = build_objects(scan, result_of(scan, Negative), IDENTITY)
+    objects = build_objects(result_of(scan, Negative), IDENTITY)
     assert "seg" not in objects
     _, value = presence(objects["sr"])
     assert value == codes.DCM.Absent
@@ -221,14 +224,14 @@ def test_report_of_a_negative_scan_says_absent_without_a_segmentation(series):
 def test_without_a_threshold_presence_is_undetermined(series):
     scan = read_only(series)
     result = result_of(scan, threshold=None, flagged=None, percentile=None)
-    group, value = presence(build_objects(scan, result, IDENTITY)["sr"])
+    group, value = presence(build_objects(result, IDENTITY)["sr"])
     assert value == codes.DCM.PresenceUndetermined
     assert group.get_measurements(codes.DCM.PercentileRankingOfMeasurement) == []
 
 
 def test_key_objects_name_the_key_slices_and_all_other_objects(series):
     scan = read_only(series)
-    objects = build_objects(scan, result_of(scan), IDENTITY)
+    objects = build_objects(result_of(scan), IDENTITY)
     named = {item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID
              for item in objects["key-objects"].ContentSequence if "ReferencedSOPSequence" in item}
     slices = {pydicom.dcmread(series / f"00{k}.dcm").SOPInstanceUID for k in (4, 3, 2)}
@@ -240,7 +243,7 @@ def test_pictures_show_the_outline_in_radiological_display(tmp_path):
     scan = read_only(folder)
     mask = np.zeros(scan.hu.shape, bool)
     mask[1, 40:50, 8:20] = True                                 # on the patient's right
-    picture = build_objects(scan, replace(result_of(scan), mask=mask), IDENTITY)["picture-1"]
+    picture = build_objects(replace(result_of(scan), mask=mask), IDENTITY)["picture-1"]
     red = picture.pixel_array.astype(int)
     red = red[..., 0] - red[..., 1] > 150
     rows, columns = np.nonzero(red)
@@ -254,36 +257,36 @@ def test_uids_depend_on_scan_weights_settings_threshold_and_nothing_else(tmp_pat
     scan = read_only(series)
 
     def uids(result=None, identity=IDENTITY, **more):
-        objects = build_objects(scan, result or result_of(scan), identity, **more).values()
+        objects = build_objects(result or result_of(scan), identity, **more).values()
         found = {e.value for ds in objects for e in ds.iterall() if e.VR == "UI" and str(e.value).startswith("2.25.")}
         return found - {e.value for path in series.iterdir() for e in pydicom.dcmread(path) if e.VR == "UI"}
 
     first = uids(made=MADE)
     assert len(first) == 5 + 7 + 2 + 1 + 1                      # series, instances, dimensions, tracking, device
     assert uids(made=datetime(2025, 1, 1)) == first
-    device = {IDENTITY.device_uid}
+    device = {IDENTITY.maker.device_uid}
     for changed in (uids(result_of(scan, threshold=2.0)), uids(identity=replace(IDENTITY, settings="{1}")),
                     uids(phi=False)):
         assert changed & first == device
     other = replace(IDENTITY, weights_hash="cd" * 32)
-    assert not uids(identity=other) & first and other.device_uid in uids(identity=other)
+    assert not uids(identity=other) & first and other.maker.device_uid in uids(identity=other)
 
 
 def test_a_repeated_run_replaces_the_files(tmp_path, series):
     scan = read_only(series)
-    first = write_dicom(tmp_path / "out", scan, result_of(scan), IDENTITY, made=MADE)
+    first = write_dicom(tmp_path / "out", result_of(scan), IDENTITY, made=MADE)
     before = {path: path.read_bytes() for path in first}
-    assert write_dicom(tmp_path / "out", scan, result_of(scan), IDENTITY, made=MADE) == first
+    assert write_dicom(tmp_path / "out", result_of(scan), IDENTITY, made=MADE) == first
     assert {path: path.read_bytes() for path in first} == before
-    write_dicom(tmp_path / "out", scan, result_of(scan, Negative), IDENTITY)
+    write_dicom(tmp_path / "out", result_of(scan, Negative), IDENTITY)
     assert not (tmp_path / "out/seg.dcm").exists()
 
 
 def test_every_object_says_research_and_names_the_device(series):
-    for ds in build_objects(scan := read_only(series), result_of(scan), IDENTITY).values():
+    for ds in build_objects(result_of(read_only(series)), IDENTITY).values():
         assert ds.SeriesDescription.startswith("Research, unverified")
         equipment = ds.ContributingEquipmentSequence[0]
-        assert equipment.DeviceUID == IDENTITY.device_uid
+        assert equipment.DeviceUID == IDENTITY.maker.device_uid
         assert equipment.ContributionDescription.startswith("Research only, unverified")
 
 
@@ -309,7 +312,7 @@ def marked_series(folder):
 
 def test_no_byte_of_the_patient_without_phi(tmp_path):
     scan = read_only(marked_series(tmp_path / "series"))
-    for path in write_dicom(tmp_path / "out", scan, result_of(scan), IDENTITY, phi=False):
+    for path in write_dicom(tmp_path / "out", result_of(scan), IDENTITY, phi=False):
         content = path.read_bytes()
         for marker in ("MARKER", "19010203", "077Y", "20240506", "Secret"):
             assert marker.encode() not in content, f"{marker} in {path.name}"
@@ -317,7 +320,7 @@ def test_no_byte_of_the_patient_without_phi(tmp_path):
 
 def test_with_phi_the_patient_and_study_modules_and_no_more(tmp_path):
     scan = read_only(marked_series(tmp_path / "series"))
-    for path in write_dicom(tmp_path / "out", scan, result_of(scan), IDENTITY, made=MADE):
+    for path in write_dicom(tmp_path / "out", result_of(scan), IDENTITY, made=MADE):
         ds = pydicom.dcmread(path)
         for keyword, value in MARKERS.items():
             assert str(ds[keyword].value) == value, f"{keyword} in {path.name}"
@@ -331,20 +334,29 @@ def test_with_phi_the_patient_and_study_modules_and_no_more(tmp_path):
 def test_a_source_without_a_frame_of_reference_is_refused_by_name(tmp_path):
     folder = write_dicom_series(tmp_path / "series", HU)
     scan = read_only(folder)
-    with pytest.raises(DicomOutError, match=r"\.dcm: no FrameOfReferenceUID.*--no-dicom-out"):
-        build_objects(scan, result_of(scan), IDENTITY)
+    with pytest.raises(DerivedError, match=r"\.dcm: no FrameOfReferenceUID: .*do without them"):
+        build_objects(result_of(scan), IDENTITY)
+
+
+def test_a_scan_from_two_series_is_refused(series):
+    scan = read_only(series)
+    ds = pydicom.dcmread(series / "003.dcm")
+    ds.SeriesInstanceUID = make_uid("another")
+    ds.save_as(series / "003.dcm")
+    with pytest.raises(DerivedError, match="003.dcm: another SeriesInstanceUID than .*000.dcm"):
+        build_objects(result_of(scan), IDENTITY)
 
 
 def test_a_scan_that_is_no_dicom_is_refused(tmp_path):
     scan = read_only(write_slice_folder(tmp_path / "case", HU))
-    with pytest.raises(DicomOutError, match="need a scan read from DICOM files; this one came from slices"):
-        build_objects(scan, result_of(scan), IDENTITY)
+    with pytest.raises(DerivedError, match="need a scan read from DICOM files; this one came from slices"):
+        build_objects(result_of(scan), IDENTITY)
 
 
 def test_maps_of_another_scan_are_refused(series):
     scan = read_only(series)
-    with pytest.raises(DicomOutError, match=r"mask \[5, 12, 10\] does not fit the scan \[6, 12, 10\]"):
-        build_objects(scan, replace(result_of(scan), mask=np.zeros((5, 12, 10), bool)), IDENTITY)
+    with pytest.raises(DerivedError, match=r"mask \[5, 12, 10\] does not fit the scan \[6, 12, 10\]"):
+        build_objects(replace(result_of(scan), mask=np.zeros((5, 12, 10), bool)), IDENTITY)
 
 
 # ---- conformance
@@ -356,7 +368,7 @@ def test_dciodvfy_finds_no_error(tmp_path, kind, tilt, phi):
     position = [0, 4, 8, 12, 19, 26] if tilt else None
     scan = read_only(write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), tilt_deg=tilt, position_mm=position,
                                         edit=complete))
-    for path in write_dicom(tmp_path / "out", scan, result_of(scan, kind), IDENTITY, phi=phi):
+    for path in write_dicom(tmp_path / "out", result_of(scan, kind), IDENTITY, phi=phi):
         said = subprocess.run(["dciodvfy", path], capture_output=True, text=True, check=False)
         errors = [line for line in (said.stdout + said.stderr).splitlines() if line.startswith("Error")]
         assert errors == [], path.name

@@ -27,8 +27,8 @@ MAY_IMPORT = {                                                   # besides itsel
 # Beyond the library: the phantom benchmark stands beside its baselines; the speed benchmark times train.py's own step
 ALSO = {"demos": {"benchmarks"}, "benchmarks": {"train", "healthygan"}}
 PACKAGES = ("op", "ct", "evaluation", "gan", "detect")
-# A command of its own; and a class that the released checkpoint holds
-MAY_USE_ARGPARSE = {"detect/report.py", "detect/released.py"}
+# Commands of their own; and a class that the released checkpoint holds
+MAY_USE_ARGPARSE = {"detect/report.py", "detect/released.py", "ct/mask.py"}
 
 
 def ignored(root: Path) -> set[str]:

@@ -14,26 +14,26 @@ from pathlib import Path
 
 import pydicom
 
-from ct.scan import Scan
 from detect.dicom_out import key_objects, parametric_map, secondary_capture, seg, sr
-from detect.dicom_out.common import Case, DicomOutError, Identity, Result, open_case
+from detect.dicom_out.common import Identity, Result, open_case
+from version import VERSION
 
-__all__ = ["Case", "DicomOutError", "Identity", "Result", "build_objects", "write_dicom"]
+__all__ = ["Identity", "Result", "build_objects", "identity_of", "write_dicom"]
 
 
-def build_objects(scan: Scan, result: Result, identity: Identity, *, phi: bool = True,
+def build_objects(result: Result, identity: Identity, *, phi: bool = True,
                   made: datetime | None = None) -> dict[str, pydicom.Dataset]:
-    """The objects of a scan by file name: sr, seg (only where something is marked), map, key-objects, picture-N.
+    """The objects of a projected scan by file name: sr, seg (only where something is marked), map, key-objects,
+    picture-N.
 
-    scan      as read from DICOM: scan.geometry names the files and frames of its slices, which are read again
-    result    what was found, on the slices of the scan
-    phi       whether patient and study modules are copied from the source; without, nothing of them is, and the
-              objects join the study by its Study Instance UID alone
-    made      content date and time; now by default
+    result  its scan was read from DICOM: scan.geometry names the files of its slices, whose headers are read again
+    phi     whether patient and study modules are copied from the source; without, nothing of them is, and the objects
+            join the study by its Study Instance UID alone
+    made    content date and time; now by default
 
-    UIDs depend on the source's instances, the identity, the result's threshold and phi alone. Raises DicomOutError.
+    UIDs depend on the source's instances, the identity, the result's threshold and phi alone. Raises DerivedError.
     """
-    case = open_case(scan, result, identity, phi, made or datetime.now())
+    case = open_case(result, identity, phi, made or datetime.now())
     objects = {}
     segmentation = seg.build(case) if result.mask.any() else None
     if segmentation is not None:
@@ -46,10 +46,10 @@ def build_objects(scan: Scan, result: Result, identity: Identity, *, phi: bool =
     return objects
 
 
-def write_dicom(folder: Path, scan: Scan, result: Result, identity: Identity, *, phi: bool = True,
+def write_dicom(folder: Path, result: Result, identity: Identity, *, phi: bool = True,
                 made: datetime | None = None) -> list[Path]:
     """Write build_objects(...) to a folder as NAME.dcm, in place of what an earlier call left there; the paths."""
-    objects = build_objects(scan, result, identity, phi=phi, made=made)
+    objects = build_objects(result, identity, phi=phi, made=made)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.dcm"):
@@ -60,6 +60,9 @@ def write_dicom(folder: Path, scan: Scan, result: Result, identity: Identity, *,
     return paths
 
 
-def settings_text(settings: dict) -> str:
-    """Settings as the one text that Identity.settings holds, whatever the order of their keys."""
-    return json.dumps(settings, sort_keys=True, separators=(",", ":"))
+def identity_of(projector) -> Identity:
+    """What a detect.Projector makes results with: its bundle's name and weights, its settings, this version."""
+    bundle = projector.bundle
+    name = (bundle.meta["provenance"] or {}).get("name") or "unnamed model"
+    settings = json.dumps(projector.key(), sort_keys=True, separators=(",", ":"))
+    return Identity(name, VERSION, bundle.weights_hash, settings)

@@ -9,7 +9,8 @@ from highdicom.sr import ObserverContext
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
-from detect.dicom_out.common import LONG_WARNING, Case
+from ct.derived import LONG_WARNING
+from detect.dicom_out.common import Case
 from detect.dicom_out.sr import observer
 
 
@@ -20,4 +21,4 @@ def build(case: Case, objects: Sequence[Dataset]) -> KeyObjectSelectionDocument:
     content = KeyObjectSelection(
         codes.DCM.OfInterest, selected,
         observer_device_context=ObserverContext(codes.DCM.Device, observer(case)), description=LONG_WARNING)
-    return case.finish(KeyObjectSelectionDocument(selected, content, **case.header("key-objects", "key objects")))
+    return case.finish(KeyObjectSelectionDocument(selected, content, **case.header_of("key-objects", "key objects")))

@@ -7,7 +7,8 @@ from highdicom import VOILUTTransformation
 from highdicom.pm import ParametricMap, RealWorldValueMapping
 from pydicom.sr.codedict import codes
 
-from detect.dicom_out.common import LONG_WARNING, Case
+from ct.derived import LONG_WARNING
+from detect.dicom_out.common import Case
 
 
 def build(case: Case) -> ParametricMap:
@@ -21,4 +22,4 @@ def build(case: Case) -> ParametricMap:
     return case.finish(ParametricMap(
         case.images, values, contains_recognizable_visual_features=False, real_world_value_mappings=[mapping],
         voi_lut_transformations=[window], content_qualification="RESEARCH", content_label="RESEARCH",
-        content_description=LONG_WARNING, **case.header("map", "anomaly map")))
+        content_description=LONG_WARNING, **case.header_of("map", "anomaly map")))

@@ -9,8 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
+from ct.derived import LONG_WARNING
 from ct.picture import mark
-from detect.dicom_out.common import LONG_WARNING, Case
+from detect.dicom_out.common import Case
 
 SIDE = 512                                # the shorter pictures are enlarged to it: the text must be readable
 
@@ -25,7 +26,7 @@ def build(case: Case, number: int) -> SCImage:
         picture, "RGB", 8, "PATIENT", case.images[0].StudyInstanceUID, patient_orientation=("L", "P"),
         **dict.fromkeys(("patient_id", "patient_name", "patient_birth_date", "patient_sex", "accession_number",
                          "study_id", "referring_physician_name"), ""),
-        **case.header("pictures", "key slices", number + 1))
+        **case.header_of("pictures", "key slices", number + 1))
     ds.StudyDate = ds.StudyTime = ""
     ds.DateOfSecondaryCapture, ds.TimeOfSecondaryCapture = ds.ContentDate, ds.ContentTime
     ds.DerivationDescription, ds.ImageComments = LONG_WARNING, LONG_WARNING

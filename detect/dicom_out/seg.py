@@ -6,10 +6,8 @@ from highdicom import AlgorithmIdentificationSequence
 from highdicom.seg import Segmentation, SegmentDescription
 from pydicom.sr.codedict import codes
 
-from detect.dicom_out.common import LONG_WARNING, MANUFACTURER, Case
-
-TRACKING_ID = "Differs from the closest normal"         # one for the scan: SEG and SR name the same
-TRACKING_WORD = "tracking"
+from ct.derived import MANUFACTURER
+from detect.dicom_out.common import TRACKING_ID, Case
 
 
 def build(case: Case) -> Segmentation:
@@ -20,8 +18,5 @@ def build(case: Case) -> Segmentation:
         parameters={"weights_sha256": identity.weights_hash})
     segment = SegmentDescription(
         1, TRACKING_ID, codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Lesion, "AUTOMATIC", algorithm,
-        tracking_uid=case.uid(TRACKING_WORD), tracking_id=TRACKING_ID, anatomic_regions=[codes.SCT.Brain])
-    segment.SegmentDescription = LONG_WARNING
-    return case.finish(Segmentation(
-        case.images, case.on_source(case.result.mask), "BINARY", [segment], content_label="RESEARCH",
-        content_description=LONG_WARNING, **case.header("seg", "marked regions")))
+        tracking_uid=case.tracking_uid, tracking_id=TRACKING_ID, anatomic_regions=[codes.SCT.Brain])
+    return case.segmentation(case.result.mask, segment, **case.header_of("seg", "marked regions"))

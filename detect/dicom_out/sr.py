@@ -27,8 +27,8 @@ from highdicom.sr import (
 )
 from pydicom.sr.codedict import codes
 
-from detect.dicom_out.common import MANUFACTURER, Case
-from detect.dicom_out.seg import TRACKING_ID, TRACKING_WORD
+from ct.derived import MANUFACTURER
+from detect.dicom_out.common import TRACKING_ID, Case
 
 CT_HEAD = CodedConcept("24725-4", "LN", "CT Head")
 MILLILITER = CodedConcept("ml", "UCUM", "milliliter")
@@ -43,14 +43,14 @@ def build(case: Case, segmentation: Segmentation | None) -> Comprehensive3DSR:
     evidence = [*case.images, *([] if segmentation is None else [segmentation])]
     return case.finish(Comprehensive3DSR(
         evidence, report, is_complete=True, is_final=False, is_verified=False,
-        **case.header("sr", "report")))
+        **case.header_of("sr", "report")))
 
 
 def observer(case: Case) -> DeviceObserverIdentifyingAttributes:
     """TID 1004. It has no field for a version: that stands in the name, as in the algorithm's identification."""
     identity = case.identity
     return DeviceObserverIdentifyingAttributes(
-        identity.device_uid, f"{MANUFACTURER} {identity.version}", MANUFACTURER, identity.name,
+        identity.maker.device_uid, f"{MANUFACTURER} {identity.version}", MANUFACTURER, identity.name,
         identity.weights_hash)
 
 
@@ -60,7 +60,7 @@ def _group(case: Case, segmentation: Segmentation | None):
     parameters += [] if result.threshold is None else [f"threshold={result.threshold:.6g}"]
     parameters += [f"settings={identity.settings}"] if identity.settings else []
     shared = dict(
-        tracking_identifier=TrackingIdentifier(case.uid(TRACKING_WORD), TRACKING_ID),
+        tracking_identifier=TrackingIdentifier(case.tracking_uid, TRACKING_ID),
         finding_type=codes.SCT.Lesion, finding_category=codes.SCT.MorphologicallyAbnormalStructure,
         algorithm_id=AlgorithmIdentification(identity.name, identity.version, parameters,
                                              codes.DCM.ArtificialIntelligence, MANUFACTURER),

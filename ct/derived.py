@@ -1,0 +1,240 @@
+"""DICOM objects derived from a scan's files: on the source's own frames, in its study, with UIDs that repeat."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from highdicom import ContributingEquipment, PixelMeasuresSequence
+from highdicom.base import SOPClass
+from highdicom.seg import Segmentation, SegmentDescription
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.uid import CTImageStorage
+from pydicom.valuerep import DA, DT, TM
+
+from ct.dicom import SliceStack, frame_value
+from ct.scan import Scan, ScanError
+
+MANUFACTURER = "CN-StyleGAN"
+WARNING = "Research, unverified"              # opens every series' description
+LONG_WARNING = "Research only, unverified: not a medical device"        # 64 characters at most
+TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
+          "StudyTime", "ReferringPhysicianName")
+
+
+class DerivedError(ScanError):
+    """A scan that DICOM objects cannot refer to. The message names the file, what it lacks and the mend."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What made the objects: a model's name, the software's version, a serial number such as a hash."""
+
+    name: str
+    version: str
+    serial: str
+
+    @property
+    def device_uid(self) -> str:
+        """Another serial number is another device, whatever its name and version."""
+        return make_uid("device", self.serial)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A scan read from DICOM, and what its derived objects need of its files; open() makes one.
+
+    images       per source file what may be referred to: identifiers and geometry, no patient data
+    frames       [S] per slice its (image, frame from 0) among them
+    thickness    [S] slice thickness in mm; the distance to the neighbours where the source does not say
+    patient      the source's patient and study modules; None where they are not to be copied
+    series_base  what this maker's series numbers begin after
+    seed         what the objects' UIDs are made from
+    made         content date and time
+    """
+
+    scan: Scan
+    maker: Maker
+    images: tuple[Dataset, ...]
+    frames: tuple[tuple[int, int], ...]
+    thickness: np.ndarray
+    patient: Dataset | None
+    series_base: int
+    seed: tuple
+    made: datetime
+
+    @classmethod
+    def open(cls, scan: Scan, maker: Maker, words: tuple, phi: bool, made: datetime, **own):
+        """Read the headers of the scan's files again.
+
+        words: what decides the content besides the source and the maker, for the UIDs. phi: whether patient and
+        study modules are copied. own: fields of a subclass. Raises DerivedError where nothing can refer to the source.
+        """
+        stack = scan.geometry
+        if not isinstance(stack, SliceStack) or not stack.frames:
+            raise DerivedError(f"{scan.scan_id}: DICOM objects need a scan read from DICOM files; this one came from "
+                               f"{scan.source}: do without them")
+        paths = list(dict.fromkeys(path for path, _ in stack.frames))
+        headers = [pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in paths]
+        for path, header in zip(paths, headers):
+            _check_source(path, header, headers[0], alone=len(paths) == 1)
+        thickness = _thickness(scan, headers, paths)
+        images = tuple(_reference_image(header, headers[0], thickness[0]) for header in headers)
+        frames = tuple((paths.index(path), frame) for path, frame in stack.frames)
+        instances = tuple(sorted((images[image].SOPInstanceUID, frame) for image, frame in frames))
+        seed = (images[0].SeriesInstanceUID, instances, maker.name, maker.version, maker.serial, words, phi)
+        number = min(max(int(headers[0].get("SeriesNumber") or 0), 0), 10**7)
+        return cls(scan=scan, maker=maker, images=images, frames=frames, thickness=thickness,
+                   patient=_patient(headers[0]) if phi else None, series_base=9000 + 10 * number, seed=seed, made=made,
+                   **own)
+
+    def uid(self, *words) -> str:
+        return make_uid(*self.seed, *words)
+
+    def header(self, kind: str, number: int, description: str, instance: int = 1) -> dict:
+        """Arguments that all of highdicom's constructors take. kind: names the series; number: its last digit."""
+        return dict(
+            series_instance_uid=self.uid("series", kind), series_number=self.series_base + number,
+            sop_instance_uid=self.uid("instance", kind, instance), instance_number=instance,
+            manufacturer=MANUFACTURER, manufacturer_model_name=self.maker.name,
+            software_versions=self.maker.version, device_serial_number=self.maker.serial,
+            series_description=f"{WARNING}: {description}", content_date=self.made.date(),
+            content_time=self.made.time(), series_date=self.made.date(), series_time=self.made.time(),
+            contributing_equipment=[self._equipment()])
+
+    def _equipment(self) -> ContributingEquipment:
+        item = ContributingEquipment(
+            MANUFACTURER, codes.DCM.ProcessingEquipment, manufacturer_model_name=self.maker.name,
+            software_versions=self.maker.version, device_serial_number=self.maker.serial,
+            contribution_description=LONG_WARNING)
+        item.DeviceUID = self.maker.device_uid
+        return item
+
+    def on_source(self, volume: np.ndarray) -> np.ndarray:
+        """A map [S, H, W] as the source's frames are stored; frames of a multi-frame source without a slice are 0."""
+        stored = self.scan.geometry.to_stored(volume)
+        if len(self.images) > 1:
+            return stored
+        full = np.zeros((int(self.images[0].NumberOfFrames), *stored.shape[1:]), stored.dtype)
+        full[[frame for _, frame in self.frames]] = stored
+        return full
+
+    def reference(self, k: int) -> tuple[Dataset, list[int] | None]:
+        """The image of slice k and, of a multi-frame image, its frame as DICOM counts, from 1."""
+        image, frame = self.frames[k]
+        return self.images[image], None if len(self.images) > 1 else [frame + 1]
+
+    def segmentation(self, mask: np.ndarray, segment: SegmentDescription, **header) -> Segmentation:
+        """A binary Segmentation of one segment from a mask, bool [S, H, W]; only frames with a marked pixel."""
+        segment.SegmentDescription = LONG_WARNING
+        return self.finish(Segmentation(
+            self.images, self.on_source(mask), "BINARY", [segment], content_label="RESEARCH",
+            content_description=LONG_WARNING, **header))
+
+    def finish(self, ds: SOPClass) -> SOPClass:
+        """The last touches to an object of highdicom's: patient and study, times, and no UID by chance."""
+        if "Rows" in ds:
+            ds.BodyPartExamined = "HEAD"
+        if self.patient is not None:
+            ds.copy_patient_and_study_information(self.patient)
+            if "SpecificCharacterSet" in self.patient:
+                ds.SpecificCharacterSet = self.patient.SpecificCharacterSet
+        ds.InstanceCreationDate, ds.InstanceCreationTime = DA(self.made.date()), TM(self.made.time())
+        for item in ds.ContributingEquipmentSequence:             # highdicom adds itself, at the time of the clock
+            item.ContributionDateTime = DT(self.made)
+        for item in (*ds.get("DimensionOrganizationSequence", ()), *ds.get("DimensionIndexSequence", ())):
+            item.DimensionOrganizationUID = self.uid("dimensions", ds.Modality)
+        if "PerFrameFunctionalGroupsSequence" in ds and np.ptp(self.thickness) > 0:
+            self._own_thickness(ds)
+        return ds
+
+    def _own_thickness(self, ds: Dataset) -> None:
+        """Pixel measures per frame: highdicom has one slice thickness for all, that of the first source image."""
+        shared = ds.SharedFunctionalGroupsSequence[0]
+        spacing = shared.PixelMeasuresSequence[0].PixelSpacing
+        del shared.PixelMeasuresSequence
+        slices = {(self.images[image].SOPInstanceUID, frame): k for k, (image, frame) in enumerate(self.frames)}
+        for group in ds.PerFrameFunctionalGroupsSequence:
+            source = group.DerivationImageSequence[0].SourceImageSequence[0]
+            k = slices.get((source.ReferencedSOPInstanceUID, int(source.get("ReferencedFrameNumber", 1)) - 1), 0)
+            group.PixelMeasuresSequence = PixelMeasuresSequence(spacing, float(self.thickness[k]))
+
+
+def make_uid(*words) -> str:
+    """A UID under the root 2.25 (PS3.5 B.2), the same for the same words."""
+    return f"2.25.{int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:16])}"
+
+
+def _check_source(path: Path, header: Dataset, first: Dataset, alone: bool) -> None:
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"):
+        if not header.get(keyword):
+            raise DerivedError(f"{path}: no {keyword}: DICOM objects would have nothing to refer to; complete the "
+                               "header, or do without them")
+        if keyword != "SOPInstanceUID" and header[keyword].value != first[keyword].value:
+            raise DerivedError(f"{path}: another {keyword} than {first.filename}: DICOM objects refer to one series; "
+                               "send the scan as one, or do without them")
+    if int(header.get("NumberOfFrames") or 1) > 1 and not alone:
+        raise DerivedError(f"{path}: one of several multi-frame files of a series; DICOM objects need single-frame "
+                           "images or one multi-frame image: convert the series, or do without them")
+
+
+def _thickness(scan: Scan, headers: Sequence[Dataset], paths: Sequence[Path]) -> np.ndarray:
+    """Slice thickness in mm, [S]; type 2 in CT, so it may be empty: then the distance to the neighbours."""
+    apart = np.gradient(scan.position_mm)
+    said = [frame_value(headers[paths.index(path)], frame, "PixelMeasuresSequence", "SliceThickness")
+            for path, frame in scan.geometry.frames]
+    return np.array([float(value) if value else mm for value, mm in zip(said, apart)])
+
+
+def _reference_image(header: Dataset, first: Dataset, thickness_mm: float) -> Dataset:
+    """Identifiers and geometry of a source image, and nothing else: what highdicom looks at and refers to.
+
+    Orientation and pixel spacing are the first image's; ct.dicom has seen to it that they agree but for rounding,
+    which highdicom does not forgive.
+    """
+    image = Dataset()
+    for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID",
+                    "Rows", "Columns", "LossyImageCompression"):
+        if keyword in header:
+            setattr(image, keyword, header[keyword].value)
+    image.Modality, image.PositionReferenceIndicator = "CT", ""
+    for keyword in TYPE_2:
+        setattr(image, keyword, "")
+    measures = Dataset()
+    measures.PixelSpacing = frame_value(first, 0, "PixelMeasuresSequence", "PixelSpacing")
+    measures.SliceThickness = thickness_mm
+    orientation = frame_value(first, 0, "PlaneOrientationSequence", "ImageOrientationPatient")
+    if "SharedFunctionalGroupsSequence" not in header:
+        image.update(measures)
+        image.ImageOrientationPatient = orientation
+        image.ImagePositionPatient = header.ImagePositionPatient
+        return image
+    image.NumberOfFrames = header.NumberOfFrames
+    plane, shared = Dataset(), Dataset()
+    plane.ImageOrientationPatient = orientation
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [plane]
+    image.SharedFunctionalGroupsSequence, image.PerFrameFunctionalGroupsSequence = [shared], []
+    for frame in range(int(header.NumberOfFrames)):
+        group, position = Dataset(), Dataset()
+        position.ImagePositionPatient = frame_value(header, frame, "PlanePositionSequence", "ImagePositionPatient")
+        group.PlanePositionSequence = [position]
+        image.PerFrameFunctionalGroupsSequence.append(group)
+    return image
+
+
+def _patient(header: Dataset) -> Dataset:
+    """A data set whose patient and study modules highdicom copies, whatever the source's class."""
+    header.SOPClassUID = CTImageStorage
+    for keyword in TYPE_2:
+        if keyword not in header:
+            setattr(header, keyword, "")
+    if header.get("PatientIdentityRemoved") == "YES" and not (
+            header.get("DeidentificationMethod") or header.get("DeidentificationMethodCodeSequence")):
+        header.DeidentificationMethod = "Not stated by the source"           # an empty one makes invalid objects
+    return header

@@ -1,0 +1,50 @@
+"""python -m ct.mask: the mask in the scan's geometry as NIfTI and as DICOM Segmentation, failures as exit code 3."""
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+
+from ct import mask
+from ct.brain import brain_mask
+from ct.read import find_scans, read_scan
+from tests.helpers import synthetic_head
+from tests.test_dicom_out import complete, frames_by_source
+from tests.writers import write_dicom_series
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """A head, and a series that is none."""
+    folder = tmp_path_factory.mktemp("scans")
+    hu, _ = synthetic_head(slices=14, size=64, spacing_mm=(10.0, 3.6, 3.6))
+    write_dicom_series(folder / "head", hu, (10, 3.6, 3.6), flip_rows=True, edit=complete)
+    write_dicom_series(folder / "air", np.full((4, 64, 64), -1000), study="air", series="air", edit=complete)
+    return folder
+
+
+def test_nifti_and_a_failed_scan(scans, tmp_path, capsys):
+    assert mask.main([str(scans), "--out", str(tmp_path)]) == 3
+    assert "air: FAILED, " in capsys.readouterr().err
+    source = next(s for s in find_scans(scans) if s.scan_id == "head")
+    expected = brain_mask(read_scan(source))
+    assert 0.1 < expected.mean() < 0.5
+    np.testing.assert_array_equal(nib.load(tmp_path / "head.nii.gz").get_fdata().transpose(2, 1, 0), expected)
+
+
+@pytest.mark.parametrize("flags, patient", [([], "Secret^Name"), (["--no-phi"], "")])
+def test_dicom_segmentation_on_the_source_frames(scans, tmp_path, flags, patient):
+    assert mask.main([str(scans / "head"), "--out", str(tmp_path), "--dicom", *flags]) == 0
+    seg = pydicom.dcmread(tmp_path / "head.dcm")
+    expected = brain_mask(scan := read_scan(find_scans(scans / "head")[0]))
+    found = frames_by_source(seg)
+    for (path, _), image in zip(scan.geometry.frames, expected[:, ::-1]):                   # stored with flipped rows
+        uid = pydicom.dcmread(path).SOPInstanceUID
+        np.testing.assert_array_equal(found[uid, 1][0] if (uid, 1) in found else np.zeros(image.shape), image)
+    assert len(found) == expected.any((1, 2)).sum() and str(seg.PatientName) == patient
+    assert seg.SegmentSequence[0].SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "Brain"
+
+
+def test_wrong_usage(tmp_path, capsys):
+    assert mask.main([str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
