@@ -12,7 +12,8 @@ COMMANDS = {"prepare", "train", "train_encoder", "latent_stats", "projector", "e
 APART = {"healthygan", "demos", "benchmarks"}                    # folders that nothing else imports
 MAY_IMPORT = {                                                   # besides itself
     "op": set(),
-    "ct": {"files"},
+    "version": set(),
+    "ct": {"files", "version"},
     "evaluation": set(),
     "distributed": set(),
     "config": set(),
@@ -21,7 +22,7 @@ MAY_IMPORT = {                                                   # besides itsel
     "model": {"op"},
     "dataset": {"ct", "distributed", "files"},
     "gan": {"op", "model", "weights", "files", "ct", "dataset", "distributed"},
-    "detect": {"op", "model", "weights", "files", "ct", "dataset", "distributed", "config"},
+    "detect": {"op", "model", "weights", "files", "ct", "dataset", "distributed", "config", "version"},
     "healthygan": {"op", "weights", "files", "ct", "gan", "dataset", "distributed", "config", "evaluation"},
 }
 # Beyond the library: the phantom benchmark stands beside its baselines; the speed benchmark times train.py's own step
