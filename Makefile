@@ -1,5 +1,5 @@
 # make test    build .venv from requirements.lock if need be, then ruff and the tests
-# make mutants  put defects into a copy of the program, one at a time: the tests must notice each (20 minutes)
+# make mutants  put defects into a copy of the program, one at a time: the tests must catch each (10 minutes)
 # make soak    the long runs behind docs/RELIABILITY.md: kills, restarts, many scans; about an hour
 # make test-lowest  the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # make audit   known vulnerabilities of the lock (asks the index it was resolved from), and every licence

@@ -1,5 +1,7 @@
-"""Defects of one line that the tests must notice: `make mutants`, or python tests/mutations.py WORD ... for those whose
-file or defect holds one of the words.
+"""One-line defects that the tests must catch.
+
+    make mutants                                     all of them, some 10 minutes of one CPU core
+    python tests/mutations.py train.py percentile    those whose file or defect holds one of these words
 
 A copy of the tree gets one mutant at a time, and the tests named for it must fail there; without it they must pass.
 A mutant whose text is not found exactly once is an error: whoever changes such a line writes its mutant anew.
@@ -11,6 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +27,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("matplotlib.figure", "nibabel", "pydicom", "safetensors.torch", "scipy.ndimage", "skimage.morphology",
              "sklearn.metrics", "torch")   # take longer to import than most of these tests to run
+TIMEOUT_S = 1800                           # of one run of tests
 VERDICTS = {0: "SURVIVED", 1: "caught"}    # by pytest's exit code; others mean that the tests did not run
 
 
@@ -235,6 +239,7 @@ def run_tests(tree: Path, file: str, selected: str) -> tuple[int, str]:
             said = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
             os.dup2(said, 1)
             os.dup2(said, 2)
+            signal.alarm(TIMEOUT_S)
             os.chdir(tree)
             sys.dont_write_bytecode = True
             sys.path[:] = [entry for entry in sys.path if entry != str(ROOT / "tests")]
