@@ -151,7 +151,7 @@ MUTANTS = (
     Mutant("listed slices ignored", "gan/database.py",
            "kept & listed_slabs(", "kept | listed_slabs(", "tests/test_prepare.py -k given_split"),
     Mutant("prepare.py ignores --slab-mm", "prepare.py",
-           "slab_mm=args.slab_mm", "slab_mm=5.0", "tests/test_prepare.py -k command"),
+           "slab_mm=args.slab_mm", "slab_mm=5.0", "tests/test_prepare.py -k flags_reach"),
     Mutant("HU without their intercept", "ct/dicom.py",
            "values * slope + intercept", "values * slope", "tests/test_dicom.py"),
     Mutant("slices from top to bottom", "ct/dicom.py", "np.argsort(position", "np.argsort(-position",
