@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 
 from benchmarks import baselines, inversion, pasted
 from benchmarks.inversion import HeldOut, erasure, error_hu, evaluate, sharpness
+from ct.window import decode, encode
 from dataset import SliceDataset
+from detect.bundle import save_bundle
+from detect.search import ProjectionSettings
+from tests.test_checkpoint import TINY, latent_stats, networks
 from tests.test_pasted import MM, SIDE, head
 
 CLIP = (0.0, 70.0)
@@ -108,6 +113,30 @@ def test_command_on_a_baseline(slices32, tmp_path, capsys):
     assert row["error"] == pytest.approx((scan.hu - normal).abs()[scan.brain].mean().item(), abs=1e-3)
     assert f"| PCA by position | {row['error']:.2f} |" in (out / "table.md").read_text()
     assert "| goal | at most 3.4 |" in capsys.readouterr().out
+
+
+def test_command_on_a_bundle_measures_its_code_alone_as_well(slices32, tmp_path):
+    data = SliceDataset(slices32, "val")
+    settings = ProjectionSettings(measure="surprise", steps_latent=0, steps_noise=0)
+    generator, discriminator, encoder = networks(dataclasses.replace(TINY, encoder_noise=True))
+    for name, strength in generator.named_parameters():
+        if "noise" in name:
+            torch.nn.init.ones_(strength)                              # so that the noise maps show in the figures
+    meta = {"preprocessing": data.manifest["settings"], "projection": dataclasses.asdict(settings),
+            "calibration": None, "provenance": None}
+    save_bundle(tmp_path / "tiny", generator, discriminator, encoder, latent_stats(), meta, dtype=torch.float32)
+    out = tmp_path / "out"
+    assert inversion.main(["--data", str(slices32), "--out", str(out), "--model", str(tmp_path / "tiny"), "--device",
+                           "cpu"]) == 0
+    rows = json.loads((out / "figures.json").read_text())
+    scan, = inversion.held_out_scans(data)
+    with torch.no_grad():
+        code, noise = encoder.invert(encode(scan.hu), generator)
+        for name, maps in (("tiny", noise), ("tiny, code alone", "const")):
+            drawn = decode(generator.synthesis(code, maps))
+            assert rows[name]["error"] == pytest.approx(error_hu(scan.hu, drawn, scan.brain), rel=0.02)   # bfloat16
+            assert rows[name]["sharpness"] == pytest.approx(sharpness(scan.hu, drawn, scan.brain), rel=0.03)
+    assert rows["tiny"]["sharpness"] > rows["tiny, code alone"]["sharpness"] + 0.1
 
 
 def test_command_refuses_what_cannot_be_measured(slices32, tmp_path, capsys):
