@@ -117,8 +117,7 @@ def finished(folder: Path) -> dict | None:
 
 def fingerprint(source: ScanSource) -> str:
     """Changes with the scan's files (names, sizes, times), scan.json included, and with how they are read."""
-    files = [*source.paths, *(v for v in source.options.values() if isinstance(v, Path))]
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
     read_as = {k: v for k, v in source.options.items() if not isinstance(v, Path)}
     return hashlib.sha256(repr((source.kind, facts, read_as)).encode()).hexdigest()
 

@@ -1,67 +1,72 @@
-"""DICOM CT series: which images are axial CT, where each lies, its HU. Patient data is never looked at."""
+"""DICOM CT: which images make up one scan, which of them are axial slices, where each lies, its HU.
+
+A series UID does not make a scan: anonymisers give one to two patients, scanners put two phases or two kernels
+under it, archives add screenshots and compressed copies. So images are grouped by study, series, frame of reference
+and patient, and what runs through the same stretch of the body twice is taken apart by the attribute that tells the
+two apart (TRAITS). Patient data is compared as a hash and never shown.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pydicom
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, MediaStorageDirectoryStorage
-
-from ct.scan import Scan, ScanError
-
-SUFFIXES = (".dcm", ".dicom", ".ima")                 # with these names a missing preamble is forgiven
-AIR_HU = -1024.0                                      # padding, and the floor: off the field scanners write -3024
-SAME_PLACE_MM = 0.05                                  # closer slices are duplicates
-AXIAL_COS = float(np.cos(np.deg2rad(45)))             # slice normal to body axis; gantries tilt up to 30 degrees
-HEADER_TAGS = (
-    "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "ImageType",
-    "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsStored", "PixelRepresentation",
-    "PhotometricInterpretation", "PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept",
-    "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    LegacyConvertedEnhancedCTImageStorage,
+    MediaStorageDirectoryStorage,
 )
 
+from ct.geometry import SliceStack
+from ct.limits import check_pixel_spacing, check_size, check_slice_spacing
+from ct.plausible import describe, like_a_head, tissue_shares
+from ct.scan import AIR_HU, Found, Scan, ScanError, ScanSource
+
+KIND = "dicom"
+SUFFIXES = (".dcm", ".dicom", ".ima")                 # with these names a file that is no DICOM is an error
+CT_CLASSES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
+HU_TYPES = ("", "HU", "HU_MOD", "US")                 # of RescaleType; US: unspecified
+SAME_PLACE_MM = 0.05                                  # closer slices are duplicates
+MIN_SLICES = 3
+TISSUE_HU = (-300, 300)                               # no padding value lies in here
+AXIAL_COS = float(np.cos(np.deg2rad(45)))             # slice normal to body axis; gantries tilt up to 30 degrees
+PROJECTIONS = {"MIP", "MINIP", "AVERAGE", "AVERAGE_IP", "PROJECTION IMAGE", "MPR", "REFORMATTED", "VOLREN"}
+NO_AGENT = {"", "NO", "N", "NONE", "NO CONTRAST", "WITHOUT", "0"}
+HEADER_TAGS = (
+    "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality",
+    "PatientID", "PatientName", "PatientBirthDate", "ImageType", "SeriesNumber", "InstanceNumber", "AcquisitionNumber",
+    "ConvolutionKernel", "KVP", "SliceThickness", "ContrastBolusAgent", "TemporalPositionIdentifier",
+    "LossyImageCompression", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsStored",
+    "PixelRepresentation", "PhotometricInterpretation", "PixelPaddingValue", "PixelPaddingRangeLimit",
+    "RescaleSlope", "RescaleIntercept", "RescaleType", "ImageOrientationPatient", "ImagePositionPatient",
+    "PixelSpacing", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+)
+# What tells apart two stacks that run through the same stretch of the body: frame trait -> its name in messages.
+TRAITS = {"kernel": "reconstruction kernel", "type": "image type", "voltage": "tube voltage",
+          "thickness": "slice thickness", "spacing": "pixel spacing", "phase": "temporal position",
+          "contrast": "contrast agent", "acquisition": "acquisition number"}
+# Kernels for bone and lung, where noise and edges hide what differs in the brain: Siemens from 55 upwards (H60s,
+# Hr68f, J70h), Canon FC30 to 39, 50 to 59 and 80 to 89, Philips D, E, L and the Y family, GE by name.
+SHARP_KERNEL = re.compile(r"(?:[A-Z][A-Z]?(?:5[5-9]|[6-9]\d)[A-Z]*(?:\\.*)?|FC[358]\d|[DEL]|Y[A-D]|.*(?:BONE|EDGE|LUNG|"
+                          r"SHARP).*)", re.IGNORECASE)
+VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT OB OF OW PN SH SL SQ SS ST TM UI UL UN US UT".split())
+
 
 @dataclass(frozen=True)
-class SliceStack:
-    """Where the slices of a Scan lie: the centre of pixel (0, 0) of slice k is at origins[k].
+class Frame:
+    """One image of a file, as its header tells it; with the reason for which it is left out, if any."""
 
-    All in mm in DICOM's patient coordinates (x to the left, y to the back, z to the head), in the Scan's own
-    order of slices, rows and columns. Origins need not lie above each other (gantry tilt) nor evenly.
-    """
-
-    origins: np.ndarray                               # [S, 3]
-    row_step: np.ndarray                              # [3] from one row to the next
-    column_step: np.ndarray                           # [3] from one column to the next
-    frames: tuple[tuple[Path, int], ...] = ()         # file and frame (from 0) of each slice; () where it has no file
-    transposed: bool = False                          # how the files' pictures were brought to the display:
-    rows_flipped: bool = False                        # first transposed,
-    columns_flipped: bool = False                     # then flipped
-
-    def to_stored(self, volume: np.ndarray) -> np.ndarray:
-        """A map [S, H, W] with rows and columns as in the files; slices stay in the Scan's order."""
-        volume = volume[:, :, ::-1] if self.columns_flipped else volume
-        volume = volume[:, ::-1] if self.rows_flipped else volume
-        return np.ascontiguousarray(volume.transpose(0, 2, 1) if self.transposed else volume)
-
-
-@dataclass(frozen=True)
-class Header:
-    """What discovery needs of a file: the series it belongs to and why it is of no use (None where it is)."""
-
-    path: Path
-    series_uid: str
-    study_uid: str
-    instance_uid: str
-    left_out: str | None
-
-
-@dataclass(frozen=True)
-class _Frame:
     path: Path
     index: int                                        # frame in the file
     size: tuple[int, int]                             # rows, columns
@@ -71,83 +76,413 @@ class _Frame:
     rescale: tuple[float, float] | None = None        # slope, intercept
     padding: tuple[int, int] | None = None            # stored values (inclusive) that mean: not measured
     monochrome1: bool = False
-    inverse_of: int = 0                               # a stored value and its inverse add up to this
+    bits: int = 16                                    # BitsStored
+    signed: bool = False
+    number: int | None = None                         # InstanceNumber, or the frame's in its file
+    copy: bool = False                                # marked as derived or lossy compressed
+    derived: bool = False                             # marked as derived and secondary
+    traits: dict[str, str] = field(default_factory=dict)
     left_out: str | None = None
+
+    @property
+    def height(self) -> float:
+        """Place along the slice normal, mm."""
+        return float(self.position @ np.cross(*self.orientation))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What discovery needs of a file: what it belongs to, and its frames."""
+
+    path: Path
+    study_uid: str
+    series_uid: str
+    frame_of_reference: str
+    patient: str                                      # a hash; empty where the header says nothing
+    series_number: int
+    instance_uid: str
+    frames: tuple[Frame, ...]
+
+    @property
+    def left_out(self) -> str | None:
+        """Why none of its frames is of use; None where one is."""
+        reasons = [frame.left_out for frame in self.frames]
+        return reasons[0] if all(reasons) else None
+
+
+# ---- claims
+
+def claims(path: Path, head: bytes) -> bool:
+    """Whether a file is DICOM, by its first bytes (132 or more) or its name."""
+    return head[128:132] == b"DICM" or _is_bare(head) or path.suffix.lower() in SUFFIXES
+
+
+def _is_bare(head: bytes) -> bool:
+    """Whether a file without preamble begins as a data set does: with an element of group 2 or 8."""
+    if len(head) < 132 or head[:2] not in (b"\x02\x00", b"\x08\x00") or head[3] != 0 or head[2] > 0x20:
+        return False
+    length = int.from_bytes(head[4:8], "little")
+    return head[4:6] in VRS or (length < 128 and length % 2 == 0)
+
+
+# ---- find
+
+def find(paths: Sequence[Path], unknown_slice_spacing_mm: float = 5.0) -> list[Found]:
+    """The scans that DICOM files make up; broken files are one Found with an error per folder."""
+    headers, broken = [], {}
+    for path in paths:
+        try:
+            header = read_header(path)
+        except ScanError as error:
+            broken.setdefault(path.parent, []).append((path, str(error)))
+        else:
+            headers += [header] if header is not None else []
+    return [*_named(_find_series(headers), {header.path: header for header in headers}),
+            *(_unreadable(folder, files) for folder, files in broken.items())]
+
+
+def _named(found: list[Found], headers: dict[Path, Header]) -> list[Found]:
+    """With suffixes: of the scans in a folder the first has none, by series number and file name; the others' are
+    hashes of their UIDs. So a scan keeps its id when a further series comes to its folder.
+    """
+    taken, named = set(), []
+    for one in sorted(found, key=lambda one: (headers[one.paths[0]].series_number, min(one.paths))):
+        suffix = hashlib.sha256(one.uid.encode()).hexdigest()[:8] if one.anchor in taken else ""
+        named.append(replace(one, suffix=suffix))
+        taken.add(one.anchor)
+    return named
+
+
+def _unreadable(folder: Path, files: list[tuple[Path, str]]) -> Found:
+    error = files[0][1] + (f"; and {len(files) - 1} more in this folder" if len(files) > 1 else "")
+    return Found(KIND, tuple(path for path, _ in files), folder, "unreadable", options={"error": error})
+
+
+@dataclass
+class _Group:
+    """Headers that may be one scan, what to say about them, and why they cannot be one."""
+
+    headers: list[Header]
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+
+    @property
+    def slices(self) -> list[Frame]:
+        return [frame for header in self.headers for frame in header.frames if not frame.left_out]
+
+
+def _find_series(headers: list[Header]) -> list[Found]:
+    """Scans by study; what of a study is no axial CT is a note on its scans, or a row of its own if there are none."""
+    studies: dict[str, list[Header]] = {}
+    for header in headers:
+        studies.setdefault(header.study_uid or str(header.path.parent), []).append(header)
+    found = []
+    for members in studies.values():
+        groups = _join_small([group for series in _by_series(members) for group in _by_identity(series)])
+        reasons = [group.headers[0].left_out or f"of fewer than {MIN_SLICES} slices" for group in groups
+                   if len(group.slices) < MIN_SLICES and not group.error]
+        scans = [group for group in groups if len(group.slices) >= MIN_SLICES or group.error]
+        if not scans:
+            found += [_found(group) for group in groups]
+            continue
+        notes = (f"other series of the study left out: {describe_left_out(reasons)}",) if reasons else ()
+        for group in scans:
+            group.notes += notes
+            found += [_found(group)] if group.error else _take_apart(group)
+    return found
+
+
+def _by_series(headers: list[Header]) -> list[list[Header]]:
+    """The headers of a study by series UID, over folders; by folder where it is missing or an image is in two."""
+    series: dict[str, list[Header]] = {}
+    for header in headers:
+        series.setdefault(header.series_uid, []).append(header)
+    apart = []
+    for uid, members in series.items():
+        folders: dict[Path, list[Header]] = {}
+        for header in members:
+            folders.setdefault(header.path.parent, []).append(header)
+        images = sum(len({header.instance_uid for header in files}) for files in folders.values())
+        copied = images > len({header.instance_uid for header in members})
+        apart += list(folders.values()) if copied or not uid else [members]
+    return apart
+
+
+def _by_identity(headers: list[Header]) -> list[_Group]:
+    """A series by frame of reference and patient, the largest group first and with the images of no use.
+
+    Where an image says only one of the two, or neither, it goes with the group that it fits if there is one.
+    """
+    groups: dict[tuple[str, str], list[Header]] = {}
+    for header in headers:
+        if header.left_out is None:
+            groups.setdefault((header.frame_of_reference, header.patient), []).append(header)
+    for key in [key for key in groups if "" in key]:
+        fits = [other for other in groups if other != key and all(a in ("", b) for a, b in zip(key, other))]
+        if len(fits) == 1:
+            groups[fits[0]] += groups.pop(key)
+    useless = [header for header in headers if header.left_out is not None]
+    ordered = sorted(groups.values(), key=lambda group: (-len(group), min(header.instance_uid for header in group)))
+    if not ordered:
+        return [_Group(useless)]
+    if len(ordered) > 1 and len(ordered) > len(headers) / MIN_SLICES:
+        return [_Group(headers, error=f"{headers[0].path.name} and {len(headers) - 1} more: one series whose images "
+                       f"belong to {len(ordered)} frames of reference (FrameOfReferenceUID) or patients, so that "
+                       "their places cannot be compared; export the series again")]
+    note = (f"one of {len(ordered)} scans under one series UID, told apart by frame of reference and patient",)
+    ordered[0] += useless
+    return [_Group(group, note if len(ordered) > 1 else ()) for group in ordered]
+
+
+def _join_small(groups: list[_Group]) -> list[_Group]:
+    """Series of one or two images, which some archives make of a scan, joined where all else is the same."""
+    joined, small = [], {}
+    for group in groups:
+        if group.error or not 0 < len(group.slices) < MIN_SLICES:
+            joined.append(group)
+            continue
+        header, frame = group.headers[0], group.slices[0]
+        key = (header.frame_of_reference, header.patient, frame.size, frame.spacing,
+               tuple(frame.orientation.round(2).ravel().tolist()), frame.traits["kernel"])
+        small.setdefault(key, []).append(group)
+    for alike in small.values():
+        headers = [header for group in alike for header in group.headers]
+        count = len({header.series_uid for header in headers})
+        joined.append(_Group(headers, (f"{count} series of one or two images taken as one scan",) if count > 1 else ()))
+    rest = [group for group in joined if not group.error and 0 < len(group.slices) < MIN_SLICES]
+    if len(rest) < MIN_SLICES or len(rest) < len(groups) / 2:
+        return joined
+    headers = [header for group in rest for header in group.headers]
+    error = (f"{headers[0].path.name} and {len(headers) - 1} more: series of one or two images, which differ in frame "
+             "of reference, size, pixel spacing, orientation or kernel, so that they make up no scan; export the "
+             "series as one")
+    return [group for group in joined if group not in rest] + [_Group(headers, error=error)]
+
+
+def _take_apart(group: _Group) -> list[Found]:
+    """The scans of a group: more than one where it runs through the same stretch of the body several times."""
+    parts, left = _separate(group.slices)
+    notes = group.notes + ((f"left out: {describe_left_out(left)}",) if left else ())
+    if len(parts) == 1 and not left:
+        return [_found(group)]
+    found = []
+    for k, (frames, trait) in enumerate(parts):
+        kept = {(frame.path, frame.index) for frame in frames}
+        headers = [header for header in group.headers if any((f.path, f.index) in kept for f in header.frames)]
+        why = (f"one of {len(parts)} stacks in this series, told apart by {trait}",) if len(parts) > 1 else ()
+        found.append(_found(_Group(headers, (*notes, *why)), frames, of_more=k > 0))
+    return found
+
+
+def _found(group: _Group, frames: Sequence[Frame] | None = None, of_more: bool = False) -> Found:
+    """frames: those that belong to the scan, where not all of the files' do. of_more: a further scan of its series."""
+    paths = tuple(header.path for header in group.headers)
+    options: dict = {"notes": group.notes} if group.notes else {}
+    if frames is not None and any(len(header.frames) > 1 for header in group.headers):
+        options["frames"] = tuple(sorted((paths.index(frame.path), frame.index) for frame in frames))
+    if group.error is not None:
+        options["error"] = group.error
+    headers = group.headers
+    uid = "|".join([min(header.series_uid for header in headers), max(header.frame_of_reference for header in headers)]
+                   + ([min(header.instance_uid for header in headers)] if of_more else []))
+    folder = Path(os.path.commonpath([path.parent for path in paths]))
+    return Found(KIND, paths, folder, "", uid, options)
+
+
+# ---- stacks that overlap
+
+def _separate(frames: list[Frame]) -> tuple[list[tuple[list[Frame], str]], list[str]]:
+    """Stacks of slices, each with what tells it from the others, and the reasons of those that are left out."""
+    frames, copies = _without_copies(frames)
+    left = ["copy of another slice (derived or lossy compressed)"] * len(copies)
+    for trait, name in TRAITS.items():
+        stacks = _stacks(frames, trait)
+        large = [stack for stack in stacks if len(stack) >= MIN_SLICES]
+        if len(stacks) == 1 or not large or (trait == "spacing" and len(large) < len(stacks)):
+            continue
+        left += [f"of another {name}" for stack in stacks if len(stack) < MIN_SLICES for _ in stack]
+        parts = []
+        for stack in large:
+            inner, more = _separate(stack)
+            parts += [(part, f"{name}, {also}" if also else name) for part, also in inner]
+            left += more
+        return parts, left
+    runs = _runs(frames)
+    return [(run, "image number" if len(runs) > 1 else "") for run in runs], left
+
+
+def _without_copies(frames: list[Frame]) -> tuple[list[Frame], list[Frame]]:
+    """Slices, and those marked as derived or compressed that lie where one lies that is not."""
+    places = np.sort([frame.height for frame in frames if not frame.copy])
+    copies = [frame for frame in frames if frame.copy and len(places)
+              and np.abs(places - frame.height).min() <= SAME_PLACE_MM]
+    return [frame for frame in frames if not any(frame is copy for copy in copies)], copies
+
+
+def _stacks(frames: list[Frame], trait: str) -> list[list[Frame]]:
+    """Frames by the trait's value; values that lie above each other, as of one block after another, are one stack."""
+    values: dict[str, list[Frame]] = {}
+    for frame in frames:
+        values.setdefault(frame.traits[trait], []).append(frame)
+    stacks: list[list[list[Frame]]] = []
+    for value in sorted(values, key=lambda text: (_number(text), text)):
+        block = values[value]
+        for stack in stacks:
+            if not any(_overlap(block, other) for other in stack):
+                stack.append(block)
+                break
+        else:
+            stacks.append([block])
+    return [[frame for block in stack for frame in block] for stack in stacks]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return np.inf
+
+
+def _overlap(first: list[Frame], second: list[Frame]) -> bool:
+    """Whether two blocks share more than half of the shorter one's stretch of the body."""
+    (low1, high1), (low2, high2) = ((min(h), max(h)) for h in ([f.height for f in block] for block in (first, second)))
+    shorter = min(high1 - low1, high2 - low2)
+    return min(high1, high2) - max(low1, low2) > 0.5 * shorter - SAME_PLACE_MM
+
+
+def _runs(frames: list[Frame]) -> list[list[Frame]]:
+    """Frames apart where their numbers run through the same stretch again: two to four times, of 5 slices or more.
+
+    Anything else, numbers in no order above all, is one run.
+    """
+    numbers = [frame.number for frame in frames]
+    if None in numbers or len(set(numbers)) < len(numbers):
+        return [frames]
+    ordered = sorted(frames, key=lambda frame: frame.number)
+    steps = np.diff([frame.height for frame in ordered])
+    breaks = np.flatnonzero(np.sign(steps) != np.sign(np.median(steps))) + 1 if len(steps) else []
+    edges = [0, *breaks, len(ordered)]
+    runs = [ordered[low:high] for low, high in zip(edges, edges[1:])]
+    apart = 2 <= len(runs) <= 4 and min(map(len, runs)) >= 5
+    return runs if apart and all(_overlap(runs[0], run) for run in runs[1:]) else [frames]
 
 
 # ---- headers
 
 def read_header(path: Path) -> Header | None:
-    """The header of a DICOM file; None for a file that is no DICOM. Raises ScanError for a broken one."""
+    """The header of a DICOM file; None for a directory (DICOMDIR). Raises ScanError for a broken file."""
     try:
-        with open(path, "rb") as file:
-            marked = file.read(132)[128:] == b"DICM"
-        if not marked and path.suffix.lower() not in SUFFIXES:
-            return None
         ds = _read_tags(path)
         if ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
-            return None                               # a DICOMDIR
+            return None
         if "SOPClassUID" not in ds:
-            raise ScanError(f"{path}: not a DICOM image (its header holds no SOPClassUID)")
-        reasons = [frame.left_out for frame in _frames(path, ds)]
+            raise ScanError(f"{path.name}: not a DICOM image (its header holds no SOPClassUID)")
+        patient = [" ".join(str(ds.get(tag, "")).upper().replace("^", " ").split())
+                   for tag in ("PatientID", "PatientName", "PatientBirthDate")]
+        uids = [str(ds.get(tag, "")) for tag in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")]
+        return Header(path, *uids, hashlib.sha256("|".join(patient).encode()).hexdigest() if any(patient) else "",
+                      int(ds.get("SeriesNumber") or 0), str(ds.get("SOPInstanceUID", "")), tuple(_frames(path, ds)))
     except ScanError:
         raise
     except Exception as error:     # a broken header can fail anywhere in pydicom; its message may quote patient data
-        raise ScanError(f"{path}: cannot be read as DICOM ({type(error).__name__})") from error
-    return Header(path, str(ds.get("SeriesInstanceUID", "")), str(ds.get("StudyInstanceUID", "")),
-                  str(ds.get("SOPInstanceUID", "")), reasons[0] if all(reasons) else None)
+        raise ScanError(f"{path.name}: cannot be read as DICOM ({type(error).__name__})") from error
 
 
 def _read_tags(path: Path) -> pydicom.Dataset:
     return pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(HEADER_TAGS))
 
 
-def _frames(path: Path, ds: pydicom.Dataset) -> list[_Frame]:
+def _frames(path: Path, ds: pydicom.Dataset) -> list[Frame]:
     """The frames of a file, each with the reason for which it is left out, if any."""
     count = int(ds.get("NumberOfFrames", 1) or 1)
     size = (int(ds.get("Rows", 0) or 0), int(ds.get("Columns", 0) or 0))
+    modality, colours = str(ds.get("Modality", "")), str(ds.get("PhotometricInterpretation", ""))
     reason = None
-    if str(ds.get("Modality", "")) != "CT":
-        reason = f"not CT (modality {ds.get('Modality', None) or 'not given'})"
+    if modality != "CT":
+        known = modality if re.fullmatch("[A-Z]{2,10}", modality) else "not given" if not modality else "unknown"
+        reason = f"not CT (modality {known})"
+    elif ds.SOPClassUID not in CT_CLASSES:
+        name = UID(ds.SOPClassUID).name
+        reason = f"no CT image (SOP class {name if name != ds.SOPClassUID else 'unknown'})"
     elif 0 in size:
         reason = "no picture"
-    elif int(ds.get("SamplesPerPixel", 1) or 1) != 1:
+    elif int(ds.get("SamplesPerPixel", 1) or 1) != 1 or not colours.startswith("MONOCHROME"):
         reason = "in colour"
     if reason is not None:
-        return [_Frame(path, 0, size, left_out=reason)]
-    return [_frame(path, index, size, ds) for index in range(count)]
+        return [Frame(path, 0, size, left_out=reason)]
+    check_size(path.name, count, *size)
+    return [_frame(path, index, count, size, ds) for index in range(count)]
 
 
-def _frame(path: Path, index: int, size: tuple[int, int], ds: pydicom.Dataset) -> _Frame:
-    def numbers(sequence: str, keyword: str, count: int) -> np.ndarray | None:
-        value = frame_value(ds, index, sequence, keyword)
-        if value is None:
-            return None
-        values = np.asarray(value, np.float64).reshape(-1)
-        return values if len(values) == count and np.isfinite(values).all() else None
+def _frame(path: Path, index: int, count: int, size: tuple[int, int], ds: pydicom.Dataset) -> Frame:
+    def value(keyword: str, sequence: str = "", number: bool = False):
+        try:
+            found = frame_value(ds, index, sequence, keyword)
+            return np.asarray(found, np.float64).reshape(-1) if number and found is not None else found
+        except (ValueError, TypeError, OverflowError) as error:
+            comma = " (a decimal comma; DICOM wants a point)" if re.search(r"\d,\d", str(error)) else ""
+            raise ScanError(f"{path.name}: {keyword} is no number{comma}; correct the attribute, or export the series "
+                            "again") from error
 
-    position = numbers("PlanePositionSequence", "ImagePositionPatient", 3)
-    orientation = numbers("PlaneOrientationSequence", "ImageOrientationPatient", 6)
-    spacing = numbers("PixelMeasuresSequence", "PixelSpacing", 2)
-    slope = numbers("PixelValueTransformationSequence", "RescaleSlope", 1)
-    intercept = numbers("PixelValueTransformationSequence", "RescaleIntercept", 1)
-    frame_type = frame_value(ds, index, "CTImageFrameTypeSequence", "FrameType") or ds.get("ImageType") or ()
-    frame_type = [frame_type] if isinstance(frame_type, str) else list(frame_type)
+    def numbers(keyword: str, sequence: str, length: int) -> np.ndarray | None:
+        values = value(keyword, sequence, number=True)
+        return values if values is not None and len(values) == length and np.isfinite(values).all() else None
+
+    def text(keyword: str, sequence: str = "") -> str:
+        found = value(keyword, sequence)
+        return "" if found is None else str(found).strip().upper()
+
+    position = numbers("ImagePositionPatient", "PlanePositionSequence", 3)
+    orientation = numbers("ImageOrientationPatient", "PlaneOrientationSequence", 6)
     orientation = None if orientation is None else orientation.reshape(2, 3)
-    return _Frame(path, index, size, position, orientation,
-                  None if spacing is None else (float(spacing[0]), float(spacing[1])),
-                  None if slope is None or intercept is None else (float(slope[0]), float(intercept[0])),
-                  _padding(ds), str(ds.get("PhotometricInterpretation", "")) == "MONOCHROME1",
-                  -1 if ds.get("PixelRepresentation") else 2 ** int(ds.get("BitsStored") or 16) - 1,
-                  _why_left_out([str(v).upper() for v in frame_type], position, orientation))
+    spacing = numbers("PixelSpacing", "PixelMeasuresSequence", 2)
+    slope = numbers("RescaleSlope", "PixelValueTransformationSequence", 1)
+    intercept = numbers("RescaleIntercept", "PixelValueTransformationSequence", 1)
+    kind = text("RescaleType", "PixelValueTransformationSequence")
+    if kind not in HU_TYPES:
+        known = kind if re.fullmatch("[A-Z0-9_]{1,16}", kind) else "unknown"
+        raise ScanError(f"{path.name}: RescaleType is {known}: its values are no Hounsfield units; give the series "
+                        "that is in HU")
+    types = value("FrameType", "CTImageFrameTypeSequence") or ds.get("ImageType") or ()
+    types = [str(v).strip().upper() for v in ([types] if isinstance(types, str) else types)]
+    bits, signed = int(ds.get("BitsStored") or 16), bool(ds.get("PixelRepresentation"))
+    number = text("InstanceNumber")
+    traits = {
+        "kernel": text("ConvolutionKernel", "CTReconstructionSequence"), "type": " ".join(types[3:]),
+        "voltage": text("KVP", "CTXRayDetailsSequence"), "thickness": text("SliceThickness", "PixelMeasuresSequence"),
+        "spacing": f"{size} {spacing}", "phase": text("TemporalPositionIdentifier")
+        or text("TemporalPositionIndex", "FrameContentSequence"), "contrast": str(_has_contrast(ds)),
+        "acquisition": text("FrameAcquisitionNumber", "FrameContentSequence") or text("AcquisitionNumber")}
+    return Frame(
+        path, index, size, position, orientation, None if spacing is None else (float(spacing[0]), float(spacing[1])),
+        None if slope is None or intercept is None else (float(slope[0]), float(intercept[0])),
+        _padding(ds, bits, signed), text("PhotometricInterpretation") == "MONOCHROME1", bits, signed,
+        index if count > 1 else int(number) if number.lstrip("-").isdecimal() else None,
+        types[:1] == ["DERIVED"] or text("LossyImageCompression") == "01", types[:2] == ["DERIVED", "SECONDARY"],
+        {trait: f"{_number(v):g}" if np.isfinite(_number(v)) else v for trait, v in traits.items()},
+        _why_left_out(types, position, orientation))
 
 
-def _padding(ds: pydicom.Dataset) -> tuple[int, int] | None:
+def _has_contrast(ds: pydicom.Dataset) -> bool:
+    return str(ds.get("ContrastBolusAgent") or "").strip().upper() not in NO_AGENT
+
+
+def _padding(ds: pydicom.Dataset, bits: int, signed: bool) -> tuple[int, int] | None:
+    """Stored values, inclusive, that mean: not measured; as the pixels are stored, whatever the VR says."""
     value, limit = ds.get("PixelPaddingValue"), ds.get("PixelPaddingRangeLimit")
     if value is None:
         return None
-    low, high = sorted((int(value), int(value if limit is None else limit)))
+    pair = np.array([int(value), int(value if limit is None else limit)])
+    low, high = sorted(stored_values(pair, bits, signed).tolist())
     return low, high
+
+
+def stored_values(raw: np.ndarray, bits: int, signed: bool) -> np.ndarray:
+    """Decoded integers as the `bits` lowest bits tell them, with their sign: overlays may lie in the bits above."""
+    if not 1 <= bits < 32:
+        return raw
+    values = raw.astype(np.int64) & ((1 << bits) - 1)
+    return np.where(values >> (bits - 1), values - (1 << bits), values) if signed else values
 
 
 def frame_value(ds: pydicom.Dataset, index: int, sequence: str, keyword: str):
@@ -164,8 +499,9 @@ def frame_value(ds: pydicom.Dataset, index: int, sequence: str, keyword: str):
 def _why_left_out(image_type: list[str], position, orientation) -> str | None:
     if "LOCALIZER" in image_type:
         return "localiser"
-    # Lossy compression makes an axial slice DERIVED\PRIMARY\AXIAL; reformats and projections are SECONDARY.
-    if image_type[:1] == ["DERIVED"] and image_type[1:3] != ["PRIMARY", "AXIAL"]:
+    # Lossy compression makes an axial slice DERIVED PRIMARY AXIAL, anonymisers and archives DERIVED SECONDARY AXIAL;
+    # reformats and projections say what they are.
+    if image_type[:1] == ["DERIVED"] and (image_type[2:3] != ["AXIAL"] or PROJECTIONS & set(image_type)):
         return "derived"
     if position is None or orientation is None:
         return "without a position in space"
@@ -184,43 +520,50 @@ def describe_left_out(reasons: Sequence[str]) -> str:
 
 # ---- reading
 
-def read_dicom(scan_id: str, paths: Sequence[Path], notes: Sequence[str] = ()) -> Scan:
+def read(source: ScanSource) -> Scan:
     """Read a series' files as a Scan, in HU, brought to the display that Scan tells.
 
     Localisers, derived, non-axial and non-CT images are left out with a note. Slices are sorted along their
     common normal and keep their own positions, mm along that normal; gaps, duplicates and uneven spacing are
     noted. Raises ScanError where fewer than 3 axial slices remain, where two different slices share a position,
-    where slices differ in size, pixel spacing or orientation, and where slope, intercept or pixels are missing.
+    where slices differ in size, pixel spacing or orientation, where slope, intercept or pixels are missing, and
+    where the values are not those of a head in air.
     """
-    frames = [frame for path in paths for frame in _frames(path, _read_tags(path))]
+    chosen = set(source.options.get("frames", ()))
+    frames = []
+    for number, path in enumerate(source.paths):
+        header = read_header(path)
+        frames += [frame for frame in header.frames if not chosen or frame.left_out or (number, frame.index) in chosen]
     out = [frame.left_out for frame in frames if frame.left_out]
     frames = [frame for frame in frames if not frame.left_out]
-    notes = list(notes) + ([f"left out: {describe_left_out(out)}"] if out else [])
-    if len(frames) < 3:
-        raise ScanError(f"{scan_id}: {len(frames)} axial CT slices, at least 3 are needed"
+    notes = list(source.options.get("notes", ())) + ([f"left out: {describe_left_out(out)}"] if out else [])
+    if len(frames) < MIN_SLICES:
+        raise ScanError(f"{len(frames)} axial CT slices, at least {MIN_SLICES} are needed"
                         + (f" (left out: {describe_left_out(out)})" if out else ""))
-    _check_alike(scan_id, frames)
+    _check_alike(frames)
+    notes += _remarks(frames)
 
-    hu = _to_hu(scan_id, frames, _read_pixels(frames), notes)
+    hu = _to_hu(frames, _read_pixels(frames, notes), notes)
     hu, stack = _to_display(hu, frames)
     normal = np.cross(stack.column_step, stack.row_step)
     normal /= np.linalg.norm(normal)
     position = stack.origins @ normal
     order = np.argsort(position, kind="stable")
-    order = order[_drop_duplicates(scan_id, hu[order], position[order], notes)]
-    if len(order) < 3:
-        raise ScanError(f"{scan_id}: axial CT slices at {len(order)} different positions, at least 3 are needed")
+    order = order[_drop_duplicates(hu[order], position[order], notes)]
+    if len(order) < MIN_SLICES:
+        raise ScanError(f"axial CT slices at {len(order)} different positions, at least {MIN_SLICES} are needed")
+    check_slice_spacing(frames[0].path.name, float(np.median(np.diff(position[order]))))
     notes += spacing_notes(position[order])
     spacing = (float(np.linalg.norm(stack.row_step)), float(np.linalg.norm(stack.column_step)))
-    stack = replace(stack, origins=stack.origins[order], frames=tuple((frames[k].path, frames[k].index) for k in order))
-    return Scan(scan_id, hu[order], position[order], spacing, geometry=stack, source="dicom",
-                notes=tuple(notes))
+    files = () if source.archive else tuple((frames[k].path, frames[k].index) for k in order)       # those that stay
+    stack = replace(stack, origins=stack.origins[order], frames=files)
+    return Scan(source.scan_id, hu[order], position[order], spacing, geometry=stack, source=KIND, notes=tuple(notes))
 
 
-def _check_alike(scan_id: str, frames: list[_Frame]) -> None:
+def _check_alike(frames: list[Frame]) -> None:
     first = frames[0]
     for frame in frames:
-        name = f"{scan_id}: {frame.path.name}"
+        name = frame.path.name
         if frame.spacing is None or min(frame.spacing) <= 0:
             raise ScanError(f"{name} has no valid PixelSpacing")
         if frame.rescale is None or frame.rescale[0] == 0:
@@ -234,63 +577,121 @@ def _check_alike(scan_id: str, frames: list[_Frame]) -> None:
         if np.abs(frame.orientation - first.orientation).max() > 0.01:
             raise ScanError(f"{name} and {first.path.name} are axial but lie at an angle to each other (two "
                             "gantry tilts in one series?); put them in series of their own")
+    check_pixel_spacing(first.path.name, first.spacing, first.size)
+    check_size(first.path.name, len(frames), *first.size)
+    if np.ptp([frame.height for frame in frames]) <= SAME_PLACE_MM:
+        raise ScanError(f"all {len(frames)} slices lie at one ImagePositionPatient ({first.path.name} and others), as "
+                        "some exporters write it; export the series again with each slice's own position")
 
 
-def _read_pixels(frames: list[_Frame]) -> list[np.ndarray]:
+def _remarks(frames: list[Frame]) -> list[str]:
+    """What the attributes say that a reader of the score should know."""
+    notes = []
+    if any(frame.traits["contrast"] == "True" for frame in frames):
+        notes.append("contrast agent given (ContrastBolusAgent): enhanced vessels look like blood to a model of scans "
+                     "without")
+    if any(SHARP_KERNEL.fullmatch(frame.traits["kernel"]) for frame in frames):
+        notes.append("sharp kernel (ConvolutionKernel): noise and edges are stronger than in the usual brain "
+                     "reconstruction")
+    derived = sum(frame.derived for frame in frames)
+    if derived:
+        notes.append(f"marked as derived and secondary (ImageType), taken as axial slices: {derived}")
+    return notes
+
+
+def _read_pixels(frames: list[Frame], notes: list[str]) -> list[np.ndarray]:
     """Stored values [H, W] of each frame."""
     members: dict[Path, list[int]] = {}
     for k, frame in enumerate(frames):
         members.setdefault(frame.path, []).append(k)
     stored = [np.empty(0)] * len(frames)
+    relabelled = 0
     for path, indices in members.items():
-        try:
-            ds = pydicom.dcmread(path, force=True)
-            if "TransferSyntaxUID" not in ds.file_meta:             # a bare data set: as it could be parsed
-                implicit, _ = ds.original_encoding
-                ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
-            pixels = ds.pixel_array
-        except Exception as error:              # every decoder raises its own
-            raise ScanError(f"{path}: its pixels cannot be decoded ({type(error).__name__}): the file is "
-                            "truncated or its compression is not supported") from error
+        pixels, native = _decode(path)
+        relabelled += native
         pixels = pixels[None] if pixels.ndim == 2 else pixels
         for k in indices:
+            if frames[k].index >= len(pixels) or pixels[frames[k].index].shape != frames[k].size:
+                raise ScanError(f"{path.name}: its pixels are not of the size that Rows, Columns and "
+                                "NumberOfFrames say")
             stored[k] = pixels[frames[k].index]
+    if relabelled:
+        notes.append(f"transfer syntax says compressed, the pixels are not: {relabelled} files read as they are")
     return stored
 
 
-def _to_hu(scan_id: str, frames: list[_Frame], stored: list[np.ndarray], notes: list[str]) -> np.ndarray:
+def _decode(path: Path) -> tuple[np.ndarray, bool]:
+    """The pixels of a file, and whether its transfer syntax says compressed where they are not."""
+    relabelled, name = False, "not given"
+    try:
+        ds = pydicom.dcmread(path, force=True)
+        syntax = ds.file_meta.get("TransferSyntaxUID")
+        if syntax is None:                                          # a bare data set: as it could be parsed
+            implicit, _ = ds.original_encoding
+            ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+        elif syntax.is_compressed and _is_native(ds):
+            ds.file_meta.TransferSyntaxUID, relabelled = ExplicitVRLittleEndian, True
+        name = ds.file_meta.TransferSyntaxUID.name
+        return ds.pixel_array, relabelled
+    except Exception as error:                  # every decoder raises its own
+        raise ScanError(f"{path.name}: its pixels cannot be decoded ({type(error).__name__}): the file is damaged or "
+                        f"truncated, or its transfer syntax is not supported ({name}); export it uncompressed or in "
+                        "JPEG Lossless") from error
+
+
+def _is_native(ds: pydicom.Dataset) -> bool:
+    """Whether PixelData has the length of uncompressed pixels and does not begin as a compressed frame."""
+    size = (int(ds.Rows) * int(ds.Columns) * int(ds.get("NumberOfFrames", 1) or 1) * int(ds.get("SamplesPerPixel", 1))
+            * int(ds.BitsAllocated) // 8)
+    return len(ds.PixelData) in (size, size + 1) and ds.PixelData[:4] != b"\xfe\xff\x00\xe0"
+
+
+def _to_hu(frames: list[Frame], stored: list[np.ndarray], notes: list[str]) -> np.ndarray:
     """Slope and intercept of each frame; padding becomes air. float32 [S, H, W]."""
     hu = np.empty((len(frames), *frames[0].size), np.float32)
-    padded = [np.zeros(f.size, bool) if f.padding is None else (v >= f.padding[0]) & (v <= f.padding[1])
-              for f, v in zip(frames, stored)]
+    padding = [_padding_outside_tissue(frame) for frame in frames]
+    if any(outside is None and frame.padding is not None for frame, outside in zip(frames, padding)):
+        notes.append(f"PixelPaddingValue lies among the HU of tissue ({TISSUE_HU[0]}..{TISSUE_HU[1]}): not taken as "
+                     "padding")
 
-    def rescale(inverted: bool) -> bool:
-        """Fill hu; tells whether it looks like a head in air: more air than bone, and soft tissue."""
-        air = bone = soft = total = 0
-        for k, (frame, values) in enumerate(zip(frames, stored)):
+    def rescale(inverted: bool) -> None:
+        for k, (frame, raw, limits) in enumerate(zip(frames, stored, padding)):
             slope, intercept = frame.rescale
+            integers = np.issubdtype(raw.dtype, np.integer)
+            values = stored_values(raw, frame.bits, frame.signed) if integers else raw
+            padded = (values >= limits[0]) & (values <= limits[1]) if limits else np.zeros(values.shape, bool)
             values = values.astype(np.float32)
             if inverted and frame.monochrome1:
-                values = frame.inverse_of - values
-            hu[k] = values * slope + intercept
-            measured = hu[k][~padded[k]]
-            air += int((measured < -300).sum())
-            bone += int((measured > 300).sum())
-            soft += int(((measured > -100) & (measured < 150)).sum())
-            total += measured.size
-            hu[k][padded[k]] = AIR_HU
-        return air > bone and soft > 0.01 * total
+                values = (-1 if frame.signed else 2**frame.bits - 1) - values
+            hu[k] = np.nan_to_num(values * slope + intercept, nan=AIR_HU)
+            hu[k][padded] = AIR_HU
 
     # MONOCHROME1 concerns the display only, but some writers invert the stored values as well.
-    if not rescale(inverted=False) and any(frame.monochrome1 for frame in frames):
-        if not rescale(inverted=True):
-            raise ScanError(f"{scan_id}: MONOCHROME1, and neither the stored values nor their inverse look like "
-                            "HU of a head in air; convert the series to MONOCHROME2")
+    rescale(inverted=False)
+    shares = tissue_shares(hu)
+    if not like_a_head(shares) and any(frame.monochrome1 for frame in frames):
+        rescale(inverted=True)
+        if not like_a_head(tissue_shares(hu)):
+            raise ScanError("MONOCHROME1, and neither the stored values nor their inverse look like HU of a head in "
+                            "air; convert the series to MONOCHROME2")
         notes.append("MONOCHROME1 with inverted stored values: inverted back")
+    elif not like_a_head(shares):
+        raise ScanError(f"the values do not look like HU of a head in air: {describe(shares)}, in "
+                        f"{frames[0].path.name} and the other slices; check RescaleSlope, RescaleIntercept, "
+                        "PixelRepresentation and BitsStored")
     return np.maximum(hu, np.float32(AIR_HU), out=hu)
 
 
-def _to_display(hu: np.ndarray, frames: list[_Frame]) -> tuple[np.ndarray, SliceStack]:
+def _padding_outside_tissue(frame: Frame) -> tuple[int, int] | None:
+    """The frame's padding range, None where it reaches into the HU of tissue."""
+    if frame.padding is None:
+        return None
+    slope, intercept = frame.rescale
+    low, high = sorted(value * slope + intercept for value in frame.padding)
+    return None if low <= TISSUE_HU[1] and high >= TISSUE_HU[0] else frame.padding
+
+
+def _to_display(hu: np.ndarray, frames: list[Frame]) -> tuple[np.ndarray, SliceStack]:
     """Turn by 90 degrees and flip so that rows run to the back and columns to the patient's left."""
     origins = np.array([frame.position for frame in frames])
     column_step = frames[0].orientation[0] * frames[0].spacing[1]
@@ -307,7 +708,7 @@ def _to_display(hu: np.ndarray, frames: list[_Frame]) -> tuple[np.ndarray, Slice
     return np.ascontiguousarray(hu), stack
 
 
-def _drop_duplicates(scan_id: str, hu: np.ndarray, position: np.ndarray, notes: list[str]) -> list[int]:
+def _drop_duplicates(hu: np.ndarray, position: np.ndarray, notes: list[str]) -> list[int]:
     """Indices of the slices to keep, of slices sorted by position."""
     keep, different = [0], 0
     for k in range(1, len(hu)):
@@ -316,9 +717,8 @@ def _drop_duplicates(scan_id: str, hu: np.ndarray, position: np.ndarray, notes: 
         elif not np.array_equal(hu[k], hu[keep[-1]]):
             different += 1
     if different:
-        raise ScanError(f"{scan_id}: slices that lie where another, different slice lies: {different} (two "
-                        "acquisitions or reconstructions in one series, or two patients?); put each in a series of "
-                        "its own")
+        raise ScanError(f"slices that lie where another, different slice lies: {different} (two acquisitions or "
+                        "reconstructions in one series, or two patients?); put each in a series of its own")
     if len(keep) < len(hu):
         notes.append(f"duplicate slices dropped: {len(hu) - len(keep)}")
     return keep

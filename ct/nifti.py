@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import gzip
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from ct.scan import Scan, ScanError
+from ct.geometry import Placed
+from ct.limits import DEFLATE_RATIO, check_pixel_spacing, check_size, check_slice_spacing
+from ct.plausible import describe, like_a_head, tissue_shares
+from ct.scan import AIR_HU, RESULT_MARK, Found, Scan, ScanError, ScanSource
 
+KIND = "nifti"
 SUFFIXES = (".nii", ".nii.gz")
-AIR_HU = -1024.0
+PAIR_SUFFIXES = (".hdr", ".img", ".hdr.gz", ".img.gz")
+GZIP = b"\x1f\x8b"
+HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}        # by the size that a header begins with
+UNITS_MM = {"mm": 1.0, "unknown": 1.0, "meter": 1000.0, "micron": 0.001}
+REFORMAT = 2.0                  # pixels this much longer than the slice step are another plane's, reformatted
+SPACES = {1: "the scanner", 2: "another scan", 3: "the Talairach atlas", 4: "the MNI template"}
 
 
 @dataclass(frozen=True)
@@ -20,16 +31,11 @@ class NiftiGrid:
     """The input's own grid: array shape, affine (voxel to RAS mm), header codes, and how its axes became a Scan's."""
 
     shape: tuple[int, ...]                            # of the file, with any trailing axes of length 1
-    sform: np.ndarray | None                          # [4, 4]; None where the header's code is 0
-    sform_code: int
-    qform: np.ndarray | None
-    qform_code: int
+    affine: np.ndarray                                # [4, 4], mm: the one of the two that was taken
+    sform_code: int                                   # 0 where the sform was not taken
+    qform_code: int                                   # 0 where the qform says something else than the affine
     axes: tuple[int, int, int]                        # file axes that are the Scan's slices, rows, columns
     flips: tuple[bool, bool, bool]                    # which of these run the other way
-
-    @property
-    def affine(self) -> np.ndarray:
-        return self.qform if self.sform is None else self.sform
 
     def to_display(self, array: np.ndarray) -> np.ndarray:
         """File order [I, J, K] -> [S, H, W]."""
@@ -40,74 +46,265 @@ class NiftiGrid:
         array = np.flip(volume, [k for k in range(3) if self.flips[k]]).transpose(np.argsort(self.axes))
         return array.reshape(self.shape)
 
+    def upended(self) -> NiftiGrid:
+        """The grid of the same slices in reverse order."""
+        return replace(self, flips=(not self.flips[0], *self.flips[1:]))
 
-def is_nifti(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES)
+    def place(self, volume: np.ndarray) -> Placed:
+        """A volume [S, H, W] in the input's shape, axis order and affine."""
+        return Placed(self.from_display(volume), self.affine, self.sform_code, self.qform_code, None)
+
+
+# ---- claims and find
+
+def claims(path: Path, head: bytes) -> bool:
+    """Whether a file is NIfTI (or Analyze, which is refused by name), by its first bytes (348 or more) or its name."""
+    if path.name.lower().endswith(SUFFIXES):
+        return True
+    if path.name.lower().endswith((".img", ".img.gz")):
+        return _other_of_pair(path) is not None
+    if head[:2] == GZIP:
+        head = _begin(path)
+    return head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] in (b"n+2\0", b"ni2\0") or (
+        path.name.lower().endswith((".hdr", ".hdr.gz")) and _header_size(head) is not None)
+
+
+def find(paths: Sequence[Path], unknown_slice_spacing_mm: float = 5.0) -> list[Found]:
+    """One scan per file, or per pair of .hdr and .img."""
+    found = []
+    for path in paths:
+        if path.name.lower().endswith((".img", ".img.gz")):
+            continue                                  # read with its header
+        image = _other_of_pair(path)
+        found.append(Found(KIND, (path,) if image is None else (path, image), path.with_name(stem(path))))
+    return found
 
 
 def stem(path: Path) -> str:
-    """File name without .nii or .nii.gz."""
+    """File name without .nii, .hdr and .gz."""
     name = path.name
-    return name[:-7] if name.lower().endswith(".nii.gz") else name[:-4]
+    for suffix in (*SUFFIXES[::-1], *PAIR_SUFFIXES[::-1]):
+        if name.lower().endswith(suffix):
+            return name[:-len(suffix)]
+    return name
 
 
-def read_nifti(scan_id: str, path: Path) -> Scan:
+def _other_of_pair(path: Path) -> Path | None:
+    """The .img of a .hdr, and the reverse; None where there is none."""
+    name = path.name
+    for one, other in ((".hdr", ".img"), (".img", ".hdr")):
+        for end in ("", ".gz"):
+            if name.lower().endswith(one + end):
+                base = name[:-len(one + end)]
+                for candidate in (other, other + ".gz", other.upper()):
+                    if (beside := path.with_name(base + candidate)).is_file():
+                        return beside
+    return None
+
+
+def _begin(path: Path, count: int = 540) -> bytes:
+    """The first bytes of a file, unpacked; empty where it cannot be."""
+    try:
+        with _open(path) as stream:
+            return stream.read(count)
+    except (OSError, EOFError, zlib.error):
+        return b""
+
+
+def _open(path: Path):
+    """A stream of the file's bytes, unpacked where they are gzip's, whatever the name says."""
+    return gzip.open(path) if _is_packed(path) else open(path, "rb")
+
+
+def _is_packed(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == GZIP
+
+
+def _header_size(head: bytes) -> int | None:
+    """The size that a NIfTI or Analyze header begins with, in either byte order."""
+    sizes = [int.from_bytes(head[:4], order) for order in ("little", "big")]
+    return next((size for size in sizes if size in HEADERS), None)
+
+
+# ---- reading
+
+def read(source: ScanSource) -> Scan:
     """Read a NIfTI file as a Scan; position_mm is RAS mm along the slice normal.
 
     Values that are not finite become air, with a note. Raises ScanError for a file that cannot be read, holds more
-    than one volume, does not tell its orientation, or whose values do not look like HU.
+    than one volume, does not tell its orientation, is a reformat along another axis, is a result of this program, or
+    whose values do not look like HU.
     """
-    try:
-        image = nib.load(path)
-        array = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, zlib.error, nib.filebasedimages.ImageFileError) as error:
-        raise ScanError(f"{path}: cannot be read as NIfTI ({error})") from error
-    if array.ndim < 3 or any(n != 1 for n in array.shape[3:]):
-        raise ScanError(f"{path}: expected one volume [X, Y, Z], found shape {list(array.shape)}; write one volume a "
-                        "file")
-    if array.dtype.kind not in "iuf":
-        raise ScanError(f"{path}: expected numbers in HU, found {array.dtype}")
-    grid = _grid(path, image)
-    hu, notes = _check_hu(path, array.reshape(array.shape[:3]).astype(np.float32))
-    saturation = _saturation(hu)
-    if np.isfinite(saturation).any():
-        notes.append(f"values saturate at {saturation[0]:g}..{saturation[1]:g} HU")
-
-    hu = np.maximum(np.ascontiguousarray(grid.to_display(hu)), np.float32(AIR_HU))
-    matrix, origin = image.affine[:3, :3], image.affine[:3, 3]
+    path = source.paths[0]
+    notes: list[str] = []
+    header, single = _read_header(source.paths)
+    if bytes(header["descrip"].item()).startswith(RESULT_MARK.encode()):
+        raise ScanError(f"{path.name}: a result of this program, not a scan; take it out of the folder of scans")
+    dtype, shape = _type_and_shape(path, header)
+    grid = _grid(path, header, shape, notes)
+    matrix, origin = grid.affine[:3, :3], grid.affine[:3, 3]
     axes, flips = list(grid.axes), np.array(grid.flips)
     steps = matrix.T[axes] * np.where(flips, -1, 1)[:, None]              # [3, 3] from slice to slice, row, column
-    corner = np.zeros(3)                                                  # the Scan's first voxel in the file
-    corner[axes] = np.where(flips, np.array(array.shape)[axes] - 1, 0)
     normal = np.cross(steps[1], steps[2])
     normal *= np.sign(normal @ steps[0]) / np.linalg.norm(normal)
-    position = (matrix @ corner + origin) @ normal + np.arange(len(hu)) * (steps[0] @ normal)
-    spacing = (float(np.linalg.norm(steps[1])), float(np.linalg.norm(steps[2])))
-    return Scan(scan_id, hu, position, spacing, saturation, geometry=grid, source="nifti", notes=tuple(notes))
+    spacing, step = tuple(np.linalg.norm(steps[1:], axis=1).tolist()), float(steps[0] @ normal)
+    check_size(path.name, *(shape[axis] for axis in axes))
+    _refuse_reformat(path, spacing, step)
+    check_pixel_spacing(path.name, spacing, tuple(shape[axis] for axis in axes[1:]))
+    check_slice_spacing(path.name, step)
+
+    values = _values(source.paths if single else source.paths[1:], header, dtype, shape)
+    hu, more = _check_hu(path, values)
+    saturation = _saturation(hu)
+    shares = tissue_shares(hu, saturation)
+    if not like_a_head(shares):
+        raise ScanError(f"{path.name}: the values do not look like HU of a head in air: {describe(shares)} (an offset "
+                        "such as 1024 added, no skull, or another kind of map?); give the scan in HU")
+    notes += more
+    if np.isfinite(saturation).any():
+        notes.append(f"values saturate at {saturation[0]:g}..{saturation[1]:g} HU")
+    hu = np.maximum(np.ascontiguousarray(grid.to_display(hu)), np.float32(AIR_HU))
+    corner = np.zeros(3)                                                  # the Scan's first voxel in the file
+    corner[axes] = np.where(flips, np.array(shape)[axes] - 1, 0)
+    position = (matrix @ corner + origin) @ normal + np.arange(len(hu)) * step
+    return Scan(source.scan_id, hu, position, spacing, saturation, geometry=grid, source=KIND, notes=tuple(notes))
 
 
-def _grid(path: Path, image: nib.Nifti1Image) -> NiftiGrid:
-    sform, sform_code = image.get_sform(coded=True)
-    qform, qform_code = image.get_qform(coded=True)
-    if not sform_code and not qform_code:
-        raise ScanError(f"{path}: sform and qform codes are 0, so the orientation is not known; set one of them")
-    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-6:
-        raise ScanError(f"{path}: its affine is singular; set a valid sform or qform")
-    orientation = nib.io_orientation(image.affine)    # file axis -> (its world axis: 0 R, 1 A, 2 S; its sign)
+def _read_header(paths: Sequence[Path]) -> tuple[nib.Nifti1Header, bool]:
+    """The header of a file or a pair, unchecked, and whether the values follow in the same file."""
+    path, head = paths[0], _begin(paths[0])
+    size = _header_size(head)
+    if size is None or len(head) < size:
+        raise ScanError(f"{path.name}: cannot be read as NIfTI: it does not begin with a NIfTI header")
+    magic = head[344:347] if size == 348 else head[4:7]
+    if magic not in (b"n+1", b"ni1", b"n+2", b"ni2"):
+        raise ScanError(f"{path.name}: an Analyze 7.5 header, which does not say where left is; convert the scan to "
+                        "NIfTI from its source")
+    single = magic[:2] == b"n+"
+    if not single and len(paths) < 2:
+        raise ScanError(f"{path.name}: a NIfTI header whose .img is not beside it; put it there")
+    return HEADERS[size](head[:size], check=False), single
+
+
+def _type_and_shape(path: Path, header: nib.Nifti1Header) -> tuple[np.dtype, tuple[int, ...]]:
+    try:
+        dtype, shape = header.get_data_dtype(), tuple(int(n) for n in header.get_data_shape())
+    except (nib.spatialimages.HeaderDataError, KeyError, ValueError) as error:
+        raise ScanError(f"{path.name}: cannot be read as NIfTI: its header is damaged (datatype or dim)") from error
+    if len(shape) < 3 or any(n != 1 for n in shape[3:]):
+        raise ScanError(f"{path.name}: expected one volume [X, Y, Z], found shape {list(shape)}; write one volume per "
+                        "file")
+    if dtype.kind not in "iuf":
+        raise ScanError(f"{path.name}: expected numbers in HU, found {dtype}")
+    return dtype, shape
+
+
+def _refuse_reformat(path: Path, spacing: tuple[float, float], step: float) -> None:
+    """ScanError where an axis in the axial plane is the one that the scan's own slices were stacked along."""
+    coarse, fine = max(spacing), min(spacing)
+    if coarse > REFORMAT * step and (coarse > 1.5 * fine or coarse > 2.0):
+        raise ScanError(f"{path.name}: pixels of {spacing[0]:.2f} x {spacing[1]:.2f} mm on axial slices {step:.2f} mm "
+                        "apart: coronal or sagittal slices, or a scan reformatted from them; give the axial scan")
+
+
+def _values(paths: Sequence[Path], header: nib.Nifti1Header, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """The scaled values, float32 [I, J, K]. An intercept that is no number is 0, and so is a slope 1."""
+    path, count = paths[0], int(np.prod(shape[:3]))
+    held = path.stat().st_size * (DEFLATE_RATIO if _is_packed(path) else 1)
+    if held < count * dtype.itemsize:                 # before anything of that size is allocated
+        raise ScanError(f"{path.name}: cannot be read as NIfTI: its header says {count * dtype.itemsize} bytes of "
+                        f"values, the file holds at most {held}: it is truncated or damaged")
+    offset, slope, intercept = (float(header[key]) for key in ("vox_offset", "scl_slope", "scl_inter"))
+    try:
+        with _open(path) as stream:
+            stream.seek(int(offset) if np.isfinite(offset) else 0)
+            stored = np.frombuffer(stream.read(count * dtype.itemsize), dtype)
+        stored = stored.reshape(shape[:3], order="F")
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
+        raise ScanError(f"{path.name}: cannot be read as NIfTI: it is truncated or damaged ({type(error).__name__})"
+                        ) from error
+    if slope == 0 or not np.isfinite(slope):
+        return stored.astype(np.float32)
+    intercept = intercept if np.isfinite(intercept) else 0.0
+    values = np.empty(stored.shape, np.float32)
+    for k in range(shape[2]):                         # in double precision, a slice at a time
+        values[:, :, k] = stored[:, :, k] * np.float64(slope) + np.float64(intercept)
+    return values
+
+
+# ---- orientation
+
+def _grid(path: Path, header: nib.Nifti1Header, shape: tuple[int, ...], notes: list[str]) -> NiftiGrid:
+    """The grid by the header's sform or qform, in mm: the scanner's before any other, the sform before the qform."""
+    forms = {"sform": (int(header["sform_code"]), header.get_sform()), "qform": (int(header["qform_code"]),
+                                                                                 _qform(header))}
+    valid = {name: (code, affine) for name, (code, affine) in forms.items()
+             if code > 0 and affine is not None and np.isfinite(affine).all()
+             and np.abs(affine[:3, :3]).max() < 1e6 and abs(np.linalg.det(affine[:3, :3])) > 1e-12}
+    if not valid:
+        raise ScanError(f"{path.name}: neither sform nor qform is valid (sform and qform codes are 0, or the matrix is "
+                        "singular), so the orientation is not known; set one of them")
+    taken = min(valid, key=lambda name: (valid[name][0] != 1, name != "sform"))
+    other = "qform" if taken == "sform" else "sform"
+    code, affine = valid[taken]
+    agree = other in valid and _agree(affine, valid[other][1], shape)
+    if other in valid and not agree:
+        notes.append(f"sform and qform disagree: taken is the {taken} ({_space(code)}), not the {other} "
+                     f"({_space(valid[other][0])})")
+    elif taken == "qform":
+        notes.append("no valid sform: the qform is taken")
+    if code not in (1, 2):
+        notes.append(f"in the space of {_space(code)}: sizes may be the template's, not the patient's")
+    unit = header.get_xyzt_units()[0]
+    if UNITS_MM.get(unit) is None:
+        raise ScanError(f"{path.name}: its lengths are in an unknown unit (xyzt_units); set mm")
+    if UNITS_MM[unit] != 1.0:
+        notes.append(f"lengths in {unit}s (xyzt_units) converted to mm")
+        affine = np.diag([UNITS_MM[unit]] * 3 + [1.0]) @ affine
+    orientation = nib.io_orientation(affine)          # file axis -> (its world axis: 0 R, 1 A, 2 S; its sign)
     axes = tuple(int(np.flatnonzero(orientation[:, 0] == world)[0]) for world in (2, 1, 0))
     wanted = (1, -1, -1)                              # slices to S, rows to P (not A), columns to L (not R)
     flips = tuple(bool(orientation[axis, 1] != sign) for axis, sign in zip(axes, wanted))
-    return NiftiGrid(tuple(image.shape), sform, int(sform_code), qform, int(qform_code), axes, flips)
+    codes = {name: forms[name][0] if name == taken or agree else 0 for name in forms}
+    return NiftiGrid(shape, affine, codes["sform"], codes["qform"], axes, flips)
 
+
+def _space(code: int) -> str:
+    return SPACES.get(code, "another template")
+
+
+def _qform(header: nib.Nifti1Header) -> np.ndarray | None:
+    """The qform; None where its quaternion or voxel sizes are none. Rounding beyond unit length is forgiven."""
+    b, c, d = (float(header[f"quatern_{letter}"]) for letter in "bcd")
+    length, zooms = b * b + c * c + d * d, np.array(header["pixdim"][1:4], np.float64)
+    if not length <= 1.001 or not (zooms > 0).all():
+        return None
+    affine = np.eye(4)
+    affine[:3, :3] = nib.quaternions.quat2mat([np.sqrt(max(0.0, 1.0 - length)), b, c, d]) * zooms
+    affine[:3, 2] *= -1 if float(header["pixdim"][0]) < 0 else 1
+    affine[:3, 3] = [float(header[f"qoffset_{letter}"]) for letter in "xyz"]
+    return affine
+
+
+def _agree(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether two affines place the grid's corners within a voxel's longest side of each other."""
+    corners = np.array(np.meshgrid(*[[0, n - 1] for n in shape[:3]])).reshape(3, -1)
+    apart = np.linalg.norm((one - other)[:3] @ np.concatenate([corners, np.ones((1, 8))]), axis=0)
+    return bool(apart.max() <= np.linalg.norm(one[:3, :3], axis=0).max())
+
+
+# ---- values
 
 def _check_hu(path: Path, hu: np.ndarray) -> tuple[np.ndarray, list[str]]:
     finite = np.isfinite(hu)
     if not finite.any():
-        raise ScanError(f"{path}: holds no finite value")
+        raise ScanError(f"{path.name}: holds no finite value")
     low, high = float(hu[finite].min()), float(hu[finite].max())
     if low >= 0 or high - low <= 50:
-        raise ScanError(f"{path}: this NIfTI doesn't look like HU: its values are {low:g}..{high:g}, but air is -1000 "
-                        "and brain 30 (a mask, a picture, normalised values, or values without the rescale intercept?)")
+        raise ScanError(f"{path.name}: this NIfTI doesn't look like HU: its values are {low:g}..{high:g}, but air is "
+                        "-1000 and brain 30 (a mask, a picture, normalised values, or values without the rescale "
+                        "intercept?)")
     if finite.all():
         return hu, []
     return np.where(finite, hu, np.float32(AIR_HU)), [f"{int((~finite).sum())} values not finite, taken as air"]

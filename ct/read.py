@@ -1,222 +1,228 @@
-"""Find the scans under a folder and read them: the one door for DICOM, NIfTI and folders of slices."""
+"""Find the scans under a folder and read them: the one door for DICOM, NIfTI and folders of slices.
+
+A format is a module with three functions: claims(path, first bytes) says whether a file is its own, find(paths) makes
+scans of what it claimed, read(source) reads one. FORMATS lists them; a new format is a module and an entry.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from ct import dicom, nifti, slices
-from ct.scan import Scan, ScanError
+from ct import archive, dicom, nifti, slices
+from ct.plausible import without_blanks
+from ct.scan import Found, Scan, ScanError, ScanSource
 
+FORMATS = (nifti, slices, dicom)                      # the first that claims a file has it
 LOOKED_FOR = (
-    "DICOM CT series, NIfTI files (.nii, .nii.gz), folders of PNG or JPEG slices with a scan.json, and "
-    "<case>/png/*.png"
+    "DICOM CT series, NIfTI files (.nii, .nii.gz, .hdr with .img), folders of PNG or JPEG slices with a scan.json, "
+    "<case>/png/*.png, and zip files of these"
 )
 SKIPPED_FOLDERS = ("__MACOSX",)                       # and hidden ones: copies of file attributes, no scans
+HEAD_BYTES = 600                                      # of a file, for claims
+IDS = ("path", "uid")
+SEPARATOR = "--"                                      # of folders in an id
+LONGEST_ID = 120                                      # bytes: ids become folder names
+MAPS = {"reconstruction.nii.gz", "residual.nii.gz", "anomaly.nii.gz"}
 
 
-@dataclass(frozen=True)
-class ScanSource:
-    """A scan that was found but not read.
-
-    scan_id  from folder and file names or a hash of the series UID, never patient data; unique in one search
-    kind     'dicom', 'nifti' or 'slices'
-    paths    the files that make it up
-    options  what its reader needs besides; {'error': reason} for something that cannot be a scan as it is
-    """
-
-    scan_id: str
-    kind: str
-    paths: tuple[Path, ...]
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Found:
-    source: ScanSource
-    anchor: Path                                      # what the id is named after; its parents make ids unique
-
-
-def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0) -> list[ScanSource]:
+def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0, ids: str = "path",
+               log: Callable[[str], None] = print) -> list[ScanSource]:
     """All scans under a folder (or one file), sorted by scan_id; only headers are read.
 
-    Looks for DICOM series at any nesting and however mixed, NIfTI files, folders of pictures with a scan.json, and
-    the original's <case>/png/*.png with an optional <case>/BrainExtraction/bet.npy. What looks like a scan but cannot
-    be one (pictures without a scan.json, broken DICOM files) is a source too: read_scan raises its reason.
-    A study's localisers, reports and other series without axial CT are a note on the study's scans.
+    Looks for DICOM at any nesting and however mixed, NIfTI files, folders of pictures with a scan.json, the original's
+    <case>/png/*.png with an optional <case>/BrainExtraction/bet.npy, and zip files of all these. What looks like a
+    scan but cannot be one (pictures without a scan.json, broken DICOM files) is a source too: read_scan raises its
+    reason. A study's localisers, reports and other series without axial CT are a note on the study's scans. Folders
+    with results of this program are left aside. That, and files that are nothing of the kind, goes to `log` in one
+    line each.
 
     unknown_slice_spacing_mm: for folders of slices that do not tell theirs; 0 refuses them (when read).
+    ids: 'path', from the scan's place under the folder (of several series in one folder, all but the first add a hash
+    of their UID); 'uid', from the series UID or the files' content, wherever they lie. So an id stays when other scans
+    come to the folder.
     Raises ScanError where the folder does not exist or holds nothing of the kind.
     """
     folder = Path(folder)
+    if ids not in IDS:
+        raise ValueError(f"ids must be one of {', '.join(IDS)}, got {ids!r}")
     if not folder.exists():
         raise ScanError(f"{folder}: no such file or folder; expected {LOOKED_FOR}")
     if folder.is_file() and folder.suffix.lower() in slices.SUFFIXES:
         raise ScanError(f"{folder}: one picture is not a scan; give the folder of slices, with its scan.json")
-    found: list[_Found] = []
-    pictures: list[tuple[Path, list[Path]]] = []
-    headers: list[dicom.Header] = []
-    for directory, files in _walk(folder.resolve()):
-        broken = []
-        for path in files:
-            if path.suffix.lower() in slices.SUFFIXES:
-                continue
-            if nifti.is_nifti(path):
-                found.append(_Found(ScanSource(nifti.stem(path), "nifti", (path,)), path))
-                continue
-            try:
-                header = dicom.read_header(path)
-            except ScanError as error:
-                broken.append((path, str(error)))
-            else:
-                headers += [header] if header is not None else []
-        found += _broken_dicom(directory, broken)
-        pictures.append((directory, [path for path in files if path.suffix.lower() in slices.SUFFIXES]))
-    found += _dicom_series(headers)
-    taken = {f.anchor if f.source.kind == "dicom" else f.anchor.parent for f in found}
-    for directory, files in pictures:
-        found += _slice_folder(directory, files, unknown_slice_spacing_mm, directory in taken)
-    if not found:
-        raise ScanError(f"{folder}: no scans found; looked for {LOOKED_FOR}")
-    return sorted(_with_unique_ids(found), key=lambda source: source.scan_id)
+    root = folder.resolve()
+    search = _Search(root, unknown_slice_spacing_mm, ids == "uid")
+    search.add_folder(root)
+    for line in search.remarks():
+        log(line)
+    if not search.sources:
+        raise ScanError(f"{folder}: no scans found; looked for {LOOKED_FOR}"
+                        + "".join(f"; {line}" for line in search.remarks()))
+    return sorted(_with_ids(search.sources, root, ids), key=lambda source: source.scan_id)
 
 
 def read_scan(source: ScanSource) -> Scan:
     """Read a scan that find_scans found. Raises ScanError with the reason where it cannot be used."""
     if "error" in source.options:
         raise ScanError(source.options["error"])
-    if source.kind == "dicom":
-        return dicom.read_dicom(source.scan_id, source.paths, **source.options)
-    if source.kind == "nifti":
-        return nifti.read_nifti(source.scan_id, source.paths[0])
-    return slices.read_slices(source.scan_id, source.paths, **source.options)
+    read = next(module.read for module in FORMATS if module.KIND == source.kind)
+    if source.archive is None:
+        return without_blanks(read(source))
+    names = [*source.paths, *(value for value in source.options.values() if isinstance(value, Path))]
+    with archive.unpacked(source.archive, {name.as_posix() for name in names}) as folder:
+        return without_blanks(read(_moved(source, lambda path: folder / path)))
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Folders with their files, sorted, links followed but no folder twice, hidden ones left aside."""
-    if folder.is_file():
-        yield folder.parent, [folder]
-        return
-    seen = set()
-    for directory, subfolders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(directory)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(n for n in subfolders if not n.startswith(".") and n not in SKIPPED_FOLDERS)
-        files = [Path(directory, name) for name in sorted(names) if not name.startswith(".")]
-        yield Path(directory), [path for path in files if path.is_file()]
+# ---- search
+
+class _Search:
+    """What lies under a folder: scans, and what is to be said about the rest."""
+
+    def __init__(self, root: Path, unknown_slice_spacing_mm: float, by_content: bool):
+        self.root, self.unknown_slice_spacing_mm, self.by_content = root, unknown_slice_spacing_mm, by_content
+        self.sources: list[tuple[Found, Path | None]] = []            # with the archive that holds it
+        self.unread: list[Path] = []
+        self.results: list[Path] = []
+
+    def add_folder(self, folder: Path, within: Path | None = None) -> None:
+        """Everything under a folder, or within an archive that was unpacked there."""
+        claimed: dict[str, list[Path]] = {module.KIND: [] for module in FORMATS}
+        for path in self._files(folder):
+            head = _head(path)
+            owner = next((module.KIND for module in FORMATS if module.claims(path, head)), None)
+            if owner is not None:
+                claimed[owner].append(path)
+            elif within is None and archive.claims(path, head):
+                self._add_archive(path)
+            else:
+                self.unread.append(path)
+        for module in FORMATS:
+            for found in module.find(claimed[module.KIND], self.unknown_slice_spacing_mm):
+                if self.by_content and not found.uid:
+                    found = replace(found, uid=_content(found.paths))
+                if within is not None:
+                    inner = found.anchor.relative_to(folder) if found.anchor.is_relative_to(folder) else Path()
+                    found = replace(_moved(found, lambda path: path.relative_to(folder)),
+                                    anchor=within.with_suffix("") / inner)
+                self.sources.append((found, within))
+
+    def _add_archive(self, path: Path) -> None:
+        before = len(self.sources)
+        try:
+            with archive.unpacked(path) as folder:
+                self.add_folder(folder.resolve(), within=path)
+        except ScanError as error:
+            self.sources.append((Found("archive", (path,), path.with_suffix(""), options={"error": str(error)}), None))
+        if len(self.sources) == before:
+            self.unread.append(path)
+
+    def _files(self, folder: Path) -> Iterator[Path]:
+        """Files, sorted, links followed but no folder twice, hidden ones and this program's results left aside."""
+        if folder.is_file():
+            yield folder
+            return
+        seen = set()
+        for directory, subfolders, names in os.walk(folder, followlinks=True):
+            real = os.path.realpath(directory)
+            if real in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            if _holds_results(Path(directory), names, is_root=Path(directory) == folder):
+                self.results.append(Path(directory))
+                subfolders.clear()
+                continue
+            subfolders[:] = sorted(n for n in subfolders if not n.startswith(".") and n not in SKIPPED_FOLDERS)
+            files = [Path(directory, name) for name in sorted(names) if not name.startswith(".")]
+            yield from (path for path in files if path.is_file())
+
+    def remarks(self) -> list[str]:
+        """One line for the results that were left aside, one for the files that were not read."""
+        lines = []
+        if self.results:
+            lines.append(f"left aside: {len(self.results)} folders with results of this program "
+                         f"({printable(self.results[0].name)}{', ...' if len(self.results) > 1 else ''})")
+        if self.unread:
+            kinds = Counter(path.suffix.lower() or "without a suffix" for path in self.unread).most_common()
+            shown = ", ".join(f"{count} {printable(kind)}" for kind, count in kinds[:8])
+            lines.append(f"not read, no scans: {len(self.unread)} files ({shown}{', ...' if len(kinds) > 8 else ''}), "
+                         f"the first {printable(min(self.unread).name)}")
+        return lines
 
 
-def _slice_folder(directory: Path, pictures: list[Path], unknown_slice_spacing_mm: float,
-                  taken: bool) -> list[_Found]:
-    """The folder's pictures as a scan; an error where scan.json or the pictures are missing.
-
-    taken: the folder holds other scans, so that its name is theirs.
-    """
-    case = directory.parent if directory.name.lower() == "png" else directory
-    specs = [path for path in (directory / "scan.json", case / "scan.json") if path.is_file()]
-    name = f"{case.name}-pictures" if taken else case.name
-    if not pictures:
-        if not specs or any(p.is_dir() and p.name.lower() == "png" for p in directory.iterdir()):
-            return []
-        error = f"{specs[0]}: there are no PNG or JPEG slices beside it"
-    elif not specs and (case == directory or any(p.suffix.lower() != ".png" for p in pictures)):
-        error = f"{directory}: {len(pictures)} pictures without a scan.json; {slices.SCAN_JSON_HELP}"
-    else:
-        mask = case / "BrainExtraction" / "bet.npy"
-        options = {"scan_json": specs[0] if specs else None, "mask": mask if mask.is_file() else None,
-                   "unknown_slice_spacing_mm": unknown_slice_spacing_mm}
-        return [_Found(ScanSource(name, "slices", tuple(pictures), options), case)]
-    return [_Found(ScanSource(name, "slices", tuple(pictures), {"error": error}), case)]
+def _head(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(HEAD_BYTES)
+    except OSError:                                   # its reader says why, if the name is one of its own
+        return b""
 
 
-def _broken_dicom(directory: Path, broken: list[tuple[Path, str]]) -> list[_Found]:
-    if not broken:
-        return []
-    error = broken[0][1] + (f"; and {len(broken) - 1} more in this folder" if len(broken) > 1 else "")
-    source = ScanSource(f"{directory.name}-unreadable", "dicom", tuple(p for p, _ in broken), {"error": error})
-    return [_Found(source, directory)]
+def _holds_results(directory: Path, names: list[str], is_root: bool) -> bool:
+    """Whether a folder is one that projector.py wrote: a scan's, or (but for the root) a whole run's."""
+    if MAPS <= set(names) or (not is_root and {"run.json", "scores.csv"} <= set(names)):
+        return True
+    if "result.json" not in names:
+        return False
+    try:
+        found = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"key", "scan", "slices"} <= found.keys()
 
 
-# ---- DICOM series
-
-@dataclass(frozen=True)
-class _Series:
-    uid: str
-    folder: Path
-    headers: tuple[dicom.Header, ...]
-
-    @property
-    def usable(self) -> bool:
-        return any(header.left_out is None for header in self.headers)
+def _moved(found, move: Callable[[Path], Path]):
+    """A Found or ScanSource with its paths moved."""
+    options = {key: move(value) if isinstance(value, Path) else value for key, value in found.options.items()}
+    return replace(found, paths=tuple(map(move, found.paths)), options=options)
 
 
-def _dicom_series(headers: list[dicom.Header]) -> list[_Found]:
-    """Group files by series and series by study; series without axial CT are notes if the study has others."""
-    studies: dict[str, list[_Series]] = {}
-    for series in _group_series(headers):
-        studies.setdefault(series.headers[0].study_uid or str(series.folder), []).append(series)
-    chosen: list[tuple[_Series, dict[str, Any]]] = []
-    for members in studies.values():
-        useless = [series for series in members if not series.usable]
-        if len(useless) == len(members):
-            chosen += [(series, {}) for series in useless]
-            continue
-        reasons = dicom.describe_left_out([series.headers[0].left_out for series in useless])
-        options = {"notes": (f"other series of the study left out: {reasons}",)} if useless else {}
-        chosen += [(series, options) for series in members if series.usable]
-    in_folder = Counter(series.folder for series, _ in chosen)
-    found = []
-    for series, options in chosen:
-        name = series.folder.name
-        if in_folder[series.folder] > 1:
-            name += "-" + hashlib.sha256(series.uid.encode()).hexdigest()[:8]
-        source = ScanSource(name, "dicom", tuple(header.path for header in series.headers), options)
-        found.append(_Found(source, series.folder))
-    return found
-
-
-def _group_series(headers: list[dicom.Header]) -> list[_Series]:
-    """Files by study and series, over folders; by folder where the UID is missing or an image is in two folders."""
-    by_uid: dict[tuple[str, str], dict[Path, list[dicom.Header]]] = {}
-    for header in headers:
-        folders = by_uid.setdefault((header.study_uid, header.series_uid), {})
-        folders.setdefault(header.path.parent, []).append(header)
-    series = []
-    for (_, uid), folders in by_uid.items():
-        instances = [header.instance_uid for members in folders.values() for header in members]
-        apart = sum(len({header.instance_uid for header in members}) for members in folders.values())
-        if not uid or apart > len(set(instances)):
-            series += [_Series(uid, folder, tuple(members)) for folder, members in folders.items()]
-        else:
-            members = tuple(header for members in folders.values() for header in members)
-            series.append(_Series(uid, Path(os.path.commonpath(folders)), members))
-    return series
+def _content(paths: tuple[Path, ...]) -> str:
+    """What identifies files wherever they lie: their sizes and beginnings."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(str(path.stat().st_size).encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(65536))
+    return digest.hexdigest()
 
 
 # ---- names
 
-def _with_unique_ids(found: list[_Found]) -> list[ScanSource]:
-    """Sources with unique ids: those of one name get their parent folders' names in front, as many as it takes."""
-    ids = [f.source.scan_id for f in found]
-    parents = [f.anchor.parent for f in found]
-    while True:
-        counts = Counter(ids)
-        again = [k for k, name in enumerate(ids) if counts[name] > 1 and parents[k].name]
-        if not again:
-            break
-        for k in again:
-            ids[k], parents[k] = f"{parents[k].name}-{ids[k]}", parents[k].parent
-    seen: Counter[str] = Counter()
-    sources = []
-    for name, f in zip(ids, found):                   # case.nii beside case.nii.gz: no parent tells them apart
-        seen[name] += 1
-        sources.append(replace(f.source, scan_id=name if seen[name] == 1 else f"{name}-{seen[name]}"))
+def printable(name: str) -> str:
+    """A file name as text: bytes that are no UTF-8 and characters that do not print become %XX."""
+    return "".join(c if c.isprintable() else "".join(f"%{b:02X}" for b in c.encode("utf-8", "surrogateescape"))
+                   for c in name)
+
+
+def _with_ids(found: list[tuple[Found, Path | None]], root: Path, ids: str) -> list[ScanSource]:
+    """Sources with ids: functions of the scan alone, but where two would have the same."""
+    named = [(_id(one, root, ids), str(one.anchor), one, within) for one, within in found]
+    sources, taken = [], set()
+    for name, _, one, within in sorted(named, key=lambda row: (row[0], [m.KIND for m in FORMATS].index(row[2].kind)
+                                       if row[2].kind != "archive" else len(FORMATS), row[1], str(row[2].paths[0]))):
+        if name in taken:                             # case.nii beside case.nii.gz, or the same series twice
+            name = f"{name}-{_short(str(one.paths[0]) + str(within))}"
+        taken.add(name)
+        sources.append(ScanSource(name, one.kind, one.paths, one.options, within))
     return sources
+
+
+def _id(found: Found, root: Path, ids: str) -> str:
+    if ids == "uid":
+        return f"{found.kind}-{_short(found.uid + found.suffix, 12)}"
+    top = root if root.is_dir() else root.parent
+    parts = found.anchor.relative_to(top).parts if found.anchor.is_relative_to(top) else (found.anchor.name,)
+    name = printable(SEPARATOR.join(parts) or top.name or "scan") + (f"-{found.suffix}" if found.suffix else "")
+    if any(SEPARATOR in part or part != part.strip("-") for part in parts) or len(name.encode()) > LONGEST_ID:
+        name = f"{name.encode()[:LONGEST_ID].decode(errors='ignore')}-{_short(str(parts))}"
+    return name
+
+
+def _short(text: str, length: int = 8) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:length]

@@ -1,15 +1,69 @@
-"""The one type that passes between the reading and the writing side."""
+"""What passes between the readers and everybody else: a scan that was found, and a scan that was read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ct.geometry import Geometry
+
+AIR_HU = -1024.0                # padding, and the floor: off the field of view scanners write -3024
+RESULT_MARK = "CN-StyleGAN result"       # in the header of every map that is written, so that none is read as a scan
+
 
 class ScanError(ValueError):
-    """A scan that cannot be handled. The message says what was expected, what was found and the mend."""
+    """A scan that cannot be handled. The message says what was expected, what was found and the mend.
+
+    It names files by their name alone: folders may be named after patients, and the message is written to tables.
+    """
+
+
+@dataclass(frozen=True)
+class Found:
+    """A scan as a format found it, before it has an id.
+
+    kind     the format's name
+    paths    the files that make it up
+    anchor   the file (without suffix) or folder that it is named after
+    suffix   what follows the name where the anchor may hold several scans
+    uid      what identifies it wherever it lies; empty where only its content does
+    options  what its reader needs besides; {'error': reason} for something that cannot be a scan as it is
+    """
+
+    kind: str
+    paths: tuple[Path, ...]
+    anchor: Path
+    suffix: str = ""
+    uid: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScanSource:
+    """A scan that was found but not read.
+
+    scan_id  from folder and file names or a hash of the series UID (ct.read.find_scans); unique in one search
+    kind     'dicom', 'nifti' or 'slices'
+    paths    the files that make it up; within the archive where there is one
+    options  what its reader needs besides; {'error': reason} for something that cannot be a scan as it is
+    archive  the zip file that holds the paths; None if they lie in a folder
+    """
+
+    scan_id: str
+    kind: str
+    paths: tuple[Path, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    archive: Path | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files on disk that the scan is made of: when none of them changes, the scan does not."""
+        if self.archive is not None:
+            return (self.archive,)
+        return (*self.paths, *(value for value in self.options.values() if isinstance(value, Path)))
 
 
 @dataclass(frozen=True)
@@ -33,7 +87,7 @@ class Scan:
     pixel_spacing_mm: tuple[float, float] | None = None
     saturation_hu: tuple[float, float] = (-np.inf, np.inf)
     brain: np.ndarray | None = None
-    geometry: Any = None
+    geometry: Geometry | None = None
     source: str = "slices"
     notes: tuple[str, ...] = field(default_factory=tuple)
 
@@ -51,3 +105,9 @@ class Scan:
     def slice_spacing_mm(self) -> float:
         """Median distance between neighbouring slices, mm (5 for a single slice, the usual thickness)."""
         return float(np.median(np.diff(self.position_mm))) if len(self.position_mm) > 1 else 5.0
+
+    def upended(self) -> Scan:
+        """The same slices in reverse order, for a stack that came upside down; maps still go back to where it lay."""
+        return replace(self, hu=self.hu[::-1].copy(), position_mm=-self.position_mm[::-1],
+                       brain=None if self.brain is None else self.brain[::-1].copy(),
+                       geometry=None if self.geometry is None else self.geometry.upended())

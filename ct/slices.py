@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -10,11 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from ct.scan import Scan, ScanError
+from ct.geometry import nominal_stack
+from ct.limits import check_pixel_spacing, check_size, check_slice_spacing
+from ct.scan import Found, Scan, ScanError, ScanSource
 from ct.window import WINDOWS_HU, decode
 
+KIND = "slices"
+SCAN_JSON, MASK = "scan.json", ("BrainExtraction", "bet.npy")
+MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+TWELVE_BITS = 4095
+WHITE_BORDER = 0.8                                    # share of the border from which a picture looks inverted
 SUFFIXES = (".png", ".jpg", ".jpeg")
 ORDERS = ("inferior-to-superior", "superior-to-inferior")
 SCAN_JSON_HELP = (
@@ -53,37 +61,126 @@ class SliceSpec:
 ORIGINAL_LAYOUT = SliceSpec(WINDOWS_HU, None, None, ORDERS[0])   # <case>/png/*.png without a scan.json
 
 
+# ---- claims and find
+
+def claims(path: Path, head: bytes) -> bool:
+    """Whether a file is a PNG or JPEG, by its first bytes or its name, or belongs to a folder of them."""
+    return head.startswith(MAGIC) or path.suffix.lower() in SUFFIXES or path.name in (SCAN_JSON, MASK[1])
+
+
+def find(paths: Sequence[Path], unknown_slice_spacing_mm: float = 5.0) -> list[Found]:
+    """One scan per folder of pictures; an error where its scan.json or its pictures are missing."""
+    folders: dict[Path, list[Path]] = {}
+    for path in paths:
+        files = folders.setdefault(path.parent, [])
+        if path.name not in (SCAN_JSON, MASK[1]):
+            files.append(path)
+    found = []
+    for directory, pictures in folders.items():
+        found += _find_in(directory, pictures, unknown_slice_spacing_mm)
+    return found
+
+
+def _find_in(directory: Path, pictures: list[Path], unknown_slice_spacing_mm: float) -> list[Found]:
+    case = directory.parent if directory.name.lower() == "png" else directory
+    specs = [path for path in (directory / SCAN_JSON, case / SCAN_JSON) if path.is_file()]
+    if not pictures:
+        if not specs or any(p.is_dir() and p.name.lower() == "png" for p in directory.iterdir()):
+            return []
+        error = f"{SCAN_JSON}: there are no PNG or JPEG slices beside it"
+    elif not specs and (case == directory or any(p.suffix.lower() != ".png" for p in pictures)):
+        error = f"{len(pictures)} pictures without a {SCAN_JSON} ({pictures[0].name} and others); {SCAN_JSON_HELP}"
+    else:
+        mask = case.joinpath(*MASK)
+        options = {"scan_json": specs[0] if specs else None, "mask": mask if mask.is_file() else None,
+                   "unknown_slice_spacing_mm": unknown_slice_spacing_mm}
+        return [Found(KIND, tuple(pictures), case, options=options)]
+    return [Found(KIND, tuple(pictures or specs), case, options={"error": error})]
+
+
+# ---- order
+
 def natural_key(path: Path) -> tuple:
     """Sort key under which '2.png' comes before '10.png'."""
     parts = re.split(r"(\d+)", path.stem)
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts), path.name
 
 
+def in_order(pictures: Sequence[Path]) -> list[tuple[float, Path]]:
+    """Pictures with the number that their names give, in its order. ScanError where the names give no order.
+
+    All names must read alike but for their numbers, and if several numbers change they must rise together. A sign and
+    decimals belong to the number where names are told apart by them (z-60.0, z5.0), and at the start of a name.
+    """
+    stems = [path.stem for path in pictures]
+    plain, signed = r"\d+", r"[-+]?\d+(?:\.\d+)?"
+    for reading in (signed,) if any(re.match(r"[-+]\d", stem) for stem in stems) else (plain, signed):
+        texts = {tuple(re.split(reading, stem)) for stem in stems}
+        if len(texts) > 1:
+            continue
+        numbers = np.array([[float(number) for number in re.findall(reading, stem)] for stem in stems])
+        order = np.lexsort(numbers.T[::-1]) if numbers.size else np.arange(len(stems))
+        ranked = numbers[order]
+        for before, k, row, earlier in zip(order, order[1:], ranked[1:], ranked):
+            if (row == earlier).all():
+                first, second = sorted((pictures[before].name, pictures[k].name))
+                raise ScanError(f"{second}: the same slice as {first}, by their names; take one of them out")
+        changing = [column for column in range(ranked.shape[1]) if np.ptp(ranked[:, column]) > 0]
+        if not all((np.diff(ranked[:, column]) > 0).all() for column in changing):
+            continue
+        if reading is plain and any(_sign_or_dash(stems, texts, ranked, column) for column in changing):
+            continue
+        return [(float(ranked[n, changing[0]]) if changing else 0.0, pictures[k]) for n, k in enumerate(order)]
+    raise ScanError(f"the names of the pictures give no order ({min(pictures).name}, {max(pictures).name}): they must "
+                    "be alike but for one number, or for numbers that rise together; name the slices by number, and "
+                    "put each series in a folder of its own")
+
+
+def _sign_or_dash(stems: list[str], texts: set[tuple[str, ...]], numbers: np.ndarray, column: int) -> bool:
+    """Whether a dash before a number may be its sign: with decimals (z-60.0), not where it counts one by one or is
+    padded with zeros (im-0001). ScanError where there is no telling."""
+    text, = texts
+    if not text[column].endswith("-"):
+        return False
+    if any(re.search(r"-\d+\.\d", stem) for stem in stems):
+        return True
+    if (np.diff(numbers[:, column]) == 1).all() or any(re.search(r"-0\d", stem) for stem in stems):
+        return False
+    raise ScanError(f"{min(stems)}, {max(stems)}: is the dash before the number a sign? Name the slices by numbers "
+                    "without one")
+
+
+# ---- scan.json
+
 def load_spec(path: Path) -> SliceSpec:
-    """Read and check a scan.json. Raises ScanError naming the file and the key."""
+    """Read and check a scan.json, in UTF-8 or UTF-16. Raises ScanError naming the file and the key."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ScanError(f"{path}: cannot be read as JSON ({error}); {SCAN_JSON_HELP}") from error
+        raw = path.read_bytes()
+        text = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+        data = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        where = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else type(error).__name__
+        raise ScanError(f"{path.name}: cannot be read as JSON ({where}; numbers have a point, not a comma); "
+                        f"{SCAN_JSON_HELP}") from error
     if not isinstance(data, dict):
-        raise ScanError(f"{path}: expected an object, found {type(data).__name__}; {SCAN_JSON_HELP}")
+        raise ScanError(f"{path.name}: expected an object, found {type(data).__name__}; {SCAN_JSON_HELP}")
     loose = data.get("loose", False)
     if not isinstance(loose, bool):
-        raise ScanError(f"{path}: 'loose' must be true or false, found {loose!r}; {LOOSE_HELP}")
+        raise ScanError(f"{path.name}: 'loose' must be true or false, found {loose!r}; {LOOSE_HELP}")
     keys = ("windows_hu", "pixel_spacing_mm") if loose else ("windows_hu", "slice_spacing_mm", "pixel_spacing_mm",
                                                              "order")
     for key in keys:
         if key not in data:
-            raise ScanError(f"{path}: '{key}' is missing; {LOOSE_HELP if loose else SCAN_JSON_HELP}")
+            raise ScanError(f"{path.name}: '{key}' is missing; {LOOSE_HELP if loose else SCAN_JSON_HELP}")
     windows, pixel_spacing_mm = _windows(path, data["windows_hu"]), _pixel_spacing(path, data["pixel_spacing_mm"])
     clipped_hu = _clipped(path, data["clipped_hu"]) if "clipped_hu" in data else None
     if loose:
         if pixel_spacing_mm is None:
-            raise ScanError(f"{path}: 'pixel_spacing_mm' is null, and one slice does not tell the size of its head; "
-                            f"{LOOSE_HELP}")
+            raise ScanError(f"{path.name}: 'pixel_spacing_mm' is null, and one slice does not tell the size of its "
+                            f"head; {LOOSE_HELP}")
         return SliceSpec(windows, None, pixel_spacing_mm, ORDERS[0], clipped_hu, loose)
     if data["order"] not in ORDERS:
-        raise ScanError(f"{path}: 'order' must be one of {', '.join(ORDERS)}, found {data['order']!r}")
+        raise ScanError(f"{path.name}: 'order' must be one of {', '.join(ORDERS)}, found {data['order']!r}")
     slice_spacing_mm = _spacing(path, "slice_spacing_mm", data["slice_spacing_mm"])
     return SliceSpec(windows, slice_spacing_mm, pixel_spacing_mm, data["order"], clipped_hu)
 
@@ -97,11 +194,11 @@ def _windows(path: Path, value) -> tuple[tuple[float, float], ...]:
         isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) and pair[0] < pair[1]
         for pair in value)
     if not pairs_ok:
-        raise ScanError(f"{path}: 'windows_hu' must be one [low, high] pair (grey) or three (RGB) in HU, low "
+        raise ScanError(f"{path.name}: 'windows_hu' must be one [low, high] pair (grey) or three (RGB) in HU, low "
                         f"below high, as in [[-20, 100]]; found {value!r}")
     windows = tuple((float(low), float(high)) for low, high in value)
     if len(windows) == 3 and windows != WINDOWS_HU:
-        raise ScanError(f"{path}: three 'windows_hu' must be {[list(w) for w in WINDOWS_HU]} for R, G and B, the "
+        raise ScanError(f"{path.name}: three 'windows_hu' must be {[list(w) for w in WINDOWS_HU]} for R, G and B, the "
                         f"windows of the method; found {value!r}; export the slices again with these, or as "
                         "16-bit grey with one window")
     return windows
@@ -109,7 +206,7 @@ def _windows(path: Path, value) -> tuple[tuple[float, float], ...]:
 
 def _clipped(path: Path, value) -> tuple[float, float]:
     if not (isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]):
-        raise ScanError(f"{path}: 'clipped_hu' must be [low, high] in HU, low below high; found {value!r}")
+        raise ScanError(f"{path.name}: 'clipped_hu' must be [low, high] in HU, low below high; found {value!r}")
     return float(value[0]), float(value[1])
 
 
@@ -117,96 +214,140 @@ def _spacing(path: Path, key: str, value) -> float | None:
     if value is None:
         return None
     if not _is_number(value) or value <= 0:
-        raise ScanError(f"{path}: '{key}' must be a positive number of mm or null, found {value!r}")
+        raise ScanError(f"{path.name}: '{key}' must be a positive number of mm or null, found {value!r}")
     return float(value)
 
 
 def _pixel_spacing(path: Path, value) -> tuple[float, float] | None:
     pair = value if isinstance(value, list) else [value, value]
     if len(pair) != 2 or (isinstance(value, list) and None in pair):
-        raise ScanError(f"{path}: 'pixel_spacing_mm' must be a number, [row, column] or null; found {value!r}")
+        raise ScanError(f"{path.name}: 'pixel_spacing_mm' must be a number, [row, column] or null; found {value!r}")
     row, column = (_spacing(path, "pixel_spacing_mm", v) for v in pair)
     return None if row is None else (row, column)
 
 
-def read_slices(scan_id: str, pictures: Sequence[Path], scan_json: Path | None, mask: Path | None = None,
-                unknown_slice_spacing_mm: float = 5.0) -> Scan:
-    """Read a folder's pictures as a Scan; scan_json None means the original's three-window pictures.
+# ---- reading
 
-    Grey g becomes low + g / 255 * (high - low) HU (16-bit: / 65535); RGB of three windows is decoded by
-    ct.window. mask: a .npy [S, H, W] in the order of the file names, non-zero in the brain.
-    unknown_slice_spacing_mm stands in for an unknown slice spacing; 0 refuses such scans.
-    Raises ScanError for pictures that cannot be read, differ in size or do not fit the windows.
+def read(source: ScanSource) -> Scan:
+    """Read a folder's pictures as a Scan; without a scan.json they are the original's three-window pictures.
+
+    Grey g becomes low + g / 255 * (high - low) HU (16-bit: / 65535); RGB of three windows is decoded by ct.window.
+    Pictures are turned as their EXIF says; what is transparent is outside. The mask, a .npy [S, H, W] in the order of
+    the file names, is non-zero in the brain. unknown_slice_spacing_mm stands in for an unknown slice spacing; 0
+    refuses such scans. Raises ScanError for pictures that cannot be read, have no order, differ in size, do not fit
+    the windows or look inverted.
     """
+    scan_json, mask = source.options["scan_json"], source.options["mask"]
     spec = ORIGINAL_LAYOUT if scan_json is None else load_spec(scan_json)
     if spec.loose:
-        raise ScanError(f"{scan_json}: loose slices are no scan: without neighbours and positions they can only be "
-                        "trained on (prepare.py)")
-    pictures = sorted(pictures, key=natural_key)
-    slices = [read_picture(path, spec) for path in pictures]
-    for path, image in zip(pictures, slices):
-        if image.shape != slices[0].shape:
-            raise ScanError(f"{path}: {image.shape[1]}x{image.shape[0]} pixels, but {pictures[0].name} has "
-                            f"{slices[0].shape[1]}x{slices[0].shape[0]}; the slices of a scan share one size")
-    for before, path in zip(pictures, pictures[1:]):
-        if natural_key(before)[0] == natural_key(path)[0]:
-            raise ScanError(f"{path}: the same slice as {before.name}, by its name; leave one of them in the folder")
-    hu = np.stack(slices)
+        raise ScanError(f"{scan_json.name}: loose slices are no scan: without neighbours and positions they can only "
+                        "be trained on (prepare.py)")
+    numbered = in_order(source.paths)
+    pictures = [path for _, path in numbered]
+    spacing, notes = spec.slice_spacing_mm, _skipped_numbers([number for number, _ in numbered])
+    if spacing is None:
+        spacing = float(source.options["unknown_slice_spacing_mm"])
+        if spacing <= 0:
+            raise ScanError("slice spacing unknown; write slice_spacing_mm in scan.json or give "
+                            "--unknown-slice-spacing-mm a number above 0")
+        notes = (f"slice spacing unknown, {spacing:g} mm assumed (--unknown-slice-spacing-mm)", *notes)
+    check_slice_spacing(SCAN_JSON, spacing)
+    hu = _read_pictures(pictures, spec)
     brain = None if mask is None else _read_mask(mask, hu.shape)
     if spec.order == "superior-to-inferior":
         hu, brain = hu[::-1].copy(), None if brain is None else brain[::-1].copy()
-    spacing, notes = spec.slice_spacing_mm, _skipped_numbers(pictures)
-    if spacing is None:
-        if unknown_slice_spacing_mm <= 0:
-            raise ScanError(f"{scan_id}: slice spacing unknown; write slice_spacing_mm in scan.json or give "
-                            "--unknown-slice-spacing-mm a number above 0")
-        spacing = float(unknown_slice_spacing_mm)
-        notes = (f"slice spacing unknown, {spacing:g} mm assumed (--unknown-slice-spacing-mm)", *notes)
-    return Scan(scan_id, hu, np.arange(len(hu)) * spacing, spec.pixel_spacing_mm, spec.saturation_hu, brain,
-                source="slices", notes=notes)
+    _refuse_inverted(pictures, hu, spec.saturation_hu)
+    position = np.arange(len(hu)) * spacing
+    return Scan(source.scan_id, hu, position, spec.pixel_spacing_mm, spec.saturation_hu, brain,
+                nominal_stack(position, spec.pixel_spacing_mm), KIND, notes)
 
 
-def _skipped_numbers(pictures: Sequence[Path]) -> tuple[str, ...]:
+def _skipped_numbers(numbers: Sequence[float]) -> tuple[str, ...]:
     """A note where files are numbered one by one and some numbers are missing."""
-    if not all(path.stem.isdecimal() for path in pictures):
-        return ()
-    numbers = np.array([int(path.stem) for path in pictures])
     steps = np.diff(numbers)
-    if (steps == 1).all() or (steps == 1).mean() < 0.5:
+    if (steps == 1).all() or (steps == 1).mean() < 0.5 or any(number % 1 for number in numbers):
         return ()
-    skipped = sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers.tolist()))
+    skipped = sorted(set(range(int(numbers[0]), int(numbers[-1]) + 1)) - set(map(int, numbers)))
     shown = ", ".join(map(str, skipped[:5])) + (", ..." if len(skipped) > 5 else "")
     return (f"slices missing, by their numbers: {len(skipped)} ({shown}); the others are taken as evenly spaced",)
 
 
+def _read_pictures(pictures: list[Path], spec: SliceSpec) -> np.ndarray:
+    """HU, float32 [S, H, W], of pictures of one size."""
+    hu, brightest = None, 0
+    for k, path in enumerate(pictures):
+        pixels, outside, full = _read_picture(path, len(pictures))
+        if hu is None:
+            hu = np.empty((len(pictures), *pixels.shape[:2]), np.float32)
+            if spec.pixel_spacing_mm is not None:
+                check_pixel_spacing(SCAN_JSON, spec.pixel_spacing_mm, pixels.shape[:2])
+        if pixels.shape[:2] != hu.shape[1:]:
+            raise ScanError(f"{path.name}: {pixels.shape[1]}x{pixels.shape[0]} pixels, but {pictures[0].name} has "
+                            f"{hu.shape[2]}x{hu.shape[1]}")
+        brightest = max(brightest, int(pixels.max())) if full > 255 else 65535
+        hu[k] = _pixels_to_hu(path, pixels, outside, full, spec)
+    if brightest <= TWELVE_BITS:
+        raise ScanError(f"{pictures[0].name} and the other 16-bit pictures reach {brightest} of 65535 only: 12-bit "
+                        "values? Scale them to the full 16 bits, so that 65535 is the window's high end")
+    return hu
+
+
 def read_picture(path: Path, spec: SliceSpec) -> np.ndarray:
     """One picture as HU, float32 [H, W]. Raises ScanError where it cannot be read or does not fit the windows."""
+    return _pixels_to_hu(path, *_read_picture(path, 1), spec)
+
+
+def _read_picture(path: Path, count: int) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """Pixels [H, W] or [H, W, 3] turned upright, where they are transparent (None: nowhere), and the full scale."""
     try:
-        with Image.open(path) as image:
-            if image.mode in ("P", "RGBA"):
-                image = image.convert("RGB")
-            elif image.mode == "LA":
-                image = image.convert("L")
+        with open(path, "rb") as file:
+            head = file.read(26)
+        if head.startswith(MAGIC[0]) and head[24] == 16 and head[25] != 0:
+            raise ScanError(f"{path.name}: 16-bit colour or grey with alpha; save the slices as 16-bit grey")
+        with Image.open(path) as opened:
+            check_size(path.name, count, opened.height, opened.width)
+            image = ImageOps.exif_transpose(opened)
+            outside, mode = None, image.mode
+            if image.has_transparency_data and not mode.startswith("I"):
+                image = image.convert("RGBA")
+                alpha = np.asarray(image)[..., 3]
+                outside = alpha == 0 if (alpha == 0).any() else None
+            if mode in ("LA", "L", "RGBA", "P", "PA"):
+                image = image.convert("L" if mode in ("LA", "L") else "RGB")
             mode, pixels = image.mode, np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ScanError(f"{path}: cannot be read as a picture ({error})") from error
-    if mode == "L":
-        full = 255
-    elif mode.startswith("I"):                                                    # 16-bit PNG
-        full = 65535
-    elif mode == "RGB":
-        full = 255
-    else:
-        raise ScanError(f"{path}: picture mode {mode} is neither grey (8 or 16 bit) nor RGB")
+    except ScanError:
+        raise
+    except Exception as error:                        # Pillow raises whatever a damaged file leads to
+        raise ScanError(f"{path.name}: cannot be read as a picture ({type(error).__name__}: damaged or truncated)"
+                        ) from error
+    if mode not in ("L", "RGB") and not mode.startswith("I"):
+        raise ScanError(f"{path.name}: picture mode {mode} is neither grey (8 or 16 bit) nor RGB")
+    return pixels, outside, 65535 if mode.startswith("I") else 255
+
+
+def _pixels_to_hu(path: Path, pixels: np.ndarray, outside: np.ndarray | None, full: int,
+                  spec: SliceSpec) -> np.ndarray:
+    """One picture's HU, float32 [H, W]."""
     if len(spec.windows_hu) == 3:
-        if mode != "RGB":
-            raise ScanError(f"{path}: a grey picture, but three windows, one for each of R, G and B; "
+        if pixels.ndim != 3:
+            raise ScanError(f"{path.name}: a grey picture, but three windows, one for each of R, G and B; "
                             f"{SCAN_JSON_HELP}")
-        return np.asarray(decode(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1), np.float32)
-    if mode == "RGB":
-        pixels = _grey(path, pixels)
-    low, high = spec.windows_hu[0]
-    return (low + pixels.astype(np.float32) / np.float32(full) * (high - low)).astype(np.float32)
+        hu = np.asarray(decode(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1), np.float32)
+    else:
+        pixels = _grey(path, pixels) if pixels.ndim == 3 else pixels
+        low, high = spec.windows_hu[0]
+        hu = (low + pixels.astype(np.float32) / np.float32(full) * (high - low)).astype(np.float32)
+    if outside is not None:
+        hu[outside] = min(low for low, _ in spec.windows_hu)
+    return hu
+
+
+def _refuse_inverted(pictures: list[Path], hu: np.ndarray, saturation: tuple[float, float]) -> None:
+    """ScanError where the pictures' border, which is air around a head, is at the window's high end."""
+    border = np.concatenate([hu[:, [0, -1]].ravel(), hu[:, :, [0, -1]].ravel()])
+    if (border >= saturation[1] - 0.02 * (saturation[1] - saturation[0])).mean() > WHITE_BORDER:
+        raise ScanError(f"{pictures[0].name} and the others are white at their border, where a head has air around it: "
+                        "inverted grey values? Export them with air in black")
 
 
 def _grey(path: Path, rgb: np.ndarray) -> np.ndarray:
@@ -214,7 +355,7 @@ def _grey(path: Path, rgb: np.ndarray) -> np.ndarray:
     tolerance = 0 if path.suffix.lower() == ".png" else 2
     spread = int((rgb.max(-1).astype(int) - rgb.min(-1)).max())
     if spread > tolerance:
-        raise ScanError(f"{path}: a colour picture (channels differ by up to {spread} levels), but one window; "
+        raise ScanError(f"{path.name}: a colour picture (channels differ by up to {spread} levels), but one window; "
                         f"{SCAN_JSON_HELP}")
     return rgb[..., 1]
 
@@ -223,9 +364,9 @@ def _read_mask(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     try:
         mask = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ScanError(f"{path}: cannot be read as a NumPy array ({error})") from error
+        raise ScanError(f"{path.name}: cannot be read as a NumPy array ({error})") from error
     if mask.shape != shape:
-        raise ScanError(f"{path}: the mask is {list(mask.shape)}, the slices are {list(shape)} [S, H, W]")
+        raise ScanError(f"{path.name}: the mask is {list(mask.shape)}, the slices are {list(shape)} [S, H, W]")
     if not mask.any():
-        raise ScanError(f"{path}: the mask is empty; delete it to have the brain found")
+        raise ScanError(f"{path.name}: the mask is empty; delete it to have the brain found")
     return mask != 0

@@ -10,6 +10,7 @@ import numpy as np
 
 from ct.frame import Preprocessed
 from ct.picture import overlay_panels
+from ct.scan import RESULT_MARK
 from ct.write import write_nifti
 from detect.search import FrameProjection
 
@@ -61,7 +62,8 @@ def write_maps(folder: Path, scan, native: Projection) -> list[str]:
     """The maps as NIfTI in the scan's own geometry; returns the writer's notes."""
     maps = {"reconstruction": native.reconstruction, "residual": native.residual, "anomaly": native.anomaly,
             "mask": native.mask, "brain": native.brain}
-    notes = [write_nifti(folder / f"{name}.nii.gz", volume, scan) for name, volume in maps.items()]
+    notes = [write_nifti(folder / f"{name}.nii.gz", volume, scan, description=f"{RESULT_MARK}: {name}")
+             for name, volume in maps.items()]
     return [note for note in notes if note]
 
 

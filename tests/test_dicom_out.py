@@ -20,8 +20,8 @@ from detect.dicom_out import Identity, build_objects, write_dicom
 from tests.writers import make_uid, write_dicom_series, write_enhanced_ct, write_slice_folder
 
 RNG = np.random.default_rng(2)
-HU = RNG.permutation(np.arange(6 * 12 * 10)).reshape(6, 12, 10).astype(np.float32) - 300    # every pixel its own value
-DENSE = 400                              # about one pixel in 40 is marked
+HU = RNG.permutation(np.arange(6 * 12 * 10)).reshape(6, 12, 10).astype(np.float32) - 700    # every pixel its own value
+DENSE = 0                              # about one pixel in 40 is marked
 IDENTITY = Identity("tiny", "1.2", "ab" * 32, "{}")
 MADE = datetime(2024, 5, 6, 7, 8, 9)
 

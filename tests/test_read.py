@@ -21,7 +21,7 @@ from tests.writers import (
 
 RNG = np.random.default_rng(0)
 HU = RNG.integers(-20, 101, (12, 6, 8)).astype(np.float32)
-CT = RNG.integers(-1000, 1500, (4, 6, 8)).astype(np.float32)
+CT = RNG.integers(-1000, 600, (4, 6, 8)).astype(np.float32)
 
 
 def ids(folder, **kwargs):
@@ -135,7 +135,7 @@ def test_scan_json_errors_name_file_and_key(tmp_path, key, value, words):
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ScanError, match=words) as error:
         read_only(tmp_path)
-    assert str(path) in str(error.value) and key in str(error.value)
+    assert "scan.json" in str(error.value) and key in str(error.value) and str(tmp_path) not in str(error.value)
 
 
 def test_scan_json_that_is_missing_a_key_or_no_json(tmp_path):
@@ -194,7 +194,7 @@ def test_all_kinds_at_any_nesting(tmp_path):
     (tmp_path / "LICENSE").write_text("nothing")
     found = find_scans(tmp_path)
     assert [(s.scan_id, s.kind) for s in found] == [
-        ("d", "slices"), ("dicom", "dicom"), ("pictures", "slices"), ("vol", "nifti")]
+        ("a--b--dicom", "dicom"), ("a--vol", "nifti"), ("c--pictures", "slices"), ("d", "slices")]
     assert all(read_scan(s).scan_id == s.scan_id for s in found)
 
 
@@ -215,22 +215,27 @@ def test_one_file(tmp_path):
         find_scans(tmp_path / "case" / "0.png")
 
 
-def test_ids_are_made_unique_by_parents(tmp_path):
-    for case in ("p1", "p2"):
-        write_slice_folder(tmp_path / case / "ct" / "brain", HU)
-    write_slice_folder(tmp_path / "p3" / "head", HU)
+def test_an_id_does_not_depend_on_what_else_is_there(tmp_path):
+    write_slice_folder(tmp_path / "p1" / "ct" / "brain", HU)
+    write_dicom_series(tmp_path / "p1" / "dicom", CT)
     write_nifti_scan(tmp_path / "v.nii", CT)
-    write_nifti_scan(tmp_path / "v.nii.gz", CT)
-    found = ids(tmp_path)
-    assert found[:3] == ["head", "p1-ct-brain", "p2-ct-brain"]
-    assert len(set(found)) == 5
+    before = ids(tmp_path), ids(tmp_path, ids="uid")
+    assert before[0][0] == "p1--ct--brain" and before[0][1:] == ["p1--dicom", "v"]
+    write_slice_folder(tmp_path / "p2" / "ct" / "brain", HU + 1)
+    write_dicom_series(tmp_path / "p1" / "dicom", CT + 1, series="second", name=lambda k: f"second{k}")
+    write_nifti_scan(tmp_path / "v.nii.gz", CT)                # of the same name: told apart by a hash of its own
+    after = ids(tmp_path), ids(tmp_path, ids="uid")
+    for earlier, later in zip(before, after):
+        assert set(earlier) < set(later) and len(set(later)) == len(later) == 6
+    write_slice_folder(tmp_path / "moved" / "here", HU)
+    assert set(ids(tmp_path / "moved", ids="uid")) <= set(before[1])                  # a copy has the same uid
 
 
 def test_series_mixed_in_one_folder_without_extensions(tmp_path):
     for k, series in enumerate(("one", "two")):
         write_dicom_series(tmp_path / "mixed", CT + k, series=series, name=lambda i, s=series: f"IM{i}{s}")
     found = find_scans(tmp_path)
-    assert len(found) == 2 and all(s.scan_id.startswith("mixed-") and len(s.scan_id) == 14 for s in found)
+    assert found[0].scan_id == "mixed" and found[1].scan_id.startswith("mixed-") and len(found[1].scan_id) == 14
     assert {read_scan(s).hu[0, 0, 0] for s in found} == {CT[0, 0, 0], CT[0, 0, 0] + 1}
     text = str(found) + str([read_scan(s).notes for s in found])
     assert "Secret" not in text and "SECRET" not in text and make_uid("one") not in text

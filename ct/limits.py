@@ -1,0 +1,63 @@
+"""What a reader takes: sizes and spacings of a head CT, checked in the header before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+
+from ct.scan import ScanError
+
+PIXEL_MM = (0.1, 5.0)
+SLICE_MM = (0.1, 30.0)
+FIELD_MM = 1500.0               # the widest field of view that CT has, and half as much again
+MAX_SIDE = 4096                 # pixels
+MAX_SLICES = 5000
+BYTES_PER_VOXEL = 12            # stored values, float32 HU and one working copy
+DEFLATE_RATIO = 1032            # deflate cannot pack tighter: a gzip file that would have to is damaged
+
+
+def check_size(name: str, slices: int, rows: int, columns: int) -> None:
+    """ScanError, with the file's `name`, for a volume that no head CT has or that the memory cannot hold."""
+    if not (0 < rows <= MAX_SIDE and 0 < columns <= MAX_SIDE and 0 < slices <= MAX_SLICES):
+        raise ScanError(f"{name}: {slices} slices of {rows} x {columns} pixels; expected 1 to {MAX_SLICES} slices of "
+                        f"at most {MAX_SIDE} x {MAX_SIDE}")
+    needed, free = slices * rows * columns * BYTES_PER_VOXEL, free_memory()
+    if needed > free:
+        raise ScanError(f"{name}: {slices} slices of {rows} x {columns} pixels take {needed / 1e9:.1f} GB to read, "
+                        f"{free / 1e9:.1f} GB of memory are free; crop or downsample the scan, or use a machine with "
+                        "more memory")
+
+
+def check_pixel_spacing(name: str, spacing_mm: tuple[float, float], shape: tuple[int, int]) -> None:
+    """ScanError, with the file's `name`, for a (row, column) pixel spacing that no head CT of this shape has."""
+    low, high = PIXEL_MM
+    if not all(low <= mm <= high for mm in spacing_mm):
+        raise ScanError(f"{name}: a pixel spacing of {_pair(spacing_mm)} mm; expected {low:g} to {high:g} mm (is it in "
+                        "another unit?); correct it at the source")
+    field = max(mm * n for mm, n in zip(spacing_mm, shape))
+    if field > FIELD_MM:
+        raise ScanError(f"{name}: pixels of {_pair(spacing_mm)} mm make a field of view of {field:.0f} mm; expected at "
+                        f"most {FIELD_MM:.0f} mm (is the pixel spacing right?)")
+
+
+def check_slice_spacing(name: str, spacing_mm: float) -> None:
+    """ScanError, with the file's `name`, for a usual step from slice to slice that no head CT has."""
+    low, high = SLICE_MM
+    if not low <= spacing_mm <= high:
+        raise ScanError(f"{name}: a slice spacing of {spacing_mm:.4g} mm; expected {low:g} to {high:g} mm (is it in "
+                        "another unit, or is this another kind of image?)")
+
+
+def free_memory() -> int:
+    """Bytes that can be allocated without swapping; counts what the system can drop from its file cache."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _pair(spacing_mm: tuple[float, float]) -> str:
+    return " x ".join(f"{mm:.4g}" for mm in spacing_mm)
