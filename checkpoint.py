@@ -11,30 +11,36 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from detect.bundle import BUNDLE_META, NETWORKS, import_released, load_bundle
-from weights import CheckpointError
+from detect.bundle import BUNDLE_META, import_released, load_bundle
+from weights import CheckpointError, load_tensors
 
 
 def describe(folder: str | Path) -> str:
-    """What a bundle is, for people to read: configuration, files, statistics and provenance."""
+    """What a bundle is, for people to read: method, files, settings, versions and provenance."""
     bundle = load_bundle(folder)
-    lines = [f"{folder}: format version {bundle.meta['format_version']}, weights {bundle.weights_hash[:16]}"]
-    lines += [f"  {key:20} {value}" for key, value in asdict(bundle.config).items()]
-    for name in NETWORKS:
-        count = sum(p.numel() for p in getattr(bundle, name).parameters())
-        size = (Path(folder) / f"{name}.safetensors").stat().st_size
-        lines.append(f"  {name:20} {count / 1e6:.2f} M parameters, {size / 1e6:.1f} MB")
-    stats, size = bundle.latent, (Path(folder) / "latent.safetensors").stat().st_size
-    lines.append(f"  {'latent':20} {len(stats.positions_mm)} positions, {stats.positions_mm[0]:g} to "
-                 f"{stats.positions_mm[-1]:g} mm below the vertex; {stats.components.shape[-1]} of "
-                 f"{stats.components.shape[-2]} components, {stats.explained().mean():.0%} of the variance; "
-                 f"{size / 1e6:.1f} MB")
-    return "\n".join(lines + [f"  {key:20} {json.dumps(bundle.meta[key])}" for key in BUNDLE_META])
+    meta = bundle.meta
+    lines = [f"{folder}: format version {meta['format_version']}, weights {bundle.weights_hash[:16]}"]
+    lines += [f"  {key:20} {value}" for key, value in meta["config"].items()]
+    for name in meta["files"]:
+        path = Path(folder) / name
+        count = sum(tensor.numel() for tensor in load_tensors(path).values())
+        lines.append(f"  {path.stem:20} {count / 1e6:.2f} M numbers, {path.stat().st_size / 1e6:.1f} MB")
+    stats = getattr(bundle.reconstructor, "latent", None)
+    if stats is not None:
+        lines.append(f"  {'latent statistics':20} {len(stats.positions_mm)} positions, {stats.positions_mm[0]:g} to "
+                     f"{stats.positions_mm[-1]:g} mm below the vertex; {stats.components.shape[-1]} of "
+                     f"{stats.components.shape[-2]} components, {stats.explained().mean():.0%} of the variance")
+    lines.append("  settings, for --set of projector.py:")
+    lines += [f"    {f'{name}={value}':32} {what}" for name, value, what in bundle.settings.listing()]
+    shown = {key: meta[key] for key in ("versions", *BUNDLE_META) if key != "calibration"}
+    if meta["calibration"]:
+        thresholds = meta["calibration"]["threshold"]
+        shown["calibration"] = {"scans": len(meta["calibration"]["scans"]), "threshold": thresholds}
+    return "\n".join(lines + [f"  {key:20} {json.dumps(value)}" for key, value in shown.items()])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 C = TypeVar("C")
 
 
-def option(default: Any, help: str, choices: tuple | None = None) -> Any:
-    """A dataclass field with the help text (and choices) of its flag."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(default: Any, help: str, choices: tuple | None = None, stored: bool = True) -> Any:
+    """A dataclass field with the help text (and choices) of its flag; stored=False: what no result depends on."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "stored": stored})
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type, title: str) -> None:

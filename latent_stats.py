@@ -1,16 +1,17 @@
-"""Latent statistics of healthy slices and the calibration on held-out healthy scans: writes the model bundle.
+"""Calibration of a method on held-out healthy scans: writes the model bundle.
 
     python latent_stats.py --data healthy.lmdb --encoder runs/encoder --out models/mine --preset ct256
+    python latent_stats.py --data healthy.lmdb --encoder pca.safetensors --set method=pca measure=surprise --out pca
 
-The encoder's codes of the training slices, plain and augmented, give mean and principal components by position below
-the vertex (detect/latent.py). Every held-out scan is then projected just as projector.py will project, and its scores
-are kept: they turn a new scan's score into a percentile and a threshold. Few scans give a poor calibration: with
---fold DATA RUN (several times) other runs of train_encoder.py, which held other scans out, add theirs, each projected
-by the networks that have not seen them. One process; not for torchrun.
+For the published search, the encoder's codes of the training slices, plain and augmented, give mean and principal
+components by position below the vertex (detect/latent.py). Every held-out scan is then projected just as projector.py
+will project, and its scores are kept: they turn a new scan's score into a percentile and a threshold. Few scans give a
+poor calibration: with --fold DATA RUN (several times) other runs of the training, which held other scans out, add
+theirs, each projected by the networks that have not seen them. One process; not for torchrun.
 Exit codes: 0 done, 2 wrong usage.
 
-The bundle's discriminator is that of the encoder run, as in the released checkpoint: the GAN's, trained on against the
-encoder's reconstructions. Its features measure the projection's distance, so the calibration holds for this one.
+A discriminator in the bundle is that of the encoder run, as in the released checkpoint: the GAN's, trained on against
+the encoder's reconstructions. Its features measure the search's distance, so the calibration holds for this one.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,29 +34,34 @@ import distributed
 from config import option, parse
 from ct.window import encode
 from dataset import SliceDataset
-from detect import measure, normative
-from detect.bundle import Bundle, load_bundle, save_bundle
+from detect import normative
+from detect.bundle import load_bundle, save_bundle
+from detect.calibration import Fold, calibrate
+from detect.inversion import NETWORKS, Inversion
 from detect.latent import DEFAULT_CODES, LatentStats
-from detect.search import ProjectionSettings, judge, perceptual_for, project
+from detect.measure import MEASURES
+from detect.reconstruct import Reconstructor, method
+from detect.search import Search, SearchSettings
+from detect.settings import Settings
 from gan.augment import random_flip, random_rotation
 from gan.database import ensure_database
 from gan.runlog import load_run
 from gan.snapshots import Snapshot, load_snapshot
-from model import Discriminator, Encoder, Generator, ModelConfig
+from model import Encoder, ModelConfig
 from op import memory, set_impl
 from weights import CheckpointError
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
 MAX_REACH_MM = 20.0                   # a position with few codes borrows from no further
-FPR = 0.05                            # of the stored thresholds
 LARGE_MB = 25.0                       # beyond this a bundle is too large to be committed
+OF_ENCODER_RUNS = ("inversion", "search")       # methods made of a run of train_encoder.py; others bring their own file
 
 
 @dataclass(frozen=True)
-class StatsConfig(ProjectionSettings):
-    """How the statistics are made, and the settings of the projection that the bundle is calibrated for."""
+class StatsConfig:
+    """How the statistics of codes are made, and how the held-out scans are projected."""
 
-    components: int = option(16, "principal components kept a position and layer; the rest share one variance")
+    components: int = option(16, "principal components kept per position and layer; the rest share one variance")
     passes: int = option(5, "codes of every slice: one as it is, the others augmented")
     positions: int = option(32, "positions, from the vertex down; those that no healthy slice reaches are left out")
     spacing_mm: float = option(5.0, "from position to position, mm")
@@ -65,20 +73,23 @@ class StatsConfig(ProjectionSettings):
     precision: str = option("auto", "bf16 where the device is good at it", ("auto", "bf16", "fp32"))
 
     def __post_init__(self):
-        super().__post_init__()
         for name in ("components", "passes", "positions", "spacing_mm", "neighbour_mm", "batch"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')}: must be above 0, got {getattr(self, name)}")
-
-    def projection(self) -> ProjectionSettings:
-        return ProjectionSettings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(ProjectionSettings)})
 
 
 PRESETS = {
     "paper512": StatsConfig(components=512),
     "ct256": StatsConfig(),
     "ct128": StatsConfig(),
-    "smoke32": StatsConfig(components=4, passes=3, steps_latent=3, steps_noise=3),
+    "smoke32": StatsConfig(components=4, passes=3),
+}
+# What each preset calibrates for, before --set
+SETTINGS = {
+    "paper512": Settings("search"),
+    "ct256": Settings("search"),
+    "ct128": Settings("search"),
+    "smoke32": Settings("search", SearchSettings(steps_latent=3, steps_noise=3)),
 }
 
 
@@ -133,84 +144,27 @@ def fit(w_plus: torch.Tensor, below_vertex_mm: torch.Tensor, config: StatsConfig
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Calibration
-
-@dataclass(frozen=True)
-class Fold:
-    """Networks with their statistics, and the healthy scans that they have not seen."""
-
-    bundle: Bundle
-    held_out: SliceDataset
-
-
-def calibrate(folds: list[Fold], settings: ProjectionSettings, batch: int, vgg16=None, lpips=None
-              ) -> tuple[dict, normative.Normal | None]:
-    """Project the held-out healthy scans, each by its own fold, and keep what a new scan is compared with. JSON-able:
-
-    split, scans   'val', and the ids of its scans
-    scan_scores    by each of measure.SCAN_SCORES, in the order of `scans`
-    slice_scores   one dict a slice: scan (index into `scans`), below_vertex_mm, score
-    threshold      by each of measure.SCAN_SCORES, exceeded by a healthy scan with probability `fpr` at most; None
-                   where there are too few scans, with the `reason`
-    error_hu       mean absolute error of the reconstruction in the brain after each stage, HU, mean over scans
-    precision      of the networks
-
-    and the statistics of the residuals. In --measure surprise a scan's scores are those that the other scans'
-    statistics give it. With under 3 scans there are no statistics (None); --measure surprise then raises ValueError.
-    """
-    ids, positions, results = [], [], []
-    for fold in folds:
-        perceptual = perceptual_for(fold.bundle, settings, vgg16, lpips)
-        for s, scan_id in enumerate(fold.held_out.scan_ids):
-            scan = fold.held_out.scan(s)
-            mm = scan["below_vertex_mm"].tolist()
-            result = project(scan["hu"].float(), scan["brain"], mm, fold.bundle, perceptual, settings, batch,
-                             tell=False)                         # no surprise before all are projected
-            ids.append(scan_id)
-            positions.append(mm)
-            results.append(result)
-            print(f"{scan_id}: {len(mm)} slices, {sum(result.seconds.values()):.0f} s, error in HU "
-                  + ", ".join(f"{stage} {error:.2f}" for stage, error in result.error_hu.items()), flush=True)
-    scores, normal = [result.slice_scores for result in results], None
-    if len(ids) >= normative.MIN_SCANS or settings.measure == "surprise":
-        judged = [result.judged for result in results]
-        normal, surprises = normative.fit_normal([result.scales for result in results], judged, positions)
-        if settings.measure == "surprise":
-            scores = [judge(surprise, where, settings)[2] for surprise, where in zip(surprises, judged)]
-    errors = [result.error_hu for result in results]
-    return summary(ids, positions, scores, errors, folds[0].bundle.generator.compute_dtype), normal
-
-
-def summary(scan_ids: list[str], positions: list[list[float]], scores: list[torch.Tensor],
-            errors: list[dict[str, float]], dtype: torch.dtype) -> dict:
-    """The calibration's JSON from the slice scores and errors of each scan."""
-    scan_scores = {how: [measure.scan_score(one, how) for one in scores] for how in measure.SCAN_SCORES}
-    slice_scores = [{"scan": s, "below_vertex_mm": round(mm, 3), "score": score}
-                    for s, (one, places) in enumerate(zip(scores, positions))
-                    for score, mm in zip(one.tolist(), places)]
-    mean_error = {stage: sum(error[stage] for error in errors) / len(errors) for stage in errors[0]}
-    for how, values in scan_scores.items():
-        print(f"healthy scores, {how}: " + " ".join(f"{value:.3g}" for value in sorted(values)), flush=True)
-    return {"split": "val", "scans": scan_ids, "scan_scores": scan_scores, "slice_scores": slice_scores,
-            "threshold": thresholds(scan_scores, FPR), "error_hu": mean_error,
-            "precision": str(dtype).removeprefix("torch.")}
-
-
-def thresholds(scan_scores: dict[str, list[float]], fpr: float) -> dict:
-    """{fpr, a threshold or None for each way of scoring, reason}: reason says why there is none, else None."""
-    try:
-        by_score = {how: measure.threshold_at_fpr(torch.tensor(scores, dtype=torch.float64), fpr)
-                    for how, scores in scan_scores.items()}
-    except ValueError as error:
-        return {"fpr": fpr} | dict.fromkeys(scan_scores) | {"reason": str(error)}
-    return {"fpr": fpr} | by_score | {"reason": None}
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # The bundle
 
-def build(config: StatsConfig, data: Path, run: Path, out: Path, device: torch.device, name: str | None = None,
-          notes: str | dict | None = None, overwrite: bool = False, vgg16=None, lpips=None,
+@dataclass(frozen=True)
+class Trained:
+    """What a training has left, and its database.
+
+    dataset     its training part; path: of the database
+    networks    JSON: what folds must have in common
+    provenance  where the weights come from, JSON
+    make        makes the method; takes a while where statistics are fitted
+    """
+
+    dataset: SliceDataset
+    path: Path
+    networks: dict[str, Any]
+    provenance: dict[str, Any]
+    make: Callable[[], Reconstructor]
+
+
+def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: Path, device: torch.device,
+          name: str | None = None, notes: str | dict | None = None, overwrite: bool = False,
           further: list[tuple[Path, Path]] = ()) -> Path:
     """Write the bundle to `out`. Raises DatasetError, CheckpointError or ValueError, before any work where it can.
 
@@ -219,45 +173,47 @@ def build(config: StatsConfig, data: Path, run: Path, out: Path, device: torch.d
     # ---- Set up
     if (out / "model.json").exists() and not overwrite:
         raise CheckpointError(f"--out {out}: holds a model bundle; pass --overwrite, or another folder")
-    if config.calibrate == "none" and (further or config.measure == "surprise"):
-        raise ValueError(f"--calibrate none: {'--fold' if further else '--measure surprise'} is of no use without the "
+    by_surprise = settings.measure == "surprise"
+    if config.calibrate == "none" and (further or by_surprise):
+        raise ValueError(f"--calibrate none: {'--fold' if further else 'measure=surprise'} is of no use without the "
                          "calibration; leave one of them out")
+    opened = open_encoder if settings.method in OF_ENCODER_RUNS else open_file
     sources = [(data, run), *further]
-    loaded = [open_fold(*source, "--fold" if i else "--encoder") for i, source in enumerate(sources)]
+    trained = [opened(*source, "--fold" if i else "--encoder", config, settings, device)
+               for i, source in enumerate(sources)]
     if config.calibrate == "val":
-        check_held_out(config, loaded, [path for path, _ in sources])
-    dtype = distributed.pick_precision(config.precision, device)
-    snapshot = loaded[0][0]
+        check_held_out(settings, trained)
 
     # ---- Fit, and calibrate on the weights as they will be read back, rounded to float16
-    meta = {"preprocessing": loaded[0][1].manifest["settings"], "projection": dataclasses.asdict(config.projection()),
-            "calibration": None, "provenance": provenance(snapshot, config, name or out.name, notes)}
+    meta = {"preprocessing": trained[0].dataset.manifest["settings"], "calibration": None,
+            "provenance": {"name": name or out.name, **trained[0].provenance,
+                           "latent_stats": dataclasses.asdict(config), "notes": notes,
+                           "versions": {"python": platform.python_version(), "torch": torch.__version__}}}
     if further:
-        meta["provenance"]["folds"] = [{"encoder": {"images_seen": other.step, "config": other.meta["config"]},
-                                        "held_out": dataset.held_out_ids()} for other, dataset in loaded]
+        meta["provenance"]["folds"] = [{"encoder": one.provenance.get("encoder"),
+                                        "held_out": one.dataset.held_out_ids()} for one in trained]
     with tempfile.TemporaryDirectory() as folder:
-        folds = []
-        for i, (fold_snapshot, dataset) in enumerate(loaded):
-            networks = restore(fold_snapshot, device, dtype)
-            latent = fit_fold(networks["encoder"], dataset, config)
-            path = save_bundle(Path(folder) / str(i), **networks, latent=latent, meta=meta)
+        folds, first = [], None
+        for i, one in enumerate(trained):
+            reconstructor = one.make()
+            first = first or reconstructor
             if config.calibrate == "val":
-                bundle = load_bundle(path, device)
-                for net in (bundle.generator, bundle.discriminator, bundle.encoder):
-                    net.compute_dtype = dtype
-                folds.append(Fold(bundle, SliceDataset(sources[i][0], "val", check=False)))
-            if not i:
-                kept = {**networks, "latent": latent}
+                path = save_bundle(Path(folder) / str(i), reconstructor, settings, meta)
+                folds.append(Fold(load_bundle(path, device, config.precision).reconstructor,
+                                  SliceDataset(one.path, "val", check=False)))
         normal = None
         if folds:
-            meta["calibration"], normal = calibrate(folds, config.projection(), config.batch, vgg16, lpips)
+            judging = MEASURES[settings.measure](settings.scoring, settings.mask)
+            meta["calibration"], fitted = calibrate(folds, judging, lambda line: print(line, flush=True))
+            normal = fitted.normal
             if meta["calibration"]["threshold"]["reason"]:
                 print(f"no threshold: {meta['calibration']['threshold']['reason']}")
-    return save_bundle(out, **kept, meta=meta, overwrite=overwrite, normal=normal)
+    return save_bundle(out, first, settings, meta, normal, overwrite=overwrite)
 
 
-def open_fold(data: Path, run: Path, flag: str) -> tuple[Snapshot, SliceDataset]:
-    """An encoder run's last snapshot and the training part of its database. Raises unless they belong together."""
+def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings: Settings,
+                 device: torch.device) -> Trained:
+    """A run of train_encoder.py with its database. Raises unless they belong together."""
     snapshot = load_run(run, flag, "encoder", "train_encoder.py")
     dataset, named = SliceDataset(data, "train"), f"{'--data' if flag == '--encoder' else flag} {data}"
     if (key := dataset.unlike(snapshot.meta)) == "held_out":
@@ -272,29 +228,53 @@ def open_fold(data: Path, run: Path, flag: str) -> tuple[Snapshot, SliceDataset]
         if earlier and earlier["data"]["digest"] != snapshot.meta["data"]["digest"]:
             print(f"warning: {run}: its {what} was trained on another database: if held-out scans were among its "
                   "training scans, the healthy scores come out too low")
-    return snapshot, dataset
+
+    def make() -> Reconstructor:
+        networks = restore(snapshot, device, distributed.pick_precision(config.precision, device))
+        if settings.method == "inversion":
+            return Inversion(settings.reconstruction, networks["generator"], networks["encoder"])
+        latent = fit_fold(networks["encoder"], dataset, config)
+        return Search(settings.reconstruction, networks["generator"], networks["encoder"], latent.to(device),
+                      networks["discriminator"])
+
+    return Trained(dataset, data, snapshot.meta["model"], provenance(snapshot), make)
 
 
-def check_held_out(config: StatsConfig, loaded: list[tuple[Snapshot, SliceDataset]], paths: list[Path]
-                   ) -> None:
-    """ValueError unless every database holds scans out, none twice, and enough of them for --measure surprise."""
-    seen = {}
-    for (snapshot, dataset), path in zip(loaded, paths):
-        held_out = dataset.held_out_ids()
+def open_file(data: Path, path: Path, flag: str, config: StatsConfig, settings: Settings,
+              device: torch.device) -> Trained:
+    """What the training of another method has left, with its database. Raises unless they belong together."""
+    reconstructor, facts = method(settings.method).from_training(path, device)
+    dataset = SliceDataset(data, "train")
+    if key := dataset.unlike(facts):
+        raise ValueError(f"{flag} {path}: was trained on another database than {data} (another {key}); give that one: "
+                         "this one's held-out scans may be among its training scans")
+    if "held_out" not in facts:
+        print(f"warning: {path}: does not say which scans it was trained on: if held-out scans were among them, the "
+              "healthy scores come out too low")
+    data_facts = {key: dataset.manifest[key] for key in ("digest", "counts")}
+    return Trained(dataset, data, reconstructor.config(), {"data": data_facts, "trained": facts.get("trained")},
+                   lambda: reconstructor.with_settings(settings.reconstruction))
+
+
+def check_held_out(settings: Settings, trained: list[Trained]) -> None:
+    """ValueError unless every database holds scans out, none twice, and enough of them for surprises."""
+    seen: dict[str, Path] = {}
+    for one in trained:
+        held_out = one.dataset.held_out_ids()
         if not held_out:
-            raise ValueError(f"--data {path}: no held-out scans to calibrate on; prepare it with a --val-fraction "
+            raise ValueError(f"--data {one.path}: no held-out scans to calibrate on; prepare it with a --val-fraction "
                              "above 0, or pass --calibrate none")
         if twice := [scan_id for scan_id in held_out if scan_id in seen]:
-            raise ValueError(f"--fold {path}: {', '.join(twice)} held out in {seen[twice[0]]} already: folds hold "
+            raise ValueError(f"--fold {one.path}: {', '.join(twice)} held out in {seen[twice[0]]} already: folds hold "
                              "different scans out (prepare.py --split)")
-        seen |= dict.fromkeys(held_out, path)
-        if snapshot.meta["model"] != loaded[0][0].meta["model"] or (
-                dataset.manifest["settings"] != loaded[0][1].manifest["settings"]):
-            raise ValueError(f"--fold {path}: its networks or preprocessing are not those of --encoder: the residuals "
-                             "would not be alike")
-    if config.measure == "surprise" and len(seen) < normative.MIN_SCANS:
-        raise ValueError(f"--measure surprise: needs {normative.MIN_SCANS} held-out healthy scans, {paths[0]} has "
-                         f"{len(seen)}; prepare it with a larger --val-fraction, or use --measure votes")
+        seen |= dict.fromkeys(held_out, one.path)
+        if one.networks != trained[0].networks or (
+                one.dataset.manifest["settings"] != trained[0].dataset.manifest["settings"]):
+            raise ValueError(f"--fold {one.path}: its networks or preprocessing are not those of --encoder: the "
+                             "residuals would not be alike")
+    if settings.measure == "surprise" and len(seen) < normative.MIN_SCANS:
+        raise ValueError(f"measure=surprise: needs {normative.MIN_SCANS} held-out healthy scans, {trained[0].path} has "
+                         f"{len(seen)}; prepare it with a larger --val-fraction, or use measure=votes")
 
 
 def fit_fold(encoder: Encoder, dataset: SliceDataset, config: StatsConfig) -> LatentStats:
@@ -317,24 +297,21 @@ def fit_fold(encoder: Encoder, dataset: SliceDataset, config: StatsConfig) -> La
 def restore(snapshot: Snapshot, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
     """The three networks of an encoder run, by their names, in eval mode and frozen."""
     model = ModelConfig(**snapshot.meta["model"])
-    networks = {"generator": Generator(model), "discriminator": Discriminator(model), "encoder": Encoder(model)}
+    networks = {name: build(model) for name, build in NETWORKS.items()}
     snapshot.restore(networks)
     for net in networks.values():
         net.eval().requires_grad_(False).to(device).compute_dtype = dtype
     return networks
 
 
-def provenance(snapshot: Snapshot, config: StatsConfig, name: str, notes: str | dict | None) -> dict:
-    """Where the weights come from. JSON-able; no paths."""
+def provenance(snapshot: Snapshot) -> dict[str, Any]:
+    """Where an encoder's weights come from. JSON-able; no paths."""
     def run(step: int, meta: dict) -> dict:
         return {"images_seen": step, "config": meta["config"], "data_digest": meta["data"]["digest"]}
 
     gan = snapshot.meta["gan"]
-    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(StatsConfig)
-           if f.name not in {inherited.name for inherited in dataclasses.fields(ProjectionSettings)}}
-    return {"name": name, "data": {key: snapshot.meta["data"][key] for key in ("digest", "counts")},
-            "gan": run(gan["step"], gan), "encoder": run(snapshot.step, snapshot.meta), "latent_stats": own,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__}, "notes": notes}
+    return {"data": {key: snapshot.meta["data"][key] for key in ("digest", "counts")}, "gan": run(gan["step"], gan),
+            "encoder": run(snapshot.step, snapshot.meta)}
 
 
 def report_size(folder: Path, components: int) -> str:
@@ -361,22 +338,23 @@ def read_notes(value: str | None) -> str | dict | None:
 
 def main(argv: list[str] | None = None) -> int:
     def arguments(parser):
-        parser.add_argument("--data", "--data_path", type=Path, required=True,
-                            help="database made by prepare.py: the one the encoder was trained on (or the same folder "
-                                 "of scans)")
-        parser.add_argument("--encoder", type=Path, required=True, help="run folder of train_encoder.py")
-        parser.add_argument("--fold", type=Path, nargs=2, metavar=("DATA", "RUN"), action="append", default=[],
-                            help="a further encoder run and its database, with other scans held out: they join the "
-                                 "calibration; may be given several times")
-        parser.add_argument("--out", type=Path, required=True, help="folder of the bundle")
-        parser.add_argument("--overwrite", action="store_true", help="replace the bundle in --out")
-        parser.add_argument("--name", help="of the model, in its provenance (default: the folder's)")
-        parser.add_argument("--provenance",
-                            help="text or JSON file to keep in model.json: commands, machine, data source")
-        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-        parser.add_argument("--ops", default="auto", choices=("auto", "ref"), help="ref: no CUDA kernels of our own")
-        parser.add_argument("--vgg16", type=Path, help="torchvision's vgg16 state dict, for --perceptual lpips")
-        parser.add_argument("--lpips", type=Path, help="the published linear weights of LPIPS-VGG")
+        add = parser.add_argument
+        add("--data", "--data_path", type=Path, required=True,
+            help="database made by prepare.py: the one that was trained on (or the same folder of scans)")
+        add("--encoder", type=Path, required=True, metavar="RUN",
+            help="run folder of train_encoder.py; for another method what its training has left")
+        add("--fold", type=Path, nargs=2, metavar=("DATA", "RUN"), action="append", default=[],
+            help="a further run and its database, with other scans held out: they join the calibration; may be given "
+                 "several times")
+        add("--out", type=Path, required=True, help="folder of the bundle")
+        add("--overwrite", action="store_true", help="replace the bundle in --out")
+        add("--name", help="of the model, in its provenance (default: the folder's)")
+        add("--provenance", help="text or JSON file to keep in model.json: commands, machine, data source")
+        add("--set", dest="changes", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+            help="settings to calibrate for, such as method=inversion measure=surprise; over those of the preset. "
+                 "checkpoint.py show MODEL lists them")
+        add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        add("--ops", default="auto", choices=("auto", "ref"), help="ref: no CUDA kernels of our own")
 
     config, args = parse(__doc__, PRESETS, arguments, argv)
     try:
@@ -384,11 +362,12 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("latent_stats.py runs as one process: start it with python, not torchrun")
         memory.keep_freed()
         set_impl(args.ops)
-        notes, device = read_notes(args.provenance), distributed.pick_device(args.device)
-        size = load_snapshot(args.encoder).meta["model"]["size"]
-        data = ensure_database(args.data, args.encoder, size)       # the encoder's own, where it made one
-        folder = build(config, data, args.encoder, args.out, device, args.name, notes, args.overwrite, args.vgg16,
-                       args.lpips, args.fold)
+        settings = SETTINGS[args.preset].changed(args.changes)
+        notes, device, data = read_notes(args.provenance), distributed.pick_device(args.device), args.data
+        if settings.method in OF_ENCODER_RUNS:                      # the encoder's own database, where it made one
+            data = ensure_database(data, args.encoder, load_snapshot(args.encoder).meta["model"]["size"])
+        folder = build(config, settings, data, args.encoder, args.out, device, args.name, notes, args.overwrite,
+                       args.fold)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

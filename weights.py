@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-
-FORMAT_VERSION = 1                       # of snapshots and bundles; newer ones are refused
 
 
 class CheckpointError(ValueError):
@@ -29,10 +26,26 @@ def portable(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
 
 
+def compact(state: Mapping[str, torch.Tensor], dtype: torch.dtype, network: str) -> dict[str, torch.Tensor]:
+    """portable(state) in dtype; a tensor with values beyond its range, or not a float, stays as it is.
+
+    Raises CheckpointError for values that are not finite.
+    """
+    found = {}
+    for name, tensor in portable(state).items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{network}: {name} is not finite: it diverged; use an earlier snapshot")
+        stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        found[name] = stored if stored.isfinite().all() else tensor
+    return found
+
+
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file. Raises CheckpointError."""
     try:
         return load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; the model was made without it") from error
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a safetensors file ({error}); fetch or write it again") from error
 
@@ -67,15 +80,6 @@ def verify(folder: Path, files: Mapping[str, str], mend: str) -> None:
             raise CheckpointError(f"{path}: SHA-256 {found[:12]}, expected {expected[:12]}: {mend}")
 
 
-def flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def to_json(content: Mapping[str, Any], folder: Path) -> str:
     """JSON of meta data. Raises CheckpointError naming the folder for what JSON cannot hold, NaN included."""
     try:
@@ -84,8 +88,8 @@ def to_json(content: Mapping[str, Any], folder: Path) -> str:
         raise CheckpointError(f"{folder}: meta must be plain JSON without NaN: {error}") from error
 
 
-def read_json(path: Path, mend: str) -> dict[str, Any]:
-    """A JSON file of a format version that this code reads. Raises CheckpointError, ending with `mend`."""
+def read_json(path: Path, mend: str, newest: int) -> dict[str, Any]:
+    """A JSON file of format version `newest` or before. Raises CheckpointError, ending with `mend`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -95,6 +99,6 @@ def read_json(path: Path, mend: str) -> dict[str, Any]:
     version = content.get("format_version") if isinstance(content, dict) else None
     if not isinstance(version, int):
         raise CheckpointError(f"{path}: no format_version: {mend}")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {version}, this code reads up to {FORMAT_VERSION}; update it")
+    if version > newest:
+        raise CheckpointError(f"{path}: format version {version}, this code reads up to {newest}; update it")
     return content

@@ -29,18 +29,24 @@ from ct.read import ScanSource, find_scans, read_scan
 from ct.scan import Scan
 from ct.window import encode
 from dataset import SliceDataset
-from detect import measure, normative
+from detect import normative
 from detect.bundle import read_bundle_meta
-from detect.search import ProjectionSettings, judge, residual_scales
+from detect.calibration import Fold, calibrate
+from detect.fitted import Fitted
+from detect.measure import Surprise
+from detect.projection import project_frame
+from detect.settings import Settings
 from evaluation.cohort import read_volume
 from healthygan.scoring import difference
 from healthygan.weights import find_model
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS, HEALTHYGAN = "ours", "healthygan"
-NAMES = {OURS: "this project", "faithful": "this project, the paper's algorithm", "dae": "denoising autoencoder",
+NAMES = {OURS: "this project", "published": "published search and votes, our distance",
+         "dae": "denoising autoencoder",
          "dae-calibrated": "denoising autoencoder, calibrated", "hu": "HU thresholds", "pca": "PCA by position",
          "pca-calibrated": "PCA by position, calibrated", HEALTHYGAN: "HealthyGAN"}
+CALIBRATED = ("dae", "pca")     # what draws a closest normal stands in the table with its residual and calibrated
 BATCH = 16                      # slices in HealthyGAN's generator at a time
 Method = Callable[[Preprocessed], ScoredScan]
 
@@ -106,7 +112,7 @@ def checked_brain(results: Path, pre: Preprocessed) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------
 # The others
 
-def fitted(kinds: list[str], data: SliceDataset, folder: Path, device: torch.device) -> dict[str, baselines.Baseline]:
+def fitted(kinds: list[str], data: SliceDataset, folder: Path, device: torch.device) -> dict[str, Fitted]:
     """The baselines by kind, from the folder where they were fitted before. ValueError for one of other data."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
@@ -118,48 +124,26 @@ def fitted(kinds: list[str], data: SliceDataset, folder: Path, device: torch.dev
             baseline.fit(data)
             baseline.save(path)
         found[kind] = baselines.load(path, device)
-        if found[kind].data_digest != data.manifest["digest"]:
+        if found[kind].trained_on["data"]["digest"] != data.manifest["digest"]:
             raise ValueError(f"{path}: fitted to another database than {data.path}; remove the file")
     return found
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """A baseline whose residual is told as a surprise, with the calibration that ours has (normative.py).
+def calibrated(baseline: Fitted, held_out: SliceDataset, settings: Settings) -> Method:
+    """The baseline with the calibration that ours has: its residual as a surprise.
 
-    settings: the projection's; those of --measure surprise count here.
+    held_out: healthy scans that it has not learnt from. settings: the projection's; those of its surprise count here.
+    Raises ValueError where the scans are fewer than three.
     """
+    scoring = settings.scoring if settings.measure == Surprise.name else None
+    _, fitted = calibrate([Fold(baseline, held_out)], Surprise(scoring, settings.mask), log=lambda line: None)
 
-    baseline: baselines.Reconstruction
-    normal: normative.Normal
-    settings: ProjectionSettings
+    def score_scan(pre: Preprocessed) -> ScoredScan:
+        """Map (signed surprise) and slice scores of a preprocessed scan."""
+        findings = project_frame(baseline, fitted, *baselines.kept_slices(pre))[2]
+        return baselines.to_scan(pre, findings.anomaly, findings.slice_scores)
 
-    @classmethod
-    def fit(cls, baseline: baselines.Reconstruction, held_out: SliceDataset,
-            settings: ProjectionSettings) -> Calibrated:
-        """From healthy scans that the baseline has not learnt from. Raises ValueError where they are under three."""
-        scans = [held_out.scan(s) for s in range(len(held_out.scan_ids))]
-        residuals, judged = zip(*(scales_of(baseline, scan["hu"].float(), scan["brain"],
-                                            scan["below_vertex_mm"].numpy(), settings) for scan in scans))
-        normal, _ = normative.fit_normal(residuals, judged, [scan["below_vertex_mm"].tolist() for scan in scans])
-        return cls(baseline, normal, settings)
-
-    def score_scan(self, pre: Preprocessed) -> ScoredScan:
-        """Map (signed surprise) and slice scores of a preprocessed scan, as detect.search.judge makes them of ours."""
-        hu, brain, below_vertex_mm = baselines.kept_slices(pre)
-        residuals, judged = scales_of(self.baseline, hu, brain, below_vertex_mm, self.settings)
-        shown, _, scores = judge(self.normal.surprise(residuals, judged, below_vertex_mm), judged, self.settings)
-        return baselines.to_scan(pre, shown, scores)
-
-
-def scales_of(baseline: baselines.Reconstruction, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,
-              settings: ProjectionSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """detect.search.residual_scales of a baseline: residuals float32 [S, 2, N, N], HU; where they count, [S, N, N]."""
-    query, normal = baseline.closest_normal(hu, brain, below_vertex_mm)
-    median = measure.scale_median_size(hu.shape[-1], settings.median_at_512)
-    filtered = measure.residual(query, normal, brain, median)
-    # Outside the brain the true HU: where bone is decides what is judged, and a baseline may not show it.
-    return residual_scales(torch.where(brain, query, hu), normal, filtered, brain, settings)
+    return score_scan
 
 
 def healthygan(path: Path, preprocessing: PreprocessSettings, device: torch.device) -> Method:
@@ -191,7 +175,7 @@ def open_database(args: argparse.Namespace) -> SliceDataset:
     data = SliceDataset(args.database, "train")
     refuse_other_data(read_bundle_meta(args.model)[0], args.model, data, "--database")
     held_out = data.manifest["counts"]["val"]["scans"]
-    to_calibrate = [kind for kind in args.baselines if issubclass(baselines.KINDS[kind], baselines.Reconstruction)]
+    to_calibrate = [kind for kind in args.baselines if kind in CALIBRATED]
     if to_calibrate and held_out < normative.MIN_SCANS:
         raise ValueError(f"--database {args.database}: holds {held_out} held-out scans, but calibrating the baselines "
                          f"{', '.join(to_calibrate)} needs {normative.MIN_SCANS}; prepare it with a larger "
@@ -205,26 +189,26 @@ def fits_folder(args: argparse.Namespace) -> Path:
     return args.fits or args.out / "baselines"
 
 
-def make_methods(args: argparse.Namespace, fits: dict[str, baselines.Baseline],
+def make_methods(args: argparse.Namespace, fits: dict[str, Fitted],
                  run: dict) -> tuple[dict[str, Method], str]:
     """The methods beside ours by their keys in NAMES, and a hash of all that their results hang on.
 
     fits: of fitted(). run: the run.json of our projection; calibrated baselines share its settings of the surprise.
     """
     found: dict[str, Method] = {}
-    settings = ProjectionSettings(**run["projection"])
+    settings = Settings.from_json(run["settings"])
     made_from = [sha256(fits_folder(args) / f"{kind}.safetensors") for kind in fits]
     for kind, baseline in fits.items():
         found[kind] = functools.partial(baselines.score_scan, baseline)
-        if isinstance(baseline, baselines.Reconstruction):
+        if kind in CALIBRATED:
             held_out = SliceDataset(args.database, "val", check=False)
             say(f"calibrating baseline {kind} on {len(held_out.scan_ids)} held-out scans")
-            found[f"{kind}-calibrated"] = Calibrated.fit(baseline, held_out, settings).score_scan
+            found[f"{kind}-calibrated"] = calibrated(baseline, held_out, settings)
     if args.healthygan:
         found[HEALTHYGAN] = healthygan(args.healthygan, PreprocessSettings.from_json(run["preprocessing"]),
                                        distributed.pick_device(args.device))
         made_from.append(find_model(args.healthygan).weights_hash)
-    return found, key_of(run["weights_sha256"], run["projection"], run["preprocessing"], list(found), made_from)
+    return found, key_of(run["weights_sha256"], run["settings"], run["preprocessing"], list(found), made_from)
 
 
 # ---------------------------------------------------------------------------------------------------------------

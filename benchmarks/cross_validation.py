@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +31,11 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 import distributed  # noqa: E402
 from benchmarks import pasted  # noqa: E402
-from ct.window import decode, encode  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
-from detect import measure, normative  # noqa: E402
-from detect.search import ProjectionSettings, judge, residual_scales  # noqa: E402
+from detect import normative  # noqa: E402
+from detect.inversion import Inversion, InversionSettings  # noqa: E402
+from detect.measure import Evidence, Surprise, SurpriseSettings, scan_score  # noqa: E402
+from detect.reconstruct import Reconstruction  # noqa: E402
 from gan.runlog import load_run  # noqa: E402
 from model import Encoder, Generator, ModelConfig  # noqa: E402
 from op import memory  # noqa: E402
@@ -45,41 +45,33 @@ HEALTHY = "healthy"
 LEAST_TRUTH = 5              # pixels of a lesion in a slice that counts as one with it
 BATCH = 16
 
-PLAIN = ProjectionSettings(measure="surprise", steps_latent=0, steps_noise=0)
+PLAIN = SurpriseSettings()
 BAND = dataclasses.replace(PLAIN, filter="band")
-PEAK = dataclasses.replace(BAND, pool="peak", surprise_above=2.0, scan_score="top3")
+PEAK = dataclasses.replace(BAND, pool="peak", surprise_above=2.0)
 # The residual itself, in HU, is the first row; each other one changes one thing of the row before.
-ROWS = {
-    "surprise": PLAIN,
-    "in a band, away from bone": BAND,
-    "highest place instead of mean over the brain": dataclasses.replace(BAND, pool="peak"),
-    "counted from 2.0": dataclasses.replace(PEAK, scan_score="mean"),
-    "dense fine, thin coarse": dataclasses.replace(PEAK, scan_score="mean", scale="sides"),
-    "thin weighs 0.6": dataclasses.replace(PEAK, scan_score="mean", scale="sides", thin=0.6),
-    "three highest slices": dataclasses.replace(PEAK, scale="sides", thin=0.6),
+ROWS = {                                       # what a slice scores, and how slice scores become the scan's
+    "surprise": (PLAIN, "mean"),
+    "in a band, away from bone": (BAND, "mean"),
+    "highest place instead of mean over the brain": (dataclasses.replace(BAND, pool="peak"), "mean"),
+    "counted from 2.0": (PEAK, "mean"),
+    "hyperdense fine, hypodense coarse": (dataclasses.replace(PEAK, scale="sides"), "mean"),
+    "hypodense weighs 0.6": (dataclasses.replace(PEAK, scale="sides", hypodense=0.6), "mean"),
+    "three highest slices": (dataclasses.replace(PEAK, scale="sides", hypodense=0.6), "top3"),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A held-out scan, as it is or with a lesion: its query and reconstruction, HU [S, N, N]."""
+    """A held-out scan, as it is or with a lesion, and its reconstruction; truth bool [S, N, N]."""
 
     scan_id: str
     kind: str
-    query: torch.Tensor
-    normal: torch.Tensor
+    found: Reconstruction
     brain: torch.Tensor
     below_vertex_mm: np.ndarray
     truth: torch.Tensor
 
-    @functools.cached_property
-    def residual(self) -> torch.Tensor:
-        """measure.residual, HU [S, N, N]."""
-        window = measure.scale_median_size(self.brain.shape[-1], PLAIN.median_at_512)
-        return measure.residual(self.query, self.normal, self.brain, window)
 
-
-@torch.no_grad()
 def cases_of(data: Path, run: Path, device: torch.device) -> list[Case]:
     """All cases of a fold. Raises DatasetError, CheckpointError; ValueError where the run is of another database."""
     snapshot = load_run(run, "--fold", "encoder", "train_encoder.py")
@@ -90,15 +82,12 @@ def cases_of(data: Path, run: Path, device: torch.device) -> list[Case]:
     encoder, generator = Encoder(model), Generator(model)
     snapshot.restore({"encoder": encoder, "generator": generator})
     for net in (encoder, generator):
-        net.eval().to(device).compute_dtype = distributed.pick_precision("auto", device)
+        net.eval().requires_grad_(False).to(device)
+    inversion = Inversion(InversionSettings(batch=BATCH), generator, encoder)
+    inversion.set_precision(distributed.pick_precision("auto", device))
 
     def case(scan_id, kind, hu, brain, mm, truth):
-        images = encode(hu)
-        drawn = []
-        for part in images.split(BATCH):
-            code, noise = encoder.invert(part.to(device), generator)
-            drawn.append(generator.synthesis(code, noise).cpu())
-        return Case(scan_id, kind, decode(images), decode(torch.cat(drawn)), brain, mm, truth)
+        return Case(scan_id, kind, inversion.closest_normal(hu, brain, mm), brain, mm, truth)
 
     cases, side_mm = [], pasted.pixel_mm(held_out.size, held_out.manifest["settings"]["standardise"]["head_fraction"])
     for s, scan_id in enumerate(held_out.scan_ids):
@@ -114,19 +103,20 @@ def cases_of(data: Path, run: Path, device: torch.device) -> list[Case]:
     return cases
 
 
-def surprises(cases: list[Case], settings: ProjectionSettings) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Signed surprise [S, 2, N, N] of every case, told without its own head, and where it is judged [S, N, N]."""
-    told = [residual_scales(c.query, c.normal, c.residual, c.brain, settings) for c in cases]
-    healthy = [(c, pair) for c, pair in zip(cases, told) if c.kind == HEALTHY]
-    residuals, judged = zip(*(pair for _, pair in healthy))
-    _, by_others = normative.fit_leaving_out(residuals, judged, [c.below_vertex_mm for c, _ in healthy])
+def surprises(cases: list[Case], settings: SurpriseSettings) -> tuple[list[torch.Tensor], list[Evidence]]:
+    """Signed surprise [S, 2, N, N] of every case by the statistics of the other heads, and its evidence."""
+    measure = Surprise(settings)
+    seen = [measure.evidence(c.found, c.brain, c.below_vertex_mm) for c in cases]
+    healthy = [(c, one) for c, one in zip(cases, seen) if c.kind == HEALTHY]
+    _, by_others = normative.fit_leaving_out([e.scales for _, e in healthy], [e.judged for _, e in healthy],
+                                             [c.below_vertex_mm for c, _ in healthy])
     normal = {c.scan_id: one for (c, _), one in zip(healthy, by_others)}
-    return [normal[c.scan_id].surprise(*pair, c.below_vertex_mm) for c, pair in zip(cases, told)], [w for _, w in told]
+    return [normal[c.scan_id].surprise(e.scales, e.judged, c.below_vertex_mm) for c, e in zip(cases, seen)], seen
 
 
 def figures(cases: list[Case], scores: list[torch.Tensor], how: str) -> dict[str, float]:
     """AUC by kind, 'haemorrhage' (their mean) and 'slices'. scores: slice scores [S] of every case."""
-    scans = [measure.scan_score(one, how) for one in scores]
+    scans = [scan_score(one, how) for one in scores]
 
     def auc(kind):
         chosen = [(c.kind == kind, score) for c, score in zip(cases, scans) if c.kind in (kind, HEALTHY)]
@@ -142,16 +132,13 @@ def figures(cases: list[Case], scores: list[torch.Tensor], how: str) -> dict[str
 
 
 def table(cases: list[Case]) -> str:
-    """The table as Markdown, a line a row of ROWS."""
-    def plain(case):
-        return case.residual.abs().sum((1, 2)) / case.brain.sum((1, 2)).clamp(min=1)
-
-    rows, told_by = {"residual, HU, mean over the brain": figures(cases, [plain(c) for c in cases], "mean")}, {}
-    for name, settings in ROWS.items():
-        if settings.filter not in told_by:
-            told_by[settings.filter] = surprises(cases, settings)
-        scores = [judge(*pair, settings)[2] for pair in zip(*told_by[settings.filter])]
-        rows[name] = figures(cases, scores, settings.scan_score)
+    """The table as Markdown, one line per row of ROWS."""
+    by_filter = {settings.filter: surprises(cases, settings) for settings, _ in ROWS.values()}
+    plain = [e.residual.abs().sum((1, 2)) / e.brain.sum((1, 2)).clamp(min=1) for e in by_filter[PLAIN.filter][1]]
+    rows = {"residual, HU, mean over the brain": figures(cases, plain, "mean")}
+    for name, (settings, how) in ROWS.items():
+        scores = [Surprise(settings).findings(*pair).slice_scores for pair in zip(*by_filter[settings.filter])]
+        rows[name] = figures(cases, scores, how)
     columns = ("haemorrhage", "slices", *pasted.KINDS)
     lines = ["| " + " | ".join(("score", *columns)) + " |", "| --- " * (len(columns) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(f"{found[column]:.2f}" for column in columns) + " |"

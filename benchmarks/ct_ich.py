@@ -9,7 +9,7 @@ where it was stopped. The paper's algorithm takes minutes a scan on a CPU; --row
 
 Nothing is chosen on the scans that are reported on:
   ours        projector.py with the settings of the bundle, and its own scan score
-  faithful    projector.py --preset faithful
+  published   projector.py --preset published
   baselines   fitted to the training split of --database; slice score: mean of the map over the brain; scan score: mean
               of the slice scores. 'calibrated': the residual as a surprise, told in the residuals of the database's
               held-out scans, counted and pooled to slices and scan as ours
@@ -43,7 +43,7 @@ from evaluation import metrics  # noqa: E402
 from evaluation.cohort import InputError, Key, Label, read_labels, read_scores, read_table  # noqa: E402
 from evaluation.metrics import Undefined, defined  # noqa: E402
 
-ROWS = {OURS: (), "faithful": ("--preset", "faithful")}            # further flags of projector.py
+ROWS = {OURS: (), "published": ("--preset", "published")}            # further flags of projector.py
 POOLING = "mean"                # from a baseline's slice scores to its scan score
 
 
@@ -271,14 +271,14 @@ def benchmark(args: argparse.Namespace) -> int:
         failed |= {scan_id: scans[scan_id]["reason"] for scans in ours.values() for scan_id in labels
                    if "reason" in scans[scan_id]}
         done = [source for source in sources if source.scan_id not in failed]
-        beside = measured(folder, done, preprocessing, methods, key, run["projection"]["scan_score"])
+        beside = measured(folder, done, preprocessing, methods, key, run["settings"]["scan_score"])
         cases += collect(split, labels, slice_labels, ours, beside, list(methods))
     if not cases:
         raise Undefined(f"--data {args.data}: no scan is left: {failed}")
     figures = report(cases, [*rows, *methods])
     figures |= {"splits": args.split, "failed": failed, "database": data.manifest["digest"], "model": run["model"],
-                "weights_sha256": run["weights_sha256"], "projection": run["projection"],
-                "rows": {row: runs[args.split[0], row]["projection"] for row in rows}, "versions": run["versions"],
+                "weights_sha256": run["weights_sha256"], "settings": run["settings"],
+                "rows": {row: runs[args.split[0], row]["settings"] for row in rows}, "versions": run["versions"],
                 "device": run["device"], "threads": run["threads"]}
     compare.write_figures(args.out, figures, table(figures))
     return 3 if failed else 0

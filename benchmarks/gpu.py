@@ -16,9 +16,10 @@ import distributed
 import train
 from benchmarks.measure import REFERENCE, Row, bandwidth, medians, operations, rate, side_by_side
 from benchmarks.reference import ReferenceDiscriminator, ReferenceGenerator
-from detect.bundle import Bundle
 from detect.latent import LatentStats
-from detect.search import ProjectionSettings, perceptual_for, project
+from detect.measure import Votes
+from detect.projection import project_frame
+from detect.search import Search, SearchSettings
 from model import Discriminator, Encoder, Generator, ModelConfig
 from op import bias_act, binomial_kernel, set_impl, upfirdn2d
 from op.median import median2d
@@ -104,8 +105,8 @@ def training_row(name: str, config: train.TrainConfig, device: torch.device, rep
 # ---------------------------------------------------------------------------------------------------------------
 # Projection
 
-def random_bundle(config: ModelConfig, device: torch.device, reference: bool = False) -> Bundle:
-    """A bundle of random weights; statistics of 32 components at every 5 mm."""
+def random_search(config: ModelConfig, device: torch.device, reference: bool = False) -> Search:
+    """The published search with random weights; statistics of 32 components at every 5 mm."""
     torch.manual_seed(0)
     networks = ReferenceGenerator if reference else Generator, ReferenceDiscriminator if reference else Discriminator
     generator, discriminator, encoder = (
@@ -117,12 +118,12 @@ def random_bundle(config: ModelConfig, device: torch.device, reference: bool = F
         5.0 * torch.arange(positions), torch.zeros(positions, layers, dim), basis, torch.ones(positions, layers, kept),
         torch.ones(positions, layers), torch.full((positions,), 100), torch.full((positions,), 7.5),
         torch.zeros(positions, layers))
-    return Bundle(generator, discriminator, encoder, latent.to(device), normal=None, meta={}, weights_hash="")
+    return Search(SearchSettings(), generator, encoder, latent.to(device), discriminator)
 
 
-def projection_row(name: str, config: ModelConfig, slices: int, settings: ProjectionSettings, device: torch.device,
+def projection_row(name: str, config: ModelConfig, slices: int, settings: SearchSettings, device: torch.device,
                    repeats: int, goal: str, most_s: float) -> Row:
-    """project() of a scan, as projector.py calls it: all but reading and writing files.
+    """The published search and votes on a scan, as projector.py runs them: all but reading and writing files.
 
     The reference runs a tenth of the steps and counts them tenfold: its time is all in the steps.
     """
@@ -132,14 +133,13 @@ def projection_row(name: str, config: ModelConfig, slices: int, settings: Projec
     brain[:, margin:-margin, margin:-margin] = True
     below_vertex_mm = 5.0 * np.arange(slices)[::-1]
     dtype = distributed.pick_precision("auto", device)
-    bundles = {REFERENCE: random_bundle(config, device, reference=True), "ours": random_bundle(config, device)}
-    for net in (bundles["ours"].generator, bundles["ours"].discriminator, bundles["ours"].encoder):
-        net.compute_dtype = dtype
+    searches = {REFERENCE: random_search(config, device, reference=True), "ours": random_search(config, device)}
+    searches["ours"].set_precision(dtype)
 
     def run(who, part=1, batch=32):
         fewer = dataclasses.replace(settings, steps_latent=max(1, settings.steps_latent // part),
-                                    steps_noise=max(1, settings.steps_noise // part))
-        project(hu, brain, below_vertex_mm, bundles[who], perceptual_for(bundles[who], fewer), fewer, batch)
+                                    steps_noise=max(1, settings.steps_noise // part), batch=batch)
+        project_frame(searches[who].with_settings(fewer), Votes(), hu, brain, below_vertex_mm)
 
     def reference():
         with plain_ops():

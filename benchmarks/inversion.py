@@ -21,7 +21,6 @@ table.md and figures.json. Exit codes: 0 done, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
@@ -40,8 +39,8 @@ import distributed  # noqa: E402
 from benchmarks import baselines, compare, pasted  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
-from detect.bundle import Bundle, load_bundle  # noqa: E402
-from detect.search import ProjectionSettings, perceptual_for, project  # noqa: E402
+from detect.bundle import load_bundle  # noqa: E402
+from detect.reconstruct import Reconstructor  # noqa: E402
 from op import memory  # noqa: E402
 
 MOST_CONTRAST_HU = 60.0      # of a lesion: what counts is that it is gone, not how bright it was
@@ -154,19 +153,9 @@ def _mean(values: Sequence[float]) -> float | None:
 # ---------------------------------------------------------------------------------------------------------------
 # Methods
 
-def of_bundle(bundle: Bundle, settings: ProjectionSettings) -> Reconstruct:
-    """What a bundle's networks reconstruct with these settings."""
-    perceptual = perceptual_for(bundle, settings)
-
-    def reconstruct(hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> torch.Tensor:
-        return project(hu, brain, below_vertex_mm, bundle, perceptual, settings, tell=False).reconstruction
-
-    return reconstruct
-
-
-def of_baseline(baseline: baselines.Reconstruction) -> Reconstruct:
-    """What a fitted baseline reconstructs."""
-    return lambda hu, brain, below_vertex_mm: baseline.closest_normal(hu, brain, below_vertex_mm)[1]
+def of(reconstructor: Reconstructor) -> Reconstruct:
+    """What a method reconstructs, without the rest of a Reconstruction."""
+    return lambda hu, brain, below_vertex_mm: reconstructor.closest_normal(hu, brain, below_vertex_mm).normal_hu
 
 
 def methods(args: argparse.Namespace, preprocessing: dict) -> dict[str, Reconstruct]:
@@ -175,18 +164,17 @@ def methods(args: argparse.Namespace, preprocessing: dict) -> dict[str, Reconstr
     for folder in args.model:
         bundle = load_bundle(folder, device)
         _check_preprocessing(bundle.meta["preprocessing"], preprocessing, f"--model {folder}")
-        for network in (bundle.generator, bundle.encoder):
-            network.compute_dtype = distributed.pick_precision("auto", device)
-        settings = ProjectionSettings(**bundle.meta["projection"])
-        found[folder.name] = of_bundle(bundle, settings)
-        alone = dataclasses.replace(settings, predicted_noise=False, steps_noise=0)
-        found[f"{folder.name}, code alone"] = of_bundle(bundle, alone)
+        found[folder.name] = of(bundle.reconstructor)
+        if bundle.settings.method == "inversion":
+            alone = bundle.with_settings(bundle.settings.replace(predicted_noise=False))
+            found[f"{folder.name}, code alone"] = of(alone.reconstructor)
     for path in args.baseline:
         baseline = baselines.load(path, device)
-        if not isinstance(baseline, baselines.Reconstruction):
-            raise ValueError(f"--baseline {path}: {baseline.kind} draws no closest normal; expected pca or dae")
-        _check_preprocessing(baseline.preprocessing, preprocessing, f"--baseline {path}")
-        found[compare.NAMES[baseline.kind]] = of_baseline(baseline)
+        if isinstance(baseline, baselines.HuThresholds):
+            raise ValueError(f"--baseline {path}: hu draws no closest normal; expected pca or dae")
+        _check_preprocessing(baseline.trained_on["data"]["settings"], preprocessing, f"--baseline {path}")
+        kind = next(kind for kind, cls in baselines.KINDS.items() if type(baseline) is cls)
+        found[compare.NAMES[kind]] = of(baseline)
     return found
 
 

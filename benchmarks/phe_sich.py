@@ -243,7 +243,7 @@ def benchmark(args: argparse.Namespace) -> int:
         raise Undefined(f"--data {args.data}: no scan is left: {failed}")
     figures = report(measures, [OURS, *methods])
     figures |= {"failed": failed, "trained_on": held, "database": data.manifest["digest"], "model": run["model"],
-                "weights_sha256": run["weights_sha256"], "projection": run["projection"], "versions": run["versions"],
+                "weights_sha256": run["weights_sha256"], "settings": run["settings"], "versions": run["versions"],
                 "device": run["device"], "threads": run["threads"]}
     compare.write_figures(args.out, figures, table(figures))
     if args.sheet:

@@ -107,7 +107,7 @@ def open_generator(args: argparse.Namespace, train: SliceDataset) -> Generator:
     if args.model:
         bundle = load_bundle(args.model, device)
         compare.refuse_other_data(bundle.meta, args.model, train, "--data")
-        generator = bundle.generator
+        generator = bundle.reconstructor.generator
     else:
         snapshot = load_run(args.run, "--run", "gan", "train.py")
         if (key := train.unlike(snapshot.meta)) is not None:

@@ -33,7 +33,7 @@ import train
 from benchmarks import gpu
 from benchmarks.measure import REFERENCE, Row, bandwidth, medians, operations, rate, side_by_side, table
 from benchmarks.reference import ReferenceGenerator
-from detect.search import ProjectionSettings
+from detect.search import SearchSettings
 from model import Generator, ModelConfig
 from op.median import median2d
 
@@ -196,7 +196,7 @@ def ct256(device: torch.device, repeats: int) -> list[Row]:
 
 
 def projection512(device: torch.device, repeats: int) -> list[Row]:
-    return [gpu.projection_row("gpu projection of a scan, 512", ModelConfig(size=512), 32, ProjectionSettings(), device,
+    return [gpu.projection_row("gpu projection of a scan, 512", ModelConfig(size=512), 32, SearchSettings(), device,
                                repeats, "8 s", 8)]
 
 
@@ -215,7 +215,7 @@ CPU_ROWS: dict[str, Callable[[int], list[Row]]] = {
     "median": lambda repeats: [median_row(repeats)],
     "scan": lambda repeats: scan_rows(repeats) + scan_rows(repeats, MODELS / "ct-ich-128"),
     # The published search, 100 + 100 steps with votes: minutes a run in fp32, so it is run once
-    "scan-published": lambda repeats: scan_rows(1, MODELS / "ct-ich-128", flags=("--preset", "faithful")),
+    "scan-published": lambda repeats: scan_rows(1, MODELS / "ct-ich-128", flags=("--preset", "published")),
 }
 GPU_ROWS: dict[str, Callable[[torch.device, int], list[Row]]] = {
     "paper512": paper512, "ct256": ct256, "projection512": projection512, "median512": median512, "ops512": ops512,

@@ -15,6 +15,11 @@ from ct.scan import Scan, ScanError
 from ct.slab import Slabs, to_slabs
 from ct.standardise import Standardised, StandardiseSettings, from_frame, standardise
 
+# Of everything that decides what a network sees: slabs, brain mask, standardisation. Raise it with every change that
+# alters pixels or masks: scores made before and after are not comparable, and a bundle of another version gives no
+# percentiles.
+VERSION = 1
+
 
 @dataclass(frozen=True)
 class PreprocessSettings:

@@ -83,7 +83,7 @@ def project(folder: Path, model: Path, device: str) -> dict:
 # One scan: everything the figures need, in a few numbers
 
 def measure(source: ScanSource, folder: Path, preprocessing: PreprocessSettings,
-            fits: dict[str, baselines.Baseline], ours: dict[Key, float]) -> dict[str, np.ndarray]:
+            fits: dict[str, baselines.Fitted], ours: dict[Key, float]) -> dict[str, np.ndarray]:
     """One scan's counts and scores: truth_mm2 [S], shown [S], and for each method levels, slices [S] and seconds.
 
     ours: the projector's slice scores. Raises ValueError where the brain masks of methods differ.
@@ -107,13 +107,13 @@ def measure(source: ScanSource, folder: Path, preprocessing: PreprocessSettings,
     return found
 
 
-def measure_all(folder: Path, chosen: list[Case], run: dict, fits: dict[str, baselines.Baseline],
+def measure_all(folder: Path, chosen: list[Case], run: dict, fits: dict[str, baselines.Fitted],
                 files: list[Path]) -> tuple[Cohort, dict[str, str]]:
     """measure() of every scan, read from measures/ID.npz where it was made with the same weights.
 
     files: the weights of the baselines. Also returns why scans are left out: id -> the projector's reason.
     """
-    key = compare.key_of(run["weights_sha256"], run["projection"], run["preprocessing"], *map(compare.sha256, files))
+    key = compare.key_of(run["weights_sha256"], run["settings"], run["preprocessing"], *map(compare.sha256, files))
     preprocessing = PreprocessSettings.from_json(run["preprocessing"])
     projected = {row["scan_id"]: row for row in read_table(folder / "results" / "scores.csv", ("scan_id", "status"))}
     failed = {c.scan_id: projected[c.scan_id]["reason"] for c in chosen if projected[c.scan_id]["status"] != "ok"}
@@ -172,12 +172,12 @@ def benchmark(args: argparse.Namespace) -> int:
     for name, folder in folders.items():
         cases = [Case(job.scan_id, job.kind) for job in jobs[name]]
         cohorts[name], failed[name] = measure_all(folder, cases, run, fits, files)
-    figures = report(cohorts["test"], cohorts["tune"], [OURS, *fits], run["projection"]["scan_score"])
+    figures = report(cohorts["test"], cohorts["tune"], [OURS, *fits], run["settings"]["scan_score"])
     figures |= {"failed": failed, "model": run["model"], "weights_sha256": run["weights_sha256"],
-                "projection": run["projection"], "seeds": seeds, "counts": counts, "versions": run["versions"],
+                "settings": run["settings"], "seeds": seeds, "counts": counts, "versions": run["versions"],
                 "checked_against_training_seeds": args.training_labels is not None}
     shown = typical(cohorts["test"])
-    full = normative.HIGHEST if run["projection"]["measure"] == "surprise" else RESIDUAL_FULL_HU
+    full = normative.HIGHEST if run["settings"]["measure"] == "surprise" else RESIDUAL_FULL_HU
     sheet = example_sheet({kind: example(scan_id, folders["test"], full) for kind, scan_id in shown.items()})
     sheet.savefig(args.out / "examples.png", facecolor=sheet.get_facecolor())
     compare.write_figures(args.out, figures, table(figures))

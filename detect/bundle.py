@@ -1,102 +1,131 @@
-"""Model bundles: what a projection needs, in one folder.
+"""Model bundles: a method's files, the settings it is calibrated for, and the calibration, in one folder.
 
-Generator, discriminator, encoder and latent statistics as safetensors, and model.json with configuration,
-preprocessing, calibration and provenance. The paper's released files become one with import_released.
+Weights are safetensors, one file per network; model.json holds settings, versions, preprocessing, calibration and
+provenance. A bundle names its method (detect.reconstruct.METHODS) and holds only the files that this one uses. The
+paper's released files become one with import_released.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+import distributed
+from ct import frame
+from ct.frame import PreprocessSettings
+from detect import measure
+from detect.inversion import NETWORKS
 from detect.latent import LatentStats
+from detect.measure import MEASURES, Measure
 from detect.normative import Normal
+from detect.reconstruct import Reconstructor, method
 from detect.released import STATE_DICTS, read_networks, read_statistics
-from model import Discriminator, Encoder, Generator, ModelConfig
-from weights import (
-    FORMAT_VERSION,
-    CheckpointError,
-    flush,
-    load_strictly,
-    load_tensors,
-    portable,
-    read_json,
-    sha256,
-    to_json,
-    verify,
-)
+from detect.search import Search, SearchSettings
+from detect.settings import Settings
+from files import replace_text, replacing
+from model import Discriminator, Encoder, Generator
+from version import VERSION
+from weights import CheckpointError, load_strictly, load_tensors, read_json, sha256, to_json, verify
 
-NETWORKS = {"generator": Generator, "discriminator": Discriminator, "encoder": Encoder}
-BUNDLE_META = ("preprocessing", "projection", "calibration", "provenance")     # required; may be None
+FORMAT_VERSION = 2                             # newer ones are refused; version 1 is read, see upgraded()
+BUNDLE_META = ("preprocessing", "calibration", "provenance")        # required; may be None
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model ready to project: networks in eval mode with frozen float32 weights, on one device."""
+    """A model ready to project: networks in eval mode with frozen float32 weights, on one device.
 
-    generator: Generator
-    discriminator: Discriminator
-    encoder: Encoder
-    latent: LatentStats
-    normal: Normal | None         # of healthy residuals; None where nothing was calibrated
-    meta: dict[str, Any]          # model.json: the keys BUNDLE_META, config, files, format_version
-    weights_hash: str             # SHA-256 over all weight files: names the weights a result was made with
+    settings      those that it is calibrated for
+    meta          model.json: the keys BUNDLE_META, settings, versions, config, files, format_version
+    weights_hash  SHA-256 over all weight files: names the weights that a result was made with
+    """
+
+    reconstructor: Reconstructor
+    measure: Measure
+    settings: Settings
+    meta: dict[str, Any]
+    weights_hash: str
+    folder: Path
 
     @property
-    def config(self) -> ModelConfig:
-        return self.generator.config
+    def preprocessing(self) -> PreprocessSettings | None:
+        """How its scans were prepared; None where an imported bundle does not say."""
+        stored = self.meta["preprocessing"]
+        return None if stored is None else PreprocessSettings.from_json(stored)
+
+    def with_settings(self, settings: Settings) -> Bundle:
+        """The same weights with other settings. Another method needs its files in this folder: CheckpointError."""
+        if settings.method == self.settings.method:
+            reconstructor = self.reconstructor.with_settings(settings.reconstruction)
+        else:
+            reconstructor = _load_method(self.folder, self.meta, settings, self.reconstructor.device)
+            reconstructor.set_precision(self.reconstructor.precision)
+        judging = MEASURES[settings.measure](settings.scoring, settings.mask, self.measure.normal)
+        return replace(self, reconstructor=reconstructor, measure=judging, settings=settings)
+
+    def published(self) -> Settings:
+        """The published search and votes, whatever the bundle is calibrated for.
+
+        The perceptual distance stays that which its encoder was trained with.
+        """
+        trained = ((self.meta["provenance"] or {}).get("encoder") or {}).get("config", {})
+        distance = {name: trained[name] for name in ("perceptual", "pixels", "knee") if name in trained}
+        return Settings("search", SearchSettings(predicted_noise=False, **distance))
 
 
-def save_bundle(folder: str | Path, generator: Generator, discriminator: Discriminator, encoder: Encoder,
-                latent: LatentStats, meta: Mapping[str, Any], dtype: torch.dtype = torch.float16,
-                overwrite: bool = False, normal: Normal | None = None) -> Path:
+def versions() -> dict[str, Any]:
+    """Of this program, its preprocessing and its measures: scores of other ones of the last two are not comparable."""
+    return {"program": VERSION, "preprocessing": frame.VERSION, "measure": measure.VERSION}
+
+
+def save_bundle(folder: str | Path, reconstructor: Reconstructor, settings: Settings, meta: Mapping[str, Any],
+                normal: Normal | None = None, dtype: torch.dtype = torch.float16, overwrite: bool = False) -> Path:
     """Write a model bundle; model.json comes last, so a bundle with one is whole.
 
     Weights and principal components are stored in dtype; a tensor with values beyond its range, or not a
-    float, stays as it is. meta needs the keys BUNDLE_META. The generator's noise buffers are part of the bundle.
-    Raises CheckpointError for weights that are not finite, parts that do not fit together, and a folder that
-    holds a bundle already, unless overwrite.
+    float, stays as it is. meta needs the keys BUNDLE_META. normal: of healthy residuals; None where nothing was
+    calibrated. Raises CheckpointError for weights that are not finite, parts that do not fit together, and a folder
+    that holds a bundle already, unless overwrite.
     """
     folder = Path(folder)
-    networks = dict(generator=generator, discriminator=discriminator, encoder=encoder)
     if (folder / "model.json").exists() and not overwrite:
         raise CheckpointError(f"{folder}: holds a model bundle; overwrite it, or choose another folder")
     if missing := [key for key in BUNDLE_META if key not in meta]:
         raise CheckpointError(f"{folder}: meta must say {', '.join(missing)} (None where there is none)")
-    # The stddev channel is the encoder's own choice; the generator and discriminator do not look at it.
-    config = networks["encoder"].config
-    for name, network in networks.items():
-        if asdict(network.config) | {"encoder_stddev": config.encoder_stddev} != asdict(config):
-            raise CheckpointError(f"{folder}: the {name}'s {network.config} is not the encoder's {config}; use one run")
-    _check_latent(latent, config, folder)
     to_json(meta, folder)
-    tensors = {name: _compact(network.state_dict(), dtype, name) for name, network in networks.items()}
-    tensors["latent"] = latent.to_tensors(dtype)
+    tensors = reconstructor.tensors(dtype)
     if normal is not None:
         tensors["normal"] = normal.to_tensors()
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.json").unlink(missing_ok=True)
-    (folder / "normal.safetensors").unlink(missing_ok=True)             # an earlier bundle's
+    _remove_bundle(folder)
     files = {}
-    for name in tensors:
-        path, writing = folder / f"{name}.safetensors", folder / f".{name}.writing"
-        save_file(tensors[name], writing)
-        flush(writing)
-        writing.replace(path)
+    for name, content in tensors.items():
+        path = folder / f"{name}.safetensors"
+        with replacing(path, sum(tensor.nbytes for tensor in content.values())) as writing:
+            save_file(content, writing)
         files[path.name] = sha256(path)
-    content = dict(meta) | dict(format_version=FORMAT_VERSION, config=asdict(config), files=files)
-    writing = folder / ".model.writing"
-    writing.write_text(to_json(content, folder), encoding="utf-8")
-    flush(writing)
-    writing.replace(folder / "model.json")
+    content = dict(meta) | dict(format_version=FORMAT_VERSION, settings=settings.to_json(), versions=versions(),
+                                config=reconstructor.config(), files=files)
+    replace_text(folder / "model.json", to_json(content, folder))
     return folder
+
+
+def _remove_bundle(folder: Path) -> None:
+    """Remove an earlier bundle, and nothing else that may lie in the folder."""
+    path = folder / "model.json"
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8")).get("files", {})
+        path.unlink()
+        for name in earlier:
+            (folder / Path(name).name).unlink(missing_ok=True)
 
 
 def read_bundle_meta(folder: str | Path) -> tuple[dict[str, Any], str]:
@@ -104,68 +133,80 @@ def read_bundle_meta(folder: str | Path) -> tuple[dict[str, Any], str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder of a model bundle")
-    content = read_json(folder / "model.json", "not a model bundle; latent_stats.py writes one")
-    expected = [f"{name}.safetensors" for name in (*NETWORKS, "latent")]
-    if isinstance(content.get("files"), dict) and "normal.safetensors" in content["files"]:
-        expected.append("normal.safetensors")
-    absent = [key for key in ("config", "files") if not isinstance(content.get(key), dict)]
-    absent += [key for key in BUNDLE_META if not isinstance(content.get(key, ""), dict | None)]
-    if absent or sorted(content["files"]) != sorted(expected):
-        wanted = ", ".join(absent) or "the hash of each weight file"
-        raise CheckpointError(f"{folder / 'model.json'}: must say {wanted}; fetch the bundle again")
+    path = folder / "model.json"
+    content = read_json(path, "not a model bundle; latent_stats.py writes one", FORMAT_VERSION)
+    kinds = {"config": dict, "files": dict, **dict.fromkeys(BUNDLE_META, dict | None)}
+    kinds |= {"projection": dict | None} if content["format_version"] == 1 else {"settings": dict, "versions": dict}
+    if absent := [key for key, kind in kinds.items() if not isinstance(content.get(key, ""), kind)]:
+        raise CheckpointError(f"{path}: must say {', '.join(absent)}; fetch the bundle again")
     verify(folder, content["files"], "not the file the bundle was made with; fetch the bundle again")
-    listing = "".join(f"{name} {content['files'][name]}\n" for name in expected)
+    names = sorted(content["files"])
+    if content["format_version"] == 1:
+        content, names = upgraded(content, path), [name for name in VERSION_1_FILES if name in names]
+    listing = "".join(f"{name} {content['files'][name]}\n" for name in names)
     return content, hashlib.sha256(listing.encode()).hexdigest()
 
 
-def load_bundle(folder: str | Path, device: torch.device | str = "cpu") -> Bundle:
-    """Read a model bundle onto a device. Raises CheckpointError naming the file and the mend."""
-    folder = Path(folder)
+def load_bundle(folder: str | Path, device: torch.device | str = "cpu", precision: str = "auto") -> Bundle:
+    """Read a model bundle onto a device. Raises CheckpointError naming the file and the fix.
+
+    precision: 'bf16', 'fp32', or 'auto', which is bf16 where the device is good at it.
+    """
+    folder, device = Path(folder), torch.device(device)
     meta, weights_hash = read_bundle_meta(folder)
     try:
-        config = ModelConfig(**meta["config"])
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'model.json'}: config: {error}") from error
-    networks = {}
-    for name, build in NETWORKS.items():
-        path = folder / f"{name}.safetensors"
-        network = build(config)
-        load_strictly(network, load_tensors(path), path)
-        networks[name] = network.eval().requires_grad_(False).to(device)
-    try:
-        latent = LatentStats.from_tensors(load_tensors(folder / "latent.safetensors"))
+        settings = Settings.from_json(meta["settings"])
     except ValueError as error:
-        raise CheckpointError(f"{folder / 'latent.safetensors'}: {error}") from error
-    _check_latent(latent, config, folder)
-    return Bundle(**networks, latent=latent.to(device), normal=_load_normal(folder, meta), meta=meta,
-                  weights_hash=weights_hash)
+        raise CheckpointError(f"{folder / 'model.json'}: {error}: run latent_stats.py again") from error
+    reconstructor = _load_method(folder, meta, settings, device)
+    reconstructor.set_precision(distributed.pick_precision(precision, device))
+    normal = _load_normal(folder / "normal.safetensors") if "normal.safetensors" in meta["files"] else None
+    judging = MEASURES[settings.measure](settings.scoring, settings.mask, normal)
+    return Bundle(reconstructor, judging, settings, meta, weights_hash, folder)
 
 
-def _load_normal(folder: Path, meta: Mapping[str, Any]) -> Normal | None:
-    path = folder / "normal.safetensors"
-    if path.name not in meta["files"]:
-        return None
+def _load_method(folder: Path, meta: Mapping[str, Any], settings: Settings, device: torch.device) -> Reconstructor:
+    return method(settings.method).load(folder, meta["config"], settings.reconstruction, device)
+
+
+def _load_normal(path: Path) -> Normal:
     try:
         return Normal.from_tensors(load_tensors(path))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _check_latent(latent: LatentStats, config: ModelConfig, folder: Path) -> None:
-    expected, found = (config.n_latent, config.style_dim), tuple(latent.mean.shape[1:])
-    if found != expected:
-        raise CheckpointError(f"{folder / 'latent.safetensors'}: [layers, style_dim] {list(found)}, but the "
-                              f"networks have {list(expected)}; fit the statistics on this encoder's codes")
+# ------------------------------------------------------------------------------------------------------------
+# Bundles of format version 1: the search's and the measure's settings in one table, and always the same files
+
+VERSION_1_FILES = tuple(f"{name}.safetensors" for name in (*NETWORKS, "latent", "normal"))
+_SEARCH = ("steps_latent", "steps_noise", "predicted_noise", "lr_latent", "lr_noise", "domain", "perceptual", "pixels",
+           "knee")
+_SURPRISE = {"median_at_512": "median_at_512", "filter": "filter", "scale": "scale", "thin": "hypodense",
+             "pool": "pool", "surprise_above": "surprise_above"}
+_VOTES = ("median_at_512", "threshold_hu", "max_gap_mm")
+_MASK = ("surprise_mask", "component_at_512")
 
 
-def _compact(state: Mapping[str, torch.Tensor], dtype: torch.dtype, network: str) -> dict[str, torch.Tensor]:
-    compact = {}
-    for name, tensor in portable(state).items():
-        if not tensor.isfinite().all():
-            raise CheckpointError(f"{network}: {name} is not finite: it diverged; use an earlier snapshot")
-        stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        compact[name] = stored if stored.isfinite().all() else tensor
-    return compact
+def upgraded(meta: dict[str, Any], path: Path) -> dict[str, Any]:
+    """model.json of version 1 as one of today. Raises CheckpointError for settings that version 1 did not have."""
+    old = {"predicted_noise": True} | (meta.pop("projection") or {})
+    known = {*_SEARCH, *_SURPRISE, *_VOTES, *_MASK, "measure", "scan_score"}
+    if unknown := sorted(old.keys() - known):
+        raise CheckpointError(f"{path}: projection: unknown {', '.join(unknown)}; made by another version: run "
+                              "latent_stats.py again")
+
+    def chosen(names) -> dict[str, Any]:
+        return {name: old[name] for name in names if name in old}
+
+    steps = old.get("steps_latent", 100) + old.get("steps_noise", 100)
+    measure = old.get("measure", "votes")
+    surprise = {new: old[name] for name, new in _SURPRISE.items() if name in old}
+    settings = {"method": "search" if steps else "inversion",
+                "reconstruction": chosen(_SEARCH if steps else ("predicted_noise",)), "measure": measure,
+                "scoring": surprise if measure == "surprise" else chosen(_VOTES), "mask": chosen(_MASK),
+                "scan_score": old.get("scan_score", "mean")}
+    return meta | {"settings": settings, "versions": {"program": "0.1.0", "preprocessing": 1, "measure": 1}}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -196,5 +237,6 @@ def import_released(ckpt: str | Path, statistics: str | Path, out: str | Path,
         raise CheckpointError(f"{statistics}: {error}") from error
     provenance = dict(source="the released files of Lee et al., Nature Communications 13:4251 (2022)",
                       files={Path(path).name: sha256(Path(path)) for path in (ckpt, statistics)})
-    meta = dict(preprocessing=None, projection=None, calibration=None, provenance=provenance)
-    return save_bundle(out, generator, discriminator, encoder, latent, meta, dtype, overwrite)
+    meta = dict(preprocessing=None, calibration=None, provenance=provenance)
+    search = Search(SearchSettings(), generator, encoder, latent, discriminator)
+    return save_bundle(out, search, Settings("search", search.settings), meta, dtype=dtype, overwrite=overwrite)

@@ -1,24 +1,247 @@
-"""What of a scan is anomalous: residual, votes, masks and scores (Lee et al. 2022; spec 'Projection of one scan').
+"""How unusual a scan is beside its closest normal: votes (Lee et al. 2022) or surprise, maps, masks and scores.
 
-Pure functions, tensors in and tensors out. A tensor [S, H, W] is always a whole scan: votes look at neighbouring
-slices, so nothing here may be called on a part of one. Residuals are in HU, query minus reconstruction: positive
-where the scan is denser than its closest normal.
+Votes and Surprise are the two measures, with the same methods: watch a reconstruction, take the evidence, be fitted
+to healthy scans, judge. Below them are pure functions, tensors in and tensors out. A tensor [S, H, W] is always a
+whole scan: neighbouring slices count, so nothing here may be called on a part of one. Residuals are in HU, query minus
+reconstruction: positive where the scan is denser than its closest normal.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from scipy import ndimage
 
+from config import option
+from detect import normative
+from detect.normative import Normal
+from detect.reconstruct import Reconstruction
 from op.gaussian import gaussian_blur
 from op.median import median2d
 
+VERSION = 1                     # of everything here that a score hangs on: calibrations of another are not comparable
 PAPER_SIZE = 512                # the frame, in pixels, that the paper's pixel counts refer to
-SCAN_SCORES = ("max", "top3", "mean")
+PEAK_AT_512 = 12.0              # standard deviation of the Gaussian of the slice score 'peak', pixels at 512
+
+
+# --- settings ---
+
+
+def _check_range(settings, names: Sequence[str]) -> None:
+    for name in names:
+        if not 0 <= getattr(settings, name) < float("inf"):
+            raise ValueError(f"{name} must be at least 0, got {getattr(settings, name):g}")
+
+
+def _check_median(settings) -> None:
+    if settings.median_at_512 < 1:
+        raise ValueError(f"median_at_512 must be at least 1, got {settings.median_at_512}")
+
+
+@dataclass(frozen=True)
+class VotesSettings:
+    """What a score by votes hangs on. The values are the paper's."""
+
+    median_at_512: int = option(19, "side of the residual's median filter, pixels at 512; scales with the frame")
+    threshold_hu: float = option(5.0, "a pixel votes when its filtered residual exceeds this, HU")
+    max_gap_mm: float = option(7.5, "slices further apart than this, mm, and than 1.5 times the scan's usual spacing "
+                                    "are no neighbours")
+
+    def __post_init__(self):
+        _check_median(self)
+        _check_range(self, ("threshold_hu", "max_gap_mm"))
+
+
+@dataclass(frozen=True)
+class SurpriseSettings:
+    """What a score by surprise hangs on."""
+
+    median_at_512: int = option(19, "side of the residual's median filter, pixels at 512; scales with the frame")
+    filter: str = option("median", "fine scale: the median-filtered residual, or a band of it away from bone",
+                         normative.FILTERS)
+    scale: str = option("both", "scale of the residual; sides: hyperdense at the fine scale, hypodense at the coarse "
+                                "one", normative.COMBINED)
+    hypodense: float = option(1.0, "weight of the surprise of what is hypodense in scale=sides")
+    pool: str = option("area", "a slice's score: mean over the brain (area), or highest mean about any place (peak)")
+    surprise_above: float = option(2.5, "surprise (-log10 of the share of healthy brain) that a score counts from")
+
+    def __post_init__(self):
+        _check_median(self)
+        _check_range(self, ("hypodense", "surprise_above"))
+        for name, allowed in (("filter", normative.FILTERS), ("scale", normative.COMBINED), ("pool", SLICE_SCORES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """What only draws the mask: scores, percentiles and flags do not hang on it."""
+
+    surprise_mask: float = option(3.0, "surprise from which a pixel is predicted anomalous (by surprise)")
+    component_at_512: int = option(600, "smaller predicted components are dropped, pixels at 512; scales with area")
+
+    def __post_init__(self):
+        _check_range(self, ("surprise_mask", "component_at_512"))
+
+
+# --- the two measures ---
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a measure needs to know of a scan, on the CPU; S slices.
+
+    residual  float32 [S, N, N], HU: query minus closest normal in the brain, median-filtered, signed
+    brain     bool [S, N, N]; below_vertex_mm float64 [S]
+    scales    float32 [S, 2, N, N], HU: the residual at the scales of normative.py; None by votes
+    judged    bool [S, N, N]: the part of the brain in which surprises are looked for; the brain by votes
+    votes     int32 [S, N, N] over `steps` steps, two a step at most; None by surprise
+    """
+
+    residual: torch.Tensor
+    brain: torch.Tensor
+    below_vertex_mm: np.ndarray
+    judged: torch.Tensor
+    scales: torch.Tensor | None = None
+    votes: torch.Tensor | None = None
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a measure makes of a scan; S slices.
+
+    anomaly       float32 [S, N, N], signed: votes times residual (HU), or surprise
+    predicted     bool [S, N, N]: what is predicted anomalous
+    mask          bool [S, N, N]: predicted without small components
+    slice_scores  float32 [S]
+    """
+
+    anomaly: torch.Tensor
+    predicted: torch.Tensor
+    mask: torch.Tensor
+    slice_scores: torch.Tensor
+
+
+class Votes:
+    """The published measure: at every step of a reconstruction pixels vote that stay away from it.
+
+    A method without steps casts its votes once, of its one result.
+    """
+
+    name: ClassVar[str] = "votes"
+    Settings: ClassVar[type] = VotesSettings
+    words: ClassVar[str] = ("how much, and how steadily, the scan differs from its closest normal, in HU over the "
+                            "brain")
+    marked: ClassVar[str] = "differs steadily"
+
+    def __init__(self, settings: VotesSettings | None = None, mask: MaskSettings | None = None,
+                 normal: Normal | None = None):
+        self.settings, self.mask, self.normal = settings or VotesSettings(), mask or MaskSettings(), normal
+
+    def criterion(self) -> str:
+        """When a pixel is marked, to follow 'where the two differ inside the brain,'."""
+        return f"by more than {self.settings.threshold_hu:g} HU, steadily during the search and in neighbouring slices"
+
+    def check(self) -> None:
+        """ValueError unless scans can be judged: always possible by votes."""
+
+    def watch(self, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> VoteWatch:
+        """What counts the votes while a scan is reconstructed; brain bool [S, N, N]."""
+        return VoteWatch(brain, below_vertex_mm, self.settings)
+
+    def evidence(self, found: Reconstruction, brain: torch.Tensor, below_vertex_mm: np.ndarray,
+                 watch: VoteWatch) -> Evidence:
+        filtered = _filtered(found, brain, self.settings.median_at_512)
+        return Evidence(filtered, brain, np.asarray(below_vertex_mm), brain, votes=watch.counter.votes.cpu(),
+                        steps=watch.counter.steps)
+
+    def fit(self, healthy: Sequence[Evidence]) -> tuple[Votes, list[Findings]]:
+        """The measure that healthy scans make, and what it finds in each of them: votes have nothing to learn."""
+        return self, [self.judge(one) for one in healthy]
+
+    def judge(self, seen: Evidence) -> Findings:
+        predicted = seen.votes > seen.steps
+        scores = slice_scores(seen.votes, seen.steps, seen.residual.abs(), seen.brain)
+        return Findings(anomaly_map(seen.votes, seen.residual, seen.steps), predicted,
+                        lesion_mask(predicted, predicted.shape[-1], self.mask.component_at_512), scores)
+
+
+class Surprise:
+    """How rare the residual is at its place among healthy scans (normative.py)."""
+
+    name: ClassVar[str] = "surprise"
+    Settings: ClassVar[type] = SurpriseSettings
+    marked: ClassVar[str] = "rare in healthy scans"
+
+    def __init__(self, settings: SurpriseSettings | None = None, mask: MaskSettings | None = None,
+                 normal: Normal | None = None):
+        self.settings, self.mask, self.normal = settings or SurpriseSettings(), mask or MaskSettings(), normal
+
+    @property
+    def words(self) -> str:
+        return ("how far the scan differs from its closest normal beyond what healthy scans do at the same place, in "
+                f"powers of ten of rarity {SLICE_SCORES[self.settings.pool].words}")
+
+    def criterion(self) -> str:
+        """When a pixel is marked, to follow 'where the two differ inside the brain,'."""
+        return (f"by more than all but one in {10 ** self.mask.surprise_mask:,.0f} places of healthy brain do, for "
+                "where it lies")
+
+    def check(self) -> None:
+        """ValueError unless scans can be judged."""
+        if self.normal is None:
+            raise ValueError("measure surprise: this model holds no statistics of healthy residuals; make it anew with "
+                             f"latent_stats.py and at least {normative.MIN_SCANS} held-out scans, or use "
+                             "--set measure=votes")
+
+    def watch(self, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> None:
+        """Only the last reconstruction counts."""
+
+    def evidence(self, found: Reconstruction, brain: torch.Tensor, below_vertex_mm: np.ndarray,
+                 watch: None = None) -> Evidence:
+        filtered, difference = _filtered(found, brain, self.settings.median_at_512), found.query_hu - found.normal_hu
+        mm = np.asarray(below_vertex_mm)
+        if self.settings.filter == "median":
+            return Evidence(filtered, brain, mm, brain, normative.scales(difference, filtered, brain))
+        soft = normative.soft_brain(found.query_hu, brain)
+        return Evidence(filtered, brain, mm, soft, normative.band_scales(difference, soft))
+
+    def fit(self, healthy: Sequence[Evidence]) -> tuple[Surprise, list[Findings]]:
+        """The measure that healthy scans make, and what is found in each by the statistics of the others.
+
+        Raises ValueError for fewer than normative.MIN_SCANS of them.
+        """
+        normal, surprises = normative.fit_normal([e.scales for e in healthy], [e.judged for e in healthy],
+                                                 [e.below_vertex_mm for e in healthy])
+        fitted = Surprise(self.settings, self.mask, normal)
+        return fitted, [self.findings(surprise, e) for surprise, e in zip(surprises, healthy)]
+
+    def judge(self, seen: Evidence) -> Findings:
+        self.check()
+        return self.findings(self.normal.surprise(seen.scales, seen.judged, seen.below_vertex_mm), seen)
+
+    def findings(self, surprise: torch.Tensor, seen: Evidence) -> Findings:
+        """What signed surprises [S, 2, N, N] of normative.Normal amount to."""
+        s = self.settings
+        shown = normative.combine(surprise, s.scale, s.hypodense)
+        predicted = shown.abs() > self.mask.surprise_mask
+        scores = SLICE_SCORES[s.pool].of(shown, seen.judged, s.surprise_above)
+        return Findings(shown, predicted, lesion_mask(predicted, predicted.shape[-1], self.mask.component_at_512),
+                        scores)
+
+
+Measure = Votes | Surprise
+MEASURES: dict[str, type[Measure]] = {cls.name: cls for cls in (Votes, Surprise)}
+
+
+def _filtered(found: Reconstruction, brain: torch.Tensor, median_at_512: int) -> torch.Tensor:
+    return residual(found.query_hu, found.normal_hu, brain, scale_median_size(brain.shape[-1], median_at_512))
 
 
 # --- residual ---
@@ -102,6 +325,30 @@ class VoteCounter:
         return self.votes > self.steps
 
 
+class VoteWatch:
+    """Counts the votes of a reconstruction's steps; what Reconstructor.closest_normal calls a watch.
+
+    brain bool [S, N, N]; below_vertex_mm [S], monotonic. Thick slices have neighbours, too: up to 1.5 times the scan's
+    usual spacing.
+    """
+
+    def __init__(self, brain: torch.Tensor, below_vertex_mm: Sequence[float], settings: VotesSettings | None = None):
+        self.settings, self.brain, self.counter = settings or VotesSettings(), brain, None
+        self.positions = np.ascontiguousarray(below_vertex_mm)           # torch takes no reversed views
+        usual_mm = np.median(np.abs(np.diff(self.positions))) if len(brain) > 1 else 0
+        self.max_gap_mm = max(self.settings.max_gap_mm, 1.5 * usual_mm)
+        self.window = scale_median_size(brain.shape[-1], self.settings.median_at_512)
+
+    def __call__(self, query_hu: torch.Tensor, normal_hu: torch.Tensor) -> torch.Tensor:
+        """Count one step's votes, of images [S, N, N] in HU; returns what is predicted anomalous so far."""
+        if self.counter is None:                                         # on the device of the method
+            self.brain = self.brain.to(query_hu.device)
+            self.counter = VoteCounter(query_hu.shape, query_hu.device)
+        away = residual(query_hu, normal_hu, self.brain, self.window).abs()
+        self.counter.add(frame_votes(away, self.settings.threshold_hu, self.positions, self.max_gap_mm))
+        return self.counter.predicted
+
+
 # --- maps ---
 
 
@@ -172,8 +419,42 @@ def peak_scores(surprise: torch.Tensor, brain: torch.Tensor, above: float, sigma
     return torch.maximum(*highest)
 
 
+@dataclass(frozen=True)
+class SliceScore:
+    """A way to make a slice's score from its surprise: of(surprise [S, N, N], judged [S, N, N], above) -> [S]."""
+
+    of: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    words: str
+
+
+def _peak(surprise: torch.Tensor, judged: torch.Tensor, above: float) -> torch.Tensor:
+    return peak_scores(surprise, judged, above, PEAK_AT_512 * surprise.shape[-1] / PAPER_SIZE)
+
+
+SLICE_SCORES = {
+    "area": SliceScore(surprise_scores, "over the brain"),
+    "peak": SliceScore(_peak, "where it is rarest"),
+}
+
+
+@dataclass(frozen=True)
+class ScanScore:
+    """A way to make a scan's score from those of its slices, of([S]) -> []; words: to follow 'the score is ...,'."""
+
+    of: Callable[[torch.Tensor], torch.Tensor]
+    words: str
+
+
+SCAN_SCORES = {
+    "max": ScanScore(torch.max, "of its highest slice"),
+    "top3": ScanScore(lambda scores: scores.topk(min(3, len(scores))).values.mean(), "mean of its three highest "
+                                                                                     "slices"),
+    "mean": ScanScore(torch.mean, "mean of its slices"),
+}
+
+
 def scan_score(scores: torch.Tensor, how: str) -> float:
-    """One number for a scan from its slice scores [S]: 'max', 'top3' (mean of the three highest), or 'mean'.
+    """One number for a scan from its slice scores [S], by one of SCAN_SCORES.
 
     With fewer than three slices 'top3' is their mean. Raises ValueError when there is none or a score isn't finite.
     """
@@ -183,9 +464,7 @@ def scan_score(scores: torch.Tensor, how: str) -> float:
         raise ValueError("scan_score: no slices, so the scan has no score; is the brain mask empty?")
     if not torch.isfinite(scores).all():
         raise ValueError("scan_score: slice scores must be finite")
-    if how == "top3":
-        scores = scores.topk(min(3, len(scores))).values
-    return (scores.max() if how == "max" else scores.mean()).item()
+    return SCAN_SCORES[how].of(scores).item()
 
 
 # --- calibration on healthy scans ---

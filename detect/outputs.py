@@ -3,97 +3,72 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ct.frame import Preprocessed
 from ct.picture import overlay_panels
 from ct.scan import RESULT_MARK
 from ct.write import write_nifti
-from detect.search import FrameProjection
+from detect.projection import Projection
+from files import replacing
 
 SCORE_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason", "slices", "projected_slices",
                  "error_hu", "anomalous_ml", "seconds", "notes")
 SLICE_COLUMNS = ("scan_id", "slice", "position_mm", "below_vertex_mm", "projected", "score")
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A projected scan in its own geometry: maps [S, H, W] of the original slices, inferior to superior.
-
-    reconstruction, residual in HU; anomaly as measured (search.FrameProjection); mask bool; slice_scores [S] (0
-    where not projected); projected bool [S]
-    """
-
-    reconstruction: np.ndarray
-    residual: np.ndarray
-    anomaly: np.ndarray
-    mask: np.ndarray
-    brain: np.ndarray
-    slice_scores: np.ndarray
-    below_vertex_mm: np.ndarray
-    projected: np.ndarray
-    scan_score: float
-
-
-def to_native(pre: Preprocessed, result: FrameProjection, how: str) -> Projection:
-    """Bring the maps of the kept slices back to the scan: frame to pixels, slabs to slices."""
-    back = pre.maps_to_scan
-    return Projection(
-        reconstruction=back(result.reconstruction.numpy(), float(pre.standardised.hu.min())),
-        residual=back(result.residual.numpy()), anomaly=back(result.anomaly.numpy()),
-        mask=back(result.lesion.numpy()), brain=pre.slabs.from_slabs(pre.brain),
-        slice_scores=pre.scores_to_scan(result.slice_scores.numpy()),
-        below_vertex_mm=pre.values_to_scan(pre.standardised.below_vertex_mm), projected=pre.values_to_scan(pre.kept),
-        scan_score=result.scan_score(how))
-
-
-def volume_ml(mask: np.ndarray, scan) -> float | None:
-    """Volume of a mask [S, H, W] in millilitres; None where the source does not tell its pixel spacing."""
-    if scan.pixel_spacing_mm is None:
-        return None
-    thickness = np.gradient(scan.position_mm) if len(scan.position_mm) > 1 else np.array([scan.slice_spacing_mm])
-    return float((mask.sum((1, 2)) * thickness).sum() * np.prod(scan.pixel_spacing_mm) / 1000)
-
-
-def write_maps(folder: Path, scan, native: Projection) -> list[str]:
+def write_maps(folder: Path, projection: Projection) -> list[str]:
     """The maps as NIfTI in the scan's own geometry; returns the writer's notes."""
-    maps = {"reconstruction": native.reconstruction, "residual": native.residual, "anomaly": native.anomaly,
-            "mask": native.mask, "brain": native.brain}
-    notes = [write_nifti(folder / f"{name}.nii.gz", volume, scan, description=f"{RESULT_MARK}: {name}")
+    maps = {"reconstruction": projection.reconstruction_hu, "residual": projection.residual_hu,
+            "anomaly": projection.anomaly, "mask": projection.mask, "brain": projection.brain}
+    notes = [write_nifti(folder / f"{name}.nii.gz", volume, projection.scan, description=f"{RESULT_MARK}: {name}")
              for name, volume in maps.items()]
     return [note for note in notes if note]
 
 
-def write_overlays(folder: Path, pre: Preprocessed, native: Projection) -> None:
-    """One PNG for each projected slab, named after the original slice nearest to it."""
+def write_overlays(folder: Path, projection: Projection) -> list[str]:
+    """overlay/NN.png, one for each projected slab, named after the original slice nearest to it."""
+    folder = folder / "overlay"
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.png"):
         stale.unlink()
-    originals = pre.slabs.position_mm
+    pre = projection.working
     for slab in np.flatnonzero(pre.kept):
-        i = int(np.abs(originals - pre.slabs.scan.position_mm[slab]).argmin())
-        picture = overlay_panels(pre.slabs.scan.hu[slab], native.reconstruction[i], native.residual[i], native.mask[i])
+        i = int(np.abs(pre.slabs.position_mm - pre.slabs.scan.position_mm[slab]).argmin())
+        picture = overlay_panels(pre.slabs.scan.hu[slab], projection.reconstruction_hu[i], projection.residual_hu[i],
+                                 projection.mask[i])
         picture.save(folder / f"{i:02d}.png")
+    return []
+
+
+# What is written into the folder of a scan: of each writer(folder, projection) -> notes for the reader
+OUTPUTS = {"maps": write_maps, "overlays": write_overlays}
+
+
+def scan_row(projection: Projection, seconds: float, notes: list[str]) -> dict:
+    """A row of scores.csv; notes beyond those of the projection."""
+    p = projection
+    return dict(scan_id=p.scan.scan_id, score=p.score, percentile=p.percentile,
+                flagged=None if p.flagged is None else int(p.flagged), status="ok", reason=None,
+                slices=len(p.scan.hu), projected_slices=int(p.projected.sum()), error_hu=p.error_hu,
+                anomalous_ml=p.anomalous_ml, seconds=seconds, notes=" | ".join(dict.fromkeys([*p.notes, *notes])))
+
+
+def slice_rows(projection: Projection) -> list[dict]:
+    """Rows of slices.csv."""
+    p = projection
+    return [dict(scan_id=p.scan.scan_id, slice=i, position_mm=float(p.scan.position_mm[i]),
+                 below_vertex_mm=float(p.below_vertex_mm[i]), projected=int(p.projected[i]),
+                 score=float(p.slice_scores[i])) for i in range(len(p.scan.hu))]
 
 
 def write_table(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
     """CSV, replaced in one move so that a reader never sees half a table."""
-    writing = path.with_suffix(".writing")
-    with open(writing, "w", newline="", encoding="utf-8") as f:
+    with replacing(path) as writing, open(writing, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
         writer.writerows({k: _cell(row.get(k)) for k in columns} for row in rows)
-    writing.replace(path)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """The whole text or, where the program is stopped, none of it."""
-    writing = path.with_suffix(".writing")
-    writing.write_text(text, encoding="utf-8")
-    writing.replace(path)
 
 
 def write_tables(out: Path, done: list[dict], failed: list[dict]) -> None:

@@ -24,14 +24,16 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ct.picture import PANELS, RESIDUAL_FULL_HU, pack_overlay
+from detect.measure import MEASURES, SCAN_SCORES
+from detect.settings import Settings
 
 KEY_SLICES = 3
 MEGABYTES = 40.0
 FULL, REDUCED = (360, 75), (256, 60)         # a panel's longer side in pixels, WebP quality
 SCAN_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason", "slices", "projected_slices",
                 "error_hu", "anomalous_ml", "notes")
-RUN_KEYS = {"weights_sha256", "model", "projection", "device", "precision", "threads", "ranks", "seconds",
-            "seconds_a_scan_by_stage", "versions"}
+RUN_KEYS = {"weights_sha256", "model", "settings", "device", "precision", "threads", "ranks", "seconds",
+            "seconds_per_scan_by_stage", "versions"}
 EVALUATION_KEYS = {"scan", "labels", "scores_sha256", "table", "settings", "versions"}
 SLICE_COLUMNS = ("scan_id", "slice", "below_vertex_mm", "projected", "score")
 LEVEL_MM = 10.0                              # healthy slices this far apart are taken as one level
@@ -184,7 +186,7 @@ def read_calibration(run: dict) -> Calibration:
     found = run.get("calibration")
     if not found:
         return Calibration([], None, None, None, [])
-    how = run["projection"]["scan_score"]
+    how = run["settings"]["scan_score"]
     level = np.round([s["below_vertex_mm"] / LEVEL_MM for s in found["slice_scores"]])
     scores = np.array([s["score"] for s in found["slice_scores"]])
     levels = [(float(mm * LEVEL_MM), *map(float, np.quantile(scores[level == mm], (0.05, 0.95))))
@@ -375,7 +377,8 @@ def facts(run: dict, hashes: dict[str, str]) -> list[tuple[str, str]]:
     rows += [(f"{name}, SHA-256", value) for name, value in hashes.items()]
     rows += [(name, str(run[name])) for name in ("device", "precision", "threads", "ranks")]
     rows += [("seconds", f"{run['seconds']:.0f}")]
-    rows += [(f"seconds a scan, {stage}", f"{value:.1f}") for stage, value in run["seconds_a_scan_by_stage"].items()]
+    rows += [(f"seconds per scan, {stage}", f"{value:.1f}")
+             for stage, value in run["seconds_per_scan_by_stage"].items()]
     return rows + [(f"version of {name}", str(value)) for name, value in run["versions"].items()]
 
 
@@ -395,6 +398,11 @@ def write_report(results: Path, out: Path, evaluation: dict | None = None, megab
     """
     entries, run = read_results(results)
     calibration = read_calibration(run)
+    try:
+        chosen = Settings.from_json(run["settings"])
+    except ValueError as error:
+        raise ReportError(f"{results / 'run.json'}: {error}; run projector.py again") from error
+    measure = MEASURES[chosen.measure](chosen.scoring, chosen.mask)
     hashes = {name: _sha256(results / name) for name in ("scores.csv", "slices.csv")}
     if evaluation is not None:
         attach_labels(entries, evaluation, hashes["scores.csv"])
@@ -413,8 +421,8 @@ def write_report(results: Path, out: Path, evaluation: dict | None = None, megab
             sure=sure(entries, calibration, evaluation), coverage=coverage(entries, megabytes),
             facts=facts(run, hashes), panels=PANELS, full_hu=RESIDUAL_FULL_HU,
             settings={k: v for k, v in run.items() if k != "calibration"},
-            by_surprise=run["projection"].get("measure") == "surprise",
-            one_in=f"{10 ** run['projection'].get('surprise_mask', 0):,.0f}")
+            score_words=f"{measure.words}, {SCAN_SCORES[chosen.scan_score].words}",
+            criterion=measure.criterion(), marked=measure.marked)
 
     # 2 kB for what is yet to be said about pictures that did not fit or could not be read.
     add_pictures(entries, calibration, int(megabytes * 1e6) - len(render().encode()) - 2000)

@@ -1,38 +1,35 @@
-"""The closest normal image of every slice of a scan, and the votes for what it cannot explain (Lee et al. 2022).
+"""The published search for the closest normal slice (Lee et al. 2022).
 
-project() is the paper's algorithm on standardised slices: start at the encoder's code, optimise the code, then the
-noise maps, and at each step let pixels vote that stay away from the reconstruction. All slices advance together, in
-chunks that fit the memory; each slice's optimisation is its own, so a result does not depend on the chunks.
+Start at the encoder's code, optimise the code, then the noise maps. All slices advance together, in chunks that fit the
+memory; each slice's optimisation is its own, so a result does not depend on the chunks. Coordinates and the healthy
+range are those of latent.py; votes are cast at every step by the watch (measure.VoteWatch).
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from config import option
 from ct.window import decode, encode
-from detect import measure, normative
-from detect.bundle import Bundle
-from detect.measure import SCAN_SCORES
+from detect.inversion import compact_networks, draw, load_networks
+from detect.latent import LatentStats
+from detect.measure import VoteWatch
 from detect.perceptual import KNEE, PERCEPTUAL, build_perceptual, prior_excess
-
-MEASURES = ("votes", "surprise")
-POOLS = ("area", "peak")
-PEAK_AT_512 = 12.0      # standard deviation of the Gaussian that --pool peak takes a mean with, pixels at 512
+from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
+from model import Discriminator, Encoder, Generator
+from weights import CheckpointError, load_tensors
 
 
 @dataclass(frozen=True)
-class ProjectionSettings:
-    """Kept in a bundle's model.json: the calibration holds for these alone.
-
-    Steps, rates, threshold, median and component size are the paper's. Its perceptual distance is LPIPS; ours needs
-    no download. The weight of the in-domain term and the scan score are not published: 1 is a guess, and 'mean' the
-    best of three on 6 scans with haemorrhage against 5 healthy ones, too few to settle it (README, Results).
-    """
+class SearchSettings:
+    """Steps and rates are the paper's. Its perceptual distance is LPIPS; ours needs no download. The weight of the
+    in-domain term is not published: 1 is a guess."""
 
     steps_latent: int = option(100, "steps on the code")
     steps_noise: int = option(100, "steps on the noise maps; 0: none")
@@ -42,115 +39,103 @@ class ProjectionSettings:
     lr_noise: float = option(2.0, "peak rate of Adam on the noise maps")
     domain: float = option(1.0, "weight of the in-domain term against the perceptual distance")
     perceptual: str = option("discriminator", "distance between query and reconstruction", PERCEPTUAL)
-    pixels: float = option(5.0, "weight of the pixels' own difference in --perceptual discriminator")
+    pixels: float = option(5.0, "weight of the pixels' own difference in perceptual=discriminator")
     knee: float = option(KNEE, "difference below which the pixels' difference is rounded off, in [-1, 1]")
-    threshold_hu: float = option(5.0, "a pixel votes when its filtered residual exceeds this, HU")
-    median_at_512: int = option(19, "side of the residual's median filter, pixels at 512; scales with the frame")
-    component_at_512: int = option(600, "smaller predicted components are dropped, pixels at 512; scales with area")
-    max_gap_mm: float = option(7.5, "slices further apart than this, mm, and than 1.5 times the scan's usual spacing "
-                                    "are no neighbours")
-    measure: str = option("votes", "what a map shows and a score sums: votes times residual, as published, or how "
-                                   "surprising the residual is at its place, for a bundle that knows", MEASURES)
-    filter: str = option("median", "fine scale of the residual in --measure surprise: the median-filtered residual, or "
-                                   "a band of it away from bone", normative.FILTERS)
-    scale: str = option("both", "scale of the residual in --measure surprise; sides: dense at the fine scale, thin at "
-                                "the coarse one", normative.COMBINED)
-    thin: float = option(1.0, "weight of the surprise of what is thin in --scale sides")
-    pool: str = option("area", "a slice's score in --measure surprise: mean over the brain, or the highest mean about "
-                               "any place (peak)", POOLS)
-    surprise_above: float = option(2.5, "surprise (-log10 of the share of healthy brain) that a score counts from")
-    surprise_mask: float = option(3.0, "surprise from which a pixel is predicted anomalous")
-    scan_score: str = option("mean", "how slice scores become the scan's score", SCAN_SCORES)
+    vgg16: str = option("", "file: torchvision's vgg16 state dict, for perceptual=lpips", stored=False)
+    lpips: str = option("", "file: the published linear weights of LPIPS-VGG", stored=False)
+    batch: int = option(32, "slices in the networks at a time: memory, not results", stored=False)
 
     def __post_init__(self):
-        steps = self.steps_latent + self.steps_noise
-        if self.steps_latent < 0 or self.steps_noise < 0 or (steps < 1 and self.measure == "votes"):
-            raise ValueError("steps must not be negative, and --measure votes needs one at least, got "
+        if self.steps_latent < 0 or self.steps_noise < 0 or self.steps_latent + self.steps_noise < 1:
+            raise ValueError("steps must not be negative, and a search needs one at least, got "
                              f"{self.steps_latent} latent and {self.steps_noise} noise")
-        if self.median_at_512 < 1:
-            raise ValueError(f"--median-at-512 must be at least 1, got {self.median_at_512}")
-        for name in ("lr_latent", "lr_noise", "domain", "pixels", "threshold_hu", "component_at_512", "max_gap_mm",
-                     "knee", "thin", "surprise_above", "surprise_mask"):
+        for name in ("lr_latent", "lr_noise", "domain", "pixels"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name):g}")
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name):g}")
+        if not 0 < self.knee < float("inf"):
+            raise ValueError(f"knee must be above 0, got {self.knee:g}")
+        if self.perceptual not in PERCEPTUAL:
+            raise ValueError(f"perceptual must be one of {', '.join(PERCEPTUAL)}, got {self.perceptual!r}")
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
 
 
-# The published search and score, whatever a bundle is calibrated for (projector.py --preset faithful): the defaults of
-# these. The distance stays the bundle's: its encoder and generator were trained with it.
-PUBLISHED = ("steps_latent", "steps_noise", "lr_latent", "lr_noise", "domain", "threshold_hu", "median_at_512",
-             "component_at_512", "measure", "scan_score")
-FAITHFUL = {name: getattr(ProjectionSettings(), name) for name in PUBLISHED} | {"predicted_noise": False}
+class Search(Reconstructor):
+    """discriminator: for perceptual=discriminator; None where a bundle without one is used with another distance."""
+
+    name, Settings = "search", SearchSettings
+
+    def __init__(self, settings: SearchSettings, generator: Generator, encoder: Encoder, latent: LatentStats,
+                 discriminator: Discriminator | None = None):
+        self.generator, self.encoder, self.latent, self.discriminator = generator, encoder, latent, discriminator
+        self.size, self.device = generator.config.size, generator.input.input.device
+        self._take(settings)
+
+    def _take(self, settings: SearchSettings) -> None:
+        self.settings = settings
+        if settings.perceptual == "discriminator" and self.discriminator is None:
+            raise ValueError("perceptual=discriminator: this model holds no discriminator; use perceptual=pixels")
+        self.perceptual = build_perceptual(settings.perceptual, self.discriminator, settings.pixels, settings.knee,
+                                           settings.vgg16 or None, settings.lpips or None).to(self.device)
+
+    def with_settings(self, settings: SearchSettings) -> Search:
+        other = super().with_settings(settings)
+        other._take(settings)
+        return other
+
+    def closest_normal(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,
+                       watch: Watch | None = None) -> Reconstruction:
+        self.check_shapes(hu, brain, below_vertex_mm)
+        # The noise stage copies the query but where an anomaly is predicted: it needs votes, whoever counts them.
+        if watch is None and self.settings.steps_noise:
+            watch = VoteWatch(brain, below_vertex_mm)
+        run, stages = _Run(self, hu, below_vertex_mm, watch), Stages()
+        inside = brain.to(self.device)
+        for stage, work in (("encode", run.encode), ("latent", run.optimise_latent), ("noise", run.optimise_noise)):
+            with stages.stage(stage, lambda: error_hu(run.query_hu, decode(run.image), inside)):
+                work()
+        return Reconstruction(run.query_hu.cpu(), decode(run.image).cpu(), stages.error_hu, stages.seconds)
+
+    def config(self) -> dict[str, Any]:
+        return asdict(self.encoder.config)
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
+        networks = {"generator": self.generator, "encoder": self.encoder}
+        if self.settings.perceptual == "discriminator":
+            networks["discriminator"] = self.discriminator
+        check_latent(self.latent, self.encoder, Path("latent.safetensors"))
+        return compact_networks(networks, dtype) | {"latent": self.latent.to_tensors(dtype)}
+
+    @classmethod
+    def load(cls, folder: Path, config: Mapping[str, Any], settings: SearchSettings, device: torch.device) -> Search:
+        names = ["generator", "encoder", *(["discriminator"] if settings.perceptual == "discriminator" else [])]
+        networks = load_networks(folder, config, names, device)
+        return cls(settings, latent=load_latent(folder, networks["encoder"]).to(device), **networks)
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        super().set_precision(dtype)
+        for network in (self.generator, self.encoder, self.discriminator):
+            if network is not None:
+                network.compute_dtype = dtype
 
 
-@dataclass(frozen=True)
-class FrameProjection:
-    """What project() returns, on the CPU, in the standard frame; S slices inferior to superior.
-
-    reconstruction  float32 [S, N, N], HU: the closest normal slice
-    residual        float32 [S, N, N], HU: query minus reconstruction in the brain, median-filtered, signed
-    scales          float32 [S, 2, N, N], HU: the residual at the scales of normative.py
-    judged          bool [S, N, N]: the brain, or the part of it in which --filter looks for surprises
-    votes           int32 [S, N, N], over `steps` steps, at most two a step; none where only surprise was asked for
-    anomaly         float32 [S, N, N], signed: residual weighted by its votes (HU), or its surprise, as measured
-    predicted       bool [S, N, N]: votes exceed the steps, or the surprise exceeds --surprise-mask
-    lesion          bool [S, N, N]: predicted without small components
-    slice_scores    float32 [S]: HU times votes a step, or surprise beyond --surprise-above, mean over the brain
-    error_hu        mean absolute difference from the query in the brain after each stage. That after 'latent' tells
-                    how close the normal comes; the noise stage copies texture and makes it look better
-    seconds         by stage
-    """
-
-    reconstruction: torch.Tensor
-    residual: torch.Tensor
-    scales: torch.Tensor
-    judged: torch.Tensor
-    votes: torch.Tensor
-    anomaly: torch.Tensor
-    predicted: torch.Tensor
-    lesion: torch.Tensor
-    slice_scores: torch.Tensor
-    steps: int
-    error_hu: dict[str, float]
-    seconds: dict[str, float]
-
-    def scan_score(self, how: str) -> float:
-        return measure.scan_score(self.slice_scores, how)
+def load_latent(folder: Path, encoder: Encoder) -> LatentStats:
+    """The latent statistics of a bundle. Raises CheckpointError unless they are of this encoder's codes."""
+    path = folder / "latent.safetensors"
+    try:
+        latent = LatentStats.from_tensors(load_tensors(path))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    check_latent(latent, encoder, path)
+    return latent
 
 
-def project(
-    hu: torch.Tensor,
-    brain: torch.Tensor,
-    below_vertex_mm: np.ndarray,
-    bundle: Bundle,
-    perceptual: torch.nn.Module,
-    settings: ProjectionSettings,
-    batch: int = 32,
-    tell: bool = True,
-) -> FrameProjection:
-    """Project the slices of one scan (all of them, in order, so that neighbours can vote).
-
-    hu              float32 [S, N, N], standardised as the bundle's preprocessing says
-    brain           bool [S, N, N]; below_vertex_mm [S], monotonic
-    perceptual      perceptual_for(bundle, settings)
-    batch           slices that pass through the networks at a time: memory, not results
-    tell            False leaves the surprise untold, for a bundle that does not know it yet: the anomaly is then the
-                    residual, nothing is predicted and the scores are 0
-    """
-    n = bundle.config.size
-    if tell and settings.measure == "surprise" and bundle.normal is None:
-        raise ValueError("--measure surprise: this model holds no statistics of healthy residuals; make it anew with "
-                         "latent_stats.py and at least 3 held-out scans, or use --measure votes")
-    if hu.shape[1:] != (n, n) or brain.shape != hu.shape or len(below_vertex_mm) != len(hu):
-        raise ValueError(f"project: expected hu and brain [S, {n}, {n}] and S positions, got {list(hu.shape)}, "
-                         f"{list(brain.shape)} and {len(below_vertex_mm)}")
-    search = _Search(hu, brain, below_vertex_mm, bundle, perceptual, settings, batch)
-    errors, seconds, start = {}, {}, time.perf_counter()
-    for stage, run in (("encode", search.encode), ("latent", search.optimise_latent), ("noise", search.optimise_noise)):
-        run()
-        errors[stage] = search.error_hu()                                # waits for the device, too
-        seconds[stage] = time.perf_counter() - start
-        start = time.perf_counter()
-    return search.result(errors, seconds, tell)
+def check_latent(latent: LatentStats, encoder: Encoder, path: Path) -> None:
+    """CheckpointError unless the statistics have the shape of the encoder's codes."""
+    expected, found = (encoder.config.n_latent, encoder.config.style_dim), tuple(latent.mean.shape[1:])
+    if found != expected:
+        raise CheckpointError(f"{path}: [layers, style_dim] {list(found)}, but the networks have {list(expected)}; fit "
+                              "the statistics on this encoder's codes")
 
 
 def ramp(t: float, up: float = 0.05, down: float = 0.25) -> float:
@@ -159,32 +144,27 @@ def ramp(t: float, up: float = 0.05, down: float = 0.25) -> float:
     return (0.5 - 0.5 * np.cos(factor * np.pi)) * min(1.0, t / up)
 
 
-class _Search:
-    """The state of one scan's projection: code p and noise maps of every slice, and the votes so far."""
+class _Run:
+    """The state of one scan's search: code p and noise maps of every slice."""
 
-    def __init__(self, hu, brain, below_vertex_mm, bundle, perceptual, settings, batch):
-        self.bundle, self.perceptual, self.settings = bundle, perceptual, settings
-        self.device = bundle.generator.input.input.device
-        self.query = encode(hu.to(self.device))
-        # What the three windows can show of the query: the generator can draw no more.
-        self.query_hu, self.brain = decode(self.query), brain.to(self.device)
-        self.positions = np.ascontiguousarray(below_vertex_mm)          # torch takes no reversed views
-        usual_mm = np.median(np.abs(np.diff(self.positions))) if len(hu) > 1 else 0
-        self.max_gap_mm = max(settings.max_gap_mm, 1.5 * usual_mm)       # thick slices have neighbours, too
+    def __init__(self, search: Search, hu: torch.Tensor, below_vertex_mm: np.ndarray, watch: Watch | None):
+        self.search, self.settings, self.watch = search, search.settings, watch
+        self.generator, self.perceptual = search.generator, search.perceptual
+        self.query = encode(hu.to(search.device))
+        self.query_hu = decode(self.query)                  # what the windows can show: the generator can draw no more
+        batch = self.settings.batch
         self.chunks = [slice(i, min(i + batch, len(hu))) for i in range(0, len(hu), batch)]
-        self.stats = bundle.latent.at(torch.as_tensor(self.positions))
-        self.counter = measure.VoteCounter(hu.shape, self.device)
-        self.median = measure.scale_median_size(hu.shape[-1], settings.median_at_512)
+        positions = np.ascontiguousarray(below_vertex_mm)                # torch takes no reversed views
+        self.stats = search.latent.at(torch.as_tensor(positions))
         self.image = torch.empty_like(self.query)                        # the reconstruction at the last step
-        # The noise stage must know what is anomalous before a surprise can be told.
-        self._needs_votes = settings.measure == "votes" or settings.steps_noise > 0
+        self.predicted = torch.zeros(hu.shape, dtype=torch.bool, device=search.device)      # anomalous, so far
 
     @torch.no_grad()
     def encode(self):
         # In one batch: an imported encoder's statistic is taken over the whole scan, as released.
-        w_plus, noise = self.bundle.encoder.invert(self.query, self.bundle.generator)
+        w_plus, noise = self.search.encoder.invert(self.query, self.generator)
         if not self.settings.predicted_noise:
-            noise = self.bundle.generator.noise_maps("const")
+            noise = self.generator.noise_maps("const")
         self.p_encoder = self.stats.to_p(w_plus)
         self.p = self.p_encoder.clone()
         self.w_plus = self.stats.to_w(self.p)
@@ -206,15 +186,14 @@ class _Search:
             gradient = torch.empty_like(w_plus)
             for chunk, features in zip(self.chunks, query_features):
                 w = w_plus[chunk].detach().requires_grad_(True)
-                image = self.bundle.generator.synthesis(w, [m[chunk] for m in self.noise])
+                image = self.generator.synthesis(w, [m[chunk] for m in self.noise])
                 # Sums over slices: no slice's gradient may depend on how many others there are.
                 self.perceptual.distance(features, self.perceptual.features(image)).sum().backward()
                 gradient[chunk] = w.grad
                 self.image[chunk] = image.detach()
             w_plus.backward(gradient)
             (self.settings.domain * len(self.p) * prior_excess(self.p, self.p_encoder)).backward()
-            if self._needs_votes:
-                self._vote()
+            self._step_done()
             optimiser.step()
         with torch.no_grad():
             self.p = self.p.detach()
@@ -232,39 +211,15 @@ class _Search:
         for step in range(self.settings.steps_noise):
             self._set_rate(optimiser, self.settings.lr_noise, step / self.settings.steps_noise)
             optimiser.zero_grad(set_to_none=True)
-            target = torch.where(self.counter.predicted[:, None], normal, self.query)
+            target = torch.where(self.predicted[:, None], normal, self.query)
             for chunk in self.chunks:
-                image = self.bundle.generator.synthesis(self.w_plus[chunk], [m[chunk] for m in self.noise])
+                image = self.generator.synthesis(self.w_plus[chunk], [m[chunk] for m in self.noise])
                 (image - target[chunk]).abs().mean((1, 2, 3)).sum().backward()
                 self.image[chunk] = image.detach()
-            self._vote()
+            self._step_done()
             optimiser.step()
         self.noise = [m.detach() for m in self.noise]
         self._draw()
-
-    @torch.no_grad()
-    def error_hu(self) -> float:
-        return (self.query_hu - decode(self.image)).abs()[self.brain].mean().item()
-
-    @torch.no_grad()
-    def result(self, errors: dict[str, float], seconds: dict[str, float], tell: bool) -> FrameProjection:
-        reconstruction, brain = decode(self.image), self.brain.cpu()
-        residual = self._residual(reconstruction).cpu()
-        scales, judged = residual_scales(self.query_hu.cpu(), reconstruction.cpu(), residual, brain, self.settings)
-        votes, steps = self.counter.votes.cpu(), self.counter.steps
-        if self.settings.measure == "surprise" and tell:
-            surprise = self.bundle.normal.surprise(scales, judged, self.positions)
-            shown, predicted, scores = judge(surprise, judged, self.settings)
-        elif self.settings.measure == "surprise":
-            shown, predicted, scores = residual, torch.zeros_like(brain), torch.zeros(len(brain))
-        else:
-            shown, predicted = measure.anomaly_map(votes, residual, steps), self.counter.predicted.cpu()
-            scores = measure.slice_scores(votes, steps, residual.abs(), brain)
-        return FrameProjection(
-            reconstruction=reconstruction.cpu(), residual=residual, scales=scales, judged=judged, votes=votes,
-            anomaly=shown, predicted=predicted,
-            lesion=measure.lesion_mask(predicted, predicted.shape[-1], self.settings.component_at_512),
-            slice_scores=scores, steps=steps, error_hu=errors, seconds=seconds)
 
     @staticmethod
     def _set_rate(optimiser, peak, t):
@@ -272,48 +227,9 @@ class _Search:
 
     @torch.no_grad()
     def _draw(self):
-        for chunk in self.chunks:
-            self.image[chunk] = self.bundle.generator.synthesis(self.w_plus[chunk], [m[chunk] for m in self.noise])
-
-    def _residual(self, reconstruction):
-        return measure.residual(self.query_hu, reconstruction, self.brain, self.median)
+        self.image = draw(self.generator, self.w_plus, self.noise, self.settings.batch)
 
     @torch.no_grad()
-    def _vote(self):
-        votes = measure.frame_votes(self._residual(decode(self.image)).abs(), self.settings.threshold_hu,
-                                    self.positions, self.max_gap_mm)
-        self.counter.add(votes)
-
-
-def residual_scales(query_hu: torch.Tensor, normal_hu: torch.Tensor, residual: torch.Tensor, brain: torch.Tensor,
-                    settings: ProjectionSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """What --measure surprise is told of: the residual at both scales [S, 2, N, N], HU, and where, bool [S, N, N].
-
-    query_hu and its closest normal normal_hu, residual (of measure.residual) float32 [S, N, N]; brain bool [S, N, N].
-    """
-    if settings.filter == "median":
-        return normative.scales(query_hu - normal_hu, residual, brain), brain
-    soft = normative.soft_brain(query_hu, brain)
-    return normative.band_scales(query_hu - normal_hu, soft), soft
-
-
-def judge(surprise: torch.Tensor, judged: torch.Tensor, settings: ProjectionSettings
-          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Map [S, N, N], predicted bool [S, N, N] and slice scores [S] of --measure surprise.
-
-    surprise [S, 2, N, N], signed, of normative.Normal; judged bool [S, N, N], of residual_scales.
-    """
-    shown = normative.combine(surprise, settings.scale, settings.thin)
-    if settings.pool == "peak":
-        sigma = PEAK_AT_512 * shown.shape[-1] / measure.PAPER_SIZE
-        scores = measure.peak_scores(shown, judged, settings.surprise_above, sigma)
-    else:
-        scores = measure.surprise_scores(shown, judged, settings.surprise_above)
-    return shown, shown.abs() > settings.surprise_mask, scores
-
-
-def perceptual_for(bundle: Bundle, settings: ProjectionSettings, vgg16=None, lpips=None) -> torch.nn.Module:
-    """The perceptual distance of the settings on the bundle's device. ValueError when LPIPS lacks its weights."""
-    module = build_perceptual(settings.perceptual, bundle.discriminator, settings.pixels, settings.knee, vgg16,
-                              lpips)
-    return module.to(bundle.generator.input.input.device)
+    def _step_done(self):
+        if self.watch:
+            self.predicted = self.watch(self.query_hu, decode(self.image))

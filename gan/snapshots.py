@@ -24,7 +24,6 @@ from torch import nn
 
 from files import flush, full_disk_named, require_space
 from weights import (
-    FORMAT_VERSION,
     CheckpointError,
     load_strictly,
     load_tensors,
@@ -35,6 +34,7 @@ from weights import (
     verify,
 )
 
+FORMAT_VERSION = 1                       # newer ones are refused
 _PLAIN = (bool, int, float, str, bytes, type(None))
 
 
@@ -127,7 +127,7 @@ def load_snapshot(run: str | Path, step: int | str = "latest") -> Snapshot:
 
 
 def _read_snapshot(folder: Path) -> Snapshot:
-    content = read_json(folder / "meta.json", "the snapshot is not whole; use another")
+    content = read_json(folder / "meta.json", "the snapshot is not whole; use another", FORMAT_VERSION)
     verify(folder, content["files"], "the file was altered or cut short; use another snapshot")
     networks = [name for name in content["files"] if name.endswith(".safetensors")]
     weights = {name.removesuffix(".safetensors"): load_tensors(folder / name) for name in networks}
@@ -139,7 +139,7 @@ def _prune(run: Path, keep: int) -> None:
     for step in snapshot_steps(run)[:-max(keep, 1)]:
         folder = _snapshot_path(run, step)
         try:
-            milestone = read_json(folder / "meta.json", "damaged")["milestone"]
+            milestone = read_json(folder / "meta.json", "damaged", FORMAT_VERSION)["milestone"]
         except CheckpointError:
             milestone = False
         if not milestone:                # in one move first: a run killed here leaves no half of a snapshot

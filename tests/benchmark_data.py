@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import zlib
 from pathlib import Path
@@ -16,7 +15,8 @@ from ct.read import find_scans, read_scan
 from ct.standardise import StandardiseSettings
 from ct.write import write_nifti
 from dataset import ScanRecord, SliceDataset, SliceWriter
-from detect.search import ProjectionSettings
+from detect.pca import PcaFit
+from detect.settings import Settings
 from tests.helpers import synthetic_scan
 
 SETTINGS = PreprocessSettings(StandardiseSettings(size=32, hu_clip=(-20.0, 100.0)), min_brain_fraction=0.01)
@@ -59,10 +59,10 @@ def write_database(path: Path) -> Path:
 def write_fits(folder: Path, database: Path) -> Path:
     """A small PCA and HU thresholds, fitted."""
     folder.mkdir()
-    for baseline in (baselines.PositionPca(baselines.PcaSettings(components=2, step_mm=20.0)),
-                     baselines.HuThresholds()):
+    for kind, baseline in (("pca", baselines.PositionPca(PcaFit(components=2, step_mm=20.0))),
+                           ("hu", baselines.HuThresholds())):
         baseline.fit(SliceDataset(database, "train"))
-        baseline.save(folder / f"{baseline.kind}.safetensors")
+        baseline.save(folder / f"{kind}.safetensors")
     return folder
 
 
@@ -75,7 +75,6 @@ def bundle_meta(database: Path):
 def project(scans: Path, model: Path, out: Path, device: str, flags=(), name: str = "") -> dict:
     """What projector.py writes, with HU thresholds in its place."""
     ours, rows, slices = baselines.HuThresholds(), [], []
-    ours.preprocessing = SETTINGS.to_json()
     out.mkdir(parents=True, exist_ok=True)
     for source in find_scans(scans):
         if source.scan_id == FAILS:
@@ -95,7 +94,7 @@ def project(scans: Path, model: Path, out: Path, device: str, flags=(), name: st
             writer.writeheader()
             writer.writerows(found)
     run = {"weights_sha256": "0", "model": {}, "versions": {}, "device": "cpu", "threads": 1,
-           "projection": dataclasses.asdict(ProjectionSettings()), "preprocessing": SETTINGS.to_json()}
+           "settings": Settings("search").to_json(), "preprocessing": SETTINGS.to_json()}
     return json.loads(json.dumps(run))
 
 

@@ -10,16 +10,20 @@ import pytest
 import torch
 
 from benchmarks import baselines
-from benchmarks.baselines import DaeSettings, DenoisingAutoencoder, HuThresholds, PcaSettings, PositionPca
+from benchmarks.baselines import HuFit, HuThresholds, anomaly_map
 from ct.frame import PreprocessSettings, preprocess_scan
 from ct.standardise import StandardiseSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
+from detect import pca as position_pca
+from detect.autoencoder import Autoencoder, AutoencoderFit, coarse_noise
+from detect.fitted import Fitted
+from detect.pca import PcaFit, PositionPca
 from evaluation.cohort import read_scores
 from tests.helpers import synthetic_head, synthetic_scan
 from tests.writers import write_slice_folder
 
-SETTINGS = {"hu": baselines.HuSettings(), "pca": PcaSettings(components=2, step_mm=20.0),
-            "dae": DaeSettings(width=8, depth=2, noise_size=4, steps=3, batch=4)}
+SETTINGS = {"hu": HuFit(), "pca": PcaFit(components=2, step_mm=20.0),
+            "dae": AutoencoderFit(width=8, depth=2, noise_size=4, steps=3, batch=4)}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def data(slices32) -> SliceDataset:
 
 
 @pytest.fixture(scope="module")
-def fits(data) -> dict[str, baselines.Baseline]:
+def fits(data) -> dict[str, Fitted]:
     found = {kind: baselines.KINDS[kind](settings) for kind, settings in SETTINGS.items()}
     for baseline in found.values():
         baseline.fit(data)
@@ -48,23 +52,24 @@ def test_a_saved_baseline_comes_back_as_it_was(kind, fits, data, tmp_path):
     fits[kind].save(tmp_path / "saved.safetensors")
     loaded = baselines.load(tmp_path / "saved.safetensors")
     scan = data.scan(0)
-    before, after = (b.anomaly_map(scan["hu"], scan["brain"], scan["below_vertex_mm"]) for b in (fits[kind], loaded))
-    assert type(loaded) is type(fits[kind]) and loaded.settings == SETTINGS[kind]
-    assert loaded.preprocessing == data.manifest["settings"] and loaded.data_digest == data.manifest["digest"]
+    before, after = (anomaly_map(b, scan["hu"], scan["brain"], scan["below_vertex_mm"]) for b in (fits[kind], loaded))
+    assert type(loaded) is type(fits[kind]) and loaded.fitting == SETTINGS[kind]
+    assert loaded.trained_on["data"]["settings"] == data.manifest["settings"]
+    assert loaded.trained_on["data"]["digest"] == data.manifest["digest"]
     assert torch.allclose(before, after, atol=0.5)                   # the components are kept as float16
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_map_is_not_negative_and_lies_in_the_brain(kind, fits, data):
     scan = data.scan(1)
-    found = fits[kind].anomaly_map(scan["hu"] + 30, scan["brain"], scan["below_vertex_mm"])
+    found = anomaly_map(fits[kind], scan["hu"] + 30, scan["brain"], scan["below_vertex_mm"])
     assert found.shape == scan["hu"].shape and found.dtype == torch.float32
     assert (found >= 0).all() and (found[~scan["brain"]] == 0).all() and found.max() > 1
 
 
 def test_an_unfitted_baseline_says_so():
     with pytest.raises(ValueError, match="pca: not fitted"):
-        PositionPca().anomaly_map(torch.zeros(1, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), [0.0])
+        anomaly_map(PositionPca(), torch.zeros(1, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), [0.0])
 
 
 def test_another_file_is_no_baseline(tmp_path):
@@ -84,7 +89,7 @@ def test_hu_thresholds_take_blood_but_no_bone_no_fluid_and_no_single_pixel(data)
     hu[0, 2:7, 12:17] = 5
     hu[0, 20, 20] = 80
     brain = torch.ones_like(hu, dtype=torch.bool)
-    found = baseline.anomaly_map(hu, brain, [0.0])[0]
+    found = anomaly_map(baseline, hu, brain, [0.0])[0]
     assert (found[3:6, 3:6] == 15).all()
     found[2:7, 2:7] = 0
     assert (found == 0).all()
@@ -97,7 +102,7 @@ def test_components_draw_what_varies_and_are_orthonormal():
     mean, first, second = (torch.from_numpy(rng.normal(size=(8, 8))).float() for _ in range(3))
     weights = torch.from_numpy(rng.normal(size=(12, 2))).float()
     slices = mean + weights[:, :1, None] * first + weights[:, 1:, None] * second
-    middle, basis = baselines._components(slices, 2)
+    middle, basis = position_pca._components(slices, 2)
     flat = basis.flatten(1)
     assert torch.allclose(flat @ flat.T, torch.eye(2), atol=1e-4)
     drawn = (slices - middle).flatten(1) @ flat.T @ flat
@@ -108,10 +113,10 @@ def test_pca_compares_with_slices_of_the_same_height(tmp_path):
     rng = np.random.default_rng(0)
     texture = rng.normal(0, 0.5, (6, 16, 16))
     data = database(tmp_path / "two.lmdb", {"top": (20 + texture, [0.0] * 6), "base": (60 + texture, [100.0] * 6)})
-    pca = PositionPca(PcaSettings(components=2, step_mm=10.0))
+    pca = PositionPca(PcaFit(components=2, step_mm=10.0))
     pca.fit(data)
     hu, brain = torch.full((2, 16, 16), 60.0), torch.ones(2, 16, 16, dtype=torch.bool)
-    top, base = pca.anomaly_map(hu, brain, np.array([3.0, 97.0]))
+    top, base = anomaly_map(pca, hu, brain, np.array([3.0, 97.0]))
     assert top[4:12, 4:12].mean() == pytest.approx(40, abs=2)
     assert base[4:12, 4:12].mean() < 2
 
@@ -120,25 +125,25 @@ def test_pca_does_not_see_bone(tmp_path):
     rng = np.random.default_rng(0)
     hu = 30 + rng.normal(0, 1, (6, 16, 16))
     data = database(tmp_path / "six.lmdb", {"six": (hu, [0.0] * 6)})
-    pca = PositionPca(PcaSettings(components=2, step_mm=10.0))
+    pca = PositionPca(PcaFit(components=2, step_mm=10.0))
     pca.fit(data)
     brain = torch.ones(1, 16, 16, dtype=torch.bool)
     brain[:, :4] = False
     plain = torch.full((1, 16, 16), 30.0)
     with_bone = torch.where(brain, plain, torch.tensor(1000.0))
-    assert torch.equal(*(pca.anomaly_map(query, brain, [0.0]) for query in (plain, with_bone)))
+    assert torch.equal(*(anomaly_map(pca, query, brain, [0.0]) for query in (plain, with_bone)))
 
 
 def test_pca_needs_more_slices_than_components(data):
     with pytest.raises(ValueError, match="too few for 500 components.*--components"):
-        PositionPca(PcaSettings(components=500)).fit(data)
+        PositionPca(PcaFit(components=500)).fit(data)
 
 
 # ---- denoising autoencoder
 
 def test_coarse_noise_is_smooth_seeded_and_another_one_a_slice():
     def drawn(seed):
-        return baselines.coarse_noise((4, 64, 64), 8, torch.Generator().manual_seed(seed))
+        return coarse_noise((4, 64, 64), 8, torch.Generator().manual_seed(seed))
 
     noise = drawn(3)
     assert torch.equal(noise, drawn(3)) and not torch.equal(noise, drawn(4))
@@ -149,7 +154,7 @@ def test_coarse_noise_is_smooth_seeded_and_another_one_a_slice():
 
 
 def test_noise_is_added_to_the_brain_alone(monkeypatch):
-    dae, seen = DenoisingAutoencoder(DaeSettings(width=8, depth=1, noise_size=4)), []
+    dae, seen = Autoencoder(AutoencoderFit(width=8, depth=1, noise_size=4)), []
     own = dae._denoised
     monkeypatch.setattr(dae, "_denoised", lambda hu: (seen.append(hu), own(hu))[1])
     brain = torch.zeros(2, 16, 16, dtype=torch.bool)
@@ -163,13 +168,13 @@ def test_the_autoencoder_learns_and_the_seed_decides(tmp_path):
     rng = np.random.default_rng(0)
     hu = np.clip(30 + 10 * np.sin(np.arange(16) / 2)[:, None] + rng.normal(0, 1, (8, 16, 16)), -20, 100)
     data = database(tmp_path / "eight.lmdb", {"eight": (hu, [5.0 * i for i in range(8)])})
-    settings = DaeSettings(width=8, depth=1, noise_size=4, steps=60, batch=8, lr=5e-3)
-    trained, again = DenoisingAutoencoder(settings), DenoisingAutoencoder(settings)
+    settings = AutoencoderFit(width=8, depth=1, noise_size=4, steps=60, batch=8, lr=5e-3)
+    trained, again = Autoencoder(settings), Autoencoder(settings)
     for dae in (trained, again):
         dae.fit(data)
     query, brain = torch.from_numpy(hu).float(), torch.ones(8, 16, 16, dtype=torch.bool)
     query[:, 4:10, 4:10] += 40
-    maps = trained.anomaly_map(query, brain, np.arange(8.0))
+    maps = anomaly_map(trained, query, brain, np.arange(8.0))
     healthy = torch.ones(16, 16, dtype=torch.bool)
     healthy[2:12, 2:12] = False
     assert maps[:, 5:9, 5:9].mean() > 2 * maps[:, healthy].mean()
@@ -178,13 +183,13 @@ def test_the_autoencoder_learns_and_the_seed_decides(tmp_path):
 
 def test_the_autoencoder_refuses_slices_it_cannot_halve(data):
     with pytest.raises(ValueError, match="slices of 32 pixels cannot be halved 6 times.*--depth"):
-        DenoisingAutoencoder(DaeSettings(width=8, depth=5)).fit(data)
+        Autoencoder(AutoencoderFit(width=8, depth=5)).fit(data)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"noise_hu": -1.0}])
 def test_settings_that_cannot_be_meant_name_their_flag(wrong):
     with pytest.raises(ValueError, match="--" + next(iter(wrong)).replace("_", "-")):
-        DaeSettings(**wrong)
+        AutoencoderFit(**wrong)
 
 
 # ---- scores
@@ -218,7 +223,7 @@ def test_fit_and_score_write_what_evaluate_reads(slices32, tmp_path):
     saved, out = str(tmp_path / "hu.safetensors"), tmp_path / "results"
     assert baselines.main(["fit", "hu", "--data", str(slices32), "--out", saved, "--low-hu", "50",
                            "--device", "cpu"]) == 0
-    assert baselines.load(saved).settings.low_hu == 50
+    assert baselines.load(saved).fitting.low_hu == 50
     assert baselines.main(["score", saved, str(tmp_path / "scans"), "--out", str(out), "--mask-hu", "5",
                            "--device", "cpu"]) == 0
     scores = read_scores(out / "scores.csv")

@@ -15,7 +15,9 @@ import torch
 from benchmarks import baselines, compare, ct_ich
 from benchmarks.ct_ich import Case
 from dataset import SliceDataset
-from detect.search import ProjectionSettings
+from detect.measure import Surprise
+from detect.reconstruct import Reconstruction
+from detect.settings import Settings
 from evaluation import metrics
 from evaluation.cohort import InputError, Label
 from healthygan.model import ModelConfig
@@ -158,29 +160,31 @@ def test_a_model_of_other_data_is_refused(database):
 
 # ---- methods
 
-class Biased(baselines.Reconstruction):
-    """Draws everything 10 HU too thin on the right half of the frame: a plain residual lights up there."""
+class Biased:
+    """Draws everything 10 HU too low on the right half of the frame: a plain residual lights up there."""
 
-    kind, settings_type = "biased", baselines.HuSettings
+    precision = torch.float32
 
-    def closest_normal(self, hu, brain, below_vertex_mm):
+    def closest_normal(self, hu, brain, below_vertex_mm, watch=None):
         bias = torch.zeros_like(hu)
         bias[..., hu.shape[-1] // 2:] = 10.0
         noise = torch.randn(hu.shape, generator=torch.Generator().manual_seed(len(hu))) * 2
-        return torch.full_like(hu, 30.0) + bias + noise + 40.0 * (hu > 60), torch.full_like(hu, 30.0)
+        query = torch.full_like(hu, 30.0) + bias + noise + 40.0 * (hu > 60)
+        return Reconstruction(torch.where(brain, query, hu), torch.full_like(hu, 30.0), {"reconstruct": 0.0},
+                              {"reconstruct": 0.0})
 
 
 def test_calibration_forgives_what_healthy_scans_have_too(database):
     pre = prepared(head(1, True)[0], SETTINGS)
-    calibrated = compare.Calibrated.fit(Biased(), SliceDataset(database, "val"), ProjectionSettings())
+    score_scan = compare.calibrated(Biased(), SliceDataset(database, "val"), Settings("search"))
     hu, brain, mm = baselines.kept_slices(pre)
-    shown = calibrated.score_scan(pre)
-    healthy = calibrated.score_scan(prepared(head(2, False)[0], SETTINGS))
+    shown = score_scan(pre)
+    healthy = score_scan(prepared(head(2, False)[0], SETTINGS))
     truth = head(1, True)[1]
     inside = pre.brain & shown.shown[:, None, None]
     assert np.abs(healthy.anomaly).mean() < 1 < np.abs(shown.anomaly[truth & inside]).mean()
     assert shown.scan_score("mean") > 3 * healthy.scan_score("mean")
-    plain = compare.scales_of(Biased(), hu, brain, mm, ProjectionSettings())[0][:, 0]
+    plain = Surprise().evidence(Biased().closest_normal(hu, brain, mm), brain, mm).scales[:, 0]
     right = brain & (torch.arange(32) > 17)
     assert plain[right].median() > 5                                      # where the plain residual is of no use
 
@@ -207,8 +211,8 @@ def test_the_projector_gets_the_flags_and_its_failure_is_told(tmp_path, monkeypa
         "print('1/1 one: score 1')\nsys.exit(2 if 'wrong' in sys.argv else 3)\n")
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     monkeypatch.setattr(compare, "sys", SimpleNamespace(executable=sys.executable))
-    ended = compare.project(tmp_path / "scans", "m", tmp_path / "out", "cpu", ct_ich.ROWS["faithful"])
-    assert ended == ["--device", "cpu", "--preset", "faithful"]
+    ended = compare.project(tmp_path / "scans", "m", tmp_path / "out", "cpu", ct_ich.ROWS["published"])
+    assert ended == ["--device", "cpu", "--preset", "published"]
     with pytest.raises(ValueError, match="projector.py ended with 2"):
         compare.project(tmp_path / "scans", "m", tmp_path / "again", "wrong")
 
@@ -222,7 +226,7 @@ def test_every_stage_and_going_on(data, database, fits, tmp_path, monkeypatch, c
                str(fits), "--baselines", "hu", "pca", "--device", "cpu"]
     assert ct_ich.main(command) == 3                                      # one scan failed
     found, printed = json.loads((out / "metrics.json").read_text()), capsys.readouterr().out
-    assert list(found["methods"]) == ["ours", "faithful", "hu", "pca", "pca-calibrated"]
+    assert list(found["methods"]) == ["ours", "published", "hu", "pca", "pca-calibrated"]
     assert found["failed"] == {FAILS: "no head"} and list(found["scans"]) == ["ill1", "ill2", "well1", "well2"]
     ours, hu = found["methods"]["ours"], found["methods"]["hu"]
     assert ours["scan"] == hu["scan"] and ours["slice"] == hu["slice"]    # the same map: the same figures
@@ -234,7 +238,7 @@ def test_every_stage_and_going_on(data, database, fits, tmp_path, monkeypatch, c
     monkeypatch.setattr(ct_ich, "measure", lambda *_: pytest.fail("measured again"))
     assert ct_ich.main([*command, "--rows"]) == 3
     again = json.loads((out / "metrics.json").read_text())
-    assert "faithful" not in again["methods"] and again["methods"]["pca"] == found["methods"]["pca"]
+    assert "published" not in again["methods"] and again["methods"]["pca"] == found["methods"]["pca"]
 
 
 def test_too_few_held_out_scans_are_told_before_the_projection(data, slices32, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,5 @@
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -10,15 +11,19 @@ import torch
 from torch import nn
 
 import checkpoint
-from detect.bundle import load_bundle, load_released, save_bundle
+from detect.bundle import load_bundle, load_released, save_bundle, versions
+from detect.inversion import Inversion, InversionSettings
 from detect.latent import LatentStats
+from detect.measure import MaskSettings, SurpriseSettings
 from detect.released import infer_config, read_statistics
+from detect.search import Search, SearchSettings
+from detect.settings import Settings
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
 from model import Discriminator, Encoder, Generator, ModelConfig
 from weights import CheckpointError
 
 TINY = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=128, channel_max=16)
-META = dict(preprocessing={"size": 32}, projection=None, calibration=None, provenance={"data": "phantoms"})
+META = dict(preprocessing={"size": 32}, calibration=None, provenance={"data": "phantoms"})
 
 
 def networks(config=TINY, seed=0):
@@ -33,6 +38,18 @@ def networks(config=TINY, seed=0):
 def latent_stats(config=TINY):
     codes = torch.randn(60, config.n_latent, config.style_dim, generator=torch.Generator().manual_seed(0))
     return LatentStats.fit(codes, torch.zeros(60), [0.0, 5.0], components=3)
+
+
+def save(folder, parts, latent, meta=META, **options):
+    """A bundle of the published search, which uses all files."""
+    generator, discriminator, encoder = parts
+    search = Search(SearchSettings(), generator, encoder, latent, discriminator)
+    return save_bundle(folder, search, Settings("search"), meta, **options)
+
+
+def load(folder):
+    """The search of a bundle, in float32."""
+    return load_bundle(folder, precision="fp32").reconstructor
 
 
 def outputs(generator, discriminator, encoder):
@@ -139,37 +156,84 @@ def bundle_parts():
 
 def test_bundle_round_trip(tmp_path, bundle_parts):
     parts, latent = bundle_parts
-    save_bundle(tmp_path / "m", *parts, latent, META, dtype=torch.float32)
-    bundle = load_bundle(tmp_path / "m")
-    for found, expected in zip(outputs(bundle.generator, bundle.discriminator, bundle.encoder), outputs(*parts)):
-        torch.testing.assert_close(found, expected, atol=0, rtol=0)
-    torch.testing.assert_close(bundle.latent.components, latent.components, atol=0, rtol=0)
-    assert bundle.config == TINY and {key: bundle.meta[key] for key in META} == META
-    assert not bundle.generator.training and not any(p.requires_grad for p in bundle.encoder.parameters())
+    save(tmp_path / "m", parts, latent, dtype=torch.float32)
+    bundle = load_bundle(tmp_path / "m", precision="fp32")
+    found = bundle.reconstructor
+    for one, expected in zip(outputs(found.generator, found.discriminator, found.encoder), outputs(*parts)):
+        torch.testing.assert_close(one, expected, atol=0, rtol=0)
+    torch.testing.assert_close(found.latent.components, latent.components, atol=0, rtol=0)
+    assert found.encoder.config == TINY and {key: bundle.meta[key] for key in META} == META
+    assert not found.generator.training and not any(p.requires_grad for p in found.encoder.parameters())
+    assert bundle.settings == Settings("search") and bundle.meta["versions"] == versions()
 
 
 def test_half_precision_is_close_and_half_the_size(tmp_path, bundle_parts):
     parts, latent = bundle_parts
-    half = save_bundle(tmp_path / "half", *parts, latent, META)
-    full = save_bundle(tmp_path / "full", *parts, latent, META, dtype=torch.float32)
-    bundle = load_bundle(half)
-    for found, expected in zip(outputs(bundle.generator, bundle.discriminator, bundle.encoder), outputs(*parts)):
-        assert (found - expected).abs().max() < 0.01 * expected.abs().max()
+    half = save(tmp_path / "half", parts, latent)
+    full = save(tmp_path / "full", parts, latent, dtype=torch.float32)
+    found = load(half)
+    for one, expected in zip(outputs(found.generator, found.discriminator, found.encoder), outputs(*parts)):
+        assert (one - expected).abs().max() < 0.01 * expected.abs().max()
     # The fixed noise is part of the result: it must come from the file, not from the constructor.
-    torch.testing.assert_close(bundle.generator.noises.noise_3, parts[0].noises.noise_3, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found.generator.noises.noise_3, parts[0].noises.noise_3, atol=1e-3, rtol=1e-3)
     sizes = [(folder / "discriminator.safetensors").stat().st_size for folder in (half, full)]
     assert sizes[0] < 0.65 * sizes[1]
-    assert bundle.weights_hash != load_bundle(full).weights_hash
+    assert load_bundle(half).weights_hash != load_bundle(full).weights_hash
 
 
 def test_values_beyond_half_precision_stay_float32(tmp_path):
     generator, discriminator, encoder = networks()
     encoder.final_linear.bias.data[0] = 1e6
-    save_bundle(tmp_path, generator, discriminator, encoder, latent_stats(), META)
-    assert load_bundle(tmp_path).encoder.final_linear.bias[0] == 1e6
+    save(tmp_path, (generator, discriminator, encoder), latent_stats())
+    assert load(tmp_path).encoder.final_linear.bias[0] == 1e6
     encoder.final_linear.bias.data[0] = torch.nan
     with pytest.raises(CheckpointError, match="encoder: final_linear.bias is not finite"):
-        save_bundle(tmp_path, generator, discriminator, encoder, latent_stats(), META, overwrite=True)
+        save(tmp_path, (generator, discriminator, encoder), latent_stats(), overwrite=True)
+
+
+def test_a_bundle_holds_only_the_files_that_its_method_uses(tmp_path, bundle_parts):
+    (generator, discriminator, encoder), latent = bundle_parts
+    save(tmp_path, (generator, discriminator, encoder), latent)
+    (tmp_path / "notes.safetensors").write_bytes(b"not of the bundle")
+    inversion = Inversion(InversionSettings(), generator, encoder)
+    save_bundle(tmp_path, inversion, Settings("inversion"), META, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "encoder.safetensors", "generator.safetensors", "model.json", "notes.safetensors"]
+    bundle = load_bundle(tmp_path)
+    assert bundle.settings.method == "inversion"
+    with pytest.raises(CheckpointError, match="latent.safetensors: no such file"):
+        bundle.with_settings(Settings("search", SearchSettings(perceptual="pixels")))
+
+
+def version_1(folder, parts, latent, projection):
+    """A bundle as the first version wrote it."""
+    save(folder, parts, latent)
+    content = json.loads((folder / "model.json").read_text())
+    for key in ("settings", "versions"):
+        del content[key]
+    (folder / "model.json").write_text(json.dumps(content | {"format_version": 1, "projection": projection}))
+    return folder
+
+
+def test_a_bundle_of_version_1_is_read(tmp_path, bundle_parts):
+    parts, latent = bundle_parts
+    none = version_1(tmp_path / "none", parts, latent, None)
+    assert load_bundle(none).settings == Settings("search")
+    old = {"steps_latent": 0, "steps_noise": 0, "predicted_noise": False, "perceptual": "pixels", "measure": "surprise",
+           "thin": 0.6, "threshold_hu": 5.0, "surprise_mask": 2.5, "scan_score": "top3"}
+    bundle = load_bundle(version_1(tmp_path / "old", parts, latent, old))
+    assert bundle.settings == Settings(
+        "inversion", InversionSettings(predicted_noise=False), "surprise", SurpriseSettings(hypodense=0.6),
+        MaskSettings(surprise_mask=2.5), "top3")
+    assert bundle.meta["versions"]["preprocessing"] == 1
+    search = bundle.with_settings(bundle.published())                # its files serve the other method, too
+    assert isinstance(search.reconstructor, Search)
+    # The hash names the weights in the order of the first version, so that older results still go with them.
+    listing = "".join(f"{name}.safetensors {bundle.meta['files'][f'{name}.safetensors']}\n"
+                      for name in ("generator", "discriminator", "encoder", "latent"))
+    assert bundle.weights_hash == hashlib.sha256(listing.encode()).hexdigest()
+    with pytest.raises(CheckpointError, match="projection: unknown unheard_of; made by another version"):
+        load_bundle(version_1(tmp_path / "odd", parts, latent, {"unheard_of": 1}))
 
 
 def edit_json(path, **changes):
@@ -182,9 +246,9 @@ def test_bundle_errors_name_the_file_and_the_mend(tmp_path, bundle_parts):
         load_bundle(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="model.json: no such file: not a model bundle"):
         load_bundle(tmp_path)
-    save_bundle(tmp_path, *parts, latent, META)
+    save(tmp_path, parts, latent)
     with pytest.raises(CheckpointError, match="holds a model bundle; overwrite it"):
-        save_bundle(tmp_path, *parts, latent, META)
+        save(tmp_path, parts, latent)
 
     original = (tmp_path / "model.json").read_text()
     edit_json(tmp_path / "model.json", format_version=99)
@@ -220,15 +284,15 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path, bundle_parts):
     parts, latent = bundle_parts
     other = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=128, channel_max=8)
     with pytest.raises(CheckpointError, match="generator's .* is not the encoder's"):
-        save_bundle(tmp_path, Generator(other), parts[1], parts[2], latent, META)
+        save(tmp_path, (Generator(other), parts[1], parts[2]), latent)
     wide = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_base=128, channel_max=16)
     with pytest.raises(CheckpointError, match=r"\[8, 16\], but the networks have \[8, 8\]"):
-        save_bundle(tmp_path, *parts, latent_stats(wide), META)
+        save(tmp_path, parts, latent_stats(wide))
     with pytest.raises(CheckpointError, match="must be plain JSON without NaN"):
-        save_bundle(tmp_path, *parts, latent, META | {"calibration": float("nan")})
+        save(tmp_path, parts, latent, META | {"calibration": float("nan")})
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(CheckpointError, match="meta must say calibration"):
-        save_bundle(tmp_path, *parts, latent, {k: v for k, v in META.items() if k != "calibration"})
+        save(tmp_path, parts, latent, {k: v for k, v in META.items() if k != "calibration"})
 
 
 # ---- released files
@@ -350,10 +414,10 @@ def test_import_released_command(tmp_path, capsys):
     command = ["import-released", "--ckpt", str(tmp_path / "c.pth"), "--latent-statistics", str(tmp_path / "s.pkl"),
                "--out", str(tmp_path / "bundle")]
     assert checkpoint.main([*command, "--fp32"]) == 0
-    bundle = load_bundle(tmp_path / "bundle")
-    for found, expected in zip(outputs(bundle.generator, bundle.discriminator, bundle.encoder), outputs(*parts)):
+    search = load(tmp_path / "bundle")
+    for found, expected in zip(outputs(search.generator, search.discriminator, search.encoder), outputs(*parts)):
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
-    np.testing.assert_array_equal(bundle.latent.components, arrays["pca_components"].astype(np.float32))
+    np.testing.assert_array_equal(search.latent.components, arrays["pca_components"].astype(np.float32))
 
     assert checkpoint.main(["show", str(tmp_path / "bundle")]) == 0
     shown = capsys.readouterr().out

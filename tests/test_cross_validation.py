@@ -12,6 +12,7 @@ from benchmarks import cross_validation, pasted
 from benchmarks.cross_validation import BAND, HEALTHY, PLAIN, Case, figures, main, surprises
 from ct.frame import PreprocessSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
+from detect.reconstruct import Reconstruction
 from gan.snapshots import save_snapshot
 from model import Discriminator, Encoder, Generator, ModelConfig
 
@@ -33,7 +34,7 @@ def case(scan_id, kind, added=0.0, seed=0):
     if added:
         truth[3:6, 10:18, 10:18] = True
         query = query + added * truth
-    return Case(scan_id, kind, query, torch.full_like(hu, 32.0), brain, MM, truth)
+    return Case(scan_id, kind, Reconstruction(query, torch.full_like(hu, 32.0), {}, {}), brain, MM, truth)
 
 
 def cohort():
@@ -46,12 +47,13 @@ def test_a_plain_bleed_is_told_from_the_healthy_at_its_place():
     told, where = surprises(cases, PLAIN)
     lesion = cases[7]
     assert told[7][:, 0][lesion.truth].mean() > 3 > told[2][:, 0][lesion.truth].mean() + 2
-    assert all(torch.equal(one, c.brain) for one, c in zip(where, cases))
+    assert all(torch.equal(one.judged, c.brain) for one, c in zip(where, cases))
 
 
 def test_no_case_is_told_by_its_own_head():
     cases = cohort()
-    other = [dataclasses.replace(c, normal=c.normal - 30) if c.scan_id == "head0" else c for c in cases]
+    odd = dataclasses.replace(cases[0].found, normal_hu=cases[0].found.normal_hu - 30)
+    other = [dataclasses.replace(c, found=odd) if c.scan_id == "head0" else c for c in cases]
     before, after = surprises(cases, BAND)[0], surprises(other, BAND)[0]
     assert (after[0][:, 1] - before[0][:, 1]).mean() > 2          # head0 itself is odd among the others
     own = surprises([*other[:5], dataclasses.replace(other[0], kind="epidural")], BAND)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -19,14 +18,13 @@ import prepare
 import projector
 import train
 import train_encoder
-from ct.frame import PreprocessSettings
 from detect.bundle import load_bundle
-from detect.search import ProjectionSettings
+from detect.projection import Projector
 from tests.helpers import leaks, synthetic_head
 from tests.writers import write_dicom_series, write_scan_json, write_slice_folder
 
 HEAD = dict(slices=14, size=64, spacing_mm=(10.0, 3.6, 3.6))       # few thick slices: fast
-SHORT = ["--steps-latent", "3", "--steps-noise", "3"]
+SHORT = ["--set", "steps_latent=3", "steps_noise=3"]
 
 
 def head(seed, **kwargs):
@@ -95,8 +93,8 @@ def test_overlays_have_four_panels(work):
 def test_run_report_names_weights_settings_and_stages(work):
     report = json.loads((work / "results" / "run.json").read_text())
     assert report["scans"] == 2 and report["failed"] == 1
-    assert len(report["weights_sha256"]) == 64 and report["projection"]["steps_latent"] == 3
-    assert set(report["seconds_a_scan_by_stage"]) >= {"encode", "latent", "noise", "write"}
+    assert len(report["weights_sha256"]) == 64 and report["settings"]["reconstruction"]["steps_latent"] == 3
+    assert set(report["seconds_per_scan_by_stage"]) >= {"encode", "latent", "noise", "write"}
 
 
 def test_a_rerun_skips_finished_scans_and_gives_the_same_tables(work, capsys):
@@ -109,7 +107,7 @@ def test_a_rerun_skips_finished_scans_and_gives_the_same_tables(work, capsys):
 
 def test_other_settings_do_not_mix_with_earlier_results(work, capsys):
     args = ["--query_save_path", str(work / "query"), "--model", str(work / "model"), "--out", str(work / "results"),
-            "--device", "cpu", "--steps-noise", "0"]
+            "--device", "cpu", "--set", "steps_noise=0"]
     assert projector.main(args) == 2
     assert "--overwrite" in capsys.readouterr().err
 
@@ -117,10 +115,9 @@ def test_other_settings_do_not_mix_with_earlier_results(work, capsys):
 @pytest.mark.parametrize("change, known", [({}, True), ({"scan_score": "max"}, True), ({"threshold_hu": 4.0}, False)])
 def test_healthy_scores_count_for_the_settings_they_were_made_with(work, change, known):
     bundle = load_bundle(work / "model")
-    settings = dataclasses.replace(ProjectionSettings(**bundle.meta["projection"]), **change)
-    preprocessing = PreprocessSettings.from_json(bundle.meta["preprocessing"])
-    healthy = projector.Projector(bundle, settings, preprocessing, batch=32).healthy
-    assert healthy == (bundle.meta["calibration"]["scan_scores"][settings.scan_score] if known else None)
+    projecting = Projector(bundle, bundle.settings.replace(**change))
+    assert projecting.calibration == (bundle.meta["calibration"] if known else None)
+    assert projecting.settings.scan_score == change.get("scan_score", "mean")
 
 
 @pytest.fixture
@@ -158,15 +155,15 @@ def test_half_a_result_is_no_result(one, tmp_path, capsys):
 
 def test_an_interrupted_run_keeps_what_is_done_and_goes_on(work, tmp_path, monkeypatch, capsys):
     args = [str(work / "healthy"), "--model", str(work / "model"), "--out", str(tmp_path), "--device", "cpu"]
-    call, calls = projector.Projector.__call__, []
+    call, calls = Projector.__call__, []
 
-    def interrupted(self, source, folder):
-        calls.append(source.scan_id)
+    def interrupted(self, scan):
+        calls.append(scan.scan_id)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return call(self, source, folder)
+        return call(self, scan)
     with monkeypatch.context() as patched:
-        patched.setattr(projector.Projector, "__call__", interrupted)
+        patched.setattr(Projector, "__call__", interrupted)
         assert projector.main(args) == 130
     assert [r["scan_id"] for r in rows(tmp_path / "scores.csv")] == ["healthy0"]
     capsys.readouterr()
@@ -188,7 +185,7 @@ def test_results_that_cannot_be_written_are_refused_before_the_work(work, tmp_pa
 def test_a_bundle_with_settings_of_another_version_is_refused(work, tmp_path, capsys):
     model = shutil.copytree(work / "model", tmp_path / "model")
     content = json.loads((model / "model.json").read_text())
-    content["projection"]["unheard_of"] = 1
+    content["settings"]["scoring"]["unheard_of"] = 1
     (model / "model.json").write_text(json.dumps(content))
     assert projector.main([str(work / "query"), "--model", str(model), "--out", str(tmp_path / "out")]) == 2
     assert "unheard_of" in capsys.readouterr().err
@@ -219,11 +216,11 @@ def test_a_folder_of_scans_is_prepared_on_the_fly(work):
 @pytest.mark.parametrize("args, message", [
     (["nowhere", "--model", "MODEL"], "nowhere"),
     (["QUERY", "--model", "nowhere"], "nowhere"),
-    (["QUERY", "--model", "MODEL", "--perceptual", "lpips"], "--vgg16"),
+    (["QUERY", "--model", "MODEL", "--set", "perceptual=lpips"], "vgg16"),
     (["QUERY", "--model", "MODEL", "--device", "cuda:99"], "--device"),
-    (["QUERY", "--model", "MODEL", "--steps-latent", "0", "--steps-noise", "0"], "steps"),
-    (["QUERY", "--model", "MODEL", "--threshold-hu", "-5"], "--threshold-hu"),
-    (["QUERY", "--model", "MODEL", "--median-at-512", "-3"], "--median-at-512"),
+    (["QUERY", "--model", "MODEL", "--set", "steps_latent=0", "steps_noise=0"], "steps"),
+    (["QUERY", "--model", "MODEL", "--set", "threshold_hu=-5"], "threshold_hu must be at least 0"),
+    (["QUERY", "--model", "MODEL", "--set", "median_at_512=-3"], "median_at_512 must be at least 1"),
 ])
 def test_wrong_usage_ends_with_2_and_names_what_is_wrong(work, capsys, args, message):
     names = {"MODEL": str(work / "model"), "QUERY": str(work / "query")}

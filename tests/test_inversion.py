@@ -13,8 +13,10 @@ from benchmarks.inversion import HeldOut, erasure, error_hu, evaluate, sharpness
 from ct.window import decode, encode
 from dataset import SliceDataset
 from detect.bundle import save_bundle
-from detect.search import ProjectionSettings
-from tests.test_checkpoint import TINY, latent_stats, networks
+from detect.inversion import Inversion, InversionSettings
+from detect.pca import PcaFit
+from detect.settings import Settings
+from tests.test_checkpoint import TINY, networks
 from tests.test_pasted import MM, SIDE, head
 
 CLIP = (0.0, 70.0)
@@ -101,7 +103,7 @@ def test_a_lesion_without_room_is_told_and_leaves_no_figure():
 
 
 def test_command_on_a_baseline(slices32, tmp_path, capsys):
-    baseline = baselines.KINDS["pca"](baselines.PcaSettings(components=2, step_mm=20.0))
+    baseline = baselines.KINDS["pca"](PcaFit(components=2, step_mm=20.0))
     baseline.fit(SliceDataset(slices32, "train"))
     baseline.save(tmp_path / "pca.safetensors")
     out = tmp_path / "out"
@@ -109,7 +111,7 @@ def test_command_on_a_baseline(slices32, tmp_path, capsys):
     assert inversion.main(command) == 0
     row = json.loads((out / "figures.json").read_text())["PCA by position"]
     scan, = inversion.held_out_scans(SliceDataset(slices32, "val"))
-    normal = baseline.closest_normal(scan.hu, scan.brain, scan.below_vertex_mm)[1]
+    normal = baseline.closest_normal(scan.hu, scan.brain, scan.below_vertex_mm).normal_hu
     assert row["error"] == pytest.approx((scan.hu - normal).abs()[scan.brain].mean().item(), abs=1e-3)
     assert f"| PCA by position | {row['error']:.2f} |" in (out / "table.md").read_text()
     assert "| goal | at most 3.4 |" in capsys.readouterr().out
@@ -117,14 +119,13 @@ def test_command_on_a_baseline(slices32, tmp_path, capsys):
 
 def test_command_on_a_bundle_measures_its_code_alone_as_well(slices32, tmp_path):
     data = SliceDataset(slices32, "val")
-    settings = ProjectionSettings(measure="surprise", steps_latent=0, steps_noise=0)
-    generator, discriminator, encoder = networks(dataclasses.replace(TINY, encoder_noise=True))
+    generator, _, encoder = networks(dataclasses.replace(TINY, encoder_noise=True))
     for name, strength in generator.named_parameters():
         if "noise" in name:
             torch.nn.init.ones_(strength)                              # so that the noise maps show in the figures
-    meta = {"preprocessing": data.manifest["settings"], "projection": dataclasses.asdict(settings),
-            "calibration": None, "provenance": None}
-    save_bundle(tmp_path / "tiny", generator, discriminator, encoder, latent_stats(), meta, dtype=torch.float32)
+    meta = {"preprocessing": data.manifest["settings"], "calibration": None, "provenance": None}
+    save_bundle(tmp_path / "tiny", Inversion(InversionSettings(), generator, encoder), Settings("inversion"), meta,
+                dtype=torch.float32)
     out = tmp_path / "out"
     assert inversion.main(["--data", str(slices32), "--out", str(out), "--model", str(tmp_path / "tiny"), "--device",
                            "cpu"]) == 0
@@ -146,9 +147,9 @@ def test_command_refuses_what_cannot_be_measured(slices32, tmp_path, capsys):
     hu.save(tmp_path / "hu.safetensors")
     assert inversion.main(["--data", str(slices32), "--baseline", str(tmp_path / "hu.safetensors")]) == 2
     assert "hu draws no closest normal" in capsys.readouterr().err
-    pca = baselines.KINDS["pca"](baselines.PcaSettings(components=2, step_mm=20.0))
+    pca = baselines.KINDS["pca"](PcaFit(components=2, step_mm=20.0))
     pca.fit(SliceDataset(slices32, "train"))
-    pca.preprocessing = {**pca.preprocessing, "slab_mm": 7.0}
+    pca.trained_on["data"]["settings"] = {**pca.trained_on["data"]["settings"], "slab_mm": 7.0}
     pca.save(tmp_path / "pca.safetensors")
     assert inversion.main(["--data", str(slices32), "--baseline", str(tmp_path / "pca.safetensors")]) == 2
     assert "prepared in another way" in capsys.readouterr().err

@@ -10,9 +10,14 @@ import latent_stats
 from ct.frame import PreprocessSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
 from detect.bundle import load_bundle
-from detect.search import ProjectionSettings
+from detect.calibration import thresholds
+from detect.measure import scan_score
+from detect.pca import PcaFit, PositionPca
+from detect.projection import Projector, project_frame
+from detect.search import SearchSettings
+from detect.settings import Settings
 from gan.snapshots import load_snapshot, save_snapshot
-from latent_stats import StatsConfig, augmented, encode_slices, fit, read_notes, report_size, thresholds
+from latent_stats import StatsConfig, augmented, encode_slices, fit, read_notes, report_size
 from model import Discriminator, Encoder, Generator, ModelConfig
 
 TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16)
@@ -59,20 +64,20 @@ def command(data, run, out, *flags):
 
 def test_end_to_end(inputs, tmp_path, capsys):
     out = tmp_path / "mine"
-    assert command(*inputs, out, "--positions", "12", "--steps-latent", "2", "--steps-noise", "1",
+    assert command(*inputs, out, "--positions", "12", "--set", "steps_latent=2", "steps_noise=1",
                    "--provenance", "made by a test") == 0
 
     bundle = load_bundle(out)
-    assert bundle.latent.components.shape[-1] == 4
+    latent = bundle.reconstructor.latent
+    assert latent.components.shape[-1] == 4
     # 25 training slices, three passes: 75 codes, 15 at each of 0, 5, .. 20 mm; 32 of them within 20 mm
     # up to 30 mm below the vertex (10, 15 and 20 mm: 45 codes), not at 35 (15 and 20 mm: 30 codes).
-    assert bundle.latent.positions_mm.tolist() == [0, 5, 10, 15, 20, 25, 30]
+    assert latent.positions_mm.tolist() == [0, 5, 10, 15, 20, 25, 30]
     assert "35 mm below the vertex: left out, 30 codes within 20 mm, 32 needed" in capsys.readouterr().out
 
     meta = bundle.meta
     assert PreprocessSettings.from_json(meta["preprocessing"]) == PreprocessSettings()
-    settings = ProjectionSettings(**meta["projection"])
-    assert (settings.steps_latent, settings.steps_noise) == (2, 1)
+    assert bundle.settings == Settings("search", SearchSettings(steps_latent=2, steps_noise=1))
     assert meta["provenance"]["name"] == "mine" and meta["provenance"]["notes"] == "made by a test"
     assert meta["provenance"]["encoder"]["images_seen"] == 50 and meta["provenance"]["gan"]["config"] == {"kimg": 0.007}
     assert meta["provenance"]["latent_stats"]["components"] == 4
@@ -108,14 +113,15 @@ def test_without_calibration_and_overwriting(inputs, tmp_path, capsys):
 def test_calibrates_the_weights_it_stores(inputs, tmp_path, monkeypatch):
     projected = []
 
-    def remember(hu, brain, positions, bundle, *rest, **options):
-        projected.append(bundle.weights_hash)
-        return real(hu, brain, positions, bundle, *rest, **options)
+    def remember(folds, *rest):
+        projected.extend(fold.reconstructor.encoder.final_linear.weight.clone() for fold in folds)
+        return real(folds, *rest)
 
-    real = latent_stats.project
-    monkeypatch.setattr(latent_stats, "project", remember)
+    real = latent_stats.calibrate
+    monkeypatch.setattr(latent_stats, "calibrate", remember)
     assert command(*inputs, tmp_path / "mine") == 0
-    assert projected == [load_bundle(tmp_path / "mine").weights_hash]
+    stored = load_bundle(tmp_path / "mine").reconstructor.encoder.final_linear.weight
+    assert len(projected) == 1 and torch.equal(projected[0], stored) and torch.equal(stored, stored.half().float())
 
 
 # ---- wrong usage: exit code 2, the flag and the mend named
@@ -150,7 +156,7 @@ def test_refuses_to_calibrate_on_nothing(tmp_path, capsys):
     (("--components", "17"), "--components 17: the codes of this encoder have 16 numbers"),
     (("--passes", "1"), "raise --passes"),
     (("--provenance", "missing.json"), "--provenance missing.json"),
-    (("--perceptual", "lpips"), "--vgg16"),
+    (("--set", "perceptual=lpips"), "vgg16"),
     (("--device", "tpu"), "--device tpu"),
 ])
 def test_errors_name_the_flag(inputs, tmp_path, capsys, flags, expected):
@@ -246,7 +252,8 @@ def test_size_warns_when_large(tmp_path):
 def test_presets():
     assert {name: preset.components for name, preset in latent_stats.PRESETS.items()} == {
         "paper512": 512, "ct256": 16, "ct128": 16, "smoke32": 4}
-    assert latent_stats.PRESETS["paper512"].projection() == ProjectionSettings()
+    assert latent_stats.SETTINGS["paper512"] == Settings("search")
+    assert latent_stats.SETTINGS.keys() == latent_stats.PRESETS.keys()
     assert math.isclose(latent_stats.PRESETS["paper512"].spacing_mm * 31, 155)
 
 
@@ -256,20 +263,19 @@ def test_surprise_is_calibrated_on_the_others(tmp_path):
     data = write_slices(tmp_path / "healthy.lmdb", held_out=(2, 3, 4, 5))
     run = write_run(tmp_path / "encoder", SliceDataset(data).manifest)
     out = tmp_path / "mine"
-    assert command(data, run, out, "--measure", "surprise", "--surprise-above", "0.5", "--components", "2", "--passes",
-                   "4", "--steps-noise", "0") == 0
-    bundle = load_bundle(out)
-    assert bundle.normal is not None and "normal.safetensors" in bundle.meta["files"]
+    assert command(data, run, out, "--set", "measure=surprise", "surprise_above=0.5", "steps_noise=0", "--components",
+                   "2", "--passes", "4") == 0
+    bundle = load_bundle(out, precision="fp32")
+    assert bundle.measure.normal is not None and "normal.safetensors" in bundle.meta["files"]
     assert len(bundle.meta["calibration"]["scan_scores"]["mean"]) == 4
-    # A slice of the healthy, seen again as a new scan, scores; one with a dense blob scores more.
+    # A slice of the healthy, seen again as a new scan, scores; one with a hyperdense blob scores more.
     scan = SliceDataset(data, "val").scan(0)
-    settings = ProjectionSettings(**bundle.meta["projection"])
 
     def score(hu):
-        result = latent_stats.project(hu, scan["brain"], scan["below_vertex_mm"].tolist(), bundle,
-                                      latent_stats.perceptual_for(bundle, settings), settings)
-        assert not result.anomaly[~scan["brain"]].any() and not result.votes.any()
-        return result.scan_score("mean")
+        _, seen, findings, _ = project_frame(bundle.reconstructor, bundle.measure, hu, scan["brain"],
+                                             scan["below_vertex_mm"].numpy())
+        assert not findings.anomaly[~scan["brain"]].any() and seen.votes is None
+        return scan_score(findings.slice_scores, "mean")
 
     plain = score(scan["hu"].float())
     dense = scan["hu"].float().clone()
@@ -278,9 +284,9 @@ def test_surprise_is_calibrated_on_the_others(tmp_path):
 
 
 def test_surprise_needs_three_scans(inputs, tmp_path, capsys):
-    assert command(*inputs, tmp_path / "mine", "--measure", "surprise") == 2
+    assert command(*inputs, tmp_path / "mine", "--set", "measure=surprise") == 2
     error = capsys.readouterr().err
-    assert "--measure surprise: needs 3 held-out healthy scans" in error and "has 1" in error
+    assert "measure=surprise: needs 3 held-out healthy scans" in error and "has 1" in error
 
 
 # ---- folds
@@ -296,8 +302,8 @@ def fold_inputs(folder):
 
 def test_folds_add_their_held_out_scans(tmp_path):
     one, other = fold_inputs(tmp_path)
-    flags = ["--measure", "surprise", "--filter", "band", "--pool", "peak", "--scale", "sides", "--steps-latent", "0",
-             "--steps-noise", "0", "--surprise-above", "0.5", "--fold", *map(str, other)]
+    flags = ["--set", "method=inversion", "measure=surprise", "filter=band", "pool=peak", "scale=sides",
+             "surprise_above=0.5", "--fold", *map(str, other)]
     assert command(*one, tmp_path / "mine", *flags) == 0
     meta = load_bundle(tmp_path / "mine").meta
     assert meta["calibration"]["scans"] == ["head4", "head5", "head0", "head1"]
@@ -319,3 +325,30 @@ def test_a_scan_held_out_twice_is_refused(tmp_path, capsys):
     one, _ = fold_inputs(tmp_path)
     assert command(*one, tmp_path / "mine", "--fold", *map(str, one)) == 2
     assert "head4, head5 held out in" in capsys.readouterr().err
+
+
+# ---- other methods, by the same code
+
+def test_a_method_with_a_file_of_its_own_is_calibrated_like_ours(tmp_path, capsys):
+    data = write_slices(tmp_path / "healthy.lmdb", held_out=(2, 3, 4, 5))
+    pca = PositionPca(PcaFit(components=2, step_mm=20.0))
+    pca.fit(SliceDataset(data, "train"))
+    pca.save(tmp_path / "pca.safetensors")
+    flags = ["--set", "method=pca", "measure=surprise", "surprise_above=0.5", "scan_score=max"]
+    assert command(data, tmp_path / "pca.safetensors", tmp_path / "mine", *flags) == 0
+    bundle = load_bundle(tmp_path / "mine")
+    assert sorted(bundle.meta["files"]) == ["normal.safetensors", "pca.safetensors"]
+    assert bundle.meta["provenance"]["trained"] == {"size": 32, "components": 2, "step_mm": 20.0}
+    assert len(bundle.meta["calibration"]["scan_scores"]["max"]) == 4
+    assert Projector(bundle).calibration is not None
+    scan = SliceDataset(data, "val").scan(0)
+    hu, brain, mm = scan["hu"].float(), scan["brain"], scan["below_vertex_mm"].numpy()
+    fitted = pca.closest_normal(hu, brain, mm)
+    stored = bundle.reconstructor.closest_normal(hu, brain, mm)
+    torch.testing.assert_close(stored.normal_hu, fitted.normal_hu, atol=0.5, rtol=0)          # kept as float16
+
+    other = write_slices(tmp_path / "other.lmdb", held_out=(1, 2, 3))
+    assert command(other, tmp_path / "pca.safetensors", tmp_path / "no", *flags) == 2
+    assert "was trained on another database" in capsys.readouterr().err
+    assert command(data, tmp_path / "nowhere.safetensors", tmp_path / "no", *flags) == 2
+    assert "nowhere.safetensors: cannot be read" in capsys.readouterr().err

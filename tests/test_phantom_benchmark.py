@@ -186,7 +186,6 @@ def make_cohort(healthy, emergency, seed, folder, **_):
 def project(folder, model, device):
     """What projector.py writes, with HU thresholds in its place and one scan that fails."""
     ours, scans, slices = baselines.HuThresholds(), [], []
-    ours.preprocessing = SETTINGS.to_json()
     for source in find_scans(folder / "scans"):
         if source.scan_id == "healthy-0002" and folder.name == "test":
             scans.append({"scan_id": source.scan_id, "status": "failed", "reason": "no head"})
@@ -207,7 +206,7 @@ def project(folder, model, device):
             table.writeheader()
             table.writerows(rows)
     return {"weights_sha256": "0", "model": {}, "versions": {},
-            "projection": {"scan_score": "mean", "measure": "votes"}, "preprocessing": SETTINGS.to_json()}
+            "settings": {"scan_score": "mean", "measure": "votes"}, "preprocessing": SETTINGS.to_json()}
 
 
 @pytest.fixture
@@ -243,7 +242,7 @@ def test_every_stage_going_on_and_another_mask(patched, healthy, tmp_path, capsy
     own = benchmark.measure
     monkeypatch.setattr(benchmark, "project", lambda folder, *_: json.loads((out / "run.json").read_text()))
     (out / "run.json").write_text(json.dumps({key: found[key] for key in (
-        "weights_sha256", "model", "projection", "versions")} | {"preprocessing": SETTINGS.to_json()}))
+        "weights_sha256", "model", "settings", "versions")} | {"preprocessing": SETTINGS.to_json()}))
     monkeypatch.delattr(benchmark, "measure")                        # a finished scan is not measured again
     assert benchmark.main(command(healthy, out)) == 0
     assert json.loads((out / "metrics.json").read_text()) == found

@@ -1,17 +1,19 @@
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from ct.window import decode, encode
-from detect.bundle import Bundle
 from detect.latent import LatentStats
-from detect.search import FAITHFUL, ProjectionSettings, perceptual_for, project, ramp
+from detect.measure import MaskSettings, Surprise, Votes, VotesSettings
+from detect.projection import project_frame
+from detect.search import Search, SearchSettings, ramp
 from model import Discriminator, Encoder, Generator, ModelConfig
 
 TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16)
-FEW = ProjectionSettings(steps_latent=4, steps_noise=3)
+FEW = SearchSettings(steps_latent=4, steps_noise=3)
 POSITIONS = np.arange(20.0, -1, -5)                        # five slices, inferior to superior
 BRAIN = torch.zeros(5, 32, 32, dtype=torch.bool)
 BRAIN[:, 4:28, 4:28] = True
@@ -42,7 +44,8 @@ def make_bundle(encoder=None):
         net.eval().requires_grad_(False)
     codes = torch.nn.functional.leaky_relu(torch.randn(200, TINY.n_latent, TINY.style_dim), 0.2)
     latent = LatentStats.fit(codes, torch.linspace(0, 25, 200), [0.0, 10.0, 20.0], components=6)
-    return Bundle(*networks, latent=latent, normal=None, meta={}, weights_hash="")
+    generator, discriminator, encoder = networks
+    return Search(SearchSettings(), generator, encoder, latent, discriminator)
 
 
 def codes_like_healthy(slices=5, seed=1):
@@ -55,8 +58,13 @@ def tissue(slices=5, seed=2):
     return 30 + 8 * torch.randn(slices, 32, 32, generator=rng)
 
 
-def run(bundle, hu, settings=FEW, brain=BRAIN, positions=POSITIONS, batch=32):
-    return project(hu, brain, positions, bundle, perceptual_for(bundle, settings), settings, batch)
+def run(search, hu, settings=FEW, brain=BRAIN, positions=POSITIONS, batch=32, votes=None):
+    settings = dataclasses.replace(settings, batch=batch)
+    found, seen, findings, _ = project_frame(search.with_settings(settings), Votes(votes, MaskSettings()), hu, brain,
+                                             positions)
+    return SimpleNamespace(reconstruction=found.normal_hu, seconds=found.seconds, residual=seen.residual,
+                           votes=seen.votes, steps=seen.steps, predicted=findings.predicted, lesion=findings.mask,
+                           slice_scores=findings.slice_scores)
 
 
 @torch.no_grad()
@@ -137,8 +145,8 @@ def test_finds_an_image_the_generator_can_draw():
     hu = drawn(bundle, true)
     errors = {}
     for steps in (1, 25):
-        settings = ProjectionSettings(steps_latent=steps, steps_noise=0)
-        perceptual = perceptual_for(bundle, settings)
+        settings = SearchSettings(steps_latent=steps, steps_noise=0)
+        perceptual = bundle.with_settings(settings).perceptual
         result = run(bundle, hu, settings)
         features = [perceptual.features(encode(x)) for x in (hu, result.reconstruction)]
         errors[steps] = perceptual.distance(*features)
@@ -146,7 +154,7 @@ def test_finds_an_image_the_generator_can_draw():
 
 
 def test_the_code_pays_for_leaving_the_normal(bundle):
-    free, held = (run(bundle, tissue(), ProjectionSettings(steps_latent=12, steps_noise=0, domain=domain))
+    free, held = (run(bundle, tissue(), SearchSettings(steps_latent=12, steps_noise=0, domain=domain))
                   for domain in (0.0, 1e4))
     error = [(decode(encode(tissue())) - one.reconstruction).abs()[BRAIN].mean() for one in (free, held)]
     assert not torch.allclose(free.reconstruction, held.reconstruction, atol=0.5)
@@ -167,10 +175,10 @@ def lesion_scan():
 
 def test_noise_copies_texture_but_not_the_lesion():
     bundle, hu, lesion = lesion_scan()
-    settings = ProjectionSettings(steps_latent=2, steps_noise=30, lr_latent=1e-4, lr_noise=0.3, component_at_512=600)
+    settings = SearchSettings(steps_latent=2, steps_noise=30, lr_latent=1e-4, lr_noise=0.3)
     before = run(bundle, hu, dataclasses.replace(settings, steps_noise=0))
     after = run(bundle, hu, settings)
-    blind = run(bundle, hu, dataclasses.replace(settings, threshold_hu=1000.0))          # nothing is ever predicted
+    blind = run(bundle, hu, settings, votes=VotesSettings(threshold_hu=1000.0))          # nothing is ever predicted
 
     core = torch.zeros_like(lesion)
     core[1:4, 14:18, 14:18] = True
@@ -190,8 +198,8 @@ def test_noise_copies_texture_but_not_the_lesion():
 def test_no_noise_steps_leave_the_noise_alone():
     bundle, hu, _ = lesion_scan()
     buffers = [m.clone() for m in bundle.generator.noise_maps("const")]
-    quiet = run(bundle, hu, ProjectionSettings(steps_latent=2, steps_noise=0, lr_noise=1e6))
-    run(bundle, hu, ProjectionSettings(steps_latent=0, steps_noise=3))
+    quiet = run(bundle, hu, SearchSettings(steps_latent=2, steps_noise=0, lr_noise=1e6))
+    run(bundle, hu, SearchSettings(steps_latent=0, steps_noise=3))
     assert all(torch.equal(a, b) for a, b in zip(buffers, bundle.generator.noise_maps("const")))   # the model's own
     assert set(quiet.seconds) == {"encode", "latent", "noise"} and quiet.steps == 2
     assert quiet.reconstruction.isfinite().all()
@@ -216,14 +224,14 @@ def test_refuses_slices_out_of_order(bundle):
 
 def test_refuses_a_search_without_steps():
     with pytest.raises(ValueError, match="needs one at least"):
-        ProjectionSettings(steps_latent=0, steps_noise=0)
+        SearchSettings(steps_latent=0, steps_noise=0)
     with pytest.raises(ValueError, match="negative"):
-        ProjectionSettings(steps_latent=-1)
+        SearchSettings(steps_latent=-1)
 
 
-def test_surprise_needs_a_bundle_that_knows_the_healthy(bundle):
-    with pytest.raises(ValueError, match="--measure surprise: this model holds no statistics"):
-        run(bundle, tissue(), dataclasses.replace(FEW, measure="surprise"))
+def test_surprise_needs_to_know_the_healthy(bundle):
+    with pytest.raises(ValueError, match="measure surprise: this model holds no statistics"):
+        project_frame(bundle.with_settings(FEW), Surprise(), tissue(), BRAIN, POSITIONS)
 
 
 def test_predicted_noise_is_used_unless_told_otherwise():
@@ -236,8 +244,3 @@ def test_predicted_noise_is_used_unless_told_otherwise():
     own, predicted = (run(bundle, tissue(), dataclasses.replace(FEW, predicted_noise=on)).reconstruction
                       for on in (False, True))
     assert (own - predicted).abs().max() > 1
-
-
-def test_the_published_settings_are_the_defaults_but_for_the_noise():
-    faithful = dataclasses.replace(ProjectionSettings(measure="surprise", steps_latent=0, pool="peak"), **FAITHFUL)
-    assert dataclasses.replace(faithful, pool="area", predicted_noise=True) == ProjectionSettings()

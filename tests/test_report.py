@@ -19,9 +19,10 @@ from ct.picture import pack_overlay
 from detect import report
 from detect.report import ReportError, write_report
 
-RUN = {"weights_sha256": "f00d", "model": {"name": "tiny"}, "projection": {"scan_score": "mean", "threshold_hu": 5.0},
+RUN = {"weights_sha256": "f00d", "model": {"name": "tiny"},
+       "settings": {"method": "search", "measure": "votes", "scoring": {"threshold_hu": 5.0}, "scan_score": "mean"},
        "device": "cpu", "precision": "float32", "threads": 1, "ranks": 1, "seconds": 3.0,
-       "seconds_a_scan_by_stage": {"encode": 0.5}, "versions": {"python": "3.11"}}
+       "seconds_per_scan_by_stage": {"encode": 0.5}, "versions": {"python": "3.11"}}
 CALIBRATION = {"scan_scores": {"mean": [4.0, 1.0, 3.0, 2.0]}, "threshold": {"fpr": 0.2, "mean": 3.5, "reason": None},
                "slice_scores": [{"scan": 0, "below_vertex_mm": mm, "score": 9.0 if mm > 35 else 1.0}
                                 for mm in (40, 30, 20, 10)]}

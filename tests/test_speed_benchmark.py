@@ -14,7 +14,7 @@ import train
 from benchmarks import gpu, speed
 from benchmarks.measure import REFERENCE, Row, medians, operations, side_by_side, table
 from benchmarks.reference import ReferenceDiscriminator, ReferenceGenerator
-from detect.search import ProjectionSettings
+from detect.search import SearchSettings
 from model import Discriminator, Generator, ModelConfig
 from op import memory
 
@@ -124,7 +124,7 @@ def test_the_training_row_runs_every_phase_and_judges_by_both_goals():
 
 
 def test_the_projection_row():
-    settings = ProjectionSettings(steps_latent=2, steps_noise=2)
+    settings = SearchSettings(steps_latent=2, steps_noise=2)
     row = gpu.projection_row("projection", TINY, 3, settings, CPU, 1, "goal", 1e9)
     assert row.met and row.reference == 10 * row.samples[REFERENCE][0] and row.floor > 0
 

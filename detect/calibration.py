@@ -1,0 +1,89 @@
+"""Calibration on held-out healthy scans, for any method and measure: what turns a score into a percentile and a flag.
+
+Every scan is reconstructed by networks that have not seen it, and judged by what the other scans make of the measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dataset import SliceDataset
+from detect.measure import SCAN_SCORES, Evidence, Measure, percentile_of, scan_score, threshold_at_fpr
+from detect.reconstruct import Reconstructor
+
+FPR = 0.05                            # of the stored thresholds
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A method, and the healthy scans that it has not seen."""
+
+    reconstructor: Reconstructor
+    held_out: SliceDataset
+
+
+def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None] = print
+              ) -> tuple[dict[str, Any], Measure]:
+    """Reconstruct the held-out scans, each by its own fold, and keep what a new scan is compared with. JSON-able:
+
+    split, scans   'val', and the ids of its scans
+    scan_scores    by each of SCAN_SCORES, in the order of `scans`
+    slice_scores   one dict per slice: scan (index into `scans`), below_vertex_mm, score
+    threshold      by each of SCAN_SCORES, exceeded by a healthy scan with probability `fpr` at most; None
+                   where there are too few scans, with the `reason`
+    error_hu       mean absolute error of the reconstruction in the brain after each stage, HU, mean over scans
+    precision      of the networks
+
+    and the measure that these scans make. Raises ValueError where they are too few for it.
+    """
+    ids: list[str] = []
+    seen: list[Evidence] = []
+    errors: list[dict[str, float]] = []
+    for fold in folds:
+        for s, scan_id in enumerate(fold.held_out.scan_ids):
+            scan = fold.held_out.scan(s)
+            brain, mm = scan["brain"], scan["below_vertex_mm"].numpy()
+            watch = measure.watch(brain, mm)
+            found = fold.reconstructor.closest_normal(scan["hu"].float(), brain, mm, watch)
+            ids.append(scan_id)
+            seen.append(measure.evidence(found, brain, mm, watch))
+            errors.append(found.error_hu)
+            log(f"{scan_id}: {len(mm)} slices, {sum(found.seconds.values()):.0f} s, error in HU "
+                + ", ".join(f"{stage} {error:.2f}" for stage, error in found.error_hu.items()))
+    fitted, findings = measure.fit(seen)
+    scores = [one.slice_scores for one in findings]
+    facts = summary(ids, [one.below_vertex_mm.tolist() for one in seen], scores, errors)
+    for how, values in facts["scan_scores"].items():
+        log(f"healthy scores, {how}: " + " ".join(f"{value:.3g}" for value in sorted(values)))
+    return facts | {"precision": str(folds[0].reconstructor.precision).removeprefix("torch.")}, fitted
+
+
+def summary(scan_ids: list[str], positions: list[list[float]], scores: list[torch.Tensor],
+            errors: list[dict[str, float]]) -> dict[str, Any]:
+    """The calibration's JSON from the slice scores and errors of each scan."""
+    scan_scores = {how: [scan_score(one, how) for one in scores] for how in SCAN_SCORES}
+    slice_scores = [{"scan": s, "below_vertex_mm": round(mm, 3), "score": score}
+                    for s, (one, places) in enumerate(zip(scores, positions))
+                    for score, mm in zip(one.tolist(), places)]
+    mean_error = {stage: sum(error[stage] for error in errors) / len(errors) for stage in errors[0]}
+    return {"split": "val", "scans": scan_ids, "scan_scores": scan_scores, "slice_scores": slice_scores,
+            "threshold": thresholds(scan_scores, FPR), "error_hu": mean_error}
+
+
+def thresholds(scan_scores: dict[str, list[float]], fpr: float) -> dict[str, Any]:
+    """{fpr, a threshold or None for each way of scoring, reason}: reason says why there is none, else None."""
+    try:
+        by_score = {how: threshold_at_fpr(torch.tensor(scores, dtype=torch.float64), fpr)
+                    for how, scores in scan_scores.items()}
+    except ValueError as error:
+        return {"fpr": fpr} | dict.fromkeys(scan_scores) | {"reason": str(error)}
+    return {"fpr": fpr} | by_score | {"reason": None}
+
+
+def percentile(calibration: dict[str, Any], score: float, how: str) -> float:
+    """Of a scan's score among the healthy scans, 0 to 100 n / (n + 1)."""
+    return float(percentile_of(torch.tensor([score]), torch.tensor(calibration["scan_scores"][how]))[0])

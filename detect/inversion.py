@@ -1,0 +1,111 @@
+"""Inversion: the encoder's code and noise maps of a slice, drawn by the generator. No search.
+
+The encoder was shown healthy slices with coarse noise in them and asked for the slices without (train_encoder.py
+--coarse --noise), so one pass leaves lesions out and draws sulci and ventricles that no code holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from config import option
+from ct.window import decode, encode
+from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
+from model import Discriminator, Encoder, Generator, ModelConfig
+from weights import CheckpointError, compact, load_strictly, load_tensors
+
+NETWORKS = {"generator": Generator, "discriminator": Discriminator, "encoder": Encoder}
+
+
+@dataclass(frozen=True)
+class InversionSettings:
+    predicted_noise: bool = option(True, "noise maps that the encoder predicts, if it does; else the generator's own")
+    batch: int = option(32, "slices in the generator at a time: memory, not results", stored=False)
+
+    def __post_init__(self):
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+
+
+class Inversion(Reconstructor):
+    name, Settings = "inversion", InversionSettings
+
+    def __init__(self, settings: InversionSettings, generator: Generator, encoder: Encoder):
+        self.settings, self.generator, self.encoder = settings, generator, encoder
+        self.size, self.device = generator.config.size, generator.input.input.device
+
+    def closest_normal(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,
+                       watch: Watch | None = None) -> Reconstruction:
+        self.check_shapes(hu, brain, below_vertex_mm)
+        stages, query = Stages(), encode(hu.to(self.device))
+        query_hu, brain = decode(query), brain.to(self.device)     # what the windows can show: it can draw no more
+        with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, brain)):
+            normal_hu = decode(self.invert(query))
+        if watch:
+            watch(query_hu, normal_hu)
+        return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds)
+
+    @torch.no_grad()
+    def invert(self, query: torch.Tensor) -> torch.Tensor:
+        """Images [S, 3, N, N] -> the generator's images of their codes."""
+        # In one batch: an imported encoder's statistic is taken over the whole scan, as released.
+        w_plus, noise = self.encoder.invert(query, self.generator)
+        if not self.settings.predicted_noise:
+            noise = self.generator.noise_maps("const")
+        return draw(self.generator, w_plus, noise, self.settings.batch)
+
+    def config(self) -> dict[str, Any]:
+        return asdict(self.encoder.config)
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
+        return compact_networks({"generator": self.generator, "encoder": self.encoder}, dtype)
+
+    @classmethod
+    def load(cls, folder: Path, config: Mapping[str, Any], settings: InversionSettings,
+             device: torch.device) -> Inversion:
+        return cls(settings, **load_networks(folder, config, ("generator", "encoder"), device))
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        super().set_precision(dtype)
+        for network in (self.generator, self.encoder):
+            network.compute_dtype = dtype
+
+
+def draw(generator: Generator, w_plus: torch.Tensor, noise: list[torch.Tensor], batch: int) -> torch.Tensor:
+    """Images [S, 3, N, N] of codes [S, L, D] and noise maps [S or 1, 1, r, r], `batch` at a time."""
+    noise = [m.expand(len(w_plus), -1, -1, -1) for m in noise]
+    return torch.cat([generator.synthesis(w_plus[i:i + batch], [m[i:i + batch] for m in noise])
+                      for i in range(0, len(w_plus), batch)])
+
+
+def compact_networks(networks: Mapping[str, torch.nn.Module], dtype: torch.dtype
+                     ) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights of networks of model.py, for a bundle. Raises CheckpointError unless they belong together."""
+    # The stddev channel is the encoder's own choice; the generator and discriminator do not look at it.
+    config = networks["encoder"].config
+    for name, network in networks.items():
+        if asdict(network.config) | {"encoder_stddev": config.encoder_stddev} != asdict(config):
+            raise CheckpointError(f"the {name}'s {network.config} is not the encoder's {config}; use one run")
+    return {name: compact(network.state_dict(), dtype, name) for name, network in networks.items()}
+
+
+def load_networks(folder: Path, config: Mapping[str, Any], names: tuple[str, ...],
+                  device: torch.device) -> dict[str, torch.nn.Module]:
+    """Networks of model.py from a bundle's folder, in eval mode and frozen. Raises CheckpointError naming the file."""
+    try:
+        shape = ModelConfig(**config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'model.json'}: config: {error}") from error
+    networks = {}
+    for name in names:
+        network = NETWORKS[name](shape)
+        path = folder / f"{name}.safetensors"
+        load_strictly(network, load_tensors(path), path)
+        networks[name] = network.eval().requires_grad_(False).to(device)
+    return networks

@@ -1,0 +1,169 @@
+"""A scan projected: its closest normal, what differs, how unusual that is. The Python API; no files, no flags."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan
+from ct.scan import Scan
+from detect import calibration
+from detect.bundle import Bundle, versions
+from detect.measure import Evidence, Findings, Measure, scan_score
+from detect.reconstruct import Reconstruction, Reconstructor
+from detect.settings import Settings
+
+TOO_MUCH = 0.35         # predicted part of the brain from which the reconstruction, not the brain, is at fault
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A projected scan. Maps are [S, H, W] in the scan's own geometry: its slices, inferior to superior.
+
+    reconstruction_hu  float32, HU: the closest normal
+    residual_hu        float32, HU: scan minus closest normal in the brain, median-filtered, signed
+    anomaly            float32, signed, positive where hyperdense: surprise, or votes times residual in HU
+    mask, brain        bool: what is predicted anomalous, without small components; the brain
+    slice_scores       float32 [S], 0 where a slice was not projected
+    below_vertex_mm    float32 [S]; projected bool [S]: False where there was too little brain
+    score              of the scan
+    percentile         among the healthy scans of the model's calibration; None where scores cannot be compared (notes)
+    threshold          of the calibration; None without one. flagged: score > threshold; None without one
+    error_hu           mean absolute difference between scan and closest normal in the brain
+    anomalous_ml       volume of the mask; None where the source does not tell its pixel spacing
+    notes              what a reader should know, in words
+    seconds            by stage
+    working            the scan at working thickness, with what it takes to bring maps back
+    """
+
+    scan: Scan = field(repr=False)
+    reconstruction_hu: np.ndarray = field(repr=False)
+    residual_hu: np.ndarray = field(repr=False)
+    anomaly: np.ndarray = field(repr=False)
+    mask: np.ndarray = field(repr=False)
+    brain: np.ndarray = field(repr=False)
+    slice_scores: np.ndarray = field(repr=False)
+    below_vertex_mm: np.ndarray = field(repr=False)
+    projected: np.ndarray = field(repr=False)
+    score: float
+    percentile: float | None
+    threshold: float | None
+    flagged: bool | None
+    error_hu: float
+    anomalous_ml: float | None
+    notes: tuple[str, ...]
+    seconds: dict[str, float] = field(repr=False)
+    working: Preprocessed = field(repr=False)
+
+
+class Projector:
+    """Projects scans with a bundle: Projector(load_bundle(folder))(read_scan(source)) -> Projection.
+
+    settings       others than the bundle is calibrated for: bundle.settings.replace(name=value)
+    preprocessing  None: the bundle's; needed for an imported bundle, which has none
+
+    Raises ValueError where the bundle lacks what the settings need.
+    """
+
+    def __init__(self, bundle: Bundle, settings: Settings | None = None,
+                 preprocessing: PreprocessSettings | None = None):
+        self.calibrated_for = bundle.settings
+        self.bundle = bundle if settings is None else bundle.with_settings(settings)
+        self.preprocessing = preprocessing or bundle.preprocessing
+        if self.preprocessing is None:
+            raise ValueError("the bundle does not say how its scans were prepared; give preprocessing")
+        self.settings = self.bundle.settings
+        self.bundle.measure.check()
+        self.incomparable = self._why_incomparable()
+        self.calibration = None if self.incomparable else bundle.meta["calibration"]
+
+    def _why_incomparable(self) -> str | None:
+        """Why scores cannot be compared with those of the calibration; None where they can."""
+        meta, now = self.bundle.meta, versions()
+        if not meta["calibration"]:
+            return "the model is not calibrated: no percentile"
+        for what in ("preprocessing", "measure"):
+            if meta["versions"][what] != now[what]:
+                return (f"the model was calibrated with version {meta['versions'][what]} of the {what}, this is "
+                        f"version {now[what]}: no percentile; run latent_stats.py again")
+        if plain(self.preprocessing.to_json()) != plain(meta["preprocessing"]):
+            return "scans are prepared in another way than those of the calibration: no percentile"
+        if plain(self.settings.comparable()) != plain(self.calibrated_for.comparable()):
+            return "the settings are not those of the calibration: no percentile"
+        return None
+
+    def __call__(self, scan: Scan) -> Projection:
+        """Raises ScanError where no head or no usable slice is found."""
+        started = time.perf_counter()
+        pre = preprocess_scan(scan, self.preprocessing)
+        seconds = {"standardise": time.perf_counter() - started}
+        hu, brain, below_vertex_mm = pre.kept_slices()
+        hu, brain = torch.from_numpy(hu), torch.from_numpy(brain)
+        found, seen, findings, judging = project_frame(self.bundle.reconstructor, self.bundle.measure, hu, brain,
+                                                       below_vertex_mm)
+        seconds |= found.seconds | {"judge": judging}
+        started = time.perf_counter()
+        share = float(findings.predicted.sum() / brain.sum())
+        notes = [*scan.notes]
+        if share > TOO_MUCH:
+            notes.append(f"{share:.0%} of the brain differs from its reconstruction: not to be trusted; check "
+                         "the scan's window, orientation and brain mask")
+        if self.incomparable:
+            notes.append(self.incomparable)
+        score = scan_score(findings.slice_scores, self.settings.scan_score)
+        percentile, threshold = self._compare(score)
+        mask = pre.maps_to_scan(findings.mask.numpy())
+        return Projection(
+            scan=scan, reconstruction_hu=pre.maps_to_scan(found.normal_hu.numpy(), float(pre.standardised.hu.min())),
+            residual_hu=pre.maps_to_scan(seen.residual.numpy()), anomaly=pre.maps_to_scan(findings.anomaly.numpy()),
+            mask=mask, brain=pre.slabs.from_slabs(pre.brain),
+            slice_scores=pre.scores_to_scan(findings.slice_scores.numpy()),
+            below_vertex_mm=pre.values_to_scan(pre.standardised.below_vertex_mm),
+            projected=pre.values_to_scan(pre.kept), score=score, percentile=percentile, threshold=threshold,
+            flagged=None if threshold is None else score > threshold, error_hu=found.error,
+            anomalous_ml=volume_ml(mask, scan), notes=tuple(dict.fromkeys(notes)),
+            seconds=seconds | {"to the scan": time.perf_counter() - started}, working=pre)
+
+    def _compare(self, score: float) -> tuple[float | None, float | None]:
+        """Percentile and threshold of a score; None where they are not known."""
+        how = self.settings.scan_score
+        if not self.calibration or how not in self.calibration["scan_scores"]:
+            return None, None
+        return calibration.percentile(self.calibration, score, how), self.calibration["threshold"][how]
+
+    def key(self) -> dict:
+        """What this projector's results hang on, JSON: results of another key are not mixed with them."""
+        precision = str(self.bundle.reconstructor.precision)
+        return plain({"weights": self.bundle.weights_hash, "settings": self.settings.to_json(), "versions": versions(),
+                      "preprocessing": self.preprocessing.to_json(), "precision": precision})
+
+
+def project_frame(reconstructor: Reconstructor, measure: Measure, hu: torch.Tensor, brain: torch.Tensor,
+                  below_vertex_mm: np.ndarray) -> tuple[Reconstruction, Evidence, Findings, float]:
+    """The slices of one scan in the standard frame, from their closest normals to the scores; seconds of the measure.
+
+    hu float32 [S, N, N], HU; brain bool [S, N, N]; below_vertex_mm [S]: all slices, in order.
+    """
+    watch = measure.watch(brain, below_vertex_mm)
+    found = reconstructor.closest_normal(hu, brain, below_vertex_mm, watch)
+    started = time.perf_counter()
+    seen = measure.evidence(found, brain, below_vertex_mm, watch)
+    findings = measure.judge(seen)
+    return found, seen, findings, time.perf_counter() - started
+
+
+def volume_ml(mask: np.ndarray, scan: Scan) -> float | None:
+    """Volume of a mask [S, H, W] in millilitres; None where the source does not tell its pixel spacing."""
+    if scan.pixel_spacing_mm is None:
+        return None
+    thickness = np.gradient(scan.position_mm) if len(scan.position_mm) > 1 else np.array([scan.slice_spacing_mm])
+    return float((mask.sum((1, 2)) * thickness).sum() * np.prod(scan.pixel_spacing_mm) / 1000)
+
+
+def plain(value):
+    """As it comes back from JSON: tuples as lists."""
+    return json.loads(json.dumps(value))

@@ -1,0 +1,124 @@
+"""The settings of a projection in three groups: what scores hang on, what only draws the mask, one method's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from detect.measure import MEASURES, SCAN_SCORES, MaskSettings
+from detect.reconstruct import METHODS, method
+
+
+@dataclass(frozen=True)
+class Settings:
+    """method           of METHODS; reconstruction: its own settings
+    measure          of MEASURES; scoring: its own settings
+    mask             what only draws the mask
+    scan_score       of SCAN_SCORES; a calibration holds all of them
+    """
+
+    method: str = "inversion"
+    reconstruction: Any = None               # method(self.method).Settings(); None: its defaults
+    measure: str = "votes"
+    scoring: Any = None                      # MEASURES[self.measure].Settings(); None: its defaults
+    mask: MaskSettings = field(default_factory=MaskSettings)
+    scan_score: str = "mean"
+
+    def __post_init__(self):
+        for name, allowed in (("method", METHODS), ("measure", MEASURES), ("scan_score", SCAN_SCORES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name, kind in (("reconstruction", method(self.method).Settings),
+                           ("scoring", MEASURES[self.measure].Settings)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, kind())
+            elif not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name}: expected {kind.__name__}, got {type(getattr(self, name)).__name__}")
+
+    def comparable(self) -> dict[str, Any]:
+        """What a calibration must have in common with a new scan's settings, for a percentile to mean something."""
+        found = self.to_json()
+        return {key: found[key] for key in ("method", "reconstruction", "measure", "scoring")}
+
+    def to_json(self) -> dict[str, Any]:
+        """All settings that a result depends on; those that are not `stored` (memory, paths) are left out."""
+        groups = {name: stored(getattr(self, name)) for name in ("reconstruction", "scoring", "mask")}
+        return {"method": self.method, "reconstruction": groups["reconstruction"], "measure": self.measure,
+                "scoring": groups["scoring"], "mask": groups["mask"], "scan_score": self.scan_score}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Settings:
+        """The inverse of to_json; what it does not say is the default. ValueError for what this version lacks."""
+        content = dict(content)
+        try:
+            own = {"reconstruction": method(content.get("method", cls.method)).Settings,
+                   "scoring": MEASURES[content.get("measure", cls.measure)].Settings, "mask": MaskSettings}
+            groups = {name: kind(**content.pop(name, {})) for name, kind in own.items()}
+            return cls(**groups, **content)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"settings: {error}; made by another version") from error
+
+    def replace(self, **changes: Any) -> Settings:
+        """Settings with some values replaced, by name, whatever their group.
+
+        Another method or measure comes with its own defaults, under the other changes. Values may be texts, as of the
+        command line. ValueError names what is unknown or does not fit.
+        """
+        groups = {name: changes.pop(name, getattr(self, name)) for name in ("method", "measure", "scan_score")}
+        kept = {"reconstruction": self.reconstruction if groups["method"] == self.method else None,
+                "scoring": self.scoring if groups["measure"] == self.measure else None}
+        settings = Settings(**groups, **kept, mask=self.mask)
+        for name, value in changes.items():
+            group = next((g for g in GROUPS if name in names(getattr(settings, g))), None)
+            if group is None:
+                raise ValueError(f"no setting {name}; there are {', '.join(key for key, _, _ in settings.listing())}")
+            old = getattr(settings, group)
+            changed = dataclasses.replace(old, **{name: converted(value, get_type_hints(type(old))[name], name)})
+            settings = dataclasses.replace(settings, **{group: changed})
+        return settings
+
+    def changed(self, texts: Iterable[str]) -> Settings:
+        """replace() by texts KEY=VALUE of the command line's --set. ValueError names the flag."""
+        if wrong := [text for text in texts if "=" not in text]:
+            raise ValueError(f"--set {wrong[0]}: expected KEY=VALUE")
+        try:
+            return self.replace(**dict(text.split("=", 1) for text in texts))
+        except ValueError as error:
+            raise ValueError(f"--set: {error}") from error
+
+    def listing(self) -> Iterator[tuple[str, Any, str]]:
+        """Every setting that may be replaced: name, value, what it is."""
+        yield "method", self.method, f"how the closest normal is found: {', '.join(METHODS)}"
+        yield "measure", self.measure, f"how unusual a difference is: {', '.join(MEASURES)}"
+        yield "scan_score", self.scan_score, f"how slice scores become the scan's score: {', '.join(SCAN_SCORES)}"
+        for group in GROUPS:
+            for f in dataclasses.fields(getattr(self, group)):
+                yield f.name, getattr(getattr(self, group), f.name), f.metadata["help"]
+
+
+GROUPS = ("reconstruction", "scoring", "mask")
+
+
+def names(settings: Any) -> set[str]:
+    return {f.name for f in dataclasses.fields(settings)}
+
+
+def stored(settings: Any) -> dict[str, Any]:
+    """The fields of a settings dataclass that a result depends on."""
+    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.metadata["stored"]}
+
+
+def converted(value: Any, kind: type, name: str) -> Any:
+    """A text as the type of its setting; anything else as it is. ValueError naming the setting."""
+    if not isinstance(value, str) or kind is str:
+        return value
+    if kind is bool:
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"{name}: expected true or false, got {value!r}")
+        return value.lower() == "true"
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{name}: expected {kind.__name__}, got {value!r}") from None
