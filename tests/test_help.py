@@ -53,6 +53,7 @@ def test_projector_shows_few_options():
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     FOLDER.mkdir(exist_ok=True)
     for command in COMMANDS:
         (FOLDER / f"{command}.txt").write_text(help_text(command), encoding="utf-8")
