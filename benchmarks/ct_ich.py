@@ -238,7 +238,7 @@ def table(figures: dict) -> str:
         lines.append(f"| {' | '.join([kind, *cells])} |")
     notes = ["p: paired DeLong test against ours, two-sided; not corrected for the number of methods.",
              f"Scan score from slice scores: ours and calibrated baselines "
-             f"{figures['projection']['scan_score']}, others {POOLING}."]
+             f"{figures['settings']['scan_score']}, others {POOLING}."]
     if figures["without_slice_labels"]:
         notes.append(f"Without slice labels, so among scans alone: {', '.join(figures['without_slice_labels'])}.")
     if figures["failed"]:
