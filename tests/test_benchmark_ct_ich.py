@@ -96,7 +96,7 @@ def test_figures_by_hand(cases):
 
 def test_the_table_shows_undefined_figures_as_a_dash_and_names_what_is_left_out(cases):
     figures = ct_ich.report(cases, ["ours", "hu"]) | {"splits": ["test"], "failed": {"e": "no head"},
-                                                      "projection": {"scan_score": "top3"}}
+                                                      "settings": {"scan_score": "top3"}}
     text = ct_ich.table(figures)
     assert text.startswith("2 scans with haemorrhage and 2 without, 2 slices with and 3 without (test).")
     assert "| this project | 0.75 |" in text and "| HU thresholds | 0.00 |" in text
