@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,6 +15,17 @@ C = TypeVar("C")
 def option(default: Any, help: str, choices: tuple | None = None, stored: bool = True) -> Any:
     """A dataclass field with the help text (and choices) of its flag; stored=False: what no result depends on."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "stored": stored})
+
+
+def check_range(config: Any, names: tuple[str, ...], low: float, high: float = math.inf,
+                above: bool = False) -> None:
+    """ValueError naming the flag unless the fields lie from `low` (above: beyond it) to `high`, and are finite."""
+    for name in names:
+        value = getattr(config, name)
+        if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
+            limit = f" and at most {high:g}" if math.isfinite(high) else ""
+            least = "above" if above else "at least"
+            raise ValueError(f"--{name.replace('_', '-')} must be {least} {low:g}{limit}, got {value:g}")
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type, title: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import distributed
-from config import option, parse
+from config import check_range, option, parse
 from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import DatasetError, SliceDataset, image_batches
@@ -76,8 +76,10 @@ class TrainConfig:
     snapshot_kimg: float = option(40, "between snapshots")
 
     def __post_init__(self):
-        if self.batch < 1 or self.accumulate < 1:
-            raise ValueError(f"--batch and --accumulate must be at least 1, got {self.batch} and {self.accumulate}")
+        check_range(self, ("batch", "accumulate", "path_shrink"), 1)
+        check_range(self, ("kimg", "lr", "ada_kimg", "tick_kimg", "grid_kimg", "snapshot_kimg"), 0, above=True)
+        check_range(self, ("r1_gamma", "r1_every", "path_weight", "path_every", "ema_kimg", "ema_rampup", "workers"), 0)
+        check_range(self, ("path_decay", "mixing", "ada_target", "ada_cutout"), 0, 1)
         if self.batch % self.accumulate:
             raise ValueError(f"--batch {self.batch} must be divisible by --accumulate {self.accumulate}")
 

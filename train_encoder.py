@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import distributed
-from config import option, parse
+from config import check_range, option, parse
 from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import DatasetError, SliceDataset, image_batches
@@ -74,10 +74,11 @@ class EncoderConfig:
     workers: int = option(2, "loader processes a rank; 0 decodes in the main process")
 
     def __post_init__(self):
-        if self.batch < 1 or not self.epochs > 0:
-            raise ValueError(f"--batch must be at least 1 and --epochs above 0, got {self.batch} and {self.epochs:g}")
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"--decay is a part of the training, from 0 to 1, got {self.decay:g}")
+        check_range(self, ("batch",), 1)
+        check_range(self, ("epochs", "knee"), 0, above=True)
+        check_range(self, ("perceptual_epochs", "lr", "lr_trunk", "lr_discriminator", "lr_generator", "adversarial",
+                           "domain", "r1_gamma", "r1_every", "pixels", "workers"), 0)
+        check_range(self, ("decay", "code_alone", "erase", "coarse", "rotate"), 0, 1)
 
 
 PRESETS = {

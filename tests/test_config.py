@@ -32,6 +32,19 @@ def read(*argv):
     return parse("A test.", PRESETS, lambda parser: parser.add_argument("--out", default="runs"), list(argv))
 
 
+@pytest.mark.parametrize("wrong, message", [
+    ({"tick_kimg": 0}, "--tick-kimg must be above 0, got 0"),
+    ({"path_shrink": 0}, "--path-shrink must be at least 1, got 0"),
+    ({"mixing": 7}, "--mixing must be at least 0 and at most 1, got 7"),
+    ({"lr": float("nan")}, "--lr must be above 0, got nan"),
+    ({"kimg": float("inf")}, "--kimg must be above 0, got inf"),
+    ({"r1_every": -1}, "--r1-every must be at least 0, got -1"),
+])
+def test_a_training_that_cannot_be_meant_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        train.TrainConfig(**wrong)
+
+
 def test_the_first_preset_is_the_default():
     config, args = read()
     assert config == Settings() and args.out == "runs"

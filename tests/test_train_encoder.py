@@ -260,7 +260,7 @@ def test_rates_fall_evenly_over_the_last_part(gan_run):
 
 
 def test_decay_is_a_part():
-    with pytest.raises(ValueError, match="--decay is a part of the training"):
+    with pytest.raises(ValueError, match="--decay must be at least 0 and at most 1"):
         EncoderConfig(decay=2)
 
 
