@@ -75,12 +75,31 @@ def slice_units(args, scan_labels: dict[Key, Label], not_chosen: set[Key]) -> Un
     return units
 
 
+def own_threshold(path: Path, units: Units) -> tuple[float | None, str]:
+    """The threshold of the model's calibration, from projector.py's run.json, and its source; None without one.
+
+    None, too, where scans of the calibration are among those evaluated: a threshold comes from other data.
+    """
+    run = read_json(path) if path.is_file() else {}
+    calibration, how = run.get("calibration"), run.get("settings", {}).get("scan_score")
+    if not calibration or calibration["threshold"].get(how) is None:
+        return None, ""
+    if shared := {scan_id for (scan_id,) in units.keys} & set(calibration["scans"]):
+        print(f"the model's own threshold is not used: {len(shared)} scans of its calibration are evaluated here",
+              file=sys.stderr)
+        return None, ""
+    source = f"the model's own, at a false-positive rate of {calibration['threshold']['fpr']:g}"
+    return calibration["threshold"][how], source
+
+
 def evaluate(args) -> None:
     scores = read_scores(args.scores)
     labels, not_chosen = read_labels(args.labels, args.where)
     units = {"scan": join(scores, labels, args.missing, not_chosen)}
     thresholds = {"scan": (args.threshold, "--threshold"),
                   "slice": (args.slice_threshold, "--slice-threshold")}
+    if args.threshold is None and not args.threshold_from:
+        thresholds["scan"] = own_threshold(args.scores.parent / "run.json", units["scan"])
     if args.threshold_from:
         thresholds["scan"] = threshold_from(args.threshold_from, args.fpr, args.missing, units["scan"].keys)
     if args.slices:
@@ -175,7 +194,9 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--maps", type=Path, help="<scan_id>/mask.nii.gz, anomaly.nii.gz (default: the folder of scores.csv)")
     add("--mask-gaps", choices=("error", "empty", "skip"), default="error",
         help="slices without a PNG in a truth folder: refuse, nothing there, or not counted (default error)")
-    add("--threshold", type=_finite, help="a scan is called abnormal at this score or above; set on other data")
+    add("--threshold", type=_finite,
+        help="a scan is called abnormal above this score; set on other data (default: the model's own, from the "
+             "run.json beside SCORES)")
     add("--threshold-from", type=Path, nargs="+", metavar="CSV",
         help="SCORES [LABELS] of other scans (without labels all healthy): threshold at --fpr on the healthy")
     add("--fpr", type=_share, default=0.05, help="false-positive rate for --threshold-from (default 0.05)")

@@ -183,7 +183,7 @@ def bootstrap_interval(statistic: Callable[[np.ndarray, np.ndarray], float], sco
 # At a threshold
 
 def empirical_threshold(normal_scores: np.ndarray, fpr: float) -> float:
-    """The smallest threshold at which at most `fpr` of these normal scores are positive (score >= threshold).
+    """The smallest threshold at which at most `fpr` of these normal scores are positive (score > threshold).
 
     It holds for these scans; new healthy ones pass it somewhat more often. The bound for those, which needs more
     scans, is detect.measure.threshold_at_fpr.
@@ -193,12 +193,12 @@ def empirical_threshold(normal_scores: np.ndarray, fpr: float) -> float:
     if len(normal_scores) == 0:
         raise Undefined("no normal scans to set the threshold on")
     allowed = math.floor(fpr * len(normal_scores) + 1e-9)
-    return float(np.nextafter(np.sort(normal_scores)[::-1][allowed], np.inf))
+    return float(np.sort(normal_scores)[::-1][allowed])
 
 
 def confusion(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, int]:
-    """Counts tp, fp, tn, fn; a unit is called abnormal when score >= threshold."""
-    called, positive = np.asarray(scores) >= threshold, np.asarray(labels) == 1
+    """Counts tp, fp, tn, fn; a unit is called abnormal when score > threshold."""
+    called, positive = np.asarray(scores) > threshold, np.asarray(labels) == 1
     return {"tp": int((called & positive).sum()), "fp": int((called & ~positive).sum()),
             "tn": int((~called & ~positive).sum()), "fn": int((~called & positive).sum())}
 

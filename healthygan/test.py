@@ -89,7 +89,7 @@ def score_rows(model: Model, pictures: Pictures, scores: np.ndarray, seconds: fl
     for unit, score in unit_scores(scores, pictures.units).items():
         rows.append({"scan_id": unit, "score": f"{score:.6g}", "status": "ok", "slices": slices[unit],
                      "percentile": f"{100 * np.mean(np.array([*healthy, np.inf]) < score):.6g}" if healthy else "",
-                     "flagged": "" if threshold is None else int(score >= threshold),
+                     "flagged": "" if threshold is None else int(score > threshold),
                      "seconds": f"{seconds * slices[unit] / len(pictures):.4g}", "notes": notes})
     rows.sort(key=lambda row: -float(row["score"]))
     return rows + [{"scan_id": name, "status": "failed", "reason": reason}

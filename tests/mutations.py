@@ -196,7 +196,7 @@ MUTANTS = (
            "getattr(self.config, name) * terms[name]", "terms[name]",
            "tests/test_healthygan.py -k generators_gradient"),
     Mutant("healthy scans flagged", "healthygan/test.py",
-           "int(score >= threshold)", "int(score < threshold)", "tests/test_healthygan.py -k mean_difference"),
+           "int(score > threshold)", "int(score < threshold)", "tests/test_healthygan.py -k mean_difference"),
     Mutant("differences cancel", "healthygan/scoring.py",
            "(x - y).abs() / 2", "(x - y) / 2", "tests/test_healthygan.py -k by_hand"),
     Mutant("the worst generator is kept", "healthygan/train.py",

@@ -132,15 +132,20 @@ def test_bootstrap_is_seeded_and_stratified():
 # ------------------------------------------------------------------------------------------------------------
 # At a threshold, and masks
 
+def test_a_score_at_the_threshold_is_not_above_it():
+    counts = metrics.confusion(np.array([0.5, 0.5, 0.6]), np.array([1, 0, 1]), 0.5)
+    assert counts == {"tp": 1, "fp": 0, "tn": 1, "fn": 1}
+
+
 def test_empirical_threshold_lets_through_no_more():
     normal = np.array([5.0, 1, 2, 3, 4])
-    assert np.sum(normal >= metrics.empirical_threshold(normal, 0.2)) == 1
-    assert np.sum(normal >= metrics.empirical_threshold(normal, 0.19)) == 0
-    assert np.sum(np.ones(10) >= metrics.empirical_threshold(np.ones(10), 0.5)) == 0     # ties go together
+    assert np.sum(normal > metrics.empirical_threshold(normal, 0.2)) == 1
+    assert np.sum(normal > metrics.empirical_threshold(normal, 0.19)) == 0
+    assert np.sum(np.ones(10) > metrics.empirical_threshold(np.ones(10), 0.5)) == 0     # ties go together
 
 
 def test_confusion_and_wilson():
-    assert metrics.confusion(SCORES, LABELS, 0.7) == {"tp": 2, "fp": 1, "tn": 2, "fn": 1}
+    assert metrics.confusion(SCORES, LABELS, 0.69) == {"tp": 2, "fp": 1, "tn": 2, "fn": 1}
     # Wilson for 2 of 3: centre (2/3 + z2/6) / (1 + z2/3), half z sqrt(2/27 + z2/36) / (1 + z2/3)
     z2 = 1.959964**2
     centre, half = (2 / 3 + z2 / 6) / (1 + z2 / 3), np.sqrt(z2 * (2 / 27 + z2 / 36)) / (1 + z2 / 3)
@@ -293,7 +298,7 @@ def run(results, *extra, out="metrics"):
 def test_command_end_to_end(results, capsys):
     base = results.parent
     code, report = run(results, "--slices", results / "slices.csv", "--slice-labels", base / "slice_labels.csv",
-                       "--threshold", 0.7, "--prevalence", 0.1)
+                       "--threshold", 0.69, "--prevalence", 0.1)
     assert code == 0
     scan = report["scan"]
     assert scan["auc"] == pytest.approx(8 / 9) and (scan["abnormal"], scan["normal"]) == (3, 3)
@@ -339,7 +344,7 @@ def test_threshold_comes_from_other_data(results, capsys):
                       [[f"h{i}", i / 20, "ok"] for i in range(20)])          # 0 .. 0.95
     code, report = run(results, "--threshold-from", other, "--fpr", 0.3)
     at = report["scan"]["at_threshold"]
-    assert code == 0 and 0.65 < at["threshold"] < 0.7 and (at["tp"], at["fp"]) == (2, 1)
+    assert code == 0 and 0.65 <= at["threshold"] < 0.7 and (at["tp"], at["fp"]) == (2, 1)
     assert "20 normal scans" in at["threshold_source"]
     assert run(results, "--threshold-from", results / "scores.csv", out="none") == (2, None)
     assert "other data" in capsys.readouterr().err
@@ -351,6 +356,24 @@ def test_comparison_of_two_methods(results):
     report = run(results, "--compare", other)[1]
     assert report["comparison"]["auc"] == pytest.approx(5 / 9)
     assert 0 < report["comparison"]["delong_p"] < 1
+
+
+def test_the_models_own_threshold_is_taken_from_run_json(results, capsys):
+    run_json = results / "run.json"
+    calibration = {"scans": ["elsewhere"], "threshold": {"fpr": 0.05, "max": 0.65, "mean": 0.1}}
+    try:
+        run_json.write_text(json.dumps({"calibration": calibration, "settings": {"scan_score": "max"}}))
+        code, report = run(results)
+        at = report["scan"]["at_threshold"]
+        assert code == 0 and at["threshold"] == 0.65 and "model's own" in at["threshold_source"]
+        assert run(results, "--threshold", 0.7)[1]["scan"]["at_threshold"]["threshold"] == 0.7
+        evaluated = next(iter(report["labels"]))
+        run_json.write_text(json.dumps({"calibration": calibration | {"scans": [evaluated]},
+                                        "settings": {"scan_score": "max"}}))
+        assert run(results)[1]["scan"]["at_threshold"]["sensitivity"] == NO_THRESHOLD
+        assert "1 scans of its calibration are evaluated here" in capsys.readouterr().err
+    finally:
+        run_json.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("extra", [["--slices", "x.csv"], ["--threshold", "1", "--threshold-from", "x.csv"],

@@ -99,7 +99,7 @@ def test_the_generator_with_the_highest_aucp_is_kept_with_its_threshold(finished
     assert model.meta["chosen"]["aucp"] == pytest.approx(measured[best], abs=1e-4)
     held_out = model.meta["validation_scores"]                    # a quarter of 12
     assert len(held_out) == 3 and model.meta["training"]["counts"]["healthy"]["images"] == 9
-    assert np.sum(np.array(held_out) >= model.meta["threshold"]) == 0   # 25 % of 3 is none
+    assert np.sum(np.array(held_out) > model.meta["threshold"]) == 0   # 25 % of 3 is none
 
 
 def test_no_label_or_test_image_can_reach_the_training(run_train, finished, xrays, tmp_path):
@@ -211,7 +211,7 @@ def test_scores_are_the_mean_difference_and_evaluate_reads_them(scored, finished
     for row in table:
         stored = np.asarray(Image.open(scored / f"maps/{row['scan_id']}.png")) / 65535
         assert stored.mean() == pytest.approx(float(row["score"]), abs=1e-5)
-        assert row["flagged"] == str(int(float(row["score"]) >= model.meta["threshold"]))
+        assert row["flagged"] == str(int(float(row["score"]) > model.meta["threshold"]))
         assert 0 <= float(row["percentile"]) <= 75                # of 3 healthy: at most 3 / 4
         assert Image.open(scored / f"overlays/{row['scan_id']}.png").size == (192, 32)
     out = scored / "metrics"
