@@ -9,10 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from dataset import SliceDataset
-from detect.measure import SCAN_SCORES, Evidence, Measure, percentile_of, scan_score, threshold_at_fpr
+from detect.measure import (
+    SCAN_SCORES,
+    SLICE_MM,
+    Evidence,
+    Measure,
+    percentile_of,
+    scan_score,
+    thickness_mm,
+    threshold_at_fpr,
+)
 from detect.reconstruct import Reconstructor
 
 FPR = 0.05                            # of the stored thresholds
@@ -65,7 +75,8 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
 def summary(scan_ids: list[str], positions: list[list[float]], scores: list[torch.Tensor],
             errors: list[dict[str, float]]) -> dict[str, Any]:
     """The calibration's JSON from the slice scores and errors of each scan."""
-    scan_scores = {how: [scan_score(one, how) for one in scores] for how in SCAN_SCORES}
+    scan_scores = {how: [scan_score(one, how, thickness_mm(mm)) for one, mm in zip(scores, positions)]
+                   for how in SCAN_SCORES}
     slice_scores = [{"scan": s, "below_vertex_mm": round(mm, 3), "score": score}
                     for s, (one, places) in enumerate(zip(scores, positions))
                     for score, mm in zip(one.tolist(), places)]
@@ -82,6 +93,20 @@ def thresholds(scan_scores: dict[str, list[float]], fpr: float) -> dict[str, Any
     except ValueError as error:
         return {"fpr": fpr} | dict.fromkeys(scan_scores) | {"reason": str(error)}
     return {"fpr": fpr} | by_score | {"reason": None}
+
+
+def spacing_range(calibration: dict[str, Any]) -> tuple[float, float]:
+    """The smallest and largest usual slice spacing of the healthy scans, mm."""
+    spacings = []
+    for scan in range(len(calibration["scans"])):
+        mm = [one["below_vertex_mm"] for one in calibration["slice_scores"] if one["scan"] == scan]
+        spacings.append(usual_spacing(mm))
+    return min(spacings), max(spacings)
+
+
+def usual_spacing(positions_mm: Sequence[float]) -> float:
+    """The median distance of neighbouring slices, mm; SLICE_MM for a single slice."""
+    return float(np.median(np.abs(np.diff(positions_mm)))) if len(positions_mm) > 1 else SLICE_MM
 
 
 def percentile(calibration: dict[str, Any], score: float, how: str) -> float:

@@ -27,6 +27,9 @@ from op.median import median2d
 VERSION = 1                     # of everything here that a score hangs on: calibrations of another are not comparable
 PAPER_SIZE = 512                # the frame, in pixels, that the paper's pixel counts refer to
 PEAK_AT_512 = 12.0              # standard deviation of the Gaussian of the slice score 'peak', pixels at 512
+SLICE_MM = 5.0                  # what slices are apart where nobody says
+POOL_MM = 15.0                  # what the slice score 'peak' takes a mean over along the body axis: 3 slices of 5 mm
+TOP_MM = 15.0                   # and the scan score 'top3'
 
 
 # --- settings ---
@@ -231,7 +234,7 @@ class Surprise:
         s = self.settings
         shown = normative.combine(surprise, s.scale, s.hypodense)
         predicted = shown.abs() > self.mask.surprise_mask
-        scores = SLICE_SCORES[s.pool].of(shown, seen.judged, s.surprise_above)
+        scores = SLICE_SCORES[s.pool].of(shown, seen.judged, s.surprise_above, seen.below_vertex_mm)
         return Findings(shown, predicted, lesion_mask(predicted, predicted.shape[-1], self.mask.component_at_512),
                         scores)
 
@@ -403,60 +406,103 @@ def surprise_scores(surprise: torch.Tensor, brain: torch.Tensor, above: float) -
     return (beyond / brain.sum((1, 2)).clamp(min=1)).to(surprise.dtype)
 
 
-def peak_scores(surprise: torch.Tensor, brain: torch.Tensor, above: float, sigma: float) -> torch.Tensor:
+def peak_scores(surprise: torch.Tensor, brain: torch.Tensor, above: float, sigma: float,
+                positions_mm: Sequence[float] | None = None) -> torch.Tensor:
     """Highest mean of how far the surprise goes beyond `above`, to one side, about any pixel of a slice. [S]
 
     surprise [S, H, W], signed (normative.py); brain bool [S, H, W]. The mean is over a Gaussian of standard deviation
-    sigma pixels in the plane and over the slice and its two neighbours. A lesion is in one place; what is unusual in a
-    healthy head is scattered, and a sum over the brain counts it all.
+    sigma pixels in the plane and over POOL_MM along the body axis. A lesion is in one place; what is unusual in a
+    healthy head is scattered, and a sum over the brain counts it all. positions_mm [S], as of pool_along_axis.
     """
     _check_same_shape(surprise=surprise, brain=brain)
     highest = []
     for side in (surprise, -surprise):
         near = gaussian_blur((side - above).clamp(min=0) * brain, sigma)
-        ends = torch.cat([near[:1], near, near[-1:]])
-        highest.append(((ends[:-2] + near + ends[2:]) / 3).amax((1, 2)))
+        highest.append(pool_along_axis(near, positions_mm).amax((1, 2)))
     return torch.maximum(*highest)
+
+
+def pool_along_axis(maps: torch.Tensor, positions_mm: Sequence[float] | None = None) -> torch.Tensor:
+    """Mean of maps [S, H, W] over POOL_MM along the body axis about each slice, [S, H, W].
+
+    A slice stands for the space up to half-way to its neighbours, over gaps, too; the first and the last one for what
+    lies beyond, too. So at 5 mm it is the mean of the slice and its two neighbours. positions_mm [S], monotonic;
+    without them slices are SLICE_MM apart.
+    """
+    mm = SLICE_MM * torch.arange(len(maps), dtype=torch.float64) if positions_mm is None else torch.as_tensor(
+        np.asarray(positions_mm), dtype=torch.float64)
+    steps = mm.diff()
+    if not ((steps > 0).all() or (steps < 0).all()):
+        raise ValueError("pool_along_axis: positions_mm must run steadily up or down; sort the slices by position")
+    if (steps < 0).any():
+        mm = -mm
+    between, beyond = (mm[1:] + mm[:-1]) / 2, torch.tensor([torch.inf], dtype=torch.float64)
+    low, high = torch.cat([-beyond, between]), torch.cat([between, beyond])
+    start, end = mm[:, None] - POOL_MM / 2, mm[:, None] + POOL_MM / 2
+    share = (torch.minimum(high, end) - torch.maximum(low, start)).clamp(min=0) / POOL_MM            # [S, S]
+    return torch.einsum("st,thw->shw", share.to(maps), maps)
+
+
+def thickness_mm(positions_mm: Sequence[float]) -> np.ndarray:
+    """How much of the body axis each slice stands for, mm [S]; SLICE_MM for a single slice."""
+    if len(positions_mm) < 2:
+        return np.full(len(positions_mm), SLICE_MM)
+    return np.abs(np.gradient(np.asarray(positions_mm, dtype=float)))
 
 
 @dataclass(frozen=True)
 class SliceScore:
-    """A way to make a slice's score from its surprise: of(surprise [S, N, N], judged [S, N, N], above) -> [S]."""
+    """A way to make slices' scores from their surprise: of(surprise, judged [S, N, N], above, positions_mm) -> [S]."""
 
-    of: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    of: Callable[[torch.Tensor, torch.Tensor, float, np.ndarray], torch.Tensor]
     words: str
 
 
-def _peak(surprise: torch.Tensor, judged: torch.Tensor, above: float) -> torch.Tensor:
-    return peak_scores(surprise, judged, above, PEAK_AT_512 * surprise.shape[-1] / PAPER_SIZE)
+def _peak(surprise: torch.Tensor, judged: torch.Tensor, above: float, positions_mm: np.ndarray) -> torch.Tensor:
+    return peak_scores(surprise, judged, above, PEAK_AT_512 * surprise.shape[-1] / PAPER_SIZE, positions_mm)
 
 
 SLICE_SCORES = {
-    "area": SliceScore(surprise_scores, "over the brain"),
+    "area": SliceScore(lambda surprise, judged, above, _: surprise_scores(surprise, judged, above), "over the brain"),
     "peak": SliceScore(_peak, "where it is rarest"),
 }
 
 
 @dataclass(frozen=True)
 class ScanScore:
-    """A way to make a scan's score from those of its slices, of([S]) -> []; words: to follow 'the score is ...,'."""
+    """A way to make a scan's score from those of its slices: of(scores [S], thickness_mm [S]) -> [].
 
-    of: Callable[[torch.Tensor], torch.Tensor]
+    words: to follow 'the score is ...,'.
+    """
+
+    of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     words: str
 
 
+def _mean(scores: torch.Tensor, thickness: torch.Tensor) -> torch.Tensor:
+    return (scores * thickness).sum() / thickness.sum()
+
+
+def _mean_of_highest(scores: torch.Tensor, thickness: torch.Tensor) -> torch.Tensor:
+    """Of the highest slices that make up TOP_MM."""
+    scores, order = scores.sort(descending=True)
+    thickness = thickness[order]
+    before = thickness.cumsum(0) - thickness
+    return _mean(scores, torch.minimum(thickness, (TOP_MM - before).clamp(min=0)))
+
+
 SCAN_SCORES = {
-    "max": ScanScore(torch.max, "of its highest slice"),
-    "top3": ScanScore(lambda scores: scores.topk(min(3, len(scores))).values.mean(), "mean of its three highest "
-                                                                                     "slices"),
-    "mean": ScanScore(torch.mean, "mean of its slices"),
+    "max": ScanScore(lambda scores, thickness: scores.max(), "of its highest slice"),
+    "top3": ScanScore(_mean_of_highest, f"mean of its highest slices, {TOP_MM:g} mm of them"),
+    "mean": ScanScore(_mean, "mean of its slices"),
 }
 
 
-def scan_score(scores: torch.Tensor, how: str) -> float:
+def scan_score(scores: torch.Tensor, how: str, thickness_mm: Sequence[float] | None = None) -> float:
     """One number for a scan from its slice scores [S], by one of SCAN_SCORES.
 
-    With fewer than three slices 'top3' is their mean. Raises ValueError when there is none or a score isn't finite.
+    thickness_mm [S]: what each slice stands for; None: SLICE_MM each, so that 'top3' is the mean of the three highest.
+    With less than that 'top3' is the mean of all. Raises ValueError when there is none or a score isn't finite.
     """
     if how not in SCAN_SCORES:
         raise ValueError(f"scan_score: how must be one of {', '.join(SCAN_SCORES)}, got {how!r}")
@@ -464,7 +510,9 @@ def scan_score(scores: torch.Tensor, how: str) -> float:
         raise ValueError("scan_score: no slices, so the scan has no score; is the brain mask empty?")
     if not torch.isfinite(scores).all():
         raise ValueError("scan_score: slice scores must be finite")
-    return SCAN_SCORES[how].of(scores).item()
+    thickness = torch.full(scores.shape, SLICE_MM) if thickness_mm is None else torch.as_tensor(
+        np.asarray(thickness_mm))
+    return SCAN_SCORES[how].of(scores.double(), thickness.double()).item()
 
 
 # --- calibration on healthy scans ---

@@ -13,10 +13,11 @@ from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan
 from ct.scan import Scan
 from detect import calibration
 from detect.bundle import Bundle, versions
-from detect.measure import Evidence, Findings, Measure, scan_score
+from detect.measure import Evidence, Findings, Measure, scan_score, thickness_mm
 from detect.reconstruct import Reconstruction, Reconstructor
 from detect.settings import Settings
 
+OTHER_SPACING = 1.25    # slices further apart than those of the calibration by this factor, or closer, do not compare
 TOO_MUCH = 0.35         # predicted part of the brain from which the reconstruction, not the brain, is at fault
 
 
@@ -80,6 +81,7 @@ class Projector:
         self.bundle.measure.check()
         self.incomparable = self._why_incomparable()
         self.calibration = None if self.incomparable else bundle.meta["calibration"]
+        self.spacing_mm = calibration.spacing_range(self.calibration) if self.calibration else None
 
     def _why_incomparable(self) -> str | None:
         """Why scores cannot be compared with those of the calibration; None where they can."""
@@ -114,8 +116,9 @@ class Projector:
                          "the scan's window, orientation and brain mask")
         if self.incomparable:
             notes.append(self.incomparable)
-        score = scan_score(findings.slice_scores, self.settings.scan_score)
-        percentile, threshold = self._compare(score)
+        score = scan_score(findings.slice_scores, self.settings.scan_score, thickness_mm(below_vertex_mm))
+        percentile, threshold, other_spacing = self._compare(score, calibration.usual_spacing(below_vertex_mm))
+        notes += [other_spacing] if other_spacing else []
         mask = pre.maps_to_scan(findings.mask.numpy())
         return Projection(
             scan=scan, reconstruction_hu=pre.maps_to_scan(found.normal_hu.numpy(), float(pre.standardised.hu.min())),
@@ -128,12 +131,16 @@ class Projector:
             anomalous_ml=volume_ml(mask, scan), notes=tuple(dict.fromkeys(notes)),
             seconds=seconds | {"to the scan": time.perf_counter() - started}, working=pre)
 
-    def _compare(self, score: float) -> tuple[float | None, float | None]:
-        """Percentile and threshold of a score; None where they are not known."""
+    def _compare(self, score: float, spacing_mm: float) -> tuple[float | None, float | None, str | None]:
+        """Percentile and threshold of a score; None where they are not known, and a note where the spacing is why."""
         how = self.settings.scan_score
         if not self.calibration or how not in self.calibration["scan_scores"]:
-            return None, None
-        return calibration.percentile(self.calibration, score, how), self.calibration["threshold"][how]
+            return None, None, None
+        if not self.spacing_mm[0] / OTHER_SPACING <= spacing_mm <= self.spacing_mm[1] * OTHER_SPACING:
+            low, high = (f"{mm:.3g}" for mm in self.spacing_mm)
+            return None, None, (f"slices {spacing_mm:.3g} mm apart, those of the calibration "
+                                f"{low if low == high else f'{low} to {high}'} mm: no percentile")
+        return calibration.percentile(self.calibration, score, how), self.calibration["threshold"][how], None
 
     def key(self) -> dict:
         """What this projector's results hang on, JSON: results of another key are not mixed with them."""

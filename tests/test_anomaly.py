@@ -231,6 +231,42 @@ def test_scan_score_refusals():
         scan_score(scores, "max")
 
 
+# --- slices that are not 5 mm apart ---
+
+
+def pooled(values, positions):
+    return measure.pool_along_axis(column(*values), positions).flatten().tolist()
+
+
+def test_slices_of_5_mm_are_pooled_with_their_neighbours():
+    # The ends stand for what lies beyond them, too: (3 + 3 + 3) / 3 and (12 + 27 + 27) / 3.
+    assert pooled([3, 3, 12, 27], [0, 5, 10, 15]) == pytest.approx([3, 6, 14, 22])
+    assert pooled([3, 3, 12, 27], None) == pytest.approx([3, 6, 14, 22])
+    assert pooled([27, 12, 3, 3], [15, 10, 5, 0]) == pytest.approx([22, 14, 6, 3])
+
+
+def test_pooling_goes_by_millimetres_over_gaps_too():
+    # Within 7.5 mm of a slice lie 10 mm of its own and 2.5 mm of either neighbour.
+    assert pooled([0, 15, 0], [0, 10, 20]) == pytest.approx([2.5, 10, 2.5])
+    # The slice at 5 stands for 2.5 to 15: 10 of its 15 mm, and 5 mm are the first one's; beyond the gap nothing counts.
+    assert pooled([3, 6, 100, 100], [0, 5, 25, 30])[1] == pytest.approx(5)
+    # Slices of 2.5 mm: three to either side, the outermost by half.
+    assert pooled([0, 0, 0, 12, 0, 0, 0], [2.5 * i for i in range(7)]) == pytest.approx([1, 2, 2, 2, 2, 2, 1])
+    assert pooled([7], [3.0]) == [7]
+    with pytest.raises(ValueError, match="sort the slices"):
+        measure.pool_along_axis(column(1, 2, 3), [0, 10, 5])
+
+
+def test_scan_scores_weigh_slices_by_what_they_stand_for():
+    scores = torch.tensor([4.0, 9.0, 1.0, 7.0])
+    assert scan_score(scores, "top3", [10, 10, 10, 10]) == pytest.approx((9 * 10 + 7 * 5) / 15)
+    assert scan_score(scores, "top3", [2.5] * 4) == pytest.approx(21 / 4)        # 10 mm: all there is
+    assert scan_score(scores, "top3", [5, 5, 5, 5]) == pytest.approx(20 / 3)
+    assert scan_score(scores, "mean", [5, 10, 5, 5]) == pytest.approx((4 * 5 + 9 * 10 + 5 + 35) / 25)
+    assert scan_score(scores, "max", [5, 10, 5, 5]) == 9
+    assert measure.thickness_mm([20, 15, 5]).tolist() == [5, 7.5, 10] and measure.thickness_mm([3]).tolist() == [5]
+
+
 # --- calibration ---
 
 

@@ -18,6 +18,8 @@ import prepare
 import projector
 import train
 import train_encoder
+from ct import frame
+from detect import measure
 from detect.bundle import load_bundle
 from detect.projection import Projector
 from tests.helpers import leaks, synthetic_head
@@ -137,6 +139,28 @@ def test_a_scan_whose_files_changed_is_projected_again(one, tmp_path, capsys):
     assert "skipped" not in capsys.readouterr().out
     positions = [float(r["position_mm"]) for r in rows(tmp_path / "results" / "slices.csv")]
     assert positions == [5.0 * k for k in range(14)]
+    (row,) = rows(tmp_path / "results" / "scores.csv")             # the healthy scans are 10 mm apart
+    assert row["percentile"] == ""
+    assert "slices 5 mm apart, those of the calibration 10 mm: no percentile" in row["notes"]
+
+
+@pytest.mark.parametrize("module, what", [(frame, "preprocessing"), (measure, "measure")])
+def test_a_bundle_of_another_version_gives_no_percentile_and_no_results_are_mixed(one, tmp_path, monkeypatch, capsys,
+                                                                                   module, what):
+    monkeypatch.setattr(module, "VERSION", 99)
+    assert projector.main(one) == 2
+    assert "another version of this program" in capsys.readouterr().err
+    assert projector.main([*one, "--overwrite"]) == 0
+    (row,) = rows(tmp_path / "results" / "scores.csv")
+    assert row["percentile"] == "" and row["flagged"] == ""
+    assert f"calibrated with version 1 of the {what}, this is version 99: no percentile" in row["notes"]
+    assert json.loads((tmp_path / "results" / "run.json").read_text())["versions"][what] == 99
+
+
+def test_what_only_draws_the_mask_leaves_the_percentile(one, tmp_path):
+    assert projector.main([*one, "--overwrite", "--set", "component_at_512=0"]) == 0
+    (row,) = rows(tmp_path / "results" / "scores.csv")
+    assert row["percentile"] != "" and "no percentile" not in row["notes"]
 
 
 def test_an_assumed_spacing_is_part_of_what_was_done(one, tmp_path, capsys):
