@@ -11,13 +11,13 @@ from PIL import Image
 
 import latent_stats
 import prepare
-from benchmarks import baselines
 from ct import loose
 from ct.read import find_scans, read_scan
 from ct.scan import Scan, ScanError
 from ct.slices import load_spec
 from ct.standardise import HEAD_MM, StandardiseSettings
 from dataset import DatasetError, ScanRecord, SliceDataset, SliceWriter, verify
+from detect.pca import PcaFit, PositionPca
 from gan.database import build_lmdb
 from tests.helpers import synthetic_head
 from tests.writers import write_slice_folder
@@ -239,7 +239,7 @@ def test_latent_statistics_leave_loose_slices_out(database, tmp_path, capsys):
 
 def test_components_by_position_leave_loose_slices_out(database, capsys):
     train = SliceDataset(database, "train")
-    pca = baselines.KINDS["pca"](baselines.PcaSettings(components=2, step_mm=20.0))
+    pca = PositionPca(PcaFit(components=2, step_mm=20.0))
     pca.fit(train)
     assert not pca.centres.isnan().any()
     assert "pca: 4 loose slices without a position are left out" in capsys.readouterr().out
