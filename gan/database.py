@@ -29,6 +29,7 @@ from dataset import SPLITS, DatasetError, ScanRecord, SliceWriter
 
 PathLike = str | os.PathLike
 HU_RANGE = (-20.0, 180.0)     # what the three windows show
+LOOSE_A_LINE = 100            # loose slices: a line in the log for so many
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -224,6 +225,10 @@ def _parallel(work: Callable, jobs: list, workers: int) -> Iterator[tuple[object
 # ----------------------------------------------------------------------------------------------------
 # Folders of scans to a database
 
+def _say(line: str) -> None:
+    print(line, flush=True)             # in a pipe, too, where lines would else wait for hours
+
+
 def common_hu_range(sources: list[ScanSource], workers: int) -> tuple[float, float]:
     """The part of HU_RANGE that no scan's source has clipped: one HU range for all scans of a database."""
     ranges = [limits for limits, reason in _parallel(_saturation, sources, workers) if reason is None]
@@ -257,7 +262,7 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
                split_csv: PathLike | None = None, patients_csv: PathLike | None = None,
                slices_csv: PathLike | None = None, leave_out_csv: PathLike | None = None,
                unknown_slice_spacing_mm: float = 5.0, workers: int = 1, overwrite: bool = False,
-               log: Callable[[str], None] = print) -> dict:
+               log: Callable[[str], None] = _say) -> dict:
     """Prepares every scan under `folders` and writes the database `out`; returns its manifest.
 
     hu_clip None: the HU range that all scans share (common_hu_range). It replaces that of the settings.
@@ -313,7 +318,7 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
                 log(f"{number}/{len(jobs)} {source.scan_id}: FAILED, {reason}")
                 continue
             writer.add(record, splits[source.scan_id], patients[source.scan_id])
-            if not terminal and source.kind != loose.KIND:                 # a line a scan, not a picture
+            if not terminal and (source.kind != loose.KIND or number % LOOSE_A_LINE == 0):
                 log("; ".join((f"{number}/{len(jobs)} {source.scan_id}: {len(record.slices)} slices, "
                                f"{splits[source.scan_id]}", *record.notes)))
         if len(failed) == len(jobs):
