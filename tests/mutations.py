@@ -62,7 +62,7 @@ MUTANTS = (
            "if share > TOO_MUCH", "if share > 2", BLEED + " -k wrong_hu"),
     Mutant("residual with the wrong sign", "detect/projection.py",
            "residual_hu=pre.maps", "residual_hu=-pre.maps", BLEED + " -k too_dense"),
-    Mutant("maps swapped left to right in the world", "ct/write.py",
+    Mutant("maps swapped left to right in the world", "ct/geometry.py",
            "np.diag([-1.0, -1.0, 1.0])", "np.diag([1.0, -1.0, 1.0])", BLEED + " -k mask_lies"),
     Mutant("only what is hyperdense is predicted", "detect/measure.py",
            "shown.abs() > self.mask", "shown > self.mask", BLEED + " -k wrong_hu"),
