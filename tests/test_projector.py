@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import projector
 from ct.frame import PreprocessSettings
-from detect.bundle import Bundle
+from detect.bundle import Bundle, load_bundle
 from detect.measure import MaskSettings, SurpriseSettings
+from detect.projection import Projector
 from detect.search import SearchSettings
 from detect.settings import Settings
 
@@ -72,3 +75,19 @@ def test_settings_survive_json():
     assert Settings.from_json(search.to_json()) == search.replace(vgg16="")        # no paths in a bundle
     with pytest.raises(ValueError, match="unheard_of.*made by another version"):
         Settings.from_json({"scoring": {"unheard_of": 1}})
+
+
+def test_a_percentile_is_among_scores_made_alike():
+    """The shipped model: as it is calibrated, and where something that the score hangs on differs."""
+    bundle = load_bundle(Path(__file__).resolve().parents[1] / "models" / "phantom-128")
+    as_made = Projector(bundle)
+    assert as_made.calibration["scan_scores"] and as_made.incomparable is None
+    assert Projector(bundle, bundle.settings.replace(surprise_mask=2.0)).calibration == as_made.calibration
+    slabs = dataclasses.replace(bundle.preprocessing, slab_mm=bundle.preprocessing.slab_mm + 1)
+    older = {name: bundle.meta["versions"] | {name: 0} for name in ("preprocessing", "measure")}
+    for why, other in (
+            ("settings", Projector(bundle, bundle.settings.replace(surprise_above=2.0))),
+            ("prepared", Projector(bundle, preprocessing=slabs)),
+            *((f"version 0 of the {name}", Projector(dataclasses.replace(bundle, meta=bundle.meta | {"versions": old})))
+              for name, old in older.items())):
+        assert other.calibration is None and why in other.incomparable
