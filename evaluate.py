@@ -13,7 +13,6 @@ out silently: see --missing. Exit 0 done, 2 wrong usage or unfit input.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -43,6 +42,7 @@ from evaluation.cohort import (
 from evaluation.figures import level_figures, markdown, pixel_figures, plot_curves, table
 from evaluation.metrics import Undefined, defined
 from evaluation.triage import TriageSettings
+from files import sha256
 
 
 def write(out: Path, stem: str, report: dict, table: str) -> None:
@@ -117,7 +117,7 @@ def evaluate(args) -> None:
                                 other.clusters)}
     report["labels"] = {scan_id: {"label": int(label), "types": types} for (scan_id,), label, types in
                         zip(units["scan"].keys, units["scan"].labels, units["scan"].types)}
-    report["scores_sha256"] = hashlib.sha256(args.scores.read_bytes()).hexdigest()
+    report["scores_sha256"] = sha256(args.scores)
     report |= provenance(args)
     report["table"] = table(report)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,19 @@
-"""Files that are whole or not there: written beside their place and moved to it in one step; a full disk is named."""
+"""Files that are whole or not there: written beside their place and moved to it in one step; a full disk is named.
+
+Tables and hashes of files, too: one reader, one writer, one hash.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
+import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -69,3 +75,42 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_table(path: Path, columns: Sequence[str], error: type[ValueError] = ValueError,
+               flag: str = "") -> list[dict[str, str]]:
+    """Rows of a CSV file in UTF-8 whose header has at least these columns; cells that are not there are empty.
+
+    Raises `error`, naming the flag it was given with, the file, what was expected and what was found.
+    """
+    where = f"{flag} {path}".strip()
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="")
+            rows, found = list(reader), reader.fieldnames or []
+    except FileNotFoundError as missing:
+        raise error(f"{where}: cannot be read: no such file") from missing
+    except (OSError, UnicodeDecodeError, csv.Error) as wrong:
+        raise error(f"{where}: cannot be read as CSV in UTF-8 ({wrong}); save it as such") from wrong
+    if absent := [column for column in columns if column not in found]:
+        raise error(f"{where}: has no {', '.join(absent)}: expected columns {', '.join(columns)}; found "
+                    f"{', '.join(found) or 'no header'}; columns are separated by commas")
+    return rows
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """CSV with these columns, replaced in one move; None and what a row lacks are empty, floats have six digits."""
+    with replacing(path) as writing, open(writing, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({column: _cell(row.get(column)) for column in columns} for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value

@@ -79,7 +79,7 @@ class TrainConfig:
         check_range(self, ("batch", "accumulate", "path_shrink"), 1)
         check_range(self, ("kimg", "lr", "ada_kimg", "tick_kimg", "grid_kimg", "snapshot_kimg"), 0, above=True)
         check_range(self, ("r1_gamma", "r1_every", "path_weight", "path_every", "ema_kimg", "ema_rampup", "workers"), 0)
-        check_range(self, ("path_decay", "mixing", "ada_target", "ada_cutout"), 0, 1)
+        check_range(self, ("path_decay", "mixing", "ada_cutout"), 0, 1)
         if self.batch % self.accumulate:
             raise ValueError(f"--batch {self.batch} must be divisible by --accumulate {self.accumulate}")
 

@@ -5,7 +5,6 @@ Nothing here unpickles code.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+
+from files import sha256
 
 
 class CheckpointError(ValueError):
@@ -62,12 +63,6 @@ def load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], source: 
         raise CheckpointError(f"{source}: does not fit this {type(module).__name__}: {'; '.join(wrong[:3])}"
                               f"{more}. Use the configuration it was trained with")
     module.load_state_dict(state)
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: Path, files: Mapping[str, str], mend: str) -> None:

@@ -17,7 +17,6 @@ evaluate.py. Exit codes: 0 done, 2 wrong usage, 3 some scans failed.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from detect import measure  # noqa: E402
 from detect.autoencoder import Autoencoder  # noqa: E402
 from detect.fitted import Fitted  # noqa: E402
 from detect.pca import PcaSettings, PositionPca  # noqa: E402
+from files import write_table  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -174,10 +174,7 @@ def score(args: argparse.Namespace) -> int:
         print(f"{source.scan_id}: score {scans[-1]['score']:.3f} HU", flush=True)
     for name, columns, rows in (("scores", ("scan_id", "score", "status", "reason"), scans),
                                 ("slices", ("scan_id", "slice", "score"), slices)):
-        with open(args.out / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_table(args.out / f"{name}.csv", columns, rows)
     return 3 if any(row["status"] == "failed" for row in scans) else 0
 
 

@@ -37,6 +37,7 @@ from detect.measure import Surprise
 from detect.projection import project_frame
 from detect.settings import Settings
 from evaluation.cohort import read_volume
+from files import sha256
 from healthygan.scoring import difference
 from healthygan.weights import find_model
 
@@ -261,11 +262,6 @@ def remembered(path: Path, key: str, measure: Callable[[], dict]) -> tuple[dict,
 def key_of(*facts) -> str:
     """A hash of JSON-able facts, for remembered()."""
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------

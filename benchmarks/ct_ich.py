@@ -42,6 +42,7 @@ from dataset import SliceDataset  # noqa: E402
 from evaluation import metrics  # noqa: E402
 from evaluation.cohort import InputError, Key, Label, read_labels, read_scores, read_table  # noqa: E402
 from evaluation.metrics import Undefined, defined  # noqa: E402
+from files import sha256  # noqa: E402
 
 ROWS = {OURS: (), "published": ("--preset", "published")}            # further flags of projector.py
 POOLING = "mean"                # from a baseline's slice scores to its scan score
@@ -128,7 +129,7 @@ def measured(folder: Path, sources: list[ScanSource], preprocessing: PreprocessS
         results = folder / OURS / source.scan_id
         found[source.scan_id], fresh = compare.remembered(
             folder / "measures" / f"{source.scan_id}.npz",
-            compare.key_of(key, compare.sha256(results / "anomaly.nii.gz")),
+            compare.key_of(key, sha256(results / "anomaly.nii.gz")),
             functools.partial(measure, source, results, preprocessing, methods, own))
         progress.line(source.scan_id, fresh)
     return found

@@ -47,6 +47,7 @@ from dataset import SliceDataset  # noqa: E402
 from evaluation import metrics  # noqa: E402
 from evaluation.cohort import InputError, read_table, read_truth, read_volume  # noqa: E402
 from evaluation.metrics import Undefined, defined  # noqa: E402
+from files import sha256  # noqa: E402
 
 SMOOTH_MM = 5.0                 # standard deviation
 NEAR_MM = 15.0
@@ -235,7 +236,7 @@ def benchmark(args: argparse.Namespace) -> int:
     for source in done:
         kept, fresh = compare.remembered(
             args.out / "measures" / f"{source.scan_id}.npz",
-            compare.key_of(key, compare.sha256(results / source.scan_id / "anomaly.nii.gz")),
+            compare.key_of(key, sha256(results / source.scan_id / "anomaly.nii.gz")),
             functools.partial(measure, source, results / source.scan_id, masks, preprocessing, methods))
         measures[source.scan_id] = kept | {f"{OURS}_seconds": float(rows[source.scan_id]["seconds"])}
         progress.line(f"{source.scan_id}: ours {measures[source.scan_id][f'{OURS}_mm']:.0f} mm away", fresh)

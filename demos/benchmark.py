@@ -48,6 +48,7 @@ from demos.phantom import Job, make_cohort, plan  # noqa: E402
 from detect import normative  # noqa: E402
 from detect.bundle import read_bundle_meta  # noqa: E402
 from evaluation.cohort import Key, read_scores, read_table, read_truth, read_volume  # noqa: E402
+from files import sha256  # noqa: E402
 
 FIRST_SEED = 1_000_000          # cohorts to learn from have smaller seeds
 LARGEST = 10_000                # scans of a group
@@ -113,7 +114,7 @@ def measure_all(folder: Path, chosen: list[Case], run: dict, fits: dict[str, bas
 
     files: the weights of the baselines. Also returns why scans are left out: id -> the projector's reason.
     """
-    key = compare.key_of(run["weights_sha256"], run["settings"], run["preprocessing"], *map(compare.sha256, files))
+    key = compare.key_of(run["weights_sha256"], run["settings"], run["preprocessing"], *map(sha256, files))
     preprocessing = PreprocessSettings.from_json(run["preprocessing"])
     projected = {row["scan_id"]: row for row in read_table(folder / "results" / "scores.csv", ("scan_id", "status"))}
     failed = {c.scan_id: projected[c.scan_id]["reason"] for c in chosen if projected[c.scan_id]["status"] != "ok"}

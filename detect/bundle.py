@@ -29,10 +29,10 @@ from detect.reconstruct import Reconstructor, method
 from detect.released import STATE_DICTS, read_networks, read_statistics
 from detect.search import Search, SearchSettings
 from detect.settings import Settings
-from files import replace_text, replacing
+from files import replace_text, replacing, sha256
 from model import Discriminator, Encoder, Generator
 from version import VERSION
-from weights import CheckpointError, load_strictly, load_tensors, read_json, sha256, to_json, verify
+from weights import CheckpointError, load_strictly, load_tensors, read_json, to_json, verify
 
 FORMAT_VERSION = 2                             # newer ones are refused; version 1 is read, see upgraded()
 BUNDLE_META = ("preprocessing", "calibration", "provenance")        # required; may be None

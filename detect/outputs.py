@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from ct.picture import overlay_panels
 from ct.scan import RESULT_MARK
 from ct.write import write_nifti
 from detect.projection import Projection
-from files import replacing
+from files import write_table
 
 SCORE_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason", "slices", "projected_slices",
                  "error_hu", "anomalous_ml", "seconds", "notes")
@@ -63,21 +62,9 @@ def slice_rows(projection: Projection) -> list[dict]:
                  score=float(p.slice_scores[i])) for i in range(len(p.scan.hu))]
 
 
-def write_table(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
-    """CSV, replaced in one move so that a reader never sees half a table."""
-    with replacing(path) as writing, open(writing, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, columns)
-        writer.writeheader()
-        writer.writerows({k: _cell(row.get(k)) for k in columns} for row in rows)
-
-
 def write_tables(out: Path, done: list[dict], failed: list[dict]) -> None:
     """scores.csv, highest score first and failed scans last; slices.csv."""
     ranked = sorted((d["scan"] for d in done), key=lambda row: -row["score"])
     write_table(out / "scores.csv", SCORE_COLUMNS, ranked + sorted(failed, key=lambda row: row["scan_id"]))
     slices = [row for d in sorted(done, key=lambda d: d["scan"]["scan_id"]) for row in d["slices"]]
     write_table(out / "slices.csv", SLICE_COLUMNS, slices)
-
-
-def _cell(value):
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value

@@ -10,9 +10,7 @@ says what it lacks. Exit 0 done, 2 unfit input.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import hashlib
 import json
 import math
 import sys
@@ -26,6 +24,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ct.picture import PANELS, RESIDUAL_FULL_HU, pack_overlay
 from detect.measure import MEASURES, SCAN_SCORES
 from detect.settings import Settings
+from files import read_table, replace_text, sha256
 
 KEY_SLICES = 3
 MEGABYTES = 40.0
@@ -101,12 +100,13 @@ class Calibration:
 
 def read_results(results: Path) -> tuple[list[Entry], dict]:
     """Scans in the order of scores.csv, and run.json. Raises ReportError."""
-    entries = [_entry(results / "scores.csv", row) for row in _table(results / "scores.csv", SCAN_COLUMNS)]
+    path = results / "scores.csv"
+    entries = [_entry(path, row) for row in read_table(path, SCAN_COLUMNS, ReportError)]
     if not entries:
         raise ReportError(f"{results / 'scores.csv'}: holds no scan; run projector.py first")
     by_id = {entry.scan_id: entry for entry in entries}
     path = results / "slices.csv"
-    for row in _table(path, SLICE_COLUMNS):
+    for row in read_table(path, SLICE_COLUMNS, ReportError):
         if row["scan_id"] not in by_id:
             raise ReportError(f"{path}: {row['scan_id']} is not in scores.csv; run projector.py again")
         number, mm, score = (_number(path, row, column) for column in ("slice", "below_vertex_mm", "score"))
@@ -121,19 +121,6 @@ def read_results(results: Path) -> tuple[list[Entry], dict]:
         absent = ", ".join(sorted(RUN_KEYS - run.keys()))
         raise ReportError(f"{results / 'run.json'}: has no {absent}; run projector.py again")
     return entries, run
-
-
-def _table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    try:
-        with open(path, newline="", encoding="utf-8") as f:
-            reader = csv.DictReader(f, restval="")
-            rows, found = list(reader), reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ReportError(f"{path}: cannot be read ({error}); expected a results folder of projector.py") from error
-    absent = [c for c in columns if c not in found]
-    if absent:
-        raise ReportError(f"{path}: has no column {', '.join(absent)}; expected a table of projector.py")
-    return rows
 
 
 def _number(path: Path, row: dict[str, str], column: str) -> float | None:
@@ -367,10 +354,6 @@ def attach_labels(entries: list[Entry], evaluation: dict, scores_sha256: str) ->
 # ---------------------------------------------------------------------------------------------------------------
 # The page
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def facts(run: dict, hashes: dict[str, str]) -> list[tuple[str, str]]:
     """What the foot of the page lists: names and values."""
     rows = [("model", (run.get("model") or {}).get("name") or "unnamed"), ("weights, SHA-256", run["weights_sha256"])]
@@ -403,7 +386,7 @@ def write_report(results: Path, out: Path, evaluation: dict | None = None, megab
     except ValueError as error:
         raise ReportError(f"{results / 'run.json'}: {error}; run projector.py again") from error
     measure = MEASURES[chosen.measure](chosen.scoring, chosen.mask)
-    hashes = {name: _sha256(results / name) for name in ("scores.csv", "slices.csv")}
+    hashes = {name: sha256(results / name) for name in ("scores.csv", "slices.csv")}
     if evaluation is not None:
         attach_labels(entries, evaluation, hashes["scores.csv"])
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
@@ -426,9 +409,7 @@ def write_report(results: Path, out: Path, evaluation: dict | None = None, megab
 
     # 2 kB for what is yet to be said about pictures that did not fit or could not be read.
     add_pictures(entries, calibration, int(megabytes * 1e6) - len(render().encode()) - 2000)
-    writing = out.with_name(out.name + ".writing")
-    writing.write_text(render(), encoding="utf-8")
-    writing.replace(out)
+    replace_text(out, render())
     return out
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import nibabel
 import numpy as np
 from PIL import Image
 
+import files
 from evaluation.metrics import empirical_threshold
 
 Key = tuple                                # (scan_id,) or (scan_id, slice)
@@ -53,21 +53,9 @@ def _some(keys: list[Key]) -> str:
     return ", ".join(map(name, keys[:3])) + ", ..." * (len(keys) > 3)
 
 
-def read_table(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
+def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """Rows of a CSV file whose header has at least these columns. Raises InputError."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="")
-            rows, found = list(reader), reader.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as CSV in UTF-8 ({error}); save it as such") from error
-    absent = [c for c in columns if c not in found]
-    if absent:
-        raise InputError(f"{path}: needs the columns {', '.join(columns)}; has no {', '.join(absent)}; found "
-                         f"{', '.join(map(repr, found)) or 'no header'}; they are separated by commas")
-    return rows
+    return files.read_table(path, columns, InputError)
 
 
 def _key(path: Path, row: dict[str, str], by_slice: bool, seen: Iterable[Key]) -> Key:

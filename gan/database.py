@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import itertools
 import os
@@ -19,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 import distributed
+import files
 from ct import loose
 from ct.frame import PreprocessSettings, preprocess_scan
 from ct.read import ScanSource, find_scans, read_scan
@@ -37,16 +37,8 @@ LOOSE_A_LINE = 100            # loose slices: a line in the log for so many
 
 def read_table(path: PathLike, columns: Sequence[str], flag: str) -> list[tuple[str, ...]]:
     """The named columns of a CSV file, row by row. DatasetError names the flag and what is missing."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [c for c in columns if c not in (reader.fieldnames or ())]
-            if missing:
-                raise DatasetError(f"{flag} {path}: expected columns {', '.join(columns)}; found "
-                                   f"{', '.join(reader.fieldnames or ['none'])}")
-            return [tuple((row[c] or "").strip() for c in columns) for row in reader]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{flag} {path}: cannot be read as a CSV file ({error})") from error
+    return [tuple((row[c] or "").strip() for c in columns)
+            for row in files.read_table(Path(path), columns, DatasetError, flag)]
 
 
 def _by_scan(path: PathLike, column: str, flag: str, scan_ids: Sequence[str]) -> dict[str, str]:

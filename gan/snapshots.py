@@ -22,14 +22,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from files import flush, full_disk_named, require_space
+from files import flush, full_disk_named, require_space, sha256
 from weights import (
     CheckpointError,
     load_strictly,
     load_tensors,
     portable,
     read_json,
-    sha256,
     to_json,
     verify,
 )

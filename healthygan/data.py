@@ -7,7 +7,6 @@ and its three HU windows are the channels, as for CN-StyleGAN. In memory an imag
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import warnings
 from collections import Counter
@@ -23,6 +22,7 @@ from PIL import Image
 import distributed
 from ct.window import encode
 from dataset import DatasetError, InfiniteSampler, SliceDataset
+from files import read_table
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 FULL = 65535                             # white, as images are kept
@@ -271,10 +271,7 @@ def split_by_patient(names: Sequence[str], fraction: float, seed: int, patients:
     """Indices (kept, held out): `fraction` of the patients, drawn by seed, are held out with all their images."""
     patient = {name: name for name in names}
     if patients is not None:
-        with open(patients, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        if not rows or not {"image", "patient"} <= rows[0].keys():
-            raise DatasetError(f"{patients}: expected the columns image and patient")
+        rows = read_table(patients, ("image", "patient"), DatasetError)
         listed = {Path(row["image"]).with_suffix("").as_posix(): row["patient"] for row in rows}
         if missing := [name for name in names if name not in listed]:
             raise DatasetError(f"{patients}: no patient for {len(missing)} images, the first: {missing[0]}")

@@ -19,7 +19,6 @@ Exit codes: 0 done, 2 wrong usage, 3 some images could not be read (rows with a 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import platform
@@ -36,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a sc
 
 import distributed
 from dataset import DatasetError
+from files import write_table
 from healthygan.data import Pictures, class_folders, is_database, join, read_images, read_slices
 from healthygan.pictures import panels, save_map
 from healthygan.scoring import difference, unit_scores
@@ -96,23 +96,16 @@ def score_rows(model: Model, pictures: Pictures, scores: np.ndarray, seconds: fl
                    for name, reason in sorted(pictures.unreadable.items())]
 
 
-def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def write_results(out: Path, pictures: Pictures, scores: np.ndarray, rows: list[dict], labels) -> None:
     """scores.csv; slices.csv of scans; labels.csv where they are known."""
-    write_csv(out / "scores.csv", SCORE_COLUMNS, rows)
+    write_table(out / "scores.csv", SCORE_COLUMNS, rows)
     if pictures.settings.kind == "slices":
         numbers = [int(name.rpartition("/")[2]) for name in pictures.names]
-        write_csv(out / "slices.csv", ("scan_id", "slice", "score"), [
+        write_table(out / "slices.csv", ("scan_id", "slice", "score"), [
             {"scan_id": unit, "slice": number, "score": f"{score:.6g}"}
             for unit, number, score in zip(pictures.units, numbers, scores)])
     if labels is not None:
-        write_csv(out / "labels.csv", ("scan_id", "label"),
+        write_table(out / "labels.csv", ("scan_id", "label"),
                   [{"scan_id": name, "label": label} for name, label in labels.items()])
 
 

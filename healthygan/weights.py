@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import pickle
 import platform
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from files import sha256
 from healthygan.data import ImageSettings
 from healthygan.model import RUNNING_STATISTICS, Generator, ModelConfig
 from weights import CheckpointError
@@ -50,7 +50,7 @@ def save_model(folder: Path, generator: Generator, meta: dict, dtype: torch.dtyp
     folder.mkdir(parents=True, exist_ok=True)
     weights, writing = folder / "generator.safetensors", folder / ".writing"
     save_file(state, writing)
-    digest = _sha256(writing)
+    digest = sha256(writing)
     writing.replace(weights)
     writing.write_text(json.dumps({"format": FORMAT, **meta, "sha256": digest}, indent=1) + "\n", encoding="utf-8")
     writing.replace(folder / "model.json")
@@ -69,7 +69,7 @@ def load_model(folder: Path) -> Model:
     weights = folder / "generator.safetensors"
     if not weights.is_file():
         raise CheckpointError(f"{weights}: no such file; fetch the model again")
-    if (digest := _sha256(weights)) != meta.get("sha256"):
+    if (digest := sha256(weights)) != meta.get("sha256"):
         raise CheckpointError(f"{weights}: not the file that {path} was written for; fetch the model again")
     try:
         state = load_file(weights)
@@ -87,7 +87,7 @@ def load_released(path: Path) -> Model:
         raise CheckpointError(f"{path}: cannot be read as a state dict ({type(error).__name__})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected a state dict, found a {type(state).__name__}")
-    return Model(load_generator(state, config, path), ImageSettings("images", config.size), {}, _sha256(path))
+    return Model(load_generator(state, config, path), ImageSettings("images", config.size), {}, sha256(path))
 
 
 def load_generator(state: dict[str, torch.Tensor], config: ModelConfig, source: Path) -> Generator:
@@ -113,11 +113,6 @@ def find_model(path: Path) -> Model:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder; give a model's or a run's folder")
     return load_model(path / "best" if (path / "best").is_dir() else path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def ship(source: Path, out: Path, notes: dict[str, str]) -> Path:

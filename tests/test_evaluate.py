@@ -387,7 +387,7 @@ def test_wrong_usage_is_exit_2(results, extra):
 
 @pytest.mark.parametrize("content, message", [
     ("scan_id,label\na,0\n".encode("utf-16"), "UTF-8"), ("scan_id,label\nmü,1\n".encode("latin-1"), "UTF-8"),
-    (b"scan_id;label\na;0\n", "'scan_id;label'"), (b"", "no header")])
+    (b"scan_id;label\na;0\n", "found scan_id;label;"), (b"", "no header")])
 def test_labels_that_are_no_csv_are_exit_2(results, capsys, content, message):
     (results.parent / "labels.csv").write_bytes(content)
     assert run(results)[0] == 2

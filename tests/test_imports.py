@@ -14,7 +14,7 @@ MAY_IMPORT = {                                                   # besides itsel
     "op": set(),
     "version": set(),
     "ct": {"files", "version"},
-    "evaluation": set(),
+    "evaluation": {"files"},
     "distributed": set(),
     "config": set(),
     "files": set(),

@@ -23,7 +23,8 @@ RUN = {"weights_sha256": "f00d", "model": {"name": "tiny"},
        "settings": {"method": "search", "measure": "votes", "scoring": {"threshold_hu": 5.0}, "scan_score": "mean"},
        "device": "cpu", "precision": "float32", "threads": 1, "ranks": 1, "seconds": 3.0,
        "seconds_per_scan_by_stage": {"encode": 0.5}, "versions": {"python": "3.11"}}
-CALIBRATION = {"scan_scores": {"mean": [4.0, 1.0, 3.0, 2.0]}, "threshold": {"fpr": 0.2, "mean": 3.5, "reason": None},
+CALIBRATION = {"scans": ["h1", "h2", "h3", "h4"], "scan_scores": {"mean": [4.0, 1.0, 3.0, 2.0]},
+               "threshold": {"fpr": 0.2, "mean": 3.5, "reason": None},
                "slice_scores": [{"scan": 0, "below_vertex_mm": mm, "score": 9.0 if mm > 35 else 1.0}
                                 for mm in (40, 30, 20, 10)]}
 SLICES = (98, 99, 100, 101)                                     # overlay names of two and of three digits
@@ -174,7 +175,7 @@ def test_large_pictures_are_reduced_and_panels_keep_their_shape(tmp_path):
 @pytest.mark.parametrize("name, old, new, message", [
     ("scores.csv", "a,5.0", "a,", "status 'ok' and no score"),
     ("scores.csv", "a,5.0", "a,nan", "score must be a number, found 'nan'"),
-    ("scores.csv", "scan_id", "scan", "no column scan_id"),
+    ("scores.csv", "scan_id", "scan", "has no scan_id"),
     ("slices.csv", "b,98", "stranger,98", "stranger is not in scores.csv"),
     ("slices.csv", "b,98,40", "b,98,", "b has a slice without number, position or score"),
     ("run.json", '"weights_sha256"', '"weights"', "has no weights_sha256"),
