@@ -15,7 +15,6 @@ stopped by a signal.
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import DatasetError, SliceDataset, image_batches
 from detect.perceptual import KNEE, PERCEPTUAL, build_perceptual
-from gan.augment import random_flip, random_rotation
+from gan.augment import coarse_noise, erase, random_flip, random_rotation
 from gan.database import ensure_database
 from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
 from gan.runlog import Run, load_optimiser, load_run, run_command
@@ -37,8 +36,6 @@ from gan.snapshots import Snapshot, load_snapshot
 from model import Discriminator, Encoder, Generator, ModelConfig
 from op import memory, set_impl
 from weights import CheckpointError
-
-SOFT_TISSUE_HU = (-5.0, 95.0)     # what a lesion may change: not air, fat or bone
 
 
 @dataclass(frozen=True)
@@ -238,41 +235,6 @@ class EncoderTrainer:
         if len(state["rng"]) == distributed.get_world_size():
             self.rng.set_state(state["rng"][distributed.get_rank()])
         self.images_seen = state["images_seen"]
-
-
-def erase(images: torch.Tensor, p: float, rng: torch.Generator) -> torch.Tensor:
-    """Random erasing (Zhong et al. 2020): with probability p a rectangle of 2-33 % of the area, sides up to 3.3:1,
-    is set to 0, the middle of every window. images [B, 3, N, N]."""
-    batch, _, height, width = images.shape
-    on, area, aspect, y, x = torch.rand(5, batch, generator=rng)
-    area = 0.02 + 0.31 * area
-    aspect = torch.exp((2 * aspect - 1) * math.log(3.3))
-    half_h = (area * aspect).sqrt().clamp(max=1) / 2
-    half_w = (area / aspect).sqrt().clamp(max=1) / 2
-    rows, cols = (torch.arange(n).add(0.5) / n for n in (height, width))
-    inside_y = (rows - (half_h + y * (1 - 2 * half_h))[:, None]).abs() < half_h[:, None]
-    inside_x = (cols - (half_w + x * (1 - 2 * half_w))[:, None]).abs() < half_w[:, None]
-    hole = (on < p)[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]
-    return images.masked_fill(hole[:, None].to(images.device), 0)
-
-
-def coarse_noise(images: torch.Tensor, p: float, rng: torch.Generator) -> torch.Tensor:
-    """With probability p, smooth random blobs added to the soft tissue of images [B, 3, N, N] (Kascenas et al. 2022).
-
-    Normal noise on a grid of 4 to 16 cells a side, drawn up to the image's size; what is under a random level is
-    cut off, so that some images get a few blobs and others unrest all over; scaled to 5 to 50 HU of deviation. Air and
-    bone, which no lesion of the brain changes, stay as they are.
-    """
-    if p <= 0:
-        return images
-    batch, size = len(images), images.shape[-1]
-    on, level, amplitude = torch.rand(3, batch, 1, 1, generator=rng)
-    cells = int(torch.randint(4, 17, (), generator=rng))
-    noise = F.interpolate(torch.randn(batch, 1, cells, cells, generator=rng), size=size, mode="bicubic")[:, 0]
-    noise = noise.sign() * (noise.abs() - 2 * level).clamp(min=0) * (5 + 45 * amplitude.square()) * (on < p)
-    hu = decode(images)
-    tissue = (hu > SOFT_TISSUE_HU[0]) & (hu < SOFT_TISSUE_HU[1])
-    return encode(hu + noise.to(images.device) * tissue).to(images.dtype)
 
 
 def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch.device, vgg16=None,

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 import distributed
-import train
 from benchmarks.measure import REFERENCE, Row, bandwidth, medians, operations, rate, side_by_side
 from benchmarks.reference import ReferenceDiscriminator, ReferenceGenerator
 from detect.latent import LatentStats
 from detect.measure import Votes
 from detect.projection import project_frame
 from detect.search import Search, SearchSettings
+from gan import training
 from model import Discriminator, Encoder, Generator, ModelConfig
 from op import bias_act, binomial_kernel, set_impl, upfirdn2d
 from op.median import median2d
@@ -40,28 +40,28 @@ def plain_ops() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------
 # Training
 
-def make_trainer(config: train.TrainConfig, device: torch.device, reference: bool = False) -> train.Trainer:
+def make_trainer(config: training.TrainConfig, device: torch.device, reference: bool = False) -> training.Trainer:
     """A trainer of random weights; the reference has the published forward passes, in float32."""
-    ours = train.Generator, train.Discriminator
+    ours = training.Generator, training.Discriminator
     if reference:
-        train.Generator, train.Discriminator = ReferenceGenerator, ReferenceDiscriminator
+        training.Generator, training.Discriminator = ReferenceGenerator, ReferenceDiscriminator
         config = dataclasses.replace(config, precision="fp32")
     try:
-        trainer = train.Trainer(config, device)
+        trainer = training.Trainer(config, device)
     finally:
-        train.Generator, train.Discriminator = ours
+        training.Generator, training.Discriminator = ours
     if trainer.ada:
         trainer.ada.p = ADA_P
     return trainer
 
 
-def average_step(seconds: dict[str, float], config: train.TrainConfig) -> float:
+def average_step(seconds: dict[str, float], config: training.TrainConfig) -> float:
     """Of a step without regularisers, with the path length's, and with all: the mean over many steps."""
     path, r1 = (1 / every if every else 0 for every in (config.path_every, config.r1_every))
     return seconds["plain"] + path * (seconds["path"] - seconds["plain"]) + r1 * (seconds["all"] - seconds["path"])
 
 
-def training_row(name: str, config: train.TrainConfig, device: torch.device, repeats: int, goal: str,
+def training_row(name: str, config: training.TrainConfig, device: torch.device, repeats: int, goal: str,
                  most_s_per_kimg: float | None = None, least_ratio: float = 0, precisions=("auto",)) -> list[Row]:
     """Whole steps of Trainer: augmentation, all phases at their average frequency, optimisers, EMA.
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ct.window import decode, encode
+
 AIR = -1.0            # air in every window
 RAMP_HU = 20.0        # intensity changes fade out over this distance from the ends of the widest window
 
@@ -251,3 +253,44 @@ class AdaptiveAugment:
         """main: one rank, of however many, takes the running sums; the others begin theirs at 0."""
         self.p, self.r_t, self.steps = state["p"], state["r_t"], state["steps"]
         self.signs = torch.tensor(state["signs"] if main else [0, 0], dtype=torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What an encoder's input goes through: it is to draw what was there before
+
+SOFT_TISSUE_HU = (-5.0, 95.0)     # what a lesion may change: not air, fat or bone
+
+
+def erase(images: torch.Tensor, p: float, rng: torch.Generator) -> torch.Tensor:
+    """Random erasing (Zhong et al. 2020): with probability p a rectangle of 2-33 % of the area, sides up to 3.3:1,
+    is set to 0, the middle of every window. images [B, 3, N, N]."""
+    batch, _, height, width = images.shape
+    on, area, aspect, y, x = torch.rand(5, batch, generator=rng)
+    area = 0.02 + 0.31 * area
+    aspect = torch.exp((2 * aspect - 1) * math.log(3.3))
+    half_h = (area * aspect).sqrt().clamp(max=1) / 2
+    half_w = (area / aspect).sqrt().clamp(max=1) / 2
+    rows, cols = (torch.arange(n).add(0.5) / n for n in (height, width))
+    inside_y = (rows - (half_h + y * (1 - 2 * half_h))[:, None]).abs() < half_h[:, None]
+    inside_x = (cols - (half_w + x * (1 - 2 * half_w))[:, None]).abs() < half_w[:, None]
+    hole = (on < p)[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]
+    return images.masked_fill(hole[:, None].to(images.device), 0)
+
+
+def coarse_noise(images: torch.Tensor, p: float, rng: torch.Generator) -> torch.Tensor:
+    """With probability p, smooth random blobs added to the soft tissue of images [B, 3, N, N] (Kascenas et al. 2022).
+
+    Normal noise on a grid of 4 to 16 cells a side, drawn up to the image's size; what is under a random level is
+    cut off, so that some images get a few blobs and others unrest all over; scaled to 5 to 50 HU of deviation. Air and
+    bone, which no lesion of the brain changes, stay as they are.
+    """
+    if p <= 0:
+        return images
+    batch, size = len(images), images.shape[-1]
+    on, level, amplitude = torch.rand(3, batch, 1, 1, generator=rng)
+    cells = int(torch.randint(4, 17, (), generator=rng))
+    noise = F.interpolate(torch.randn(batch, 1, cells, cells, generator=rng), size=size, mode="bicubic")[:, 0]
+    noise = noise.sign() * (noise.abs() - 2 * level).clamp(min=0) * (5 + 45 * amplitude.square()) * (on < p)
+    hu = decode(images)
+    tissue = (hu > SOFT_TISSUE_HU[0]) & (hu < SOFT_TISSUE_HU[1])
+    return encode(hu + noise.to(images.device) * tissue).to(images.dtype)

@@ -21,7 +21,7 @@ MAY_IMPORT = {                                                   # besides itsel
     "weights": {"files"},
     "model": {"op"},
     "dataset": {"ct", "distributed", "files"},
-    "gan": {"op", "model", "weights", "files", "ct", "dataset", "distributed"},
+    "gan": {"op", "model", "weights", "files", "ct", "dataset", "distributed", "config"},
     "detect": {"op", "model", "weights", "files", "ct", "dataset", "distributed", "config", "version"},
     "healthygan": {"op", "weights", "files", "ct", "gan", "dataset", "distributed", "config", "evaluation",
                    "detect.reconstruct"},

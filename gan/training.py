@@ -1,0 +1,245 @@
+"""StyleGAN2's training step for head CT (Karras et al. 2020): networks, optimisers, and the four phases of a step."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+import distributed
+from config import check_range, option
+from gan.augment import AdaptiveAugment, AugmentSettings
+from gan.losses import d_logistic, frozen, g_nonsaturating, path_lengths, r1_penalty
+from gan.runlog import load_optimiser
+from model import Discriminator, Generator, ModelConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # Networks
+    size: int = option(512, "side of the images; must equal the database's")
+    style_dim: int = option(512, "length of z and of a style vector")
+    channel_base: int = option(16384, "channels at resolution r: min(max, base * multiplier / r)")
+    channel_multiplier: float = option(2, "see --channel-base")
+    channel_max: int = option(512, "see --channel-base")
+    fold: int = option(1, "2: the finest layers draw 2 x 2 pixels at once; a CPU spends most of its time there", (1, 2))
+    # Length and batch
+    kimg: float = option(25000, "length of the training, in thousands of real images seen")
+    batch: int = option(16, "images a step on each rank")
+    accumulate: int = option(1, "micro-batches a step is split into; the batch must be divisible")
+    # Optimisation
+    lr: float = option(0.002, "Adam's learning rate, before the lazy correction")
+    r1_gamma: float = option(10, "weight of the R1 penalty")
+    r1_every: int = option(16, "discriminator steps between R1 penalties; 0: never")
+    path_weight: float = option(2, "weight of the path-length penalty")
+    path_every: int = option(4, "generator steps between path-length penalties; 0: never")
+    path_shrink: int = option(2, "the path-length penalty takes this part of the batch")
+    path_decay: float = option(0.01, "rate of the running mean of path lengths")
+    mixing: float = option(0.9, "probability of mixing two styles")
+    ema_kimg: float = option(10, "half-life of the averaged generator, in thousands of images")
+    ema_rampup: float = option(0.05, "the half-life is at most this part of the images seen so far; 0: no ramp")
+    noise: str = option("random", "noise in training; 'const' trains on the buffers, as the released code",
+                        ("random", "const"))
+    # Augmentation
+    flip: bool = option(True, "mirror half of the real images")
+    ada_target: float = option(0.6, "sign of the real logits that adaptive augmentation aims at; 0: none")
+    ada_kimg: float = option(500, "thousands of images in which its probability can go from 0 to 1")
+    ada_cutout: float = option(0.5, "side of the square cut out, as a part of the image; 0: none. With few scans the "
+                                    "probability climbs high, and the generator learns to cut heads itself")
+    # Running
+    seed: int = option(0, "seed of everything random")
+    precision: str = option("auto", "bf16 where the device is good at it", ("auto", "bf16", "fp32"))
+    workers: int = option(2, "loader processes a rank; 0 decodes in the main process")
+    tick_kimg: float = option(4, "thousands of images between lines of statistics")
+    grid_kimg: float = option(20, "between sample grids and sliced Wasserstein distances")
+    snapshot_kimg: float = option(40, "between snapshots")
+
+    def __post_init__(self):
+        check_range(self, ("batch", "accumulate", "path_shrink"), 1)
+        check_range(self, ("kimg", "lr", "ada_kimg", "tick_kimg", "grid_kimg", "snapshot_kimg"), 0, above=True)
+        check_range(self, ("r1_gamma", "r1_every", "path_weight", "path_every", "ema_kimg", "ema_rampup", "workers"), 0)
+        check_range(self, ("path_decay", "mixing", "ada_cutout"), 0, 1)
+        if self.batch % self.accumulate:
+            raise ValueError(f"--batch {self.batch} must be divisible by --accumulate {self.accumulate}")
+
+    def model(self) -> ModelConfig:
+        return ModelConfig(self.size, self.style_dim, channel_base=self.channel_base,
+                           channel_multiplier=self.channel_multiplier, channel_max=self.channel_max,
+                           fold=self.fold)
+
+
+class Trainer:
+    """The networks, their optimisers and the four phases of a step.
+
+    All draws that must not depend on the number of ranks (codes, crossovers, flips) come from a generator seeded
+    by (seed, images seen, purpose) for the global batch, of which a rank takes every world-th row. So several
+    ranks with the same global batch take the step that one would.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
+        self.images_seen = 0                                       # over all ranks
+        torch.backends.cudnn.benchmark = True                      # every step has the same shapes
+        torch.manual_seed(config.seed)                             # the same weights on every rank
+        self.g = Generator(config.model()).to(device)
+        self.d = Discriminator(config.model()).to(device)
+        self.g_ema = copy.deepcopy(self.g).requires_grad_(False)   # shares the noise buffers' values
+        dtype = distributed.pick_precision(config.precision, device)
+        self.g.compute_dtype = self.d.compute_dtype = self.g_ema.compute_dtype = dtype
+        self.g_opt = lazy_adam(self.g, config.lr, config.path_every)
+        self.d_opt = lazy_adam(self.d, config.lr, config.r1_every)
+        self.path_mean = torch.zeros((), device=device)
+        settings = AugmentSettings(cutout=config.ada_cutout)
+        self.ada = AdaptiveAugment(config.ada_target, config.ada_kimg, settings=settings) if config.ada_target else None
+        self.rng = torch.Generator(device)                         # augmentation: drawn where it is used
+        self.reseed(config.seed)
+
+    def reseed(self, seed: int) -> None:
+        self.seed = seed
+        rank_seed = distributed.seed_for_rank(seed, self.rank)
+        self.rng.manual_seed(rank_seed)
+        torch.manual_seed(rank_seed)                               # noise maps
+
+    @property
+    def global_batch(self) -> int:
+        return self.config.batch * self.world
+
+    def step(self, real: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
+        """One step on real images [batch, 3, N, N], step number index; returns scalars for the log."""
+        stats = {}
+        if self.config.flip:
+            flip = self._draw("flip", lambda g, n: torch.rand(n, generator=g) < 0.5)
+            real = torch.where(flip.reshape(-1, 1, 1, 1), real.flip(-1), real)
+        phases = [
+            ("d", self.d, self.d_opt, self.d_main, 1),
+            ("d_reg", self.d, self.d_opt, self.d_reg, self.config.r1_every),
+            ("g", self.g, self.g_opt, self.g_main, 1),
+            ("g_reg", self.g, self.g_opt, self.g_reg, self.config.path_every),
+        ]
+        for name, net, optimiser, phase, every in phases:
+            if not every or index % every:
+                continue
+            optimiser.zero_grad(set_to_none=True)
+            for micro in range(self.config.accumulate):
+                part = slice(micro, None, self.config.accumulate)
+                loss, scalars = phase(real[part], part, name)
+                (loss / self.config.accumulate).backward()
+                for key, value in scalars.items():
+                    stats.setdefault(key, []).append(value.detach())
+            distributed.average_gradients(net.parameters())
+            optimiser.step()
+            if name == "g_reg":
+                self._update_path_mean(stats["path_length"])
+        self.images_seen += self.global_batch
+        self._update_ema()
+        if self.ada:
+            self.ada.step(distributed.all_reduce_sum)
+        return {key: torch.stack(values).float().mean() for key, values in stats.items()}
+
+    # ---- Phases: (real images of a micro-batch, its rows, purpose of the draws) -> (loss, scalars)
+
+    def d_main(self, real, part, purpose):
+        with torch.no_grad():
+            fake = self.g.synthesis(self._w_plus(part, purpose), self.config.noise)
+        real_logits, fake_logits = self.d(self._augment(real)), self.d(self._augment(fake))
+        if self.ada:
+            self.ada.observe(real_logits)
+        loss = d_logistic(real_logits, fake_logits)
+        return loss, {"loss_d": loss, "real": real_logits.mean(), "fake": fake_logits.mean(),
+                      "real_sign": real_logits.sign().mean()}
+
+    def d_reg(self, real, part, purpose):
+        real = real.detach().requires_grad_(True)
+        r1 = r1_penalty(self.d(self._augment(real)), real)
+        return r1 * (self.config.r1_gamma / 2 * self.config.r1_every), {"r1": r1}
+
+    def g_main(self, real, part, purpose):
+        fake = self.g.synthesis(self._w_plus(part, purpose), self.config.noise)
+        with frozen(self.d):
+            loss = g_nonsaturating(self.d(self._augment(fake)))
+        return loss, {"loss_g": loss}
+
+    def g_reg(self, real, part, purpose):
+        w_plus = self._w_plus(part, purpose)
+        w_plus = w_plus[: max(1, len(w_plus) // self.config.path_shrink)]
+        images = self.g.synthesis(w_plus, self.config.noise)
+        # A stream a row, of this rank's rows alone: images for the whole global batch would be large.
+        rows = range(self.rank, self.global_batch, self.world)[part][: len(w_plus)]
+        streams = [self._stream(f"path {row}", self.device) for row in rows]
+        noise = torch.stack([torch.randn(images.shape[1:], generator=g, device=self.device) for g in streams])
+        lengths = path_lengths(images, w_plus, noise)
+        penalty = (lengths - self.path_mean).square().mean()
+        return penalty * (self.config.path_weight * self.config.path_every), {"path_length": lengths.mean()}
+
+    # ---- Draws
+
+    def _stream(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """This step's random numbers for one purpose, the same on every rank."""
+        key = f"{self.seed} {self.images_seen} {purpose}".encode()
+        return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7]))
+
+    def _draw(self, purpose: str, draw) -> torch.Tensor:
+        """This rank's rows of draw(generator, global batch), the same whatever the number of ranks."""
+        drawn = draw(self._stream(purpose), self.global_batch)[self.rank::self.world]
+        return drawn.to(self.device, non_blocking=True)            # a waiting copy would empty the GPU's queue
+
+    def _w_plus(self, part: slice, purpose: str) -> torch.Tensor:
+        """W+ codes [micro-batch, L, D] of random z, with the mixing of two styles."""
+        dim, layers = self.config.style_dim, self.config.model().n_latent
+        z = self._draw(purpose + " z", lambda g, n: torch.randn(n, 2, dim, generator=g))[part]
+        crossover = self._draw(purpose + " mix", lambda g, n: torch.where(
+            torch.rand(n, generator=g) < self.config.mixing, torch.randint(1, layers, (n,), generator=g), layers))[part]
+        return self.g.mix_styles(self.g.mapping(z[:, 0]), self.g.mapping(z[:, 1]), crossover)
+
+    def _augment(self, images: torch.Tensor) -> torch.Tensor:
+        return self.ada(images, self.rng) if self.ada else images
+
+    def _update_path_mean(self, lengths: list[torch.Tensor]) -> None:
+        """Collective. Once a step, so that neither ranks nor micro-batches change what it becomes."""
+        mean = distributed.all_reduce_sum(torch.stack(lengths).mean()) / self.world
+        self.path_mean = torch.lerp(self.path_mean, mean, self.config.path_decay)
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        half_life = self.config.ema_kimg * 1000
+        if self.config.ema_rampup:
+            half_life = min(half_life, self.images_seen * self.config.ema_rampup)
+        keep = 0.5 ** (self.global_batch / max(half_life, 1e-8))
+        torch._foreach_lerp_(list(self.g_ema.parameters()), list(self.g.parameters()), 1 - keep)
+
+    # ---- State
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {"generator": self.g, "generator_ema": self.g_ema, "discriminator": self.d}
+
+    def state(self) -> dict:
+        """Collective. Everything but the weights that a resumed run needs."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {"g_opt": self.g_opt.state_dict(), "d_opt": self.d_opt.state_dict(), "path_mean": self.path_mean,
+                "ada": self.ada.state_dict(distributed.all_reduce_sum) if self.ada else None,
+                "images_seen": self.images_seen,
+                "rng": distributed.gather((self.rng.get_state(), torch.get_rng_state(), cuda))}
+
+    def load_state(self, state: dict) -> None:
+        load_optimiser(self.g_opt, state["g_opt"])
+        load_optimiser(self.d_opt, state["d_opt"])
+        self.path_mean = state["path_mean"].to(self.device)
+        self.images_seen = state["images_seen"]
+        if self.ada and state["ada"]:
+            self.ada.load_state_dict(state["ada"], main=self.rank == 0)
+        if len(state["rng"]) == self.world:                        # another number of ranks starts new streams
+            ours, default, cuda = state["rng"][self.rank]
+            torch.set_rng_state(default)
+            if (cuda is not None) == (self.device.type == "cuda"): # another kind of device starts a new stream, too
+                self.rng.set_state(ours)
+                if cuda is not None:
+                    torch.cuda.set_rng_state(cuda, self.device)
+
+
+def lazy_adam(net: torch.nn.Module, lr: float, every: int) -> torch.optim.Adam:
+    """Adam (0, 0.99), corrected for the extra steps of a regulariser that runs every `every` steps (Karras 2020, B)."""
+    ratio = every / (every + 1) if every else 1
+    return torch.optim.Adam(net.parameters(), lr=lr * ratio, betas=(0.0, 0.99**ratio), eps=1e-8, fused=True)
