@@ -2,8 +2,8 @@
 
     python recipes/ct_ich_tables.py CT_ICH PHE_SICH OUT
 
-CT_ICH holds scans.csv (scan_id, split, slices): its scans of split 'train' are healthy. PHE_SICH holds slices.csv (scan_id,
-slice, label): label 1 where a bleed shows. Writes for prepare.py
+CT_ICH holds scans.csv (scan_id, split, slices): its scans of split 'train' are healthy. PHE_SICH holds slices.csv
+(scan_id, slice, label): label 1 where a bleed shows. Writes for prepare.py
 
     OUT/keep.csv            scan_id, slice: every slice of the healthy scans, and of the others those more than FAR
                             slices from any with a bleed

@@ -1,12 +1,12 @@
 #!/bin/sh
-# The paper's model at 512x512 from healthy scans of your own: GAN, encoder, bundle, by torchrun on any number of GPUs and
-# nodes. Not yet run at this size.
+# The paper's model at 512x512 from healthy scans of your own: GAN, encoder, bundle, by torchrun on any number of GPUs
+# and nodes. Not yet run at this size.
 #
 # usage: sh recipes/paper512.sh SCANS [WORK]
 #
 # SCANS is a folder of healthy scans. WORK (default runs/paper512) gets everything: healthy.lmdb (or holds it already),
-# gan/, encoder/, model/ and inversion/table.md. Paths are relative to the repository. Started again, it goes on where it
-# stopped, also after scans that could not be prepared (they are named, and prepare.py ends with 3).
+# gan/, encoder/, model/ and inversion/table.md. Paths are relative to the repository. Started again, it goes on where
+# it stopped, also after scans that could not be prepared (they are named, and prepare.py ends with 3).
 #
 #     GPUS=8                     on each node (default: one per GPU that is there, else 1)
 #     NODES=4 HEAD=node1         start the same command on every node, with a WORK that all of them see; HEAD is the
@@ -35,7 +35,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # launch train.py ...: on every GPU of every node
 launch() {
     "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$gpus" --max-restarts=3 \
-        --rdzv-id="$work-$1" --rdzv-backend=c10d --rdzv-endpoint="${HEAD:-127.0.0.1}:${PORT:-29500}" "$@"
+        --rdzv-id="paper512-${1%.py}" --rdzv-backend=c10d --rdzv-endpoint="${HEAD:-127.0.0.1}:${PORT:-29500}" "$@"
 }
 
 if [ "$node" = 0 ] && [ ! -e "$work/healthy.lmdb" ]; then

@@ -1,0 +1,106 @@
+"""README.md and docs/: short, and every file, command and flag they name exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.command_lines import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["README.md", "demos/README.md", "healthygan/README.md",
+         *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+MOST_BYTES = 12_000                  # of README.md
+SUFFIXES = (".py", ".sh", ".sbatch", ".yaml", ".toml", ".lock")          # of files that are named, not of results
+
+
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def shell_lines(page: str) -> list[str]:
+    """The lines of the page's code blocks that name no language, continuation lines joined."""
+    lines, language = [], None                                   # language None: outside a block
+    for line in text(page).splitlines():
+        if fence := re.fullmatch(r"\s*```(\w*)", line):
+            language = fence[1] if language is None else None
+        elif language == "":
+            lines.append(line)
+    return "\n".join(lines).replace("\\\n", " ").splitlines()
+
+
+def prose(page: str) -> str:
+    """The page without its code blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", text(page), flags=re.S | re.M)
+
+
+def python_words(line: str) -> list[str] | None:
+    """The words after `python` in a line of shell, after torchrun's own flags in one of torchrun; else None."""
+    line = re.sub(r"^(?:[A-Z_]+=\S* )*", "", line)
+    if not re.match(r"(\.venv/bin/)?python |torchrun ", line):
+        return None
+    words = shlex.split(line, comments=True)
+    if words[0] == "torchrun":
+        return words[next(i for i, word in enumerate(words) if word.endswith(".py") or word == "-m"):]
+    return words[1:]
+
+
+def anchor(heading: str) -> str:
+    """As the sites that show Markdown make it of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_readme_is_short():
+    assert 5_000 < (ROOT / "README.md").stat().st_size <= MOST_BYTES
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, part = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), f"{page}: {target}"
+        if part:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+            assert part in map(anchor, headings), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    for name in re.findall(r"`([\w./-]+)`", prose(page)):
+        if name.endswith(SUFFIXES):
+            assert any((folder / name).exists() for folder in (ROOT, (ROOT / page).parent)), f"{page}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_understood(page):
+    for line in shell_lines(page):
+        if words := python_words(line):
+            parse(words)
+    shell = "\n".join(shell_lines(page))
+    for target in re.findall(r"`make ([a-z-]+)`", prose(page)) + re.findall(r"^make ([a-z-]+)", shell, re.M):
+        assert re.search(rf"^{target}:", text("Makefile"), re.M), f"{page}: make {target}"
+
+
+def test_commands_of_the_readme_s_table_are_understood():
+    commands = re.findall(r"^\| `([a-z_]+\.py [^`]+)` \|", text("README.md"), re.M)
+    assert len(commands) == 7
+    for command in commands:
+        parse(shlex.split(command))
+
+
+def test_every_page_is_linked_from_the_readme_or_a_page_that_is():
+    linked = {"README.md"}
+    while True:
+        found = {str(((ROOT / page).parent / target.partition("#")[0]).resolve().relative_to(ROOT))
+                 for page in linked for target in re.findall(r"\]\(([^)\s:]+)\)", text(page))
+                 if target.partition("#")[0].endswith(".md")} | linked
+        if found == linked:
+            break
+        linked = found
+    assert set(PAGES) <= linked

@@ -1,0 +1,125 @@
+"""recipes/*.sh: every command they run is understood by its parser, and a finished step is not done again."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from recipes import ct_ich_tables  # noqa: E402
+from tests.command_lines import parse  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.sh"))
+
+# In Python's place: writes its arguments down, and an empty file where a command would write a database or a bundle
+STAND_IN = """#!/bin/sh
+printf '%s\\n' "$@" --END-- >> "$WORDS"
+[ "$1" != -c ] || { echo 2; exit; }
+[ "$1" != latent_stats.py ] && [ "$1" != prepare.py ] && exit
+while [ "$1" != --out ]; do shift; done
+case $2 in *.lmdb) : > "$2" ;; *) mkdir -p "$2" && : > "$2/model.json" ;; esac
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(recipe, *arguments, code=0, **environment) -> the commands, a list of words each, that it gives to Python."""
+    stand_in, words = tmp_path / "python", tmp_path / "words"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+
+    def run(recipe: str, *arguments: str, code: int = 0, **environment: str) -> list[list[str]]:
+        words.write_text("")
+        done = subprocess.run(["sh", f"recipes/{recipe}", *arguments], cwd=ROOT, capture_output=True, text=True,
+                              timeout=60, env=os.environ | {"PYTHON": str(stand_in), "WORDS": str(words)} | environment)
+        assert done.returncode == code, done.stderr
+        return [command.strip("\n").split("\n") for command in words.read_text().split("--END--\n") if command]
+
+    return run
+
+
+def programs(commands: list[list[str]]) -> list[str]:
+    return [next(word for word in command if word.endswith(".py")) for command in commands if command[0] != "-c"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_syntax_and_usage(recipe, run):
+    subprocess.run(["sh", "-n", f"recipes/{recipe}"], cwd=ROOT, check=True)
+    head = (ROOT / "recipes" / recipe).read_text().split("\n\n")[0]
+    assert f"# usage: sh recipes/{recipe}" in head
+    assert run(recipe, "--help", code=2) == []
+
+
+def test_phantoms(run, tmp_path):
+    commands = run("phantom-128.sh", str(tmp_path / "work"))
+    assert programs(commands) == ["demos/phantom.py", "prepare.py", "train.py", "train_encoder.py", "train_encoder.py",
+                                  "latent_stats.py", "demos/benchmark.py"]
+    for command in commands:
+        parse(command)
+    again = programs(run("phantom-128.sh", str(tmp_path / "work")))          # what is resumed by its own command stays
+    assert again == ["demos/phantom.py", "train.py", "train_encoder.py", "train_encoder.py", "demos/benchmark.py"]
+
+
+def test_ct_ich(run, tmp_path):
+    phantoms, work = tmp_path / "phantoms", tmp_path / "work"
+    work.mkdir()
+    assert run("ct-ich-128.sh", "a", "b", str(work), code=2, PHANTOMS=str(phantoms)) == []
+    for name in ("gan", "encoder"):
+        (phantoms / name).mkdir(parents=True)
+    commands = run("ct-ich-128.sh", "a", "b", str(work), PHANTOMS=str(phantoms))
+    assert programs(commands) == ["recipes/ct_ich_tables.py", *["prepare.py", "train_encoder.py"] * 3,
+                                  "latent_stats.py", *(f"benchmarks/{name}.py" for name in (
+                                      "cross_validation", "inversion", "ct_ich", "phe_sich"))]
+    args = [parse(command) for command in commands]
+    databases = [str(one.data) for one in args[2:8:2]]
+    assert databases == [f"{work}/fold{n}.lmdb" for n in range(3)]             # a run to every fold, each used once
+    calibration = args[7]
+    assert sorted([str(calibration.data), *(str(data) for data, _ in calibration.fold)]) == databases
+    assert programs(run("ct-ich-128.sh", "a", "b", str(work), PHANTOMS=str(phantoms))) == [
+        name for name in programs(commands) if name not in ("prepare.py", "latent_stats.py")]
+
+
+def test_paper(run, tmp_path):
+    work = str(tmp_path / "work")
+    first = run("paper512.sh", "scans", work, PATIENTS="patients.csv", NODES="2", HEAD="node1")
+    assert programs(first) == ["prepare.py", "train.py", "train_encoder.py", "latent_stats.py",
+                               "benchmarks/inversion.py"]
+    for command in first:
+        if command[0] != "-c":                                                 # the number of GPUs
+            assert getattr(parse(command), "preset", "paper512") == "paper512"
+    launched = next(command for command in first if "train.py" in command)
+    assert {"--nnodes=2", "--nproc-per-node=2", "--rdzv-endpoint=node1:29500"} < set(launched)
+    second = run("paper512.sh", "scans", work, NODES="2", NODE="1", HEAD="node1", GPUS="4")
+    assert programs(second) == ["train.py", "train_encoder.py"] and "--nproc-per-node=4" in second[0]
+
+
+def test_tables_of_ct_ich(tmp_path, capsys):
+    """Fold by fold a third of the healthy scans; of the others what is more than 3 slices from any bleed."""
+    ct_ich, phe_sich, out = tmp_path / "ct-ich", tmp_path / "phe-sich", tmp_path / "out"
+    for folder in (ct_ich, phe_sich):
+        folder.mkdir()
+    rows = [f"h{n},train,2" for n in range(4)] + ["ill,test,9"]
+    (ct_ich / "scans.csv").write_text("\n".join(["scan_id,split,slices", *rows]))
+    bleeds = [f"p,{n},{int(n in (4, 6))}" for n in range(12)] + ["q,0,1", "q,3,0"]
+    (phe_sich / "slices.csv").write_text("\n".join(["scan_id,slice,label", *bleeds]))
+    assert ct_ich_tables.main([str(ct_ich), str(phe_sich), str(out)]) == 0
+
+    def table(name):
+        with (out / name).open(newline="") as file:
+            return list(csv.reader(file))[1:]
+
+    assert table("keep.csv") == [[f"h{n}", k] for n in range(4) for k in "01"] + [["p", "0"], ["p", "10"], ["p", "11"]]
+    splits = [dict(table(f"fold{n}.csv")) for n in range(3)]
+    assert [[scan for scan, split in one.items() if split == "val"] for one in splits] == [["h0", "h3"], ["h1"], ["h2"]]
+    assert all(one.keys() == {"h0", "h1", "h2", "h3", "p"} for one in splits)
+
+    (phe_sich / "slices.csv").write_text("scan_id,slice\n")
+    assert ct_ich_tables.main([str(ct_ich), str(phe_sich), str(out)]) == 2
+    assert "label missing" in capsys.readouterr().err
