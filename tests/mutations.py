@@ -180,7 +180,7 @@ MUTANTS = (
            "{1: min(finite) - 1, 0: max(finite) + 1}", "{0: min(finite) - 1, 1: max(finite) + 1}",
            "tests/test_evaluate.py -k missing"),
     Mutant("patients taken for independent slices", "evaluate.py",
-           "patient=scan_labels[k[:1]].patient", "patient=k", "tests/test_evaluate.py -k command_end_to_end"),
+           "patient=scan_labels[k[:1]].patient", "patient=str(k)", "tests/test_evaluate.py -k command_end_to_end"),
     Mutant("pixels ranked by minus the map", "evaluation/figures.py",
            "anomaly[counted])", "-anomaly[counted])", "tests/test_evaluate.py -k masks"),
     Mutant("a category against all scans but the healthy", "evaluation/figures.py",

@@ -146,6 +146,8 @@ def test_empirical_threshold_lets_through_no_more():
 
 def test_confusion_and_wilson():
     assert metrics.confusion(SCORES, LABELS, 0.69) == {"tp": 2, "fp": 1, "tn": 2, "fn": 1}
+    four_counts = metrics.confusion(np.array([9, 8, 7, 1, 6, 6, 0, 0, 0, 0, 0]), np.array([1] * 4 + [0] * 7), 5)
+    assert four_counts == {"tp": 3, "fp": 2, "tn": 5, "fn": 1}       # all different: none can stand for another
     # Wilson for 2 of 3: centre (2/3 + z2/6) / (1 + z2/3), half z sqrt(2/27 + z2/36) / (1 + z2/3)
     z2 = 1.959964**2
     centre, half = (2 / 3 + z2 / 6) / (1 + z2 / 3), np.sqrt(z2 * (2 / 27 + z2 / 36)) / (1 + z2 / 3)
