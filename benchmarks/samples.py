@@ -107,7 +107,9 @@ def open_generator(args: argparse.Namespace, train: SliceDataset) -> Generator:
     if args.model:
         bundle = load_bundle(args.model, device)
         compare.refuse_other_data(bundle.meta, args.model, train, "--data")
-        generator = bundle.reconstructor.generator
+        generator = getattr(bundle.reconstructor, "generator", None)
+        if generator is None:
+            raise ValueError(f"--model {args.model}: its method, {bundle.settings.method}, has no generator")
     else:
         snapshot = load_run(args.run, "--run", "gan", "train.py")
         if (key := train.unlike(snapshot.meta)) is not None:
