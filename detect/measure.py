@@ -262,7 +262,7 @@ def residual(query_hu: torch.Tensor, recon_hu: torch.Tensor, brain: torch.Tensor
     """median((query - reconstruction) * brain) * brain, signed, HU, [S, H, W].
 
     query_hu, recon_hu float [S, H, W] in HU; brain bool [S, H, W]; median_size odd, in pixels. The median commutes
-    with the sign, so the paper's residual is `.abs()` of this, and the sign tells dense from thin.
+    with the sign, so the paper's residual is `.abs()` of this; it is positive where hyperdense.
     """
     _check_same_shape(query_hu=query_hu, recon_hu=recon_hu, brain=brain)
     return median2d((query_hu - recon_hu) * brain, median_size) * brain

@@ -3,15 +3,15 @@
 A generator draws some places of every healthy head badly: cisterns, the skull base, the rim of the cortex. What a
 residual of 8 HU means depends on where it lies. So the residuals of held-out healthy scans, which the networks have
 not seen, give a mean and a standard deviation for every position below the vertex and every place in the standard
-frame, and a new scan's residual is told in those: z = (residual - mean) / std, positive where the scan is denser than
-healthy scans are there against their closest normal.
+frame. A new scan's residual becomes z = (residual - mean) / std, positive where the scan is denser than healthy scans
+are there against their closest normal.
 
-Healthy z have heavy tails, heavier on the thin side (sulci, old infarcts, cysts) than on the dense one. So z is told in
-turn as a surprise, -log10 of the share of healthy brain that is at least as unusual to that side: 3 is what one healthy
-pixel in a thousand reaches, whether dense or thin, in the mid-brain or at the skull base.
+Healthy z have heavy tails, heavier on the hypodense side (sulci, old infarcts, cysts) than on the hyperdense one. So z
+becomes a surprise, -log10 of the share of healthy brain that is at least as unusual to that side: 3 is what one healthy
+pixel in a thousand reaches, whether hyperdense or hypodense, in the mid-brain or at the skull base.
 
 Two scales are kept: FINE, for what is small and distinct (a thin bleed), and COARSE, a wide Gaussian, for what is
-faint and large (an early infarct). FINE is the median-filtered residual of anomaly.residual ('median'), or a narrow
+faint and large (an early infarct). FINE is the median-filtered residual of measure.residual ('median'), or a narrow
 Gaussian less a wide one in the brain away from bone ('band'): a shade over half a head, which beam hardening and
 another scanner's calibration make, then is none, and neither are the edges of the skull and calcifications. Heads are
 centred and upright, so left and right lend each other their statistics.
@@ -41,8 +41,8 @@ SCALES = ("fine", "coarse")
 FILTERS = ("median", "band")
 COMBINED = (*SCALES, "both", "sides")
 LEVELS = torch.arange(0.5, 4.51, 0.25)       # surprises whose z is kept; beyond the last one a line goes on
-MIN_SCANS = 3                # each scan is told in the statistics of the others, and needs two of them
-HIGHEST = 8.0                # no surprise is told above this: nobody has seen so much healthy brain
+MIN_SCANS = 3                # each scan is judged by the statistics of the others, and needs two of them
+HIGHEST = 8.0                # no surprise is higher: nobody has seen so much healthy brain
 BIN, BINS = 0.02, 2500       # of the histograms that the tails come from: z up to 50
 
 
@@ -55,7 +55,7 @@ def smoothed(x: torch.Tensor, inside: torch.Tensor, sigma: float) -> torch.Tenso
 def scales(difference_hu: torch.Tensor, median_hu: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
     """The residual at both scales of 'median', float32 [S, 2, N, N], HU.
 
-    difference_hu [S, N, N]: query minus reconstruction. median_hu [S, N, N]: the same after anomaly.residual.
+    difference_hu [S, N, N]: query minus reconstruction. median_hu [S, N, N]: the same after measure.residual.
     """
     return torch.stack([median_hu, smoothed(difference_hu, brain, COARSE_AT_512 * brain.shape[-1] / 512)], dim=1)
 
@@ -131,13 +131,13 @@ class ResidualStats:
 
 @dataclass(frozen=True)
 class Tails:
-    """How far healthy z reach. z [2, 2, K]: by scale and side (dense, thin), what each of LEVELS corresponds to."""
+    """How far healthy z reach. z [2, 2, K]: by scale and side (hyperdense, hypodense), that of each of LEVELS."""
 
     z: torch.Tensor
 
     @classmethod
     def fit(cls, histograms: Sequence[torch.Tensor]) -> Tails:
-        """From the histogram() of healthy scans, each told in the z of the others. Scans weigh alike."""
+        """From the histogram() of healthy scans, each in the z of the others. Scans weigh alike."""
         if not histograms:
             raise ValueError("residual statistics: a surprise needs at least two healthy scans")
         share = torch.stack([h / h.sum(-1, keepdim=True).clamp(min=1) for h in histograms]).mean(0)
@@ -146,11 +146,11 @@ class Tails:
         return cls((reached * BIN + 1e-3 * torch.arange(len(LEVELS))).float())            # strictly increasing
 
     def surprise(self, z: torch.Tensor) -> torch.Tensor:
-        """z [S, 2, N, N] -> signed surprise [S, 2, N, N], positive where dense."""
+        """z [S, 2, N, N] -> signed surprise [S, 2, N, N], positive where hyperdense."""
         sides = []
         for scale in range(len(SCALES)):
-            dense, thin = (self._one(side * z[:, scale], self.z[scale, i]) for i, side in enumerate((1, -1)))
-            sides.append(dense - thin)                       # one of them is 0: z has one sign
+            high, low = (self._one(side * z[:, scale], self.z[scale, i]) for i, side in enumerate((1, -1)))
+            sides.append(high - low)                         # one of them is 0: z has one sign
         return torch.stack(sides, dim=1)
 
     @staticmethod
@@ -166,7 +166,7 @@ class Tails:
 
 @dataclass(frozen=True)
 class Normal:
-    """What healthy residuals look like: the part of a bundle that tells a residual's surprise."""
+    """What healthy residuals look like: what a residual's surprise is read from."""
 
     stats: ResidualStats
     tails: Tails
@@ -208,7 +208,7 @@ def fit_leaving_out(residuals: Sequence[torch.Tensor], brains: Sequence[torch.Te
     """
     if len(residuals) < MIN_SCANS:
         raise ValueError(f"residual statistics: at least {MIN_SCANS} healthy scans are needed, found {len(residuals)}: "
-                         "each is told in the statistics of the others")
+                         "each is judged by the statistics of the others")
     size = brains[0].shape[-1]
     places = positions(max(float(np.max(mm)) for mm in below_vertex_mm))
     sums = [moments(r, b, mm, places) for r, b, mm in zip(residuals, brains, below_vertex_mm)]
@@ -222,23 +222,23 @@ def fit_leaving_out(residuals: Sequence[torch.Tensor], brains: Sequence[torch.Te
     return Normal(ResidualStats.fit(sums, places, size), Tails.fit(histograms)), by_others
 
 
-def combine(surprise: torch.Tensor, which: str, thin: float = 1.0) -> torch.Tensor:
+def combine(surprise: torch.Tensor, which: str, hypodense: float = 1.0) -> torch.Tensor:
     """Signed surprise [S, 2, N, N] -> [S, N, N]: that of a scale of SCALES, or the larger of the two ('both').
 
-    'sides' takes what is dense from the fine scale and what is thin, times `thin`, from the coarse one: blood is
-    distinct, an infarct faint and large, and thin places are many in healthy heads (sulci, atrophy, old infarcts).
+    'sides' takes what is hyperdense from the fine scale and what is hypodense, times `hypodense`, from the coarse one:
+    blood is distinct, an infarct faint and large, and hypodense places are many in healthy heads (sulci, atrophy).
     """
     if which in SCALES:
         return surprise[:, SCALES.index(which)]
     if which == "sides":
-        dense, low = surprise[:, 0].clamp(min=0), thin * surprise[:, 1].clamp(max=0)
-        return torch.where(dense >= -low, dense, low)
+        high, low = surprise[:, 0].clamp(min=0), hypodense * surprise[:, 1].clamp(max=0)
+        return torch.where(high >= -low, high, low)
     larger = surprise.abs().argmax(dim=1, keepdim=True)
     return surprise.gather(1, larger)[:, 0]
 
 
 def histogram(z: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
-    """Counts of |z| over the brain by scale and side (dense, thin), float64 [2, 2, BINS]; z [S, 2, N, N].
+    """Counts of |z| over the brain by scale and side (hyperdense, hypodense), float64 [2, 2, BINS]; z [S, 2, N, N].
 
     The sums over a side fall short of the brain's pixels by those of the other side, which count as 0 here.
     """

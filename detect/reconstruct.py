@@ -27,8 +27,8 @@ METHODS = {
     "healthygan": ("healthygan.reconstruct", "Translator"),
 }
 
-# watch(query_hu, normal_hu), float [S, N, N]: told of the reconstruction at every step of a method that has steps, and
-# of the only one otherwise. Returns what is predicted anomalous so far, bool [S, N, N]
+# watch(query_hu, normal_hu), float [S, N, N]: called with the reconstruction at every step of a method that has steps,
+# and with the only one otherwise. Returns what is predicted anomalous so far, bool [S, N, N]
 Watch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 

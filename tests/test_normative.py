@@ -173,4 +173,4 @@ def test_soft_brain_leaves_out_bone_and_a_rim_of_it():
 
 def test_sides_take_what_is_dense_fine_and_what_is_thin_coarse():
     surprise = torch.tensor([[3.0, 1.0], [-5.0, 2.0], [1.0, -4.0], [-2.0, -2.0]]).reshape(1, 4, 2).permute(0, 2, 1)
-    assert combine(surprise[..., None], "sides", thin=0.5).flatten().tolist() == [3, 0, -2, -1]
+    assert combine(surprise[..., None], "sides", hypodense=0.5).flatten().tolist() == [3, 0, -2, -1]
