@@ -14,6 +14,7 @@ from ct.brain import brain_mask
 from ct.scan import Scan, ScanError
 from ct.slab import Slabs, to_slabs
 from ct.standardise import Standardised, StandardiseSettings, from_frame, standardise
+from ct.whole_head import check_head
 
 # Of everything that decides what a network sees: slabs, brain mask, standardisation. Raise it with every change that
 # alters pixels or masks: scores made before and after are not comparable, and a bundle of another version gives no
@@ -64,12 +65,14 @@ class Preprocessed:
     brain         bool [T, H, W], in the geometry of the slabs
     standardised  hu and brain [T, N, N], below_vertex_mm [T], and the frame (ct.standardise.from_frame)
     kept          bool [T]: enough brain, and above the neck
+    reservations  why a score of this scan has no percentile (ct.whole_head.check_head); notes for the user
     """
 
     slabs: Slabs
     brain: np.ndarray
     standardised: Standardised
     kept: np.ndarray
+    reservations: tuple[str, ...] = ()
 
     def kept_slices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What a network sees: hu float32 [K, N, N], brain bool [K, N, N], below_vertex_mm [K] of the kept slices."""
@@ -94,13 +97,17 @@ class Preprocessed:
         """Scores [K] of the kept slices, float32 [S] per slice of the scan; 0 where a slice was not kept."""
         full = np.zeros(len(self.kept), np.float32)
         full[self.kept] = scores
-        return self.values_to_scan(full)
+        return self.values_to_scan(full) * self.values_to_scan(self.kept)
 
 
 def preprocess_scan(scan: Scan, settings: PreprocessSettings) -> Preprocessed:
     """Slabs, brain mask and canonical frame of a scan; ScanError when no head or no usable slice is found."""
     slabs = to_slabs(scan, settings.slab_mm, settings.thin_mm)
     brain = brain_mask(slabs.scan)
+    try:
+        reservations = check_head(slabs.scan, brain)
+    except ScanError as error:
+        raise ScanError(f"{scan.scan_id}: {error}") from error
     standardised = standardise(slabs.scan, brain, settings.standardise)
     below = standardised.below_vertex_mm
     kept = (standardised.brain.mean((1, 2)) >= settings.min_brain_fraction) & (below >= 0)
@@ -108,4 +115,4 @@ def preprocess_scan(scan: Scan, settings: PreprocessSettings) -> Preprocessed:
     if not kept.any():
         raise ScanError(f"{scan.scan_id}: no slice has brain on {settings.min_brain_fraction:.1%} of the frame "
                         f"and lies within {settings.max_below_vertex_mm:g} mm below the vertex")
-    return Preprocessed(slabs, brain, standardised, kept)
+    return Preprocessed(slabs, brain, standardised, kept, reservations)

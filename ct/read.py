@@ -17,6 +17,7 @@ from pathlib import Path
 from ct import archive, dicom, nifti, slices
 from ct.plausible import without_blanks
 from ct.scan import Found, Scan, ScanError, ScanSource
+from ct.whole_head import upright
 
 FORMATS = (nifti, slices, dicom)                      # the first that claims a file has it
 LOOKED_FOR = (
@@ -72,10 +73,10 @@ def read_scan(source: ScanSource) -> Scan:
         raise ScanError(source.options["error"])
     read = next(module.read for module in FORMATS if module.KIND == source.kind)
     if source.archive is None:
-        return without_blanks(read(source))
+        return upright(without_blanks(read(source)))
     names = [*source.paths, *(value for value in source.options.values() if isinstance(value, Path))]
     with archive.unpacked(source.archive, {name.as_posix() for name in names}) as folder:
-        return without_blanks(read(_moved(source, lambda path: folder / path)))
+        return upright(without_blanks(read(_moved(source, lambda path: folder / path))))
 
 
 # ---- search

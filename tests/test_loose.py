@@ -48,7 +48,7 @@ def folders(tmp_path_factory):
     top = tmp_path_factory.mktemp("both")
     for seed, name in enumerate(("one", "two", "three")):
         hu, _ = synthetic_head(slices=13, size=48, spacing_mm=(8.0, 5.0, 5.0), seed=seed)
-        write_slice_folder(top / "scans" / name, hu, (0, 70), slice_spacing_mm=8.0, pixel_spacing_mm=5.0)
+        write_slice_folder(top / name, hu, (0, 70), slice_spacing_mm=8.0, pixel_spacing_mm=5.0)
     heads = [synthetic_head(seed=seed, angle_deg=5 * seed)[0] for seed in range(2)]
     write_loose(top / "loose", [head[level] for head in heads for level in (MIDDLE, MIDDLE + 5)])
     return top
@@ -73,7 +73,7 @@ def test_a_folder_of_loose_slices_is_a_source_a_picture(folders):
     scan = loose.read_loose(found[0])
     assert scan.hu.shape == (1, 96, 96) and scan.hu.max() == 70         # the grey value is the HU
     assert scan.saturation_hu == (0, 70) and scan.pixel_spacing_mm == (2.4, 2.4)
-    other, = find_scans(folders / "scans" / "one")
+    other, = find_scans(folders / "one")
     assert loose.pictures(other) is None
 
 

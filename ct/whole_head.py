@@ -1,0 +1,159 @@
+"""Whether a scan is a whole, upright head: from the outline of the head, and from the brain that was found in it.
+
+upright() looks at a coarse copy of the scan before anything else does: towards the vertex the skull's inside and the
+head's outline shrink together to nothing; towards the base the inside ends while the face or the neck goes on. A stack
+that plainly runs the other way is put right. check_head() looks at the brain mask: what it is surrounded by, its
+volume and where it ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import ndimage as ndi
+
+from ct.brain import bone_threshold
+from ct.plausible import AIR_BELOW
+from ct.scan import Scan, ScanError
+
+COARSE_MM = 3.0                 # of the coarse copy, in all directions
+TYPICAL_FIELD_MM = 240.0        # taken for the coarse copy where the pixel spacing is unknown
+GAP_MM = 7.0                    # gaps in the skull that are closed
+ENDED = 0.35                    # of its largest area: the inside of the skull has ended
+BEYOND_MM = 15.0                # stretch beyond that end in which the outline is looked at
+SMALL, APART = 0.5, 0.2         # of the largest outline: at the vertex less, and less than at the other end by this
+BRAIN_ML = (150.0, 2300.0)      # the inside of the skull of a preterm newborn, and of the largest heads
+BRAIN_HU = (3.0, 75.0)          # median: hydrocephalus on a dark scanner, and contrast agent
+MIN_HEIGHT_MM = 55.0            # of the brain of a newborn, where both its ends are in the scan
+MIDDLE = 0.7                    # slices with more than this share of the largest area are surrounded by the skull
+MIN_ENCLOSED = 0.55             # of their border at least: half the skull may be taken out, ribs close less
+REACH_MM = 5.0                  # from the brain's border to the bone
+CUT = 0.45                      # of the largest area: a scan whose outermost slice shows more ends in the brain
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Areas along a coarse copy of a scan, in its pixels: the inside of the skull, and the head's outline; both [s]."""
+
+    inside: np.ndarray
+    outline: np.ndarray
+    step_mm: float
+
+
+def upright(scan: Scan) -> Scan:
+    """The scan with its vertex up; where the stack plainly ran the other way, reversed and with a note."""
+    if len(scan.hu) < 8 or scan.brain is not None:
+        return scan
+    below, above = ends(profile(scan))
+    above = 1.0 if above is None else above           # cut off within the brain: as wide as there
+    if below is None or below >= SMALL or above - below < APART:
+        return scan
+    note = ("upside down: the slices ran from the vertex to the base and were put in reverse order; whether left and "
+            "right are right cannot be seen")
+    turned = scan.upended()
+    return replace(turned, notes=(*turned.notes, note))
+
+
+def check_head(scan: Scan, brain: np.ndarray) -> tuple[str, ...]:
+    """Why positions in a head, and so percentiles, mean little: a note on each end of the brain that the scan lacks.
+
+    scan and its brain mask, bool [S, H, W], at working thickness. Empty for a whole head. Raises ScanError for what
+    is no head: a brain that no skull surrounds, of a volume, height or density that no brain has.
+    """
+    areas = brain.sum(axis=(1, 2))
+    shown = np.flatnonzero(areas)
+    if not len(shown):
+        raise ScanError("no head: the brain mask is empty")
+    density = float(np.median(scan.hu[brain]))
+    if not BRAIN_HU[0] <= density <= BRAIN_HU[1]:
+        raise ScanError(f"no head in HU: the median inside the skull is {density:.0f} HU, expected {BRAIN_HU[0]:.0f} "
+                        f"to {BRAIN_HU[1]:.0f}; check the rescale or the window")
+    enclosed = _enclosed(scan, brain, np.flatnonzero(areas > MIDDLE * areas.max()))
+    if enclosed < MIN_ENCLOSED:
+        raise ScanError(f"no head: {enclosed:.0%} of the border of what might be a brain is bone, expected at least "
+                        f"{MIN_ENCLOSED:.0%} (another part of the body, or a skull that was removed?)")
+    base, vertex = (shown[0] == 0 and areas[0] > CUT * areas.max(),
+                    shown[-1] == len(areas) - 1 and areas[-1] > CUT * areas.max())
+    height = float(np.ptp(scan.position_mm[shown]))
+    if not base and not vertex and height < MIN_HEIGHT_MM:
+        raise ScanError(f"no head: what might be a brain is {height:.0f} mm high, expected at least "
+                        f"{MIN_HEIGHT_MM:.0f} mm (another part of the body?)")
+    if scan.pixel_spacing_mm is not None and scan.brain is None:
+        volume = float(areas.sum() * np.prod(scan.pixel_spacing_mm) * scan.slice_spacing_mm / 1000)
+        if volume > BRAIN_ML[1] or (volume < BRAIN_ML[0] and not base and not vertex):
+            raise ScanError(f"no head of this size: the inside of the skull is {volume:.0f} ml, expected "
+                            f"{BRAIN_ML[0]:.0f} to {BRAIN_ML[1]:.0f} (spacings wrong, or the size of a template?)")
+    notes = []
+    if vertex:
+        notes.append("partial head: ends below the vertex; positions unknown")
+    if base:
+        notes.append("partial head: starts above the skull base")
+    return tuple(notes)
+
+
+def _enclosed(scan: Scan, brain: np.ndarray, slices: np.ndarray) -> float:
+    """Share of the brain's border in these slices that has bone within REACH_MM, on a copy of about 2 mm pixels."""
+    row_mm, column_mm = scan.pixel_spacing_mm or (TYPICAL_FIELD_MM / max(scan.hu.shape[1:]),) * 2
+    strides = [max(1, round(2.0 / mm)) for mm in (row_mm, column_mm)]
+    reach = max(1, round(REACH_MM / float(np.sqrt(row_mm * strides[0] * column_mm * strides[1]))))
+    near = border = 0
+    for s in slices[np.linspace(0, len(slices) - 1, min(9, len(slices))).astype(int)]:
+        bone = scan.hu[s, ::strides[0], ::strides[1]] >= bone_threshold(scan)
+        inside = brain[s, ::strides[0], ::strides[1]]
+        edge = inside & ~ndi.binary_erosion(inside)
+        near += int((edge & ndi.binary_dilation(bone, np.ones((3, 3)), iterations=reach)).sum())
+        border += int(edge.sum())
+    return near / max(border, 1)
+
+
+def profile(scan: Scan) -> Profile:
+    """Areas of a coarse copy of the scan; every few slices are averaged into one."""
+    row_mm, column_mm = scan.pixel_spacing_mm or (TYPICAL_FIELD_MM / max(scan.hu.shape[1:]),) * 2
+    strides = [max(1, round(COARSE_MM / mm)) for mm in (row_mm, column_mm)]
+    every = max(1, round(COARSE_MM / scan.slice_spacing_mm))
+    hu = np.clip(scan.hu[::every, ::strides[0], ::strides[1]], -500, 500)
+    pixel_mm = float(np.sqrt(row_mm * strides[0] * column_mm * strides[1]))
+    tissue = ndi.binary_opening(hu > max(AIR_BELOW, scan.saturation_hu[0] + 12), np.ones((1, 3, 3)))
+    bone = hu >= bone_threshold(scan)
+    radius = max(1, round(GAP_MM / 2 / pixel_mm))
+    skull = np.stack([_closed(image, radius) for image in bone])
+    filled = np.stack([ndi.binary_fill_holes(image) for image in skull])
+    inside = ndi.binary_opening(filled & ~skull & tissue, np.ones((1, 3, 3)))
+    areas = np.array([_largest(image) for image in inside])
+    labels, count = ndi.label(tissue)
+    if not areas.any() or not count:
+        return Profile(areas, np.zeros(len(hu)), every * scan.slice_spacing_mm)
+    middle = int(areas.argmax())
+    head = labels == np.bincount(labels[middle][inside[middle]], minlength=count + 1)[1:].argmax() + 1
+    outline = np.array([ndi.binary_fill_holes(image).sum() for image in head])
+    return Profile(areas, outline, every * scan.slice_spacing_mm)
+
+
+def ends(found: Profile) -> tuple[float | None, float | None]:
+    """How large the head's outline still is beyond the lower and the upper end of the skull's inside, of its largest.
+
+    None where the scan ends before the inside does.
+    """
+    inside, outline = found.inside, found.outline
+    middle, largest = int(inside.argmax()), inside.max(initial=0)
+    count = max(1, round(BEYOND_MM / found.step_mm))
+
+    def beyond(areas: np.ndarray, outlines: np.ndarray) -> float | None:
+        ended = np.flatnonzero(areas < ENDED * largest)
+        return None if not len(ended) else float(outlines[ended[0]:ended[0] + count].mean() / outline.max())
+
+    if not largest or not outline.any():
+        return None, None
+    return beyond(inside[middle::-1], outline[middle::-1]), beyond(inside[middle:], outline[middle:])
+
+
+def _closed(mask: np.ndarray, radius: int) -> np.ndarray:
+    disk = np.hypot(*np.mgrid[-radius:radius + 1, -radius:radius + 1]) <= radius + 0.5
+    padded = np.pad(mask, radius + 1)
+    return ndi.binary_closing(padded, disk)[radius + 1:-radius - 1, radius + 1:-radius - 1]
+
+
+def _largest(mask: np.ndarray) -> int:
+    labels, _ = ndi.label(mask)
+    return int(np.bincount(labels.ravel())[1:].max(initial=0))
