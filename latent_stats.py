@@ -22,50 +22,40 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import distributed
-from config import option, parse
-from ct.window import encode
+from config import check_range, option, parse
 from dataset import SliceDataset
-from detect import normative
 from detect.bundle import load_bundle, save_bundle
-from detect.calibration import Fold, calibrate
+from detect.calibration import Fold, Trained, calibrate, check_held_out, open_file
+from detect.codes import CodesConfig, fit_codes
 from detect.inversion import NETWORKS, Inversion
-from detect.latent import DEFAULT_CODES, LatentStats
 from detect.measure import MEASURES
-from detect.reconstruct import Reconstructor, method
+from detect.reconstruct import Reconstructor
 from detect.search import Search, SearchSettings
 from detect.settings import Settings
 from gan.augment import random_flip, random_rotation
 from gan.database import ensure_database
 from gan.runlog import load_run
 from gan.snapshots import Snapshot, load_snapshot
-from model import Encoder, ModelConfig
+from model import ModelConfig
 from op import memory, set_impl
 from weights import CheckpointError
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
-MAX_REACH_MM = 20.0                   # a position with few codes borrows from no further
 LARGE_MB = 25.0                       # beyond this a bundle is too large to be committed
 OF_ENCODER_RUNS = ("inversion", "search")       # methods made of a run of train_encoder.py; others bring their own file
 
 
 @dataclass(frozen=True)
-class StatsConfig:
+class StatsConfig(CodesConfig):
     """How the statistics of codes are made, and how the held-out scans are projected."""
 
-    components: int = option(16, "principal components kept per position and layer; the rest share one variance")
-    passes: int = option(5, "codes of every slice: one as it is, the others augmented")
-    positions: int = option(32, "positions, from the vertex down; those that no healthy slice reaches are left out")
-    spacing_mm: float = option(5.0, "from position to position, mm")
-    neighbour_mm: float = option(7.5, "a position uses the slices within this, mm")
     calibrate: str = option("val", "project the held-out scans, or leave the bundle without healthy scores",
                             ("val", "none"))
     seed: int = option(0, "seed of the augmentation")
@@ -73,9 +63,8 @@ class StatsConfig:
     precision: str = option("auto", "bf16 where the device is good at it", ("auto", "bf16", "fp32"))
 
     def __post_init__(self):
-        for name in ("components", "passes", "positions", "spacing_mm", "neighbour_mm", "batch"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')}: must be above 0, got {getattr(self, name)}")
+        super().__post_init__()
+        check_range(self, ("batch",), 1)
 
 
 PRESETS = {
@@ -93,74 +82,9 @@ SETTINGS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Statistics
-
-@torch.no_grad()
-def encode_slices(encoder: Encoder, dataset: SliceDataset, passes: int, batch: int, rng: torch.Generator
-                  ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes w_plus float32 [passes * M, L, D] of M slices, and their mm below the vertex [passes * M]; on the CPU.
-
-    Loose slices, whose position is unknown, are left out. The first pass takes the slices as they are, because so does
-    a projection; the others are augmented.
-    """
-    device = next(encoder.parameters()).device
-    codes, positions = [], []
-    known = np.flatnonzero(~np.isnan(dataset.below_vertex_mm)).tolist()
-    for number in range(passes):
-        for first in range(0, len(known), batch):
-            slices = [dataset[i] for i in known[first:first + batch]]
-            images = encode(torch.stack([one["hu"] for one in slices]).to(device))
-            codes.append(encoder(augmented(images, rng) if number else images).cpu())
-            positions += [one["below_vertex_mm"] for one in slices]
-    return torch.cat(codes), torch.tensor(positions)
-
-
 def augmented(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Half of images [B, 3, N, N] mirrored, half turned by up to ROTATE_DEG either way."""
     return random_rotation(random_flip(images, rng), ROTATE_P, ROTATE_DEG, rng)
-
-
-def fit(w_plus: torch.Tensor, below_vertex_mm: torch.Tensor, config: StatsConfig) -> LatentStats:
-    """Statistics at every position that has enough codes within reach; says which have not, and leaves them out.
-
-    Slices there use the nearest position. Raises ValueError naming the flag when no position is left.
-    """
-    if config.components > w_plus.shape[-1]:
-        raise ValueError(f"--components {config.components}: the codes of this encoder have {w_plus.shape[-1]} numbers")
-    needed = max(2 * config.components, DEFAULT_CODES)
-    positions = [i * config.spacing_mm for i in range(config.positions)]
-    found = [int(((below_vertex_mm - position).abs() <= MAX_REACH_MM).sum()) for position in positions]
-    kept = [position for position, codes in zip(positions, found) if codes >= needed]
-    for position, codes in zip(positions, found):
-        if codes < needed:
-            print(f"{position:g} mm below the vertex: left out, {codes} codes within {MAX_REACH_MM:g} mm, {needed} "
-                  "needed; slices there use the nearest position")
-    if not kept:
-        raise ValueError(f"--components {config.components}: needs {needed} codes within {MAX_REACH_MM:g} mm of a "
-                         f"position, found {max(found)} at most; lower it, raise --passes, or add healthy scans")
-    return LatentStats.fit(w_plus, below_vertex_mm, kept, config.components, config.neighbour_mm, config.passes,
-                           min_codes=needed, max_reach_mm=MAX_REACH_MM)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The bundle
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training has left, and its database.
-
-    dataset     its training part; path: of the database
-    networks    JSON: what folds must have in common
-    provenance  where the weights come from, JSON
-    make        makes the method; takes a while where statistics are fitted
-    """
-
-    dataset: SliceDataset
-    path: Path
-    networks: dict[str, Any]
-    provenance: dict[str, Any]
-    make: Callable[[], Reconstructor]
 
 
 def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: Path, device: torch.device,
@@ -177,10 +101,11 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
     if config.calibrate == "none" and (further or by_surprise):
         raise ValueError(f"--calibrate none: {'--fold' if further else 'measure=surprise'} is of no use without the "
                          "calibration; leave one of them out")
-    opened = open_encoder if settings.method in OF_ENCODER_RUNS else open_file
+    of_encoder = settings.method in OF_ENCODER_RUNS
     sources = [(data, run), *further]
-    trained = [opened(*source, "--fold" if i else "--encoder", config, settings, device)
-               for i, source in enumerate(sources)]
+    flags = ["--encoder", *["--fold"] * len(further)]
+    trained = [open_encoder(*source, flag, config, settings, device) if of_encoder
+               else open_file(*source, flag, settings, device) for source, flag in zip(sources, flags)]
     if config.calibrate == "val":
         check_held_out(settings, trained)
 
@@ -233,65 +158,12 @@ def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings
         networks = restore(snapshot, device, distributed.pick_precision(config.precision, device))
         if settings.method == "inversion":
             return Inversion(settings.reconstruction, networks["generator"], networks["encoder"])
-        latent = fit_fold(networks["encoder"], dataset, config)
+        rng = torch.Generator().manual_seed(config.seed)
+        latent = fit_codes(networks["encoder"], dataset, config, config.batch, lambda images: augmented(images, rng))
         return Search(settings.reconstruction, networks["generator"], networks["encoder"], latent.to(device),
                       networks["discriminator"])
 
     return Trained(dataset, data, snapshot.meta["model"], provenance(snapshot), make)
-
-
-def open_file(data: Path, path: Path, flag: str, config: StatsConfig, settings: Settings,
-              device: torch.device) -> Trained:
-    """What the training of another method has left, with its database. Raises unless they belong together."""
-    reconstructor, facts = method(settings.method).from_training(path, device)
-    dataset = SliceDataset(data, "train")
-    if key := dataset.unlike(facts):
-        raise ValueError(f"{flag} {path}: was trained on another database than {data} (another {key}); give that one: "
-                         "this one's held-out scans may be among its training scans")
-    if "held_out" not in facts:
-        print(f"warning: {path}: does not say which scans it was trained on: if held-out scans were among them, the "
-              "healthy scores come out too low")
-    data_facts = {key: dataset.manifest[key] for key in ("digest", "counts")}
-    return Trained(dataset, data, reconstructor.config(), {"data": data_facts, "trained": facts.get("trained")},
-                   lambda: reconstructor.with_settings(settings.reconstruction))
-
-
-def check_held_out(settings: Settings, trained: list[Trained]) -> None:
-    """ValueError unless every database holds scans out, none twice, and enough of them for surprises."""
-    seen: dict[str, Path] = {}
-    for one in trained:
-        held_out = one.dataset.held_out_ids()
-        if not held_out:
-            raise ValueError(f"--data {one.path}: no held-out scans to calibrate on; prepare it with a --val-fraction "
-                             "above 0, or pass --calibrate none")
-        if twice := [scan_id for scan_id in held_out if scan_id in seen]:
-            raise ValueError(f"--fold {one.path}: {', '.join(twice)} held out in {seen[twice[0]]} already: folds hold "
-                             "different scans out (prepare.py --split)")
-        seen |= dict.fromkeys(held_out, one.path)
-        if one.networks != trained[0].networks or (
-                one.dataset.manifest["settings"] != trained[0].dataset.manifest["settings"]):
-            raise ValueError(f"--fold {one.path}: its networks or preprocessing are not those of --encoder: the "
-                             "residuals would not be alike")
-    if settings.measure == "surprise" and len(seen) < normative.MIN_SCANS:
-        raise ValueError(f"measure=surprise: needs {normative.MIN_SCANS} held-out healthy scans, {trained[0].path} has "
-                         f"{len(seen)}; prepare it with a larger --val-fraction, or use measure=votes")
-
-
-def fit_fold(encoder: Encoder, dataset: SliceDataset, config: StatsConfig) -> LatentStats:
-    """Latent statistics of the database's training slices."""
-    rng = torch.Generator().manual_seed(config.seed)
-    loose = int(np.isnan(dataset.below_vertex_mm).sum())
-    if loose == len(dataset):
-        raise ValueError(f"{dataset.path}: only loose slices to train on, none with a position: the statistics by "
-                         "position need scans")
-    if loose:
-        print(f"{loose} loose slices without a position are left out of the statistics", flush=True)
-    w_plus, below_vertex_mm = encode_slices(encoder, dataset, config.passes, config.batch, rng)
-    latent = fit(w_plus, below_vertex_mm, config)
-    scans = dataset.manifest["counts"]["train"]["scans"]
-    print(f"{len(w_plus)} codes of {len(dataset) - loose} slices of {scans} scans; {len(latent.positions_mm)} "
-          f"positions, {config.components} components hold {latent.explained().mean():.0%} of the variance", flush=True)
-    return latent
 
 
 def restore(snapshot: Snapshot, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from dataset import SliceDataset
+from detect import normative
 from detect.measure import (
     SCAN_SCORES,
     SLICE_MM,
@@ -23,7 +25,8 @@ from detect.measure import (
     thickness_mm,
     threshold_at_fpr,
 )
-from detect.reconstruct import Reconstructor
+from detect.reconstruct import Reconstructor, method
+from detect.settings import Settings
 
 FPR = 0.05                            # of the stored thresholds
 
@@ -34,6 +37,59 @@ class Fold:
 
     reconstructor: Reconstructor
     held_out: SliceDataset
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training has left, and its database.
+
+    dataset     its training part; path: of the database
+    networks    JSON: what folds must have in common
+    provenance  where the weights come from, JSON
+    make        makes the method; takes a while where statistics are fitted
+    """
+
+    dataset: SliceDataset
+    path: Path
+    networks: dict[str, Any]
+    provenance: dict[str, Any]
+    make: Callable[[], Reconstructor]
+
+
+def open_file(data: Path, path: Path, flag: str, settings: Settings, device: torch.device) -> Trained:
+    """What the training of another method has left, with its database. Raises unless they belong together."""
+    reconstructor, facts = method(settings.method).from_training(path, device)
+    dataset = SliceDataset(data, "train")
+    if key := dataset.unlike(facts):
+        raise ValueError(f"{flag} {path}: was trained on another database than {data} (another {key}); give that one: "
+                         "this one's held-out scans may be among its training scans")
+    if "held_out" not in facts:
+        print(f"warning: {path}: does not say which scans it was trained on: if held-out scans were among them, the "
+              "healthy scores come out too low")
+    data_facts = {key: dataset.manifest[key] for key in ("digest", "counts")}
+    return Trained(dataset, data, reconstructor.config(), {"data": data_facts, "trained": facts.get("trained")},
+                   lambda: reconstructor.with_settings(settings.reconstruction))
+
+
+def check_held_out(settings: Settings, trained: list[Trained]) -> None:
+    """ValueError unless every database holds scans out, none twice, and enough of them for surprises."""
+    seen: dict[str, Path] = {}
+    for one in trained:
+        held_out = one.dataset.held_out_ids()
+        if not held_out:
+            raise ValueError(f"--data {one.path}: no held-out scans to calibrate on; prepare it with a --val-fraction "
+                             "above 0, or pass --calibrate none")
+        if twice := [scan_id for scan_id in held_out if scan_id in seen]:
+            raise ValueError(f"--fold {one.path}: {', '.join(twice)} held out in {seen[twice[0]]} already: folds hold "
+                             "different scans out (prepare.py --split)")
+        seen |= dict.fromkeys(held_out, one.path)
+        if one.networks != trained[0].networks or (
+                one.dataset.manifest["settings"] != trained[0].dataset.manifest["settings"]):
+            raise ValueError(f"--fold {one.path}: its networks or preprocessing are not those of --encoder: the "
+                             "residuals would not be alike")
+    if settings.measure == "surprise" and len(seen) < normative.MIN_SCANS:
+        raise ValueError(f"measure=surprise: needs {normative.MIN_SCANS} held-out healthy scans, {trained[0].path} has "
+                         f"{len(seen)}; prepare it with a larger --val-fraction, or use measure=votes")
 
 
 def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None] = print

@@ -143,7 +143,7 @@ MUTANTS = (
     Mutant("calibrated on the training scans", "latent_stats.py",
            'SliceDataset(one.path, "val"', 'SliceDataset(one.path, "train"',
            "tests/test_latent_stats.py -k end_to_end"),
-    Mutant("the plain pass is the augmented one", "latent_stats.py",
+    Mutant("the plain pass is the augmented one", "detect/codes.py",
            "if number else images", "if not number else images", "tests/test_latent_stats.py -k stay_together"),
     Mutant("thresholds at the complement of the rate", "detect/calibration.py",
            "dtype=torch.float64), fpr)", "dtype=torch.float64), 1 - fpr)", "tests/test_latent_stats.py -k thresholds"),
@@ -153,7 +153,7 @@ MUTANTS = (
            "self.positions_mm).abs().argmin(dim=1)", "self.positions_mm).abs().argmax(dim=1)",
            "tests/test_latent.py -k nearest"),
     # ---- loose slices
-    Mutant("statistics by position of loose slices", "latent_stats.py",
+    Mutant("statistics by position of loose slices", "detect/codes.py",
            "np.flatnonzero(~np.isnan(dataset.below_vertex_mm))", "np.arange(len(dataset))",
            "tests/test_loose.py -k leave_loose_slices_out"),
     Mutant("loose slices held out", "gan/database.py",

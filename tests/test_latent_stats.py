@@ -11,13 +11,14 @@ from ct.frame import PreprocessSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
 from detect.bundle import load_bundle
 from detect.calibration import thresholds
+from detect.codes import encode_slices, fit
 from detect.measure import scan_score
 from detect.pca import PcaFit, PositionPca
 from detect.projection import Projector, project_frame
 from detect.search import SearchSettings
 from detect.settings import Settings
 from gan.snapshots import load_snapshot, save_snapshot
-from latent_stats import StatsConfig, augmented, encode_slices, fit, read_notes, report_size
+from latent_stats import StatsConfig, augmented, read_notes, report_size
 from model import Discriminator, Encoder, Generator, ModelConfig
 
 TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16)
@@ -190,8 +191,13 @@ def test_codes_and_positions_stay_together(inputs):
     dataset = SliceDataset(inputs[0])
     torch.manual_seed(0)
     encoder = Encoder(TINY)
-    plain, mm = encode_slices(encoder, dataset, 1, 7, torch.Generator().manual_seed(0))
-    again, mm3 = encode_slices(encoder, dataset, 3, 25, torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+
+    def augment(images):
+        return augmented(images, rng)
+
+    plain, mm = encode_slices(encoder, dataset, 1, 7, augment)
+    again, mm3 = encode_slices(encoder, dataset, 3, 25, augment)
     assert plain.shape == (25, 8, 16) and again.shape == (75, 8, 16)
     assert mm.tolist() == [20, 15, 10, 5, 0] * 5 and mm3.tolist() == mm.tolist() * 3
     torch.testing.assert_close(again[:25], plain, rtol=1e-4, atol=1e-5)             # the first pass: as they are

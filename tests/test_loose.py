@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-import latent_stats
 import prepare
 from ct import loose
 from ct.read import find_scans, read_scan
@@ -17,6 +16,7 @@ from ct.scan import Scan, ScanError
 from ct.slices import load_spec
 from ct.standardise import HEAD_MM, StandardiseSettings
 from dataset import DatasetError, ScanRecord, SliceDataset, SliceWriter, verify
+from detect.codes import CodesConfig, encode_slices, fit_codes
 from detect.pca import PcaFit, PositionPca
 from gan.database import build_lmdb
 from tests.helpers import synthetic_head
@@ -227,14 +227,14 @@ class Mean(torch.nn.Module):
 def test_latent_statistics_leave_loose_slices_out(database, tmp_path, capsys):
     train = SliceDataset(database, "train")
     known = (~np.isnan(train.below_vertex_mm)).sum()
-    codes, mm = latent_stats.encode_slices(Mean(), train, 2, 3, torch.Generator().manual_seed(0))
+    codes, mm = encode_slices(Mean(), train, 2, 3, lambda images: images)
     assert len(codes) == len(mm) == 2 * known and not mm.isnan().any()
     path = tmp_path / "loose.lmdb"
     image = np.zeros((1, 32, 32))
     with SliceWriter(path, {}) as writer:
         writer.add(ScanRecord.encode("one", image, image > 0, np.array([np.nan])), "train", "one")
     with pytest.raises(ValueError, match="only loose slices to train on"):
-        latent_stats.fit_fold(Mean(), SliceDataset(path, "train"), latent_stats.StatsConfig())
+        fit_codes(Mean(), SliceDataset(path, "train"), CodesConfig(), 32, lambda images: images)
 
 
 def test_components_by_position_leave_loose_slices_out(database, capsys):
