@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 from scipy import ndimage as ndi
-from skimage.morphology import convex_hull_image
 
+from ct.morphology import box, closed, dilate, erode, filled, hull, opened
 from ct.scan import Scan, ScanError
 
 ADULT_SKULL_AREA_MM2 = np.pi / 4 * 180 * 145   # the skull's outline on its largest slices
@@ -46,9 +46,13 @@ def brain_mask(scan: Scan) -> np.ndarray:
     row_mm, column_mm = scan.pixel_spacing_mm or (estimate_pixel_mm(scan),) * 2
     shape = tuple(max(1, round(n * mm / WORK_MM)) for n, mm in zip(scan.hu.shape[1:], (row_mm, column_mm)))
     hu = np.stack([_resize(np.clip(image, -200, 300), shape) for image in scan.hu])
-    bone = hu >= bone_threshold(scan)
+    # What lies around the head and its holder is air, and is left aside; the margin holds the blur's reach twice.
+    head = (slice(None), *box((hu >= fat_threshold(scan)).any(axis=0), margin=8))
+    bone = hu[head] >= bone_threshold(scan)
     skull = _skull(bone)
-    return _refine(_follow(hu, bone, skull, scan), skull, scan)
+    mask = np.zeros(hu.shape, bool)
+    mask[head] = _refine(_follow(hu[head], bone, skull, scan), skull)
+    return _full_size(mask, scan.hu.shape)
 
 
 def bone_threshold(scan: Scan) -> float:
@@ -76,8 +80,8 @@ def estimate_pixel_mm(scan: Scan) -> float:
     """
     step = max(1, max(scan.hu.shape[1:]) // 128)
     hu = scan.hu[:, ::step, ::step]
-    heads = [_largest(_open(image > fat_threshold(scan), 2.0)) for image in hu]
-    areas = [_hull((image >= bone_threshold(scan)) & head).sum() for image, head in zip(hu, heads)]
+    heads = [_largest(image) for image in opened(hu > fat_threshold(scan), 2.0)]
+    areas = [hull(bone & head).sum() for bone, head in zip(hu >= bone_threshold(scan), heads)]
     area = np.percentile(areas, 90) * step**2   # the jaw's hull can be larger than the vault's
     if area < MIN_SKULL_SHARE * scan.hu[0].size:
         raise ScanError(_no_head(scan, "no skull"))
@@ -92,8 +96,9 @@ def _no_head(scan: Scan, found: str) -> str:
 
 def _skull(bone: np.ndarray) -> np.ndarray:
     """Bone without small pieces: a newborn's skull is of several, calcifications in the brain are small ones."""
-    labels, count = ndi.label(bone)
-    sizes = ndi.sum(bone, labels, range(count + 1))
+    labels, _ = ndi.label(bone)
+    sizes = np.bincount(labels.reshape(-1))
+    sizes[0] = 0
     return bone & (sizes >= MIN_PLATE * sizes.max())[labels]
 
 
@@ -101,7 +106,7 @@ def _follow(hu: np.ndarray, bone: np.ndarray, skull: np.ndarray, scan: Scan) -> 
     """Mask at working resolution: from the largest chamber up to the vertex and down to the foramen magnum."""
     fat = ndi.gaussian_filter(hu, (0, FAT_BLUR_MM / WORK_MM, FAT_BLUR_MM / WORK_MM)) < fat_threshold(scan)
     soft = ~bone & ~fat
-    inside, hull, seeds = _enclose(soft, skull)
+    inside, hulls, seeds = _enclose(soft, skull)
     start = int(np.argmax([seed.sum() for seed in seeds]))
     area = seeds[start].sum() * WORK_MM**2
     if area < MIN_BRAIN_MM2:
@@ -112,12 +117,12 @@ def _follow(hu: np.ndarray, bone: np.ndarray, skull: np.ndarray, scan: Scan) -> 
     for step, last, smallest in ((1, len(hu), MIN_PART_MM2), (-1, -1, FORAMEN_MAGNUM_MM2)):
         for s in range(start + step, last, step):
             gap_mm = abs(scan.position_mm[s] - scan.position_mm[s - step])
-            near = _dilate(mask[s - step], (REACH_MM + gap_mm) / WORK_MM)
+            near = dilate(mask[s - step], (REACH_MM + gap_mm) / WORK_MM)
             upwards = inside[s] & (step > 0)   # above the largest chamber nothing in the skull is fat: dark CSF, or air
             found = _continue(soft[s] | (fat[s] & upwards), fat[s] & ~upwards, mask[s - step]) & near
             if (found & ~inside[s]).any():   # the skull has a hole too wide to seal
-                found &= hull[s]
-            parts = [part for part in _parts(found) if part.sum() * WORK_MM**2 >= MIN_PART_MM2]
+                found &= hulls[s]
+            parts = _parts(found)
             if step < 0:
                 parts = [part for part in parts if not _is_canal(part, centre)]
             if sum(part.sum() for part in parts) * WORK_MM**2 < smallest:
@@ -131,23 +136,55 @@ def _enclose(soft: np.ndarray, skull: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
     The first seal that closes the skull is used; where none does (open fontanelles), the convex hull.
     """
-    hull = np.stack([_hull(image) for image in skull])
+    hulls = np.stack([hull(image) for image in skull])
     for seal_mm in (*SEALS_MM, None):
-        inside = hull if seal_mm is None else np.stack([_fill(_close(image, seal_mm / WORK_MM)) for image in skull])
-        seeds = [max(_chambers(a & b, seal_mm or SEALS_MM[0]), key=np.sum, default=np.zeros(a.shape, bool))
-                 for a, b in zip(inside, soft)]
-        if max(seed.sum() for seed in seeds) >= MIN_SEED * np.percentile(hull.sum(axis=(1, 2)), 90):
+        inside = hulls if seal_mm is None else np.stack([filled(image) for image in closed(skull, seal_mm / WORK_MM)])
+        seeds = [_largest_chamber(image, seal_mm or SEALS_MM[0]) for image in inside & soft]
+        if max(seed.sum() for seed in seeds) >= MIN_SEED * np.percentile(hulls.sum(axis=(1, 2)), 90):
             break
-    return inside, hull, seeds
+    return inside, hulls, seeds
 
 
-def _chambers(soft: np.ndarray, seal_mm: float) -> list[np.ndarray]:
-    """The soft tissue of one slice cut at necks narrower than twice seal_mm, one bool [h, w] a chamber."""
+def _cut(soft: np.ndarray, seal_mm: float) -> tuple[np.ndarray, np.ndarray]:
+    """The soft tissue of one slice cut at necks narrower than twice seal_mm: cores, and the nearest core's number.
+
+    int [h, w] both, 0 where there is none. A chamber is what _chamber makes of a number.
+    """
     radius = seal_mm / WORK_MM
-    cores, count = ndi.label(_erode(soft, radius))
-    distance, nearest = ndi.distance_transform_edt(cores == 0, return_indices=True)
-    owner = np.where(soft & (distance <= radius + 1.5), cores[tuple(nearest)], 0)
-    return [_touching(owner == label, cores == label) for label in range(1, count + 1)]
+    cores, count = ndi.label(erode(soft, radius))
+    reached = soft & dilate(cores > 0, radius + 1.5)
+    if count == 1:
+        return cores, reached.astype(cores.dtype)
+    owner = np.zeros_like(cores)
+    where = box(reached)
+    nearest = ndi.distance_transform_edt(cores[where] == 0, return_distances=False, return_indices=True)
+    owner[where] = np.where(reached[where], cores[where][tuple(nearest)], 0)
+    return cores, owner
+
+
+def _chamber(cores: np.ndarray, owner: np.ndarray, number: int) -> np.ndarray:
+    """One of the chambers of _cut, bool [h, w]: what belongs to a core and hangs together with it."""
+    mine = owner == number
+    where = box(mine)
+    labels, count = ndi.label(mine[where])
+    keep = np.zeros(count + 1, bool)
+    keep[labels[cores[where] == number]] = True
+    mine[where] = keep[labels]
+    return mine
+
+
+def _largest_chamber(soft: np.ndarray, seal_mm: float) -> np.ndarray:
+    cores, owner = _cut(soft, seal_mm)
+    at_most = np.bincount(owner.reshape(-1))
+    at_most[0] = 0
+    best, size = np.zeros(soft.shape, bool), 0
+    for number in np.argsort(-at_most, kind="stable"):
+        if at_most[number] <= size:
+            break
+        chamber = _chamber(cores, owner, number)
+        if chamber.sum() > size:
+            best, size = chamber, chamber.sum()
+    return best
 
 
 def _continue(soft: np.ndarray, fat: np.ndarray, neighbour: np.ndarray) -> np.ndarray:
@@ -156,10 +193,12 @@ def _continue(soft: np.ndarray, fat: np.ndarray, neighbour: np.ndarray) -> np.nd
     A leak counts against a seal as much as the brain that it finds counts for it.
     """
     best, best_score = np.zeros(soft.shape, bool), 0.0
-    below = _dilate(neighbour, REACH_MM / WORK_MM)
+    below = dilate(neighbour, REACH_MM / WORK_MM)
     for seal_mm in SEALS_MM:
         found = np.zeros(soft.shape, bool)
-        for chamber in _chambers(soft, seal_mm):
+        cores, owner = _cut(soft, seal_mm)
+        for number in np.flatnonzero(np.bincount(owner[below], minlength=1)[1:]) + 1:
+            chamber = _chamber(cores, owner, number)
             overlaps = (chamber & below).sum() >= MIN_OVERLAP * chamber.sum()
             if overlaps and _fat_contact(chamber, fat) <= MAX_FAT_CONTACT:
                 found |= chamber
@@ -173,8 +212,9 @@ def _continue(soft: np.ndarray, fat: np.ndarray, neighbour: np.ndarray) -> np.nd
 
 def _fat_contact(chamber: np.ndarray, fat: np.ndarray) -> float:
     """Share of a chamber's border that is fat or air: brain borders on bone, globes and mucosa do not."""
-    ring = ndi.binary_dilation(chamber) & ~_fill(chamber)
-    return float(fat[ring].mean()) if ring.any() else 0.0
+    where = box(chamber, margin=1)
+    ring = dilate(chamber[where], 1.0) & ~filled(chamber[where])
+    return float(fat[where][ring].mean()) if ring.any() else 0.0
 
 
 def _is_canal(part: np.ndarray, centre: tuple[float, float]) -> bool:
@@ -184,61 +224,38 @@ def _is_canal(part: np.ndarray, centre: tuple[float, float]) -> bool:
             and abs(column - centre[1]) * WORK_MM < 25)
 
 
-def _refine(coarse: np.ndarray, skull: np.ndarray, scan: Scan) -> np.ndarray:
-    """Cut tongues, fill what is not skull (calcifications, air, the falx), and bring to full resolution."""
-    mask = np.zeros(scan.hu.shape, bool)
+def _refine(coarse: np.ndarray, skull: np.ndarray) -> np.ndarray:
+    """Cut tongues, and fill what is not skull (calcifications, air, the falx)."""
+    mask = np.zeros(coarse.shape, bool)
     for s in np.flatnonzero(coarse.any(axis=(1, 2))):
-        smooth = _open(coarse[s], SMOOTH_MM / WORK_MM)
-        labels, count = ndi.label(_fill(smooth) & ~smooth)
-        islands = ndi.sum(skull[s], labels, range(count + 1)) * WORK_MM**2 > ISLAND_MM2
-        smooth |= (labels > 0) & ~islands[labels]
-        mask[s] = _resize(smooth.astype(np.float32), scan.hu.shape[1:]) > 0.5
+        smooth = opened(coarse[s], SMOOTH_MM / WORK_MM)
+        labels, count = ndi.label(filled(smooth) & ~smooth)
+        islands = np.bincount(labels[skull[s]], minlength=count + 1) * WORK_MM**2 > ISLAND_MM2
+        mask[s] = smooth | ((labels > 0) & ~islands[labels])
     return mask
 
 
+def _full_size(mask: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """A mask at working resolution, bool [S, h, w], at the scan's own shape (S, H, W)."""
+    full = np.zeros(shape, bool)
+    for s in np.flatnonzero(mask.any(axis=(1, 2))):
+        full[s] = _resize(mask[s].astype(np.float32), shape[1:]) > 0.5
+    return full
+
+
 def _parts(mask: np.ndarray) -> list[np.ndarray]:
-    labels, count = ndi.label(mask)
-    return [labels == label for label in range(1, count + 1)]
+    """The connected parts of a mask that are large enough to be brain, one bool [h, w] each."""
+    labels, _ = ndi.label(mask)
+    sizes = np.bincount(labels.reshape(-1))[1:]
+    return [labels == 1 + i for i in np.flatnonzero(sizes * WORK_MM**2 >= MIN_PART_MM2)]
 
 
-def _touching(mask: np.ndarray, seed: np.ndarray) -> np.ndarray:
+def _largest(mask: np.ndarray) -> np.ndarray:
+    """The largest connected part of a mask, bool [h, w]."""
     labels, count = ndi.label(mask)
-    keep = np.zeros(count + 1, bool)
-    keep[labels[seed & mask]] = True
-    return keep[labels] & mask
+    return labels == 1 + np.argmax(np.bincount(labels.reshape(-1))[1:]) if count else mask
 
 
 def _resize(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Bilinear; averages over the pixels that it merges where the picture gets smaller."""
     return np.asarray(Image.fromarray(image).resize(shape[::-1], Image.Resampling.BILINEAR))
-
-
-def _dilate(mask: np.ndarray, radius: float) -> np.ndarray:
-    return ndi.distance_transform_edt(~mask) <= radius if mask.any() else mask
-
-
-def _erode(mask: np.ndarray, radius: float) -> np.ndarray:
-    return ndi.distance_transform_edt(np.pad(mask, 1, mode="edge"))[1:-1, 1:-1] > radius
-
-
-def _close(mask: np.ndarray, radius: float) -> np.ndarray:
-    pad = int(radius) + 2
-    return _erode(_dilate(np.pad(mask, pad), radius), radius)[pad:-pad, pad:-pad]
-
-
-def _open(mask: np.ndarray, radius: float) -> np.ndarray:
-    core = _erode(mask, radius)
-    return _dilate(core, radius) & mask
-
-
-def _fill(mask: np.ndarray) -> np.ndarray:
-    return ndi.binary_fill_holes(mask)
-
-
-def _hull(mask: np.ndarray) -> np.ndarray:
-    return convex_hull_image(mask) if mask.any() else mask
-
-
-def _largest(mask: np.ndarray) -> np.ndarray:
-    labels, count = ndi.label(mask)
-    return labels == 1 + np.argmax(ndi.sum(mask, labels, range(1, count + 1))) if count else mask

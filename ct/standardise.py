@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from scipy import ndimage, optimize
 
+from ct.morphology import box, dilate, filled, opened
 from ct.scan import Scan, ScanError
 
 MIDDLE = 0.7                       # slices with more than this share of the largest area measure the head
@@ -95,10 +96,13 @@ def standardise(scan: Scan, brain: np.ndarray, settings: StandardiseSettings) ->
 def in_frame(scan: Scan, brain: np.ndarray, frame: Frame, settings: StandardiseSettings) -> Standardised:
     """A scan and its brain mask, bool [S, H, W], in a frame that was found for it."""
     low, high = settings.hu_clip
-    clipped = np.clip(scan.hu, low, high)
-    hu = np.clip(to_frame(clipped, frame, fill=low), low, high)      # interpolation rounds a little beyond
+    above = np.clip(scan.hu, low, high)
+    above -= np.float32(low)                                       # outside the slice lies 0, as to_frame has it
+    hu = to_frame(above, frame)
+    hu += np.float32(low)
+    np.clip(hu, low, high, out=hu)                                 # interpolation rounds a little beyond
     if settings.remove_outside:
-        hu[~_head(clipped, brain, frame, settings)] = low
+        hu[~_head(above, brain, frame, settings)] = low
     below_vertex = vertex_mm(brain, scan.position_mm) - scan.position_mm
     return Standardised(hu, to_frame(brain, frame), below_vertex, frame)
 
@@ -118,9 +122,10 @@ def find_frame(scan: Scan, brain: np.ndarray, settings: StandardiseSettings) -> 
         raise ScanError(f"{scan.scan_id}: cannot find the head's frame, the brain mask is empty")
     weight = np.clip((area / area.max() - MIDDLE) / (1 - MIDDLE), 0, 1)    # gradual: no slice decides by a hair
     middle = np.flatnonzero(weight)
-    presence = np.tensordot(weight[middle] / weight.sum(), brain[middle], 1)        # [H, W] in 0..1
+    rows, columns = box(brain[middle].any(axis=0))
+    presence = np.tensordot(weight[middle] / weight.sum(), brain[middle, rows, columns], 1)      # [h, w] in 0..1
     spacing = tuple(float(x) for x in scan.pixel_spacing_mm or (1.0, 1.0))
-    points = np.argwhere(presence) * spacing                       # [P, 2], units of spacing
+    points = (np.argwhere(presence) + (rows.start, columns.start)) * spacing       # [P, 2], units of spacing
     presence = presence[presence > 0]
     centre = np.average(points, axis=0, weights=presence)
     diameter = float(np.sqrt(presence.sum() * np.prod(spacing) * 4 / np.pi))
@@ -165,7 +170,7 @@ def _find_midline(scan: Scan, brain: np.ndarray, slices: np.ndarray, rough: Fram
     mask = to_frame(brain[slices], larger)
     mm = HEAD_MM / (WORK_FRACTION * WORK_SIZE)
     for image, inside in zip(hu, mask):
-        image[ndimage.distance_transform_edt(~inside) * mm > SKULL_MM] = SYMMETRY_HU[0]
+        image[~dilate(inside, SKULL_MM / mm)] = SYMMETRY_HU[0]
     hu = torch.from_numpy(ndimage.gaussian_filter(hu, (0, 1, 1)) - SYMMETRY_HU[0])
     # The mask's own symmetry counts like a skull's edge: it stays where HU are blurred or saturated.
     hu = torch.cat([hu, torch.from_numpy(ndimage.gaussian_filter(mask.astype(np.float32), (0, 1, 1))) * 50])
@@ -176,16 +181,19 @@ def _find_midline(scan: Scan, brain: np.ndarray, slices: np.ndarray, rough: Fram
         return _sample(hu, *_to_native(local), (WORK_SIZE, WORK_SIZE), 1)
 
     def best_shift(angle_deg: float) -> tuple[float, float, float]:
-        image = turned(angle_deg, 0.0)
-        mirrored = image.flip(-1)
-        return min((_asymmetry(image.roll(-k, -1), mirrored), angle_deg, k / 2) for k in range(-8, 9))
+        wrapped = turned(angle_deg, 0.0).repeat(1, 1, 2)
+        mirrored, half = wrapped.flip(-1), WORK_SIZE // 2
+        # Shifted by k, columns i and j that meet meet again as j and i: half of them tell the mean of all.
+        firsts = ((k, (WORK_SIZE - k) // 2) for k in range(-8, 9))
+        return min((_asymmetry(wrapped[..., i + k:i + k + half], mirrored[..., i:i + half]), angle_deg, k / 2)
+                   for k, i in firsts)
 
     turns = np.arange(-MAX_TURN_DEG, MAX_TURN_DEG + 1, 2.5)
     starts = sorted(best_shift(a) for a in np.unique(np.concatenate([turns, turns + axis_deg]).round(1)))
 
     def cost(x: np.ndarray) -> float:
-        image = turned(x[0], x[1])
-        return _asymmetry(image, image.flip(-1))
+        left, right = turned(x[0], x[1]).chunk(2, -1)
+        return _asymmetry(left, right.flip(-1))
 
     def refined(start: tuple[float, float, float]) -> optimize.OptimizeResult:
         simplex = np.array(start[1:]) + np.array([[0, 0], [2.0, 0], [0, 1.0]])
@@ -206,32 +214,24 @@ def _asymmetry(image: torch.Tensor, mirrored: torch.Tensor) -> float:
 # ---- the head's outline
 
 
-def _head(clipped: np.ndarray, brain: np.ndarray, frame: Frame, settings: StandardiseSettings) -> np.ndarray:
-    """What lies no further than settings.margin_mm outside the head, bool [S, N, N].
+def _head(above: np.ndarray, brain: np.ndarray, frame: Frame, settings: StandardiseSettings) -> np.ndarray:
+    """What lies no further than settings.margin_mm outside the head, bool [S, N, N]; above: HU over hu_clip[0].
 
     The head is the tissue that hangs together with the brain in 3D once thin things are opened away.
     """
     low = settings.hu_clip[0]
     small = replace(frame, size=OUTLINE_SIZE, step=frame.step * frame.size / OUTLINE_SIZE)
-    hu, brain = to_frame(clipped, small, low, max_samples=2), to_frame(brain, small, max_samples=2)
+    hu, brain = to_frame(above, small, max_samples=2) + np.float32(low), to_frame(brain, small, max_samples=2)
     px = settings.head_fraction * OUTLINE_SIZE / HEAD_MM           # pixels of the small frame per mm
-    tissue = np.stack([_opened(image > low + 12, 4.0 * px) for image in hu]) | brain
+    tissue = opened(hu > low + 12, 4.0 * px) | brain
     labels, _ = ndimage.label(tissue)
     sizes = np.bincount(labels[brain])
     head = labels == sizes.argmax()
-    outline = np.stack([ndimage.binary_fill_holes(_dilated(image, 6.0 * px)) for image in head])
-    kept = np.stack([_dilated(image, (settings.margin_mm - 6.0) * px) for image in outline])
+    outline = np.stack([filled(image) for image in dilate(head, 6.0 * px)])
+    kept = dilate(outline, (settings.margin_mm - 6.0) * px)
     full = replace(frame, shape=(OUTLINE_SIZE, OUTLINE_SIZE), spacing=(1.0, 1.0), angle_deg=0.0,
                    centre=((OUTLINE_SIZE - 1) / 2,) * 2, step=OUTLINE_SIZE / frame.size)
     return to_frame(kept, full)
-
-
-def _dilated(mask: np.ndarray, radius: float) -> np.ndarray:
-    return ndimage.distance_transform_edt(~mask) <= radius if mask.any() else mask
-
-
-def _opened(mask: np.ndarray, radius: float) -> np.ndarray:
-    return _dilated(ndimage.distance_transform_edt(mask) > radius, radius)
 
 
 # ---- resampling
@@ -279,19 +279,30 @@ def _resample(volume: np.ndarray, matrix: np.ndarray, offset: np.ndarray, shape:
               fill: float, max_samples: int) -> np.ndarray:
     """volume [S, H, W] at matrix @ (i, j) + offset for (i, j) in shape, as float32, or bool where it was."""
     samples = int(np.clip(np.ceil(np.linalg.norm(matrix, axis=0).max()), 1, max_samples))
-    source = np.subtract(volume, np.float32(fill), dtype=np.float32)
+    if volume.dtype == bool:
+        out, some = np.zeros((len(volume), *shape), bool), volume.any(axis=(1, 2))
+        if some.any():
+            out[some] = _sample(torch.from_numpy(volume[some].astype(np.float32)), matrix, offset, shape, samples) >= 0.5
+        return out
+    source = np.subtract(volume, np.float32(fill), dtype=np.float32) if fill else volume.astype(np.float32, copy=False)
     out = _sample(torch.from_numpy(source), matrix, offset, shape, samples).numpy()
-    out += np.float32(fill)
-    return out >= 0.5 if volume.dtype == bool else out
+    if fill:
+        out += np.float32(fill)
+    return out
 
 
 def _sample(source: torch.Tensor, matrix: np.ndarray, offset: np.ndarray, shape: tuple[int, int],
             samples: int) -> torch.Tensor:
     """Bilinear, the mean of samples x samples points a pixel, zero outside; float32 [S, H, W] -> [S, *shape]."""
-    rows, columns = (torch.arange(n * samples, dtype=torch.float64) for n in shape)
-    rows, columns = ((x + 0.5) / samples - 0.5 for x in (rows, columns))
-    native = [matrix[k, 0] * rows[:, None] + matrix[k, 1] * columns[None, :] + offset[k] for k in (0, 1)]
-    h, w = source.shape[-2:]
-    grid = torch.stack([(2 * native[1] + 1) / w - 1, (2 * native[0] + 1) / h - 1], dim=-1).float()
-    out = torch.nn.functional.grid_sample(source[None], grid[None], align_corners=False)
+    rows, columns = ((np.arange(n * samples) + 0.5) / samples - 0.5 for n in shape)
+    grid = np.empty((1, len(rows), len(columns), 2), np.float32)
+    for k, length in enumerate(source.shape[-2:]):
+        native = matrix[k, 0] * rows[:, None] + matrix[k, 1] * columns
+        native += offset[k]
+        native *= 2                                                # to grid_sample's -1..1, from edge to edge
+        native += 1
+        native /= length
+        native -= 1
+        grid[0, ..., 1 - k] = native
+    out = torch.nn.functional.grid_sample(source[None], torch.from_numpy(grid), align_corners=False)
     return torch.nn.functional.avg_pool2d(out, samples)[0] if samples > 1 else out[0]
