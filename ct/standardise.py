@@ -192,8 +192,8 @@ def _find_midline(scan: Scan, brain: np.ndarray, slices: np.ndarray, rough: Fram
     starts = sorted(best_shift(a) for a in np.unique(np.concatenate([turns, turns + axis_deg]).round(1)))
 
     def cost(x: np.ndarray) -> float:
-        left, right = turned(x[0], x[1]).chunk(2, -1)
-        return _asymmetry(left, right.flip(-1))
+        image = turned(x[0], x[1])
+        return _asymmetry(image, image.flip(-1))
 
     def refined(start: tuple[float, float, float]) -> optimize.OptimizeResult:
         simplex = np.array(start[1:]) + np.array([[0, 0], [2.0, 0], [0, 1.0]])
@@ -282,13 +282,14 @@ def _resample(volume: np.ndarray, matrix: np.ndarray, offset: np.ndarray, shape:
     if volume.dtype == bool:
         out, some = np.zeros((len(volume), *shape), bool), volume.any(axis=(1, 2))
         if some.any():
-            out[some] = _sample(torch.from_numpy(volume[some].astype(np.float32)), matrix, offset, shape, samples) >= 0.5
+            source = torch.from_numpy(volume[some].astype(np.float32))
+            out[some] = _sample(source, matrix, offset, shape, samples) >= 0.5
         return out
-    source = np.subtract(volume, np.float32(fill), dtype=np.float32) if fill else volume.astype(np.float32, copy=False)
-    out = _sample(torch.from_numpy(source), matrix, offset, shape, samples).numpy()
-    if fill:
-        out += np.float32(fill)
-    return out
+    if not fill:
+        source = np.ascontiguousarray(volume, np.float32)
+        return _sample(torch.from_numpy(source), matrix, offset, shape, samples).numpy()
+    source = np.subtract(volume, np.float32(fill), dtype=np.float32)
+    return _sample(torch.from_numpy(source), matrix, offset, shape, samples).numpy() + np.float32(fill)
 
 
 def _sample(source: torch.Tensor, matrix: np.ndarray, offset: np.ndarray, shape: tuple[int, int],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,24 @@ from files import write_table
 
 SCORE_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason", "slices", "projected_slices",
                  "error_hu", "anomalous_ml", "seconds", "notes")
+# What a whole number in a map's file stands for: 0.1 HU, far below a scanner's noise; 0.01 of a surprise
+STEPS = {"reconstruction": 0.1, "residual": 0.1, "anomaly": 0.01}
+PNG_LEVEL = 2           # of zlib: overlays as small as at its usual 6, in half of the time
+WRITERS = 4             # threads that write a scan's files: packing leaves the interpreter's lock
 SLICE_COLUMNS = ("scan_id", "slice", "position_mm", "below_vertex_mm", "projected", "score")
 
 
 def write_maps(folder: Path, projection: Projection) -> list[str]:
-    """The maps as NIfTI in the scan's own geometry; returns the writer's notes."""
+    """The maps as NIfTI in the scan's own geometry, in whole STEPS; returns the writer's notes."""
     maps = {"reconstruction": projection.reconstruction_hu, "residual": projection.residual_hu,
             "anomaly": projection.anomaly, "mask": projection.mask, "brain": projection.brain}
-    notes = [write_nifti(folder / f"{name}.nii.gz", volume, projection.scan, description=f"{RESULT_MARK}: {name}")
-             for name, volume in maps.items()]
+
+    def write(name: str) -> str | None:
+        return write_nifti(folder / f"{name}.nii.gz", maps[name], projection.scan, step=STEPS.get(name),
+                           description=f"{RESULT_MARK}: {name}")
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        notes = list(pool.map(write, maps))
     return [note for note in notes if note]
 
 
@@ -33,11 +43,15 @@ def write_overlays(folder: Path, projection: Projection) -> list[str]:
     for stale in folder.glob("*.png"):
         stale.unlink()
     pre = projection.working
-    for slab in np.flatnonzero(pre.kept):
+
+    def write(slab: int) -> None:
         i = int(np.abs(pre.slabs.position_mm - pre.slabs.scan.position_mm[slab]).argmin())
         picture = overlay_panels(pre.slabs.scan.hu[slab], projection.reconstruction_hu[i], projection.residual_hu[i],
                                  projection.mask[i])
-        picture.save(folder / f"{i:02d}.png")
+        picture.save(folder / f"{i:02d}.png", compress_level=PNG_LEVEL)
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(write, np.flatnonzero(pre.kept)))
     return []
 
 
