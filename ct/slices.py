@@ -226,6 +226,12 @@ def _pixel_spacing(path: Path, value) -> tuple[float, float] | None:
     return None if row is None else (row, column)
 
 
+def spec_of(source: ScanSource) -> SliceSpec:
+    """What is known of a source's pictures without reading them. Raises ScanError as load_spec."""
+    scan_json = source.options["scan_json"]
+    return ORIGINAL_LAYOUT if scan_json is None else load_spec(scan_json)
+
+
 # ---- reading
 
 def read(source: ScanSource) -> Scan:
@@ -238,7 +244,7 @@ def read(source: ScanSource) -> Scan:
     the windows or look inverted.
     """
     scan_json, mask = source.options["scan_json"], source.options["mask"]
-    spec = ORIGINAL_LAYOUT if scan_json is None else load_spec(scan_json)
+    spec = spec_of(source)
     if spec.loose:
         raise ScanError(f"{scan_json.name}: loose slices are no scan: without neighbours and positions they can only "
                         "be trained on (prepare.py)")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import distributed
 import files
-from ct import loose
+from ct import dicom, loose, slices
 from ct.frame import PreprocessSettings, preprocess_scan
 from ct.read import ScanSource, find_scans, read_scan
 from ct.scan import ScanError
@@ -197,13 +197,22 @@ def _attempt(work: Callable, job) -> tuple[object, str | None]:
         return None, f"{type(error).__name__}: {error}"
 
 
+def _told_saturation(source: ScanSource) -> tuple[float, float] | None:
+    """What a source clips its HU to (Scan.saturation_hu); None where only the decoded pixels tell."""
+    if "error" in source.options or source.archive is not None:
+        return None
+    if source.kind == dicom.KIND:
+        return -np.inf, np.inf
+    return slices.spec_of(source).saturation_hu if source.kind in (slices.KIND, loose.KIND) else None
+
+
 def _saturation(source: ScanSource) -> tuple[float, float]:
-    return (loose.read_loose if source.kind == loose.KIND else read_scan)(source).saturation_hu
+    return read_scan(source).saturation_hu
 
 
 def _parallel(work: Callable, jobs: list, workers: int) -> Iterator[tuple[object, str | None]]:
     """_attempt(work, job) for every job, in order."""
-    if workers == 1 or len(jobs) == 1:
+    if workers == 1 or len(jobs) <= 1:
         yield from map(_attempt, itertools.repeat(work), jobs)
         return
     spawn = get_context("spawn")           # not fork: PyTorch's threads do not survive it
@@ -223,7 +232,10 @@ def _say(line: str) -> None:
 
 def common_hu_range(sources: list[ScanSource], workers: int) -> tuple[float, float]:
     """The part of HU_RANGE that no scan's source has clipped: one HU range for all scans of a database."""
-    ranges = [limits for limits, reason in _parallel(_saturation, sources, workers) if reason is None]
+    told = [_attempt(_told_saturation, source)[0] for source in sources]
+    decoded = [source for source, limits in zip(sources, told) if limits is None]
+    ranges = [limits for limits in told if limits is not None]
+    ranges += [limits for limits, reason in _parallel(_saturation, decoded, workers) if reason is None]
     low = max([HU_RANGE[0], *(r[0] for r in ranges)])
     high = min([HU_RANGE[1], *(r[1] for r in ranges)])
     if low >= high:

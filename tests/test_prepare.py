@@ -15,9 +15,10 @@ from ct.scan import ScanError
 from ct.slab import to_slabs
 from ct.standardise import StandardiseSettings, from_frame
 from dataset import DatasetError, SliceDataset, verify
+from gan import database as database_module
 from gan.database import build_lmdb, ensure_database, listed_slabs, split_by_patient
 from tests.helpers import synthetic_head, synthetic_scan
-from tests.writers import write_slice_folder
+from tests.writers import write_dicom_series, write_nifti_scan, write_slice_folder
 
 SETTINGS = PreprocessSettings(StandardiseSettings(size=32))
 
@@ -137,6 +138,19 @@ def test_the_command_writes_what_preprocess_scan_gives(folder, database):
     assert (stored["hu"].numpy() == np.rint(done.standardised.hu[done.kept])).all()
     assert (stored["brain"].numpy() == done.standardised.brain[done.kept]).all()
     assert (stored["below_vertex_mm"].numpy() == done.standardised.below_vertex_mm[done.kept]).all()
+
+
+def test_the_hu_range_of_pictures_and_dicom_is_told_without_decoding_them(tmp_path, monkeypatch):
+    hu = synthetic_head(slices=4, size=32, spacing_mm=(20.0, 7.0, 7.0))[0]
+    write_slice_folder(tmp_path / "pictures", hu, window=(0, 80), slice_spacing_mm=20.0, pixel_spacing_mm=7.0)
+    write_dicom_series(tmp_path / "dicom", hu, (20.0, 7.0, 7.0))
+    nifti = write_nifti_scan(tmp_path / "volume.nii", np.clip(hu, -10, None), (20.0, 7.0, 7.0))
+    read = []
+    monkeypatch.setattr(database_module, "read_scan", lambda source: read.append(source.kind) or read_scan(source))
+    sources = find_scans(tmp_path)
+    assert len(sources) == 3 and nifti.exists()
+    assert database_module.common_hu_range(sources, workers=1) == (0.0, 80.0)
+    assert read == ["nifti"]                                                     # which only its values tell
 
 
 def test_an_existing_database_is_replaced_only_when_asked(folder, tmp_path, capsys):
