@@ -219,8 +219,8 @@ MUTANTS = (
            "int(score > threshold)", "int(score < threshold)", "tests/test_healthygan.py -k mean_difference"),
     Mutant("differences cancel", "healthygan/scoring.py",
            "(x - y).abs() / 2", "(x - y) / 2", "tests/test_healthygan.py -k by_hand"),
-    Mutant("the worst generator is kept", "healthygan/train.py",
-           "> trainer.highest", "< -trainer.highest", "tests/test_healthygan.py -k highest"),
+    Mutant("the generator that tells healthy from mixed worst is kept", "healthygan/scoring.py",
+           "np.repeat([1, 0]", "np.repeat([0, 1]", "tests/test_healthygan.py -k by_hand"),
 )
 
 
