@@ -45,7 +45,7 @@ HEALTHY = "healthy"
 LEAST_TRUTH = 5              # pixels of a lesion in a slice that counts as one with it
 BATCH = 16
 
-PLAIN = SurpriseSettings()
+PLAIN = SurpriseSettings(filter="median", scale="both", hypodense=1.0, pool="area", surprise_above=2.5)
 BAND = dataclasses.replace(PLAIN, filter="band")
 PEAK = dataclasses.replace(BAND, pool="peak", surprise_above=2.0)
 # The residual itself, in HU, is the first row; each other one changes one thing of the row before.

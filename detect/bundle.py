@@ -184,6 +184,7 @@ _SEARCH = ("steps_latent", "steps_noise", "predicted_noise", "lr_latent", "lr_no
            "knee")
 _SURPRISE = {"median_at_512": "median_at_512", "filter": "filter", "scale": "scale", "thin": "hypodense",
              "pool": "pool", "surprise_above": "surprise_above"}
+_SURPRISE_DEFAULTS = {"filter": "median", "scale": "both", "hypodense": 1.0, "pool": "area", "surprise_above": 2.5}
 _VOTES = ("median_at_512", "threshold_hu", "max_gap_mm")
 _MASK = ("surprise_mask", "component_at_512")
 
@@ -201,7 +202,7 @@ def upgraded(meta: dict[str, Any], path: Path) -> dict[str, Any]:
 
     steps = old.get("steps_latent", 100) + old.get("steps_noise", 100)
     measure = old.get("measure", "votes")
-    surprise = {new: old[name] for name, new in _SURPRISE.items() if name in old}
+    surprise = _SURPRISE_DEFAULTS | {new: old[name] for name, new in _SURPRISE.items() if name in old}
     settings = {"method": "search" if steps else "inversion",
                 "reconstruction": chosen(_SEARCH if steps else ("predicted_noise",)), "measure": measure,
                 "scoring": surprise if measure == "surprise" else chosen(_VOTES), "mask": chosen(_MASK),

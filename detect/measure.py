@@ -62,16 +62,16 @@ class VotesSettings:
 
 @dataclass(frozen=True)
 class SurpriseSettings:
-    """What a score by surprise hangs on."""
+    """What a score by surprise hangs on. The defaults are what the benchmarks on real scans recommend."""
 
     median_at_512: int = option(19, "side of the residual's median filter, pixels at 512; scales with the frame")
-    filter: str = option("median", "fine scale: the median-filtered residual, or a band of it away from bone",
+    filter: str = option("band", "fine scale: the median-filtered residual, or a band of it away from bone",
                          normative.FILTERS)
-    scale: str = option("both", "scale of the residual; sides: hyperdense at the fine scale, hypodense at the coarse "
+    scale: str = option("sides", "scale of the residual; sides: hyperdense at the fine scale, hypodense at the coarse "
                                 "one", normative.COMBINED)
-    hypodense: float = option(1.0, "weight of the surprise of what is hypodense in scale=sides")
-    pool: str = option("area", "a slice's score: mean over the brain (area), or highest mean about any place (peak)")
-    surprise_above: float = option(2.5, "surprise (-log10 of the share of healthy brain) that a score counts from")
+    hypodense: float = option(0.6, "weight of the surprise of what is hypodense in scale=sides")
+    pool: str = option("peak", "a slice's score: mean over the brain (area), or highest mean about any place (peak)")
+    surprise_above: float = option(2.0, "surprise (-log10 of the share of healthy brain) that a score counts from")
 
     def __post_init__(self):
         _check_median(self)

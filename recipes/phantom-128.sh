@@ -34,7 +34,7 @@ mkdir -p "$work"
 [ -e "$work/model/model.json" ] ||
     "$python" latent_stats.py --data "$work/phantoms.lmdb" --encoder "$work/noise" --out "$work/model" \
         --name phantom-128 --preset ct128 --passes 1 \
-        --set method=inversion measure=surprise filter=band scale=sides pool=peak surprise_above=1.5 \
+        --set method=inversion measure=surprise filter=band scale=sides hypodense=1 pool=peak surprise_above=1.5 \
         surprise_mask=3.5 scan_score=top3
 
 "$python" demos/benchmark.py --model "$work/model" --data "$work/phantoms.lmdb" \

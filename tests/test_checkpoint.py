@@ -223,7 +223,8 @@ def test_a_bundle_of_version_1_is_read(tmp_path, bundle_parts):
            "thin": 0.6, "threshold_hu": 5.0, "surprise_mask": 2.5, "scan_score": "top3"}
     bundle = load_bundle(version_1(tmp_path / "old", parts, latent, old))
     assert bundle.settings == Settings(
-        "inversion", InversionSettings(predicted_noise=False), "surprise", SurpriseSettings(hypodense=0.6),
+        "inversion", InversionSettings(predicted_noise=False), "surprise",
+        SurpriseSettings(19, "median", "both", 0.6, "area", 2.5),
         MaskSettings(surprise_mask=2.5), "top3")
     assert bundle.meta["versions"]["preprocessing"] == 1
     search = bundle.with_settings(bundle.published())                # its files serve the other method, too

@@ -29,8 +29,8 @@ def resolved(*flags: str) -> Settings:
 def test_the_bundles_settings_are_the_default_and_flags_go_before_them():
     assert resolved() == CALIBRATED
     assert resolved("--scan-score", "max").scan_score == "max"
-    changed = resolved("--set", "surprise_above=2", "surprise_mask=2.5", "predicted_noise=false", "batch=8")
-    assert changed.scoring == SurpriseSettings(pool="peak", surprise_above=2.0)
+    changed = resolved("--set", "surprise_above=1.5", "surprise_mask=2.5", "predicted_noise=false", "batch=8")
+    assert changed.scoring == SurpriseSettings(pool="peak", surprise_above=1.5)
     assert changed.mask == MaskSettings(surprise_mask=2.5)
     assert not changed.reconstruction.predicted_noise and changed.reconstruction.batch == 8
 
@@ -66,7 +66,7 @@ def test_what_cannot_be_set_is_named(change, message):
 def test_the_mask_does_not_change_what_scores_are_compared_with():
     drawn = CALIBRATED.replace(surprise_mask=2.0, component_at_512=100, batch=4, scan_score="max")
     assert drawn.comparable() == CALIBRATED.comparable()
-    assert CALIBRATED.replace(surprise_above=2.0).comparable() != CALIBRATED.comparable()
+    assert CALIBRATED.replace(surprise_above=1.5).comparable() != CALIBRATED.comparable()
 
 
 def test_settings_survive_json():
