@@ -9,15 +9,18 @@ import torch
 import latent_stats
 from ct.frame import PreprocessSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
+from detect.autoencoder import Autoencoder, AutoencoderFit
 from detect.bundle import load_bundle
 from detect.calibration import thresholds
 from detect.codes import encode_slices, fit
-from detect.measure import scan_score
+from detect.measure import Votes, scan_score
 from detect.pca import PcaFit, PositionPca
 from detect.projection import Projector, project_frame
 from detect.search import SearchSettings
 from detect.settings import Settings
 from gan.snapshots import load_snapshot, save_snapshot
+from healthygan import model as healthygan_model
+from healthygan.weights import save_model
 from latent_stats import StatsConfig, augmented, read_notes, report_size
 from model import Discriminator, Encoder, Generator, ModelConfig
 
@@ -359,3 +362,46 @@ def test_a_method_with_a_file_of_its_own_is_calibrated_like_ours(tmp_path, capsy
     assert "was trained on another database" in capsys.readouterr().err
     assert command(data, tmp_path / "nowhere.safetensors", tmp_path / "no", *flags) == 2
     assert "nowhere.safetensors: cannot be read" in capsys.readouterr().err
+
+
+def autoencoder_file(data, folder):
+    autoencoder = Autoencoder(AutoencoderFit(width=8, depth=1, noise_size=4, steps=2, batch=4))
+    autoencoder.fit(SliceDataset(data, "train"))
+    autoencoder.save(folder / "autoencoder.safetensors")
+    return folder / "autoencoder.safetensors"
+
+
+def healthygan_folder(data, folder):
+    torch.manual_seed(0)
+    config = healthygan_model.ModelConfig(size=32, width=4, blocks=1, critic_layers=2)
+    meta = {"model": vars(config), "image_settings": {"kind": "slices", "size": 32, "slices": SETTINGS}}
+    save_model(folder / "healthygan", config.generator(), meta)
+    return folder / "healthygan"
+
+
+@pytest.mark.parametrize("method, trained", [("autoencoder", autoencoder_file), ("healthygan", healthygan_folder)])
+def test_every_method_is_calibrated_stored_and_projected(tmp_path, capsys, method, trained):
+    data = write_slices(tmp_path / "healthy.lmdb", held_out=(2, 3, 4, 5))
+    flags = ["--set", f"method={method}", "measure=surprise", *PLAIN, "scan_score=max"]
+    assert command(data, trained(data, tmp_path), tmp_path / "mine", *flags) == 0
+    warned = "does not say which scans it was trained on" in capsys.readouterr().out
+    assert warned == (method == "healthygan")
+    bundle = load_bundle(tmp_path / "mine", precision="fp32")
+    scan = SliceDataset(data, "val").scan(0)
+    hu, brain, mm = scan["hu"].float(), scan["brain"], scan["below_vertex_mm"].numpy()
+    found, seen, findings, _ = project_frame(bundle.reconstructor, bundle.measure, hu, brain, mm)
+    assert found.normal_hu.shape == hu.shape and found.normal_hu.isfinite().all()
+    assert found.error == pytest.approx((found.query_hu - found.normal_hu).abs()[brain].mean().item(), rel=1e-4)
+    assert findings.slice_scores.shape == (5,) and not findings.anomaly[~brain].any()
+    # By votes, too: a method without steps votes once.
+    votes = Votes()
+    _, seen, findings, _ = project_frame(bundle.reconstructor, votes, hu, brain, mm)
+    assert seen.steps == 1 and torch.equal(findings.predicted, seen.votes > 1)
+
+
+def test_a_healthygan_of_images_is_no_method_for_slices(inputs, tmp_path, capsys):
+    config = healthygan_model.ModelConfig(size=32, width=4, blocks=1, critic_layers=2)
+    save_model(tmp_path / "images", config.generator(), {"model": vars(config),
+                                                         "image_settings": {"kind": "images", "size": 32}})
+    assert command(inputs[0], tmp_path / "images", tmp_path / "no", "--set", "method=healthygan") == 2
+    assert "images: learnt from images, not from the slices of a database" in capsys.readouterr().err
