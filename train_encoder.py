@@ -62,7 +62,7 @@ class EncoderConfig:
     code_alone: float = option(0.25, "with --noise: part of the images drawn without them, so that the code keeps "
                                      "what it can hold")
     erase: float = option(0.25, "probability of a random rectangle blanked in the encoder's input only")
-    coarse: float = option(0.0, "probability of coarse noise, blobs denser or thinner than the tissue, in the "
+    coarse: float = option(0.0, "probability of coarse noise, hyperdense and hypodense blobs, in the "
                                 "encoder's input only: it learns to look past them")
     rotate: float = option(0.25, "probability of a rotation up to 45 degrees")
     flip: bool = option(True, "mirror half of the images")

@@ -1,11 +1,11 @@
-"""How well haemorrhage is detected on CT-ICH: ours, the paper's algorithm, and what a user could build in an afternoon.
+"""How well haemorrhage is detected on CT-ICH: ours, the published search, and simple baselines.
 
     python benchmarks/ct_ich.py --data ct-ich --database healthy.lmdb --model models/ct-ich-128 --out runs/ct-ich
 
 --data is a folder with the scans in folders named after their split, and two tables: scans.csv (scan_id, split, label,
 and if there are any types, separated by '|', and patient) and slices.csv (scan_id, slice from 0 upwards, label, types).
 Writes to --out metrics.json (every figure) and table.md. Every scan's result is kept, so that the same command goes on
-where it was stopped. The paper's algorithm takes minutes a scan on a CPU; --rows without a value leaves it out.
+where it was stopped. The published search takes minutes per scan on a CPU; --rows without a value leaves it out.
 
 Nothing is chosen on the scans that are reported on:
   ours        projector.py with the settings of the bundle, and its own scan score

@@ -8,7 +8,7 @@ HU are from those around it; these are drawn at random, from what is hard to see
     epidural           a lens under the skull, 6 to 20 mm thick, 55 to 80 HU
     subarachnoid       the CSF about a point near the rim or the base, at 30 to 55 HU
     intraventricular   the CSF in the middle of the head, its posterior part, at 45 to 65 HU
-    infarct            a part of a hemisphere, 6 to 16 HU thinner
+    infarct            a part of a hemisphere, 6 to 16 HU lower
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 BRAIN_WINDOW_HU = (0.0, 80.0)
-RESIDUAL_FULL_HU = 30.0                 # shown in the last colour: yellow where denser, pale blue where thinner
+RESIDUAL_FULL_HU = 30.0                 # shown in the last colour: yellow where hyperdense, pale blue where hypodense
 PANELS = ("query", "closest normal", "residual", "mask")          # of an overlay, from left to right
 
 
@@ -36,12 +36,12 @@ def save_hu_grid(path: Path, hu: np.ndarray, columns: int = 8,
 
 
 def residual_colours(residual_hu: np.ndarray, full_hu: float = RESIDUAL_FULL_HU) -> np.ndarray:
-    """Signed residual [H, W] -> RGB uint8: black at 0, towards red and yellow where denser, blue where thinner."""
+    """Signed residual [H, W] -> RGB uint8: black at 0, red to yellow where hyperdense, blue where hypodense."""
     strength = np.clip(np.abs(residual_hu) / full_hu, 0, 1)
     first, second = np.minimum(1, 2 * strength), np.maximum(0, 2 * strength - 1)
-    dense = np.stack([first, second, 0 * strength], -1)
-    thin = np.stack([second / 2, second, first], -1)
-    return (np.where(residual_hu[..., None] > 0, dense, thin) * 255 + 0.5).astype(np.uint8)
+    high = np.stack([first, second, 0 * strength], -1)
+    low = np.stack([second / 2, second, first], -1)
+    return (np.where(residual_hu[..., None] > 0, high, low) * 255 + 0.5).astype(np.uint8)
 
 
 def mark(hu: np.ndarray, lesion: np.ndarray, side: int = 360) -> np.ndarray:
