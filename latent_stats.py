@@ -128,8 +128,8 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
                                   SliceDataset(one.path, "val", check=False)))
         normal = None
         if folds:
-            judging = MEASURES[settings.measure](settings.scoring, settings.mask)
-            meta["calibration"], fitted = calibrate(folds, judging, lambda line: print(line, flush=True))
+            measure = MEASURES[settings.measure](settings.scoring, settings.mask)
+            meta["calibration"], fitted = calibrate(folds, measure, lambda line: print(line, flush=True))
             normal = fitted.normal
             if meta["calibration"]["threshold"]["reason"]:
                 print(f"no threshold: {meta['calibration']['threshold']['reason']}")

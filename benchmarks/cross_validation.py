@@ -108,10 +108,10 @@ def surprises(cases: list[Case], settings: SurpriseSettings) -> tuple[list[torch
     measure = Surprise(settings)
     seen = [measure.evidence(c.found, c.brain, c.below_vertex_mm) for c in cases]
     healthy = [(c, one) for c, one in zip(cases, seen) if c.kind == HEALTHY]
-    _, by_others = normative.fit_leaving_out([e.scales for _, e in healthy], [e.judged for _, e in healthy],
+    _, by_others = normative.fit_leaving_out([e.scales for _, e in healthy], [e.searched for _, e in healthy],
                                              [c.below_vertex_mm for c, _ in healthy])
     normal = {c.scan_id: one for (c, _), one in zip(healthy, by_others)}
-    return [normal[c.scan_id].surprise(e.scales, e.judged, c.below_vertex_mm) for c, e in zip(cases, seen)], seen
+    return [normal[c.scan_id].surprise(e.scales, e.searched, c.below_vertex_mm) for c, e in zip(cases, seen)], seen
 
 
 def figures(cases: list[Case], scores: list[torch.Tensor], how: str) -> dict[str, float]:

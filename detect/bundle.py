@@ -67,8 +67,8 @@ class Bundle:
         else:
             reconstructor = _load_method(self.folder, self.meta, settings, self.reconstructor.device)
             reconstructor.set_precision(self.reconstructor.precision)
-        judging = MEASURES[settings.measure](settings.scoring, settings.mask, self.measure.normal)
-        return replace(self, reconstructor=reconstructor, measure=judging, settings=settings)
+        fitted = MEASURES[settings.measure](settings.scoring, settings.mask, self.measure.normal)
+        return replace(self, reconstructor=reconstructor, measure=fitted, settings=settings)
 
     def published(self) -> Settings:
         """The published search and votes, whatever the bundle is calibrated for.
@@ -161,8 +161,8 @@ def load_bundle(folder: str | Path, device: torch.device | str = "cpu", precisio
     reconstructor = _load_method(folder, meta, settings, device)
     reconstructor.set_precision(distributed.pick_precision(precision, device))
     normal = _load_normal(folder / "normal.safetensors") if "normal.safetensors" in meta["files"] else None
-    judging = MEASURES[settings.measure](settings.scoring, settings.mask, normal)
-    return Bundle(reconstructor, judging, settings, meta, weights_hash, folder)
+    fitted = MEASURES[settings.measure](settings.scoring, settings.mask, normal)
+    return Bundle(reconstructor, fitted, settings, meta, weights_hash, folder)
 
 
 def _load_method(folder: Path, meta: Mapping[str, Any], settings: Settings, device: torch.device) -> Reconstructor:

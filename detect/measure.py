@@ -1,7 +1,7 @@
 """How unusual a scan is beside its closest normal: votes (Lee et al. 2022) or surprise, maps, masks and scores.
 
 Votes and Surprise are the two measures, with the same methods: watch a reconstruction, take the evidence, be fitted
-to healthy scans, judge. Below them are pure functions, tensors in and tensors out. A tensor [S, H, W] is always a
+to healthy scans, assess. Below them are pure functions, tensors in and tensors out. A tensor [S, H, W] is always a
 whole scan: neighbouring slices count, so nothing here may be called on a part of one. Residuals are in HU, query minus
 reconstruction: positive where the scan is denser than its closest normal.
 """
@@ -102,14 +102,14 @@ class Evidence:
     residual  float32 [S, N, N], HU: query minus closest normal in the brain, median-filtered, signed
     brain     bool [S, N, N]; below_vertex_mm float64 [S]
     scales    float32 [S, 2, N, N], HU: the residual at the scales of normative.py; None by votes
-    judged    bool [S, N, N]: the part of the brain in which surprises are looked for; the brain by votes
+    searched  bool [S, N, N]: the part of the brain in which surprises are looked for; the brain by votes
     votes     int32 [S, N, N] over `steps` steps, two a step at most; None by surprise
     """
 
     residual: torch.Tensor
     brain: torch.Tensor
     below_vertex_mm: np.ndarray
-    judged: torch.Tensor
+    searched: torch.Tensor
     scales: torch.Tensor | None = None
     votes: torch.Tensor | None = None
     steps: int = 0
@@ -152,7 +152,7 @@ class Votes:
         return f"by more than {self.settings.threshold_hu:g} HU, steadily during the search and in neighbouring slices"
 
     def check(self) -> None:
-        """ValueError unless scans can be judged: always possible by votes."""
+        """ValueError unless scans can be assessed: always possible by votes."""
 
     def watch(self, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> VoteWatch:
         """What counts the votes while a scan is reconstructed; brain bool [S, N, N]."""
@@ -166,9 +166,9 @@ class Votes:
 
     def fit(self, healthy: Sequence[Evidence]) -> tuple[Votes, list[Findings]]:
         """The measure that healthy scans make, and what it finds in each of them: votes have nothing to learn."""
-        return self, [self.judge(one) for one in healthy]
+        return self, [self.assess(one) for one in healthy]
 
-    def judge(self, seen: Evidence) -> Findings:
+    def assess(self, seen: Evidence) -> Findings:
         predicted = seen.votes > seen.steps
         scores = slice_scores(seen.votes, seen.steps, seen.residual.abs(), seen.brain)
         return Findings(anomaly_map(seen.votes, seen.residual, seen.steps), predicted,
@@ -220,22 +220,22 @@ class Surprise:
 
         Raises ValueError for fewer than normative.MIN_SCANS of them.
         """
-        normal, surprises = normative.fit_normal([e.scales for e in healthy], [e.judged for e in healthy],
+        normal, surprises = normative.fit_normal([e.scales for e in healthy], [e.searched for e in healthy],
                                                  [e.below_vertex_mm for e in healthy])
         fitted = Surprise(self.settings, self.mask, normal)
         return fitted, [self.findings(surprise, e) for surprise, e in zip(surprises, healthy)]
 
-    def judge(self, seen: Evidence) -> Findings:
+    def assess(self, seen: Evidence) -> Findings:
         self.check()
-        return self.findings(self.normal.surprise(seen.scales, seen.judged, seen.below_vertex_mm), seen)
+        return self.findings(self.normal.surprise(seen.scales, seen.searched, seen.below_vertex_mm), seen)
 
     def findings(self, surprise: torch.Tensor, seen: Evidence) -> Findings:
         """What signed surprises [S, 2, N, N] of normative.Normal amount to."""
         s = self.settings
-        shown = normative.combine(surprise, s.scale, s.hypodense)
-        predicted = shown.abs() > self.mask.surprise_mask
-        scores = SLICE_SCORES[s.pool].of(shown, seen.judged, s.surprise_above, seen.below_vertex_mm)
-        return Findings(shown, predicted, lesion_mask(predicted, predicted.shape[-1], self.mask.component_at_512),
+        combined = normative.combine(surprise, s.scale, s.hypodense)
+        predicted = combined.abs() > self.mask.surprise_mask
+        scores = SLICE_SCORES[s.pool].of(combined, seen.searched, s.surprise_above, seen.below_vertex_mm)
+        return Findings(combined, predicted, lesion_mask(predicted, predicted.shape[-1], self.mask.component_at_512),
                         scores)
 
 
@@ -452,18 +452,18 @@ def thickness_mm(positions_mm: Sequence[float]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SliceScore:
-    """A way to make slices' scores from their surprise: of(surprise, judged [S, N, N], above, positions_mm) -> [S]."""
+    """A way to score slices by their surprise: of(surprise, searched [S, N, N], above, positions_mm) -> [S]."""
 
     of: Callable[[torch.Tensor, torch.Tensor, float, np.ndarray], torch.Tensor]
     words: str
 
 
-def _peak(surprise: torch.Tensor, judged: torch.Tensor, above: float, positions_mm: np.ndarray) -> torch.Tensor:
-    return peak_scores(surprise, judged, above, PEAK_AT_512 * surprise.shape[-1] / PAPER_SIZE, positions_mm)
+def _peak(surprise: torch.Tensor, searched: torch.Tensor, above: float, positions_mm: np.ndarray) -> torch.Tensor:
+    return peak_scores(surprise, searched, above, PEAK_AT_512 * surprise.shape[-1] / PAPER_SIZE, positions_mm)
 
 
 SLICE_SCORES = {
-    "area": SliceScore(lambda surprise, judged, above, _: surprise_scores(surprise, judged, above), "over the brain"),
+    "area": SliceScore(lambda surprise, brain, above, _: surprise_scores(surprise, brain, above), "over the brain"),
     "peak": SliceScore(_peak, "where it is rarest"),
 }
 

@@ -105,9 +105,9 @@ class Projector:
         seconds = {"standardise": time.perf_counter() - started}
         hu, brain, below_vertex_mm = pre.kept_slices()
         hu, brain = torch.from_numpy(hu), torch.from_numpy(brain)
-        found, seen, findings, judging = project_frame(self.bundle.reconstructor, self.bundle.measure, hu, brain,
-                                                       below_vertex_mm)
-        seconds |= found.seconds | {"judge": judging}
+        found, seen, findings, measuring = project_frame(self.bundle.reconstructor, self.bundle.measure, hu, brain,
+                                                         below_vertex_mm)
+        seconds |= found.seconds | {"measure": measuring}
         started = time.perf_counter()
         share = float(findings.predicted.sum() / brain.sum())
         notes = [*scan.notes]
@@ -159,7 +159,7 @@ def project_frame(reconstructor: Reconstructor, measure: Measure, hu: torch.Tens
     found = reconstructor.closest_normal(hu, brain, below_vertex_mm, watch)
     started = time.perf_counter()
     seen = measure.evidence(found, brain, below_vertex_mm, watch)
-    findings = measure.judge(seen)
+    findings = measure.assess(seen)
     return found, seen, findings, time.perf_counter() - started
 
 

@@ -65,7 +65,7 @@ MUTANTS = (
     Mutant("maps swapped left to right in the world", "ct/geometry.py",
            "np.diag([-1.0, -1.0, 1.0])", "np.diag([1.0, -1.0, 1.0])", BLEED + " -k mask_lies"),
     Mutant("only what is hyperdense is predicted", "detect/measure.py",
-           "shown.abs() > self.mask", "shown > self.mask", BLEED + " -k wrong_hu"),
+           "combined.abs() > self.mask", "combined > self.mask", BLEED + " -k wrong_hu"),
     Mutant("worklist begins with the lowest score", "detect/outputs.py",
            '-row["score"]', 'row["score"]', BLEED + " -k wrong_hu"),
     Mutant("exit code 0 although scans failed", "projector.py", "return 3 if failed", "return 0 if failed",

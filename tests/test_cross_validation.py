@@ -47,7 +47,7 @@ def test_a_plain_bleed_is_told_from_the_healthy_at_its_place():
     told, where = surprises(cases, PLAIN)
     lesion = cases[7]
     assert told[7][:, 0][lesion.truth].mean() > 3 > told[2][:, 0][lesion.truth].mean() + 2
-    assert all(torch.equal(one.judged, c.brain) for one, c in zip(where, cases))
+    assert all(torch.equal(one.searched, c.brain) for one, c in zip(where, cases))
 
 
 def test_no_case_is_told_by_its_own_head():
