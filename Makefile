@@ -6,7 +6,7 @@
 # make demo    build .venv, make phantoms, project them with the shipped model, write demos/out/report.html
 # make bench   speed and memory of every job against the plain reference path, on this machine
 # make bench-gpu  on a GPU: the kernels checked, then the GPU rows of the table, each in under ten minutes
-# make lock    resolve pyproject.toml anew into requirements.lock
+# make lock    resolve pyproject.toml into requirements.lock again
 # make clean   remove .venv and caches; runs, results and models stay
 #
 # Needs Python 3.11 to 3.13 (with venv and pip), gcc and make. Another interpreter: make test PYTHON=/path/to/python

@@ -12,6 +12,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import latent_stats  # noqa: E402
+from detect.bundle import load_bundle  # noqa: E402
 from recipes import ct_ich_tables  # noqa: E402
 from tests.command_lines import parse  # noqa: E402
 
@@ -98,6 +100,18 @@ def test_paper(run, tmp_path):
     assert {"--nnodes=2", "--nproc-per-node=2", "--rdzv-endpoint=node1:29500"} < set(launched)
     second = run("paper512.sh", "scans", work, NODES="2", NODE="1", HEAD="node1", GPUS="4")
     assert programs(second) == ["train.py", "train_encoder.py"] and "--nproc-per-node=4" in second[0]
+
+
+@pytest.mark.parametrize("name", ["phantom-128", "ct-ich-128"])
+def test_settings_are_those_of_the_shipped_bundle(name, run, tmp_path):
+    for folder in ("gan", "encoder"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "work").mkdir()
+    places = [str(tmp_path / "work")] if name == "phantom-128" else ["a", "b", str(tmp_path / "work")]
+    commands = run(f"{name}.sh", *places, PHANTOMS=str(tmp_path))
+    args = parse(next(command for command in commands if command[0] == "latent_stats.py"))
+    settings = latent_stats.SETTINGS[args.preset].changed(args.changes)
+    assert settings.to_json() == load_bundle(ROOT / "models" / name).settings.to_json()
 
 
 def test_tables_of_ct_ich(tmp_path, capsys):
