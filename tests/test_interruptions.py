@@ -19,6 +19,7 @@ from torch.distributed import TCPStore
 
 import train
 import train_encoder
+from gan import training
 from gan.snapshots import load_snapshot, snapshot_steps
 from healthygan import train as healthygan_train
 from tests import processes
@@ -214,7 +215,7 @@ POISON = {"train": 5, "train_encoder": 4, "healthygan.train": 3}
 
 def poisoned(monkeypatch, command: str, calls: range) -> None:
     """Make a loss NaN at these of its calls (from 0)."""
-    module, name = {"train": (train, "d_logistic"), "train_encoder": (train_encoder, "d_logistic"),
+    module, name = {"train": (training, "d_logistic"), "train_encoder": (train_encoder, "d_logistic"),
                     "healthygan.train": (healthygan_train.losses, "identity")}[command]
     loss, count = getattr(module, name), iter(range(10**6))
     monkeypatch.setattr(module, name, lambda *a: loss(*a) * (torch.nan if next(count) in calls else 1))
