@@ -27,7 +27,7 @@ WORKDIR /app
 
 # Compiled ops and matplotlib's font list go where any user may write: --user need not be the one made here
 ENV XDG_CACHE_HOME=/tmp/cache MPLCONFIGDIR=/tmp/cache/matplotlib PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-RUN useradd --create-home --uid 10001 reader
+RUN useradd --create-home --uid 10001 reader && install -d -o reader /state
 USER reader
 
 ENTRYPOINT ["python"]

@@ -23,14 +23,15 @@ MAY_IMPORT = {                                                   # besides itsel
     "dataset": {"ct", "distributed", "files"},
     "gan": {"op", "model", "weights", "files", "ct", "dataset", "distributed", "config"},
     "detect": {"op", "model", "weights", "files", "ct", "dataset", "distributed", "config", "version"},
+    "pacs": {"op", "files", "ct", "detect", "distributed"},
     "healthygan": {"op", "weights", "files", "ct", "gan", "dataset", "distributed", "config", "evaluation",
                    "detect.reconstruct"},
 }
 # Beyond the library: the phantom benchmark stands beside its baselines; the speed benchmark times train.py's own step
 ALSO = {"demos": {"benchmarks"}, "benchmarks": {"train", "healthygan"}}
-PACKAGES = ("op", "ct", "evaluation", "gan", "detect")
+PACKAGES = ("op", "ct", "evaluation", "gan", "detect", "pacs")
 # Commands of their own; and a class that the released checkpoint holds
-MAY_USE_ARGPARSE = {"detect/report.py", "detect/released.py", "ct/mask.py"}
+MAY_USE_ARGPARSE = {"detect/report.py", "detect/released.py", "ct/mask.py", "pacs/__main__.py"}
 
 
 def ignored(root: Path) -> set[str]:

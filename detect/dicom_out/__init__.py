@@ -16,6 +16,7 @@ import pydicom
 
 from detect.dicom_out import key_objects, parametric_map, secondary_capture, seg, sr
 from detect.dicom_out.common import Identity, Result, open_case
+from files import full_disk_named
 from version import VERSION
 
 __all__ = ["Identity", "Result", "build_objects", "identity_of", "write_dicom"]
@@ -56,7 +57,8 @@ def write_dicom(folder: Path, result: Result, identity: Identity, *, phi: bool =
         stale.unlink()
     paths = [folder / f"{name}.dcm" for name in objects]
     for path, ds in zip(paths, objects.values()):
-        ds.save_as(path, enforce_file_format=True)
+        with full_disk_named(path):
+            ds.save_as(path, enforce_file_format=True)
     return paths
 
 

@@ -1,0 +1,87 @@
+"""Project the CT series that arrive at an Orthanc server, and store the results there.
+
+    ORTHANC_USER=node ORTHANC_PASSWORD=... python -m pacs --model models/ct-ich-128 --orthanc http://127.0.0.1:8042 \
+        --state state
+
+Follows Orthanc's change log for stable CT series, fetches, projects and stores them back as DICOM objects of the same
+study, and serves a worklist: /, /worklist.json, /healthz, /metrics. May be killed at any time: every series gets one
+set of results. Runs until it is stopped (Ctrl-C or SIGTERM: after the series in work); exit code 2 for wrong usage.
+docs/PACS.md tells more. Not a medical device: for research only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+import distributed
+from detect import Projector, load_bundle
+from detect.dicom_out import identity_of
+from op import memory, set_impl
+from pacs.node import Node
+from pacs.orthanc import Orthanc, OrthancRefused
+from pacs.server import serve
+from pacs.state import State
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pacs", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="model bundle made by latent_stats.py")
+    add("--orthanc", required=True, metavar="URL", help="Orthanc's address; user and password come from the "
+        "environment: ORTHANC_USER, ORTHANC_PASSWORD")
+    add("--state", type=Path, required=True, help="folder in which the node remembers what it has done")
+    add("--host", default="127.0.0.1", help="address that the pages are served on (default: %(default)s)")
+    add("--port", type=int, default=8043, help="of the pages (default: %(default)s)")
+    add("--link", metavar="URL", help="Orthanc's address for the links on the page (default: that of --orthanc)")
+    add("--queue", type=int, default=32, help="series that may wait, the rest stays in the log (default: %(default)s)")
+    add("--poll-s", type=float, default=5.0, help="seconds between looks at the change log (default: %(default)g)")
+    add("--timeout-s", type=float, default=30.0, help="seconds to wait for Orthanc's answers (default: %(default)g)")
+    add("--no-phi", action="store_true", help="copy no patient data to the results: they join the study by UID alone")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--ops", default="auto", choices=("auto", "ref"), help="ref: no CUDA kernels of our own (default: %(default)s)")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp32"),
+        help="of the networks (default: bf16 where the device is good at it)")
+    args = parser.parse_args(argv)
+    for flag in ("queue", "poll_s", "timeout_s"):
+        if not getattr(args, flag) > 0:
+            parser.error(f"--{flag.replace('_', '-')} must be above 0, got {getattr(args, flag):g}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        orthanc = Orthanc(args.orthanc, os.environ.get("ORTHANC_USER"), os.environ.get("ORTHANC_PASSWORD"),
+                          args.timeout_s)
+        memory.keep_freed()
+        set_impl(args.ops)
+        projector = Projector(load_bundle(args.model, distributed.pick_device(args.device), args.precision))
+        state = State(args.state, projector.key() | {"phi": not args.no_phi})
+        node = Node(orthanc, state, projector, identity_of(projector), queue=args.queue, poll_s=args.poll_s,
+                    phi=not args.no_phi)
+        server = serve(node, args.host, args.port, args.link)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: node.stopping.set())
+    host, port = server.server_address[:2]
+    print(f"worklist: http://{host}:{port}/", flush=True)
+    try:
+        node.run()
+    except OrthancRefused as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        server.shutdown()
+        state.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

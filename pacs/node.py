@@ -1,0 +1,218 @@
+"""The node's one loop: read the change log while there is room, then take the series that waits longest."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from ct.read import find_scans, read_scan
+from ct.scan import Scan, ScanError
+from detect.dicom_out import Identity, write_dicom
+from pacs.orthanc import Orthanc, OrthancAway, OrthancRefused, orthanc_id
+from pacs.state import DONE, FAILED, REFUSED, WAITING, State
+
+STAGES = ("fetch", "project", "write", "store")
+PAGE = 100                                            # changes asked for at a time
+BACKOFF_S = (1.0, 60.0)                               # first and longest pause while Orthanc is away
+STUCK_S = 1800.0                                      # no scan takes as long
+
+
+class Metrics:
+    """Counts since the start, for /metrics."""
+
+    def __init__(self):
+        self.outcomes: Counter[str] = Counter({DONE: 0, REFUSED: 0, FAILED: 0})
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        self.runs: Counter[str] = Counter(dict.fromkeys(STAGES, 0))
+        self.orthanc_up = True
+
+    def text(self, waiting: int) -> str:
+        """Prometheus' text format, version 0.0.4."""
+        lines = ["# HELP cn_stylegan_queue_length CT series that wait or are in work.",
+                 "# TYPE cn_stylegan_queue_length gauge", f"cn_stylegan_queue_length {waiting}",
+                 "# HELP cn_stylegan_orthanc_up Whether Orthanc answered last.",
+                 "# TYPE cn_stylegan_orthanc_up gauge", f"cn_stylegan_orthanc_up {int(self.orthanc_up)}",
+                 "# HELP cn_stylegan_scans_total CT series finished since the start.",
+                 "# TYPE cn_stylegan_scans_total counter"]
+        lines += [f'cn_stylegan_scans_total{{outcome="{name}"}} {count}' for name, count in self.outcomes.items()]
+        lines += ["# HELP cn_stylegan_stage_seconds Seconds spent on CT series by stage.",
+                  "# TYPE cn_stylegan_stage_seconds summary"]
+        for stage in STAGES:
+            lines.append(f'cn_stylegan_stage_seconds_sum{{stage="{stage}"}} {self.seconds[stage]:.6f}')
+            lines.append(f'cn_stylegan_stage_seconds_count{{stage="{stage}"}} {self.runs[stage]}')
+        return "\n".join(lines) + "\n"
+
+
+class Node:
+    """Follows one Orthanc server with one model, in one thread; others may read state, metrics and in_work.
+
+    project   Scan -> detect.Projection; raises ScanError for a scan that it refuses
+    identity  of the model, for the objects and their UIDs
+    queue     series that may wait; while so many do, the change log is left alone
+    """
+
+    def __init__(self, orthanc: Orthanc, state: State, project: Callable[[Scan], object], identity: Identity, *,
+                 queue: int = 32, poll_s: float = 5.0, phi: bool = True):
+        self.orthanc, self.state, self.project, self.identity = orthanc, state, project, identity
+        self.queue, self.poll_s, self.phi = queue, poll_s, phi
+        self.metrics = Metrics()
+        self.stopping = threading.Event()
+        self.in_work: str | None = None
+        self._ticked = time.monotonic()
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the loop has not come round for longer than any scan takes."""
+        return time.monotonic() - self._ticked > STUCK_S
+
+    def run(self) -> None:
+        """Until stopping is set; Orthanc being away only makes it wait."""
+        pause = BACKOFF_S[0]
+        while not self.stopping.is_set():
+            self._ticked = time.monotonic()
+            try:
+                busy = self.step()
+            except OrthancAway as error:
+                if self.metrics.orthanc_up:
+                    print(f"Orthanc is away, trying again: {error}", flush=True)
+                self.metrics.orthanc_up = False
+                self.stopping.wait(pause)
+                pause = min(2 * pause, BACKOFF_S[1])
+                continue
+            if not self.metrics.orthanc_up:
+                print("Orthanc is back", flush=True)
+            self.metrics.orthanc_up, pause = True, BACKOFF_S[0]
+            if not busy:
+                self.stopping.wait(self.poll_s)
+
+    def step(self) -> bool:
+        """Read what there is room for, and do one series; False where there is nothing more to do now."""
+        more = self.follow()
+        waiting = self.state.waiting()
+        if waiting:
+            self.in_work = waiting[0]
+            try:
+                self.do(waiting[0])
+            finally:
+                self.in_work = None
+        return bool(waiting) or more
+
+    # ---- the change log
+
+    def follow(self) -> bool:
+        """Write new stable CT series down as waiting, as far as the queue has room; whether the log has more."""
+        if self.orthanc.last_change() < self.state.sequence:
+            print("Orthanc's change log starts anew: read from its beginning", flush=True)
+            self.state.advance(0)
+        while (room := self.queue - len(self.state.waiting())) > 0:
+            changes, last, all_read = self.orthanc.changes(self.state.sequence, PAGE)
+            for change in changes:
+                if change.kind == "StableSeries":
+                    if room == 0:
+                        return True
+                    room -= self._announce(change.sequence, change.id)
+                    self.state.advance(change.sequence)
+            self.state.advance(max(last, self.state.sequence))
+            if all_read:
+                return False
+        return True
+
+    def _announce(self, sequence: int, series_id: str) -> bool:
+        """Whether the series is one to project, and is now waiting. Our own results are no CT series."""
+        try:
+            series = self.orthanc.series(series_id)
+            if series["MainDicomTags"].get("Modality") != "CT":
+                return False
+            study = self.orthanc.study(series["ParentStudy"])
+        except OrthancRefused as error:
+            if error.status == 404:                   # deleted since
+                return False
+            raise
+        earlier = self.state.rows.get(series_id, {})
+        instances = sorted(series["Instances"])
+        if earlier.get("instances") == instances and earlier["state"] != WAITING:
+            return False                              # announced again without a new image: after Orthanc's restart
+        self.state.put(series_id, {
+            "state": WAITING, "sequence": sequence, "instances": instances, "announced": _now(),
+            "study_uid": study["MainDicomTags"].get("StudyInstanceUID", ""),
+            "series_uid": series["MainDicomTags"].get("SeriesInstanceUID", ""),
+            "objects": earlier.get("objects", [])})
+        return True
+
+    # ---- one series
+
+    def do(self, series_id: str) -> None:
+        """Fetch, project and store one waiting series, and write down what came of it. Raises OrthancAway."""
+        row = self.state.rows[series_id]
+        started = time.perf_counter()
+        try:
+            result = self._project(series_id, row)
+        except ScanError as error:
+            result = {"state": REFUSED, "reason": str(error)}
+        except OrthancRefused as error:
+            if error.status in (401, 403):
+                raise OrthancAway(str(error)) from error
+            gone = error.status == 404
+            result = {"state": REFUSED if gone else FAILED,
+                      "reason": "deleted from Orthanc before it was read" if gone else str(error)}
+        except (OrthancAway, KeyboardInterrupt, SystemExit):
+            raise
+        except Exception as error:                    # a series that breaks us must not stop the others
+            traceback.print_tb(error.__traceback__)   # without the message: a decoder's may quote patient data
+            result = {"state": FAILED, "reason": f"{type(error).__name__}; where it came from is in the node's log"}
+        finally:
+            self.state.clear_work()
+        self.metrics.outcomes[result["state"]] += 1
+        result |= {"finished": _now(), "seconds": time.perf_counter() - started}
+        self.state.put(series_id, self.state.rows[series_id] | result)
+        said = result.get("reason") or f"score {result['score']:.3f}"
+        print(f"{series_id}: {result['state']}, {said}", flush=True)
+
+    def _project(self, series_id: str, row: dict) -> dict:
+        work = self.state.clear_work()
+        with _Timed(self.metrics, "fetch"):
+            folder = work / series_id
+            folder.mkdir()
+            for number, instance in enumerate(row["instances"]):
+                self.orthanc.fetch(instance, folder / f"{number:05d}.dcm")
+        with _Timed(self.metrics, "project"):
+            sources = find_scans(folder)
+            if len(sources) != 1:
+                raise ScanError(f"{series_id}: {len(sources)} scans in one series; put each in a series of its own")
+            result = self.project(read_scan(sources[0]))
+        with _Timed(self.metrics, "write"):
+            paths = write_dicom(work / "results", result, self.identity, phi=self.phi)
+        with _Timed(self.metrics, "store"):
+            objects = [orthanc_id(path) for path in paths]
+            outdated = set(row["objects"]) - set(objects)           # of the series as it was before more images came
+            self.state.put(series_id, row | {"objects": sorted(outdated | set(objects))})       # before any is there
+            for path in paths:                                      # in this order: the report and key objects last
+                self.orthanc.store(path)
+            for instance in outdated:
+                self.orthanc.delete(instance)
+        return {"state": DONE, "score": float(result.score), "percentile": result.percentile,
+                "flagged": None if result.flagged is None else bool(result.flagged), "threshold": result.threshold,
+                "anomalous_ml": result.anomalous_ml, "notes": list(result.notes), "objects": objects}
+
+
+class _Timed:
+    """Adds the seconds inside to a stage, if all went well."""
+
+    def __init__(self, metrics: Metrics, stage: str):
+        self.metrics, self.stage = metrics, stage
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self.metrics.seconds[self.stage] += time.perf_counter() - self.started
+            self.metrics.runs[self.stage] += 1
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

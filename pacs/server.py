@@ -1,0 +1,86 @@
+"""The node's pages: the worklist for people and programs, health, metrics. Read only."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pacs.node import Node
+from pacs.state import DONE, WAITING
+
+REFRESH_S = 15
+ROW_KEYS = ("study_uid", "series_uid", "score", "percentile", "flagged", "threshold", "anomalous_ml", "notes", "reason",
+            "announced", "finished", "seconds")
+
+
+def worklist(node: Node) -> list[dict]:
+    """The series: in work and waiting first, then results with the highest score first, then the refused and failed."""
+    rows = []
+    for series_id, row in node.state.rows.items():
+        state = "in work" if series_id == node.in_work and row["state"] == WAITING else row["state"]
+        rows.append({"orthanc_id": series_id, "state": state, **{key: row.get(key) for key in ROW_KEYS}})
+    order = {"in work": 0, WAITING: 1, DONE: 2}
+    return sorted(rows, key=lambda r: (order.get(r["state"], 3), -(r["score"] or 0), r["announced"], r["orthanc_id"]))
+
+
+def page(node: Node, link: str) -> str:
+    """The worklist as HTML, in the look of the report; link: Orthanc's URL for whoever looks at it."""
+    here = Path(__file__).parent
+    environment = Environment(loader=FileSystemLoader([here, here.parent / "detect"]), autoescape=True,
+                              trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return environment.get_template("worklist.html.jinja").render(
+        rows=worklist(node), model=node.identity.name, weights=node.identity.weights_hash[:12],
+        orthanc=link, up=node.metrics.orthanc_up, refresh=REFRESH_S)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_version, sys_version = "CN-StyleGAN", ""
+
+    def __init__(self, node: Node, link: str, *args):
+        self.node, self.link = node, link
+        super().__init__(*args)
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        node = self.node
+        if path == "/":
+            self._answer(200, "text/html; charset=utf-8", page(node, self.link))
+        elif path == "/worklist.json":
+            self._answer(200, "application/json", json.dumps({
+                "research_only": True, "model": node.identity.name, "weights_sha256": node.identity.weights_hash,
+                "series": worklist(node)}))
+        elif path == "/metrics":
+            self._answer(200, "text/plain; version=0.0.4", node.metrics.text(len(node.state.waiting())))
+        elif path == "/healthz":
+            self._answer(503 if node.stuck else 200, "application/json", json.dumps(
+                {"stuck": node.stuck, "orthanc": node.metrics.orthanc_up, "waiting": len(node.state.waiting())}))
+        else:
+            self._answer(404, "text/plain", "not here; there are /, /worklist.json, /healthz and /metrics\n")
+
+    def _answer(self, status: int, kind: str, text: str) -> None:
+        body = text.encode()
+        self.send_response(status)
+        for name, value in (("Content-Type", kind), ("Content-Length", str(len(body))), ("Cache-Control", "no-store"),
+                            ("X-Content-Type-Options", "nosniff"),
+                            ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")):
+            self.send_header(name, value)
+        try:
+            self.end_headers()
+            self.wfile.write(body)
+        except ConnectionError:                       # the reader has gone
+            self.close_connection = True
+
+    def log_message(self, *_) -> None:
+        """Nothing: a page that refreshes itself would fill the log."""
+
+
+def serve(node: Node, host: str, port: int, link: str | None = None) -> ThreadingHTTPServer:
+    """Start answering in threads of its own; port 0 takes a free one. link: as for page, by default the node's own."""
+    server = ThreadingHTTPServer((host, port), partial(_Handler, node, link or node.orthanc.url))
+    Thread(target=server.serve_forever, daemon=True).start()
+    return server

@@ -1,0 +1,85 @@
+"""What the node remembers on disk, so that it may be killed at any moment.
+
+    state.json           the last entry of Orthanc's change log that is dealt with, and the model in use
+    series/ID.json       one per CT series, named after Orthanc's id: waiting, done, refused or failed
+    work/                files of the series in work; emptied at every start
+
+Each file is replaced in one move and flushed. A series is written down as waiting before the change that announced it
+counts as dealt with, and as done after all its objects are stored: what is lost in between is done again, with the
+same UIDs. No file but those in work/ holds patient data.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+from files import replace_text
+
+WAITING, DONE, REFUSED, FAILED = "waiting", "done", "refused", "failed"
+
+
+class StateError(ValueError):
+    """A state folder that cannot be used. The message names --state, what was found and the mend."""
+
+
+class State:
+    """The folder's content, kept in memory too; one process at a time."""
+
+    def __init__(self, folder: Path, model: dict):
+        """model: what the results are made with, plain JSON. Raises StateError for another node's or model's folder."""
+        self.folder = Path(folder)
+        self._series = self.folder / "series"
+        self.work = self.folder / "work"
+        try:
+            self._series.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / "lock", "w")      # held as long as the process lives
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StateError(f"--state {folder}: in use by another node; give each its own folder") from error
+        except OSError as error:
+            raise StateError(f"--state {folder}: cannot be written ({error.strerror}); choose another") from error
+        known = self._read(self.folder / "state.json") or {"sequence": 0, "model": model}
+        if known["model"] != model:
+            raise StateError(f"--state {folder}: belongs to another model or other settings; choose another folder")
+        self.sequence: int = known["sequence"]
+        self.model = model
+        self.rows: dict[str, dict] = {path.stem: self._read(path) for path in self._series.glob("*.json")}
+        self.clear_work()
+        self.advance(self.sequence)
+
+    def waiting(self) -> list[str]:
+        """Ids of the series that wait, in the order in which they were announced."""
+        return sorted((id for id, row in self.rows.items() if row["state"] == WAITING),
+                      key=lambda id: self.rows[id]["sequence"])
+
+    def put(self, series_id: str, row: dict) -> None:
+        """Write a series' row down for good."""
+        replace_text(self._series / f"{series_id}.json", json.dumps(row))
+        self.rows = self.rows | {series_id: row}              # a new dict: the server reads from another thread
+
+    def advance(self, sequence: int) -> None:
+        """Changes up to `sequence` are dealt with."""
+        self.sequence = sequence
+        replace_text(self.folder / "state.json", json.dumps({"sequence": sequence, "model": self.model}))
+
+    def clear_work(self) -> Path:
+        """An empty work folder."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(mode=0o700)
+        return self.work
+
+    def close(self) -> None:
+        self.clear_work()
+        self._lock.close()
+
+    def _read(self, path: Path) -> dict | None:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise StateError(f"{path}: damaged; delete it, and the series it stands for is looked at again when "
+                             "Orthanc announces it") from error

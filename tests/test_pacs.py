@@ -1,0 +1,398 @@
+"""The PACS node against the real Orthanc on loopback (Debian package orthanc), and its parts without one."""
+
+import json
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+
+from pacs.node import Node
+from pacs.orthanc import Change, Orthanc, OrthancAway, OrthancRefused
+from pacs.server import page, serve, worklist
+from pacs.state import State, StateError
+from tests.pacs_process import IDENTITY, project
+from tests.test_dicom_out import MARKERS, complete
+from tests.writers import write_dicom_series
+
+BINARY = shutil.which("Orthanc") or shutil.which("Orthanc", path="/usr/sbin")
+needs_orthanc = pytest.mark.skipif(BINARY is None, reason="Orthanc is not installed (Debian package orthanc)")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Server:
+    """An Orthanc of a test's own: no DICOM port, series are stable after a second."""
+
+    def __init__(self, folder: Path, **settings):
+        self.port, self.folder = free_port(), folder
+        self.url = f"http://127.0.0.1:{self.port}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config = folder / "orthanc.json"
+        self.config.write_text(json.dumps({
+            "Name": "test", "StorageDirectory": str(folder / "db"), "IndexDirectory": str(folder / "db"),
+            "HttpPort": self.port, "RemoteAccessAllowed": False, "AuthenticationEnabled": False,
+            "DicomServerEnabled": False, "StableAge": 1, **settings}))
+        self.start()
+
+    def start(self) -> None:
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen([BINARY, self.config], stdout=log, stderr=log)
+        self.client = Orthanc(self.url)
+        wait_for(lambda: answers(self.url + "/system"))
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+
+    def send(self, folder: Path) -> None:
+        for path in sorted(folder.iterdir()):
+            self.client.store(path)
+
+    def get(self, path: str):
+        return json.loads(urllib.request.urlopen(self.url + path, timeout=60).read())
+
+    def results(self, study: dict) -> list[str]:
+        """Modalities of the study's series besides the CT, a word per series."""
+        series = [self.get(f"/series/{s}") for s in study["Series"]]
+        return sorted(f"{s['MainDicomTags']['Modality']} {len(s['Instances'])}" for s in series
+                      if s["MainDicomTags"]["Modality"] != "CT")
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2).read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code == 401
+    except OSError:
+        return False
+    return True
+
+
+def wait_for(happens, seconds: float = 180.0):             # a loaded machine is slow, not broken
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := happens():
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{happens} did not happen within {seconds} s")
+
+
+@pytest.fixture
+def orthanc(tmp_path):
+    server = Server(tmp_path / "orthanc")
+    yield server
+    server.stop()
+
+
+def write_study(folder: Path, number: int, slices: int = 4, marked: int = 300, **more) -> Path:
+    hu = np.full((slices, 20, 20), 30.0)
+    hu.reshape(-1)[:marked] = 70
+
+    def edit(ds, k):
+        complete(ds, k)
+        ds.PatientID, ds.PatientName = f"ID{number}", f"SECRET{number}"
+    return write_dicom_series(folder / f"study{number}", hu, study=f"study{number}", series=f"series{number}",
+                              edit=edit, **more)
+
+
+def node_of(server, folder: Path, run=project, **more) -> Node:
+    return Node(server.client, State(folder, {"model": "stub"}), run, IDENTITY, **more)
+
+
+def until_idle(node: Node, done: int) -> None:
+    def step():
+        node.step()
+        return sum(row["state"] != "waiting" for row in node.state.rows.values()) == done
+    wait_for(step)
+
+
+# ---- with Orthanc
+
+@needs_orthanc
+def test_a_study_gets_its_results_once_and_its_own_results_do_not_trigger_it(tmp_path, orthanc):
+    orthanc.send(write_study(tmp_path, 1))
+    node = node_of(orthanc, tmp_path / "state")
+    until_idle(node, 1)
+    time.sleep(2.5)                                          # our own series are stable by now
+    for _ in range(3):
+        node.step()
+    (series_id, row), = node.state.rows.items()
+    assert (row["state"], row["score"], row["flagged"]) == ("done", 3.0, True)
+    study, = (orthanc.get(f"/studies/{s}") for s in orthanc.get("/studies"))
+    assert study["PatientMainDicomTags"]["PatientID"] == "ID1"
+    assert orthanc.results(study) == ["KO 1", "OT 1", "OT 3", "SEG 1", "SR 1"]
+    assert not list(node.state.work.iterdir())
+    assert node.metrics.outcomes["done"] == 1
+
+
+@needs_orthanc
+def test_a_refused_series_gets_a_row_and_no_object(tmp_path, orthanc):
+    orthanc.send(write_study(tmp_path, 1, slices=3))
+    node = node_of(orthanc, tmp_path / "state")
+    until_idle(node, 1)
+    (_, row), = node.state.rows.items()
+    assert row["state"] == "refused" and "too few slices for a head" in row["reason"]
+    study, = (orthanc.get(f"/studies/{s}") for s in orthanc.get("/studies"))
+    assert orthanc.results(study) == []
+    assert node.metrics.outcomes["refused"] == 1
+
+
+@needs_orthanc
+def test_a_failure_costs_one_series_and_quotes_nothing(tmp_path, orthanc, capfd):
+    message = "SECRET" + str(1)
+
+    def broken(scan):
+        raise RuntimeError(message)
+    orthanc.send(write_study(tmp_path, 1))
+    node = node_of(orthanc, tmp_path / "state", broken)
+    until_idle(node, 1)
+    (_, row), = node.state.rows.items()
+    assert row["state"] == "failed" and row["reason"].startswith("RuntimeError")
+    out = capfd.readouterr()
+    assert "SECRET1" not in out.out + out.err + json.dumps(worklist(node)) and "in broken" in out.err
+
+
+@needs_orthanc
+def test_more_images_of_a_series_replace_its_results(tmp_path, orthanc):
+    folder = write_study(tmp_path, 1, slices=6)
+    late = sorted(folder.iterdir())[-1].rename(tmp_path / "late.dcm")
+    orthanc.send(folder)
+    node = node_of(orthanc, tmp_path / "state")
+    until_idle(node, 1)
+    first = next(iter(node.state.rows.values()))
+    orthanc.client.store(late)
+
+    def again():
+        node.step()
+        row = next(iter(node.state.rows.values()))
+        return row["state"] == "done" and row["finished"] and len(row["instances"]) == 6
+    wait_for(again)
+    row = next(iter(node.state.rows.values()))
+    assert not set(first["objects"]) & set(row["objects"])
+    study, = (orthanc.get(f"/studies/{s}") for s in orthanc.get("/studies"))
+    assert orthanc.results(study) == ["KO 1", "OT 1", "OT 3", "SEG 1", "SR 1"]
+
+
+@needs_orthanc
+def test_no_patient_data_but_in_orthanc(tmp_path, orthanc, capfd):
+    orthanc.send(write_study(tmp_path, 7))
+    node = node_of(orthanc, tmp_path / "state")
+    until_idle(node, 1)
+    said = capfd.readouterr()
+    text = said.out + said.err + page(node, orthanc.url) + json.dumps(worklist(node))
+    text += "".join(path.read_text() for path in (tmp_path / "state").rglob("*") if path.is_file())
+    assert len(MARKERS) >= 12 and "SECRET7" not in text and "ID7" not in text
+
+
+@needs_orthanc
+def test_the_queue_is_bounded(tmp_path, orthanc):
+    for number in range(5):
+        orthanc.send(write_study(tmp_path, number))
+    node = node_of(orthanc, tmp_path / "state", queue=2)
+    wait_for(lambda: orthanc.client.last_change() and sum(
+        c.kind == "StableSeries" for c in orthanc.client.changes(0, 1000)[0]) == 5)
+    assert node.follow() and len(node.state.waiting()) == 2
+    assert node.follow() and len(node.state.waiting()) == 2          # no room: the log is left alone
+    until_idle(node, 5)
+
+
+@needs_orthanc
+def test_orthanc_away_is_waited_for(tmp_path, orthanc):
+    orthanc.send(write_study(tmp_path, 1))
+    node = node_of(orthanc, tmp_path / "state", poll_s=0.1)
+    wait_for(lambda: node.follow() or node.state.waiting())
+    orthanc.stop()
+    loop = Thread(target=node.run)
+    loop.start()
+    wait_for(lambda: not node.metrics.orthanc_up)
+    assert node.state.waiting()
+    orthanc.start()
+    wait_for(lambda: node.metrics.outcomes["done"] == 1 and node.metrics.orthanc_up)
+    node.stopping.set()
+    loop.join(60)
+    assert not loop.is_alive()
+
+
+@needs_orthanc
+def test_credentials(tmp_path):
+    server = Server(tmp_path / "orthanc", AuthenticationEnabled=True, RegisteredUsers={"node": "secret-word"})
+    try:
+        assert Orthanc(server.url, "node", "secret-word").system()["Name"] == "test"
+        with pytest.raises(OrthancRefused, match="ORTHANC_USER and ORTHANC_PASSWORD") as error:
+            Orthanc(server.url, "node", "wrong-word").system()
+        assert "wrong-word" not in str(error.value)
+    finally:
+        server.stop()
+
+
+@needs_orthanc
+def test_one_set_of_results_each_after_kills_at_random_moments(tmp_path, orthanc):
+    studies, kills, chance = 4, 4, random.Random(4)
+    for number in range(studies):
+        orthanc.send(write_study(tmp_path, number, marked=100 * number))
+    port_file, state = tmp_path / "port", tmp_path / "state"
+    command = [sys.executable, "-m", "tests.pacs_process", orthanc.url, str(state), str(port_file)]
+    for attempt in range(kills + 1):
+        port_file.unlink(missing_ok=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        try:
+            wait_for(port_file.exists)
+            if attempt < kills:
+                time.sleep(chance.uniform(0, 2.0))
+            else:
+                wait_for(lambda: [json.loads(path.read_text())["state"] for path in state.glob("series/*.json")]
+                         == ["done"] * studies)
+        finally:
+            process.kill()                                           # kill -9
+            process.wait()
+    found = [orthanc.results(orthanc.get(f"/studies/{s}")) for s in orthanc.get("/studies")]
+    assert len(found) == studies
+    marked = sorted("SEG 1" in series for series in found)
+    assert marked == [False] + [True] * (studies - 1)                # study 0 has nothing to mark
+    for series in found:
+        assert [s for s in series if s != "SEG 1"] == ["KO 1", "OT 1", "OT 3", "SR 1"]
+
+
+# ---- without
+
+@pytest.fixture
+def broken_server():
+    """Answers 500 to the first request, nonsense to the second, 404 after that."""
+    class Handler(BaseHTTPRequestHandler):
+        asked = 0
+
+        def do_GET(self):
+            Handler.asked += 1
+            self.send_response({1: 500, 2: 200}.get(Handler.asked, 404))
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *_):
+            pass
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+def test_what_is_worth_another_try(broken_server):
+    client = Orthanc(broken_server, timeout_s=2)
+    with pytest.raises(OrthancAway, match="/system: 500"):
+        client.system()
+    with pytest.raises(OrthancAway, match="no JSON; is this Orthanc"):
+        client.system()
+    with pytest.raises(OrthancRefused, match="/series/x: 404"):
+        client.series("x")
+    with pytest.raises(OrthancAway, match="refused"):
+        Orthanc(f"http://127.0.0.1:{free_port()}").system()
+
+
+def test_a_url_with_a_password_is_refused_without_repeating_it():
+    with pytest.raises(ValueError, match="ORTHANC_USER") as error:
+        Orthanc("http://user:secret-word@127.0.0.1:8042")
+    assert "secret-word" not in str(error.value)
+    with pytest.raises(ValueError, match="expected a URL"):
+        Orthanc("127.0.0.1:8042")
+
+
+class FakeOrthanc:
+    """A change log, and series that are CT unless named otherwise."""
+
+    url = "http://fake"
+
+    def __init__(self, changes):
+        self.log = changes
+
+    def last_change(self):
+        return self.log[-1].sequence if self.log else 0
+
+    def changes(self, since, limit):
+        page = [c for c in self.log if c.sequence > since][:limit]
+        return page, page[-1].sequence if page else since, not page or page[-1] is self.log[-1]
+
+    def series(self, series_id):
+        if series_id == "deleted":
+            raise OrthancRefused("gone", 404)
+        return {"MainDicomTags": {"Modality": "SR" if series_id == "report" else "CT"}, "Instances": ["i"],
+                "ParentStudy": "s"}
+
+    def study(self, study_id):
+        return {"MainDicomTags": {"StudyInstanceUID": "1.2"}}
+
+
+def log_of(*ids, kind="StableSeries"):
+    return [Change(number, kind, series_id) for number, series_id in enumerate(ids, 1)]
+
+
+def fake_node(folder, changes, **more):
+    return Node(FakeOrthanc(changes), State(folder, {"model": "stub"}), project, IDENTITY, **more)
+
+
+def test_the_change_log_is_followed_once(tmp_path):
+    node = fake_node(tmp_path, log_of("a", "report", "deleted", "b"))
+    assert node.follow() is False
+    assert node.state.waiting() == ["a", "b"] and node.state.sequence == 4
+    node.state.put("a", node.state.rows["a"] | {"state": "done"})
+    node.state.close()
+    again = fake_node(tmp_path, log_of("a", "report", "deleted", "b", "a"))     # announced again, no new image
+    again.follow()
+    assert again.state.waiting() == ["b"] and again.state.sequence == 5
+
+
+def test_a_change_log_that_starts_anew_is_read_from_its_beginning(tmp_path):
+    node = fake_node(tmp_path, log_of("a", "b", "c"))
+    node.follow()
+    node.orthanc.log = log_of("d")
+    node.follow()
+    assert node.state.waiting()[-1] == "c" and "d" in node.state.waiting() and node.state.sequence == 1
+
+
+def test_state_of_another_model_or_node_is_refused(tmp_path):
+    state = State(tmp_path, {"weights": "a"})
+    with pytest.raises(StateError, match="in use by another node"):
+        State(tmp_path, {"weights": "a"})
+    state.close()
+    with pytest.raises(StateError, match="belongs to another model"):
+        State(tmp_path, {"weights": "b"})
+
+
+def test_pages(tmp_path):
+    node = fake_node(tmp_path, log_of("low", "high", "odd", "next"))
+    node.follow()
+    for name, values in (("low", dict(state="done", score=0.5)), ("high", dict(state="done", score=9.0, flagged=True)),
+                         ("odd", dict(state="refused", reason="<b>no head</b>"))):
+        node.state.put(name, node.state.rows[name] | values)
+    server = serve(node, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+
+    def get(path):
+        with urllib.request.urlopen(url + path, timeout=60) as answer:
+            return answer.read().decode()
+    series = json.loads(get("/worklist.json"))["series"]
+    assert [r["orthanc_id"] for r in series] == ["next", "high", "low", "odd"]
+    html = get("/")
+    assert "&lt;b&gt;no head" in html and "<b>no head" not in html and "Research only" in html
+    assert html.index(">next</a>") < html.index(">high</a>") < html.index(">low</a>") < html.index(">odd</a>")
+    assert json.loads(get("/healthz")) == {"stuck": False, "orthanc": True, "waiting": 1}
+    metrics = get("/metrics").splitlines()
+    assert "cn_stylegan_queue_length 1" in metrics and 'cn_stylegan_scans_total{outcome="done"} 0' in metrics
+    assert 'cn_stylegan_stage_seconds_count{stage="project"} 0' in metrics
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        get("/other")
+    server.shutdown()
