@@ -1,6 +1,6 @@
 """Project head-CT scans: for every slice the closest normal image, maps of what differs, and scores.
 
-    python projector.py SCANS --model models/ct-ich-128 --out results
+    python projector.py SCANS [SCANS ...] --model models/ct-ich-128 --out results
     torchrun --nproc-per-node=4 projector.py SCANS --model models/ct-ich-128 --out results
 
 SCANS is a folder that is searched for DICOM series, NIfTI files and folders of slices, or one such scan. Writes
@@ -11,6 +11,8 @@ SCANS is a folder that is searched for DICOM series, NIfTI files and folders of 
     SCAN/*.nii.gz               reconstruction, residual (HU), anomaly (surprise, or votes times residual), mask,
                                 brain: in the scan's own geometry
     SCAN/overlay/NN.png         query, closest normal, residual, mask; NN counts the scan's slices from below
+    SCAN/dicom/*.dcm            for scans read from DICOM: report, segmentation, map, key objects, pictures of the key
+                                slices (docs/DICOM.md); with the source's patient data, unless --no-phi
 
 A rerun skips finished scans. Exit codes: 0 done, 2 wrong usage, 3 some scans failed (rows with a reason).
 Not a medical device: for research only.
@@ -31,15 +33,17 @@ import torch
 
 import distributed
 from ct.frame import PreprocessSettings
-from ct.read import find_scans
+from ct.read import find_all
 from detect.bundle import Bundle, load_bundle, versions
+from detect.dicom_out import dicom_writer
 from detect.folder import make_writable, project_all, refuse_other_results
 from detect.measure import SCAN_SCORES
-from detect.outputs import write_tables
+from detect.outputs import OUTPUTS, write_tables
 from detect.projection import Projector
 from detect.report import write_report
 from detect.settings import Settings
 from op import memory, set_impl
+from version import VERSION
 
 
 def run_report(projector: Projector, done: list[dict], failed: list[dict], seconds: float) -> dict:
@@ -52,7 +56,8 @@ def run_report(projector: Projector, done: list[dict], failed: list[dict], secon
     return {
         "weights_sha256": bundle.weights_hash, "model": bundle.meta["provenance"],
         "settings": projector.settings.to_json(), "preprocessing": projector.preprocessing.to_json(),
-        "calibration": projector.calibration, "scans": len(done), "failed": len(failed), "seconds": seconds,
+        "calibration": projector.calibration, "threshold": projector.threshold,
+        "scans": len(done), "failed": len(failed), "seconds": seconds,
         "seconds_per_scan_by_stage": stages, "device": str(bundle.reconstructor.device),
         "precision": str(bundle.reconstructor.precision).removeprefix("torch."), "threads": torch.get_num_threads(),
         "ranks": distributed.get_world_size(),
@@ -64,8 +69,10 @@ def run_report(projector: Projector, done: list[dict], failed: list[dict], secon
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("scans", nargs="?", type=Path, help="folder that holds scans, or one scan")
+    add("scans", nargs="*", type=Path, help="folder that holds scans, or one scan; of several, each scan's id begins "
+        "with its input's name")
     add("--query_save_path", dest="query", type=Path, help="the original's name for SCANS")
+    add("--version", action="version", version=f"CN-StyleGAN {VERSION}")
     add("--model", type=Path, required=True, help="model bundle made by latent_stats.py")
     add("--out", type=Path, default=Path("results"), help="results folder (default: %(default)s)")
     add("--overwrite", action="store_true", help="project again what other settings have projected")
@@ -76,6 +83,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--set", dest="changes", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="other values for settings of the model, such as surprise_mask=2.5 batch=8; checkpoint.py show MODEL "
              "lists them")
+    add("--dicom-out", action=argparse.BooleanOptionalAction, default=True,
+        help="write DICOM objects for the scans read from DICOM (default: yes)")
+    add("--no-phi", action="store_true",
+        help="copy no patient data to the DICOM objects: they join the study by its UID alone")
+    alarm = parser.add_mutually_exclusive_group()
+    alarm.add_argument("--threshold", type=float, help="flag the scans that score higher (default: the model's)")
+    alarm.add_argument("--alarm-rate", type=float, metavar="SHARE",
+                       help="flag at the threshold that healthy scans exceed with this probability at most, by the "
+                            "model's calibration, such as 0.05")
     add("--slab-mm", type=float, help="thickness that thin slices are averaged to (default: the model's)")
     add("--unknown-slice-spacing-mm", type=float, default=5.0,
         help="taken (and noted) where a scan does not tell its slice spacing; 0 refuses such scans (default: "
@@ -87,11 +103,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"),
         help="of the networks (default: bf16 where the device is good at it)")
     args = parser.parse_args(argv)
-    if (args.scans is None) == (args.query is None):
-        parser.error("give SCANS, the folder that holds the scans (or --query_save_path), once")
+    if bool(args.scans) == (args.query is not None):
+        parser.error("give SCANS, the folder that holds the scans, or --query_save_path")
     if args.slab_mm is not None and not args.slab_mm > 0:
         parser.error(f"--slab-mm must be above 0, got {args.slab_mm:g}")
-    args.scans = args.scans or args.query
+    args.scans = args.scans or [args.query]
     return args
 
 
@@ -123,13 +139,16 @@ def main(argv: list[str] | None = None) -> int:
         device = distributed.pick_device(args.device)
         distributed.init(device)
         bundle = load_bundle(args.model, device, args.precision)
-        projector = Projector(bundle, *resolve(bundle, args))
-        sources = find_scans(args.scans, args.unknown_slice_spacing_mm)
+        projector = Projector(bundle, *resolve(bundle, args), args.threshold, args.alarm_rate)
+        writers = dict(OUTPUTS)
+        if args.dicom_out:
+            writers["dicom without patient" if args.no_phi else "dicom"] = dicom_writer(projector, not args.no_phi)
+        sources = find_all(args.scans, args.unknown_slice_spacing_mm)
         make_writable(args.out)
         if not args.overwrite:
             refuse_other_results(args.out, sources, projector.key())
         distributed.barrier()
-        done, failed = project_all(projector, sources, args.out)
+        done, failed = project_all(projector, sources, args.out, writers)
         if distributed.is_main():
             write_tables(args.out, done, failed)
             facts = run_report(projector, done, failed, time.perf_counter() - started)

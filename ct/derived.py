@@ -81,6 +81,9 @@ class Derived:
             raise DerivedError(f"{scan.scan_id}: DICOM objects need a scan read from DICOM files; this one came from "
                                f"{scan.source}: do without them")
         paths = list(dict.fromkeys(path for path, _ in stack.frames))
+        if gone := [path.name for path in paths if not path.is_file()]:
+            raise DerivedError(f"{scan.scan_id}: {gone[0]} is no longer there; unpack a zip archive to have DICOM "
+                               "objects of its scans")
         headers = [pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in paths]
         for path, header in zip(paths, headers):
             _check_source(path, header, headers[0], alone=len(paths) == 1)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +65,21 @@ def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0, ids: str = "
         raise ScanError(f"{folder}: no scans found; looked for {LOOKED_FOR}"
                         + "".join(f"; {line}" for line in search.remarks()))
     return sorted(_with_ids(search.sources, root, ids), key=lambda source: source.scan_id)
+
+
+def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = 5.0) -> list[ScanSource]:
+    """find_scans of one input or several; of several, each id begins with its input's name.
+
+    Raises ScanError as find_scans does, and where two inputs give the same id.
+    """
+    if len(inputs) == 1:
+        return find_scans(inputs[0], unknown_slice_spacing_mm)
+    found = [replace(source, scan_id=f"{Path(folder).resolve().name}{SEPARATOR}{source.scan_id}")
+             for folder in inputs for source in find_scans(folder, unknown_slice_spacing_mm)]
+    twice = [scan_id for scan_id, count in Counter(source.scan_id for source in found).items() if count > 1]
+    if twice:
+        raise ScanError(f"{twice[0]}: two inputs of the same name hold a scan of this id; give the folder above them")
+    return sorted(found, key=lambda source: source.scan_id)
 
 
 def read_scan(source: ScanSource) -> Scan:

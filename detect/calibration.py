@@ -165,6 +165,21 @@ def usual_spacing(positions_mm: Sequence[float]) -> float:
     return float(np.median(np.abs(np.diff(positions_mm)))) if len(positions_mm) > 1 else SLICE_MM
 
 
+def at_rate(calibration: dict[str, Any], rate: float) -> dict[str, Any]:
+    """The calibration with thresholds that a healthy scan exceeds with probability `rate` at most.
+
+    Raises ValueError, with the number of healthy scans that the rate needs, where there are too few for it.
+    """
+    if not 0 < rate < 1:
+        raise ValueError(f"alarm rate: expected a share between 0 and 1, such as 0.05, got {rate:g}")
+    found = thresholds(calibration["scan_scores"], rate)
+    if found["reason"]:
+        n = len(calibration["scans"])
+        raise ValueError(f"alarm rate {rate:g}: {n} healthy scans cannot tell it; the lowest rate that they allow is "
+                         f"{1 / (n + 1):.3g}, or calibrate with more scans (latent_stats.py)")
+    return calibration | {"threshold": found}
+
+
 def percentile(calibration: dict[str, Any], score: float, how: str) -> float:
     """Of a scan's score among the healthy scans, 0 to 100 n / (n + 1)."""
     return float(percentile_of(torch.tensor([score]), torch.tensor(calibration["scan_scores"][how]))[0])

@@ -7,17 +7,19 @@ import json
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 import distributed
 from ct.read import ScanSource, read_scan
 from ct.scan import ScanError
-from detect.outputs import OUTPUTS, scan_row, slice_rows, write_tables
+from detect.outputs import OUTPUTS, Writer, scan_row, slice_rows, write_tables
 from detect.projection import Projector
 from files import replace_text
 
 
-def project_scan(projector: Projector, source: ScanSource, folder: Path) -> dict:
+def project_scan(projector: Projector, source: ScanSource, folder: Path, writers: Mapping[str, Writer] = OUTPUTS
+                 ) -> dict:
     """Project one scan and write its folder; returns its rows. Raises ScanError."""
     started = time.perf_counter()
     scan = read_scan(source)
@@ -25,7 +27,7 @@ def project_scan(projector: Projector, source: ScanSource, folder: Path) -> dict
     projection = projector(scan)
     seconds |= projection.seconds
     writing, notes = time.perf_counter(), []
-    for write in OUTPUTS.values():
+    for write in writers.values():
         notes += write(folder, projection)
     seconds["write"] = time.perf_counter() - writing
     return {"scan": scan_row(projection, time.perf_counter() - started, notes), "slices": slice_rows(projection),
@@ -47,13 +49,14 @@ def fingerprint(source: ScanSource) -> str:
     return hashlib.sha256(repr((source.kind, facts, read_as)).encode()).hexdigest()
 
 
-def project_all(projector: Projector, sources: list[ScanSource], out: Path) -> tuple[list[dict], list[dict]]:
+def project_all(projector: Projector, sources: list[ScanSource], out: Path, writers: Mapping[str, Writer] = OUTPUTS
+                ) -> tuple[list[dict], list[dict]]:
     """Collective. Project this rank's share of the scans; returns all finished and all failed rows, on every rank.
 
     A scan is finished when its folder holds result.json, which is written last; its key says what with, and its
-    fingerprint that the files have not changed since.
+    fingerprint that the files have not changed since. writers: what is written, by name; other ones, another result.
     """
-    done, failed, key = [], [], projector.key()
+    done, failed, key, outputs = [], [], projector.key(), sorted(writers)
     rank, world = distributed.get_rank(), distributed.get_world_size()
     for number, source in enumerate(sources):
         if number % world != rank:
@@ -61,14 +64,15 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path) -> t
         folder = out / source.scan_id
         marker = folder / "result.json"
         earlier, files = finished(folder), fingerprint(source)
-        if earlier and earlier["key"] == key and earlier.get("files") == files:
+        if earlier and (earlier["key"], earlier.get("files"), earlier.get("outputs")) == (key, files, outputs):
             done.append(earlier)
             print(f"{number + 1}/{len(sources)} {source.scan_id}: finished before, skipped", flush=True)
             continue
         folder.mkdir(parents=True, exist_ok=True)
         marker.unlink(missing_ok=True)
         try:
-            rows = {"key": key, "files": files, **project_scan(projector, source, folder)}
+            rows = {"key": key, "files": files, "outputs": outputs,
+                    **project_scan(projector, source, folder, writers)}
             replace_text(marker, json.dumps(rows))
         except Exception as error:       # a scan that breaks us must not cost the others their results
             reason = str(error)

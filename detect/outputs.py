@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def write_overlays(folder: Path, projection: Projection) -> list[str]:
 
 
 # What is written into the folder of a scan: of each writer(folder, projection) -> notes for the reader
-OUTPUTS = {"maps": write_maps, "overlays": write_overlays}
+Writer = Callable[[Path, Projection], list[str]]
+OUTPUTS: dict[str, Writer] = {"maps": write_maps, "overlays": write_overlays}
 
 
 def scan_row(projection: Projection, seconds: float, notes: list[str]) -> dict:

@@ -66,12 +66,15 @@ class Projector:
 
     settings       others than the bundle is calibrated for: bundle.settings.replace(name=value)
     preprocessing  None: the bundle's; needed for an imported bundle, which has none
+    threshold      flags the scans with a higher score, instead of the calibration's threshold
+    alarm_rate     the calibration's threshold at this share of healthy scans, 0 to 1, instead of the stored one
 
-    Raises ValueError where the bundle lacks what the settings need.
+    Raises ValueError where the bundle lacks what the settings or the alarm rate need.
     """
 
     def __init__(self, bundle: Bundle, settings: Settings | None = None,
-                 preprocessing: PreprocessSettings | None = None):
+                 preprocessing: PreprocessSettings | None = None, threshold: float | None = None,
+                 alarm_rate: float | None = None):
         self.calibrated_for = bundle.settings
         self.bundle = bundle if settings is None else bundle.with_settings(settings)
         self.preprocessing = preprocessing or bundle.preprocessing
@@ -82,6 +85,11 @@ class Projector:
         self.incomparable = self._why_incomparable()
         self.calibration = None if self.incomparable else bundle.meta["calibration"]
         self.spacing_mm = calibration.spacing_range(self.calibration) if self.calibration else None
+        self.threshold, self.alarm_rate = threshold, alarm_rate
+        if alarm_rate is not None:
+            if not self.calibration:
+                raise ValueError(f"alarm rate {alarm_rate:g}: needs comparable healthy scores; {self.incomparable}")
+            self.calibration = calibration.at_rate(self.calibration, alarm_rate)
 
     def _why_incomparable(self) -> str | None:
         """Why scores cannot be compared with those of the calibration; None where they can."""
@@ -135,18 +143,21 @@ class Projector:
         """Percentile and threshold of a score; None where they are not known, and a note where the spacing is why."""
         how = self.settings.scan_score
         if not self.calibration or how not in self.calibration["scan_scores"]:
-            return None, None, None
+            return None, self.threshold, None
         if not self.spacing_mm[0] / OTHER_SPACING <= spacing_mm <= self.spacing_mm[1] * OTHER_SPACING:
             low, high = (f"{mm:.3g}" for mm in self.spacing_mm)
-            return None, None, (f"slices {spacing_mm:.3g} mm apart, those of the calibration "
+            return None, self.threshold, (f"slices {spacing_mm:.3g} mm apart, those of the calibration "
                                 f"{low if low == high else f'{low} to {high}'} mm: no percentile")
-        return calibration.percentile(self.calibration, score, how), self.calibration["threshold"][how], None
+        threshold = self.calibration["threshold"][how] if self.threshold is None else self.threshold
+        return calibration.percentile(self.calibration, score, how), threshold, None
 
     def key(self) -> dict:
         """What this projector's results hang on, JSON: results of another key are not mixed with them."""
         precision = str(self.bundle.reconstructor.precision)
+        alarm = {"threshold": self.threshold, "alarm_rate": self.alarm_rate}
         return plain({"weights": self.bundle.weights_hash, "settings": self.settings.to_json(), "versions": versions(),
-                      "preprocessing": self.preprocessing.to_json(), "precision": precision})
+                      "preprocessing": self.preprocessing.to_json(), "precision": precision}
+                     | {name: value for name, value in alarm.items() if value is not None})
 
 
 def project_frame(reconstructor: Reconstructor, measure: Measure, hu: torch.Tensor, brain: torch.Tensor,

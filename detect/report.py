@@ -169,16 +169,21 @@ def read_json(path: Path) -> dict:
 
 
 def read_calibration(run: dict) -> Calibration:
-    """From run.json's `calibration`: the model's own, or null where the run's settings differ from it."""
-    found = run.get("calibration")
+    """From run.json's `calibration`: the model's own, or null where the run's settings differ from it.
+
+    A `threshold` that was given for the run stands in place of the model's, and then there is no rate for it.
+    """
+    found, given = run.get("calibration"), run.get("threshold")
     if not found:
-        return Calibration([], None, None, None, [])
+        return Calibration([], given, None, None, [])
     how = run["settings"]["scan_score"]
     level = np.round([s["below_vertex_mm"] / LEVEL_MM for s in found["slice_scores"]])
     scores = np.array([s["score"] for s in found["slice_scores"]])
     levels = [(float(mm * LEVEL_MM), *map(float, np.quantile(scores[level == mm], (0.05, 0.95))))
               for mm in np.unique(level)]
     threshold = found["threshold"]
+    if given is not None:
+        threshold = {how: given, "fpr": None, "reason": None}
     return Calibration(sorted(found["scan_scores"][how]), threshold[how], threshold["fpr"],
                        threshold["reason"], levels)
 
@@ -266,7 +271,7 @@ def found(entries: list[Entry], calibration: Calibration) -> list[str]:
     sentences = []
     if flags:
         sentences.append(f"{sum(flags) or 'None'} of {counted(len(flags), 'scan')} flagged: the score is above the "
-                         "model's threshold.")
+                         "threshold.")
     elif n and len(done) > 1:
         sentences.append(f"{above or 'None'} of {len(done)} scans scored above all {n} healthy scans.")
     if done:
@@ -310,6 +315,9 @@ def sure(entries: list[Entry], calibration: Calibration, evaluation: dict | None
                          f"{n + 1}.")
         if calibration.threshold is None:
             sentences.append("That is too few for a threshold, so no scan is flagged or cleared.")
+        elif calibration.fpr is None:
+            passing = sum(score > calibration.threshold for score in calibration.scores)
+            sentences.append(f"The threshold was given for this run; {passing} of these healthy scans pass it.")
         else:
             sentences.append(f"A healthy scan passes the threshold with a chance of at most {calibration.fpr:.0%}.")
     elif any(e.percentile is not None for e in entries):

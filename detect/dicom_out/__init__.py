@@ -9,17 +9,20 @@ Everything here is research and unverified, and every object says so where it ha
 from __future__ import annotations
 
 import json
+import traceback
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 import pydicom
 
+from ct.derived import DerivedError
 from detect.dicom_out import key_objects, parametric_map, secondary_capture, seg, sr
 from detect.dicom_out.common import Identity, Result, open_case
 from files import full_disk_named
 from version import VERSION
 
-__all__ = ["Identity", "Result", "build_objects", "identity_of", "write_dicom"]
+__all__ = ["Identity", "Result", "build_objects", "dicom_writer", "identity_of", "write_dicom"]
 
 
 def build_objects(result: Result, identity: Identity, *, phi: bool = True,
@@ -68,3 +71,27 @@ def identity_of(projector) -> Identity:
     name = (bundle.meta["provenance"] or {}).get("name") or "unnamed model"
     settings = json.dumps(projector.key(), sort_keys=True, separators=(",", ":"))
     return Identity(name, VERSION, bundle.weights_hash, settings)
+
+
+def dicom_writer(projector, phi: bool = True) -> Callable[[Path, Result], list[str]]:
+    """A writer for detect.outputs: FOLDER/dicom/*.dcm of a projection, where its scan was read from DICOM.
+
+    A scan whose files do not allow it keeps its other results, with a note.
+    """
+    identity = identity_of(projector)
+
+    def write(folder: Path, result: Result) -> list[str]:
+        if result.scan.source != "dicom":
+            return []
+        try:
+            write_dicom(folder / "dicom", result, identity, phi=phi)
+        except DerivedError as error:
+            return [f"no DICOM objects: {error}"]
+        except OSError:
+            raise
+        except Exception as error:                    # odd headers fail anywhere in pydicom; its message may quote them
+            traceback.print_tb(error.__traceback__)
+            return [f"no DICOM objects: the source's header cannot be used ({type(error).__name__})"]
+        return []
+
+    return write
