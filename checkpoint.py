@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from detect.bundle import BUNDLE_META, import_released, load_bundle
+from detect.bundle import BUNDLE_META, import_released, load_bundle, read_bundle_meta
 from weights import CheckpointError, load_tensors
 
 
@@ -36,11 +36,24 @@ def describe(folder: str | Path) -> str:
                      f"{stats.components.shape[-2]} components, {stats.explained().mean():.0%} of the variance")
     lines.append("  settings, for --set of projector.py:")
     lines += [f"    {f'{name}={value}':32} {what}" for name, value, what in bundle.settings.listing()]
+    shown = shortened(meta)
+    return "\n".join(lines + [f"  {key:20} {json.dumps(value)}" for key, value in shown.items()])
+
+
+def shortened(meta: dict) -> dict:
+    """model.json's versions, settings and provenance; of the calibration the number of scans and the thresholds."""
     shown = {key: meta[key] for key in ("versions", *BUNDLE_META) if key != "calibration"}
     if meta["calibration"]:
         thresholds = meta["calibration"]["threshold"]
         shown["calibration"] = {"scans": len(meta["calibration"]["scans"]), "threshold": thresholds}
-    return "\n".join(lines + [f"  {key:20} {json.dumps(value)}" for key, value in shown.items()])
+    return shown
+
+
+def facts(folder: str | Path) -> dict:
+    """What a bundle is, for programs: JSON."""
+    meta, weights_hash = read_bundle_meta(folder)
+    return {"format_version": meta["format_version"], "weights_sha256": weights_hash, "config": meta["config"],
+            "files": meta["files"]} | shortened(meta)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,12 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     bring.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     show = commands.add_parser("show", help="check a bundle and print what it is")
     show.add_argument("folder")
+    show.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args(argv)
     try:
         if args.command == "import-released":
             dtype = torch.float32 if args.fp32 else torch.float16
             args.folder = import_released(args.ckpt, args.latent_statistics, args.out, dtype, args.overwrite)
-        print(describe(args.folder))
+        print(json.dumps(facts(args.folder), indent=1) if getattr(args, "json", False) else describe(args.folder))
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 2

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 from highdicom import AlgorithmIdentificationSequence
-from highdicom.seg import SegmentDescription
+from highdicom.seg import Segmentation, SegmentDescription
 from pydicom.sr.codedict import codes
 
 from ct.brain import brain_mask
-from ct.derived import MANUFACTURER, Derived, Maker
+from ct.derived import MANUFACTURER, Derived, Maker, headers_unquoted
 from ct.read import find_scans, read_scan
 from ct.scan import Scan, ScanError
 from ct.write import write_nifti
@@ -33,13 +33,16 @@ SERIES_NUMBER = 6                         # last digit; those of a projection's 
 
 def write_dicom_mask(path: Path, mask: np.ndarray, scan: Scan, *, phi: bool = True) -> None:
     """A brain mask, bool [S, H, W], as a DICOM Segmentation. Raises DerivedError where the scan allows none."""
-    maker = Maker(NAME, VERSION, "0")
-    derived = Derived.open(scan, maker, ("brain mask",), phi, datetime.now())
+    with headers_unquoted():
+        _build(mask, scan, phi).save_as(path, enforce_file_format=True)
+
+
+def _build(mask: np.ndarray, scan: Scan, phi: bool) -> Segmentation:
+    derived = Derived.open(scan, Maker(NAME, VERSION, "0"), ("brain mask",), phi, datetime.now())
     algorithm = AlgorithmIdentificationSequence(NAME, codes.DCM.MorphologicalOperations, VERSION, source=MANUFACTURER)
     segment = SegmentDescription(1, "Brain", codes.SCT.AnatomicalStructure, codes.SCT.Brain, "AUTOMATIC", algorithm,
                                  tracking_uid=derived.uid("tracking"), tracking_id="Brain")
-    derived.segmentation(mask, segment, **derived.header("brain", SERIES_NUMBER, "brain mask")).save_as(
-        path, enforce_file_format=True)
+    return derived.segmentation(mask, segment, **derived.header("brain", SERIES_NUMBER, "brain mask"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import checkpoint
-from detect.bundle import load_bundle, load_released, save_bundle, versions
+from detect.bundle import load_bundle, load_released, read_bundle_meta, save_bundle, versions
 from detect.inversion import Inversion, InversionSettings
 from detect.latent import LatentStats
 from detect.measure import MaskSettings, SurpriseSettings
@@ -423,6 +423,10 @@ def test_import_released_command(tmp_path, capsys):
     assert checkpoint.main(["show", str(tmp_path / "bundle")]) == 0
     shown = capsys.readouterr().out
     assert "3 positions, 0 to 10 mm below the vertex; 8 of 8 components" in shown and "4251 (2022)" in shown
+    assert checkpoint.main(["show", str(tmp_path / "bundle"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["weights_sha256"] == read_bundle_meta(tmp_path / "bundle")[1] and "calibration" not in shown
+    assert "4251 (2022)" in shown["provenance"]["source"]
     assert str(tmp_path) not in (tmp_path / "bundle" / "model.json").read_text()
     assert checkpoint.main(command) == 2                                   # a bundle is there
     assert "overwrite" in capsys.readouterr().err

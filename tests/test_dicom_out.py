@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from types import SimpleNamespace
 
 import highdicom
 import nibabel as nib
@@ -16,7 +17,8 @@ from ct.derived import DerivedError
 from ct.read import find_scans, read_scan
 from ct.scan import Scan
 from ct.write import write_nifti
-from detect.dicom_out import Identity, build_objects, write_dicom
+from detect.dicom_out import Identity, build_objects, dicom_writer, write_dicom
+from tests.helpers import synthetic_head
 from tests.writers import make_uid, write_dicom_series, write_enhanced_ct, write_slice_folder
 
 RNG = np.random.default_rng(2)
@@ -239,7 +241,8 @@ def test_key_objects_name_the_key_slices_and_all_other_objects(series):
 
 
 def test_pictures_show_the_outline_in_radiological_display(tmp_path):
-    folder = write_dicom_series(tmp_path / "series", np.full((3, 64, 64), 40.0), flip_columns=True, edit=complete)
+    hu = synthetic_head(slices=3, size=64, spacing_mm=(5.0, 3.6, 3.6))[0]
+    folder = write_dicom_series(tmp_path / "series", hu, flip_columns=True, edit=complete)
     scan = read_only(folder)
     mask = np.zeros(scan.hu.shape, bool)
     mask[1, 40:50, 8:20] = True                                 # on the patient's right
@@ -357,6 +360,34 @@ def test_maps_of_another_scan_are_refused(series):
     scan = read_only(series)
     with pytest.raises(DerivedError, match=r"mask \[5, 12, 10\] does not fit the scan \[6, 12, 10\]"):
         build_objects(replace(result_of(scan), mask=np.zeros((5, 12, 10), bool)), IDENTITY)
+
+
+def writer():
+    key = {"weights": "w", "threshold": 1.0}
+    bundle = SimpleNamespace(meta={"provenance": {"name": "tiny"}}, weights_hash="ab" * 32)
+    return dicom_writer(SimpleNamespace(bundle=bundle, key=lambda: key))
+
+
+def test_a_writer_for_the_results_folder(tmp_path, series):
+    scan = read_only(series)
+    assert writer()(tmp_path, result_of(scan)) == []
+    report = pydicom.dcmread(tmp_path / "dicom/sr.dcm")
+    assert 'settings={"threshold":1.0,"weights":"w"}' in [e.value for e in report.iterall() if e.keyword == "TextValue"]
+    other = result_of(replace(scan, source="nifti"))
+    assert writer()(tmp_path / "other", other) == [] and not (tmp_path / "other").exists()
+
+
+def test_what_cannot_be_written_is_a_note_and_quotes_no_header(tmp_path, series, capfd, caplog, recwarn):
+    scan = read_only(series)
+    for path in series.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"0.5\\0.4", b"Secret!"))       # the pixel spacing, read already
+    note, = writer()(tmp_path, result_of(scan))
+    assert note.startswith("no DICOM objects: the source's header cannot be used") and "Secret" not in note
+    said = "".join(capfd.readouterr()) + caplog.text + "".join(str(w.message) for w in recwarn)
+    assert "Secret!" not in said
+    (series / "002.dcm").unlink()
+    note, = writer()(tmp_path, result_of(scan))
+    assert "002.dcm is no longer there" in note
 
 
 # ---- conformance

@@ -101,8 +101,11 @@ def orthanc(tmp_path):
 
 
 def write_study(folder: Path, number: int, slices: int = 4, marked: int = 300, **more) -> Path:
-    hu = np.full((slices, 20, 20), 30.0)
-    hu.reshape(-1)[:marked] = 70
+    hu = np.full((slices, 24, 24), -1000.0)
+    hu[:, 1:23, 1:23], hu[:, 2:22, 2:22] = 1000, 30                   # air, skull, brain
+    brain = hu[:, 2:22, 2:22].reshape(-1)
+    brain[:marked] = 70
+    hu[:, 2:22, 2:22] = brain.reshape(slices, 20, 20)
 
     def edit(ds, k):
         complete(ds, k)

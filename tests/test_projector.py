@@ -10,11 +10,13 @@ import pytest
 
 import projector
 from ct.frame import PreprocessSettings
+from detect import calibration
 from detect.bundle import Bundle, load_bundle
 from detect.measure import MaskSettings, SurpriseSettings
 from detect.projection import Projector
 from detect.search import SearchSettings
 from detect.settings import Settings
+from version import VERSION
 
 CALIBRATED = Settings("inversion", measure="surprise", scoring=SurpriseSettings(pool="peak"), scan_score="top3")
 TRAINED = {"encoder": {"config": {"perceptual": "pixels", "pixels": 3.0, "knee": 0.2, "epochs": 20}}}
@@ -91,3 +93,45 @@ def test_a_percentile_is_among_scores_made_alike():
             *((f"version 0 of the {name}", Projector(dataclasses.replace(bundle, meta=bundle.meta | {"versions": old})))
               for name, old in older.items())):
         assert other.calibration is None and why in other.incomparable
+
+
+# ---- what is flagged
+
+def alarmed(scores, **alarm):
+    """A projector's calibration and what it says of a score of 2.5."""
+    calibrated = {"scans": [str(s) for s in scores], "scan_scores": {"mean": scores},
+                  "threshold": {"fpr": 0.05, "mean": None, "reason": "too few"}}
+    if "alarm_rate" in alarm:
+        calibrated = calibration.at_rate(calibrated, alarm["alarm_rate"])
+    self = SimpleNamespace(settings=Settings(scan_score="mean"), calibration=calibrated,
+                           threshold=alarm.get("threshold"), spacing_mm=(5.0, 5.0))
+    return Projector._compare(self, 2.5, 5.0)[:2]
+
+
+def test_a_threshold_and_an_alarm_rate_go_before_the_models():
+    scores = [1.0, 2.0, 3.0, 4.0]                                    # 2.5 lies above two of four: 2 / 5
+    assert alarmed(scores) == (pytest.approx(40), None)
+    assert alarmed(scores, threshold=0.5) == (pytest.approx(40), 0.5)
+    assert alarmed(scores, alarm_rate=0.2) == (pytest.approx(40), 4.0)        # of 5 scans, 1 may exceed it
+    assert alarmed(scores, alarm_rate=0.4) == (pytest.approx(40), 3.0)
+
+
+def test_a_rate_that_the_scans_cannot_tell_is_refused_with_the_lowest_they_can():
+    with pytest.raises(ValueError, match="alarm rate 0.1: 4 healthy scans cannot tell it; the lowest rate .* is 0.2"):
+        alarmed([1.0, 2.0, 3.0, 4.0], alarm_rate=0.1)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        alarmed([1.0], alarm_rate=5)
+
+
+def test_flags(capsys):
+    args = projector.parse(["a", "b", "--model", "m", "--alarm-rate", "0.1", "--no-dicom-out"])
+    assert [str(p) for p in args.scans] == ["a", "b"] and args.alarm_rate == 0.1
+    assert (args.dicom_out, args.no_phi) == (False, False)
+    assert [str(p) for p in projector.parse(["--query_save_path", "q", "--model", "m"]).scans] == ["q"]
+    for wrong in (["--model", "m"], ["a", "--query_save_path", "q", "--model", "m"],
+                  ["a", "--model", "m", "--alarm-rate", "0.1", "--threshold", "2"]):
+        with pytest.raises(SystemExit):
+            projector.parse(wrong)
+    with pytest.raises(SystemExit):
+        projector.parse(["--version"])
+    assert capsys.readouterr().out == f"CN-StyleGAN {VERSION}\n"

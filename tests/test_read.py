@@ -8,7 +8,7 @@ import pydicom
 import pytest
 from PIL import Image
 
-from ct.read import find_scans, read_scan
+from ct.read import find_all, find_scans, read_scan
 from ct.scan import ScanError
 from tests.writers import (
     make_uid,
@@ -292,3 +292,14 @@ def test_dicom_without_a_preamble(tmp_path):
         ds.save_as(path, implicit_vr=True, little_endian=True)
         assert path.read_bytes()[128:132] != b"DICM"
     np.testing.assert_array_equal(read_only(tmp_path).hu, CT)
+
+
+def test_several_inputs_name_their_scans_after_the_input(tmp_path):
+    hu = np.zeros((4, 8, 8), np.float32)
+    for folder in ("a", "b", "c/a"):
+        write_slice_folder(tmp_path / folder / "case", hu)
+    ids = [source.scan_id for source in find_all([tmp_path / "b", tmp_path / "a"])]
+    assert ids == ["a--case", "b--case"]
+    assert [source.scan_id for source in find_all([tmp_path / "a"])] == ["case"]
+    with pytest.raises(ScanError, match="a--case: two inputs of the same name"):
+        find_all([tmp_path / "a", tmp_path / "c/a"])
