@@ -1,0 +1,127 @@
+"""Healthy slices with what does not belong in them, for a network that must draw what does.
+
+Two things are done to the brain of a slice, and the training target stays the slice as it was:
+
+shapes   random shapes of another density: a blob, a layer along the skull, fluid, or a piece of another head. They are
+         no model of any disease; they only differ, as lesions do, from what belongs in their place: brighter or darker,
+         sharp or soft, large or small (pieces of another image: Tan et al. 2020, 'Detecting outliers with foreign patch
+         interpolation')
+shading  smooth noise at two scales, so that no local brightness may be trusted (Kascenas et al. 2022, 'Denoising
+         autoencoders for unsupervised anomaly detection in brain MRI')
+
+What a network trained so is measured on, benchmarks/pasted.py, is drawn by other rules. Lengths are in pixels of an
+image of AT pixels a side, and scale with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+
+AT = 128
+SECOND = 0.35                              # probability of a second shape in an image that has one
+KINDS, SHARES = ("blob", "layer", "fluid", "piece"), (0.42, 0.25, 0.18, 0.15)
+FLUID_HU, TISSUE_HU = 10.0, 28.0           # what is all fluid, and none
+DARK_RIM = 0.3                             # probability that a blob has a darker rim, as oedema makes it
+CELLS = ((4, 8), (10, 24))                 # of the two scales of shading, per side
+
+
+def draw_shapes(hu: torch.Tensor, brain: torch.Tensor, p: float, rng: np.random.Generator
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+    """hu float32 [B, N, N], brain bool [B, N, N] -> (hu with shapes, share of every pixel that is changed, 0 to 1).
+
+    p: probability for each image. An image without brain stays as it is. Pieces come from the same batch.
+    """
+    images, inside = hu.numpy(), brain.numpy()
+    out, changed = images.copy(), np.zeros_like(images)
+    for b in range(len(images)):
+        if rng.random() >= p or not inside[b].any():
+            continue
+        for _ in range(1 + int(rng.random() < SECOND)):
+            other = images[int(rng.integers(len(images)))]
+            out[b], share = _draw_one(out[b], inside[b], other, rng)
+            changed[b] = np.maximum(changed[b], share)
+    return torch.from_numpy(out), torch.from_numpy(changed)
+
+
+def shade(hu: torch.Tensor, brain: torch.Tensor, strength_hu: float, generator: torch.Generator) -> torch.Tensor:
+    """hu [B, N, N] plus smooth noise in the brain, at each of two scales of a standard deviation from 0 to strength_hu.
+
+    Where both draws are low the slice stays nearly as it is: what is clean must be drawn as it is, too.
+    """
+    batch, size = len(hu), hu.shape[-1]
+    for low, high in CELLS:
+        cells = int(torch.randint(low, high + 1, (), generator=generator))
+        noise = F.interpolate(torch.randn(batch, 1, cells, cells, generator=generator), size=size, mode="bicubic")
+        hu = hu + noise[:, 0] * brain * (torch.rand(batch, 1, 1, generator=generator) * strength_hu)
+    return hu
+
+
+def _draw_one(hu: np.ndarray, brain: np.ndarray, other: np.ndarray, rng: np.random.Generator
+              ) -> tuple[np.ndarray, np.ndarray]:
+    """One image [N, N] with one shape, and the share of every pixel that it changes."""
+    unit = hu.shape[-1] / AT
+    kind = rng.choice(KINDS, p=SHARES)
+    share, rim = _share_of(kind, hu, brain, unit, rng)
+    soft = rng.uniform(0.3, 1.5) * unit
+    share, rim = (ndimage.gaussian_filter(part.astype(np.float32), soft) * brain for part in (share, rim))
+    hu = hu - np.clip(rim - share, 0, 1) * rng.uniform(4, 14)
+    mixed = hu + share * rng.uniform(0.6, 1) * (_filling(kind, hu, other, rng) - hu)
+    return mixed.astype(np.float32), np.maximum(share, rim).astype(np.float32)
+
+
+def _share_of(kind: str, hu: np.ndarray, brain: np.ndarray, unit: float, rng: np.random.Generator
+              ) -> tuple[np.ndarray, np.ndarray]:
+    """Where a shape is, 0 to 1 [N, N], and where it is with its rim."""
+    depth = ndimage.distance_transform_edt(brain) / unit if kind == "layer" else None
+    rows, columns = np.nonzero(brain if depth is None else brain & (depth < 4))
+    at = int(rng.integers(len(rows)))
+    away = _distance(hu.shape, (rows[at], columns[at]), rng) / unit
+    uneven = _smooth_noise(hu.shape[-1], rng)
+    if kind == "layer":
+        thickness = np.exp(rng.uniform(np.log(1.2), np.log(10))) * (1 - (away / rng.uniform(10, 45)) ** 2)
+        share = depth < thickness * (1 + 0.3 * uneven)
+        if rng.random() < 0.7:                                       # the falx stops most of them
+            middle = columns.mean()
+            share = share & (np.sign(np.arange(hu.shape[1]) - middle) == np.sign(columns[at] - middle))
+        return share, share
+    if kind == "fluid":
+        fluid = np.clip((TISSUE_HU - hu) / (TISSUE_HU - FLUID_HU), 0, 1) * brain
+        share = fluid * (away + 6 * uneven < rng.uniform(8, 30))
+        return share, share
+    radius = np.exp(rng.uniform(np.log(3), np.log(26)))
+    share = away / radius + rng.uniform(0, 0.5) * uneven < 1
+    if kind == "blob" and rng.random() < DARK_RIM:
+        return share, share | (away / (radius * rng.uniform(1.1, 1.6)) < 1)
+    return share, share
+
+
+def _filling(kind: str, hu: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """HU [N, N] of what fills a shape."""
+    grain = ndimage.gaussian_filter(rng.standard_normal(hu.shape), 0.6) * rng.uniform(0, 8) * (rng.random() < 0.6)
+    if kind == "piece":
+        return np.roll(other[:, ::-1] if rng.random() < 0.5 else other, rng.integers(-20, 21, 2), (0, 1))
+    if kind == "fluid":
+        return rng.uniform(28, 70) + grain
+    if rng.random() < 0.5:                                           # another density
+        return (rng.uniform(42, 85) if rng.random() < 0.65 else rng.uniform(0, 22)) + grain
+    return hu + rng.choice((-1, 1)) * np.exp(rng.uniform(np.log(4), np.log(35)))       # its own texture, shifted
+
+
+def _distance(shape: Sequence[int], at: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """From a place, in a metric that is stretched in a random direction: [N, N], pixels."""
+    y, x = (axis - place for axis, place in zip(np.ogrid[:shape[0], :shape[1]], at))
+    angle, stretch = rng.uniform(0, np.pi), np.exp(rng.uniform(-0.4, 0.4))
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.hypot((cos * x + sin * y) * stretch, (cos * y - sin * x) / stretch)
+
+
+def _smooth_noise(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Smooth normal noise [size, size] with 3 to 11 cells a side."""
+    cells = int(rng.integers(3, 12))
+    grid = torch.from_numpy(rng.standard_normal((1, 1, cells, cells)).astype(np.float32))
+    return F.interpolate(grid, size=size, mode="bicubic", align_corners=False)[0, 0].numpy()
