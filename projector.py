@@ -70,8 +70,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("scans", nargs="*", type=Path, help="folder that holds scans, or one scan; of several, each scan's id begins "
-        "with its input's name")
-    add("--query_save_path", dest="query", type=Path, help="the original's name for SCANS")
+        "with its input's name (--query_save_path, the original's name for one folder, works, too)")
+    add("--query_save_path", dest="query", type=Path, help=argparse.SUPPRESS)
     add("--version", action="version", version=f"CN-StyleGAN {VERSION}")
     add("--model", type=Path, required=True, help="model bundle made by latent_stats.py")
     add("--out", type=Path, default=Path("results"), help="results folder (default: %(default)s)")
