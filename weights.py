@@ -15,7 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from files import sha256
+from files import replace_text, sha256
+
+SEAL = "sha256"                          # a JSON file's key for the digest of the rest
+SEALED_FROM = 2                          # the format version that came with it
 
 
 class CheckpointError(ValueError):
@@ -83,6 +86,16 @@ def to_json(content: Mapping[str, Any], folder: Path) -> str:
         raise CheckpointError(f"{folder}: meta must be plain JSON without NaN: {error}") from error
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file, replaced in one move, with a SHA-256 of its own content by which read_json finds a changed bit."""
+    content = json.loads(to_json({key: value for key, value in content.items() if key != SEAL}, path.parent))
+    replace_text(path, to_json(content | {SEAL: _digest(content)}, path.parent))
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_json(path: Path, mend: str, newest: int) -> dict[str, Any]:
     """A JSON file of format version `newest` or before. Raises CheckpointError, ending with `mend`."""
     try:
@@ -96,4 +109,7 @@ def read_json(path: Path, mend: str, newest: int) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no format_version: {mend}")
     if version > newest:
         raise CheckpointError(f"{path}: format version {version}, this code reads up to {newest}; update it")
+    seal = content.pop(SEAL, None)
+    if seal != _digest(content) and (seal is not None or version >= SEALED_FROM):
+        raise CheckpointError(f"{path}: altered since it was written (its own SHA-256 is another): {mend}")
     return content

@@ -29,10 +29,10 @@ from detect.reconstruct import Reconstructor, method
 from detect.released import STATE_DICTS, read_networks, read_statistics
 from detect.search import Search, SearchSettings
 from detect.settings import Settings
-from files import replace_text, replacing, sha256
+from files import replacing, sha256
 from model import Discriminator, Encoder, Generator
 from version import VERSION
-from weights import CheckpointError, load_strictly, load_tensors, read_json, to_json, verify
+from weights import CheckpointError, load_strictly, load_tensors, read_json, to_json, verify, write_json
 
 FORMAT_VERSION = 2                             # newer ones are refused; version 1 is read, see upgraded()
 BUNDLE_META = ("preprocessing", "calibration", "provenance")        # required; may be None
@@ -114,7 +114,7 @@ def save_bundle(folder: str | Path, reconstructor: Reconstructor, settings: Sett
         files[path.name] = sha256(path)
     content = dict(meta) | dict(format_version=FORMAT_VERSION, settings=settings.to_json(), versions=versions(),
                                 config=reconstructor.config(), files=files)
-    replace_text(folder / "model.json", to_json(content, folder))
+    write_json(folder / "model.json", content)
     return folder
 
 

@@ -29,11 +29,11 @@ from weights import (
     load_tensors,
     portable,
     read_json,
-    to_json,
     verify,
+    write_json,
 )
 
-FORMAT_VERSION = 1                       # newer ones are refused
+FORMAT_VERSION = 2                       # newer ones are refused; version 1 has no digest of meta.json itself
 _PLAIN = (bool, int, float, str, bytes, type(None))
 
 
@@ -87,7 +87,7 @@ def save_snapshot(run: str | Path, step: int, modules: Mapping[str, nn.Module], 
         torch.save(dict(state), writing / "state.pt")
         files = {path.name: sha256(path) for path in sorted(writing.iterdir())}
         content = dict(format_version=FORMAT_VERSION, step=step, milestone=milestone, files=files, meta=dict(meta))
-        (writing / "meta.json").write_text(to_json(content, run), encoding="utf-8")
+        write_json(writing / "meta.json", content)
         for path in [*writing.iterdir(), writing]:
             flush(path)
 

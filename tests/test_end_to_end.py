@@ -24,6 +24,7 @@ from detect.bundle import load_bundle
 from detect.projection import Projector
 from tests.helpers import leaks, synthetic_head
 from tests.writers import write_dicom_series, write_scan_json, write_slice_folder
+from weights import write_json
 
 HEAD = dict(slices=14, size=64, spacing_mm=(10.0, 3.6, 3.6))       # few thick slices: fast
 SHORT = ["--set", "steps_latent=3", "steps_noise=3"]
@@ -210,7 +211,7 @@ def test_a_bundle_with_settings_of_another_version_is_refused(work, tmp_path, ca
     model = shutil.copytree(work / "model", tmp_path / "model")
     content = json.loads((model / "model.json").read_text())
     content["settings"]["scoring"]["unheard_of"] = 1
-    (model / "model.json").write_text(json.dumps(content))
+    write_json(model / "model.json", content)
     assert projector.main([str(work / "query"), "--model", str(model), "--out", str(tmp_path / "out")]) == 2
     assert "unheard_of" in capsys.readouterr().err
 
