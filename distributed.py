@@ -114,6 +114,11 @@ def cleanup() -> None:
 
 # ---- Rank
 
+def launched() -> tuple[int, int]:
+    """This process's rank and the number of ranks that torchrun has started, for work that needs no process group."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def get_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

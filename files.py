@@ -1,6 +1,6 @@
 """Files that are whole or not there: written beside their place and moved to it in one step; a full disk is named.
 
-Tables and hashes of files, too: one reader, one writer, one hash.
+Tables and hashes of files, too: one reader, one writer, one hash. Text in a table stays text in a spreadsheet.
 """
 
 from __future__ import annotations
@@ -10,10 +10,23 @@ import csv
 import errno
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")          # text that begins so is no formula behind an apostrophe
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
+
+
+class FullDiskError(OSError):
+    """The disk of `path` is full; needed: bytes, 0 where that is not known."""
+
+    def __init__(self, path: Path, needed: int = 0):
+        more = f"{megabytes(needed)} are needed" if needed else "more is needed"
+        super().__init__(errno.ENOSPC, f"the disk is full: {more}, {megabytes(_free(path))} are free", str(path))
 
 
 @contextlib.contextmanager
@@ -33,6 +46,26 @@ def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
         writing.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def replacing_folder(path: Path, work: Path) -> Iterator[Path]:
+    """As `replacing`, for a folder, which is written in the folder `work` on the same disk."""
+    writing, old = (work / f"{uuid.uuid4().hex}.{what}" for what in ("writing", "old"))
+    writing.mkdir(parents=True)
+    try:
+        with full_disk_named(path):
+            yield writing
+            for file in [*writing.rglob("*"), writing]:
+                flush(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.rename(old)
+        writing.rename(path)
+        flush(path.parent)
+    finally:
+        for leftover in (writing, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def replace_text(path: Path, text: str) -> None:
     """The whole text as UTF-8 or, where the program is stopped, the file as it was."""
     with replacing(path, len(text)) as writing:
@@ -41,27 +74,30 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def full_disk_named(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turns whatever a library raises when the disk of `path` is full into an OSError (ENOSPC) that says so.
+    """Turns whatever a library raises when the disk of `path` is full into a FullDiskError.
 
     needed: bytes that the block writes at most; libraries that do not pass on the system's error (torch, LMDB) are
     recognised by less than that being free.
     """
     try:
         yield
+    except FullDiskError:                              # named already, by a block within this one
+        raise
     except Exception as error:
-        free = shutil.disk_usage(path.parent).free
         told = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not told and "No space left on device" not in str(error) and free >= needed:
+        if not told and "No space left on device" not in str(error) and _free(path) >= needed:
             raise
-        more = f"{megabytes(needed)} are needed" if needed else "more is needed"
-        raise OSError(errno.ENOSPC, f"the disk is full: {more}, {megabytes(free)} are free", str(path)) from error
+        raise FullDiskError(path, needed) from error
 
 
 def require_space(path: Path, needed: int) -> None:
-    """OSError (ENOSPC) before anything is written where `needed` bytes do not fit on the disk of `path`."""
-    with full_disk_named(path, needed):
-        if shutil.disk_usage(path.parent).free < needed:
-            raise OSError(errno.ENOSPC, "the disk is full")
+    """FullDiskError before anything is written where `needed` bytes do not fit on the disk of `path`."""
+    if _free(path) < needed:
+        raise FullDiskError(path, needed)
+
+
+def _free(path: Path) -> int:
+    return shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
 
 
 def megabytes(count: int) -> str:
@@ -84,16 +120,20 @@ def sha256(path: Path) -> str:
 
 
 def read_table(path: Path, columns: Sequence[str], error: type[ValueError] = ValueError,
-               flag: str = "") -> list[dict[str, str]]:
+               flag: str = "", keep: Callable[[dict[str, str]], bool] = lambda row: True) -> list[dict[str, str]]:
     """Rows of a CSV file in UTF-8 whose header has at least these columns; cells that are not there are empty.
 
-    Raises `error`, naming the flag it was given with, the file, what was expected and what was found.
+    keep: whether a row is kept, of a table that may be too long to be held whole. Raises `error`, naming the flag it
+    was given with, the file, what was expected and what was found.
     """
     where = f"{flag} {path}".strip()
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="")
-            rows, found = list(reader), reader.fieldnames or []
+            found = reader.fieldnames or []
+            rows = ({name: from_cell(cell) if isinstance(cell, str) else cell for name, cell in row.items()}
+                    for row in reader)
+            rows = [row for row in rows if keep(row)] if set(columns) <= set(found) else []
     except FileNotFoundError as missing:
         raise error(f"{where}: cannot be read: no such file") from missing
     except (OSError, UnicodeDecodeError, csv.Error) as wrong:
@@ -113,4 +153,16 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
 
 
 def _cell(value: Any) -> Any:
+    if isinstance(value, str):
+        return to_cell(value)
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+
+
+def to_cell(text: str) -> str:
+    """Text for a CSV file that may be opened in a spreadsheet: what that would take for a formula stays text."""
+    return "'" + text if text.startswith(FORMULA) and not NUMBER.fullmatch(text) else text
+
+
+def from_cell(cell: str) -> str:
+    """The text that to_cell was given."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell

@@ -2,19 +2,22 @@
 
     python projector.py SCANS [SCANS ...] --model models/ct-ich-128 --out results
     torchrun --nproc-per-node=4 projector.py SCANS --model models/ct-ich-128 --out results
+    python projector.py SCANS --model models/ct-ich-128 --out results --part 3/1000   # of a job array: docs/SCALE.md
+    python projector.py merge results
 
 SCANS is a folder that is searched for DICOM series, NIfTI files and folders of slices, or one such scan. Writes
 
     scores.csv, slices.csv      one row per scan, highest score first: the worklist; one row per slice
     report.html                 all of it to look at, in one file
-    run.json                    versions, weights, settings, seconds
+    run.json, seconds.csv       versions, weights, settings; seconds per scan
     SCAN/*.nii.gz               reconstruction, residual (HU), anomaly (surprise, or votes times residual), mask,
                                 brain: in the scan's own geometry
     SCAN/overlay/NN.png         query, closest normal, residual, mask; NN counts the scan's slices from below
     SCAN/dicom/*.dcm            for scans read from DICOM: report, segmentation, map, key objects, pictures of the key
                                 slices (docs/DICOM.md); with the source's patient data, unless --no-phi
 
-A rerun skips finished scans. Exit codes: 0 done, 2 wrong usage, 3 some scans failed (rows with a reason).
+A rerun skips finished scans; runs into one folder share the work, and the last to finish writes the tables.
+Exit codes: 0 done, 2 wrong usage, 3 some scans failed (rows with a reason).
 Not a medical device: for research only.
 """
 
@@ -23,9 +26,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -36,34 +41,77 @@ from ct.frame import PreprocessSettings
 from ct.read import find_all
 from detect.bundle import Bundle, load_bundle, versions
 from detect.dicom_out import dicom_writer
-from detect.folder import make_writable, project_all, refuse_other_results
+from detect.folder import (
+    TABLES_EVERY_S,
+    Result,
+    collect,
+    collect_all,
+    make_writable,
+    project_all,
+    refuse_other_results,
+    remove_leftovers,
+    write_tables,
+)
 from detect.measure import SCAN_SCORES
-from detect.outputs import OUTPUTS, write_tables
+from detect.outputs import OUTPUTS
 from detect.projection import Projector
 from detect.report import write_report
 from detect.settings import Settings
+from files import replace_text
 from op import memory, set_impl
 from version import VERSION
 
 
-def run_report(projector: Projector, done: list[dict], failed: list[dict], seconds: float) -> dict:
-    """What ran on what with which weights, and the healthy scores it may be held against: JSON."""
+def run_report(projector: Projector) -> dict:
+    """What runs on what with which weights, and the healthy scores it may be held against: JSON."""
     bundle = projector.bundle
-    stages: dict[str, float] = {}
-    for d in done:
-        for stage, value in d["seconds"].items():
-            stages[stage] = stages.get(stage, 0) + value / len(done)
     return {
         "weights_sha256": bundle.weights_hash, "model": bundle.meta["provenance"],
         "settings": projector.settings.to_json(), "preprocessing": projector.preprocessing.to_json(),
         "calibration": projector.calibration, "threshold": projector.threshold,
-        "scans": len(done), "failed": len(failed), "seconds": seconds,
-        "seconds_per_scan_by_stage": stages, "device": str(bundle.reconstructor.device),
+        "device": str(bundle.reconstructor.device),
         "precision": str(bundle.reconstructor.precision).removeprefix("torch."), "threads": torch.get_num_threads(),
-        "ranks": distributed.get_world_size(),
+        "ranks": distributed.launched()[1],
         "versions": versions() | {"python": platform.python_version(), "torch": torch.__version__,
                                   "numpy": np.__version__},
     }
+
+
+def write_all(out: Path, results: list[Result], report: dict, seconds: float) -> None:
+    """The tables, run.json and the page."""
+    done = [result for result in results if result.ok]
+    stages: dict[str, float] = {}
+    for result in done:
+        for stage, value in result.seconds.items():
+            stages[stage] = stages.get(stage, 0) + value / len(done)
+    write_tables(out, results)
+    report = report | {"scans": len(done), "failed": len(results) - len(done), "seconds": seconds,
+                       "seconds_per_scan_by_stage": stages}
+    replace_text(out / "run.json", json.dumps(report, indent=2) + "\n")
+    page = write_report(out, out / "report.html")
+    print(f"{len(done)} scans projected, {len(results) - len(done)} failed: {out / 'scores.csv'}, {page}", flush=True)
+
+
+def merge(argv: list[str]) -> int:
+    """The command `projector.py merge OUT`."""
+    parser = argparse.ArgumentParser(prog="projector.py merge", description="Tables and report of a folder of results, "
+                                     "from the results of all parts that are in it.")
+    parser.add_argument("out", type=Path, help="results folder")
+    out = parser.parse_args(argv).out
+    try:
+        if not (out / "run.json").is_file():
+            raise ValueError(f"{out}: no run.json; give a folder of results of projector.py")
+        results = collect_all(out)
+        report = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        write_all(out, results, report, sum(r.scan["seconds"] for r in results if r.ok))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return exit_code(results)
+
+
+def exit_code(results: list[Result]) -> int:
+    return 0 if all(result.ok for result in results) else 3
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -102,6 +150,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ops", default="auto", choices=("auto", "ref"), help="ref: no CUDA kernels of our own (default: %(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"),
         help="of the networks (default: bf16 where the device is good at it)")
+    add("--part", type=part, metavar="I/N", default=part_of_job_array(),
+        help="project every N-th scan from the I-th on (from 0), into sub-folders; `projector.py merge OUT` then makes "
+             "the tables (default: from SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT, where set)")
     args = parser.parse_args(argv)
     if bool(args.scans) == (args.query is not None):
         parser.error("give SCANS, the folder that holds the scans, or --query_save_path")
@@ -130,41 +181,84 @@ def resolve(bundle: Bundle, args: argparse.Namespace) -> tuple[Settings, Preproc
     return settings, preprocessing
 
 
+def part(text: str) -> tuple[int, int]:
+    """'3/1000' as numbers, for --part."""
+    number, slash, count = text.partition("/")
+    if not slash or not number.isdecimal() or not count.isdecimal() or int(number) >= int(count):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 to N - 1, got {text!r}")
+    return int(number), int(count)
+
+
+def part_of_job_array() -> str | None:
+    """The part of a SLURM array 0-N, 1-N or 0-N:2; anything else gives one that is refused."""
+    number, count = (os.environ.get(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "COUNT"))
+    first, step = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", value)) for name, value in (("MIN", 0), ("STEP", 1)))
+    return f"{(int(number) - first) / step:g}/{count}" if number and count else None
+
+
+def project(scans: Iterable[None], tables: Callable[[], None] | None) -> None:
+    """Project scan after scan; now and then, and where it is interrupted, write the tables of what is done."""
+    written = time.perf_counter()
+    try:
+        for _ in scans:
+            if tables and time.perf_counter() - written > TABLES_EVERY_S:
+                tables()
+                written = time.perf_counter()
+    except KeyboardInterrupt:
+        if tables:
+            tables()
+        raise
+
+
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["merge"]:
+        return merge(argv[1:])
     args = parse(argv)
     started = time.perf_counter()
     try:
         memory.keep_freed()
         set_impl(args.ops)
         device = distributed.pick_device(args.device)
-        distributed.init(device)
         bundle = load_bundle(args.model, device, args.precision)
         projector = Projector(bundle, *resolve(bundle, args), args.threshold, args.alarm_rate)
         writers = dict(OUTPUTS)
         if args.dicom_out:
             writers["dicom without patient" if args.no_phi else "dicom"] = dicom_writer(projector, not args.no_phi)
         sources = find_all(args.scans, args.unknown_slice_spacing_mm)
+        if args.part:
+            print(f"part {args.part[0]} of {args.part[1]} of {len(sources)} scans; all of them: --part 0/1", flush=True)
+            sources = sources[args.part[0]::args.part[1]]
         make_writable(args.out)
         if not args.overwrite:
             refuse_other_results(args.out, sources, projector.key())
-        distributed.barrier()
-        done, failed = project_all(projector, sources, args.out, writers)
-        if distributed.is_main():
-            write_tables(args.out, done, failed)
-            facts = run_report(projector, done, failed, time.perf_counter() - started)
-            (args.out / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            page = write_report(args.out, args.out / "report.html")
-            print(f"{len(done)} scans projected, {len(failed)} failed: {args.out / 'scores.csv'}, {page}", flush=True)
-        distributed.barrier()             # torchrun stops all ranks when the first ends with 3: not before the tables
+        report = run_report(projector)
+        if args.part:
+            replace_text(args.out / "run.json", json.dumps(report, indent=2) + "\n")
+        share = distributed.launched()
+        tables = None
+        if not args.part and share[1] == 1:
+            def tables():
+                write_tables(args.out, collect(args.out, sources, projector.key())[0])
+        project(project_all(projector, sources, args.out, writers, bool(args.part), share), tables)
+        results, missing = collect(args.out, sources, projector.key())
+        if missing:                       # no waiting: the run that finishes last finds nothing missing
+            print(f"{len(missing)} scans are not finished by other runs, such as {missing[0]}; the last run writes the "
+                  f"tables. Should it be gone: run this again, or projector.py merge {args.out}", flush=True)
+            return 0
+        if args.part:
+            print(f"part {args.part[0]} of {args.part[1]}: {len(results)} scans are done; when all parts are: "
+                  f"projector.py merge {args.out}", flush=True)
+        else:
+            write_all(args.out, results, report, time.perf_counter() - started)
+            remove_leftovers(args.out)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the scans that are left", file=sys.stderr)
         return 130
-    finally:
-        distributed.cleanup()
-    return 3 if failed else 0
+    return exit_code(results)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Nothing here unpickles code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path

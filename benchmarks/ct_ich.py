@@ -40,7 +40,7 @@ from ct.frame import PreprocessSettings  # noqa: E402
 from ct.read import ScanSource, find_scans  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from evaluation import metrics  # noqa: E402
-from evaluation.cohort import InputError, Key, Label, read_labels, read_scores, read_table  # noqa: E402
+from evaluation.cohort import InputError, Key, Label, read_labels, read_scores, read_table, seconds_by_scan  # noqa: E402
 from evaluation.metrics import Undefined, defined  # noqa: E402
 from files import sha256  # noqa: E402
 
@@ -141,9 +141,10 @@ def projected(folder: Path) -> dict[str, dict]:
     scores: dict[Key, float | None] = read_scores(folder / "slices.csv", by_slice=True)
     for scan_id, number in sorted(scores):
         by_slice.setdefault(scan_id, []).append(scores[scan_id, number])
-    rows = read_table(folder / "scores.csv", ("scan_id", "score", "status", "reason", "seconds"))
+    rows, seconds = read_table(folder / "scores.csv", ("scan_id", "score", "status", "reason")), seconds_by_scan(
+        folder / "seconds.csv")
     return {row["scan_id"]: {"slices": np.array(by_slice[row["scan_id"]]), "score": float(row["score"]),
-                             "seconds": float(row["seconds"])} if row["status"] == "ok" else {"reason": row["reason"]}
+                             "seconds": seconds[row["scan_id"]]} if row["status"] == "ok" else {"reason": row["reason"]}
             for row in rows}
 
 

@@ -45,7 +45,7 @@ from ct.read import ScanSource, find_scans, read_scan  # noqa: E402
 from ct.standardise import from_frame  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from evaluation import metrics  # noqa: E402
-from evaluation.cohort import InputError, read_table, read_truth, read_volume  # noqa: E402
+from evaluation.cohort import InputError, read_table, read_truth, read_volume, seconds_by_scan  # noqa: E402
 from evaluation.metrics import Undefined, defined  # noqa: E402
 from files import sha256  # noqa: E402
 
@@ -231,6 +231,7 @@ def benchmark(args: argparse.Namespace) -> int:
     preprocessing = PreprocessSettings.from_json(run["preprocessing"])
     rows = {row["scan_id"]: row for row in read_table(results / "scores.csv", ("scan_id", "status", "reason"))}
     failed = {scan_id: row["reason"] for scan_id, row in rows.items() if row["status"] != "ok"}
+    seconds = seconds_by_scan(results / "seconds.csv")
     done, measures = [source for source in sources if source.scan_id not in failed], {}
     progress = compare.Progress("peaks", len(done))
     for source in done:
@@ -238,7 +239,7 @@ def benchmark(args: argparse.Namespace) -> int:
             args.out / "measures" / f"{source.scan_id}.npz",
             compare.key_of(key, sha256(results / source.scan_id / "anomaly.nii.gz")),
             functools.partial(measure, source, results / source.scan_id, masks, preprocessing, methods))
-        measures[source.scan_id] = kept | {f"{OURS}_seconds": float(rows[source.scan_id]["seconds"])}
+        measures[source.scan_id] = kept | {f"{OURS}_seconds": seconds[source.scan_id]}
         progress.line(f"{source.scan_id}: ours {measures[source.scan_id][f'{OURS}_mm']:.0f} mm away", fresh)
     if not done:
         raise Undefined(f"--data {args.data}: no scan is left: {failed}")

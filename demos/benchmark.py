@@ -47,7 +47,7 @@ from demos.figures import OURS, Case, Cohort, count_levels, example_sheet, repor
 from demos.phantom import Job, make_cohort, plan  # noqa: E402
 from detect import normative  # noqa: E402
 from detect.bundle import read_bundle_meta  # noqa: E402
-from evaluation.cohort import Key, read_scores, read_table, read_truth, read_volume  # noqa: E402
+from evaluation.cohort import Key, read_scores, read_table, read_truth, read_volume, seconds_by_scan  # noqa: E402
 from files import sha256  # noqa: E402
 
 FIRST_SEED = 1_000_000          # cohorts to learn from have smaller seeds
@@ -119,6 +119,7 @@ def measure_all(folder: Path, chosen: list[Case], run: dict, fits: dict[str, bas
     projected = {row["scan_id"]: row for row in read_table(folder / "results" / "scores.csv", ("scan_id", "status"))}
     failed = {c.scan_id: projected[c.scan_id]["reason"] for c in chosen if projected[c.scan_id]["status"] != "ok"}
     ours = read_scores(folder / "results" / "slices.csv", by_slice=True)
+    seconds = seconds_by_scan(folder / "results" / "seconds.csv")
     sources = {source.scan_id: source for source in find_scans(folder / "scans")}
     done = [case for case in chosen if case.scan_id not in failed]
     measures, progress = [], Progress(f"measures of {folder.name}", len(done))
@@ -126,8 +127,8 @@ def measure_all(folder: Path, chosen: list[Case], run: dict, fits: dict[str, bas
         kept, fresh = compare.remembered(
             folder / "measures" / f"{case.scan_id}.npz", key,
             lambda: measure(sources[case.scan_id], folder, preprocessing, fits, ours))  # noqa: B023 - called at once
-        row = projected[case.scan_id]
-        measures.append(kept | {f"{OURS}_score": float(row["score"]), f"{OURS}_seconds": float(row["seconds"])})
+        score = float(projected[case.scan_id]["score"])
+        measures.append(kept | {f"{OURS}_score": score, f"{OURS}_seconds": seconds[case.scan_id]})
         progress.line(case.scan_id, fresh)
     return Cohort(done, measures), failed
 

@@ -1,21 +1,150 @@
-"""A folder of scans projected into a folder of results: what is finished is skipped, what fails is a row."""
+"""A folder of scans projected into a folder of results, which is the queue: no run waits for another, or talks to it.
+
+    OUT/SCAN/             a scan's results, written elsewhere and moved here whole; its result.json tells what with
+    OUT/scans/ab/SCAN/    with --part, for very many scans: 256 folders by hash of the name
+    OUT/.work/            claims on scans (detect.claims), and what is being written
+
+A scan is finished when its result.json holds the key of the projector and the fingerprint of its files. A failed scan
+has one, too, with the reason, and is tried again by the next run. Tables are made from these files alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import distributed
 from ct.read import ScanSource, read_scan
 from ct.scan import ScanError
-from detect.outputs import OUTPUTS, Writer, scan_row, slice_rows, write_tables
+from detect.claims import STALE_S, Claims
+from detect.outputs import OUTPUTS, SCORE_COLUMNS, SLICE_COLUMNS, Writer, scan_row, slice_rows
 from detect.projection import Projector
-from files import replace_text
+from files import FullDiskError, full_disk_named, replacing_folder, write_table
+
+WORK, BY_HASH = ".work", "scans"
+TABLES_EVERY_S = 60.0            # a run of its own keeps its tables so fresh
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the tables need of a scan's result.json; its slices stay on the disk."""
+
+    folder: Path
+    scan: dict                   # its row of scores.csv
+    seconds: dict[str, float]    # by stage
+    key: dict
+
+    @property
+    def ok(self) -> bool:
+        return self.scan["status"] == "ok"
+
+    @property
+    def slices(self) -> list[dict]:
+        return read_result(self.folder)["slices"]
+
+
+def result_folder(out: Path, scan_id: str, by_hash: bool = False) -> Path:
+    """Where a scan's results go. Raises ValueError for an id that would lead elsewhere."""
+    if Path(scan_id).name != scan_id or scan_id in ("", ".", "..", WORK, BY_HASH) or "\0" in scan_id:
+        raise ValueError(f"a scan's id becomes the name of a folder; {scan_id!r} cannot")
+    shard = hashlib.sha256(scan_id.encode("utf-8", "surrogateescape")).hexdigest()[:2]
+    return out / BY_HASH / shard / scan_id if by_hash else out / scan_id
+
+
+def find_result_folder(out: Path, scan_id: str) -> Path:
+    """Where a scan's results are, however they were made."""
+    by_hash = result_folder(out, scan_id, by_hash=True)
+    return by_hash if by_hash.is_dir() else result_folder(out, scan_id)
+
+
+def read_result(folder: Path) -> dict | None:
+    """The result.json of a scan's folder; None where there is none, or it is damaged."""
+    try:
+        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def fingerprint(source: ScanSource) -> str:
+    """Changes with the scan's files (names, sizes, times), scan.json included, and with how they are read."""
+    facts = [(path.name, *_size_and_time(path)) for path in source.files]
+    read_as = {k: v for k, v in source.options.items() if not isinstance(v, Path)}
+    return hashlib.sha256(repr((source.kind, facts, read_as)).encode()).hexdigest()
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except FileNotFoundError:                         # since the search: read_scan will say so
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Projecting
+
+def project_all(projector: Projector, sources: list[ScanSource], out: Path, writers: Mapping[str, Writer] = OUTPUTS,
+                by_hash: bool = False, share: tuple[int, int] = (0, 1)) -> Iterator[None]:
+    """Project every share[1]-th scan from share[0] on, unless it is finished or another run has it; yields after each.
+
+    Those that another run has are tried again at the end, in case it has died. writers: what is written, by name; other
+    ones, another result. Raises FullDiskError.
+    """
+    claims, key, pending = Claims(out / WORK), projector.key(), list(enumerate(sources))[share[0]::share[1]]
+    for _ in range(2):
+        waiting = []
+        for number, source in pending:
+            place, files = result_folder(out, source.scan_id, by_hash), fingerprint(source)
+
+            made = {"key": key, "files": files, "outputs": sorted(writers)}
+
+            def is_finished(place=place, made=made) -> bool:
+                earlier = read_result(place)
+                return bool(earlier) and earlier["scan"]["status"] == "ok" and made.items() <= earlier.items()
+
+            outcome = "finished before, skipped"
+            if not is_finished():
+                with claims.hold(source.scan_id) as mine:
+                    if not mine:
+                        waiting.append((number, source))
+                        outcome = "another run has it"
+                    elif not is_finished():              # another run may have finished it before we had the claim
+                        outcome = project_one(projector, source, place, out / WORK, made, writers)
+            print(f"{number + 1}/{len(sources)} {source.scan_id}: {outcome}", flush=True)
+            yield
+        pending = waiting
+
+
+def project_one(projector: Projector, source: ScanSource, place: Path, work: Path, made: dict,
+                writers: Mapping[str, Writer] = OUTPUTS) -> str:
+    """Project one scan and replace its folder of results; returns what to say of it.
+
+    made: what the result is made with, for result.json: key, files, outputs.
+    """
+    with replacing_folder(place, work) as folder:
+        try:
+            rows = project_scan(projector, source, folder, writers)
+        except Exception as error:       # a scan that breaks us must not cost the others their results
+            if isinstance(error, FullDiskError):
+                raise
+            reason = str(error)
+            if not isinstance(error, ScanError):
+                traceback.print_exc()
+                reason = f"{type(error).__name__}: {error}"
+            shutil.rmtree(folder)
+            folder.mkdir()
+            rows = {"scan": {"scan_id": source.scan_id, "status": "failed", "reason": reason}, "slices": [],
+                    "seconds": {}}
+        (folder / "result.json").write_text(json.dumps({**made, **rows}), encoding="utf-8")
+    scan = rows["scan"]
+    return f"score {scan['score']:.3f}, {scan['seconds']:.1f} s" if scan["status"] == "ok" else (
+        f"FAILED, {scan['reason']}")
 
 
 def project_scan(projector: Projector, source: ScanSource, folder: Path, writers: Mapping[str, Writer] = OUTPUTS
@@ -27,69 +156,66 @@ def project_scan(projector: Projector, source: ScanSource, folder: Path, writers
     projection = projector(scan)
     seconds |= projection.seconds
     writing, notes = time.perf_counter(), []
-    for write in writers.values():
-        notes += write(folder, projection)
+    with full_disk_named(folder, 4 * scan.hu.nbytes):
+        for write in writers.values():
+            notes += write(folder, projection)
     seconds["write"] = time.perf_counter() - writing
     return {"scan": scan_row(projection, time.perf_counter() - started, notes), "slices": slice_rows(projection),
             "seconds": seconds}
 
 
-def finished(folder: Path) -> dict | None:
-    """The result.json of a scan's folder; None where there is none, or it is damaged."""
-    try:
-        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
+# ---------------------------------------------------------------------------------------------------------------
+# Collecting
 
-
-def fingerprint(source: ScanSource) -> str:
-    """Changes with the scan's files (names, sizes, times), scan.json included, and with how they are read."""
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
-    read_as = {k: v for k, v in source.options.items() if not isinstance(v, Path)}
-    return hashlib.sha256(repr((source.kind, facts, read_as)).encode()).hexdigest()
-
-
-def project_all(projector: Projector, sources: list[ScanSource], out: Path, writers: Mapping[str, Writer] = OUTPUTS
-                ) -> tuple[list[dict], list[dict]]:
-    """Collective. Project this rank's share of the scans; returns all finished and all failed rows, on every rank.
-
-    A scan is finished when its folder holds result.json, which is written last; its key says what with, and its
-    fingerprint that the files have not changed since. writers: what is written, by name; other ones, another result.
-    """
-    done, failed, key, outputs = [], [], projector.key(), sorted(writers)
-    rank, world = distributed.get_rank(), distributed.get_world_size()
-    for number, source in enumerate(sources):
-        if number % world != rank:
-            continue
-        folder = out / source.scan_id
-        marker = folder / "result.json"
-        earlier, files = finished(folder), fingerprint(source)
-        if earlier and (earlier["key"], earlier.get("files"), earlier.get("outputs")) == (key, files, outputs):
-            done.append(earlier)
-            print(f"{number + 1}/{len(sources)} {source.scan_id}: finished before, skipped", flush=True)
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        marker.unlink(missing_ok=True)
-        try:
-            rows = {"key": key, "files": files, "outputs": outputs,
-                    **project_scan(projector, source, folder, writers)}
-            replace_text(marker, json.dumps(rows))
-        except Exception as error:       # a scan that breaks us must not cost the others their results
-            reason = str(error)
-            if not isinstance(error, ScanError):
-                traceback.print_exc()
-                reason = f"{type(error).__name__}: {error}"
-            failed.append({"scan_id": source.scan_id, "status": "failed", "reason": reason})
-            outcome = f"FAILED, {reason}"
+def collect(out: Path, sources: list[ScanSource], key: dict) -> tuple[list[Result], list[str]]:
+    """Results of these scans made with `key`, and the ids of those that have none."""
+    results, missing = [], []
+    for source in sources:
+        result = _result(find_result_folder(out, source.scan_id))
+        if result and result.key == key:
+            results.append(result)
         else:
-            done.append(rows)
-            outcome = f"score {rows['scan']['score']:.3f}, {rows['scan']['seconds']:.1f} s"
-        print(f"{number + 1}/{len(sources)} {source.scan_id}: {outcome}", flush=True)
-        if world == 1:
-            write_tables(out, done, failed)
-    shares = distributed.gather((done, failed))
-    return [d for share in shares for d in share[0]], [f for share in shares for f in share[1]]
+            missing.append(source.scan_id)
+    return results, missing
 
+
+def collect_all(out: Path) -> list[Result]:
+    """Every result below a folder of results. Raises ValueError where they were made with different settings."""
+    folders = [*out.iterdir(), *(out / BY_HASH).glob("??/*")]
+    results = [result for folder in folders if (result := _result(folder))]
+    for result in results[1:]:
+        if result.key != results[0].key:
+            raise ValueError(f"{out}: {result.folder.name} was made with another model, other settings or another "
+                             f"version of this program than {results[0].folder.name}; project it again (--overwrite)")
+    return results
+
+
+def _result(folder: Path) -> Result | None:
+    found = read_result(folder)
+    return found and Result(folder, found["scan"], found["seconds"], found["key"])
+
+
+def write_tables(out: Path, results: list[Result]) -> None:
+    """scores.csv, highest score first and failed scans last; slices.csv; seconds.csv, which alone differs each time."""
+    by_id = sorted(results, key=lambda result: result.scan["scan_id"])
+    ranked = sorted((r.scan for r in by_id if r.ok), key=lambda row: -row["score"])
+    write_table(out / "scores.csv", SCORE_COLUMNS, [*ranked, *(r.scan for r in by_id if not r.ok)])
+    write_table(out / "slices.csv", SLICE_COLUMNS, (row for result in by_id for row in result.slices))
+    write_table(out / "seconds.csv", ("scan_id", "seconds"), [r.scan for r in by_id if r.ok])
+
+
+def remove_leftovers(out: Path) -> None:
+    """What runs that were killed had begun to write. Nothing while any run is at work."""
+    work = out / WORK
+    leftovers = [*work.glob("*.writing"), *work.glob("*.old")]
+    if {path for path in work.iterdir() if not path.name.startswith(".")} == set(leftovers):
+        for path in leftovers:
+            if time.time() - path.stat().st_mtime > STALE_S:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Before
 
 def make_writable(out: Path) -> None:
     """Makes the folder. ValueError where nothing can be written there, before hours of work for it."""
@@ -104,7 +230,7 @@ def make_writable(out: Path) -> None:
 def refuse_other_results(out: Path, sources: list[ScanSource], key: dict) -> None:
     """ValueError if a scan's results there were made with another model, other settings or another version."""
     for source in sources:
-        earlier = finished(out / source.scan_id)
-        if earlier and earlier["key"] != key:
+        earlier = read_result(find_result_folder(out, source.scan_id))
+        if earlier and earlier["scan"]["status"] == "ok" and earlier["key"] != key:
             raise ValueError(f"--out {out}: holds results of {source.scan_id} made with another model, other settings "
                              "or another version of this program; choose another folder, or --overwrite")

@@ -1,4 +1,4 @@
-"""What is written of a projected scan: maps as NIfTI, overlays, and the tables of all scans."""
+"""What is written of a projected scan: maps as NIfTI, overlays, and its rows of the tables."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from ct.picture import overlay_panels
 from ct.scan import RESULT_MARK
 from ct.write import write_nifti
 from detect.projection import Projection
-from files import write_table
 
 SCORE_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason", "slices", "projected_slices",
-                 "error_hu", "anomalous_ml", "seconds", "notes")
+                 "error_hu", "anomalous_ml", "notes")
 # What a whole number in a map's file stands for: 0.1 HU, far below a scanner's noise; 0.01 of a surprise
 STEPS = {"reconstruction": 0.1, "residual": 0.1, "anomaly": 0.01}
 PNG_LEVEL = 2           # of zlib: overlays as small as at its usual 6, in half of the time
@@ -78,9 +77,3 @@ def slice_rows(projection: Projection) -> list[dict]:
                  score=float(p.slice_scores[i])) for i in range(len(p.scan.hu))]
 
 
-def write_tables(out: Path, done: list[dict], failed: list[dict]) -> None:
-    """scores.csv, highest score first and failed scans last; slices.csv."""
-    ranked = sorted((d["scan"] for d in done), key=lambda row: -row["score"])
-    write_table(out / "scores.csv", SCORE_COLUMNS, ranked + sorted(failed, key=lambda row: row["scan_id"]))
-    slices = [row for d in sorted(done, key=lambda d: d["scan"]["scan_id"]) for row in d["slices"]]
-    write_table(out / "slices.csv", SLICE_COLUMNS, slices)

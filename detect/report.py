@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ct.picture import PANELS, RESIDUAL_FULL_HU, pack_overlay
+from detect.folder import find_result_folder
 from detect.measure import MEASURES, SCAN_SCORES
 from detect.settings import Settings
 from files import read_table, replace_text, sha256
@@ -35,6 +37,7 @@ RUN_KEYS = {"weights_sha256", "model", "settings", "device", "precision", "threa
             "seconds_per_scan_by_stage", "versions"}
 EVALUATION_KEYS = {"scan", "labels", "scores_sha256", "table", "settings", "versions"}
 SLICE_COLUMNS = ("scan_id", "slice", "below_vertex_mm", "projected", "score")
+MOST_SCANS = 500                             # on a page; scores.csv has all
 LEVEL_MM = 10.0                              # healthy slices this far apart are taken as one level
 
 
@@ -98,16 +101,27 @@ class Calibration:
 # ---------------------------------------------------------------------------------------------------------------
 # Reading
 
-def read_results(results: Path) -> tuple[list[Entry], dict]:
-    """Scans in the order of scores.csv, and run.json. Raises ReportError."""
-    path = results / "scores.csv"
-    entries = [_entry(path, row) for row in read_table(path, SCAN_COLUMNS, ReportError)]
+def read_results(results: Path, most: int = MOST_SCANS) -> tuple[list[Entry], dict, Counter]:
+    """The first `most` scans of scores.csv in its order; run.json; how many others there are: total, flagged, failed.
+
+    Raises ReportError.
+    """
+    path, ids, others = results / "scores.csv", set(), Counter()
+
+    def is_shown(row: dict[str, str]) -> bool:
+        ids.add(row["scan_id"])
+        if len(ids) > most:
+            others.update(total=1, flagged=row["flagged"] == "1", failed=row["status"] != "ok")
+        return len(ids) <= most
+
+    entries = [_entry(path, row) for row in read_table(path, SCAN_COLUMNS, ReportError, keep=is_shown)]
     if not entries:
         raise ReportError(f"{results / 'scores.csv'}: holds no scan; run projector.py first")
     by_id = {entry.scan_id: entry for entry in entries}
     path = results / "slices.csv"
-    for row in read_table(path, SLICE_COLUMNS, ReportError):
-        if row["scan_id"] not in by_id:
+    for row in read_table(path, SLICE_COLUMNS, ReportError,
+                          keep=lambda row: row["scan_id"] in by_id or row["scan_id"] not in ids):
+        if row["scan_id"] not in ids:
             raise ReportError(f"{path}: {row['scan_id']} is not in scores.csv; run projector.py again")
         number, mm, score = (_number(path, row, column) for column in ("slice", "below_vertex_mm", "score"))
         if None in (number, mm, score):
@@ -115,12 +129,12 @@ def read_results(results: Path) -> tuple[list[Entry], dict]:
                               "projector.py again")
         by_id[row["scan_id"]].slices.append(Slice(int(number), mm, row["projected"] == "1", score))
     for entry in (e for e in entries if e.ok):
-        _find_overlays(entry, results / entry.scan_id / "overlay")
+        _find_overlays(entry, find_result_folder(results, entry.scan_id) / "overlay")
     run = read_json(results / "run.json")
     if not RUN_KEYS <= run.keys():
         absent = ", ".join(sorted(RUN_KEYS - run.keys()))
         raise ReportError(f"{results / 'run.json'}: has no {absent}; run projector.py again")
-    return entries, run
+    return entries, run, others
 
 
 def _number(path: Path, row: dict[str, str], column: str) -> float | None:
@@ -285,6 +299,15 @@ def found(entries: list[Entry], calibration: Calibration) -> list[str]:
     return sentences
 
 
+def unshown(entries: list[Entry], others: Counter) -> list[str]:
+    """A sentence about the scans that are only in scores.csv."""
+    if not others["total"]:
+        return []
+    return [f"This page shows the {len(entries)} scans with the highest scores of {len(entries) + others['total']}; of "
+            f"the others {others['flagged'] or 'none'} are flagged and {others['failed'] or 'none'} failed. scores.csv "
+            "lists all of them."]
+
+
 def where(entries: list[Entry], calibration: Calibration) -> list[str]:
     """Sentences, the most telling first."""
     first = next((e for e in entries if e.key), None)
@@ -387,7 +410,7 @@ def write_report(results: Path, out: Path, evaluation: dict | None = None, megab
     evaluation: evaluate.py's metrics.json of these results; labels, ROC and figures are then shown. megabytes: of the
     whole page; pictures of lower scores give way first, the text never. Raises ReportError, OSError.
     """
-    entries, run = read_results(results)
+    entries, run, others = read_results(results)
     calibration = read_calibration(run)
     try:
         chosen = Settings.from_json(run["settings"])
@@ -408,7 +431,7 @@ def write_report(results: Path, out: Path, evaluation: dict | None = None, megab
     def render() -> str:
         return template.render(
             entries=entries, run=run, calibration=calibration, evaluation=evaluation, common=common, end=end,
-            found=found(entries, calibration), where=where(entries, calibration),
+            found=unshown(entries, others) + found(entries, calibration), where=where(entries, calibration),
             sure=sure(entries, calibration, evaluation), coverage=coverage(entries, megabytes),
             facts=facts(run, hashes), panels=PANELS, full_hu=RESIDUAL_FULL_HU,
             settings={k: v for k, v in run.items() if k != "calibration"},

@@ -67,6 +67,11 @@ def _key(path: Path, row: dict[str, str], by_slice: bool, seen: Iterable[Key]) -
     return key
 
 
+def seconds_by_scan(path: Path) -> dict[str, float]:
+    """Seconds by scan, from seconds.csv of projector.py. Raises InputError."""
+    return {row["scan_id"]: float(row["seconds"]) for row in read_table(path, ("scan_id", "seconds"))}
+
+
 def read_scores(path: Path, by_slice: bool = False) -> dict[Key, float | None]:
     """Score by key; None for a scan whose status is 'failed' (slices have no status). Raises InputError."""
     scores = {}

@@ -86,9 +86,10 @@ def project(scans: Path, model: Path, out: Path, device: str, flags=(), name: st
         for kind, volume in (("anomaly", scored.anomaly), ("brain", pre.slabs.from_slabs(pre.brain))):
             (out / source.scan_id).mkdir(exist_ok=True)
             write_nifti(out / source.scan_id / f"{kind}.nii.gz", volume, scan)
-        rows.append({"scan_id": source.scan_id, "score": scored.scan_score("mean"), "status": "ok", "seconds": 3})
+        rows.append({"scan_id": source.scan_id, "score": scored.scan_score("mean"), "status": "ok"})
         slices += [{"scan_id": source.scan_id, "slice": i, "score": s} for i, s in enumerate(scored.slice_scores)]
-    for table, found in (("scores", rows), ("slices", slices)):
+    timed = [{"scan_id": row["scan_id"], "seconds": 3} for row in rows if row["status"] == "ok"]
+    for table, found in (("scores", rows), ("slices", slices), ("seconds", timed)):
         with open(out / f"{table}.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["scan_id", "slice", "score", "status", "reason", "seconds"])
             writer.writeheader()

@@ -10,9 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from ct.frame import PreprocessSettings
 from ct.scan import Scan
+from ct.standardise import StandardiseSettings
+from detect.bundle import save_bundle
+from detect.inversion import Inversion, InversionSettings
+from detect.settings import Settings
+from model import Encoder, Generator, ModelConfig
 from tests.writers import PATIENT_MARKERS
 
 EMBEDDED = re.compile(rb"data:[\w/+.-]+;base64,([A-Za-z0-9+/=\s]+)")
@@ -109,3 +116,13 @@ def write_smooth_images(folder: Path, count: int) -> None:
     for i in range(count):
         pixels = np.kron(rng.integers(40, 120, (5, 6)), np.ones((8, 8)))
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02d}.png")
+
+
+def tiny_bundle(folder: Path) -> Path:
+    """A model of 32 x 32 pixels with random weights that inverts and counts votes: quick, and good for nothing."""
+    torch.manual_seed(0)
+    config = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=128, channel_max=16)
+    inversion = Inversion(InversionSettings(), Generator(config), Encoder(config))
+    preprocessing = PreprocessSettings(StandardiseSettings(size=32), min_brain_fraction=0.01)
+    meta = dict(preprocessing=preprocessing.to_json(), calibration=None, provenance={"data": "none"})
+    return save_bundle(folder, inversion, Settings("inversion"), meta)

@@ -198,9 +198,10 @@ def project(folder, model, device):
                 "reconstruction": scan.hu - scored.anomaly}
         for name, volume in maps.items():
             write_nifti(results / f"{name}.nii.gz", volume, scan)
-        scans.append({"scan_id": source.scan_id, "score": scored.scan_score("mean"), "status": "ok", "seconds": 3})
+        scans.append({"scan_id": source.scan_id, "score": scored.scan_score("mean"), "status": "ok"})
         slices += [{"scan_id": source.scan_id, "slice": i, "score": s} for i, s in enumerate(scored.slice_scores)]
-    for name, rows in (("scores", scans), ("slices", slices)):
+    timed = [{"scan_id": row["scan_id"], "seconds": 3} for row in scans if row["status"] == "ok"]
+    for name, rows in (("scores", scans), ("slices", slices), ("seconds", timed)):
         with open(folder / "results" / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, ["scan_id", "slice", "score", "status", "reason", "seconds"])
             table.writeheader()

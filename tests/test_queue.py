@@ -1,0 +1,257 @@
+"""The folder of results as a queue: runs killed, run twice at once, run in parts; the same tables to the byte.
+
+Promises 8 to 12 of docs/RELIABILITY.md. What is random runs a few times here, and a hundred times in `make soak`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import projector
+from ct.read import find_scans
+from detect.claims import Claims
+from detect.folder import OUTPUTS, WORK, collect_all, find_result_folder, project_one, read_result
+from detect.report import read_results, unshown
+from tests import processes
+from tests.helpers import synthetic_head, tiny_bundle
+
+TABLES = ("scores.csv", "slices.csv")
+BROKEN = "scan-003"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def make_scans(folder: Path, count: int) -> Path:
+    """Heads of 6 slices of 48 x 48 pixels as NIfTI; one cannot be read."""
+    folder.mkdir()
+    for i in range(count):
+        hu, _ = synthetic_head(slices=6, size=48, spacing_mm=(20.0, 4.8, 4.8), seed=i)
+        image = nib.Nifti1Image(hu.transpose(2, 1, 0).astype(np.int16), np.diag([4.8, 4.8, 20.0, 1]))
+        nib.save(image, folder / f"scan-{i:03d}.nii")
+    (folder / f"{BROKEN}.nii").write_bytes((folder / f"{BROKEN}.nii").read_bytes()[:400])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> Path:
+    return make_scans(tmp_path_factory.mktemp("scans") / "four", 4)
+
+
+def flags(scans: Path, model: Path, out: Path, *more: object) -> list[str]:
+    return [str(a) for a in (scans, "--model", model, "--out", out, "--device", "cpu", "--precision", "fp32", *more)]
+
+
+def tables(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in TABLES}
+
+
+@pytest.fixture(scope="module")
+def whole(scans, model, tmp_path_factory) -> Path:
+    """Results of a run that nothing has disturbed."""
+    out = tmp_path_factory.mktemp("results") / "whole"
+    assert projector.main(flags(scans, model, out)) == 3                 # one scan is broken
+    return out
+
+
+def test_a_bad_scan_costs_one_row(whole):
+    with open(whole / "scores.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == 3 * ["ok"] + ["failed"]
+    assert rows[-1]["scan_id"] == BROKEN and rows[-1]["reason"]
+    assert sorted(path.name for path in (whole / BROKEN).iterdir()) == ["result.json"]
+    assert not any((whole / WORK).iterdir())                             # no claim, nothing half written
+
+
+def test_another_batch_gives_the_same_tables(scans, model, whole, tmp_path):
+    assert projector.main(flags(scans, model, tmp_path / "out", "--set", "batch=3")) == 3
+    assert tables(tmp_path / "out") == tables(whole)
+
+
+def test_parts_and_a_merge_give_the_same_tables(scans, model, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    codes = [projector.main(flags(scans, model, out, "--part", f"{i}/3")) for i in range(3)]
+    assert sorted(codes) == [0, 0, 3] and not (out / "scores.csv").exists()
+    assert projector.main(["merge", str(out)]) == 3
+    assert tables(out) == tables(whole)
+    assert find_result_folder(out, "scan-000").parent.parent == out / "scans"
+    report = json.loads((out / "run.json").read_text())
+    assert report["scans"] == 3 and report["failed"] == 1 and (out / "report.html").is_file()
+
+
+def test_a_page_shows_the_first_scans_and_counts_the_others(whole):
+    entries, _, others = read_results(whole, most=2)
+    assert len(entries) == 2 and all(entry.ok and entry.slices and entry.overlays for entry in entries)
+    assert others == {"total": 2, "flagged": 0, "failed": 1}
+    (sentence,) = unshown(entries, others)
+    assert sentence.startswith("This page shows the 2 scans with the highest scores of 4; of the others none are ")
+    assert unshown(entries, Counter()) == []
+
+
+def test_the_part_comes_from_a_job_array(monkeypatch):
+    for name, value in (("ID", "13"), ("MIN", "10"), ("COUNT", "4")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert projector.part_of_job_array() == "3/4"
+    assert projector.parse(["scans", "--model", "m"]).part == (3, 4)
+    assert projector.parse(["scans", "--model", "m", "--part", "0/2"]).part == (0, 2)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "17")                      # --array=10,13,17,20: no part can be told
+    with pytest.raises(SystemExit):
+        projector.parse(["scans", "--model", "m"])
+
+
+@pytest.mark.parametrize("text", ["3", "3/3", "-1/3", "a/b", "1/0"])
+def test_a_part_that_is_none_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        projector.parse(["scans", "--model", "m", f"--part={text}"])
+    assert "expected I/N with I from 0 to N - 1" in capsys.readouterr().err
+
+
+def test_merge_refuses_what_was_made_with_other_settings(whole, tmp_path, capsys):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    marker = out / "scan-001" / "result.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"key": {"weights": "others"}}))
+    assert projector.main(["merge", str(out)]) == 2
+    assert "was made with another model" in capsys.readouterr().err
+    assert projector.main(["merge", str(tmp_path)]) == 2
+
+
+def test_a_scan_that_another_run_has_is_left_to_it(scans, model, whole, tmp_path, capsys):
+    """The run that is last writes the tables; the others do not wait for it."""
+    out = tmp_path / "out"
+    with Claims(out / WORK).hold("scan-001"):
+        assert projector.main(flags(scans, model, out)) == 0
+        assert "scan-001: another run has it" in capsys.readouterr().out
+        assert not (out / "scores.csv").exists() and read_result(out / "scan-001") is None
+    assert projector.main(flags(scans, model, out)) == 3
+    assert tables(out) == tables(whole)
+
+
+def test_two_runs_at_once_share_the_work(scans, model, whole, tmp_path):
+    out, logs = tmp_path / "out", [tmp_path / "a", tmp_path / "b"]
+    runs = [processes.start("projector", flags(scans, model, out), log) for log in logs]
+    assert set(processes.codes(runs)) <= {0, 3}
+    assert tables(out) == tables(whole)
+    made = [line.split()[1] for log in logs for line in log.read_text().splitlines() if ": score" in line]
+    assert sorted(made) == ["scan-000:", "scan-001:", "scan-002:"]
+
+
+def test_ranks_need_no_process_group(scans, model, whole, tmp_path):
+    """As torchrun would start them, with nobody at the address of the store: rank 1 first, rank 0 much later."""
+    out = tmp_path / "out"
+    for rank, code in ((1, 0), (0, 3)):                                  # the last one tells of the broken scan
+        run = processes.start("projector", flags(scans, model, out), tmp_path / "log", RANK=rank, LOCAL_RANK=rank,
+                              WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=processes.free_port())
+        assert processes.codes([run]) == [code]
+        assert (out / "scores.csv").exists() == (rank == 0)
+    assert tables(out) == tables(whole)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.soak)])
+def test_killed_at_random_moments(kills, model, tmp_path):
+    """A rerun ends with the same tables and does again at most the scan in flight."""
+    scans = make_scans(tmp_path / "scans", 4 if kills < 10 else 60)
+    out, wait = tmp_path / "out", random.Random(0)
+    assert projector.main(flags(scans, model, tmp_path / "whole")) == 3
+    made = []
+    for attempt in range(kills):
+        log = tmp_path / f"log-{attempt}"
+        run = processes.start("projector", flags(scans, model, out), log)
+        while run.is_alive() and not (log.exists() and "/" in log.read_text()):      # its first line about a scan
+            time.sleep(0.01)
+        time.sleep(wait.uniform(0, 0.3))
+        processes.kill(run)
+        lines = log.read_text().splitlines()
+        made += [line.split()[1] for line in lines if ": score" in line]
+        finished = [result.scan["scan_id"] for result in collect_all(out) if result.ok]
+        assert len(finished) in (len(made), len(made) + 1)               # killed before it could say so
+        made = [f"{name}:" for name in finished]
+        assert len(set(made)) == len(made)
+        if run.exitcode != -signal.SIGKILL:
+            break
+    assert projector.main(flags(scans, model, out)) == 3
+    assert tables(out) == tables(tmp_path / "whole")
+    assert sorted(os.listdir(out / "scan-001")) == sorted(os.listdir(tmp_path / "whole" / "scan-001"))
+
+
+@pytest.mark.soak
+def test_four_parts_of_200_scans_one_killed_and_restarted(model, tmp_path):
+    scans, out = make_scans(tmp_path / "scans", 200), tmp_path / "out"
+    parts = [processes.start("projector", flags(scans, model, out, "--part", f"{i}/4"), tmp_path / f"log-{i}")
+             for i in range(4)]
+    while len(collect_all(out) if out.exists() else []) < 60:
+        time.sleep(0.5)
+    processes.kill(parts[2])
+    parts[2] = processes.start("projector", flags(scans, model, out, "--part", "2/4"), tmp_path / "log-2b")
+    assert sorted(processes.codes(parts, 3600)) == [0, 0, 0, 3]
+    lines = [line for path in tmp_path.glob("log-*") for line in path.read_text().splitlines() if ": score" in line]
+    assert len({line.split()[1] for line in lines}) >= 198               # the one in flight may not have said so
+    assert len(lines) == len({line.split()[1] for line in lines})        # exactly once
+    assert projector.main(["merge", str(out)]) == 3
+    assert len((out / "scores.csv").read_text().splitlines()) == 201
+
+
+@pytest.mark.soak
+def test_time_and_memory_stay_flat_over_1000_scans(model, tmp_path):
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    make_scans(scans, 10)
+    for i in range(10, 1000):
+        if i % 10 != 3:                                                  # the tenth that is broken once is enough
+            os.link(scans / f"scan-{i % 10:03d}.nii", scans / f"scan-{i:03d}.nii")
+    ends, resident, show = [], [], projector.project
+
+    def watched(scans, tables):
+        def each():
+            for _ in scans:
+                ends.append(time.perf_counter())
+                resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+                yield
+        show(each(), tables)
+    projector.project = watched
+    try:
+        assert projector.main(flags(scans, model, out)) == 3
+    finally:
+        projector.project = show
+    first, last = ends[100] - ends[0], ends[-1] - ends[-101]
+    print(f"{len(ends)} scans: first 100 {first:.1f} s, last 100 {last:.1f} s; resident {resident[100] / 1e6:.0f} and "
+          f"{resident[-1] / 1e6:.0f} MB")
+    assert last < 1.3 * first and resident[-1] < 1.1 * resident[100]
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_results(scans, model, whole, tmp_path, monkeypatch, capsys):
+    def full(folder, projection):
+        raise OSError(28, "No space left on device", str(folder / "mask.nii.gz"))
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    before = {name: (out / "scan-000" / name).read_bytes() for name in os.listdir(out / "scan-000")
+              if (out / "scan-000" / name).is_file()}
+    monkeypatch.setitem(OUTPUTS, "maps", full)
+    assert projector.main(flags(scans, model, out, "--set", "threshold_hu=6", "--overwrite")) == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert before == {name: (out / "scan-000" / name).read_bytes() for name in before}
+
+
+def test_a_scan_is_replaced_whole(scans, tmp_path):
+    """A failed one leaves nothing of an earlier result, which would be taken for its own."""
+    class Failing:
+        def __call__(self, scan):
+            raise RuntimeError("broken")
+    place = tmp_path / "out" / "scan-000"
+    place.mkdir(parents=True)
+    (place / "mask.nii.gz").write_text("old")
+    source = find_scans(scans)[0]
+    assert project_one(Failing(), source, place, tmp_path / "out" / WORK, {}).startswith("FAILED, RuntimeError")
+    assert os.listdir(place) == ["result.json"] and read_result(place)["scan"]["status"] == "failed"
