@@ -194,14 +194,14 @@ def make_uid(*words) -> str:
 def _check_source(path: Path, header: Dataset, first: Dataset, alone: bool) -> None:
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"):
         if not header.get(keyword):
-            raise DerivedError(f"{path}: no {keyword}: DICOM objects would have nothing to refer to; complete the "
+            raise DerivedError(f"{path.name}: no {keyword}: DICOM objects would have nothing to refer to; complete the "
                                "header, or do without them")
         if keyword != "SOPInstanceUID" and header[keyword].value != first[keyword].value:
-            raise DerivedError(f"{path}: another {keyword} than {first.filename}: DICOM objects refer to one series; "
-                               "send the scan as one, or do without them")
+            raise DerivedError(f"{path.name}: another {keyword} than {Path(first.filename).name}: DICOM objects refer "
+                               "to one series; send the scan as one, or do without them")
     if int(header.get("NumberOfFrames") or 1) > 1 and not alone:
-        raise DerivedError(f"{path}: one of several multi-frame files of a series; DICOM objects need single-frame "
-                           "images or one multi-frame image: convert the series, or do without them")
+        raise DerivedError(f"{path.name}: one of several multi-frame files of a series; DICOM objects need "
+                           "single-frame images or one multi-frame image: convert the series, or do without them")
 
 
 def _thickness(scan: Scan, headers: Sequence[Dataset], paths: Sequence[Path]) -> np.ndarray:

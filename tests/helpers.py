@@ -126,3 +126,11 @@ def tiny_bundle(folder: Path) -> Path:
     preprocessing = PreprocessSettings(StandardiseSettings(size=32), min_brain_fraction=0.01)
     meta = dict(preprocessing=preprocessing.to_json(), calibration=None, provenance={"data": "none"})
     return save_bundle(folder, inversion, Settings("inversion"), meta)
+
+
+def shuffled_head(shape, seed):
+    """HU that a head in air has, half air, a third soft tissue, the rest bone, in any place: float32."""
+    rng, count = np.random.default_rng(seed), int(np.prod(shape))
+    air, soft = count // 2, count // 3
+    hu = np.concatenate([np.full(air, -1000), rng.integers(0, 80, soft), rng.integers(300, 1500, count - air - soft)])
+    return rng.permutation(hu).reshape(shape).astype(np.float32)

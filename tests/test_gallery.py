@@ -14,6 +14,7 @@ from demos import gallery
 def cohort(tmp_path):
     head = np.full((4, 40, 40), -1000, np.float32)
     head[:, 5:35, 5:35] = 40
+    head[:, 5, 5:35] = 1000                            # some skull: HU that end at 40 would look clipped there
     truth = np.zeros(head.shape, np.float32)
     truth[2, 10:20, 10:20] = 1
     for name, mask in (("healthy-0001", 0 * truth), ("emergency-0001", truth)):

@@ -17,13 +17,14 @@ from ct.write import write_nifti
 from demos import phantom
 from demos.phantom import KINDS, Phantom, PhantomError, make, make_cohort, plan
 from evaluation.cohort import read_labels, read_table, read_truth, read_volume
+from tests.helpers import shuffled_head
 
 TWO = (KINDS[0], KINDS[3])
 
 
 def small_phantom(kind, seed, scan_id="phantom"):
     """Four slices of 8x8 that depend on kind and seed; truth on slices 1 and 2 of an emergency."""
-    hu = np.random.default_rng(seed).integers(-1000, 1000, (4, 8, 8)).astype(np.float32)
+    hu = shuffled_head((4, 8, 8), seed)
     truth = np.zeros(hu.shape, bool)
     truth[1:3, 2:4, 2:4] = kind is not None
     position = np.arange(4) * 5.0

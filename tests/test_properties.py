@@ -19,6 +19,7 @@ from ct.slab import to_slabs
 from ct.standardise import Frame, from_frame, to_frame
 from ct.window import WINDOWS_HU, decode, encode
 from ct.write import write_nifti
+from tests.helpers import shuffled_head
 from tests.writers import write_dicom_series, write_nifti_scan
 
 few = settings(max_examples=20, deadline=None, derandomize=True)         # each of them writes files
@@ -122,14 +123,6 @@ def test_the_middle_of_the_frame_lies_at_its_centre(frame):
 
 
 # ---- files
-
-def shuffled_head(shape, seed):
-    """HU that a head in air has, half air, a third soft tissue, the rest bone, in any place: float32."""
-    rng, count = np.random.default_rng(seed), int(np.prod(shape))
-    air, soft = count // 2, count // 3
-    hu = np.concatenate([np.full(air, -1000), rng.integers(0, 80, soft), rng.integers(300, 1500, count - air - soft)])
-    return rng.permutation(hu).reshape(shape).astype(np.float32)
-
 
 @few
 @given(st.sampled_from(AXES), SPACINGS, st.integers(0, 99))

@@ -143,6 +143,7 @@ def _ct_dataset(study_uid: str, series_uid: str, instance_uid: str, sop_class: s
     ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = instance_uid
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     ds.StudyInstanceUID, ds.SeriesInstanceUID = study_uid, series_uid
+    ds.FrameOfReferenceUID = make_uid("frame", study_uid)
     ds.Modality = "CT"
     for keyword, value in PATIENT.items():
         setattr(ds, keyword, value)
