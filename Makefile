@@ -1,5 +1,6 @@
 # make test    build .venv from requirements.lock if need be, then ruff and the tests
 # make mutants  put defects into a copy of the program, one at a time: the tests must catch each (10 minutes)
+# make fuzz    2,000 damaged files through the readers (5 minutes)
 # make soak    the long runs behind docs/RELIABILITY.md: kills, restarts, many scans; about an hour
 # make test-lowest  the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # make audit   known vulnerabilities of the lock (asks the index it was resolved from), and every licence
@@ -15,7 +16,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: test mutants soak test-lowest audit demo bench bench-gpu venv lock clean
+.PHONY: test mutants fuzz soak test-lowest audit demo bench bench-gpu venv lock clean
 
 test: venv
 	$(BIN)/ruff check .
@@ -23,6 +24,9 @@ test: venv
 
 mutants: venv
 	$(BIN)/python tests/mutations.py
+
+fuzz: venv
+	$(BIN)/python -m pytest -m fuzz tests/test_fuzz.py
 
 soak: venv
 	$(BIN)/python -m pytest -m soak -s

@@ -24,7 +24,8 @@ ENDED = 0.35                    # of its largest area: the inside of the skull h
 BEYOND_MM = 15.0                # stretch beyond that end in which the outline is looked at
 SMALL, APART = 0.5, 0.2         # of the largest outline: at the vertex less, and less than at the other end by this
 BRAIN_ML = (150.0, 2300.0)      # the inside of the skull of a preterm newborn, and of the largest heads
-BRAIN_HU = (3.0, 75.0)          # median: hydrocephalus on a dark scanner, and contrast agent
+BRAIN_HU = (3.0, 75.0)          # median: beyond, the numbers are not HU
+USUAL_BRAIN_HU = (15.0, 50.0)   # median: beyond, the scale is off by several HU, or a contrast agent was given
 MIN_HEIGHT_MM = 55.0            # of the brain of a newborn, where both its ends are in the scan
 MIDDLE = 0.7                    # slices with more than this share of the largest area are surrounded by the skull
 MIN_ENCLOSED = 0.55             # of their border at least: half the skull may be taken out, ribs close less
@@ -56,7 +57,7 @@ def upright(scan: Scan) -> Scan:
 
 
 def check_head(scan: Scan, brain: np.ndarray) -> tuple[str, ...]:
-    """Why positions in a head, and so percentiles, mean little: a note on each end of the brain that the scan lacks.
+    """Why a percentile would mean little: notes on each end of the brain that the scan lacks, and on unusual HU.
 
     scan and its brain mask, bool [S, H, W], at working thickness. Empty for a whole head. Raises ScanError for what
     is no head: a brain that no skull surrounds, of a volume, height or density that no brain has.
@@ -85,6 +86,9 @@ def check_head(scan: Scan, brain: np.ndarray) -> tuple[str, ...]:
             raise ScanError(f"no head of this size: the inside of the skull is {volume:.0f} ml, expected "
                             f"{BRAIN_ML[0]:.0f} to {BRAIN_ML[1]:.0f} (spacings wrong, or the size of a template?)")
     notes = []
+    if not USUAL_BRAIN_HU[0] <= density <= USUAL_BRAIN_HU[1]:
+        notes.append(f"the median inside the skull is {density:.0f} HU, in most heads {USUAL_BRAIN_HU[0]:.0f} to "
+                     f"{USUAL_BRAIN_HU[1]:.0f}: is the HU scale right?")
     if vertex:
         notes.append("partial head: ends below the vertex; positions unknown")
     if base:

@@ -42,7 +42,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        return self.scan["status"] == "ok"
+        return self.scan["status"] != "failed"
 
     @property
     def slices(self) -> list[dict]:
@@ -106,7 +106,7 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
 
             def is_finished(place=place, made=made) -> bool:
                 earlier = read_result(place)
-                return bool(earlier) and earlier["scan"]["status"] == "ok" and made.items() <= earlier.items()
+                return bool(earlier) and earlier["scan"]["status"] != "failed" and made.items() <= earlier.items()
 
             outcome = "finished before, skipped"
             if not is_finished():
@@ -143,7 +143,7 @@ def project_one(projector: Projector, source: ScanSource, place: Path, work: Pat
                     "seconds": {}}
         (folder / "result.json").write_text(json.dumps({**made, **rows}), encoding="utf-8")
     scan = rows["scan"]
-    return f"score {scan['score']:.3f}, {scan['seconds']:.1f} s" if scan["status"] == "ok" else (
+    return f"score {scan['score']:.3f}, {scan['seconds']:.1f} s" if scan["status"] != "failed" else (
         f"FAILED, {scan['reason']}")
 
 
@@ -196,9 +196,11 @@ def _result(folder: Path) -> Result | None:
 
 
 def write_tables(out: Path, results: list[Result]) -> None:
-    """scores.csv, highest score first and failed scans last; slices.csv; seconds.csv, which alone differs each time."""
+    """scores.csv: highest score first, then what is not to be trusted, then failed scans; slices.csv; seconds.csv,
+    which alone differs each time.
+    """
     by_id = sorted(results, key=lambda result: result.scan["scan_id"])
-    ranked = sorted((r.scan for r in by_id if r.ok), key=lambda row: -row["score"])
+    ranked = sorted((r.scan for r in by_id if r.ok), key=lambda row: (row["status"] != "ok", -row["score"]))
     write_table(out / "scores.csv", SCORE_COLUMNS, [*ranked, *(r.scan for r in by_id if not r.ok)])
     write_table(out / "slices.csv", SLICE_COLUMNS, (row for result in by_id for row in result.slices))
     write_table(out / "seconds.csv", ("scan_id", "seconds"), [r.scan for r in by_id if r.ok])
@@ -231,6 +233,6 @@ def refuse_other_results(out: Path, sources: list[ScanSource], key: dict) -> Non
     """ValueError if a scan's results there were made with another model, other settings or another version."""
     for source in sources:
         earlier = read_result(find_result_folder(out, source.scan_id))
-        if earlier and earlier["scan"]["status"] == "ok" and earlier["key"] != key:
+        if earlier and earlier["scan"]["status"] != "failed" and earlier["key"] != key:
             raise ValueError(f"--out {out}: holds results of {source.scan_id} made with another model, other settings "
                              "or another version of this program; choose another folder, or --overwrite")

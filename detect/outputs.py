@@ -64,9 +64,10 @@ def scan_row(projection: Projection, seconds: float, notes: list[str]) -> dict:
     """A row of scores.csv; notes beyond those of the projection."""
     p = projection
     return dict(scan_id=p.scan.scan_id, score=p.score, percentile=p.percentile,
-                flagged=None if p.flagged is None else int(p.flagged), status="ok", reason=None,
-                slices=len(p.scan.hu), projected_slices=int(p.projected.sum()), error_hu=p.error_hu,
-                anomalous_ml=p.anomalous_ml, seconds=seconds, notes=" | ".join(dict.fromkeys([*p.notes, *notes])))
+                flagged=None if p.flagged is None else int(p.flagged), status="unreliable" if p.unreliable else "ok",
+                reason=p.unreliable, slices=len(p.scan.hu), projected_slices=int(p.projected.sum()),
+                error_hu=p.error_hu, anomalous_ml=p.anomalous_ml, seconds=seconds,
+                notes=" | ".join(dict.fromkeys([*p.notes, *notes])))
 
 
 def slice_rows(projection: Projection) -> list[dict]:
@@ -75,5 +76,3 @@ def slice_rows(projection: Projection) -> list[dict]:
     return [dict(scan_id=p.scan.scan_id, slice=i, position_mm=float(p.scan.position_mm[i]),
                  below_vertex_mm=float(p.below_vertex_mm[i]), projected=int(p.projected[i]),
                  score=float(p.slice_scores[i])) for i in range(len(p.scan.hu))]
-
-

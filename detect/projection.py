@@ -18,6 +18,7 @@ from detect.reconstruct import Reconstruction, Reconstructor
 from detect.settings import Settings
 
 OTHER_SPACING = 1.25    # slices further apart than those of the calibration by this factor, or closer, do not compare
+TOO_FAR = 2.0           # times the mean error of healthy scans: a reconstruction that did not come close
 TOO_MUCH = 0.35         # predicted part of the brain from which the reconstruction, not the brain, is at fault
 
 
@@ -36,6 +37,7 @@ class Projection:
     threshold          of the calibration; None without one. flagged: score > threshold; None without one
     error_hu           mean absolute difference between scan and closest normal in the brain
     anomalous_ml       volume of the mask; None where the source does not tell its pixel spacing
+    unreliable         why the score is not to be trusted; None where nothing speaks against it. No percentile, no flag
     notes              what a reader should know, in words
     seconds            by stage
     working            the scan at working thickness, with what it takes to bring maps back
@@ -56,6 +58,7 @@ class Projection:
     flagged: bool | None
     error_hu: float
     anomalous_ml: float | None
+    unreliable: str | None
     notes: tuple[str, ...]
     seconds: dict[str, float] = field(repr=False)
     working: Preprocessed = field(repr=False)
@@ -118,15 +121,19 @@ class Projector:
         seconds |= found.seconds | {"measure": measuring}
         started = time.perf_counter()
         share = float(findings.predicted.sum() / brain.sum())
-        notes = [*scan.notes]
+        notes = [*scan.notes, *pre.reservations]
+        unreliable = None
         if share > TOO_MUCH:
-            notes.append(f"{share:.0%} of the brain differs from its reconstruction: not to be trusted; check "
-                         "the scan's window, orientation and brain mask")
+            unreliable = (f"{share:.0%} of the brain differs from its reconstruction: not to be trusted; check the "
+                          "scan's window, orientation and brain mask")
+            notes.append(unreliable)
         if self.incomparable:
             notes.append(self.incomparable)
         score = scan_score(findings.slice_scores, self.settings.scan_score, thickness_mm(below_vertex_mm))
-        percentile, threshold, other_spacing = self._compare(score, calibration.usual_spacing(below_vertex_mm))
-        notes += [other_spacing] if other_spacing else []
+        percentile, threshold, why_not = self._compare(score, found.error, calibration.usual_spacing(below_vertex_mm))
+        notes += [why_not] if why_not else []
+        if unreliable or pre.reservations:
+            percentile = threshold = None
         mask = pre.maps_to_scan(findings.mask.numpy())
         return Projection(
             scan=scan, reconstruction_hu=pre.maps_to_scan(found.normal_hu.numpy(), float(pre.standardised.hu.min())),
@@ -136,11 +143,12 @@ class Projector:
             below_vertex_mm=pre.values_to_scan(pre.standardised.below_vertex_mm),
             projected=pre.values_to_scan(pre.kept), score=score, percentile=percentile, threshold=threshold,
             flagged=None if threshold is None else score > threshold, error_hu=found.error,
-            anomalous_ml=volume_ml(mask, scan), notes=tuple(dict.fromkeys(notes)),
+            anomalous_ml=volume_ml(mask, scan), unreliable=unreliable, notes=tuple(dict.fromkeys(notes)),
             seconds=seconds | {"to the scan": time.perf_counter() - started}, working=pre)
 
-    def _compare(self, score: float, spacing_mm: float) -> tuple[float | None, float | None, str | None]:
-        """Percentile and threshold of a score; None where they are not known, and a note where the spacing is why."""
+    def _compare(self, score: float, error_hu: float,
+                 spacing_mm: float) -> tuple[float | None, float | None, str | None]:
+        """Percentile and threshold of a score; None where they are not known, and a note where the scan is why."""
         how = self.settings.scan_score
         if not self.calibration or how not in self.calibration["scan_scores"]:
             return None, self.threshold, None
@@ -148,6 +156,10 @@ class Projector:
             low, high = (f"{mm:.3g}" for mm in self.spacing_mm)
             return None, self.threshold, (f"slices {spacing_mm:.3g} mm apart, those of the calibration "
                                 f"{low if low == high else f'{low} to {high}'} mm: no percentile")
+        usual = Reconstruction.last_error(self.calibration["error_hu"])
+        if error_hu > TOO_FAR * usual:
+            return None, self.threshold, (f"the closest normal is off by {error_hu:.1f} HU, of healthy scans by "
+                                          f"{usual:.1f}: it does not come close; no percentile")
         threshold = self.calibration["threshold"][how] if self.threshold is None else self.threshold
         return calibration.percentile(self.calibration, score, how), threshold, None
 

@@ -53,7 +53,12 @@ class Reconstruction:
 
         The search's noise stage copies texture and makes it look better.
         """
-        return self.error_hu.get("latent", list(self.error_hu.values())[-1])
+        return self.last_error(self.error_hu)
+
+    @staticmethod
+    def last_error(error_hu: dict[str, float]) -> float:
+        """The same of a calibration's mean errors by stage."""
+        return error_hu.get("latent", list(error_hu.values())[-1])
 
 
 class Reconstructor(ABC):

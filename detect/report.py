@@ -58,7 +58,7 @@ class Entry:
     """A row of the worklist, and what its pictures show."""
 
     scan_id: str
-    ok: bool
+    status: str                              # 'ok', 'unreliable' (a score not to be trusted) or 'failed'
     reason: str
     score: float | None
     percentile: float | None
@@ -74,6 +74,10 @@ class Entry:
     pictures: list[tuple[int, str]] = dataclasses.field(default_factory=list)     # slice number, WebP in base64
     aspect: float = 1.0                      # width by height of a panel
     label: str = ""                          # what the evaluation's labels say
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
 
     @property
     def complete(self) -> bool:
@@ -151,12 +155,11 @@ def _number(path: Path, row: dict[str, str], column: str) -> float | None:
 def _entry(path: Path, row: dict[str, str]) -> Entry:
     score, percentile, flagged, count, projected, error_hu, anomalous_ml = (_number(path, row, column) for column in (
         "score", "percentile", "flagged", "slices", "projected_slices", "error_hu", "anomalous_ml"))
-    ok = row["status"] == "ok"
-    if ok and score is None:
+    if row["status"] == "ok" and score is None:
         raise ReportError(f"{path}: {row['scan_id']} has status 'ok' and no score; run projector.py again")
-    return Entry(row["scan_id"], ok, row["reason"], score, percentile, None if flagged is None else bool(flagged),
-                 count and int(count), projected and int(projected), error_hu, anomalous_ml,
-                 [note for note in row["notes"].split(" | ") if note])
+    return Entry(row["scan_id"], row["status"], row["reason"], score, percentile,
+                 None if flagged is None else bool(flagged), count and int(count), projected and int(projected),
+                 error_hu, anomalous_ml, [note for note in row["notes"].split(" | ") if note])
 
 
 def _find_overlays(entry: Entry, folder: Path) -> None:
@@ -294,8 +297,10 @@ def found(entries: list[Entry], calibration: Calibration) -> list[str]:
                          f"{f', above {beats} healthy scans' if beats else ''}.")
     sentences.append(f"{counted(len(done), 'scan')} compared, slice by slice, with the closest normal head CT that the "
                      "model can draw.")
-    if len(done) < len(entries):
-        sentences.append(f"{counted(len(entries) - len(done), 'scan')} failed and stand last in the list.")
+    for status, words in (("unreliable", "not to be trusted and stand apart, below the others"),
+                          ("failed", "failed and stand last in the list")):
+        if count := sum(e.status == status for e in entries):
+            sentences.append(f"{counted(count, 'scan')} {words}.")
     return sentences
 
 

@@ -73,15 +73,15 @@ def seconds_by_scan(path: Path) -> dict[str, float]:
 
 
 def read_scores(path: Path, by_slice: bool = False) -> dict[Key, float | None]:
-    """Score by key; None for a scan whose status is 'failed' (slices have no status). Raises InputError."""
+    """Score by key; None for a scan whose status is 'failed' or 'unreliable' (slices have none). Raises InputError."""
     scores = {}
     columns = ("scan_id", "slice", "score") if by_slice else ("scan_id", "score", "status")
     for row in read_table(path, columns):
         key = _key(path, row, by_slice, scores)
         status = "ok" if by_slice else row["status"]
-        if status not in ("ok", "failed"):
-            raise InputError(f"{path}: {name(key)} has status {status!r}; expected 'ok' or 'failed'")
-        scores[key] = None if status == "failed" else _finite(path, key, row["score"])
+        if status not in ("ok", "failed", "unreliable"):
+            raise InputError(f"{path}: {name(key)} has status {status!r}; expected 'ok' or 'failed' or 'unreliable'")
+        scores[key] = None if status != "ok" else _finite(path, key, row["score"])
     return scores
 
 
