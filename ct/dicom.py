@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+from pydicom.multival import MultiValue
 from pydicom.uid import (
     UID,
     CTImageStorage,
@@ -58,7 +59,7 @@ TRAITS = {"kernel": "reconstruction kernel", "type": "image type", "voltage": "t
           "contrast": "contrast agent", "acquisition": "acquisition number"}
 # Kernels for bone and lung, where noise and edges hide what differs in the brain: Siemens from 55 upwards (H60s,
 # Hr68f, J70h), Canon FC30 to 39, 50 to 59 and 80 to 89, Philips D, E, L and the Y family, GE by name.
-SHARP_KERNEL = re.compile(r"(?:[A-Z][A-Z]?(?:5[5-9]|[6-9]\d)[A-Z]*(?:\\.*)?|FC[358]\d|[DEL]|Y[A-D]|.*(?:BONE|EDGE|LUNG|"
+SHARP_KERNEL = re.compile(r"(?:[A-Z][A-Z]?(?:5[5-9]|[6-9]\d)[A-Z]*|FC[358]\d|[DEL]|Y[A-D]|.*(?:BONE|EDGE|LUNG|"
                           r"SHARP).*)", re.IGNORECASE)
 VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT OB OF OW PN SH SL SQ SS ST TM UI UL UN US UT".split())
 
@@ -268,7 +269,8 @@ def _take_apart(group: _Group) -> list[Found]:
     found = []
     for k, (frames, trait) in enumerate(parts):
         kept = {(frame.path, frame.index) for frame in frames}
-        headers = [header for header in group.headers if any((f.path, f.index) in kept for f in header.frames)]
+        headers = [header for header in group.headers if any((f.path, f.index) in kept for f in header.frames)
+                   or (k == 0 and header.left_out is not None)]                         # to be noted when it is read
         why = (f"one of {len(parts)} stacks in this series, told apart by {trait}",) if len(parts) > 1 else ()
         found.append(_found(_Group(headers, (*notes, *why)), frames, of_more=k > 0))
     return found
@@ -430,6 +432,7 @@ def _frame(path: Path, index: int, count: int, size: tuple[int, int], ds: pydico
 
     def text(keyword: str, sequence: str = "") -> str:
         found = value(keyword, sequence)
+        found = "\\".join(map(str, found)) if isinstance(found, MultiValue) else found
         return "" if found is None else str(found).strip().upper()
 
     position = numbers("ImagePositionPatient", "PlanePositionSequence", 3)
@@ -590,7 +593,7 @@ def _remarks(frames: list[Frame]) -> list[str]:
     if any(frame.traits["contrast"] == "True" for frame in frames):
         notes.append("contrast agent given (ContrastBolusAgent): enhanced vessels look like blood to a model of scans "
                      "without")
-    if any(SHARP_KERNEL.fullmatch(frame.traits["kernel"]) for frame in frames):
+    if any(SHARP_KERNEL.fullmatch(frame.traits["kernel"].split("\\")[0]) for frame in frames):
         notes.append("sharp kernel (ConvolutionKernel): noise and edges are stronger than in the usual brain "
                      "reconstruction")
     derived = sum(frame.derived for frame in frames)

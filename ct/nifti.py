@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from ct.geometry import Placed
-from ct.limits import DEFLATE_RATIO, check_pixel_spacing, check_size, check_slice_spacing
+from ct.limits import DEFLATE_RATIO, SLICE_MM, check_pixel_spacing, check_size, check_slice_spacing
 from ct.plausible import describe, like_a_head, tissue_shares
 from ct.scan import AIR_HU, RESULT_MARK, Found, Scan, ScanError, ScanSource
 
@@ -203,7 +203,7 @@ def _type_and_shape(path: Path, header: nib.Nifti1Header) -> tuple[np.dtype, tup
 def _refuse_reformat(path: Path, spacing: tuple[float, float], step: float) -> None:
     """ScanError where an axis in the axial plane is the one that the scan's own slices were stacked along."""
     coarse, fine = max(spacing), min(spacing)
-    if coarse > REFORMAT * step and (coarse > 1.5 * fine or coarse > 2.0):
+    if SLICE_MM[1] >= coarse > REFORMAT * step and (coarse > 1.5 * fine or coarse > 2.0):
         raise ScanError(f"{path.name}: pixels of {spacing[0]:.2f} x {spacing[1]:.2f} mm on axial slices {step:.2f} mm "
                         "apart: coronal or sagittal slices, or a scan reformatted from them; give the axial scan")
 

@@ -1,0 +1,406 @@
+"""Odd inputs that people report of CT tools, one test or more per kind: read right, taken apart, or refused by name."""
+
+import gzip
+import json
+import os
+import struct
+import zipfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydicom.uid import SecondaryCaptureImageStorage
+
+from ct.read import find_scans, read_scan
+from ct.scan import RESULT_MARK, ScanError
+from ct.slices import in_order
+from ct.write import write_nifti
+from tests.writers import make_uid, write_dicom_series, write_nifti_scan, write_scan_json, write_slice_folder
+
+RNG = np.random.default_rng(4)
+HU = RNG.integers(-1000, 600, (6, 10, 8)).astype(np.float32)
+
+
+def edit(**values):
+    def change(ds, k):
+        for keyword, value in values.items():
+            setattr(ds, keyword, value)
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = make_uid(str(values), ds.SOPInstanceUID)
+    return change
+
+
+def read_all(folder, **kwargs):
+    return [read_scan(source) for source in find_scans(folder, **kwargs)]
+
+
+def second(folder, hu, offset_mm=0.0, **values):
+    """A further stack of the same series and study, beside the first."""
+    write_dicom_series(folder, hu, position_mm=np.arange(len(hu)) * 5.0 + offset_mm, name=lambda k: f"second{k}",
+                       edit=edit(**values))
+
+
+# ---- A: what is one scan
+
+@pytest.mark.parametrize("offset_mm", [0.0, 2.5])
+@pytest.mark.parametrize("values, words", [
+    ({"AcquisitionNumber": 2}, "acquisition number"), ({"ConvolutionKernel": "H70h"}, "reconstruction kernel"),
+    ({"ContrastBolusAgent": "agent"}, "contrast agent"), ({"SliceThickness": 1}, "slice thickness")])
+def test_two_stacks_in_one_series_are_two_scans(tmp_path, values, words, offset_mm):
+    write_dicom_series(tmp_path / "case", HU)
+    second(tmp_path / "case", HU + 7, offset_mm, **values)
+    scans = read_all(tmp_path)
+    assert sorted(float(scan.hu[0, 0, 0] - HU[0, 0, 0]) for scan in scans) == [0, 7]
+    assert all(any(f"told apart by {words}" in note for note in scan.notes) for scan in scans)
+
+
+def test_acquisitions_above_each_other_are_one_scan(tmp_path):
+    def acquisition(ds, k):
+        ds.AcquisitionNumber = 1 + k // 2
+    write_dicom_series(tmp_path / "case", HU, edit=acquisition)
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, HU)
+    assert scan.notes == ()
+
+
+def test_two_patients_under_one_uid_are_two_scans_without_names(tmp_path):
+    write_dicom_series(tmp_path / "case", HU)
+    second(tmp_path / "case", HU + 7, 2.5, PatientID="SECRET-2", PatientName="Secret^Other")
+    scans = read_all(tmp_path)
+    assert len(scans) == 2 and all(len(scan.hu) == 6 for scan in scans)
+    assert "ecret" not in repr(scans) + str(find_scans(tmp_path)) and "SECRET" not in repr(scans)
+
+
+def test_a_screenshot_and_compressed_copies_are_left_out(tmp_path):
+    write_dicom_series(tmp_path / "case", HU)
+    second(tmp_path / "case", HU + 1, ImageType=["DERIVED", "PRIMARY", "AXIAL"], LossyImageCompression="01")
+    write_dicom_series(tmp_path / "case", HU[:1], position_mm=[40], name=lambda k: "shot",
+                       edit=edit(SOPClassUID=SecondaryCaptureImageStorage))
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, HU)
+    assert "left out: 6 copy of another slice (derived or lossy compressed)" in scan.notes
+    assert any("SOP class Secondary Capture Image Storage" in note for note in scan.notes)
+
+
+def test_axial_slices_called_derived_are_slices(tmp_path):
+    def derived(ds, k):
+        if k % 3 == 0:
+            ds.ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
+    write_dicom_series(tmp_path / "case", HU, edit=derived)
+    scan, = read_all(tmp_path)
+    assert len(scan.hu) == 6 and "marked as derived and secondary (ImageType), taken as axial slices: 2" in scan.notes
+
+
+def test_series_of_one_image_are_one_scan_or_one_reason(tmp_path):
+    for k in range(6):
+        write_dicom_series(tmp_path / "case", HU[k:k + 1], position_mm=[5.0 * k], series=k, name=lambda _, k=k: f"{k}")
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, HU)
+    assert scan.notes == ("6 series of one or two images taken as one scan",)
+    for k in range(6):
+        write_dicom_series(tmp_path / "case", HU[k:k + 1], position_mm=[5.0 * k], series=k, name=lambda _, k=k: f"{k}",
+                           edit=edit(FrameOfReferenceUID=make_uid("frame", k)))
+    source, = find_scans(tmp_path)
+    with pytest.raises(ScanError, match="0 and 5 more: series of one or two images, which differ in frame"):
+        read_scan(source)
+
+
+# ---- B: numbers that are not HU
+
+@pytest.mark.parametrize("change, words", [
+    (edit(RescaleType="ED"), "RescaleType is ED"), (edit(RescaleIntercept=0), "do not look like HU of a head in air"),
+    (lambda ds, k: setattr(ds, "PixelData", (-np.frombuffer(ds.PixelData, "<i2")).tobytes()), "do not look like HU")])
+def test_other_numbers_are_refused(tmp_path, change, words):
+    write_dicom_series(tmp_path / "case", HU, edit=change)
+    with pytest.raises(ScanError, match=words):
+        read_all(tmp_path)
+
+
+def test_bits_above_those_stored_do_not_count(tmp_path):
+    """An overlay in bit 15 of 12-bit pixels, also in signed ones; the sign comes from bit 11."""
+    def overlay(ds, k):
+        stored = np.frombuffer(ds.PixelData, "<u2").copy()
+        if ds.PixelRepresentation:
+            stored = (stored.astype(np.int32) - 1024).astype("<u2") & 0xfff           # two's complement in 12 bits
+            ds.RescaleIntercept = 0
+        stored[::3] |= 0x8000
+        ds.BitsStored, ds.HighBit, ds.PixelData = 12, 11, stored.tobytes()
+
+    for signed in (0, 1):
+        def change(ds, k, signed=signed):
+            ds.PixelRepresentation = signed
+            overlay(ds, k)
+        write_dicom_series(tmp_path / str(signed), HU, series=signed, edit=change)
+    for scan in read_all(tmp_path):
+        np.testing.assert_array_equal(scan.hu, HU)
+
+
+def test_padding_among_tissue_is_none(tmp_path):
+    write_dicom_series(tmp_path / "case", HU, edit=edit(PixelPaddingValue=1024))            # 0 HU
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, HU)
+    assert "PixelPaddingValue lies among the HU of tissue" in scan.notes[0]
+
+
+@pytest.mark.parametrize("values", [HU + 1024 - 30, np.where(HU > 300, 3000, HU + 1000) - 24,
+                                    RNG.normal(0, 20, HU.shape)])
+def test_nifti_with_an_offset_is_refused(tmp_path, values):
+    write_nifti_scan(tmp_path / "vol.nii", values)
+    with pytest.raises(ScanError, match="look like HU"):
+        read_all(tmp_path)
+
+
+# ---- D: nothing is passed over in silence
+
+def test_bare_dicom_without_suffix_is_read_and_the_rest_is_named(tmp_path):
+    folder = write_dicom_series(tmp_path / "case", HU, name=lambda k: f"IM{k}")
+    for k in (1, 3):
+        ds = pydicom.dcmread(folder / f"IM{k}")
+        del ds.file_meta, ds.preamble
+        ds.save_as(folder / f"IM{k}", implicit_vr=True, little_endian=True)
+    (folder / "report.pdf").write_bytes(b"%PDF-1.4 nothing")
+    lines = []
+    scan, = read_all(tmp_path, log=lines.append)
+    np.testing.assert_array_equal(scan.hu, HU)
+    assert lines == ["not read, no scans: 1 files (1 .pdf), the first report.pdf"]
+
+
+def test_a_nifti_pair_is_read_and_analyze_is_refused(tmp_path):
+    image = nib.load(write_nifti_scan(tmp_path / "one.nii", HU))
+    nib.save(nib.Nifti1Pair(image.get_fdata().astype(np.int16), image.affine), tmp_path / "pair.hdr")
+    pair = next(scan for scan in read_all(tmp_path) if scan.scan_id == "pair")
+    np.testing.assert_array_equal(pair.hu, HU)
+    (tmp_path / "old").mkdir()
+    nib.save(nib.AnalyzeImage(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "old" / "a.hdr")
+    with pytest.raises(ScanError, match="a.hdr: an Analyze 7.5 header"):
+        read_all(tmp_path / "old")
+
+
+def test_a_zip_is_read_and_its_paths_stay_inside(tmp_path):
+    series = write_dicom_series(tmp_path / "files", HU)
+    with zipfile.ZipFile(tmp_path / "heads.zip", "w") as archive:
+        for path in series.iterdir():
+            archive.write(path, f"sub/{path.name}")
+    source, = find_scans(tmp_path / "heads.zip")
+    assert source.scan_id == "heads--sub" and source.files == (tmp_path / "heads.zip",)
+    np.testing.assert_array_equal(read_scan(source).hu, HU)
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr("../escaped.dcm", b"x")
+    source, = find_scans(tmp_path / "bad.zip")
+    with pytest.raises(ScanError, match="bad.zip: holds a path that leads out"):
+        read_scan(source)
+    assert not (tmp_path.parent / "escaped.dcm").exists()
+
+
+def test_results_among_the_scans_are_left_aside(tmp_path):
+    path = write_nifti_scan(tmp_path / "scan.nii.gz", HU)
+    scan, = read_all(path)
+    (tmp_path / "results" / "scan").mkdir(parents=True)
+    (tmp_path / "results" / "scan" / "result.json").write_text(json.dumps({"key": {}, "scan": {}, "slices": []}))
+    write_nifti(tmp_path / "results" / "scan" / "reconstruction.nii.gz", scan.hu, scan)
+    lines = []
+    assert [one.scan_id for one in find_scans(tmp_path, log=lines.append)] == ["scan"]
+    assert lines == ["left aside: 1 folders with results of this program (scan)"]
+    write_nifti(tmp_path / "copied.nii.gz", scan.hu, scan, description=f"{RESULT_MARK}: reconstruction")
+    with pytest.raises(ScanError, match="copied.nii.gz: a result of this program"):
+        read_all(tmp_path / "copied.nii.gz")
+
+
+# ---- E: one scan never costs the others
+
+def test_a_name_that_is_no_utf8_has_a_printable_id(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/\xc3\xee\xeb"
+    write_slice_folder(os.fsdecode(folder), HU[:1].clip(-20, 100))
+    source, = find_scans(tmp_path)
+    assert source.scan_id == "%C3%EE%EB" and len(read_scan(source).hu) == 1
+
+
+@pytest.mark.parametrize("spacing_mm, words", [
+    ((5, 890, 890), "pixel spacing of 890 x 890 mm"), ((5, 0.09, 0.09), "pixel spacing of 0.09"),
+    ((0.01, 0.5, 0.5), "slice spacing of 0.01"), ((50, 0.5, 0.5), "slice spacing of 50")])
+def test_sizes_in_another_unit_are_refused(tmp_path, spacing_mm, words):
+    write_nifti_scan(tmp_path / "vol.nii", HU, spacing_mm)
+    with pytest.raises(ScanError, match=words):
+        read_all(tmp_path)
+    (tmp_path / "vol.nii").unlink()
+    if spacing_mm[0] > 0.05:                                     # closer slices are duplicates in DICOM
+        write_dicom_series(tmp_path / "case", HU, spacing_mm)
+        with pytest.raises(ScanError, match=words):
+            read_all(tmp_path)
+
+
+def test_units_of_nifti_are_converted(tmp_path):
+    image = nib.load(write_nifti_scan(tmp_path / "vol.nii", HU, (5000, 500, 400)))
+    image = nib.Nifti1Image(image.get_fdata(), image.affine)
+    image.header.set_xyzt_units("micron")
+    nib.save(image, tmp_path / "vol.nii")
+    scan, = read_all(tmp_path)
+    assert scan.pixel_spacing_mm == pytest.approx((0.5, 0.4)) and scan.slice_spacing_mm == pytest.approx(5)
+    assert "lengths in microns (xyzt_units) converted to mm" in scan.notes
+
+
+def test_a_header_that_promises_too_much_is_refused_before_reading(tmp_path):
+    path = write_nifti_scan(tmp_path / "vol.nii.gz", HU)
+    header = bytearray(gzip.open(path).read())
+    struct.pack_into("<4h", header, 40, 3, 4000, 4000, 4000)
+    with gzip.open(path, "wb") as file:
+        file.write(bytes(header))
+    with pytest.raises(ScanError, match="GB|truncated or damaged"):
+        read_all(tmp_path)
+
+
+# ---- F: NIfTI headers
+
+def patched(path, offset, form, *values):
+    data = bytearray(path.read_bytes())
+    struct.pack_into(form, data, offset, *values)
+    path.write_bytes(bytes(data))
+
+
+def two_forms(path, sform_code, qform_code, mirrored=False):
+    image = nib.load(write_nifti_scan(path, HU))
+    other = image.affine.copy()
+    other[0] *= -1 if mirrored else 1
+    image.set_sform(image.affine, sform_code)
+    image.set_qform(other, qform_code)
+    image = nib.Nifti1Image(image.get_fdata(), None, image.header)
+    nib.save(image, path)
+
+
+def test_an_intercept_that_is_no_number_is_0(tmp_path):
+    path = write_nifti_scan(tmp_path / "vol.nii", HU)
+    patched(path, 112, "<2f", 1.0, float("nan"))
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, HU)
+
+
+def test_a_bad_quaternion_beside_a_valid_sform(tmp_path):
+    path = write_nifti_scan(tmp_path / "vol.nii", HU)
+    patched(path, 252, "<h", 1)
+    patched(path, 256, "<3f", 0.9, 0.9, 0.9)
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, HU)
+
+
+@pytest.mark.parametrize("codes, mirrored, taken", [((1, 1), True, "sform"), ((4, 1), True, "qform"),
+                                                    ((1, 4), True, "sform"), ((1, 1), False, None)])
+def test_the_scanners_form_is_taken(tmp_path, codes, mirrored, taken):
+    two_forms(tmp_path / "vol.nii", *codes, mirrored)
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, HU[:, :, ::-1] if taken == "qform" else HU)
+    assert [note.split(":")[1].split(" (")[0] for note in scan.notes if "disagree" in note] == (
+        [f" taken is the {taken}"] if taken else [])
+
+
+def test_coronal_slices_are_refused(tmp_path):
+    write_nifti_scan(tmp_path / "vol.nii", HU, (0.9, 5.0, 0.9))
+    with pytest.raises(ScanError, match="coronal or sagittal slices"):
+        read_all(tmp_path)
+
+
+# ---- G: pictures
+
+def order(*names):
+    return [path.name for _, path in in_order([Path(name) for name in names])]
+
+
+def test_signs_and_decimals_belong_to_the_number():
+    assert order("5.0.png", "-60.0.png", "0.0.png", "-5.0.png") == ["-60.0.png", "-5.0.png", "0.0.png", "5.0.png"]
+    assert order("z5.png", "z-60.png", "z0.png") == ["z-60.png", "z0.png", "z5.png"]
+    assert order("2.5.png", "10.0.png", "5.0.png") == ["2.5.png", "5.0.png", "10.0.png"]
+    assert order("im-0010.png", "im-0002.png") == ["im-0002.png", "im-0010.png"]
+    assert order("s-3.png", "s-1.png", "s-2.png") == ["s-1.png", "s-2.png", "s-3.png"]
+
+
+@pytest.mark.parametrize("names", [("a.png", "b.png"), ("IM-1-2.png", "IM-2-1.png"), ("z-60.png", "z-55.png"),
+                                   ("slice1.png", "Slice2.png")])
+def test_names_without_an_order_are_refused(names):
+    with pytest.raises(ScanError, match="no order|sign"):
+        order(*names)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-500, 500), min_size=2, max_size=30, unique=True), st.sampled_from(["", "z", "pos_"]))
+def test_slices_come_in_the_order_of_their_positions(positions, prefix):
+    names = [f"{prefix}{mm / 2:.1f}.png" for mm in positions]
+    try:
+        found = order(*names)
+    except ScanError:
+        return
+    wanted = [f"{prefix}{mm / 2:.1f}.png" for mm in sorted(positions)]
+    assert found == wanted
+
+
+def test_pictures_are_turned_as_exif_says(tmp_path):
+    grey = np.zeros((16, 24), np.uint8)
+    grey[4:8, 2:9] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 2                                              # mirrored left to right
+    (tmp_path / "case").mkdir()
+    Image.fromarray(grey[:, ::-1]).save(tmp_path / "case" / "0.jpg", quality=95, exif=exif)
+    write_scan_json(tmp_path / "case", [[0, 100]])
+    scan, = read_all(tmp_path)
+    assert scan.hu[0, 5, 5] > 70 and scan.hu[0, 5, -6] < 5
+
+
+def test_what_is_transparent_is_outside_and_inverted_is_refused(tmp_path):
+    rgba = np.full((1, 8, 8, 4), 255, np.uint8)
+    rgba[0, :, :, 3] = 0
+    rgba[0, 2:6, 2:6] = (128, 128, 128, 255)
+    (tmp_path / "case").mkdir()
+    Image.fromarray(rgba[0]).save(tmp_path / "case" / "0.png")
+    write_scan_json(tmp_path / "case", [[0, 255]])
+    scan, = read_all(tmp_path)
+    assert scan.hu[0, 0, 0] == 0 and scan.hu[0, 3, 3] == 128
+    Image.fromarray(255 - scan.hu[0].astype(np.uint8)).save(tmp_path / "case" / "0.png")
+    with pytest.raises(ScanError, match="white at their border"):
+        read_all(tmp_path)
+
+
+def test_twelve_bits_in_sixteen_are_refused_and_a_byte_order_mark_is_read(tmp_path):
+    folder = write_slice_folder(tmp_path / "case", HU, (-1024, 3071), bits=16)
+    path = folder / "scan.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    np.testing.assert_allclose(read_all(tmp_path)[0].hu, HU, atol=0.05)
+    for k in range(6):
+        twelve = (HU[k] + 1024).astype(np.uint16)
+        Image.fromarray(twelve).save(folder / f"{k}.png")
+    with pytest.raises(ScanError, match="12-bit values"):
+        read_all(tmp_path)
+
+
+# ---- H: messages
+
+@pytest.mark.parametrize("change, words", [
+    (edit(ImagePositionPatient=[0, 0, 0]), "all 6 slices lie at one ImagePositionPatient"),
+    (lambda ds, k: delattr(ds, "PixelSpacing"), "000.dcm has no valid PixelSpacing")])
+def test_messages_name_attribute_and_file_but_no_folder(tmp_path, change, words):
+    write_dicom_series(tmp_path / "Ivanov", HU, edit=change)
+    with pytest.raises(ScanError, match=words) as error:
+        read_all(tmp_path)
+    assert "Ivanov" not in str(error.value)
+
+
+def test_uncompressed_pixels_under_a_compressed_syntax_are_read(tmp_path):
+    folder = write_dicom_series(tmp_path / "case", HU)
+    for path in folder.iterdir():                                 # Explicit VR Little Endian called RLE Lossless
+        path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0"))
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, HU)
+    assert "transfer syntax says compressed, the pixels are not: 6 files read as they are" in scan.notes
+
+
+def test_contrast_agent_and_sharp_kernel_are_noted(tmp_path):
+    write_dicom_series(tmp_path / "case", HU, edit=edit(ContrastBolusAgent="agent", ConvolutionKernel=["H70h", "1"]))
+    scan, = read_all(tmp_path)
+    assert scan.notes[0].startswith("contrast agent given") and scan.notes[1].startswith("sharp kernel")
+
+
+def test_gzip_called_nii(tmp_path):
+    path = write_nifti_scan(tmp_path / "vol.nii.gz", HU)
+    path.rename(tmp_path / "vol.nii")
+    np.testing.assert_array_equal(read_all(tmp_path)[0].hu, HU)
