@@ -57,9 +57,9 @@ def upright(scan: Scan) -> Scan:
 
 
 def check_head(scan: Scan, brain: np.ndarray) -> tuple[str, ...]:
-    """Why a percentile would mean little: notes on each end of the brain that the scan lacks, and on unusual HU.
+    """Why a percentile would mean little: notes on a scan that ends below the vertex, and on unusual HU.
 
-    scan and its brain mask, bool [S, H, W], at working thickness. Empty for a whole head. Raises ScanError for what
+    Without the skull base, positions are still measured from the vertex, and nothing is said. scan and its brain mask, bool [S, H, W], at working thickness. Empty for a whole head. Raises ScanError for what
     is no head: a brain that no skull surrounds, of a volume, height or density that no brain has.
     """
     areas = brain.sum(axis=(1, 2))
@@ -91,8 +91,6 @@ def check_head(scan: Scan, brain: np.ndarray) -> tuple[str, ...]:
                      f"{USUAL_BRAIN_HU[1]:.0f}: is the HU scale right?")
     if vertex:
         notes.append("partial head: ends below the vertex; positions unknown")
-    if base:
-        notes.append("partial head: starts above the skull base")
     return tuple(notes)
 
 

@@ -47,7 +47,9 @@ def test_parts_of_a_head_are_noted():
     part = replace(scan, hu=scan.hu[:-9], position_mm=scan.position_mm[:-9])
     assert check_head(part, brain[:-9]) == ("partial head: ends below the vertex; positions unknown",)
     slab = replace(scan, hu=scan.hu[12:18], position_mm=scan.position_mm[12:18])
-    assert len(check_head(slab, brain[12:18])) == 2
+    assert len(check_head(slab, brain[12:18])) == 1
+    top = replace(scan, hu=scan.hu[14:], position_mm=scan.position_mm[14:])
+    assert check_head(top, brain[14:]) == ()                         # measured from the vertex, which is there
 
 
 def test_a_skull_with_a_part_taken_out_stays_in():
