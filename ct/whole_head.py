@@ -59,8 +59,9 @@ def upright(scan: Scan) -> Scan:
 def check_head(scan: Scan, brain: np.ndarray) -> tuple[str, ...]:
     """Why a percentile would mean little: notes on a scan that ends below the vertex, and on unusual HU.
 
-    Without the skull base, positions are still measured from the vertex, and nothing is said. scan and its brain mask, bool [S, H, W], at working thickness. Empty for a whole head. Raises ScanError for what
-    is no head: a brain that no skull surrounds, of a volume, height or density that no brain has.
+    scan and its brain mask, bool [S, H, W], at working thickness. Without the skull base positions are still measured
+    from the vertex, and nothing is said. Raises ScanError for what is no head: a brain that no skull surrounds, of a
+    volume, height or density that no brain has.
     """
     areas = brain.sum(axis=(1, 2))
     shown = np.flatnonzero(areas)
