@@ -21,7 +21,7 @@ import projector
 from demos.anatomy import build_head
 from demos.phantom import code_hash
 from demos.scanner import SIZE, Setup, acquire
-from tests.writers import write_dicom_series
+from tests.writers import make_uid, write_dicom_series
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "phantom-128"
 AT_MNI_MM = (30.0, -18.0, 28.0)                       # right, a little behind the middle, beside the ventricle's roof
@@ -86,7 +86,8 @@ def project(tmp_path_factory) -> Callable[..., Path]:
         folder = tmp_path_factory.mktemp("known-bleed")
         for name, hu in scans.items():
             write_dicom_series(folder / "scans" / name, hu, SPACING_MM, POSITION_MM, flip_columns=True, series=name,
-                               study=name, origin_lps=(-HALF_MM, -HALF_MM, 0.0))
+                               study=name, origin_lps=(-HALF_MM, -HALF_MM, 0.0),
+                               edit=lambda ds, k: setattr(ds, "FrameOfReferenceUID", make_uid("head")))
         assert projector.main([str(folder / "scans"), "--model", str(MODEL), "--out", str(folder / "results"),
                                "--device", "cpu", "--precision", "fp32"]) == 0
         return folder / "results"
