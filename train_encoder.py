@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -78,11 +78,14 @@ class EncoderConfig:
         check_range(self, ("decay", "code_alone", "erase", "coarse", "rotate"), 0, 1)
 
 
+# What made the shipped bundles (docs/RESULTS.md): generator and encoder together, with predicted noise, no adversary
+RECOMMENDED = EncoderConfig(epochs=20, perceptual_epochs=20, lr=5e-5, lr_trunk=1e-3, lr_discriminator=5e-5,
+                            lr_generator=2e-3, decay=0.35, r1_gamma=1, perceptual="pixels", knee=0.2, noise=True,
+                            erase=0.1, coarse=0.8)
 PRESETS = {
     "paper512": EncoderConfig(),
-    "ct256": EncoderConfig(),
-    # Few slices and a small network: larger steps
-    "ct128": EncoderConfig(epochs=40, perceptual_epochs=3, lr_trunk=1e-3, lr_discriminator=5e-5, r1_gamma=1, workers=0),
+    "ct256": RECOMMENDED,
+    "ct128": replace(RECOMMENDED, workers=0),
     "smoke32": EncoderConfig(epochs=4, perceptual_epochs=2, lr=1e-3, lr_trunk=1e-3, workers=0),
 }
 

@@ -32,17 +32,14 @@ for fold in 0 1 2; do
         "$python" prepare.py "$ct_ich/train" "$phe_sich/scans" --slices "$work/keep.csv" \
             --split "$work/fold$fold.csv" --out "$work/fold$fold.lmdb" --size 128
     "$python" train_encoder.py --data "$work/fold$fold.lmdb" --gan "$phantoms/gan" --init "$phantoms/encoder" \
-        --out "$work/fold$fold" --preset ct128 --noise --coarse 0.8 --erase 0.1 --perceptual pixels --knee 0.2 \
-        --lr 5e-5 --lr-generator 2e-3 --decay 0.35 --epochs 20 --perceptual-epochs 20 --seed "$fold"
+        --out "$work/fold$fold" --preset ct128 --seed "$fold"
 done
 
 # Fold 1 is the bundle's; the others only calibrate
 [ -e "$work/model/model.json" ] ||
     "$python" latent_stats.py --data "$work/fold1.lmdb" --encoder "$work/fold1" \
         --fold "$work/fold0.lmdb" "$work/fold0" --fold "$work/fold2.lmdb" "$work/fold2" \
-        --out "$work/model" --name ct-ich-128 --preset ct128 --passes 2 \
-        --set method=inversion measure=surprise filter=band scale=sides hypodense=0.6 pool=peak surprise_above=2 \
-        surprise_mask=3 scan_score=top3
+        --out "$work/model" --name ct-ich-128 --preset ct128
 
 "$python" benchmarks/cross_validation.py --fold "$work/fold0.lmdb" "$work/fold0" \
     --fold "$work/fold1.lmdb" "$work/fold1" --fold "$work/fold2.lmdb" "$work/fold2" --out "$work/cross-validation"

@@ -25,17 +25,14 @@ mkdir -p "$work"
 
 # The code first, then the noise maps as well
 "$python" train_encoder.py --data "$work/phantoms.lmdb" --gan "$work/gan" --out "$work/encoder" --preset ct128 \
-    --perceptual pixels --knee 0.2 --lr 5e-5 --lr-trunk 1e-3 --lr-generator 2e-3 --epochs 6 --perceptual-epochs 6 \
-    --decay 0.35 --coarse 0.8 --erase 0.1 --rotate 0
-"$python" train_encoder.py --data "$work/phantoms.lmdb" --gan "$work/gan" --init "$work/encoder" --noise \
-    --out "$work/noise" --preset ct128 --perceptual pixels --knee 0.2 --lr 5e-5 --lr-trunk 1e-3 --lr-generator 2e-3 \
-    --epochs 1 --perceptual-epochs 1 --coarse 0.8 --erase 0.1 --rotate 0
+    --no-noise --epochs 6 --perceptual-epochs 6 --rotate 0
+"$python" train_encoder.py --data "$work/phantoms.lmdb" --gan "$work/gan" --init "$work/encoder" \
+    --out "$work/noise" --preset ct128 --epochs 1 --perceptual-epochs 1 --decay 0 --rotate 0
 
 [ -e "$work/model/model.json" ] ||
     "$python" latent_stats.py --data "$work/phantoms.lmdb" --encoder "$work/noise" --out "$work/model" \
         --name phantom-128 --preset ct128 --passes 1 \
-        --set method=inversion measure=surprise filter=band scale=sides hypodense=1 pool=peak surprise_above=1.5 \
-        surprise_mask=3.5 scan_score=top3
+        --set hypodense=1 surprise_above=1.5 surprise_mask=3.5
 
 "$python" demos/benchmark.py --model "$work/model" --data "$work/phantoms.lmdb" \
     --training-labels "$work/phantoms/labels.csv" --out "$work/benchmark"
