@@ -14,7 +14,7 @@ from ct.scan import Scan
 from detect import calibration
 from detect.bundle import Bundle, versions
 from detect.measure import Evidence, Findings, Measure, scan_score, thickness_mm
-from detect.reconstruct import Reconstruction, Reconstructor
+from detect.reconstruct import Reconstruction, Reconstructor, error_hu
 from detect.settings import Settings
 
 OTHER_SPACING = 1.25    # slices further apart than those of the calibration by this factor, or closer, do not compare
@@ -130,7 +130,10 @@ class Projector:
         if self.incomparable:
             notes.append(self.incomparable)
         score = scan_score(findings.slice_scores, self.settings.scan_score, thickness_mm(below_vertex_mm))
-        percentile, threshold, why_not = self._compare(score, found.error, calibration.usual_spacing(below_vertex_mm))
+        # A large lesion is far from its closest normal, as it should be: what tells a bad reconstruction is the rest
+        rest = brain & ~findings.predicted
+        error_of_rest = error_hu(found.query_hu, found.normal_hu, rest) if rest.any() else found.error
+        percentile, threshold, why_not = self._compare(score, error_of_rest, calibration.usual_spacing(below_vertex_mm))
         notes += [why_not] if why_not else []
         if unreliable or pre.reservations:
             percentile = threshold = None
@@ -146,7 +149,7 @@ class Projector:
             anomalous_ml=volume_ml(mask, scan), unreliable=unreliable, notes=tuple(dict.fromkeys(notes)),
             seconds=seconds | {"to the scan": time.perf_counter() - started}, working=pre)
 
-    def _compare(self, score: float, error_hu: float,
+    def _compare(self, score: float, error_of_rest: float,
                  spacing_mm: float) -> tuple[float | None, float | None, str | None]:
         """Percentile and threshold of a score; None where they are not known, and a note where the scan is why."""
         how = self.settings.scan_score
@@ -156,11 +159,11 @@ class Projector:
             low, high = (f"{mm:.3g}" for mm in self.spacing_mm)
             return None, self.threshold, (f"slices {spacing_mm:.3g} mm apart, those of the calibration "
                                 f"{low if low == high else f'{low} to {high}'} mm: no percentile")
-        usual = Reconstruction.last_error(self.calibration["error_hu"])
-        if error_hu > TOO_FAR * usual:
-            return None, self.threshold, (f"the closest normal is off by {error_hu:.1f} HU, of healthy scans by "
-                                          f"{usual:.1f}: it does not come close; no percentile")
         threshold = self.calibration["threshold"][how] if self.threshold is None else self.threshold
+        usual = Reconstruction.last_error(self.calibration["error_hu"])
+        if error_of_rest > TOO_FAR * usual:            # flagged all the same: a head full of blood is so far off, too
+            return None, threshold, (f"the closest normal is off by {error_of_rest:.1f} HU where nothing is marked, of "
+                                     f"healthy scans by {usual:.1f}: it does not come close; no percentile")
         return calibration.percentile(self.calibration, score, how), threshold, None
 
     def key(self) -> dict:

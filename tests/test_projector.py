@@ -97,15 +97,22 @@ def test_a_percentile_is_among_scores_made_alike():
 
 # ---- what is flagged
 
-def alarmed(scores, **alarm):
+def alarmed(scores, error_of_rest=3.0, **alarm):
     """A projector's calibration and what it says of a score of 2.5."""
     calibrated = {"scans": [str(s) for s in scores], "scan_scores": {"mean": scores},
-                  "threshold": {"fpr": 0.05, "mean": None, "reason": "too few"}}
+                  "threshold": {"fpr": 0.05, "mean": None, "reason": "too few"}, "error_hu": {"reconstruct": 3.0}}
     if "alarm_rate" in alarm:
         calibrated = calibration.at_rate(calibrated, alarm["alarm_rate"])
     self = SimpleNamespace(settings=Settings(scan_score="mean"), calibration=calibrated,
                            threshold=alarm.get("threshold"), spacing_mm=(5.0, 5.0))
-    return Projector._compare(self, 2.5, 5.0)[:2]
+    return Projector._compare(self, 2.5, error_of_rest, 5.0)[:2]
+
+
+def test_a_normal_that_does_not_come_close_costs_the_percentile_and_not_the_flag():
+    """A head full of blood has a bad closest normal, too: it must not lose its flag for that."""
+    scores = [1.0, 2.0, 3.0, 4.0]
+    assert alarmed(scores, error_of_rest=6.0, threshold=0.5) == (pytest.approx(40), 0.5)        # twice 3.0 is no more
+    assert alarmed(scores, error_of_rest=6.1, threshold=0.5) == (None, 0.5)
 
 
 def test_a_threshold_and_an_alarm_rate_go_before_the_models():
