@@ -67,7 +67,7 @@ MUTANTS = (
     Mutant("only what is hyperdense is predicted", "detect/measure.py",
            "combined.abs() > self.mask", "combined > self.mask", BLEED + " -k wrong_hu"),
     Mutant("worklist begins with the lowest score", "detect/folder.py",
-           '-row["score"]', 'row["score"]', BLEED + " -k wrong_hu"),
+           '-row["score"]', 'row["score"]', "tests/test_end_to_end.py -k ranked"),
     Mutant("exit code 0 although scans failed", "projector.py", "in results) else 3", "in results) else 0",
            "tests/test_patient_data.py -k output"),
     Mutant("a broken header's value in the reason", "ct/dicom.py",
