@@ -13,14 +13,12 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
-from detect.bundle import BUNDLE_META, import_released, load_bundle, read_bundle_meta
-from weights import CheckpointError, load_tensors
-
 
 def describe(folder: str | Path) -> str:
     """What a bundle is, for people to read: method, files, settings, versions and provenance."""
+    from detect.bundle import load_bundle
+    from weights import load_tensors
+
     bundle = load_bundle(folder)
     meta = bundle.meta
     lines = [f"{folder}: format version {meta['format_version']}, weights {bundle.weights_hash[:16]}"]
@@ -42,6 +40,8 @@ def describe(folder: str | Path) -> str:
 
 def shortened(meta: dict) -> dict:
     """model.json's versions, settings and provenance; of the calibration the number of scans and the thresholds."""
+    from detect.bundle import BUNDLE_META
+
     shown = {key: meta[key] for key in ("versions", *BUNDLE_META) if key != "calibration"}
     if meta["calibration"]:
         thresholds = meta["calibration"]["threshold"]
@@ -51,6 +51,8 @@ def shortened(meta: dict) -> dict:
 
 def facts(folder: str | Path) -> dict:
     """What a bundle is, for programs: JSON."""
+    from detect.bundle import read_bundle_meta
+
     meta, weights_hash = read_bundle_meta(folder)
     return {"format_version": meta["format_version"], "weights_sha256": weights_hash, "config": meta["config"],
             "files": meta["files"]} | shortened(meta)
@@ -69,6 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     show.add_argument("folder")
     show.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args(argv)
+
+    import torch  # only now: --help needs none of what takes seconds to import
+
+    from detect.bundle import import_released
+    from weights import CheckpointError
+
     try:
         if args.command == "import-released":
             dtype = torch.float32 if args.fp32 else torch.float16

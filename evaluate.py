@@ -13,36 +13,24 @@ out silently: see --missing. Exit 0 done, 2 wrong usage or unfit input.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
-import numpy as np
-import scipy
-import sklearn
-
-from detect.report import ReportError, read_json, write_report
-from evaluation import metrics, triage
-from evaluation.cohort import (
-    InputError,
-    Key,
-    Label,
-    Units,
-    join,
-    read_labels,
-    read_scores,
-    read_seconds,
-    threshold_from,
-)
-from evaluation.figures import level_figures, markdown, pixel_figures, plot_curves, table
-from evaluation.metrics import Undefined, defined
-from evaluation.triage import TriageSettings
+from evaluation.settings import TriageSettings
 from files import sha256
+
+if TYPE_CHECKING:                         # what takes seconds to import, functions import: --help needs none of it
+    from evaluation.cohort import Key, Label, Units
+
+LIBRARIES = ("numpy", "scipy", "scikit-learn", "matplotlib")             # that figures hang on
 
 
 def write(out: Path, stem: str, report: dict, table: str) -> None:
@@ -54,8 +42,7 @@ def write(out: Path, stem: str, report: dict, table: str) -> None:
 
 
 def provenance(args) -> dict:
-    modules = {"numpy": np, "scipy": scipy, "scikit-learn": sklearn, "matplotlib": matplotlib}
-    versions = {module: loaded.__version__ for module, loaded in modules.items()}
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"settings": vars(args), "versions": {"python": platform.python_version(), **versions}}
 
 
@@ -64,6 +51,8 @@ def provenance(args) -> dict:
 
 def slice_units(args, scan_labels: dict[Key, Label], not_chosen: set[Key]) -> Units:
     """Slices of the labelled scans, clustered by patient; what belongs to other scans is left out and counted."""
+    from evaluation.cohort import join, read_labels, read_scores
+
     every_label, _ = read_labels(args.slice_labels, by_slice=True)
     labels = {k: replace(label, patient=scan_labels[k[:1]].patient) for k, label in every_label.items()
               if k[:1] in scan_labels}
@@ -80,6 +69,8 @@ def own_threshold(path: Path, units: Units) -> tuple[float | None, str]:
 
     None, too, where scans of the calibration are among those evaluated: a threshold comes from other data.
     """
+    from detect.report import read_json
+
     run = read_json(path) if path.is_file() else {}
     calibration, how = run.get("calibration"), run.get("settings", {}).get("scan_score")
     if not calibration or calibration["threshold"].get(how) is None:
@@ -93,6 +84,12 @@ def own_threshold(path: Path, units: Units) -> tuple[float | None, str]:
 
 
 def evaluate(args) -> None:
+    from detect.report import read_json, write_report
+    from evaluation import metrics
+    from evaluation.cohort import InputError, join, read_labels, read_scores, threshold_from
+    from evaluation.figures import level_figures, markdown, pixel_figures, plot_curves, table
+    from evaluation.metrics import defined
+
     scores = read_scores(args.scores)
     labels, not_chosen = read_labels(args.labels, args.where)
     units = {"scan": join(scores, labels, args.missing, not_chosen)}
@@ -128,6 +125,10 @@ def evaluate(args) -> None:
 
 
 def simulate_worklist(args) -> None:
+    from evaluation import triage
+    from evaluation.cohort import InputError, join, read_labels, read_scores, read_seconds
+    from evaluation.metrics import Undefined
+
     labels, not_chosen = read_labels(args.labels, args.where)
     units = join(read_scores(args.scores), labels, args.missing, not_chosen)
     settings = TriageSettings(**{f.name: getattr(args, f.name) for f in fields(TriageSettings)})
@@ -151,7 +152,7 @@ def _share(text: str) -> float:
 
 def _finite(text: str) -> float:
     value = float(text)
-    if not np.isfinite(value):
+    if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
     return value
 
@@ -248,6 +249,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.masks and not args.masks.is_dir():
             parser.error(f"--masks {args.masks}: no such folder")
         args.maps = args.maps or args.scores.parent
+
+    from detect.report import ReportError
+    from evaluation.cohort import InputError
+
     try:
         command(args)
     except (OSError, InputError, ReportError) as problem:

@@ -19,11 +19,7 @@ import os
 import sys
 from pathlib import Path
 
-from ct.frame import PreprocessSettings
-from ct.scan import ScanError
-from ct.standardise import StandardiseSettings
-from dataset import DatasetError
-from gan.database import build_lmdb
+from ct.settings import PreprocessSettings, StandardiseSettings
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,6 +77,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def prepare(args: argparse.Namespace) -> int:
     """Does what the command line says; returns the exit code."""
+    from gan.database import build_lmdb
+
     settings = PreprocessSettings(StandardiseSettings(size=args.size), slab_mm=args.slab_mm,
                                   min_brain_fraction=args.min_brain_fraction,
                                   max_below_vertex_mm=args.max_below_vertex_mm)
@@ -101,6 +99,10 @@ def main(argv: list[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     check(p, args)
+
+    from ct.scan import ScanError  # only now: --help needs none of what takes seconds to import
+    from dataset import DatasetError
+
     try:
         return prepare(args)
     except (DatasetError, ScanError) as error:

@@ -32,38 +32,27 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
-import distributed
-from ct.frame import PreprocessSettings
-from ct.read import find_all
-from detect.bundle import Bundle, load_bundle, versions
-from detect.dicom_out import dicom_writer
-from detect.folder import (
-    TABLES_EVERY_S,
-    Result,
-    collect,
-    collect_all,
-    make_writable,
-    project_all,
-    refuse_other_results,
-    remove_leftovers,
-    write_tables,
-)
-from detect.measure import SCAN_SCORES
-from detect.outputs import OUTPUTS
-from detect.projection import Projector
-from detect.report import write_report
-from detect.settings import Settings
+from ct.settings import PreprocessSettings
 from files import replace_text
-from op import memory, set_impl
 from version import VERSION
+
+if TYPE_CHECKING:                         # what takes seconds to import, functions import: --help needs none of it
+    from detect import Bundle, Projector, Settings
+    from detect.folder import Result
+
+TABLES_EVERY_S = 60.0                     # a run of its own keeps its tables so fresh
 
 
 def run_report(projector: Projector) -> dict:
     """What runs on what with which weights, and the healthy scores it may be held against: JSON."""
+    import numpy as np
+    import torch
+
+    import distributed
+    from detect.bundle import versions
+
     bundle = projector.bundle
     return {
         "weights_sha256": bundle.weights_hash, "model": bundle.meta["provenance"],
@@ -79,6 +68,9 @@ def run_report(projector: Projector) -> dict:
 
 def write_all(out: Path, results: list[Result], report: dict, seconds: float) -> None:
     """The tables, run.json and the page."""
+    from detect.folder import write_tables
+    from detect.report import write_report
+
     done = [result for result in results if result.ok]
     stages: dict[str, float] = {}
     for result in done:
@@ -98,6 +90,8 @@ def merge(argv: list[str]) -> int:
                                      "from the results of all parts that are in it.")
     parser.add_argument("out", type=Path, help="results folder")
     out = parser.parse_args(argv).out
+    from detect.folder import collect_all
+
     try:
         if not (out / "run.json").is_file():
             raise ValueError(f"{out}: no run.json; give a folder of results of projector.py")
@@ -127,7 +121,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--preset", choices=("model", "published"), default="model",
         help="the settings that the model is calibrated for, or the published search (100 + 100 steps) and votes with "
              "this model's distance, then mostly without percentiles (default: %(default)s)")
-    add("--scan-score", choices=list(SCAN_SCORES), help="how slice scores become the scan's (default: the model's)")
+    add("--scan-score", metavar="NAME", help="how slice scores become the scan's, such as top3; checkpoint.py show "
+        "MODEL lists them (default: the model's)")
     add("--set", dest="changes", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="other values for settings of the model, such as surprise_mask=2.5 batch=8; checkpoint.py show MODEL "
              "lists them")
@@ -216,6 +211,23 @@ def main(argv: list[str] | None = None) -> int:
         return merge(argv[1:])
     args = parse(argv)
     started = time.perf_counter()
+
+    import distributed
+    from ct.read import find_all
+    from detect.bundle import load_bundle
+    from detect.dicom_out import dicom_writer
+    from detect.folder import (
+        collect,
+        make_writable,
+        project_all,
+        refuse_other_results,
+        remove_leftovers,
+        write_tables,
+    )
+    from detect.outputs import OUTPUTS
+    from detect.projection import Projector
+    from op import memory, set_impl
+
     try:
         memory.keep_freed()
         set_impl(args.ops)

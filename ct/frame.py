@@ -1,60 +1,25 @@
 """From a scan to the slices a network sees, and back: the one preprocessing that training and inference share.
 
-The settings that decide the outcome are one dataclass, kept in the database and in every model.
+The settings that decide the outcome are one dataclass (ct/settings.py), kept in the database and in every model.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from ct.brain import brain_mask
 from ct.scan import Scan, ScanError
+from ct.settings import PreprocessSettings
 from ct.slab import Slabs, to_slabs
-from ct.standardise import Standardised, StandardiseSettings, from_frame, standardise
+from ct.standardise import Standardised, from_frame, standardise
 from ct.whole_head import check_head
 
 # Of everything that decides what a network sees: slabs, brain mask, standardisation. Raise it with every change that
 # alters pixels or masks: scores made before and after are not comparable, and a bundle of another version gives no
 # percentiles.
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class PreprocessSettings:
-    """Everything that decides which pixels a network sees.
-
-    slab_mm             thickness that thin slices are averaged to
-    thin_mm             slices closer together than this are thin
-    min_brain_fraction  slices with less brain than this part of the frame are left out
-    max_below_vertex_mm slices lower than this are left out (the neck)
-    """
-
-    standardise: StandardiseSettings = field(default_factory=StandardiseSettings)
-    slab_mm: float = 5.0
-    thin_mm: float = 4.0
-    min_brain_fraction: float = 0.02
-    max_below_vertex_mm: float = 160.0
-
-    def to_json(self) -> dict:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, stored: dict) -> PreprocessSettings:
-        """The inverse of to_json, after a trip through JSON or not; ValueError on missing or unknown keys."""
-        outer = _checked(cls, stored, "preprocessing settings")
-        inner = _checked(StandardiseSettings, outer.pop("standardise"), "standardisation settings")
-        return cls(standardise=StandardiseSettings(**inner), **outer)
-
-
-def _checked(cls: type, stored: dict, what: str) -> dict:
-    names = {f.name for f in dataclasses.fields(cls)}
-    if set(stored) != names:
-        raise ValueError(f"{what}: unknown keys {sorted(set(stored) - names)}, missing keys "
-                         f"{sorted(names - set(stored))}; made by another version: prepare anew")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
 
 
 @dataclass(frozen=True)

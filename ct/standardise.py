@@ -15,6 +15,7 @@ from scipy import ndimage, optimize
 
 from ct.morphology import box, dilate, filled, opened
 from ct.scan import Scan, ScanError
+from ct.settings import StandardiseSettings
 
 MIDDLE = 0.7                       # slices with more than this share of the largest area measure the head
 HEAD_MM = 150.0                    # diameter of a circle as large as an adult head's mean section in those slices
@@ -27,26 +28,6 @@ SYMMETRY_HU = (-20.0, 100.0)       # the range every source has
 TRUNCATION_HU = 25.0               # larger left-right differences count no more: a bleed must not turn the head
 MAX_TURN_DEG = 25.0                # searched around upright and around the mask's own axis
 SAMPLES = 4                        # a side of an output pixel at most, against aliasing
-
-
-@dataclass(frozen=True)
-class StandardiseSettings:
-    """What fixes the canonical frame; kept in a bundle's model.json, so that training and inference agree.
-
-    size            pixels of the frame, N
-    head_fraction   diameter of a circle of the mean intracranial area in the head's middle slices, as a fraction of
-                    the frame's side; the brain then is about 0.72 of it long and 0.59 wide
-    hu_clip         HU are clipped to this before anything is interpolated, so that a scan with the full range and
-                    one saturated by its source come out alike
-    remove_outside  set what lies more than margin_mm outside the head (holders, casts, tubes) to hu_clip[0]
-    margin_mm       in the millimetres of an adult's head, whatever the head's size
-    """
-
-    size: int = 256
-    head_fraction: float = 0.68
-    hu_clip: tuple[float, float] = (-20.0, 180.0)
-    remove_outside: bool = True
-    margin_mm: float = 12.0
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from detect.projection import Projector
 from files import FullDiskError, full_disk_named, replacing_folder, write_table
 
 WORK, BY_HASH = ".work", "scans"
-TABLES_EVERY_S = 60.0            # a run of its own keeps its tables so fresh
 
 
 @dataclass(frozen=True)

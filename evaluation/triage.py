@@ -20,28 +20,14 @@ this is a load like the paper's, not its experiment.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 from evaluation.metrics import Undefined
+from evaluation.settings import TriageSettings
 
 POLICIES = ("first_come", "by_score")
-
-
-@dataclass(frozen=True)
-class TriageSettings:
-    scans: int = 60                        # scans in a session, drawn with replacement from the labelled ones
-    arrival_s: float = 13.0                # mean interval of a Poisson process of arrivals
-    reader_start_s: float = 150.0          # the reader comes this long after the first scan
-    reading_median_s: float = 20.0         # log-normal reading time
-    reading_sigma: float = 0.5             # of its logarithm
-    latency_s: float = 10.0                # seconds a scan takes on one of the algorithm's machines
-    machines: int = 1
-    prevalence: float | None = None        # share of emergencies in a session; None: as in the labels
-    repeats: int = 1000
-    seed: int = 0
 
 
 def scores_known_from(arrivals: np.ndarray, latency_s: float, machines: int) -> np.ndarray:

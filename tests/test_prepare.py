@@ -229,7 +229,7 @@ def test_flags_reach_the_work(tmp_path, monkeypatch):
     def build(scans, out, settings, **options):
         asked.update(options, scans=scans, settings=settings)
         raise DatasetError("far enough")
-    monkeypatch.setattr(prepare, "build_lmdb", build)
+    monkeypatch.setattr(database_module, "build_lmdb", build)
     with pytest.raises(SystemExit):
         prepare.main(["a", "b", "--out", str(tmp_path / "x.lmdb"), "--size", "48", "--slab-mm", "6.5", "--seed", "5",
                       "--hu-clip", "-9", "91", "--min-brain-fraction", "0.03", "--max-below-vertex-mm", "77",

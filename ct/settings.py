@@ -1,0 +1,61 @@
+"""The settings of the preprocessing. On their own, so that a command line is read before torch is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class StandardiseSettings:
+    """What fixes the canonical frame; kept in a bundle's model.json, so that training and inference agree.
+
+    size            pixels of the frame, N
+    head_fraction   diameter of a circle of the mean intracranial area in the head's middle slices, as a fraction of
+                    the frame's side; the brain then is about 0.72 of it long and 0.59 wide
+    hu_clip         HU are clipped to this before anything is interpolated, so that a scan with the full range and
+                    one saturated by its source come out alike
+    remove_outside  set what lies more than margin_mm outside the head (holders, casts, tubes) to hu_clip[0]
+    margin_mm       in the millimetres of an adult's head, whatever the head's size
+    """
+
+    size: int = 256
+    head_fraction: float = 0.68
+    hu_clip: tuple[float, float] = (-20.0, 180.0)
+    remove_outside: bool = True
+    margin_mm: float = 12.0
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    """Everything that decides which pixels a network sees.
+
+    slab_mm             thickness that thin slices are averaged to
+    thin_mm             slices closer together than this are thin
+    min_brain_fraction  slices with less brain than this part of the frame are left out
+    max_below_vertex_mm slices lower than this are left out (the neck)
+    """
+
+    standardise: StandardiseSettings = field(default_factory=StandardiseSettings)
+    slab_mm: float = 5.0
+    thin_mm: float = 4.0
+    min_brain_fraction: float = 0.02
+    max_below_vertex_mm: float = 160.0
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: dict) -> PreprocessSettings:
+        """The inverse of to_json, after a trip through JSON or not; ValueError on missing or unknown keys."""
+        outer = _checked(cls, stored, "preprocessing settings")
+        inner = _checked(StandardiseSettings, outer.pop("standardise"), "standardisation settings")
+        return cls(standardise=StandardiseSettings(**inner), **outer)
+
+
+def _checked(cls: type, stored: dict, what: str) -> dict:
+    names = {f.name for f in dataclasses.fields(cls)}
+    if set(stored) != names:
+        raise ValueError(f"{what}: unknown keys {sorted(set(stored) - names)}, missing keys "
+                         f"{sorted(names - set(stored))}; made by another version: prepare anew")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
