@@ -183,6 +183,7 @@ def test_killed_at_random_moments(kills, model, tmp_path):
         assert len(set(made)) == len(made)
         if run.exitcode != -signal.SIGKILL:
             break
+    print(f"{attempt} or {attempt + 1} kills of {kills}, {len(made)} scans done by then")
     assert projector.main(flags(scans, model, out)) == 3
     assert tables(out) == tables(tmp_path / "whole")
     assert sorted(os.listdir(out / "scan-001")) == sorted(os.listdir(tmp_path / "whole" / "scan-001"))
