@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from ct.limits import check_ratio
 from ct.scan import ScanError
 
 SUFFIX, MAGIC = ".zip", b"PK\x03\x04"
@@ -54,6 +55,7 @@ def _check(path: Path, members: list[zipfile.ZipInfo], free: int) -> None:
         raise ScanError(f"{path.name}: {len(members)} files that unpack to {total / 1e9:.1f} GB; expected at most "
                         f"{MAX_FILES} files and {max(limit, 0) / 1e9:.1f} GB (what the disk has room for); unpack it "
                         "yourself")
+    check_ratio(path.name, total, path.stat().st_size)
     for member in members:
         name = PurePosixPath(member.filename)
         if name.is_absolute() or ".." in name.parts or "\\" in member.filename or "\0" in member.filename:

@@ -23,12 +23,11 @@ from pydicom.uid import (
     UID,
     CTImageStorage,
     EnhancedCTImageStorage,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
     LegacyConvertedEnhancedCTImageStorage,
     MediaStorageDirectoryStorage,
 )
 
+from ct.decoder import open_dicom, read_pixels
 from ct.geometry import SliceStack
 from ct.limits import check_pixel_spacing, check_size, check_slice_spacing
 from ct.plausible import describe, like_a_head, tissue_shares
@@ -386,12 +385,15 @@ def read_header(path: Path) -> Header | None:
                       int(ds.get("SeriesNumber") or 0), str(ds.get("SOPInstanceUID", "")), tuple(_frames(path, ds)))
     except ScanError:
         raise
+    except RecursionError as error:
+        raise ScanError(f"{path.name}: its header nests sequences deeper than any CT image's: it is damaged, or made "
+                        "to harm") from error
     except Exception as error:     # a broken header can fail anywhere in pydicom; its message may quote patient data
         raise ScanError(f"{path.name}: cannot be read as DICOM ({type(error).__name__})") from error
 
 
 def _read_tags(path: Path) -> pydicom.Dataset:
-    return pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=list(HEADER_TAGS))
+    return open_dicom(path, stop_before_pixels=True, specific_tags=list(HEADER_TAGS))
 
 
 def _frames(path: Path, ds: pydicom.Dataset) -> list[Frame]:
@@ -610,7 +612,7 @@ def _read_pixels(frames: list[Frame], notes: list[str]) -> list[np.ndarray]:
     stored = [np.empty(0)] * len(frames)
     relabelled = 0
     for path, indices in members.items():
-        pixels, native = _decode(path)
+        pixels, native = read_pixels(path)
         relabelled += native
         pixels = pixels[None] if pixels.ndim == 2 else pixels
         for k in indices:
@@ -621,32 +623,6 @@ def _read_pixels(frames: list[Frame], notes: list[str]) -> list[np.ndarray]:
     if relabelled:
         notes.append(f"transfer syntax says compressed, the pixels are not: {relabelled} files read as they are")
     return stored
-
-
-def _decode(path: Path) -> tuple[np.ndarray, bool]:
-    """The pixels of a file, and whether its transfer syntax says compressed where they are not."""
-    relabelled, name = False, "not given"
-    try:
-        ds = pydicom.dcmread(path, force=True)
-        syntax = ds.file_meta.get("TransferSyntaxUID")
-        if syntax is None:                                          # a bare data set: as it could be parsed
-            implicit, _ = ds.original_encoding
-            ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
-        elif syntax.is_compressed and _is_native(ds):
-            ds.file_meta.TransferSyntaxUID, relabelled = ExplicitVRLittleEndian, True
-        name = ds.file_meta.TransferSyntaxUID.name
-        return ds.pixel_array, relabelled
-    except Exception as error:                  # every decoder raises its own
-        raise ScanError(f"{path.name}: its pixels cannot be decoded ({type(error).__name__}): the file is damaged or "
-                        f"truncated, or its transfer syntax is not supported ({name}); export it uncompressed or in "
-                        "JPEG Lossless") from error
-
-
-def _is_native(ds: pydicom.Dataset) -> bool:
-    """Whether PixelData has the length of uncompressed pixels and does not begin as a compressed frame."""
-    size = (int(ds.Rows) * int(ds.Columns) * int(ds.get("NumberOfFrames", 1) or 1) * int(ds.get("SamplesPerPixel", 1))
-            * int(ds.BitsAllocated) // 8)
-    return len(ds.PixelData) in (size, size + 1) and ds.PixelData[:4] != b"\xfe\xff\x00\xe0"
 
 
 def _to_hu(frames: list[Frame], stored: list[np.ndarray], notes: list[str]) -> np.ndarray:

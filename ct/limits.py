@@ -12,7 +12,9 @@ FIELD_MM = 1500.0               # the widest field of view that CT has, and half
 MAX_SIDE = 4096                 # pixels
 MAX_SLICES = 5000
 BYTES_PER_VOXEL = 12            # stored values, float32 HU and one working copy
-DEFLATE_RATIO = 1032            # deflate cannot pack tighter: a gzip file that would have to is damaged
+MAX_RATIO = 250                 # a scan, with its noise, packs to a third; a mask's zeros, or a bomb, to a thousandth
+SMALL = 2**24                   # bytes that any file may unpack to
+MAX_INFLATED = 2**28            # bytes of a deflated DICOM data set, which is unpacked in memory
 
 
 def check_size(name: str, slices: int, rows: int, columns: int) -> None:
@@ -25,6 +27,13 @@ def check_size(name: str, slices: int, rows: int, columns: int) -> None:
         raise ScanError(f"{name}: {slices} slices of {rows} x {columns} pixels take {needed / 1e9:.1f} GB to read, "
                         f"{free / 1e9:.1f} GB of memory are free; crop or downsample the scan, or use a machine with "
                         "more memory")
+
+
+def check_ratio(name: str, unpacked: int, packed: int) -> None:
+    """ScanError, with the file's `name`, where `packed` bytes are to unpack to more than a scan's ever do."""
+    if unpacked > max(SMALL, MAX_RATIO * packed):
+        raise ScanError(f"{name}: {unpacked / 1e6:.0f} MB packed in {packed / 1e6:.3g}; no scan packs to less than a "
+                        f"{MAX_RATIO}th: it is damaged, or made to fill the memory")
 
 
 def check_pixel_spacing(name: str, spacing_mm: tuple[float, float], shape: tuple[int, int]) -> None:

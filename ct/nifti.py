@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from ct.geometry import Placed
-from ct.limits import DEFLATE_RATIO, SLICE_MM, check_pixel_spacing, check_size, check_slice_spacing
+from ct.limits import SLICE_MM, check_pixel_spacing, check_ratio, check_size, check_slice_spacing
 from ct.plausible import describe, like_a_head, tissue_shares
 from ct.scan import AIR_HU, RESULT_MARK, Found, Scan, ScanError, ScanSource
 
@@ -211,11 +211,13 @@ def _refuse_reformat(path: Path, spacing: tuple[float, float], step: float) -> N
 def _values(paths: Sequence[Path], header: nib.Nifti1Header, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """The scaled values, float32 [I, J, K]. An intercept that is no number is 0, and so is a slope 1."""
     path, count = paths[0], int(np.prod(shape[:3]))
-    held = path.stat().st_size * (DEFLATE_RATIO if _is_packed(path) else 1)
-    if held < count * dtype.itemsize:                 # before anything of that size is allocated
-        raise ScanError(f"{path.name}: cannot be read as NIfTI: its header says {count * dtype.itemsize} bytes of "
-                        f"values, the file holds at most {held}: it is truncated or damaged")
     offset, slope, intercept = (float(header[key]) for key in ("vox_offset", "scl_slope", "scl_inter"))
+    held, needed = path.stat().st_size, count * dtype.itemsize
+    if _is_packed(path):                              # before anything of that size is allocated
+        check_ratio(path.name, needed + (int(offset) if np.isfinite(offset) else 0), held)
+    elif held < needed:
+        raise ScanError(f"{path.name}: cannot be read as NIfTI: its header says {needed} bytes of values, the file "
+                        f"holds {held}: it is truncated or damaged")
     try:
         with _open(path) as stream:
             stream.seek(int(offset) if np.isfinite(offset) else 0)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ct.geometry import nominal_stack
-from ct.limits import check_pixel_spacing, check_size, check_slice_spacing
+from ct.limits import check_pixel_spacing, check_ratio, check_size, check_slice_spacing
 from ct.scan import Found, Scan, ScanError, ScanSource
 from ct.window import WINDOWS_HU, decode
 
@@ -284,6 +284,7 @@ def _read_pictures(pictures: list[Path], spec: SliceSpec) -> np.ndarray:
     for k, path in enumerate(pictures):
         pixels, outside, full = _read_picture(path, len(pictures))
         if hu is None:
+            check_ratio(path.name, len(pictures) * pixels.nbytes, sum(other.stat().st_size for other in pictures))
             hu = np.empty((len(pictures), *pixels.shape[:2]), np.float32)
             if spec.pixel_spacing_mm is not None:
                 check_pixel_spacing(SCAN_JSON, spec.pixel_spacing_mm, pixels.shape[:2])
@@ -323,6 +324,8 @@ def _read_picture(path: Path, count: int) -> tuple[np.ndarray, np.ndarray | None
             mode, pixels = image.mode, np.asarray(image)
     except ScanError:
         raise
+    except Image.DecompressionBombError as error:     # its own limit, before ours is asked
+        raise ScanError(f"{path.name}: more pixels than any slice has; export the slices in their own size") from error
     except Exception as error:                        # Pillow raises whatever a damaged file leads to
         raise ScanError(f"{path.name}: cannot be read as a picture ({type(error).__name__}: damaged or truncated)"
                         ) from error
@@ -368,7 +371,7 @@ def _grey(path: Path, rgb: np.ndarray) -> np.ndarray:
 
 def _read_mask(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     try:
-        mask = np.load(path, allow_pickle=False)
+        mask = np.load(path, mmap_mode="r", allow_pickle=False)        # its shape before its values
     except (OSError, ValueError, EOFError) as error:
         raise ScanError(f"{path.name}: cannot be read as a NumPy array ({error})") from error
     if mask.shape != shape:
