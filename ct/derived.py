@@ -85,8 +85,8 @@ class Derived:
                                f"{scan.source}: do without them")
         paths = list(dict.fromkeys(path for path, _ in stack.frames))
         if gone := [path.name for path in paths if not path.is_file()]:
-            raise DerivedError(f"{scan.scan_id}: {gone[0]} is no longer there; unpack a zip archive to have DICOM "
-                               "objects of its scans")
+            raise DerivedError(f"{scan.scan_id}: {gone[0]} is no longer there; put it back, or read a scan in an "
+                               "archive by ct.read.open_scan, which keeps it unpacked")
         headers = [pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in paths]
         for path, header in zip(paths, headers):
             _check_source(path, header, headers[0], alone=len(paths) == 1)

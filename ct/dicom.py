@@ -560,7 +560,7 @@ def read(source: ScanSource) -> Scan:
     check_slice_spacing(frames[0].path.name, float(np.median(np.diff(position[order]))))
     notes += spacing_notes(position[order])
     spacing = (float(np.linalg.norm(stack.row_step)), float(np.linalg.norm(stack.column_step)))
-    files = () if source.archive else tuple((frames[k].path, frames[k].index) for k in order)       # those that stay
+    files = tuple((frames[k].path, frames[k].index) for k in order)
     stack = replace(stack, origins=stack.origins[order], frames=files)
     return Scan(source.scan_id, hu[order], position[order], spacing, geometry=stack, source=KIND, notes=tuple(notes))
 

@@ -22,7 +22,7 @@ from pydicom.sr.codedict import codes
 
 from ct.brain import brain_mask
 from ct.derived import MANUFACTURER, Derived, Maker, headers_unquoted
-from ct.read import find_scans, read_scan
+from ct.read import find_scans, open_scan
 from ct.scan import Scan, ScanError
 from ct.write import write_nifti
 from version import VERSION
@@ -59,14 +59,14 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         for source in sources:
             try:
-                scan = read_scan(source)
-                mask = brain_mask(scan)
-                dicom = args.dicom and scan.source == "dicom"
-                path = args.out / (source.scan_id + (".dcm" if dicom else ".nii.gz"))
-                if dicom:
-                    write_dicom_mask(path, mask, scan, phi=not args.no_phi)
-                else:
-                    write_nifti(path, mask, scan)
+                with open_scan(source) as scan:
+                    mask = brain_mask(scan)
+                    dicom = args.dicom and scan.source == "dicom"
+                    path = args.out / (source.scan_id + (".dcm" if dicom else ".nii.gz"))
+                    if dicom:
+                        write_dicom_mask(path, mask, scan, phi=not args.no_phi)
+                    else:
+                        write_nifti(path, mask, scan)
             except ScanError as error:
                 failed += 1
                 print(f"{source.scan_id}: FAILED, {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,16 +83,24 @@ def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = 5.0) -> l
     return sorted(found, key=lambda source: source.scan_id)
 
 
-def read_scan(source: ScanSource) -> Scan:
-    """Read a scan that find_scans found. Raises ScanError with the reason where it cannot be used."""
+@contextmanager
+def open_scan(source: ScanSource) -> Iterator[Scan]:
+    """read_scan, with the scan's files there while the block lasts: those in an archive lie unpacked for so long."""
     if "error" in source.options:
         raise ScanError(source.options["error"])
     read = next(module.read for module in FORMATS if module.KIND == source.kind)
     if source.archive is None:
-        return upright(without_blanks(read(source)))
+        yield upright(without_blanks(read(source)))
+        return
     names = [*source.paths, *(value for value in source.options.values() if isinstance(value, Path))]
     with archive.unpacked(source.archive, {name.as_posix() for name in names}) as folder:
-        return upright(without_blanks(read(_moved(source, lambda path: folder / path))))
+        yield upright(without_blanks(read(_moved(source, lambda path: folder / path))))
+
+
+def read_scan(source: ScanSource) -> Scan:
+    """Read a scan that find_scans found. Raises ScanError with the reason where it cannot be used."""
+    with open_scan(source) as scan:
+        return scan
 
 
 # ---- search

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ct.read import ScanSource, read_scan
+from ct.read import ScanSource, open_scan
 from ct.scan import ScanError
 from detect.claims import STALE_S, Claims
 from detect.outputs import OUTPUTS, SCORE_COLUMNS, SLICE_COLUMNS, Writer, scan_row, slice_rows
@@ -150,14 +150,14 @@ def project_scan(projector: Projector, source: ScanSource, folder: Path, writers
                  ) -> dict:
     """Project one scan and write its folder; returns its rows. Raises ScanError."""
     started = time.perf_counter()
-    scan = read_scan(source)
-    seconds = {"read": time.perf_counter() - started}
-    projection = projector(scan)
-    seconds |= projection.seconds
-    writing, notes = time.perf_counter(), []
-    with full_disk_named(folder, 4 * scan.hu.nbytes):
-        for write in writers.values():
-            notes += write(folder, projection)
+    with open_scan(source) as scan:
+        seconds = {"read": time.perf_counter() - started}
+        projection = projector(scan)
+        seconds |= projection.seconds
+        writing, notes = time.perf_counter(), []
+        with full_disk_named(folder, 4 * scan.hu.nbytes):
+            for write in writers.values():
+                notes += write(folder, projection)
     seconds["write"] = time.perf_counter() - writing
     return {"scan": scan_row(projection, time.perf_counter() - started, notes), "slices": slice_rows(projection),
             "seconds": seconds}

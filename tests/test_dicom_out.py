@@ -223,6 +223,21 @@ def test_report_of_a_negative_scan_says_absent_without_a_segmentation(series):
     assert value == codes.DCM.Absent
 
 
+@pytest.mark.parametrize("flagged, value", [(True, codes.DCM.Present), (False, codes.DCM.Absent)])
+@pytest.mark.parametrize("marked", [True, False])
+def test_presence_is_the_flag_and_the_segment_what_is_marked(series, flagged, value, marked):
+    """A flagged scan without a marked pixel is in the worklist: a report that calls it negative would contradict it.
+
+    TID 1500 has a place for both: TID 1411 of a segment, TID 1501 of a finding that has no region.
+    """
+    result = result_of(read_only(series), flagged=flagged)
+    result = result if marked else replace(result, mask=np.zeros(HU.shape, bool))
+    objects = build_objects(result, IDENTITY)
+    group, found = presence(objects["sr"])
+    kind = highdicom.sr.VolumetricROIMeasurementsAndQualitativeEvaluations
+    assert found == value and isinstance(group, kind) == marked == ("seg" in objects)
+
+
 def test_without_a_threshold_presence_is_undetermined(series):
     scan = read_only(series)
     result = result_of(scan, threshold=None, flagged=None, percentile=None)

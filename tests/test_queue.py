@@ -18,6 +18,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 
 import projector
@@ -27,6 +28,7 @@ from detect.folder import OUTPUTS, WORK, collect_all, find_result_folder, projec
 from detect.report import read_results, unshown
 from tests import processes
 from tests.helpers import synthetic_head, tiny_bundle
+from tests.writers import write_dicom_series
 
 TABLES = ("scores.csv", "slices.csv")
 BROKEN = "scan-003"
@@ -128,6 +130,21 @@ def test_merge_refuses_what_was_made_with_other_settings(whole, tmp_path, capsys
     assert projector.main(["merge", str(out)]) == 2
     assert "was made with another model" in capsys.readouterr().err
     assert projector.main(["merge", str(tmp_path)]) == 2
+
+
+def test_dicom_objects_of_a_zip_and_none_left_of_an_earlier_run(model, tmp_path):
+    hu, _ = synthetic_head(slices=6, size=48, spacing_mm=(20.0, 4.8, 4.8))
+    write_dicom_series(tmp_path / "series", hu, (20.0, 4.8, 4.8))
+    shutil.make_archive(str(tmp_path / "scans" / "head"), "zip", tmp_path / "series")
+    out = tmp_path / "out"
+    assert projector.main(flags(tmp_path / "scans", model, out)) == 0
+    with open(out / "scores.csv", newline="", encoding="utf-8") as file:
+        row, = csv.DictReader(file)
+    assert "no DICOM objects" not in row["notes"]
+    report = pydicom.dcmread(out / "head" / "dicom" / "sr.dcm")
+    assert report.StudyInstanceUID == pydicom.dcmread(tmp_path / "series" / "000.dcm").StudyInstanceUID
+    assert projector.main(flags(tmp_path / "scans", model, out, "--no-dicom-out")) == 0
+    assert (out / "head" / "mask.nii.gz").is_file() and not (out / "head" / "dicom").exists()
 
 
 def test_a_scan_that_another_run_has_is_left_to_it(scans, model, whole, tmp_path, capsys):
