@@ -425,11 +425,18 @@ class InfiniteSampler(Sampler[int]):
 
 def image_batches(slices: SliceDataset, batch: int, seed: int, workers: int, start: int = 0) -> Iterator[torch.Tensor]:
     """HU of training slices for ever: int16 [batch, N, N], this rank's share of the stream that begins at `start`."""
+    for found in slice_batches(slices, batch, seed, workers, start, ("hu",)):
+        yield found["hu"]
+
+
+def slice_batches(slices: SliceDataset, batch: int, seed: int, workers: int, start: int = 0,
+                  keys: tuple[str, ...] = ("hu", "brain")) -> Iterator[dict[str, torch.Tensor]]:
+    """The same with more of what SliceDataset holds of a slice."""
     sampler = InfiniteSampler(len(slices), seed, distributed.get_rank(), distributed.get_world_size(), start)
     # A generator of its own: a loader that starts would else take a number from the stream of the noise maps.
-    yield from DataLoader(_HuOnly(slices), batch, sampler=sampler, num_workers=workers, generator=torch.Generator(),
-                          pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
-                          worker_init_fn=_ignore_signals)
+    yield from DataLoader(_Parts(slices, keys), batch, sampler=sampler, num_workers=workers,
+                          generator=torch.Generator(), pin_memory=torch.cuda.is_available(),
+                          persistent_workers=workers > 0, worker_init_fn=_ignore_signals)
 
 
 def _ignore_signals(worker: int) -> None:
@@ -438,12 +445,13 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _HuOnly(Dataset):
-    def __init__(self, slices: SliceDataset):
-        self.slices = slices
+class _Parts(Dataset):
+    def __init__(self, slices: SliceDataset, keys: tuple[str, ...]):
+        self.slices, self.keys = slices, keys
 
     def __len__(self) -> int:
         return len(self.slices)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.slices[index]["hu"]
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        whole = self.slices[index]
+        return {key: whole[key] for key in self.keys}

@@ -7,6 +7,7 @@ default, bfloat16 where that is fast) with float32 parameters; images, codes and
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -31,6 +32,10 @@ class ModelConfig:
     channel_max: int = 512
     encoder_stddev: bool = False   # minibatch statistic in the encoder: only for imported released checkpoints
     encoder_noise: bool = False    # the encoder predicts the generator's noise maps, too
+    noise_channels: bool = False   # and these have a channel for each of their layer's, not one for all
+    encoder_masks: bool = False    # the encoder is told what is hidden from it, and what is bone
+    encoder_width: float = 1       # the encoder's channels over the generator's
+    encoder_code: int = 0          # numbers that its W+ code goes through; 0: one plain layer, as published
     fold: int = 1                  # 2: the finest layers draw and read 2 x 2 pixels at once, on a grid of half the size
 
     def __post_init__(self):
@@ -38,6 +43,9 @@ class ModelConfig:
             raise ValueError(f"size must be a power of two from 32 to 1024, got {self.size}")
         if self.fold not in (1, 2):
             raise ValueError(f"fold must be 1 or 2, got {self.fold}")
+        if not self.encoder_width > 0 or self.encoder_code < 0:
+            raise ValueError(f"encoder_width must be above 0 and encoder_code at least 0, got {self.encoder_width:g} "
+                             f"and {self.encoder_code}")
 
     @property
     def grid(self) -> int:
@@ -53,8 +61,9 @@ class ModelConfig:
     def resolutions(self) -> list[int]:
         return [2**i for i in range(2, int(math.log2(self.grid)) + 1)]
 
-    def channels(self, resolution: int) -> int:
-        return max(1, min(self.channel_max, int(self.channel_base * self.channel_multiplier) // resolution))
+    def channels(self, resolution: int, width: float = 1) -> int:
+        full = max(1, min(self.channel_max, int(self.channel_base * self.channel_multiplier) // resolution))
+        return max(1, round(full * width))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -158,7 +167,7 @@ class StyledConv(nn.Module):
         self.activate = FusedLeakyReLU(out_ch)
 
     def forward(self, x, w, noise):
-        """noise: [B or 1, 1, H', W'] or None."""
+        """noise: [B or 1, 1 or C, H', W'] or None."""
         y, factor = self.conv(x, w)
         y = y * (factor * SQRT2)                         # leaky ReLU is homogeneous: its gain rides on the factors
         if noise is not None:
@@ -319,24 +328,27 @@ def minibatch_stddev(x: torch.Tensor, group: int) -> torch.Tensor:
 
 
 class _Trunk(nn.Module):
-    """The residual stack that discriminator and encoder share, down to 4x4."""
+    """The residual stack that discriminator and encoder share, down to 4x4. inputs: channels of the images."""
 
-    def __init__(self, config: ModelConfig, stddev: bool):
+    def __init__(self, config: ModelConfig, stddev: bool, width: float = 1, inputs: int = 3):
         super().__init__()
-        self.config, self.stddev, self.compute_dtype = config, stddev, torch.float32
-        ch = config.channels
+        self.config, self.stddev, self.compute_dtype, self.inputs = config, stddev, torch.float32, inputs
+        ch = functools.partial(config.channels, width=width)
         blocks = [ResBlock(ch(r), ch(r // 2)) for r in reversed(config.resolutions[1:])]
-        self.convs = nn.Sequential(ConvLayer(3 * config.fold**2, ch(config.grid), 1), *blocks)
+        self.convs = nn.Sequential(ConvLayer(inputs * config.fold**2, ch(config.grid), 1), *blocks)
         self.final_conv = ConvLayer(ch(4) + int(stddev), ch(4), 3)
 
     def stddev_group(self, batch: int) -> int:
         return next(g for g in (4, 3, 2, 1) if batch % g == 0)
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """images [B, 3, N, N] -> the outputs of every stage, [B, C, N, N] down to [B, C, 4, 4], in compute_dtype."""
+        """images [B, C, N, N] -> the outputs of every stage, [B, C', N, N] down to [B, C', 4, 4], in compute_dtype.
+
+        C is 3, but 5 for an encoder with config.encoder_masks (Encoder.masked).
+        """
         n = self.config.size
-        if images.shape[1:] != (3, n, n):
-            raise ValueError(f"images must be [B, 3, {n}, {n}], got {list(images.shape)}")
+        if images.shape[1:] != (self.inputs, n, n):
+            raise ValueError(f"images must be [B, {self.inputs}, {n}, {n}], got {list(images.shape)}")
         x = F.pixel_unshuffle(images.to(self.compute_dtype), self.config.fold)
         x, stages = x.contiguous(memory_format=torch.channels_last), []
         for block in self.convs:
@@ -365,43 +377,57 @@ class Discriminator(_Trunk):
 
 class NoiseHead(nn.Module):
     """Noise maps from the encoder's stages, coarse to fine, each stage told what the coarser ones saw (a U-Net's way
-    up, Ronneberger et al. 2015). What is fine in a head and no two heads share, sulci above all, fits in no code."""
+    up, Ronneberger et al. 2015). What is fine in a head and no two heads share, sulci above all, fits in no code.
+
+    With config.noise_channels a map has as many channels as its layer, and the generator is the way up of a U-Net (GAN
+    prior embedded network: Yang et al. 2021, CVPR, arXiv:2105.06070).
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        ch = config.channels
+        ch = functools.partial(config.channels, width=config.encoder_width)
         self.upsample = Upsample()
         self.mixes = nn.ModuleList(ConvLayer(ch(r // 2) + ch(r), ch(r), 3) for r in config.resolutions[1:])
-        self.maps = nn.ModuleList(EqualConv2d(ch(r), 2, 1) for r in config.resolutions[1:])
+        self.maps = nn.ModuleList(EqualConv2d(ch(r), 2 * (config.channels(r) if config.noise_channels else 1), 1)
+                                  for r in config.resolutions[1:])
         for layer in self.maps:
             nn.init.zeros_(layer.weight)                             # a trained generator starts from its own buffers
 
     def forward(self, stages: list[torch.Tensor]) -> list[torch.Tensor]:
-        """_Trunk.features -> a map [B, 1, r, r], float32, for each of Generator.noise_sizes but the first (4x4)."""
+        """_Trunk.features -> a map [B, 1 or C, r, r], float32, for each of Generator.noise_sizes but the first."""
         x, found = stages[-1], []
         for stage, mix, maps in zip(reversed(stages[:-1]), self.mixes, self.maps):
             x = mix(torch.cat([self.upsample(x), stage], 1))
-            found += maps(x).float().split(1, dim=1)
+            found += maps(x).float().chunk(2, dim=1)
         return found
 
 
 class Encoder(_Trunk):
     """Image to W+ code and, with config.encoder_noise, to noise maps.
 
-    With config.encoder_stddev as released: its statistic spans the whole batch, a defect.
+    With config.encoder_stddev as released: its statistic spans the whole batch, a defect. With config.encoder_masks it
+    takes images of 5 channels, those of masked().
     """
 
     def __init__(self, config: ModelConfig):
-        super().__init__(config, stddev=config.encoder_stddev)
-        self.final_linear = nn.Linear(config.channels(4) * 16, config.n_latent * config.style_dim)
+        super().__init__(config, config.encoder_stddev, config.encoder_width, 5 if config.encoder_masks else 3)
+        features, numbers = config.channels(4, config.encoder_width) * 16, config.n_latent * config.style_dim
+        self.final_linear = nn.Linear(features, numbers) if not config.encoder_code else nn.Sequential(
+            EqualLinear(features, config.encoder_code, activate=True), nn.Linear(config.encoder_code, numbers))
         if config.encoder_noise:
             self.noise_head = NoiseHead(config)
 
     def stddev_group(self, batch: int) -> int:
         return batch
 
+    @staticmethod
+    def masked(images: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, N, N] without what is hidden, and both masks, bool [B, N, N]: [B, 5, N, N]. Bone stays."""
+        hidden = (hidden & ~bone)[:, None]
+        return torch.cat([images * ~hidden, hidden.to(images), bone[:, None].to(images)], 1)
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images [B, 3, N, N] -> w_plus [B, n_latent, style_dim]."""
+        """images [B, 3 or 5, N, N] -> w_plus [B, n_latent, style_dim]."""
         return self.code(self.features(images))
 
     def code(self, stages: list[torch.Tensor]) -> torch.Tensor:
@@ -410,7 +436,7 @@ class Encoder(_Trunk):
         return w.reshape(-1, self.config.n_latent, self.config.style_dim)
 
     def invert(self, images: torch.Tensor, generator: Generator) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """images [B, 3, N, N] -> w_plus [B, n_latent, style_dim] and the noise maps that go with it, one a layer.
+        """images [B, 3 or 5, N, N] -> w_plus [B, n_latent, style_dim] and the noise maps that go with it, one a layer.
 
         These are the generator's own buffers; with config.encoder_noise, what the images call for beside them.
         """

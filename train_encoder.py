@@ -16,67 +16,22 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import distributed
-from config import check_range, option, parse
-from ct.picture import save_hu_grid
-from ct.window import decode, encode
-from dataset import DatasetError, SliceDataset, image_batches
-from detect.perceptual import KNEE, PERCEPTUAL, build_perceptual
-from gan.augment import coarse_noise, erase, random_flip, random_rotation
+from config import parse
+from dataset import DatasetError, SliceDataset, slice_batches
 from gan.database import ensure_database
-from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
-from gan.runlog import Run, load_optimiser, load_run, run_command
-from gan.snapshots import Snapshot, load_snapshot
-from model import Discriminator, Encoder, Generator, ModelConfig
+from gan.encoding import EncoderConfig, EncoderTrainer
+from gan.inpainting import InpaintingTrainer
+from gan.runlog import Run, load_run, run_command
+from gan.snapshots import load_snapshot
+from model import ModelConfig
 from op import memory, set_impl
 from weights import CheckpointError
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    epochs: float = option(65, "passes over the training slices")
-    perceptual_epochs: float = option(5, "of these, first with the perceptual loss alone")
-    batch: int = option(8, "images a step on each rank")
-    lr: float = option(1e-4, "Adam's learning rate of the encoder's last layer, a plain one that cannot bear more")
-    lr_trunk: float = option(1e-4, "of the encoder's other layers, which have the equalised learning rate")
-    lr_discriminator: float = option(1e-5, "of the discriminator")
-    lr_generator: float = option(0.0, "of the generator; 0, as published, leaves it as the GAN training left it. A "
-                                 "generator cut short learns here to draw the healthy slices it is shown")
-    decay: float = option(0.0, "last part of the training over which all rates fall evenly to 0; published is 0, none")
-    adversarial: float = option(0.05, "weight of the adversarial loss")
-    domain: float = option(1.0, "weight of the in-domain loss: code of the image against code of its reconstruction")
-    r1_gamma: float = option(10, "weight of the R1 penalty")
-    r1_every: int = option(16, "steps between R1 penalties; 0: never")
-    perceptual: str = option("discriminator", "the trained discriminator's features, LPIPS-VGG (needs --vgg16), or "
-                             "the pixels alone", PERCEPTUAL)
-    pixels: float = option(5.0, "weight of the pixels' own difference in --perceptual discriminator")
-    knee: float = option(KNEE, "difference below which the pixels' difference is rounded off, in [-1, 1]")
-    noise: bool = option(False, "the encoder predicts the generator's noise maps, too: what is fine in a head and fits "
-                                "in no code")
-    code_alone: float = option(0.25, "with --noise: part of the images drawn without them, so that the code keeps "
-                                     "what it can hold")
-    erase: float = option(0.25, "probability of a random rectangle blanked in the encoder's input only")
-    coarse: float = option(0.0, "probability of coarse noise, hyperdense and hypodense blobs, in the "
-                                "encoder's input only: it learns to look past them")
-    rotate: float = option(0.25, "probability of a rotation up to 45 degrees")
-    flip: bool = option(True, "mirror half of the images")
-    seed: int = option(0, "seed of everything random")
-    precision: str = option("auto", "bf16 where the device is good at it", ("auto", "bf16", "fp32"))
-    workers: int = option(2, "loader processes a rank; 0 decodes in the main process")
-
-    def __post_init__(self):
-        check_range(self, ("batch",), 1)
-        check_range(self, ("epochs", "knee"), 0, above=True)
-        check_range(self, ("perceptual_epochs", "lr", "lr_trunk", "lr_discriminator", "lr_generator", "adversarial",
-                           "domain", "r1_gamma", "r1_every", "pixels", "workers"), 0)
-        check_range(self, ("decay", "code_alone", "erase", "coarse", "rotate"), 0, 1)
-
 
 # What made the shipped bundles (docs/RESULTS.md): generator and encoder together, with predicted noise, no adversary
 RECOMMENDED = EncoderConfig(epochs=20, perceptual_epochs=20, lr=5e-5, lr_trunk=1e-3, lr_discriminator=5e-5,
@@ -90,156 +45,6 @@ PRESETS = {
 }
 
 
-class EncoderTrainer:
-    """Encoder and discriminator against a generator (frozen, as published), and the two phases of a step."""
-
-    def __init__(self, config: EncoderConfig, gan: Snapshot, device: torch.device, vgg16=None, lpips=None):
-        self.config, self.device = config, device
-        torch.manual_seed(config.seed)                            # the same weights on every rank
-        model = self.model = ModelConfig(**{**gan.meta["model"], "encoder_noise": config.noise})
-        self.g, self.d, critic = Generator(model), Discriminator(model), Discriminator(model)
-        gan.restore({"generator_ema": self.g, "discriminator": self.d})
-        gan.restore({"discriminator": critic})
-        self.g.requires_grad_(config.lr_generator > 0)
-        self.e = Encoder(model)
-        dtype = distributed.pick_precision(config.precision, device)
-        for net in (self.g, self.d, self.e, critic):
-            net.to(device).compute_dtype = dtype
-        # The features that measure distance stay those of the GAN; the discriminator itself goes on learning.
-        self.perceptual = build_perceptual(config.perceptual, critic, config.pixels, config.knee, vgg16,
-                                           lpips).to(device)
-        trunk = [p for name, p in self.e.named_parameters() if not name.startswith("final_linear")]
-        groups = [{"params": trunk, "lr": config.lr_trunk},
-                  {"params": self.e.final_linear.parameters(), "lr": config.lr}]
-        if config.lr_generator > 0:
-            groups.append({"params": self.g.parameters(), "lr": config.lr_generator})
-        self.e_opt = torch.optim.Adam(groups)
-        self.d_opt = torch.optim.Adam(self.d.parameters(), lr=config.lr_discriminator)
-        self.rates = [group["lr"] for group in (*self.e_opt.param_groups, *self.d_opt.param_groups)]
-        self.images_seen = 0                                      # over all ranks
-        self.rng = torch.Generator()
-        self.reseed(config.seed)
-
-    def reseed(self, seed: int) -> None:
-        self.rng.manual_seed(distributed.seed_for_rank(seed, distributed.get_rank()))
-
-    def set_rates(self, done: float) -> None:
-        """The rates for a training that is done to this part, 0 to 1."""
-        factor = min(1.0, (1 - done) / self.config.decay) if self.config.decay else 1.0
-        for group, rate in zip([*self.e_opt.param_groups, *self.d_opt.param_groups], self.rates):
-            group["lr"] = rate * factor
-
-    def reconstruct(self, images: torch.Tensor, alone: torch.Tensor | None = None
-                    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and reconstructions; alone, bool [B], marks the images that are drawn from their code alone.
-
-        Without predicted noise, the generator's own noise buffers are used: they are part of the model.
-        """
-        w_plus, noise = self.e.invert(images, self.g)
-        if alone is not None:
-            own = self.g.noise_maps("const")
-            noise = [torch.where(alone[:, None, None, None], mine, found) for mine, found in zip(own, noise)]
-        return w_plus, self.g.synthesis(w_plus, noise)
-
-    @property
-    def global_batch(self) -> int:
-        return self.config.batch * distributed.get_world_size()
-
-    def step(self, real: torch.Tensor, index: int, full: bool) -> dict[str, torch.Tensor]:
-        """One step on real [B, 3, N, N]; `full` adds the adversarial and in-domain terms to the perceptual one."""
-        if self.config.flip:
-            real = random_flip(real, self.rng)
-        real = random_rotation(real, self.config.rotate, 45, self.rng)
-        stats = self._encoder_step(real, full)
-        if full:
-            stats |= self._discriminator_step(real, index)
-        self.images_seen += self.global_batch
-        return stats
-
-    def _encoder_step(self, real, full):
-        corrupted = coarse_noise(erase(real, self.config.erase, self.rng), self.config.coarse, self.rng)
-        alone = None
-        if self.config.noise:
-            alone = (torch.rand(len(real), generator=self.rng) < self.config.code_alone).to(self.device)
-        w_plus, fake = self.reconstruct(corrupted, alone)
-        with torch.no_grad():
-            query = self.perceptual.features(self._reduced(real))
-        distance = self.perceptual.distance(query, self.perceptual.features(self._reduced(fake))).mean()
-        loss, stats = distance, {"perceptual": distance}
-        if full:
-            with frozen(self.d):
-                adversarial = g_nonsaturating(self.d(fake))
-            domain = in_domain(w_plus, self.e(fake))
-            loss = loss + self.config.adversarial * adversarial + self.config.domain * domain
-            stats |= {"adversarial": adversarial, "domain": domain}
-        self._update(self.e_opt, loss)
-        return stats
-
-    def _discriminator_step(self, real, index):
-        with torch.no_grad():
-            _, fake = self.reconstruct(real)
-        loss = d_logistic(self.d(real), self.d(fake))
-        self._update(self.d_opt, loss)
-        if self.config.r1_every and index % self.config.r1_every == 0:
-            real = real.detach().requires_grad_(True)
-            penalty = r1_penalty(self.d(real), real)
-            self._update(self.d_opt, penalty * (self.config.r1_gamma / 2 * self.config.r1_every))
-        return {"loss_d": loss}
-
-    def _update(self, optimiser, loss):
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        distributed.average_gradients(p for group in optimiser.param_groups for p in group["params"])
-        optimiser.step()
-
-    def _reduced(self, images: torch.Tensor) -> torch.Tensor:
-        """LPIPS looks at images reduced twofold, as released; the discriminator only knows its own size."""
-        return F.avg_pool2d(images, 2) if self.config.perceptual == "lpips" else images
-
-    @torch.no_grad()
-    def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:
-        """Mean PSNR (dB, over the three windows) and HU error in the brain, by scan; a grid of pairs as PNG."""
-        psnr, error, pairs = [], [], []
-        for s in range(len(dataset.scan_ids)):
-            scan = dataset.scan(s)
-            hu, brain = scan["hu"].float(), scan["brain"]
-            real = encode(hu)
-            fake = torch.cat([self.reconstruct(x.to(self.device))[1].cpu() for x in real.split(16)])
-            recon = decode(fake)
-            psnr.append((10 * torch.log10(4 / (fake.clamp(-1, 1) - real).square().mean((1, 2, 3)))).mean())
-            # The generator cannot draw beyond its windows: neither can the scan it is held against.
-            error.append((decode(real) - recon).abs()[brain].mean())
-            pick = torch.linspace(0, len(hu) - 1, 8).long()
-            pairs += [hu[pick], recon[pick]]
-        save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.cat(pairs).numpy(), columns=8)
-        return {"val_psnr_db": torch.stack(psnr).mean().item(), "val_error_hu": torch.stack(error).mean().item()}
-
-    def modules(self) -> dict[str, torch.nn.Module]:
-        return {"encoder": self.e, "discriminator": self.d, "generator": self.g}
-
-    def start_from(self, run: Snapshot) -> None:
-        """The weights of another run. Its encoder may lack the noise head: then that starts from nothing."""
-        if self.config.noise and not run.meta["model"].get("encoder_noise"):
-            plain = Encoder(ModelConfig(**run.meta["model"]))
-            run.restore({"encoder": plain})
-            self.e.load_state_dict({**self.e.state_dict(), **plain.state_dict()})
-            run.restore({"generator": self.g, "discriminator": self.d})
-        else:
-            run.restore(self.modules())
-
-    def state(self) -> dict:
-        """Collective."""
-        return {"e_opt": self.e_opt.state_dict(), "d_opt": self.d_opt.state_dict(), "images_seen": self.images_seen,
-                "rng": distributed.gather(self.rng.get_state())}
-
-    def load_state(self, state: dict) -> None:
-        load_optimiser(self.e_opt, state["e_opt"])
-        load_optimiser(self.d_opt, state["d_opt"])
-        if len(state["rng"]) == distributed.get_world_size():
-            self.rng.set_state(state["rng"][distributed.get_rank()])
-        self.images_seen = state["images_seen"]
-
-
 def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch.device, vgg16=None,
           lpips=None, init: Path | None = None, rollback: bool = False) -> None:
     """Train for config.epochs. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite.
@@ -249,16 +54,17 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
     # ---- Set up
     snapshot = load_run(gan, "--gan", "gan", "train.py")
     first = load_run(init, "--init", "encoder", "train_encoder.py") if init else None
-    if first and {**first.meta["model"], "encoder_noise": False} != {**snapshot.meta["model"], "encoder_noise": False}:
-        raise CheckpointError(f"--init {init}: its networks are {first.meta['model']}, those of --gan {gan} "
-                                         f"{snapshot.meta['model']}; they must be the same")
-    if first and first.meta["model"].get("encoder_noise") and not config.noise:
+    model = config.networks(snapshot.meta["model"])
+    if first and replace(ModelConfig(**first.meta["model"]), encoder_noise=model.encoder_noise) != model:
+        raise CheckpointError(f"--init {init}: its networks are {first.meta['model']}, those on --gan {gan} are to be "
+                              f"{dataclasses.asdict(model)}; they must be the same")
+    if first and first.meta["model"].get("encoder_noise") and not model.encoder_noise:
         raise CheckpointError(f"--init {init}: its encoder predicts noise maps; pass --noise")
     dataset, held_out = SliceDataset(data, "train"), SliceDataset(data, "val", check=False)
     if dataset.size != snapshot.meta["model"]["size"]:
         raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices, the GAN in {gan} draws "
                            f"{snapshot.meta['model']['size']}: prepare it with that --size")
-    trainer = EncoderTrainer(config, snapshot, device, vgg16, lpips)
+    trainer = (InpaintingTrainer if config.hide else EncoderTrainer)(config, snapshot, device, vgg16, lpips)
     if first:
         trainer.start_from(first)
     meta = {"kind": "encoder", "config": dataclasses.asdict(config), "model": dataclasses.asdict(trainer.model),
@@ -268,17 +74,17 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
             "init": {"step": first.step, **first.meta} if first else None}
     with Run(out, meta, trainer, config.seed, rollback) as run:
         distributed.check_same_state(trainer.e)
-        batches = image_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen)
+        batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen)
         batch, epoch_of = trainer.global_batch, len(dataset)
         distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; GAN at "
                            f"{snapshot.step / 1000:g} kimg; {trainer.e.compute_dtype} on {device}")
 
         # ---- Train
         while (before := trainer.images_seen) < config.epochs * epoch_of:
-            real = encode(next(batches).to(device).float())
+            slices = next(batches)
             trainer.set_rates(before / (config.epochs * epoch_of))
             full = before >= config.perceptual_epochs * epoch_of
-            run.log.add(batch, **trainer.step(real, before // batch, full))
+            run.log.add(batch, **trainer.step(slices, before // batch, full))
             epoch, done = trainer.images_seen // epoch_of, trainer.images_seen >= config.epochs * epoch_of
             epoch_ends = done or before // epoch_of < epoch
             if epoch_ends:

@@ -19,7 +19,7 @@ import numpy as np
 from scipy import ndimage
 
 HEAD_MM = 185.0             # of a head from front to back: the standard frame does not keep its scale
-CSF_HU, TISSUE_HU = 10.0, 32.0
+CSF_HU, TISSUE_HU, DENSEST_HU = 10.0, 32.0, 40.0        # of soft tissue: what is beyond is a share of bone
 LEAST_ML = 0.5              # a lesion smaller than this is drawn again
 TRIES = 20
 
@@ -108,11 +108,14 @@ def _intraparenchymal(head, rng):
 
 
 def _layer(head, rng, thick_mm, reach_mm, blood):
-    """Blood under the skull about a point of the rim: thick_mm there, thinning out towards reach_mm away."""
+    """Blood under the skull about a point of the rim: thick_mm there, thinning out towards reach_mm away.
+
+    The outermost pixels share theirs with the skull. Blood takes the place of the soft tissue in them, not of the bone.
+    """
     at = head.point((head.depth > 0) & (head.depth < 6) & (np.abs(head.x) > 15), rng)
     thickness = thick_mm * (1 - head.distance(at, reach_mm) ** 2)
     one_side = np.sign(head.x) == np.sign(at[2])
-    return (head.depth < thickness) & one_side, blood
+    return (head.depth < thickness) & one_side, blood + np.maximum(head.hu - DENSEST_HU, 0)
 
 
 def _subdural(head, rng):

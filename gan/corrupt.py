@@ -1,7 +1,8 @@
 """Healthy slices with what does not belong in them, for a network that must draw what does.
 
-Two things are done to the brain of a slice, and the training target stays the slice as it was:
+Three things are done to the brain of a slice, and the training target stays the slice as it was:
 
+hiding   blocks of a grid, or islands of any shape, are taken away: what is there is drawn from what is around it
 shapes   random shapes of another density: a blob, a layer along the skull, fluid, or a piece of another head. They are
          no model of any disease; they only differ, as lesions do, from what belongs in their place: brighter or darker,
          sharp or soft, large or small (pieces of another image: Tan et al. 2020, 'Detecting outliers with foreign patch
@@ -15,6 +16,7 @@ image of AT pixels a side, and scale with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +30,9 @@ KINDS, SHARES = ("blob", "layer", "fluid", "piece"), (0.42, 0.25, 0.18, 0.15)
 FLUID_HU, TISSUE_HU = 10.0, 28.0           # what is all fluid, and none
 DARK_RIM = 0.3                             # probability that a blob has a darker rim, as oedema makes it
 CELLS = ((4, 8), (10, 24))                 # of the two scales of shading, per side
+GRID_SHARE = 0.55                          # of the images in which blocks are hidden; islands in the others
+PERIOD, BLOCK = (16, 48), (0.45, 0.8)      # of the grid; side of a block as a part of it
+ISLANDS, LEVEL = (3, 15), (0.0, 1.3)       # islands: smooth noise of so many cells a side, above a level
 
 
 def draw_shapes(hu: torch.Tensor, brain: torch.Tensor, p: float, rng: np.random.Generator
@@ -46,6 +51,25 @@ def draw_shapes(hu: torch.Tensor, brain: torch.Tensor, p: float, rng: np.random.
             out[b], share = _draw_one(out[b], inside[b], other, rng)
             changed[b] = np.maximum(changed[b], share)
     return torch.from_numpy(out), torch.from_numpy(changed)
+
+
+def hide(batch: int, size: int, p: float, generator: torch.Generator) -> torch.Tensor:
+    """What is hidden of each image with probability p, bool [B, N, N]: a fifth to two thirds of it, or less."""
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    draw = torch.rand(7, batch, 1, 1, generator=generator)
+    period = (PERIOD[0] + (PERIOD[1] - PERIOD[0]) * draw[0]) * size / AT
+    block = BLOCK[0] + (BLOCK[1] - BLOCK[0]) * draw[1]
+    angle = (draw[2] - 0.5) * math.pi * (draw[3] < 0.5)                       # half of the grids stand upright
+    rows = (y * angle.cos() - x * angle.sin()) / period + draw[4]
+    columns = (x * angle.cos() + y * angle.sin()) / period + draw[5]
+    blocks = (rows % 1 < block) & (columns % 1 < block)
+    islands = []
+    for level in LEVEL[0] + (LEVEL[1] - LEVEL[0]) * draw[6].flatten():
+        cells = int(torch.randint(ISLANDS[0], ISLANDS[1] + 1, (), generator=generator))
+        noise = F.interpolate(torch.randn(1, 1, cells, cells, generator=generator), size=size, mode="bicubic")
+        islands.append(noise[0, 0] > level)
+    which = torch.rand(2, batch, 1, 1, generator=generator)
+    return torch.where(which[0] < GRID_SHARE, blocks, torch.stack(islands)) & (which[1] < p)
 
 
 def shade(hu: torch.Tensor, brain: torch.Tensor, strength_hu: float, generator: torch.Generator) -> torch.Tensor:
