@@ -34,6 +34,7 @@ from dataset import SliceDataset
 from detect.bundle import load_bundle, save_bundle
 from detect.calibration import Fold, Trained, calibrate, check_held_out, open_file
 from detect.codes import CodesConfig, fit_codes
+from detect.inpainting import Inpainting
 from detect.inversion import NETWORKS, Inversion
 from detect.measure import MEASURES
 from detect.reconstruct import Reconstructor
@@ -49,7 +50,7 @@ from weights import CheckpointError
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
 LARGE_MB = 25.0                       # beyond this a bundle is too large to be committed
-OF_ENCODER_RUNS = ("inversion", "search")       # methods made of a run of train_encoder.py; others bring their own file
+OF_ENCODER_RUNS = ("inpainting", "inversion", "search")    # made of a run of train_encoder.py; others bring a file
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,11 @@ def augmented(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: Path, device: torch.device,
           name: str | None = None, notes: str | dict | None = None, overwrite: bool = False,
-          further: list[tuple[Path, Path]] = ()) -> Path:
+          further: list[tuple[Path, Path]] = (), held_out: Path | None = None) -> Path:
     """Write the bundle to `out`. Raises DatasetError, CheckpointError or ValueError, before any work where it can.
 
     further: (database, run) of each --fold. Their networks serve the calibration and are not kept.
+    held_out: database that has the scans which `data` holds out, prepared as new scans will be.
     """
     # ---- Set up
     if (out / "model.json").exists() and not overwrite:
@@ -107,6 +109,8 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
     flags = ["--encoder", *["--fold"] * len(further)]
     trained = [open_encoder(*source, flag, config, settings, device) if of_encoder
                else open_file(*source, flag, settings, device) for source, flag in zip(sources, flags)]
+    if held_out:
+        trained = [dataclasses.replace(trained[0], dataset=other_range(trained[0], held_out), path=held_out)]
     if config.calibrate == "val":
         check_held_out(settings, trained)
 
@@ -137,6 +141,18 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
     return save_bundle(out, first, settings, meta, normal, overwrite=overwrite)
 
 
+def other_range(trained: Trained, path: Path) -> SliceDataset:
+    """The database of --held-out. ValueError unless all scans that it holds out were held out of the training."""
+    dataset = SliceDataset(path, "train")
+    if unknown := sorted(set(dataset.held_out_ids()) - set(trained.dataset.held_out_ids())):
+        raise ValueError(f"--held-out {path}: holds out {', '.join(unknown)}, which {trained.path} does not: they may "
+                         "be among the encoder's training scans")
+    if dataset.size != trained.dataset.size:
+        raise ValueError(f"--held-out {path}: slices of {dataset.size} pixels, the encoder was trained on "
+                         f"{trained.dataset.size}; prepare it with that --size")
+    return dataset
+
+
 def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings: Settings,
                  device: torch.device) -> Trained:
     """A run of train_encoder.py with its database. Raises unless they belong together."""
@@ -157,6 +173,9 @@ def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings
 
     def make() -> Reconstructor:
         networks = restore(snapshot, device, distributed.pick_precision(config.precision, device))
+        if settings.method == "inpainting":
+            range_hu = snapshot.meta["data"]["settings"]["standardise"]["hu_clip"]
+            return Inpainting(settings.reconstruction, networks["generator"], networks["encoder"], range_hu)
         if settings.method == "inversion":
             return Inversion(settings.reconstruction, networks["generator"], networks["encoder"])
         rng = torch.Generator().manual_seed(config.seed)
@@ -219,6 +238,9 @@ def main(argv: list[str] | None = None) -> int:
         add("--fold", type=Path, nargs=2, metavar=("DATA", "RUN"), action="append", default=[],
             help="a further run and its database, with other scans held out: they join the calibration; may be given "
                  "several times")
+        add("--held-out", type=Path, metavar="DATA",
+            help="a database with the same scans held out and prepared as new scans are to be: with all HU, say, where "
+                 "training slices were cut to a range")
         add("--out", type=Path, required=True, help="folder of the bundle")
         add("--overwrite", action="store_true", help="replace the bundle in --out")
         add("--name", help="of the model, in its provenance (default: the folder's)")
@@ -239,8 +261,10 @@ def main(argv: list[str] | None = None) -> int:
         notes, device, data = read_notes(args.provenance), distributed.pick_device(args.device), args.data
         if settings.method in OF_ENCODER_RUNS:                      # the encoder's own database, where it made one
             data = ensure_database(data, args.encoder, load_snapshot(args.encoder).meta["model"]["size"])
+        if args.held_out and args.fold:
+            raise ValueError("--held-out and --fold: give one of them")
         folder = build(config, settings, data, args.encoder, args.out, device, args.name, notes, args.overwrite,
-                       args.fold)
+                       args.fold, args.held_out)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

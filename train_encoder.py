@@ -81,10 +81,9 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
 
         # ---- Train
         while (before := trainer.images_seen) < config.epochs * epoch_of:
-            slices = next(batches)
             trainer.set_rates(before / (config.epochs * epoch_of))
             full = before >= config.perceptual_epochs * epoch_of
-            run.log.add(batch, **trainer.step(slices, before // batch, full))
+            run.log.add(batch, **trainer.learn(next(batches), before // batch, full))
             epoch, done = trainer.images_seen // epoch_of, trainer.images_seen >= config.epochs * epoch_of
             epoch_ends = done or before // epoch_of < epoch
             if epoch_ends:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 METHODS = {
+    "inpainting": ("detect.inpainting", "Inpainting"),
     "inversion": ("detect.inversion", "Inversion"),
     "search": ("detect.search", "Search"),
     "autoencoder": ("detect.autoencoder", "Autoencoder"),

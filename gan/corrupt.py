@@ -102,7 +102,7 @@ def _share_of(kind: str, hu: np.ndarray, brain: np.ndarray, unit: float, rng: np
               ) -> tuple[np.ndarray, np.ndarray]:
     """Where a shape is, 0 to 1 [N, N], and where it is with its rim."""
     depth = ndimage.distance_transform_edt(brain) / unit if kind == "layer" else None
-    rows, columns = np.nonzero(brain if depth is None else brain & (depth < 4))
+    rows, columns = np.nonzero(brain if depth is None else brain & (depth < max(4, 2 / unit)))
     at = int(rng.integers(len(rows)))
     away = _distance(hu.shape, (rows[at], columns[at]), rng) / unit
     uneven = _smooth_noise(hu.shape[-1], rng)

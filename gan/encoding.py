@@ -49,8 +49,8 @@ class EncoderConfig:
     coarse: float = option(0.0, "probability of coarse noise, hyperdense and hypodense blobs, in the "
                                 "encoder's input only: it learns to look past them")
     hide: float = option(0.0, "probability that parts of an image are hidden from the encoder, which draws with the "
-                              "generator what is there (gan/inpainting.py). Above 0 this is the objective, with --shapes "
-                              "to --encoder-code; --perceptual, --coarse, --erase and --noise have no part in it")
+                              "generator what is there (gan/inpainting.py). Above 0 this is the objective: --shapes to "
+                              "--encoder-code have a part in it, --perceptual, --coarse, --erase and --noise none")
     shapes: float = option(0.5, "probability of shapes that do not belong there, to be drawn without them")
     hidden: float = option(2.0, "additional weight of a hidden pixel")
     changed: float = option(2.0, "additional weight of a pixel that a shape changed")
@@ -137,9 +137,12 @@ class EncoderTrainer:
     def global_batch(self) -> int:
         return self.config.batch * distributed.get_world_size()
 
-    def step(self, slices: dict[str, torch.Tensor], index: int, full: bool) -> dict[str, torch.Tensor]:
-        """One step on hu [B, N, N]; `full` adds the adversarial and in-domain terms to the perceptual one."""
-        real = encode(slices["hu"].to(self.device).float())
+    def learn(self, slices: dict[str, torch.Tensor], index: int, full: bool) -> dict[str, torch.Tensor]:
+        """One step on slices of the database: hu [B, N, N] and brain bool [B, N, N]."""
+        return self.step(encode(slices["hu"].to(self.device).float()), index, full)
+
+    def step(self, real: torch.Tensor, index: int, full: bool) -> dict[str, torch.Tensor]:
+        """One step on real [B, 3, N, N]; `full` adds the adversarial and in-domain terms to the perceptual one."""
         if self.config.flip:
             real = random_flip(real, self.rng)
         real = random_rotation(real, self.config.rotate, self.config.rotate_deg, self.rng)

@@ -22,19 +22,20 @@ from gan.augment import random_flip, random_rotation
 from gan.corrupt import draw_shapes, hide
 from gan.encoding import EncoderTrainer
 from gan.losses import frozen, g_nonsaturating
+from model import Generator
 
 OUTSIDE = 0.1                            # weight of a pixel that is no brain; one in the brain weighs 1 and more
 
 
 class InpaintingTrainer(EncoderTrainer):
-    """Phases of a step as in EncoderTrainer; slices in HU with their brain instead of images."""
+    """A step of it, with the phases, rates and snapshots of EncoderTrainer."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         open_noise(self.g)
 
-    def step(self, slices: dict[str, torch.Tensor], index: int, full: bool) -> dict[str, torch.Tensor]:
-        """One step on hu [B, N, N], HU within the database's range, and brain bool [B, N, N]."""
+    def learn(self, slices: dict[str, torch.Tensor], index: int, full: bool) -> dict[str, torch.Tensor]:
+        """One step on hu [B, N, N], of the database, and brain bool [B, N, N]; `full` adds the adversary."""
         hu, brain, bone = self.augmented(slices["hu"].float(), slices["brain"])
         seed = int(torch.randint(2**31, (), generator=self.rng))
         query, changed = draw_shapes(hu, brain & ~bone, self.config.shapes, np.random.default_rng(seed))

@@ -21,7 +21,7 @@ MAY_IMPORT = {                                                   # besides itsel
     "weights": {"files"},
     "model": {"op"},
     "dataset": {"ct", "distributed", "files"},
-    "gan": {"op", "model", "weights", "files", "ct", "dataset", "distributed", "config"},
+    "gan": {"op", "model", "weights", "files", "ct", "dataset", "distributed", "config", "detect.perceptual"},
     "detect": {"op", "model", "weights", "files", "ct", "dataset", "distributed", "config", "version"},
     "pacs": {"op", "files", "ct", "detect", "distributed"},
     "healthygan": {"op", "weights", "files", "ct", "gan", "dataset", "distributed", "config", "evaluation",

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 import train_encoder
 from ct.window import decode, encode
-from gan.augment import random_rotation
+from gan.augment import coarse_noise, erase, random_rotation
+from gan.encoding import EncoderConfig, EncoderTrainer
 from gan.snapshots import load_snapshot, snapshot_steps
 from tests.helpers import GradientRecorder
-from train_encoder import EncoderConfig, EncoderTrainer, coarse_noise, erase
 
 FLAGS = ["--preset", "smoke32", "--device", "cpu", "--precision", "fp32", "--batch", "4", "--epochs", "2",
          "--perceptual-epochs", "0.5", "--r1-every", "2"]

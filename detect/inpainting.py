@@ -1,0 +1,148 @@
+"""Inpainting: what is anomalous is found by what its surroundings call for, and then drawn from them; the rest stays.
+
+With the networks of an encoder that was trained to draw what is hidden from it (gan/inpainting.py), in two stages:
+
+surroundings   blocks of the brain are hidden in turn, and every place is drawn without being seen: anatomy without
+               lesion, though blurred where no surroundings tell what is there
+reconstruct    where the slice differs from that, smoothed a little, by gate_hu or more, it is hidden, and drawn from
+               what is around; elsewhere the networks see the slice, and draw it as it is
+
+So the closest normal is the same head, as sharp as it is, without what does not belong in it: the order of the paper's
+inversion (code, what is anomalous, detail elsewhere: Lee et al. 2022, Methods) with a code in space in place of W+.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from config import option
+from ct.window import decode, encode
+from detect.inversion import compact_networks, draw, load_networks
+from detect.normative import BONE_HU, smoothed
+from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
+from model import Encoder, Generator
+from weights import CheckpointError
+
+AT = 128                                  # lengths below are pixels of images of this side
+HIDDEN, CENTRE, PERIOD = 24, 20, 40       # a hidden block; its part that is kept; from block to block
+SMOOTH, AROUND = 1.0, 1                   # of the residual that finds what is anomalous; what is hidden around it
+CLIP_HU = 40.0                            # a residual counts as no more than this: one bright pixel is no lesion
+
+
+@dataclass(frozen=True)
+class InpaintingSettings:
+    gate_hu: float = option(8.0, "difference from what its surroundings call for, HU, at which a place is drawn anew")
+    batch: int = option(32, "slices in the networks at a time: memory, not results", stored=False)
+
+    def __post_init__(self):
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        if not self.gate_hu > 0:
+            raise ValueError(f"gate_hu must be above 0 HU, got {self.gate_hu:g}")
+
+
+class Inpainting(Reconstructor):
+    """range_hu: the HU that the networks were trained on. What is denser, up to BONE_HU, is no bone, but blood."""
+
+    name, Settings = "inpainting", InpaintingSettings
+
+    def __init__(self, settings: InpaintingSettings, generator: Generator, encoder: Encoder,
+                 range_hu: tuple[float, float]):
+        if not encoder.config.encoder_masks:
+            raise CheckpointError("method inpainting: needs an encoder that was trained with --hide (train_encoder.py)")
+        self.settings, self.generator, self.encoder = settings, generator, encoder
+        self.range_hu = tuple(float(v) for v in range_hu)
+        self.size, self.device = generator.config.size, generator.input.input.device
+
+    def closest_normal(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,
+                       watch: Watch | None = None) -> Reconstruction:
+        self.check_shapes(hu, brain, below_vertex_mm)
+        hu, brain = hu.to(self.device), brain.to(self.device)
+        bone = bone_mask(hu, self.range_hu[1])
+        query_hu, soft = hu.clamp(self.range_hu[0], BONE_HU), brain & ~bone
+        stages, seen = Stages(), encode(hu.clamp(*self.range_hu))
+        with stages.stage("surroundings", lambda: error_hu(query_hu, expected_hu, soft)):
+            expected_hu = self.from_surroundings(seen, bone)
+        with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, soft)):
+            anomalous = self.gate(query_hu - expected_hu, soft)
+            normal_hu = torch.where(bone, query_hu, self.draw(seen, anomalous, bone))
+        if watch:
+            watch(query_hu, normal_hu)
+        return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds)
+
+    def from_surroundings(self, images: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
+        """HU [S, N, N] of images [S, 3, N, N], every place drawn while it and what is next to it are hidden."""
+        found = torch.zeros_like(images[:, 0])
+        for hidden, centre in blocks(self.size):
+            hidden = hidden.to(self.device).expand_as(found)
+            found = torch.where(centre.to(self.device), self.draw(images, hidden, bone), found)
+        return found
+
+    def gate(self, difference_hu: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+        """Where a difference [S, N, N] from the surroundings is anomalous, bool [S, N, N], within soft brain."""
+        unit = self.size / AT
+        smooth = smoothed(difference_hu.clamp(-CLIP_HU, CLIP_HU), soft, SMOOTH * unit)
+        around = max(1, round(AROUND * unit))
+        found = (smooth.abs() > self.settings.gate_hu).float()[:, None]
+        return F.max_pool2d(found, 2 * around + 1, stride=1, padding=around)[:, 0] > 0
+
+    @torch.no_grad()
+    def draw(self, images: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
+        """HU [S, N, N] within range_hu of images [S, 3, N, N] of which `hidden`, bool [S, N, N], is not seen."""
+        parts = []
+        for part in zip(*(t.split(self.settings.batch) for t in (images, hidden, bone))):
+            w_plus, noise = self.encoder.invert(self.encoder.masked(*part), self.generator)
+            parts.append(decode(draw(self.generator, w_plus, noise, self.settings.batch)))
+        return torch.cat(parts).clamp(*self.range_hu)
+
+    def config(self) -> dict[str, Any]:
+        return asdict(self.encoder.config) | {"range_hu": list(self.range_hu)}
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
+        return compact_networks({"generator": self.generator, "encoder": self.encoder}, dtype)
+
+    @classmethod
+    def load(cls, folder: Path, config: Mapping[str, Any], settings: InpaintingSettings,
+             device: torch.device) -> Inpainting:
+        config = dict(config)
+        range_hu = config.pop("range_hu", None)
+        if not isinstance(range_hu, list) or len(range_hu) != 2:
+            raise CheckpointError(f"{folder / 'model.json'}: config: expected range_hu, two HU, got {range_hu!r}")
+        return cls(settings, **load_networks(folder, config, ("generator", "encoder"), device), range_hu=range_hu)
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        super().set_precision(dtype)
+        for network in (self.generator, self.encoder):
+            network.compute_dtype = dtype
+
+
+def bone_mask(hu: torch.Tensor, top_hu: float) -> torch.Tensor:
+    """Bone, metal and calcifications of slices [S, N, N], HU, bool: what is denser than the networks can show, top_hu,
+    and next to something that blood cannot be.
+
+    Slices that were clipped at top_hu themselves, as loose ones are, do not tell the two apart: all of it is bone.
+    """
+    sure = min(BONE_HU, float(hu.max()) - 0.5)
+    near = F.max_pool2d((hu >= sure).float()[:, None], 3, stride=1, padding=1)[:, 0] > 0
+    return (hu >= top_hu - 0.5) & near
+
+
+def blocks(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What to hide and what to keep of it, bool [N, N] each, so that every place is kept once."""
+    hidden, centre, period = (round(length * size / AT) for length in (HIDDEN, CENTRE, PERIOD))
+    margin, place = (hidden - centre) // 2, torch.arange(size)
+
+    def band(start: int, width: int) -> torch.Tensor:
+        return (place - start) % period < width
+
+    for y in range(0, period, centre):
+        for x in range(0, period, centre):
+            yield (band(y - margin, hidden)[:, None] & band(x - margin, hidden),
+                   band(y, centre)[:, None] & band(x, centre))

@@ -1,0 +1,223 @@
+"""Inpainting: what is hidden stays hidden, what is anomalous is drawn anew, and the rest stays as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import latent_stats
+import train_encoder
+from ct.window import decode, encode
+from dataset import SliceDataset
+from detect.bundle import load_bundle
+from detect.inpainting import Inpainting, InpaintingSettings, blocks, bone_mask
+from gan.corrupt import hide
+from gan.encoding import EncoderConfig
+from gan.inpainting import InpaintingTrainer, open_noise, weighted_distance
+from gan.snapshots import load_snapshot
+from model import Encoder, Generator, ModelConfig
+from weights import CheckpointError
+
+TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16, encoder_noise=True, noise_channels=True,
+                   encoder_masks=True, encoder_width=0.5, encoder_code=8)
+
+
+def networks() -> tuple[Generator, Encoder]:
+    torch.manual_seed(0)
+    return Generator(TINY).eval().requires_grad_(False), Encoder(TINY).eval().requires_grad_(False)
+
+
+# ---- The networks
+
+def test_maps_have_their_layers_channels_and_the_encoder_half_as_many():
+    generator, encoder = networks()
+    images, nothing = torch.randn(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.bool)
+    w_plus, noise = encoder.invert(encoder.masked(images, nothing, nothing), generator)
+    assert w_plus.shape == (2, TINY.n_latent, 16)
+    assert [list(m.shape) for m in noise[1:]] == [[2, 16, r, r] for r in generator.noise_sizes[1:]]
+    assert encoder.convs[0][0].weight.shape[:2] == (8, 5) and generator.convs[0].conv.weight.shape[1] == 16
+    assert generator.synthesis(w_plus, noise).shape == (2, 3, 32, 32)
+
+
+def test_what_is_hidden_cannot_be_seen_but_bone_can():
+    generator, encoder = networks()
+    torch.nn.init.normal_(encoder.noise_head.maps[-1].weight)
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    hidden, bone = torch.zeros(2, 1, 32, 32, dtype=torch.bool)
+    hidden[:, 8:16, 8:16] = bone[:, 8:10] = True
+    other = torch.where((hidden & ~bone)[:, None], -images, images)
+    bony = torch.where(bone[:, None], -images, images)
+
+    def drawn(x):
+        return generator.synthesis(*encoder.invert(encoder.masked(x, hidden, bone), generator))
+
+    assert torch.equal(drawn(images), drawn(other))
+    assert not torch.equal(drawn(images), drawn(bony))
+
+
+def test_a_network_of_no_width_is_refused():
+    with pytest.raises(ValueError, match="encoder_width must be above 0"):
+        ModelConfig(encoder_width=0)
+
+
+def test_open_noise_leaves_the_images_and_lets_maps_in():
+    generator = Generator(TINY)
+    for i, layer in enumerate([generator.conv1, *generator.convs]):
+        layer.noise.weight.data.fill_(0.1 * i - 0.2)
+    w = torch.randn(1, 16, generator=torch.Generator().manual_seed(2))
+    before = generator.synthesis(w, "const")
+    open_noise(generator)
+    assert torch.allclose(generator.synthesis(w, "const"), before, atol=1e-5)
+    assert all(layer.noise.weight.item() == 1 for layer in [generator.conv1, *generator.convs])
+
+
+# ---- Its training
+
+def test_hidden_parts_hang_on_seed_and_probability():
+    first, again = (hide(64, 64, 0.5, torch.Generator().manual_seed(3)) for _ in range(2))
+    share = first.float().mean((1, 2))
+    assert torch.equal(first, again) and 16 < (share > 0).sum() < 48 and share.max() < 0.75
+    assert not hide(8, 64, 0.0, torch.Generator().manual_seed(3)).any()
+    assert (hide(8, 64, 1.0, torch.Generator().manual_seed(3)).float().mean((1, 2)) > 0.02).all()
+
+
+def test_the_distance_by_hand():
+    """0.3 off in one channel of one pixel that weighs 2, among 3 x 4; both gradients to its neighbours, of weight 1."""
+    real = torch.zeros(1, 3, 2, 2)
+    fake, weight = real.clone(), torch.ones(1, 2, 2)
+    fake[0, 1, 0, 0], weight[0, 0, 0] = 0.3, 2.0
+    off = (0.3**2 + 0.4**2) ** 0.5 - 0.4
+    assert weighted_distance(real, fake, weight, 0.4, 0.0).item() == pytest.approx(2 * off / 12)
+    assert weighted_distance(real, fake, weight, 0.4, 0.5).item() == pytest.approx(2 * off / 12 + 0.5 * 2 * off / 6)
+
+
+def trainer(gan_run, **changes) -> InpaintingTrainer:
+    config = EncoderConfig(hide=1.0, knee=0.05, lr_generator=2e-3, lr_trunk=2e-3, encoder_width=0.5, encoder_code=8,
+                           precision="fp32", batch=4, rotate=0, flip=False, jitter_hu=0, **changes)
+    return InpaintingTrainer(config, load_snapshot(gan_run), torch.device("cpu"))
+
+
+def slices(slices32) -> dict[str, torch.Tensor]:
+    data = SliceDataset(slices32, "train")
+    return {key: torch.stack([data[i][key] for i in (2, 3, 4, 5)]) for key in ("hu", "brain")}
+
+
+def test_the_loss_falls_on_slices_seen_again_and_again(gan_run, slices32):
+    one, batch = trainer(gan_run, shapes=0), slices(slices32)
+    first, *_, last = (one.learn(batch, i, full=False)["distance"].item() for i in range(15))
+    assert last < 0.8 * first
+    assert one.images_seen == 60
+
+
+def test_hidden_changed_and_bone_weigh_as_said(gan_run):
+    one = trainer(gan_run, hidden=2.0, changed=3.0)
+    brain = torch.tensor([[[True, True, True, False, True]]])
+    hidden = torch.tensor([[[False, True, False, False, True]]])
+    bone = torch.tensor([[[False, False, False, False, True]]])
+    changed = torch.tensor([[[0.0, 0.0, 0.5, 0.0, 0.0]]])
+    expected = torch.tensor([1.1, 3.1, 2.6, 0.1, 0.1])
+    assert torch.allclose(one.weight(brain, hidden, bone, changed)[0, 0], expected / expected.mean())
+
+
+def test_the_adversary_sees_what_was_drawn(gan_run, slices32):
+    one, batch = trainer(gan_run, adversarial=0.5), slices(slices32)
+    before = {name: p.clone() for name, p in one.d.named_parameters()}
+    stats = one.learn(batch, 1, full=True)
+    assert {"distance", "adversarial", "loss_d"} <= stats.keys()
+    assert any(not torch.equal(p, before[name]) for name, p in one.d.named_parameters())
+
+
+# ---- From a scan to its closest normal
+
+def test_every_place_is_kept_once_while_its_neighbours_are_hidden():
+    kept = torch.zeros(128, 128, dtype=torch.int)
+    for hidden, centre in blocks(128):
+        kept += centre
+        around = torch.nn.functional.max_pool2d(centre.float()[None, None], 5, 1, 2)[0, 0] > 0
+        assert (hidden | ~around).all()
+    assert (kept == 1).all()
+
+
+def test_bone_is_next_to_what_blood_cannot_be():
+    hu = torch.tensor([[[30.0, 75.0, 75.0, 99.0, 60.0, 99.0]]])
+    assert bone_mask(hu, 70.0).tolist() == [[[False, False, True, True, False, True]]]
+    clipped = torch.tensor([[[30.0, 70.0, 69.0, 70.0]]])
+    assert bone_mask(clipped, 70.0).tolist() == [[[False, True, False, True]]]
+
+
+class Filler(Inpainting):
+    """Draws 30 HU where something is hidden, and what it sees elsewhere."""
+
+    def draw(self, images, hidden, bone):
+        return torch.where(hidden & ~bone, 30.0, decode(images)).clamp(*self.range_hu)
+
+
+@pytest.fixture
+def filler() -> Filler:
+    return Filler(InpaintingSettings(), *networks(), (0.0, 70.0))
+
+
+def test_a_bleed_is_drawn_anew_and_the_rest_stays(filler):
+    """A square of 85 HU in brain of 30 +- 1, inside bone: gone from the closest normal, bone and brain as they are."""
+    hu = 30 + torch.randn(1, 32, 32, generator=torch.Generator().manual_seed(0))
+    brain = torch.zeros(1, 32, 32, dtype=torch.bool)
+    brain[:, 4:28, 4:28] = True
+    hu[~brain] = 100.0
+    hu[:, 12:18, 12:18] = 85.0
+    found = filler.closest_normal(hu, brain, np.zeros(1))
+    assert (found.normal_hu[:, 12:18, 12:18] == 30).all()
+    untouched = brain.clone()
+    untouched[:, 9:21, 9:21] = False
+    assert (found.normal_hu[untouched] - hu[untouched]).abs().max() < 0.01
+    assert torch.equal(found.normal_hu[~brain], found.query_hu[~brain])
+    assert found.query_hu.max() == 95 and (found.query_hu[:, 12:18, 12:18] == 85).all()
+    assert list(found.error_hu) == ["surroundings", "reconstruct"]
+    assert found.error_hu["surroundings"] > found.error_hu["reconstruct"] > 0
+
+
+def test_settings_and_networks_that_do_not_fit_are_refused():
+    for changes, said in (({"gate_hu": 0}, "gate_hu must be above 0"), ({"batch": 0}, "batch must be at least 1")):
+        with pytest.raises(ValueError, match=said):
+            InpaintingSettings(**changes)
+    plain = dataclasses.replace(TINY, encoder_masks=False)
+    with pytest.raises(CheckpointError, match="trained with --hide"):
+        Inpainting(InpaintingSettings(), Generator(plain), Encoder(plain), (0, 70))
+
+
+# ---- From a database to a bundle
+
+def test_a_trained_bundle_holds_what_it_needs(gan_run, slices32, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = ["--preset", "smoke32", "--hide", "0.9", "--batch", "4", "--epochs", "1", "--perceptual-epochs", "0.5",
+             "--lr-generator", "1e-3", "--encoder-code", "8", "--precision", "fp32", "--device", "cpu"]
+    command = ["--data", str(slices32), "--gan", str(gan_run), "--out", str(run), *flags]
+    assert train_encoder.main(command) == 0
+    row = json.loads((run / "stats.jsonl").read_text().splitlines()[-1])
+    assert row["val_hidden_hu"] > 0 and row["val_error_hu"] > 0 and row["adversarial"] > 0
+    assert (run / "reconstructions-001.png").is_file()
+    bundle = tmp_path / "bundle"
+    made = ["--data", str(slices32), "--encoder", str(run), "--out", str(bundle), "--set", "method=inpainting",
+            "--precision", "fp32", "--device", "cpu", "--preset", "smoke32"]
+    assert latent_stats.main(made) == 0
+    loaded = load_bundle(bundle, "cpu", "fp32").reconstructor
+    assert sorted(path.name for path in bundle.glob("*.safetensors"))[:2] == ["encoder.safetensors",
+                                                                            "generator.safetensors"]
+    assert loaded.range_hu == tuple(SliceDataset(slices32).manifest["settings"]["standardise"]["hu_clip"])
+    scan = SliceDataset(slices32, "val").scan(0)
+    found = loaded.closest_normal(scan["hu"].float(), scan["brain"], scan["below_vertex_mm"].numpy())
+    assert torch.isfinite(found.normal_hu).all() and found.normal_hu.shape == scan["hu"].shape
+    assert latent_stats.main([*made, "--overwrite", "--held-out", str(slices32)]) == 0
+    capsys.readouterr()
+    folds = ["--held-out", str(slices32), "--fold", str(slices32), str(run)]
+    assert latent_stats.main([*made, "--overwrite", *folds]) == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_images_in_the_range_come_back_from_the_windows():
+    """What the networks are shown is what the scan holds: encode and decode are inverse in their range."""
+    hu = torch.linspace(0, 70, 50)[None, None]
+    assert torch.allclose(decode(encode(hu)), hu, atol=1e-4)
