@@ -16,18 +16,22 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 
 from ct.read import ScanSource, open_scan
-from ct.scan import ScanError
+from ct.scan import Scan, ScanError
 from detect.claims import STALE_S, Claims
 from detect.outputs import OUTPUTS, SCORE_COLUMNS, SLICE_COLUMNS, Writer, scan_row, slice_rows
+from detect.pipeline import overlapped
 from detect.projection import Projector
 from files import FullDiskError, full_disk_named, replacing_folder, write_table
 
 WORK, BY_HASH = ".work", "scans"
+LARGE_BYTES = 1 << 28            # of HU in float32, 256 slices of 512 x 512: such a scan is alone in memory
 
 
 @dataclass(frozen=True)
@@ -92,75 +96,139 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
                 by_hash: bool = False, share: tuple[int, int] = (0, 1)) -> Iterator[None]:
     """Project every share[1]-th scan from share[0] on, unless it is finished or another run has it; yields after each.
 
-    Those that another run has are tried again at the end, in case it has died. writers: what is written, by name; other
-    ones, another result. Raises FullDiskError.
+    While the networks have a scan, the next one is read and the one before written (detect/pipeline.py). Those that
+    another run has are tried again at the end, in case it has died. writers: what is written, by name; other ones,
+    another result. Raises FullDiskError.
     """
     claims, key, pending = Claims(out / WORK), projector.key(), list(enumerate(sources))[share[0]::share[1]]
+    waiting: list[tuple[int, ScanSource]] = []
+
+    def say(number: int, source: ScanSource, outcome: str) -> None:      # in one piece: two threads say something
+        print(f"{number + 1}/{len(sources)} {source.scan_id}: {outcome}\n", end="", flush=True)
+
+    def read(numbered: tuple[int, ScanSource]) -> Job | None:
+        number, source = numbered
+        place = result_folder(out, source.scan_id, by_hash)
+        made = {"key": key, "files": fingerprint(source), "outputs": sorted(writers)}
+
+        def is_finished() -> bool:
+            earlier = read_result(place)
+            return bool(earlier) and earlier["scan"]["status"] != "failed" and made.items() <= earlier.items()
+
+        outcome = "finished before, skipped"
+        if not is_finished():
+            with ExitStack() as held:
+                if not held.enter_context(claims.hold(source.scan_id)):
+                    waiting.append(numbered)
+                    outcome = "another run has it"
+                elif not is_finished():              # another run may have finished it before we had the claim
+                    job = Job(projector, source, place, out / WORK, made, writers, held)
+                    job.read()
+                    job.number, job.held = number, held.pop_all()
+                    return job
+        say(number, source, outcome)
+        return None
+
+    def write(job: Job) -> None:
+        with job.held:
+            outcome = job.write()
+        say(job.number, job.source, outcome)
+
     for _ in range(2):
-        waiting = []
-        for number, source in pending:
-            place, files = result_folder(out, source.scan_id, by_hash), fingerprint(source)
-
-            made = {"key": key, "files": files, "outputs": sorted(writers)}
-
-            def is_finished(place=place, made=made) -> bool:
-                earlier = read_result(place)
-                return bool(earlier) and earlier["scan"]["status"] != "failed" and made.items() <= earlier.items()
-
-            outcome = "finished before, skipped"
-            if not is_finished():
-                with claims.hold(source.scan_id) as mine:
-                    if not mine:
-                        waiting.append((number, source))
-                        outcome = "another run has it"
-                    elif not is_finished():              # another run may have finished it before we had the claim
-                        outcome = project_one(projector, source, place, out / WORK, made, writers)
-            print(f"{number + 1}/{len(sources)} {source.scan_id}: {outcome}", flush=True)
-            yield
-        pending = waiting
+        yield from overlapped(pending, read, Job.project, write, drop=lambda job: job.held.close(),
+                              is_large=Job.is_large)
+        pending, waiting = waiting, []
 
 
 def project_one(projector: Projector, source: ScanSource, place: Path, work: Path, made: dict,
                 writers: Mapping[str, Writer] = OUTPUTS) -> str:
-    """Project one scan and replace its folder of results; returns what to say of it.
+    """Project one scan and replace its folder of results; returns what to say of it. Parameters: as of Job."""
+    with ExitStack() as held:
+        job = Job(projector, source, place, work, made, writers, held)
+        job.read()
+        job.project()
+        return job.write()
 
-    made: what the result is made with, for result.json: key, files, outputs.
-    """
-    with replacing_folder(place, work) as folder:
+
+def stage(do: Callable[[Job], None]) -> Callable[[Job], None]:
+    """A stage of Job: left out where one before has failed; an error is kept as the reason, FullDiskError is raised."""
+    @wraps(do)
+    def run(job: Job, *args) -> None:
+        if job.reason is not None:
+            return
         try:
-            rows = project_scan(projector, source, folder, writers)
+            do(job, *args)
+        except FullDiskError:
+            raise
         except Exception as error:       # a scan that breaks us must not cost the others their results
-            if isinstance(error, FullDiskError):
-                raise
-            reason = str(error)
+            job.reason = str(error)
             if not isinstance(error, ScanError):
                 traceback.print_exc()
-                reason = f"{type(error).__name__}: {error}"
-            shutil.rmtree(folder)
-            folder.mkdir()
-            rows = {"scan": {"scan_id": source.scan_id, "status": "failed", "reason": reason}, "slices": [],
-                    "seconds": {}}
-        (folder / "result.json").write_text(json.dumps({**made, **rows}), encoding="utf-8")
-    scan = rows["scan"]
-    return f"score {scan['score']:.3f}, {scan['seconds']:.1f} s" if scan["status"] != "failed" else (
-        f"FAILED, {scan['reason']}")
+                job.reason = f"{type(error).__name__}: {error}"
+    return run
 
 
-def project_scan(projector: Projector, source: ScanSource, folder: Path, writers: Mapping[str, Writer] = OUTPUTS
-                 ) -> dict:
-    """Project one scan and write its folder; returns its rows. Raises ScanError."""
-    started = time.perf_counter()
-    with open_scan(source) as scan:
-        seconds = {"read": time.perf_counter() - started}
-        projection = projector(scan)
-        seconds |= projection.seconds
-        writing, notes = time.perf_counter(), []
-        with full_disk_named(folder, 4 * scan.hu.nbytes):
-            for write in writers.values():
-                notes += write(folder, projection)
-    seconds["write"] = time.perf_counter() - writing
-    return {"scan": scan_row(projection, time.perf_counter() - started, notes), "slices": slice_rows(projection),
-            "seconds": seconds}
+class Job:
+    """A scan on its way through three stages, each of which may have a thread of its own: read, project, write.
+
+    place  its folder of results, replaced at the end; work: where that is written
+    made   what the result is made with, for result.json: key, files, outputs
+    held   what is to be let go of at the end: the files of an archive, until results are written; a claim
+    """
+
+    def __init__(self, projector: Projector, source: ScanSource, place: Path, work: Path, made: dict,
+                 writers: Mapping[str, Writer], held: ExitStack):
+        self.projector, self.source, self.place, self.work = projector, source, place, work
+        self.made, self.writers, self.held = made, writers, held
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self.reason: str | None = None                       # why it has failed
+        self.scan: Scan | None = None
+
+    def is_large(self) -> bool:
+        """Whether two of its kind at a time would take too much memory."""
+        return self.scan is not None and self.scan.hu.nbytes > LARGE_BYTES
+
+    @stage
+    def read(self) -> None:
+        with self._timed("read"):
+            self.scan = self.held.enter_context(open_scan(self.source))
+        with self._timed("standardise"):
+            self.prepared = self.projector.prepare(self.scan)
+
+    @stage
+    def project(self) -> None:
+        self.projection = self.projector(self.scan, self.prepared)
+        self.seconds |= self.projection.seconds
+
+    def write(self) -> str:
+        """Replaces the folder of results; returns what to say of it."""
+        with replacing_folder(self.place, self.work) as folder:
+            self._write_outputs(folder)
+            if self.reason is None:
+                scan = scan_row(self.projection, sum(self.seconds.values()), self.notes)
+                rows = {"scan": scan, "slices": slice_rows(self.projection), "seconds": self.seconds}
+            else:
+                shutil.rmtree(folder)
+                folder.mkdir()
+                scan = {"scan_id": self.source.scan_id, "status": "failed", "reason": self.reason}
+                rows = {"scan": scan, "slices": [], "seconds": {}}
+            (folder / "result.json").write_text(json.dumps({**self.made, **rows}), encoding="utf-8")
+        if self.reason is not None:
+            return f"FAILED, {self.reason}"
+        return f"score {scan['score']:.3f}, {scan['seconds']:.1f} s"
+
+    @stage
+    def _write_outputs(self, folder: Path) -> None:
+        with self._timed("write"), full_disk_named(folder, 4 * self.scan.hu.nbytes):
+            for write in self.writers.values():
+                self.notes += write(folder, self.projection)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
 
 
 # ---------------------------------------------------------------------------------------------------------------

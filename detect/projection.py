@@ -109,11 +109,17 @@ class Projector:
             return "the settings are not those of the calibration: no percentile"
         return None
 
-    def __call__(self, scan: Scan) -> Projection:
-        """Raises ScanError where no head or no usable slice is found."""
-        started = time.perf_counter()
-        pre = preprocess_scan(scan, self.preprocessing)
-        seconds = {"standardise": time.perf_counter() - started}
+    def prepare(self, scan: Scan) -> Preprocessed:
+        """What comes before the networks. Raises ScanError where no head or no usable slice is found."""
+        return preprocess_scan(scan, self.preprocessing)
+
+    def __call__(self, scan: Scan, prepared: Preprocessed | None = None) -> Projection:
+        """prepared: self.prepare(scan), which may be done elsewhere meanwhile. Raises ScanError as it does."""
+        seconds, pre = {}, prepared
+        if pre is None:
+            started = time.perf_counter()
+            pre = self.prepare(scan)
+            seconds["standardise"] = time.perf_counter() - started
         hu, brain, below_vertex_mm = pre.kept_slices()
         hu, brain = torch.from_numpy(hu), torch.from_numpy(brain)
         found, seen, findings, measuring = project_frame(self.bundle.reconstructor, self.bundle.measure, hu, brain,

@@ -23,6 +23,7 @@ import pytest
 
 import projector
 from ct.read import find_scans
+from detect import Projector, load_bundle
 from detect.claims import Claims
 from detect.folder import OUTPUTS, WORK, collect_all, find_result_folder, project_one, read_result
 from detect.report import read_results, unshown
@@ -78,6 +79,25 @@ def test_a_bad_scan_costs_one_row(whole):
     assert rows[-1]["scan_id"] == BROKEN and rows[-1]["reason"]
     assert sorted(path.name for path in (whole / BROKEN).iterdir()) == ["result.json"]
     assert not any((whole / WORK).iterdir())                             # no claim, nothing half written
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """By name, without the times in result.json."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    result = json.loads(found.pop("result.json"))
+    result["scan"].pop("seconds", None)
+    return found | {"result.json": json.dumps(result | {"seconds": list(result["seconds"])}).encode()}
+
+
+def test_one_scan_after_the_other_gives_the_same_files(scans, model, whole, tmp_path):
+    """As if reading, networks and writing of successive scans did not overlap."""
+    one_by_one = Projector(load_bundle(model, precision="fp32"))
+    for source in find_scans(scans):
+        earlier = read_result(whole / source.scan_id)
+        made = {name: earlier[name] for name in ("key", "files", "outputs")}
+        project_one(one_by_one, source, tmp_path / source.scan_id, tmp_path / WORK, made)
+        assert files_of(tmp_path / source.scan_id) == files_of(whole / source.scan_id)
+    assert len(files_of(whole / "scan-000")) > 6                         # maps, overlays, result.json
 
 
 def test_another_batch_gives_the_same_tables(scans, model, whole, tmp_path):
@@ -265,7 +285,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_results(scans, model, whole, tmp
 def test_a_scan_is_replaced_whole(scans, tmp_path):
     """A failed one leaves nothing of an earlier result, which would be taken for its own."""
     class Failing:
-        def __call__(self, scan):
+        def prepare(self, scan):
             raise RuntimeError("broken")
     place = tmp_path / "out" / "scan-000"
     place.mkdir(parents=True)
