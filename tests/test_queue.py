@@ -201,16 +201,19 @@ def test_ranks_need_no_process_group(scans, model, whole, tmp_path):
 @pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.soak)])
 def test_killed_at_random_moments(kills, model, tmp_path):
     """A rerun ends with the same tables and does again at most the scan in flight."""
-    scans = make_scans(tmp_path / "scans", 4 if kills < 10 else 60)
+    count = 4 if kills < 10 else 100
+    scans = make_scans(tmp_path / "scans", count)
     out, wait = tmp_path / "out", random.Random(0)
+    begin = time.monotonic()
     assert projector.main(flags(scans, model, tmp_path / "whole")) == 3
+    per_scan = (time.monotonic() - begin) / count
     made = []
     for attempt in range(kills):
         log = tmp_path / f"log-{attempt}"
         run = processes.start("projector", flags(scans, model, out), log)
         while run.is_alive() and not (log.exists() and "/" in log.read_text()):      # its first line about a scan
             time.sleep(0.01)
-        time.sleep(wait.uniform(0, 0.3))
+        time.sleep(wait.uniform(0, 1.5 * per_scan))
         processes.kill(run)
         lines = log.read_text().splitlines()
         made += [line.split()[1] for line in lines if ": score" in line]
@@ -220,7 +223,7 @@ def test_killed_at_random_moments(kills, model, tmp_path):
         assert len(set(made)) == len(made)
         if run.exitcode != -signal.SIGKILL:
             break
-    print(f"{attempt} or {attempt + 1} kills of {kills}, {len(made)} scans done by then")
+    print(f"{attempt + (run.exitcode == -signal.SIGKILL)} kills of {kills}, {len(made)} scans done by then")
     assert projector.main(flags(scans, model, out)) == 3
     assert tables(out) == tables(tmp_path / "whole")
     assert sorted(os.listdir(out / "scan-001")) == sorted(os.listdir(tmp_path / "whole" / "scan-001"))
