@@ -196,7 +196,8 @@ class Node:
                 self.orthanc.delete(instance)
         return {"state": DONE, "score": float(result.score), "percentile": result.percentile,
                 "flagged": None if result.flagged is None else bool(result.flagged), "threshold": result.threshold,
-                "anomalous_ml": result.anomalous_ml, "notes": list(result.notes), "objects": objects}
+                "unreliable": result.unreliable, "anomalous_ml": result.anomalous_ml, "notes": list(result.notes),
+                "objects": objects}
 
 
 class _Timed:

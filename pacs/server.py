@@ -14,18 +14,21 @@ from pacs.node import Node
 from pacs.state import DONE, WAITING
 
 REFRESH_S = 15
-ROW_KEYS = ("study_uid", "series_uid", "score", "percentile", "flagged", "threshold", "anomalous_ml", "notes", "reason",
-            "announced", "finished", "seconds")
+ROW_KEYS = ("study_uid", "series_uid", "score", "percentile", "flagged", "threshold", "unreliable", "anomalous_ml",
+            "notes", "reason", "announced", "finished", "seconds")
 
 
 def worklist(node: Node) -> list[dict]:
-    """The series: in work and waiting first, then results with the highest score first, then the refused and failed."""
+    """The series: in work and waiting first; then results with the highest score first, those not to be trusted below
+    the others; then the refused and failed.
+    """
     rows = []
     for series_id, row in node.state.rows.items():
         state = "in work" if series_id == node.in_work and row["state"] == WAITING else row["state"]
         rows.append({"orthanc_id": series_id, "state": state, **{key: row.get(key) for key in ROW_KEYS}})
     order = {"in work": 0, WAITING: 1, DONE: 2}
-    return sorted(rows, key=lambda r: (order.get(r["state"], 3), -(r["score"] or 0), r["announced"], r["orthanc_id"]))
+    return sorted(rows, key=lambda r: (order.get(r["state"], 3), r["unreliable"] is not None, -(r["score"] or 0),
+                                       r["announced"], r["orthanc_id"]))
 
 
 def page(node: Node, link: str) -> str:

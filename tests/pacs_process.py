@@ -37,6 +37,7 @@ class Stub:
     threshold: float | None = 1.0
     flagged: bool | None = False
     anomalous_ml: float | None = 2.0
+    unreliable: str | None = None
     notes: tuple[str, ...] = ()
 
 

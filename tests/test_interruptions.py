@@ -175,7 +175,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
 @pytest.mark.filterwarnings("ignore:.*left half-written")
 def test_killed_at_random_moments(kills, gan_flags, tmp_path):
     """With a snapshot and a row every step. The newest snapshot loads every time, and no row comes twice."""
-    steps = 8 * kills
+    steps = 8 * kills if kills < 10 else 4 * kills
     argv = [*gan_flags, "--kimg", steps * 0.004, "--tick-kimg", 0.004, "--snapshot-kimg", 0.004, "--grid-kimg", 1000]
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert processes.codes([processes.start("train", [*argv, "--out", whole], tmp_path / "log")], 3600) == [0]
@@ -183,7 +183,7 @@ def test_killed_at_random_moments(kills, gan_flags, tmp_path):
     for _ in range(kills):
         before = newest(run)
         process = processes.start("train", [*argv, "--out", run], tmp_path / "log")
-        wait_for(lambda before=before: newest(run) > before or not process.is_alive())  # noqa: B023
+        wait_for(lambda before=before: newest(run) > before or not process.is_alive(), 600)  # noqa: B023
         time.sleep(wait.uniform(0, 0.5))
         processes.kill(process)
         assert process.exitcode in (-signal.SIGKILL, 0)
@@ -191,6 +191,7 @@ def test_killed_at_random_moments(kills, gan_flags, tmp_path):
         assert len(steps_of(run)) == len(set(steps_of(run)))
         if process.exitcode == 0:
             break
+    print(f"{len(reached) - (process.exitcode == 0)} kills of {kills}, snapshot {reached[-1]} of {steps * 4} by then")
     assert reached == sorted(reached) and len(set(reached)) > 2
     assert processes.codes([processes.start("train", [*argv, "--out", run], tmp_path / "log")], 3600) == [0]
     assert_same_run(run, whole)

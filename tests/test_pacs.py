@@ -376,9 +376,10 @@ def test_state_of_another_model_or_node_is_refused(tmp_path):
 
 
 def test_pages(tmp_path):
-    node = fake_node(tmp_path, log_of("low", "high", "odd", "next"))
+    node = fake_node(tmp_path, log_of("low", "wild", "high", "odd", "next"))
     node.follow()
     for name, values in (("low", dict(state="done", score=0.5)), ("high", dict(state="done", score=9.0, flagged=True)),
+                         ("wild", dict(state="done", score=99.0, unreliable="too much", notes=["too much", "a gap"])),
                          ("odd", dict(state="refused", reason="<b>no head</b>"))):
         node.state.put(name, node.state.rows[name] | values)
     server = serve(node, "127.0.0.1", 0)
@@ -388,8 +389,9 @@ def test_pages(tmp_path):
         with urllib.request.urlopen(url + path, timeout=60) as answer:
             return answer.read().decode()
     series = json.loads(get("/worklist.json"))["series"]
-    assert [r["orthanc_id"] for r in series] == ["next", "high", "low", "odd"]
+    assert [r["orthanc_id"] for r in series] == ["next", "high", "low", "wild", "odd"]
     html = get("/")
+    assert "unreliable: too much" in html and html.count("too much") == 1 and "a gap" in html
     assert "&lt;b&gt;no head" in html and "<b>no head" not in html and "Research only" in html
     assert html.index(">next</a>") < html.index(">high</a>") < html.index(">low</a>") < html.index(">odd</a>")
     assert json.loads(get("/healthz")) == {"stuck": False, "orthanc": True, "waiting": 1}
