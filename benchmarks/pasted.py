@@ -115,7 +115,8 @@ def _layer(head, rng, thick_mm, reach_mm, blood):
     at = head.point((head.depth > 0) & (head.depth < 6) & (np.abs(head.x) > 15), rng)
     thickness = thick_mm * (1 - head.distance(at, reach_mm) ** 2)
     one_side = np.sign(head.x) == np.sign(at[2])
-    return (head.depth < thickness) & one_side, blood + np.maximum(head.hu - DENSEST_HU, 0)
+    bone = np.clip((head.hu - DENSEST_HU) / (head.hu.max() - DENSEST_HU), 0, 1)
+    return (head.depth < thickness) & one_side, blood + bone * (head.hu.max() - blood)
 
 
 def _subdural(head, rng):

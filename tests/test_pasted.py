@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks import pasted
 from benchmarks.pasted import KINDS, paste, pixel_mm
 
 SIZE, SIDE = 64, 4.0
@@ -37,6 +38,17 @@ def test_subdurals_lie_at_the_skull_and_ventricular_blood_does_not():
     rim, middle = (paste(hu, brain, MM, kind, SIDE, np.random.default_rng(0))[1]
                    for kind in ("subdural", "intraventricular"))
     assert depth[rim].max() < 16 and depth[middle].min() > 20
+
+
+def test_blood_under_the_skull_takes_the_soft_tissues_place_and_not_the_bones():
+    """A rim that is half bone, (40 + 100) / 2 = 70 HU: with blood of 60 HU it becomes 80, and is no less dense."""
+    hu, brain = head()
+    rim = brain & (np.stack([_depth(one) for one in brain]) <= 1)
+    hu[rim], hu[~brain] = 70.0, 100.0
+    share, change = pasted._layer(pasted._Head(hu, brain, MM, SIDE), np.random.default_rng(7), 12.0, 60.0, 60.0)
+    share &= brain
+    assert (share & rim).any() and (share & ~rim).any()
+    assert change[share & rim] == pytest.approx(80) and change[share & ~rim] == pytest.approx(60)
 
 
 def test_the_same_seed_pastes_the_same_lesion():
