@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
                        help="assumed, and noted, where a scan does not tell (default %(default)g; 0: refuse)")
     group.add_argument("--hu-clip", type=float, nargs=2, metavar=("LOW", "HIGH"),
                        help="HU range kept (default: the part of -20..180 that no scan's source has clipped)")
+    group.add_argument("--bone-apart", action="store_true",
+                       help="pixels across the edge of a bone show their soft tissue alone: thin blood under the skull "
+                            "would else be lost in the mean")
     group.add_argument("--min-brain-fraction", type=float, default=base.min_brain_fraction, metavar="F",
                        help="leave out slices with less brain than this part of the frame (%(default)g)")
     group.add_argument("--max-below-vertex-mm", type=float, default=base.max_below_vertex_mm, metavar="MM",
@@ -79,8 +82,8 @@ def prepare(args: argparse.Namespace) -> int:
     """Does what the command line says; returns the exit code."""
     from gan.database import build_lmdb
 
-    settings = PreprocessSettings(StandardiseSettings(size=args.size), slab_mm=args.slab_mm,
-                                  min_brain_fraction=args.min_brain_fraction,
+    settings = PreprocessSettings(StandardiseSettings(size=args.size, bone_apart=args.bone_apart),
+                                  slab_mm=args.slab_mm, min_brain_fraction=args.min_brain_fraction,
                                   max_below_vertex_mm=args.max_below_vertex_mm)
     manifest = build_lmdb(args.scans, args.out, settings, hu_clip=args.hu_clip,
                           val_fraction=args.val_fraction, seed=args.seed, split_csv=args.split,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+LATER = {"bone_apart"}              # settings that files of before do not have
+
 
 @dataclass(frozen=True)
 class StandardiseSettings:
@@ -17,6 +19,8 @@ class StandardiseSettings:
                     one saturated by its source come out alike
     remove_outside  set what lies more than margin_mm outside the head (holders, casts, tubes) to hu_clip[0]
     margin_mm       in the millimetres of an adult's head, whatever the head's size
+    bone_apart      a pixel of the frame that lies across the edge of a bone shows its soft tissue alone: a mean over
+                    both hides thin blood under the skull. Where little is left of it, the pixel is bone, hu_clip[1]
     """
 
     size: int = 256
@@ -24,6 +28,7 @@ class StandardiseSettings:
     hu_clip: tuple[float, float] = (-20.0, 180.0)
     remove_outside: bool = True
     margin_mm: float = 12.0
+    bone_apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,12 @@ class PreprocessSettings:
     max_below_vertex_mm: float = 160.0
 
     def to_json(self) -> dict:
-        return dataclasses.asdict(self)
+        """What was added later is left out where it is off, as in the files from before."""
+        stored = dataclasses.asdict(self)
+        for name in LATER:
+            if not stored["standardise"][name]:
+                del stored["standardise"][name]
+        return stored
 
     @classmethod
     def from_json(cls, stored: dict) -> PreprocessSettings:
@@ -55,7 +65,7 @@ class PreprocessSettings:
 
 def _checked(cls: type, stored: dict, what: str) -> dict:
     names = {f.name for f in dataclasses.fields(cls)}
-    if set(stored) != names:
+    if set(stored) | (names & LATER) != names:
         raise ValueError(f"{what}: unknown keys {sorted(set(stored) - names)}, missing keys "
                          f"{sorted(names - set(stored))}; made by another version: prepare anew")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}

@@ -27,6 +27,9 @@ SYMMETRY_SLICES = 6                # of those, for the midline
 SYMMETRY_HU = (-20.0, 100.0)       # the range every source has
 TRUNCATION_HU = 25.0               # larger left-right differences count no more: a bleed must not turn the head
 MAX_TURN_DEG = 25.0                # searched around upright and around the mask's own axis
+BONE_HU, EDGE_HU = 100.0, 50.0     # in native pixels: no blood; no brain
+CROSS = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]], bool)          # neighbours within a slice
+LEAST_SOFT = 0.3                   # of a pixel must be soft tissue, or all of it counts as bone
 SAMPLES = 4                        # a side of an output pixel at most, against aliasing
 
 
@@ -79,13 +82,26 @@ def in_frame(scan: Scan, brain: np.ndarray, frame: Frame, settings: StandardiseS
     low, high = settings.hu_clip
     above = np.clip(scan.hu, low, high)
     above -= np.float32(low)                                       # outside the slice lies 0, as to_frame has it
-    hu = to_frame(above, frame)
+    if settings.bone_apart:
+        bone = native_bone(scan)
+        part = to_frame((~bone).astype(np.float32), frame)
+        soft = to_frame(above * ~bone, frame) / np.maximum(part, 1e-6)
+        hu = np.where(part < LEAST_SOFT, np.float32(high - low), soft)
+    else:
+        hu = to_frame(above, frame)
     hu += np.float32(low)
     np.clip(hu, low, high, out=hu)                                 # interpolation rounds a little beyond
     if settings.remove_outside:
         hu[~_head(above, brain, frame, settings)] = low
     below_vertex = vertex_mm(brain, scan.position_mm) - scan.position_mm
     return Standardised(hu, to_frame(brain, frame), below_vertex, frame)
+
+
+def native_bone(scan: Scan) -> np.ndarray:
+    """Bone with the edge that it is blurred into, bool [S, H, W]: BONE_HU or what the source clipped at, and the pixels
+    next to it that are denser than soft tissue without blood. Outside the slice there is none."""
+    sure = scan.hu >= min(BONE_HU, scan.saturation_hu[1] - 0.5)
+    return sure | (ndimage.binary_dilation(sure, CROSS) & (scan.hu >= EDGE_HU))
 
 
 # ---- finding the frame

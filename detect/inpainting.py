@@ -65,7 +65,7 @@ class Inpainting(Reconstructor):
                        watch: Watch | None = None) -> Reconstruction:
         self.check_shapes(hu, brain, below_vertex_mm)
         hu, brain = hu.to(self.device), brain.to(self.device)
-        bone = bone_mask(hu, self.range_hu[1])
+        bone = bone_mask(hu)
         query_hu, soft = hu.clamp(self.range_hu[0], BONE_HU), brain & ~bone
         stages, seen = Stages(), encode(hu.clamp(*self.range_hu))
         with stages.stage("surroundings", lambda: error_hu(query_hu, expected_hu, soft)):
@@ -123,15 +123,12 @@ class Inpainting(Reconstructor):
             network.compute_dtype = dtype
 
 
-def bone_mask(hu: torch.Tensor, top_hu: float) -> torch.Tensor:
-    """Bone, metal and calcifications of slices [S, N, N], HU, bool: what is denser than the networks can show, top_hu,
-    and next to something that blood cannot be.
+def bone_mask(hu: torch.Tensor) -> torch.Tensor:
+    """Bone, metal and calcifications of slices [S, N, N], HU, bool: what is denser than blood can be.
 
-    Slices that were clipped at top_hu themselves, as loose ones are, do not tell the two apart: all of it is bone.
+    Slices that were clipped below BONE_HU, as loose ones are, do not tell the two apart: all that was is bone.
     """
-    sure = min(BONE_HU, float(hu.max()) - 0.5)
-    near = F.max_pool2d((hu >= sure).float()[:, None], 3, stride=1, padding=1)[:, 0] > 0
-    return (hu >= top_hu - 0.5) & near
+    return hu >= min(BONE_HU, float(hu.max()) - 0.5)
 
 
 def blocks(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -142,11 +142,11 @@ def test_every_place_is_kept_once_while_its_neighbours_are_hidden():
     assert (kept == 1).all()
 
 
-def test_bone_is_next_to_what_blood_cannot_be():
-    hu = torch.tensor([[[30.0, 75.0, 75.0, 99.0, 60.0, 99.0]]])
-    assert bone_mask(hu, 70.0).tolist() == [[[False, False, True, True, False, True]]]
+def test_bone_is_what_blood_cannot_be():
+    hu = torch.tensor([[[30.0, 75.0, 94.0, 99.0, 60.0]]])
+    assert bone_mask(hu).tolist() == [[[False, False, False, True, False]]]
     clipped = torch.tensor([[[30.0, 70.0, 69.0, 70.0]]])
-    assert bone_mask(clipped, 70.0).tolist() == [[[False, True, False, True]]]
+    assert bone_mask(clipped).tolist() == [[[False, True, False, True]]]
 
 
 class Filler(Inpainting):

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from ct.scan import Scan, ScanError
-from ct.standardise import Frame, StandardiseSettings, find_frame, from_frame, standardise, to_frame, vertex_mm
+from ct.settings import PreprocessSettings
+from ct.standardise import (
+    Frame,
+    StandardiseSettings,
+    find_frame,
+    from_frame,
+    in_frame,
+    standardise,
+    to_frame,
+    vertex_mm,
+)
 from tests.helpers import synthetic_scan
 
 SETTINGS = StandardiseSettings(size=64)
@@ -183,3 +193,29 @@ def test_what_lies_outside_the_head_is_removed():
     np.testing.assert_allclose(held, standardise(scan, brain, SETTINGS).hu, atol=2)
     kept = standardise(replace(scan, hu=hu), brain, replace(SETTINGS, remove_outside=False)).hu
     assert np.abs(kept - held).max() > 50
+
+
+def test_soft_tissue_at_bone_is_not_mixed_with_it():
+    """Frame pixels of 2 x 2 native ones: of brain (30), blood (60) and bone (1000), with an edge of 70 at the bone.
+
+    Mixed, a pixel of a column of brain and one of the bone's edge is 50 HU; apart, it is 30. A pixel of which less
+    than LEAST_SOFT is soft is bone, the upper end of the range.
+    """
+    hu = np.full((1, 8, 8), 30.0, np.float32)
+    hu[0, :, 5], hu[0, :, 6:] = 70.0, 1000.0
+    hu[0, 2:4, 4] = 60.0
+    scan = Scan("one", hu, np.zeros(1), (1.0, 1.0), source="test")
+    brain = np.ones((1, 8, 8), bool)
+    frame = Frame(4, (8, 8), (1.0, 1.0), (3.5, 3.5), 0.0, 2.0)
+    settings = StandardiseSettings(size=4, hu_clip=(0.0, 100.0), remove_outside=False)
+    mixed, apart = (in_frame(scan, brain, frame, replace(settings, bone_apart=on)).hu[0] for on in (False, True))
+    assert mixed[0] == pytest.approx([30, 30, 50, 100]) and mixed[1] == pytest.approx([30, 30, 65, 100])
+    assert apart[0] == pytest.approx([30, 30, 30, 100]) and apart[1] == pytest.approx([30, 30, 60, 100])
+
+
+def test_settings_of_before_can_be_read_and_stay_as_they_are():
+    stored = PreprocessSettings().to_json()
+    assert "bone_apart" not in stored["standardise"]
+    assert PreprocessSettings.from_json(stored) == PreprocessSettings()
+    apart = PreprocessSettings(StandardiseSettings(bone_apart=True))
+    assert PreprocessSettings.from_json(apart.to_json()) == apart
