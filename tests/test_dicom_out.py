@@ -208,6 +208,15 @@ def test_report_of_a_flagged_scan(tmp_path, series):
     assert [m.value for m in scores] == [3.25, 4, 3, 2]             # the scan's; the key slices', of the projected
     assert [m.referenced_images[0].referenced_sop_instance_uid for m in scores[1:]] == [
         pydicom.dcmread(series / f"00{k}.dcm").SOPInstanceUID for k in (4, 3, 2)]
+    library, = [item for item in report.content[0].ContentSequence
+                if item.ConceptNameCodeSequence[0].CodeMeaning == "Image Library"]
+    entries = [item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID for item in library.ContentSequence[0]
+               .ContentSequence if item.ValueType == "IMAGE"]
+    assert entries == [m.referenced_images[0].referenced_sop_instance_uid for m in scores[1:]]
+    evidence = {item.ReferencedSOPInstanceUID for study in report.CurrentRequestedProcedureEvidenceSequence
+                for listed in study.ReferencedSeriesSequence for item in listed.ReferencedSOPSequence}
+    assert evidence == {objects["seg"].SOPInstanceUID} | {
+        pydicom.dcmread(path).SOPInstanceUID for path in series.glob("*.dcm")}
     percentile, = group.get_measurements(codes.DCM.PercentileRankingOfMeasurement)
     volume, = group.get_measurements(codes.SCT.Volume)
     assert (percentile.value, percentile.unit.value, volume.value, volume.unit.value) == (97.5, "%", 1.5, "ml")
