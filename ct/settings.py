@@ -65,7 +65,8 @@ class PreprocessSettings:
 
 def _checked(cls: type, stored: dict, what: str) -> dict:
     names = {f.name for f in dataclasses.fields(cls)}
-    if set(stored) | (names & LATER) != names:
-        raise ValueError(f"{what}: unknown keys {sorted(set(stored) - names)}, missing keys "
-                         f"{sorted(names - set(stored))}; made by another version: prepare anew")
+    unknown, missing = sorted(set(stored) - names), sorted(names - LATER - set(stored))
+    if unknown or missing:
+        raise ValueError(f"{what}: unknown keys {unknown}, missing keys {missing}; made by another version: prepare "
+                         "anew")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
