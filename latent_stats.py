@@ -72,14 +72,16 @@ PRESETS = {
     "paper512": StatsConfig(components=512),
     "ct256": StatsConfig(passes=2),
     "ct128": StatsConfig(passes=2),
+    "noise128": StatsConfig(passes=2),
     "smoke32": StatsConfig(components=4, passes=3),
 }
 # What each preset calibrates for, before --set; the recommended settings are those of the shipped bundles
-RECOMMENDED = Settings("inversion", measure="surprise", scan_score="top3")
+RECOMMENDED = Settings("inpainting", measure="surprise", scan_score="top3")
 SETTINGS = {
     "paper512": Settings("search"),
     "ct256": RECOMMENDED,
     "ct128": RECOMMENDED,
+    "noise128": Settings("inversion", measure="surprise", scan_score="top3"),
     "smoke32": Settings("search", SearchSettings(steps_latent=3, steps_noise=3)),
 }
 

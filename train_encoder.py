@@ -33,14 +33,19 @@ from model import ModelConfig
 from op import memory, set_impl
 from weights import CheckpointError
 
-# What made the shipped bundles (docs/RESULTS.md): generator and encoder together, with predicted noise, no adversary
-RECOMMENDED = EncoderConfig(epochs=20, perceptual_epochs=20, lr=5e-5, lr_trunk=1e-3, lr_discriminator=5e-5,
-                            lr_generator=2e-3, decay=0.35, r1_gamma=1, perceptual="pixels", knee=0.2, noise=True,
-                            erase=0.1, coarse=0.8)
+# What made models/head-128 (docs/RESULTS.md): what is hidden is drawn, with an adversary in the last part
+RECOMMENDED = EncoderConfig(epochs=21, perceptual_epochs=15, batch=16, lr=2e-4, lr_trunk=1e-3, lr_discriminator=3e-4,
+                            lr_generator=1e-3, decay=0.6, adversarial=0.02, r1_gamma=1, knee=0.04, hide=0.88,
+                            encoder_width=0.5, encoder_code=128, rotate=0.6, rotate_deg=12)
+# phantom-128 and ct-ich-128: predicted noise maps of one channel, no adversary
+NOISE = EncoderConfig(epochs=20, perceptual_epochs=20, lr=5e-5, lr_trunk=1e-3, lr_discriminator=5e-5,
+                      lr_generator=2e-3, decay=0.35, r1_gamma=1, perceptual="pixels", knee=0.2, noise=True, erase=0.1,
+                      coarse=0.8, workers=0)
 PRESETS = {
     "paper512": EncoderConfig(),
     "ct256": RECOMMENDED,
     "ct128": replace(RECOMMENDED, workers=0),
+    "noise128": NOISE,
     "smoke32": EncoderConfig(epochs=4, perceptual_epochs=2, lr=1e-3, lr_trunk=1e-3, workers=0),
 }
 

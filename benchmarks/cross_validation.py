@@ -1,8 +1,10 @@
 """What each way of scoring brings, on healthy scans that the networks have not seen and on lesions pasted into them.
 
     python benchmarks/cross_validation.py --fold a.lmdb runs/a --fold b.lmdb runs/b --out runs/cross-validation
+    python benchmarks/cross_validation.py --model scans.lmdb models/head-128 --out runs/cross-validation
 
-Each --fold is a database and the run of train_encoder.py made from it, with other scans held out in each. A held-out
+Each --fold is a database and the run of train_encoder.py made from it, with other scans held out in each; a --model is
+a bundle of any method and a database of scans that were held out of its training. A held-out
 scan, as it is and with each lesion of pasted.py in it, is reconstructed by its own fold's encoder; its residuals are
 told in the statistics of all other held-out scans. Writes table.md, one row a setting of ROWS: AUC of scans with a
 lesion of a kind against the healthy ones, the mean over the haemorrhages, and the AUC of slices with haemorrhage
@@ -31,11 +33,13 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 import distributed  # noqa: E402
 from benchmarks import pasted  # noqa: E402
+from ct.settings import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect import normative  # noqa: E402
+from detect.bundle import load_bundle  # noqa: E402
 from detect.inversion import Inversion, InversionSettings  # noqa: E402
 from detect.measure import Evidence, Surprise, SurpriseSettings, scan_score  # noqa: E402
-from detect.reconstruct import Reconstruction  # noqa: E402
+from detect.reconstruct import Reconstruction, Reconstructor  # noqa: E402
 from gan.runlog import load_run  # noqa: E402
 from model import Encoder, Generator, ModelConfig  # noqa: E402
 from op import memory  # noqa: E402
@@ -72,8 +76,8 @@ class Case:
     truth: torch.Tensor
 
 
-def cases_of(data: Path, run: Path, device: torch.device) -> list[Case]:
-    """All cases of a fold. Raises DatasetError, CheckpointError; ValueError where the run is of another database."""
+def open_fold(data: Path, run: Path, device: torch.device) -> tuple[SliceDataset, Reconstructor]:
+    """Held-out scans and networks of a --fold. Raises DatasetError, CheckpointError; ValueError unless both fit."""
     snapshot = load_run(run, "--fold", "encoder", "train_encoder.py")
     held_out = SliceDataset(data, "val")
     if held_out.unlike(snapshot.meta):
@@ -85,9 +89,21 @@ def cases_of(data: Path, run: Path, device: torch.device) -> list[Case]:
         net.eval().requires_grad_(False).to(device)
     inversion = Inversion(InversionSettings(batch=BATCH), generator, encoder)
     inversion.set_precision(distributed.pick_precision("auto", device))
+    return held_out, inversion
 
+
+def open_model(data: Path, folder: Path, device: torch.device) -> tuple[SliceDataset, Reconstructor]:
+    """The same of a --model."""
+    bundle, held_out = load_bundle(folder, device), SliceDataset(data, "val")
+    if PreprocessSettings.from_json(held_out.manifest["settings"]) != bundle.preprocessing:
+        raise ValueError(f"--model {data} {folder}: made for slices prepared in another way than those of the database")
+    return held_out, bundle.reconstructor
+
+
+def cases_of(held_out: SliceDataset, reconstructor: Reconstructor) -> list[Case]:
+    """All cases of held-out scans."""
     def case(scan_id, kind, hu, brain, mm, truth):
-        return Case(scan_id, kind, inversion.closest_normal(hu, brain, mm), brain, mm, truth)
+        return Case(scan_id, kind, reconstructor.closest_normal(hu, brain, mm), brain, mm, truth)
 
     cases, side_mm = [], pasted.pixel_mm(held_out.size, held_out.manifest["settings"]["standardise"]["head_fraction"])
     for s, scan_id in enumerate(held_out.scan_ids):
@@ -99,7 +115,7 @@ def cases_of(data: Path, run: Path, device: torch.device) -> list[Case]:
                   for one in lesions]
         for reason in left_out:
             print(reason, flush=True)
-        print(f"{data.name} {scan_id}", flush=True)
+        print(f"{held_out.path.name} {scan_id}", flush=True)
     return cases
 
 
@@ -148,19 +164,22 @@ def table(cases: list[Case]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fold", type=Path, nargs=2, metavar=("DATA", "RUN"), action="append", required=True,
+    parser.add_argument("--fold", type=Path, nargs=2, metavar=("DATA", "RUN"), action="append", default=[],
                         help="a database and the run of train_encoder.py made from it; may be given several times")
+    parser.add_argument("--model", type=Path, nargs=2, metavar=("DATA", "BUNDLE"), action="append", default=[],
+                        help="a database of scans held out of a bundle's training, and the bundle")
     parser.add_argument("--out", type=Path, default=Path("runs/cross-validation"), help="folder for table.md")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
     try:
         memory.keep_freed()
         device = distributed.pick_device(args.device)
-        cases = [case for fold in args.fold for case in cases_of(*fold, device)]
+        sources = [*(open_fold(*fold, device) for fold in args.fold), *(open_model(*one, device) for one in args.model)]
+        cases = [case for source in sources for case in cases_of(*source)]
         heads = [c.scan_id for c in cases if c.kind == HEALTHY]
         if len(set(heads)) < len(heads) or len(heads) < normative.MIN_SCANS:
-            raise ValueError(f"--fold: {normative.MIN_SCANS} different held-out scans at least are needed, found "
-                             f"{', '.join(heads)}")
+            raise ValueError(f"--fold and --model: {normative.MIN_SCANS} different held-out scans at least are "
+                             f"needed, found {', '.join(heads)}")
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "table.md").write_text(table(cases), encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -14,7 +14,8 @@ erasure    1 - sum((R(lesion) - R(healthy)) * sign(c)) / sum(|c|) over a pasted 
 
 The lesions are those of pasted.py, clipped to the HU range of the database as a scan that holds them would be. Every
 choice about the inversion is made on this table, with scans that the networks have not seen. A bundle is run with its
-own settings and, in a second row, with its code alone: the generator's own noise maps, and no steps on them. Writes
+own settings and, in a second row, without what draws detail: inversion with its code alone (the generator's own noise
+maps, and no steps on them), inpainting with every place drawn from its surroundings. Writes
 table.md and figures.json. Exit codes: 0 done, 2 wrong usage.
 """
 
@@ -38,8 +39,10 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 import distributed  # noqa: E402
 from benchmarks import baselines, compare, pasted  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
+from ct.window import encode  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.bundle import load_bundle  # noqa: E402
+from detect.inpainting import Inpainting, bone_mask  # noqa: E402
 from detect.reconstruct import Reconstructor  # noqa: E402
 from op import memory  # noqa: E402
 
@@ -158,6 +161,15 @@ def of(reconstructor: Reconstructor) -> Reconstruct:
     return lambda hu, brain, below_vertex_mm: reconstructor.closest_normal(hu, brain, below_vertex_mm).normal_hu
 
 
+def expected(inpainting: Inpainting) -> Reconstruct:
+    """What the surroundings of every place call for, the first stage of inpainting; bone as it is."""
+    def reconstruct(hu, brain, below_vertex_mm):
+        bone = bone_mask(hu)
+        return torch.where(bone, hu, inpainting.from_surroundings(encode(hu.clamp(*inpainting.range_hu)), bone))
+
+    return reconstruct
+
+
 def methods(args: argparse.Namespace, preprocessing: dict) -> dict[str, Reconstruct]:
     """The rows of the table, by name. ValueError where a method expects slices that were prepared in another way."""
     device, found = distributed.pick_device(args.device), {}
@@ -168,6 +180,8 @@ def methods(args: argparse.Namespace, preprocessing: dict) -> dict[str, Reconstr
         if bundle.settings.method == "inversion":
             alone = bundle.with_settings(bundle.settings.replace(predicted_noise=False))
             found[f"{folder.name}, code alone"] = of(alone.reconstructor)
+        if bundle.settings.method == "inpainting":
+            found[f"{folder.name}, from surroundings alone"] = expected(bundle.reconstructor)
     for path in args.baseline:
         baseline = baselines.load(path, device)
         if isinstance(baseline, baselines.HuThresholds):

@@ -71,8 +71,8 @@ def generator_rows(repeats: int, config: ModelConfig, batch: int = 4) -> list[Ro
 
 
 def training_rows(repeats: int) -> list[Row]:
-    config = dataclasses.replace(train.PRESETS["ct128"], batch=8)
-    return gpu.training_row("cpu training step, ct128", config, CPU, repeats, "4x", least_ratio=4,
+    config = dataclasses.replace(train.PRESETS["noise128"], batch=8)
+    return gpu.training_row("cpu training step, noise128", config, CPU, repeats, "4x", least_ratio=4,
                             precisions=("fp32", "bf16"))
 
 

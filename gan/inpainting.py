@@ -24,6 +24,7 @@ from gan.encoding import EncoderTrainer
 from gan.losses import frozen, g_nonsaturating
 from model import Generator
 
+BONE_HU = 95.0                           # what is denser is no blood, but bone, which is never hidden
 OUTSIDE = 0.1                            # weight of a pixel that is no brain; one in the brain weighs 1 and more
 
 
@@ -58,10 +59,8 @@ class InpaintingTrainer(EncoderTrainer):
         return stats
 
     def augmented(self, hu: torch.Tensor, brain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """HU, brain and bone after flip, rotation and another scanner's calibration; bone is what reaches the range's
-        upper end, before that: in healthy heads nothing else does."""
-        low, high = self.range_hu
-        bone = hu >= high - 0.5
+        """HU, brain and bone after flip, rotation and another scanner's calibration."""
+        (low, high), bone = self.range_hu, self.bone(hu)
         both = 2 * torch.stack([(hu - low) / (high - low), brain.float(), bone.float()], 1) - 1     # outside is -1
         if self.config.flip:
             both = random_flip(both, self.rng)
@@ -69,6 +68,10 @@ class InpaintingTrainer(EncoderTrainer):
         hu = low + (both[:, 0] + 1) * ((high - low) / 2)
         shift, gain = torch.randn(2, len(hu), 1, 1, generator=self.rng) * self.config.jitter_hu
         return (hu * (1 + gain / 100) + shift * (hu > 0)).clamp(low, high), both[:, 1] > 0, both[:, 2] > 0
+
+    def bone(self, hu: torch.Tensor) -> torch.Tensor:
+        """bool [B, N, N]; where slices end below BONE_HU, all that reaches their end: in healthy heads nothing else."""
+        return hu >= min(BONE_HU, self.range_hu[1] - 0.5)
 
     def weight(self, brain: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor, changed: torch.Tensor
                ) -> torch.Tensor:
@@ -89,7 +92,7 @@ class InpaintingTrainer(EncoderTrainer):
             scan = dataset.scan(s)
             hu, brain = (scan[key][::4] for key in ("hu", "brain"))
             hu = hu.float().clamp(*self.range_hu)
-            bone, hidden = hu >= self.range_hu[1] - 0.5, hide(len(hu), hu.shape[-1], 1.0, generator)
+            bone, hidden = self.bone(hu), hide(len(hu), hu.shape[-1], 1.0, generator)
             inside, masks = brain & ~bone, (torch.zeros_like(hidden), hidden)
             whole, parts = (decode(self.draw(*(t.to(self.device) for t in (encode(hu), mask, bone))).cpu())
                             for mask in masks)

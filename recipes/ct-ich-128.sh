@@ -32,14 +32,14 @@ for fold in 0 1 2; do
         "$python" prepare.py "$ct_ich/train" "$phe_sich/scans" --slices "$work/keep.csv" \
             --split "$work/fold$fold.csv" --out "$work/fold$fold.lmdb" --size 128
     "$python" train_encoder.py --data "$work/fold$fold.lmdb" --gan "$phantoms/gan" --init "$phantoms/encoder" \
-        --out "$work/fold$fold" --preset ct128 --seed "$fold"
+        --out "$work/fold$fold" --preset noise128 --seed "$fold"
 done
 
 # Fold 1 is the bundle's; the others only calibrate
 [ -e "$work/model/model.json" ] ||
     "$python" latent_stats.py --data "$work/fold1.lmdb" --encoder "$work/fold1" \
         --fold "$work/fold0.lmdb" "$work/fold0" --fold "$work/fold2.lmdb" "$work/fold2" \
-        --out "$work/model" --name ct-ich-128 --preset ct128
+        --out "$work/model" --name ct-ich-128 --preset noise128
 
 "$python" benchmarks/cross_validation.py --fold "$work/fold0.lmdb" "$work/fold0" \
     --fold "$work/fold1.lmdb" "$work/fold1" --fold "$work/fold2.lmdb" "$work/fold2" --out "$work/cross-validation"

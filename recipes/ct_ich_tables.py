@@ -1,4 +1,4 @@
-"""The slices and splits of recipes/ct-ich-128.sh: which slices train, and which scans each of three folds holds out.
+"""The slices and splits of ct-ich-128.sh and head-128.sh: which slices train, and which scans are held out.
 
     python recipes/ct_ich_tables.py CT_ICH PHE_SICH OUT
 
@@ -8,6 +8,7 @@ CT_ICH holds scans.csv (scan_id, split, slices): its scans of split 'train' are 
     OUT/keep.csv            scan_id, slice: every slice of the healthy scans, and of the others those more than FAR
                             slices from any with a bleed
     OUT/fold0.csv ...       scan_id, split: every third healthy scan val, everything else train
+    OUT/all.csv             scan_id, split: every healthy scan val, everything else train
 
 Exit codes: 0 done, 2 wrong usage.
 """
@@ -64,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         whole = [(scan_id, number) for scan_id, slices in healthy.items() for number in range(slices)]
         write(args.out / "keep.csv", ("scan_id", "slice"), whole + far)
-        for fold in range(FOLDS):
-            held_out = sorted(healthy)[fold::FOLDS]
-            splits = {scan_id: "val" if scan_id in held_out else "train" for scan_id in [*healthy, *dict(far)]}
-            write(args.out / f"fold{fold}.csv", ("scan_id", "split"), splits.items())
+        held_out = {f"fold{fold}": sorted(healthy)[fold::FOLDS] for fold in range(FOLDS)} | {"all": list(healthy)}
+        for name, val in held_out.items():
+            splits = {scan_id: "val" if scan_id in val else "train" for scan_id in [*healthy, *dict(far)]}
+            write(args.out / f"{name}.csv", ("scan_id", "split"), splits.items())
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

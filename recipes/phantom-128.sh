@@ -20,18 +20,18 @@ mkdir -p "$work"
 [ -e "$work/phantoms.lmdb" ] ||
     "$python" prepare.py "$work/phantoms/scans" --out "$work/phantoms.lmdb" --size 128 --val-fraction 0.0566
 
-"$python" train.py --data "$work/phantoms.lmdb" --out "$work/gan" --preset ct128 --channel-multiplier 1 --batch 8 \
+"$python" train.py --data "$work/phantoms.lmdb" --out "$work/gan" --preset noise128 --channel-multiplier 1 --batch 8 \
     --kimg 20
 
 # The code first, then the noise maps as well
-"$python" train_encoder.py --data "$work/phantoms.lmdb" --gan "$work/gan" --out "$work/encoder" --preset ct128 \
+"$python" train_encoder.py --data "$work/phantoms.lmdb" --gan "$work/gan" --out "$work/encoder" --preset noise128 \
     --no-noise --epochs 6 --perceptual-epochs 6 --rotate 0
 "$python" train_encoder.py --data "$work/phantoms.lmdb" --gan "$work/gan" --init "$work/encoder" \
-    --out "$work/noise" --preset ct128 --epochs 1 --perceptual-epochs 1 --decay 0 --rotate 0
+    --out "$work/noise" --preset noise128 --epochs 1 --perceptual-epochs 1 --decay 0 --rotate 0
 
 [ -e "$work/model/model.json" ] ||
     "$python" latent_stats.py --data "$work/phantoms.lmdb" --encoder "$work/noise" --out "$work/model" \
-        --name phantom-128 --preset ct128 --passes 1 \
+        --name phantom-128 --preset noise128 --passes 1 \
         --set hypodense=1 surprise_above=1.5 surprise_mask=3.5
 
 "$python" demos/benchmark.py --model "$work/model" --data "$work/phantoms.lmdb" \

@@ -261,7 +261,7 @@ def test_size_warns_when_large(tmp_path):
 
 def test_presets():
     assert {name: preset.components for name, preset in latent_stats.PRESETS.items()} == {
-        "paper512": 512, "ct256": 16, "ct128": 16, "smoke32": 4}
+        "paper512": 512, "ct256": 16, "ct128": 16, "noise128": 16, "smoke32": 4}
     assert latent_stats.SETTINGS["paper512"] == Settings("search")
     assert latent_stats.SETTINGS.keys() == latent_stats.PRESETS.keys()
     assert math.isclose(latent_stats.PRESETS["paper512"].spacing_mm * 31, 155)

@@ -88,6 +88,23 @@ def test_ct_ich(run, tmp_path):
         name for name in programs(commands) if name not in ("prepare.py", "latent_stats.py")]
 
 
+def test_head(run, tmp_path):
+    """One database in the range of loose slices trains, another with all HU and the same scans held out calibrates."""
+    work = tmp_path / "work"
+    work.mkdir()
+    commands = run("head-128.sh", "a", "b", "c", str(work))
+    assert programs(commands) == ["recipes/ct_ich_tables.py", "prepare.py", "prepare.py", "train.py",
+                                  "train_encoder.py", "latent_stats.py", *(f"benchmarks/{name}.py" for name in (
+                                      "inversion", "cross_validation", "ct_ich", "phe_sich"))]
+    args = [parse(command) for command in commands]
+    assert [one.scans for one in args[1:3]] == [["a/train", "b/scans", "c"], ["a/train", "b/scans"]]
+    assert all(one.bone_apart and one.split == f"{work}/all.csv" for one in args[1:3])
+    assert str(args[3].data) == str(args[4].data) == str(args[5].data) == f"{work}/slices.lmdb"
+    assert str(args[5].held_out) == f"{work}/scans.lmdb"
+    assert programs(run("head-128.sh", "a", "b", "c", str(work))) == [
+        name for name in programs(commands) if name not in ("prepare.py", "latent_stats.py")]
+
+
 def test_paper(run, tmp_path):
     work = str(tmp_path / "work")
     first = run("paper512.sh", "scans", work, PATIENTS="patients.csv", NODES="2", HEAD="node1")
@@ -133,6 +150,7 @@ def test_tables_of_ct_ich(tmp_path, capsys):
     splits = [dict(table(f"fold{n}.csv")) for n in range(3)]
     assert [[scan for scan, split in one.items() if split == "val"] for one in splits] == [["h0", "h3"], ["h1"], ["h2"]]
     assert all(one.keys() == {"h0", "h1", "h2", "h3", "p"} for one in splits)
+    assert dict(table("all.csv")) == {"h0": "val", "h1": "val", "h2": "val", "h3": "val", "p": "train"}
 
     (phe_sich / "slices.csv").write_text("scan_id,slice\n")
     assert ct_ich_tables.main([str(ct_ich), str(phe_sich), str(out)]) == 2

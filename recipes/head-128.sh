@@ -1,0 +1,45 @@
+#!/bin/sh
+# models/head-128 and its tables: loose slices of many people and the slices of PHE-SICH-CT-IDS far from any bleed train,
+# all healthy scans of CT-ICH are held out and calibrate.
+#
+# usage: sh recipes/head-128.sh CT_ICH PHE_SICH LOOSE [WORK]
+#
+# CT_ICH, PHE_SICH and LOOSE are folders as docs/DATA.md describes them ('Folders of the two benchmarks', 'Loose
+# slices'). WORK (default runs/head-128) gets everything: the tables of slices and splits, slices.lmdb (HU 0..70, as loose
+# slices have them), scans.lmdb (HU -20..100, as new scans are seen), gan/, encoder/, model/, inversion/table.md,
+# cross-validation/table.md, ct-ich/table.md and phe-sich/table.md. Paths are relative to the repository. Started again,
+# it goes on where it stopped. On one CPU core some two hours of training, and the benchmarks. Another interpreter:
+# PYTHON=python3 sh recipes/...
+# Read the tables of the test scans once, at the end: choices are made by cross-validation and benchmarks/inversion.py.
+
+set -eu
+usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 3 ] || usage
+case $1 in -*) usage ;; esac
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+ct_ich=$1
+phe_sich=$2
+loose=$3
+work=${4:-runs/head-128}
+
+"$python" recipes/ct_ich_tables.py "$ct_ich" "$phe_sich" "$work"
+[ -e "$work/slices.lmdb" ] ||
+    "$python" prepare.py "$ct_ich/train" "$phe_sich/scans" "$loose" --slices "$work/keep.csv" --split "$work/all.csv" \
+        --out "$work/slices.lmdb" --size 128 --hu-clip 0 70 --bone-apart
+[ -e "$work/scans.lmdb" ] ||
+    "$python" prepare.py "$ct_ich/train" "$phe_sich/scans" --slices "$work/keep.csv" --split "$work/all.csv" \
+        --out "$work/scans.lmdb" --size 128 --hu-clip -20 100 --bone-apart
+
+"$python" train.py --data "$work/slices.lmdb" --out "$work/gan" --preset ct128
+"$python" train_encoder.py --data "$work/slices.lmdb" --gan "$work/gan" --out "$work/encoder" --preset ct128
+[ -e "$work/model/model.json" ] ||
+    "$python" latent_stats.py --data "$work/slices.lmdb" --encoder "$work/encoder" --held-out "$work/scans.lmdb" \
+        --out "$work/model" --name head-128 --preset ct128
+
+"$python" benchmarks/inversion.py --data "$work/scans.lmdb" --model "$work/model" --out "$work/inversion"
+"$python" benchmarks/cross_validation.py --model "$work/scans.lmdb" "$work/model" --out "$work/cross-validation"
+"$python" benchmarks/ct_ich.py --data "$ct_ich" --database "$work/scans.lmdb" --model "$work/model" \
+    --out "$work/ct-ich"
+"$python" benchmarks/phe_sich.py --data "$phe_sich" --database "$work/scans.lmdb" --model "$work/model" \
+    --out "$work/phe-sich"
