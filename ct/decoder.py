@@ -32,6 +32,9 @@ COMMAND = [sys.executable, "-W", "ignore", "-c", "from ct.decoder import serve; 
 MEMORY = 2**29                  # bytes of a decoder's process beside the pixels; Python and the libraries take a third
 COPIES = 4                      # of the pixels, while they are decoded
 SECONDS = 300.0                 # for one file
+# pydicom warns of odd values by quoting them, and they may be a patient's. Set once and for all: a change for the time
+# of a call would be seen by the other threads.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 
 
 class _DecoderError(Exception):

@@ -24,14 +24,15 @@ from tests.helpers import leaks, synthetic_head
 from tests.writers import PATIENT, PATIENT_MARKERS, make_uid, write_dicom_series
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "phantom-128"
-UIDS = [make_uid(*words).encode() for words in [("study",), *((name,) for name in ("one", "two", "cut"))]]
+UIDS = [make_uid(*words).encode() for words in [("study",), *((name,) for name in ("one", "two", "cut", "odd"))]]
 
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> tuple[Path, str]:
     """What prepare.py, projector.py and evaluate.py leave behind, and all that they said.
 
-    A folder with two series, and one with a series whose first file is cut short and whose second is damaged.
+    A folder with two series, one with a series whose first file is cut short and whose second has a pixel spacing that
+    is no number, and one with a file on whose series number pydicom fails, quoting it.
     """
     base = tmp_path_factory.mktemp("patient-data")
     hu = synthetic_head(slices=14, size=64, spacing_mm=(10.0, 3.6, 3.6), lesion=(5, 10, 25, 22, 75))[0]
@@ -43,6 +44,11 @@ def outputs(tmp_path_factory) -> tuple[Path, str]:
     cut.write_bytes(cut.read_bytes()[:-1000])
     damaged.write_bytes(damaged.read_bytes().replace(b"3.6\\3.6 ", b"Secret^N"))        # the pixel spacing
     assert damaged.read_bytes().count(b"Secret^N") == 2
+    write_dicom_series(base / "scans" / "odd", hu[:1], spacing, series="odd", study="odd",
+                       edit=lambda ds, k: setattr(ds, "SeriesNumber", 11223344))
+    odd = base / "scans" / "odd" / "000.dcm"
+    odd.write_bytes(odd.read_bytes().replace(b"11223344", b"Secret^N"))
+    assert odd.read_bytes().count(b"Secret^N") == 2
     said = io.StringIO()
     handler = logging.StreamHandler(said)
     logging.getLogger().addHandler(handler)
@@ -75,6 +81,7 @@ def test_no_output_holds_patient_data(outputs):
 def test_no_log_holds_patient_data(outputs):
     _, said = outputs
     assert "broken" in said and "head-" in said       # the log is that of this run
+    assert "000.dcm: cannot be read as DICOM (ValueError)" in said
     assert [m for m in (*PATIENT_MARKERS, *UIDS) if m in said.lower().encode()] == []
 
 
