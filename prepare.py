@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
                    help="scans prepared at a time (default: one a CPU core)")
+    p.add_argument("--ids", choices=("path", "uid"), default="path",
+                   help="name scans after their place under SCANS, or by a hash of the series UID or, without one, of "
+                        "the files, wherever they lie (default %(default)s)")
 
     group = p.add_argument_group("the slices")
     group.add_argument("--size", type=int, default=base.standardise.size, metavar="N",
@@ -88,7 +91,7 @@ def prepare(args: argparse.Namespace) -> int:
     manifest = build_lmdb(args.scans, args.out, settings, hu_clip=args.hu_clip,
                           val_fraction=args.val_fraction, seed=args.seed, split_csv=args.split,
                           patients_csv=args.patients, slices_csv=args.slices, leave_out_csv=args.leave_out,
-                          unknown_slice_spacing_mm=args.unknown_slice_spacing_mm, workers=args.workers,
+                          unknown_slice_spacing_mm=args.unknown_slice_spacing_mm, ids=args.ids, workers=args.workers,
                           overwrite=args.overwrite)
     counts = [f"{split} {n['scans']} scans, {n['slices']} slices" + f" ({n['loose']} loose)" * bool(n["loose"])
               for split, n in manifest["counts"].items()]

@@ -16,7 +16,9 @@ SCANS is a folder that is searched for DICOM series, NIfTI files and folders of 
     SCAN/dicom/*.dcm            for scans read from DICOM: report, segmentation, map, key objects, pictures of the key
                                 slices (docs/DICOM.md); with the source's patient data, unless --no-phi
 
-A rerun skips finished scans; runs into one folder share the work, and the last to finish writes the tables.
+A scan is named after its place under SCANS; with --ids uid by a hash of its series UID or, without one, of its files,
+wherever they lie. A rerun skips finished scans; runs into one folder share the work, and the last to finish writes the
+tables.
 Exit codes: 0 done, 2 wrong usage, 3 some scans failed (rows with a reason).
 Not a medical device: for research only.
 """
@@ -114,6 +116,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("scans", nargs="*", type=Path, help="folder that holds scans, or one scan; of several, each scan's id begins "
         "with its input's name (--query_save_path, the original's name for one folder, works, too)")
     add("--query_save_path", dest="query", type=Path, help=argparse.SUPPRESS)
+    add("--ids", choices=("path", "uid"), default="path", help=argparse.SUPPRESS)         # told above the options
     add("--version", action="version", version=f"CN-StyleGAN {VERSION}")
     add("--model", type=Path, required=True, help="model bundle made by latent_stats.py")
     add("--out", type=Path, default=Path("results"), help="results folder (default: %(default)s)")
@@ -237,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         writers = dict(OUTPUTS)
         if args.dicom_out:
             writers["dicom without patient" if args.no_phi else "dicom"] = dicom_writer(projector, not args.no_phi)
-        sources = find_all(args.scans, args.unknown_slice_spacing_mm)
+        sources = find_all(args.scans, args.unknown_slice_spacing_mm, args.ids)
         if args.part:
             print(f"part {args.part[0]} of {args.part[1]} of {len(sources)} scans; all of them: --part 0/1", flush=True)
             sources = sources[args.part[0]::args.part[1]]

@@ -68,18 +68,23 @@ def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0, ids: str = "
     return sorted(_with_ids(search.sources, root, ids), key=lambda source: source.scan_id)
 
 
-def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = 5.0) -> list[ScanSource]:
-    """find_scans of one input or several; of several, each id begins with its input's name.
+def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = 5.0, ids: str = "path") -> list[ScanSource]:
+    """find_scans of one input or several; of several, each id by path begins with its input's name.
 
     Raises ScanError as find_scans does, and where two inputs give the same id.
     """
     if len(inputs) == 1:
-        return find_scans(inputs[0], unknown_slice_spacing_mm)
-    found = [replace(source, scan_id=f"{Path(folder).resolve().name}{SEPARATOR}{source.scan_id}")
-             for folder in inputs for source in find_scans(folder, unknown_slice_spacing_mm)]
+        return find_scans(inputs[0], unknown_slice_spacing_mm, ids)
+    found = []
+    for folder in inputs:
+        before = f"{Path(folder).resolve().name}{SEPARATOR}" if ids == "path" else ""
+        found += [replace(source, scan_id=before + source.scan_id)
+                  for source in find_scans(folder, unknown_slice_spacing_mm, ids)]
     twice = [scan_id for scan_id, count in Counter(source.scan_id for source in found).items() if count > 1]
-    if twice:
+    if twice and ids == "path":
         raise ScanError(f"{twice[0]}: two inputs of the same name hold a scan of this id; give the folder above them")
+    if twice:
+        raise ScanError(f"{twice[0]}: this scan is in two inputs; leave one of them out")
     return sorted(found, key=lambda source: source.scan_id)
 
 

@@ -244,18 +244,18 @@ def common_hu_range(sources: list[ScanSource], workers: int) -> tuple[float, flo
     return low, high
 
 
-def find_all(folders: Sequence[PathLike], unknown_slice_spacing_mm: float) -> list[ScanSource]:
-    """The scans of several folders, and loose slices, each a source of its own (ct.loose).
+def find_all(folders: Sequence[PathLike], unknown_slice_spacing_mm: float, ids: str = "path") -> list[ScanSource]:
+    """The scans of several folders, and loose slices, each a source of its own (ct.loose). ids: as of find_scans.
 
     DatasetError where a folder is missing or two sources share an id.
     """
     for folder in folders:
         if not Path(folder).exists():
             raise DatasetError(f"{folder}: no such file or folder; expected a folder of scans")
-    found = [s for folder in folders for s in find_scans(Path(folder), unknown_slice_spacing_mm)]
+    found = [s for folder in folders for s in find_scans(Path(folder), unknown_slice_spacing_mm, ids)]
     sources = [one for source in found for one in loose.pictures(source) or [source]]
-    ids = [s.scan_id for s in sources]
-    twice = sorted({i for i in ids if ids.count(i) > 1})
+    named = [s.scan_id for s in sources]
+    twice = sorted({i for i in named if named.count(i) > 1})
     if twice:
         raise DatasetError(f"scan ids found more than once: {_some(twice)}; rename, or leave one out")
     return sources
@@ -265,8 +265,8 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
                hu_clip: Sequence[float] | None = None, val_fraction: float = 0.15, seed: int = 0,
                split_csv: PathLike | None = None, patients_csv: PathLike | None = None,
                slices_csv: PathLike | None = None, leave_out_csv: PathLike | None = None,
-               unknown_slice_spacing_mm: float = 5.0, workers: int = 1, overwrite: bool = False,
-               log: Callable[[str], None] = _say) -> dict:
+               unknown_slice_spacing_mm: float = 5.0, ids: str = "path", workers: int = 1,
+               overwrite: bool = False, log: Callable[[str], None] = _say) -> dict:
     """Prepares every scan under `folders` and writes the database `out`; returns its manifest.
 
     hu_clip None: the HU range that all scans share (common_hu_range). It replaces that of the settings.
@@ -277,7 +277,7 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
     ScanError where a folder holds no scans.
     """
     writer = SliceWriter(out, {}, overwrite)              # refuses an existing file before the long work
-    found = find_all(folders, unknown_slice_spacing_mm)
+    found = find_all(folders, unknown_slice_spacing_mm, ids)
     left_out = _left_out(leave_out_csv, found)
     remaining = [s for s in found if left_out.get(s.scan_id, ()) is not None]
     selection = _selection(slices_csv)

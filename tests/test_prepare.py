@@ -233,11 +233,12 @@ def test_flags_reach_the_work(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         prepare.main(["a", "b", "--out", str(tmp_path / "x.lmdb"), "--size", "48", "--slab-mm", "6.5", "--seed", "5",
                       "--hu-clip", "-9", "91", "--min-brain-fraction", "0.03", "--max-below-vertex-mm", "77",
-                      "--val-fraction", "0.3", "--workers", "2", "--unknown-slice-spacing-mm", "4.5"])
+                      "--val-fraction", "0.3", "--workers", "2", "--unknown-slice-spacing-mm", "4.5",
+                      "--ids", "uid"])
     assert asked["scans"] == ["a", "b"] and asked["settings"] == PreprocessSettings(
         StandardiseSettings(size=48), slab_mm=6.5, min_brain_fraction=0.03, max_below_vertex_mm=77)
     assert asked.items() >= {"hu_clip": [-9, 91], "val_fraction": 0.3, "seed": 5, "workers": 2,
-                             "unknown_slice_spacing_mm": 4.5}.items()
+                             "unknown_slice_spacing_mm": 4.5, "ids": "uid"}.items()
 
 
 def test_an_out_that_cannot_be_written_is_refused_before_the_work(folder, tmp_path, capsys):

@@ -130,6 +130,22 @@ def test_a_rate_that_the_scans_cannot_tell_is_refused_with_the_lowest_they_can()
         alarmed([1.0], alarm_rate=5)
 
 
+def test_ids_reach_the_search(monkeypatch, capsys):
+    asked = []
+
+    def find(scans, spacing, ids):
+        asked.append((scans, spacing, ids))
+        raise ValueError("far enough")
+    monkeypatch.setattr("ct.read.find_all", find)
+    monkeypatch.setattr("detect.bundle.load_bundle", lambda *args: None)
+    monkeypatch.setattr("detect.projection.Projector", lambda *args: None)
+    monkeypatch.setattr(projector, "resolve", lambda *args: ())
+    flags = ["a", "--model", "m", "--device", "cpu", "--no-dicom-out", "--unknown-slice-spacing-mm", "4"]
+    assert projector.main(flags) == projector.main([*flags, "--ids", "uid"]) == 2
+    assert asked == [([Path("a")], 4, "path"), ([Path("a")], 4, "uid")]
+    assert "far enough" in capsys.readouterr().err
+
+
 def test_flags(capsys):
     args = projector.parse(["a", "b", "--model", "m", "--alarm-rate", "0.1", "--no-dicom-out"])
     assert [str(p) for p in args.scans] == ["a", "b"] and args.alarm_rate == 0.1

@@ -303,3 +303,14 @@ def test_several_inputs_name_their_scans_after_the_input(tmp_path):
     assert [source.scan_id for source in find_all([tmp_path / "a"])] == ["case"]
     with pytest.raises(ScanError, match="a--case: two inputs of the same name"):
         find_all([tmp_path / "a", tmp_path / "c/a"])
+
+
+def test_ids_by_uid_are_the_same_whatever_the_inputs(tmp_path):
+    for k, folder in enumerate("ab"):
+        write_dicom_series(tmp_path / folder, CT + k, series=folder)
+    ids = [source.scan_id for source in find_all([tmp_path / "b", tmp_path / "a"], ids="uid")]
+    assert len(set(ids)) == 2 and all(name.startswith("dicom-") for name in ids)
+    assert sorted(source.scan_id for source in find_all([tmp_path], ids="uid")) == ids
+    with pytest.raises(ScanError, match=f"{ids[0]}: this scan is in two inputs") as error:
+        find_all([tmp_path, tmp_path / "a", tmp_path / "b"], ids="uid")
+    assert "same name" not in str(error.value)
