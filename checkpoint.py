@@ -45,7 +45,7 @@ def shortened(meta: dict) -> dict:
     shown = {key: meta[key] for key in ("versions", *BUNDLE_META) if key != "calibration"}
     if meta["calibration"]:
         thresholds = meta["calibration"]["threshold"]
-        shown["calibration"] = {"scans": len(meta["calibration"]["scans"]), "threshold": thresholds}
+        shown["calibration"] = {"scans": meta["calibration"]["scans"], "threshold": thresholds}
     return shown
 
 

@@ -64,22 +64,16 @@ def slice_units(args, scan_labels: dict[Key, Label], not_chosen: set[Key]) -> Un
     return units
 
 
-def own_threshold(path: Path, units: Units) -> tuple[float | None, str]:
-    """The threshold of the model's calibration, from projector.py's run.json, and its source; None without one.
-
-    None, too, where scans of the calibration are among those evaluated: a threshold comes from other data.
-    """
+def own_threshold(path: Path) -> tuple[float | None, str]:
+    """The threshold of the model's calibration, from projector.py's run.json, and its source; None without one."""
     from detect.report import read_json
 
     run = read_json(path) if path.is_file() else {}
     calibration, how = run.get("calibration"), run.get("settings", {}).get("scan_score")
     if not calibration or calibration["threshold"].get(how) is None:
         return None, ""
-    if shared := {scan_id for (scan_id,) in units.keys} & set(calibration["scans"]):
-        print(f"the model's own threshold is not used: {len(shared)} scans of its calibration are evaluated here",
-              file=sys.stderr)
-        return None, ""
-    source = f"the model's own, at a false-positive rate of {calibration['threshold']['fpr']:g}"
+    source = (f"the model's own, at a false-positive rate of {calibration['threshold']['fpr']:g} on the healthy scans "
+              "of its calibration, none of which may be among these")
     return calibration["threshold"][how], source
 
 
@@ -96,7 +90,7 @@ def evaluate(args) -> None:
     thresholds = {"scan": (args.threshold, "--threshold"),
                   "slice": (args.slice_threshold, "--slice-threshold")}
     if args.threshold is None and not args.threshold_from:
-        thresholds["scan"] = own_threshold(args.scores.parent / "run.json", units["scan"])
+        thresholds["scan"] = own_threshold(args.scores.parent / "run.json")
     if args.threshold_from:
         thresholds["scan"] = threshold_from(args.threshold_from, args.fpr, args.missing, units["scan"].keys)
     if args.slices:
@@ -197,7 +191,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
         help="slices without a PNG in a truth folder: refuse, nothing there, or not counted (default error)")
     add("--threshold", type=_finite,
         help="a scan is called abnormal above this score; set on other data (default: the model's own, from the "
-             "run.json beside SCORES)")
+             "run.json beside SCORES; right only where SCORES has no scan of its calibration)")
     add("--threshold-from", type=Path, nargs="+", metavar="CSV",
         help="SCORES [LABELS] of other scans (without labels all healthy): threshold at --fpr on the healthy")
     add("--fpr", type=_share, default=0.05, help="false-positive rate for --threshold-from (default 0.05)")

@@ -123,7 +123,7 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
                            "versions": {"python": platform.python_version(), "torch": torch.__version__}}}
     if further:
         meta["provenance"]["folds"] = [{"encoder": one.provenance.get("encoder"),
-                                        "held_out": one.dataset.held_out_ids()} for one in trained]
+                                        "held_out": len(one.dataset.held_out_ids())} for one in trained]
     with tempfile.TemporaryDirectory() as folder:
         folds, first = [], None
         for i, one in enumerate(trained):

@@ -143,8 +143,17 @@ def read_bundle_meta(folder: str | Path) -> tuple[dict[str, Any], str]:
     names = sorted(content["files"])
     if content["format_version"] == 1:
         content, names = upgraded(content, path), [name for name in VERSION_1_FILES if name in names]
+    _count_scans(content)
     listing = "".join(f"{name} {content['files'][name]}\n" for name in names)
     return content, hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _count_scans(meta: dict[str, Any]) -> None:
+    """Numbers for the ids of healthy scans, names of folders, which bundles held before: no run.json shows them."""
+    for part, key in [(meta["calibration"], "scans"),
+                      *((fold, "held_out") for fold in (meta["provenance"] or {}).get("folds", ()))]:
+        if part and isinstance(part.get(key), list):
+            part[key] = len(part[key])
 
 
 def load_bundle(folder: str | Path, device: torch.device | str = "cpu", precision: str = "auto") -> Bundle:

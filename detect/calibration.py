@@ -96,9 +96,9 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
               ) -> tuple[dict[str, Any], Measure]:
     """Reconstruct the held-out scans, each by its own fold, and keep what a new scan is compared with. JSON-able:
 
-    split, scans   'val', and the ids of its scans
-    scan_scores    by each of SCAN_SCORES, in the order of `scans`
-    slice_scores   one dict per slice: scan (index into `scans`), below_vertex_mm, score
+    split, scans   'val', and the number of its scans: their ids, names of folders, are not kept
+    scan_scores    by each of SCAN_SCORES, scan by scan
+    slice_scores   one dict per slice: scan (index into these), below_vertex_mm, score
     threshold      by each of SCAN_SCORES, exceeded by a healthy scan with probability `fpr` at most; None
                    where there are too few scans, with the `reason`
     error_hu       mean absolute error of the reconstruction in the brain after each stage, HU, mean over scans
@@ -106,7 +106,6 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
 
     and the measure that these scans make. Raises ValueError where they are too few for it.
     """
-    ids: list[str] = []
     seen: list[Evidence] = []
     errors: list[dict[str, float]] = []
     for fold in folds:
@@ -115,20 +114,19 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
             brain, mm = scan["brain"], scan["below_vertex_mm"].numpy()
             watch = measure.watch(brain, mm)
             found = fold.reconstructor.closest_normal(scan["hu"].float(), brain, mm, watch)
-            ids.append(scan_id)
             seen.append(measure.evidence(found, brain, mm, watch))
             errors.append(found.error_hu)
             log(f"{scan_id}: {len(mm)} slices, {sum(found.seconds.values()):.0f} s, error in HU "
                 + ", ".join(f"{stage} {error:.2f}" for stage, error in found.error_hu.items()))
     fitted, findings = measure.fit(seen)
     scores = [one.slice_scores for one in findings]
-    facts = summary(ids, [one.below_vertex_mm.tolist() for one in seen], scores, errors)
+    facts = summary([one.below_vertex_mm.tolist() for one in seen], scores, errors)
     for how, values in facts["scan_scores"].items():
         log(f"healthy scores, {how}: " + " ".join(f"{value:.3g}" for value in sorted(values)))
     return facts | {"precision": str(folds[0].reconstructor.precision).removeprefix("torch.")}, fitted
 
 
-def summary(scan_ids: list[str], positions: list[list[float]], scores: list[torch.Tensor],
+def summary(positions: list[list[float]], scores: list[torch.Tensor],
             errors: list[dict[str, float]]) -> dict[str, Any]:
     """The calibration's JSON from the slice scores and errors of each scan."""
     scan_scores = {how: [scan_score(one, how, thickness_mm(mm)) for one, mm in zip(scores, positions)]
@@ -137,7 +135,7 @@ def summary(scan_ids: list[str], positions: list[list[float]], scores: list[torc
                     for s, (one, places) in enumerate(zip(scores, positions))
                     for score, mm in zip(one.tolist(), places)]
     mean_error = {stage: sum(error[stage] for error in errors) / len(errors) for stage in errors[0]}
-    return {"split": "val", "scans": scan_ids, "scan_scores": scan_scores, "slice_scores": slice_scores,
+    return {"split": "val", "scans": len(scores), "scan_scores": scan_scores, "slice_scores": slice_scores,
             "threshold": thresholds(scan_scores, FPR), "error_hu": mean_error}
 
 
@@ -154,7 +152,7 @@ def thresholds(scan_scores: dict[str, list[float]], fpr: float) -> dict[str, Any
 def spacing_range(calibration: dict[str, Any]) -> tuple[float, float]:
     """The smallest and largest usual slice spacing of the healthy scans, mm."""
     spacings = []
-    for scan in range(len(calibration["scans"])):
+    for scan in range(calibration["scans"]):
         mm = [one["below_vertex_mm"] for one in calibration["slice_scores"] if one["scan"] == scan]
         spacings.append(usual_spacing(mm))
     return min(spacings), max(spacings)
@@ -174,7 +172,7 @@ def at_rate(calibration: dict[str, Any], rate: float) -> dict[str, Any]:
         raise ValueError(f"alarm rate: expected a share between 0 and 1, such as 0.05, got {rate:g}")
     found = thresholds(calibration["scan_scores"], rate)
     if found["reason"]:
-        n = len(calibration["scans"])
+        n = calibration["scans"]
         raise ValueError(f"alarm rate {rate:g}: {n} healthy scans cannot tell it; the lowest rate that they allow is "
                          f"{1 / (n + 1):.3g}, or calibrate with more scans (latent_stats.py)")
     return calibration | {"threshold": found}

@@ -237,6 +237,15 @@ def test_a_bundle_of_version_1_is_read(tmp_path, bundle_parts):
         load_bundle(version_1(tmp_path / "odd", parts, latent, {"unheard_of": 1}))
 
 
+def test_ids_of_healthy_scans_in_older_bundles_are_read_as_their_number(tmp_path, bundle_parts):
+    calibration = {"scans": ["Ann", "Bob"], "scan_scores": {"max": [1.5, 2.5]}}
+    folds = [{"encoder": None, "held_out": ["Ann"]}, {"encoder": None, "held_out": ["Bob"]}]
+    save(tmp_path, *bundle_parts, meta=META | {"calibration": calibration, "provenance": {"folds": folds}})
+    meta = read_bundle_meta(tmp_path)[0]
+    assert meta["calibration"] == calibration | {"scans": 2}
+    assert meta["provenance"]["folds"] == [{"encoder": None, "held_out": 1}] * 2
+
+
 def edit_json(path, **changes):
     write_json(path, json.loads(path.read_text()) | changes)
 
