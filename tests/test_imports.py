@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {"prepare", "train", "train_encoder", "latent_stats", "projector", "evaluate", "checkpoint"}
-APART = {"healthygan", "demos", "benchmarks", "recipes"}         # folders that nothing else imports
+APART = {"healthygan", "demos", "benchmarks", "recipes", "examples"}         # folders that nothing else imports
 MAY_IMPORT = {                                                   # besides itself
     "op": set(),
     "version": set(),

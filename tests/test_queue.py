@@ -207,11 +207,16 @@ def test_killed_at_random_moments(kills, model, tmp_path):
     begin = time.monotonic()
     assert projector.main(flags(scans, model, tmp_path / "whole")) == 3
     per_scan = (time.monotonic() - begin) / count
+
+    def results() -> int:
+        return len(list(out.glob("scan-*/result.json")))
     made = []
     for attempt in range(kills):
-        log = tmp_path / f"log-{attempt}"
+        log, before = tmp_path / f"log-{attempt}", results()
         run = processes.start("projector", flags(scans, model, out), log)
         while run.is_alive() and not (log.exists() and "/" in log.read_text()):      # its first line about a scan
+            time.sleep(0.01)
+        while run.is_alive() and results() < before + attempt % 2:       # every other time with something done
             time.sleep(0.01)
         time.sleep(wait.uniform(0, 1.5 * per_scan))
         processes.kill(run)
