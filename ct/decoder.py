@@ -139,7 +139,9 @@ def _ask(worker: subprocess.Popen, path: Path, size: int) -> np.ndarray:
     try:
         worker.stdin.write(json.dumps([os.path.abspath(path), size]).encode() + b"\n")
         worker.stdin.flush()
-        if not select.select([worker.stdout], [], [], SECONDS)[0]:
+        answer = select.poll()
+        answer.register(worker.stdout, select.POLLIN)
+        if not answer.poll(1000 * SECONDS):
             raise TimeoutError
         head = worker.stdout.readline()
     except BrokenPipeError:
