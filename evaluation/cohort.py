@@ -81,17 +81,17 @@ def read_scores(path: Path, by_slice: bool = False) -> dict[Key, float | None]:
         status = "ok" if by_slice else row["status"]
         if status not in ("ok", "failed", "unreliable"):
             raise InputError(f"{path}: {name(key)} has status {status!r}; expected 'ok' or 'failed' or 'unreliable'")
-        scores[key] = None if status != "ok" else _finite(path, key, row["score"])
+        scores[key] = None if status != "ok" else _finite(path, key, "score", row["score"])
     return scores
 
 
-def _finite(path: Path, key: Key, text: str) -> float:
+def _finite(path: Path, key: Key, what: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = np.nan
     if not np.isfinite(value):
-        raise InputError(f"{path}: the score of {name(key)} must be a finite number, found {text!r}")
+        raise InputError(f"{path}: the {what} of {name(key)} must be a finite number, found {text!r}")
     return value
 
 
@@ -177,12 +177,27 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"{path}: cannot be read as a NIfTI volume ({error})") from error
 
 
-def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.ndarray,
-               gaps: str) -> tuple[np.ndarray, np.ndarray] | None:
+def slice_positions(path: Path) -> dict[str, np.ndarray]:
+    """Where each scan's slices lie along the axis, mm, increasing, from slices.csv of projector.py.
+
+    Nothing where there is no such file, or it does not say. Raises InputError.
+    """
+    found: dict[str, list[float]] = {}
+    for row in read_table(path, ("scan_id", "slice")) if path.is_file() else ():
+        if row.get("position_mm"):
+            found.setdefault(row["scan_id"], []).append(_finite(path, (row["scan_id"], row["slice"]), "position_mm",
+                                                                row["position_mm"]))
+    return {scan_id: np.sort(positions) for scan_id, positions in found.items()}
+
+
+def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.ndarray, gaps: str,
+               position_mm: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray] | None:
     """Truth bool [S, H, W] in the geometry of a predicted map of shape `like`, and which slices count, bool [S].
 
-    <scan_id>.nii.gz, or <scan_id>/NN.png where NN is the slice from 0. None if there is neither. Raises
-    InputError.
+    <scan_id>.nii.gz, or <scan_id>/NN.png where NN is the scan's slice from 0. position_mm: where the scan's slices
+    lie; a map of unevenly spaced ones is resampled to even steps from the first to the last (ct.write), and each of
+    its slices then has the mask of the slice nearest to it. Without it, NN counts the map's slices. None if there is
+    neither. Raises InputError.
     """
     path = folder / f"{scan_id}.nii.gz"
     if path.is_file():
@@ -194,17 +209,22 @@ def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.nda
     pictures = {p.stem: p for p in sorted((folder / scan_id).glob("*.png"))}
     if not pictures:
         return None
-    truth, given = np.zeros(like, bool), np.zeros(like[0], bool)
+    count = like[0] if position_mm is None else len(position_mm)
+    masks, given = np.zeros((count, *like[1:]), bool), np.zeros(count, bool)
     for stem, picture in pictures.items():
         mask = np.asarray(Image.open(picture).convert("L")) > 0
-        if not stem.isdigit() or int(stem) >= like[0] or mask.shape != like[1:]:
-            raise InputError(f"{picture}: expected a slice number below {like[0]} and {like[1:]} pixels, "
+        if not stem.isdigit() or int(stem) >= count or mask.shape != like[1:]:
+            raise InputError(f"{picture}: expected a slice number below {count} and {like[1:]} pixels, "
                              f"found {stem!r} and {mask.shape}")
-        truth[int(stem)], given[int(stem)] = mask, True
+        masks[int(stem)], given[int(stem)] = mask, True
     if gaps == "error" and not given.all():
-        raise InputError(f"{folder / scan_id}: {given.sum()} of {like[0]} slices have a mask; say with "
+        raise InputError(f"{folder / scan_id}: {given.sum()} of {count} slices have a mask; say with "
                          "--mask-gaps whether the others are 'empty' or to 'skip'")
-    return truth, given | (gaps == "empty")
+    nearest = np.arange(count)
+    if position_mm is not None:
+        even = np.linspace(position_mm[0], position_mm[-1], like[0])
+        nearest = count - 1 - np.abs(even[:, None] - position_mm[::-1]).argmin(axis=1)        # half way: the upper
+    return masks[nearest], given[nearest] | (gaps == "empty")
 
 
 def read_seconds(path: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve
 
 from evaluation import metrics
-from evaluation.cohort import InputError, Units, read_truth, read_volume
+from evaluation.cohort import InputError, Units, read_truth, read_volume, slice_positions
 from evaluation.metrics import defined
 
 NO_THRESHOLD = "undefined: no threshold set on other data"
@@ -89,13 +89,14 @@ def pixel_figures(units: Units, args) -> dict:
     """Dice by scan (where the truth is not empty), pooled Dice and pixel AP. A scan labelled 0 has an empty
     truth."""
     tally, absent = metrics.PixelTally(), []
+    positions = slice_positions(args.maps / "slices.csv")
     for (scan_id,), label in zip(units.keys, units.labels):
         if not (args.maps / scan_id / "mask.nii.gz").is_file():
             absent.append(f"{scan_id} (no map)")
             continue
         predicted, affine = read_volume(args.maps / scan_id / "mask.nii.gz")
         anomaly, _ = read_volume(args.maps / scan_id / "anomaly.nii.gz")
-        found = read_truth(args.masks, scan_id, predicted.shape, affine, args.mask_gaps)
+        found = read_truth(args.masks, scan_id, predicted.shape, affine, args.mask_gaps, positions.get(scan_id))
         if found is None and label == 1:
             absent.append(f"{scan_id} (no truth)")
             continue

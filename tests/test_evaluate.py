@@ -13,7 +13,10 @@ from scipy.stats import norm
 from sklearn.metrics import average_precision_score
 
 import evaluate
+from ct.scan import Scan
+from ct.write import write_nifti
 from evaluation import cohort, metrics, triage
+from evaluation.cohort import InputError, read_truth, read_volume, slice_positions
 from evaluation.figures import NO_THRESHOLD
 from evaluation.metrics import Undefined
 
@@ -442,6 +445,33 @@ def test_masks_nifti_and_pictures(results):
     assert report["pixel"]["dice_by_scan"]["c"] == pytest.approx(4 / 6)
     (base / "masks" / "a.nii.gz").unlink()
     assert run(results, "--masks", base / "masks", "--mask-gaps", "empty", out="none")[0] == 2
+
+
+def test_pictures_of_an_unevenly_spaced_scan_go_where_its_slices_lie(results):
+    """Slices 0 to 2 are 5 mm apart, the others 10 mm: the map, of even steps, has two slices for each of the others."""
+    position, truth = np.array([0.0, 5, 10, 20, 30]), np.zeros((5, 4, 5), bool)
+    truth[2, 0, :2], truth[3, 1, :3], truth[4, 2, :4] = True, True, True
+    scan = Scan("a", np.zeros(truth.shape, np.float32), position, (1.0, 1.0))
+    (results / "a").mkdir()
+    for name, volume in (("mask", truth), ("anomaly", truth.astype(np.float32))):
+        write_nifti(results / "a" / f"{name}.nii.gz", volume, scan)
+    folder = results.parent / "masks" / "a"
+    folder.mkdir(parents=True)
+    for k, image in enumerate(truth):
+        Image.fromarray(image.astype(np.uint8) * 255).save(folder / f"{k}.png")
+    write_csv(results / "slices.csv", "scan_id,slice,position_mm", [["a", k, p] for k, p in enumerate(position)])
+    mask = read_volume(results / "a" / "mask.nii.gz")
+    assert mask[0].sum(axis=(1, 2)).tolist() == [0, 0, 2, 3, 3, 4, 4]
+    found, counted = read_truth(folder.parent, "a", mask[0].shape, mask[1], "error",
+                                slice_positions(results / "slices.csv")["a"])
+    assert counted.all() and (found == mask[0]).all()
+    (folder / "3.png").unlink()
+    found, counted = read_truth(folder.parent, "a", mask[0].shape, mask[1], "skip", position)
+    assert counted.tolist() == [True, True, True, False, False, True, True]
+    with pytest.raises(InputError, match="4 of 5 slices have a mask"):
+        read_truth(folder.parent, "a", mask[0].shape, mask[1], "error", position)
+    report = run(results, "--masks", folder.parent, "--mask-gaps", "skip", "--missing", "exclude")[1]
+    assert report["pixel"]["dice_by_scan"] == {"a": 1.0}
 
 
 def test_triage_command(results):
