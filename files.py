@@ -119,20 +119,34 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Row(dict[str, str]):
+    """A row of a table: cells by column. line: in its file, from 1, where the row ends; the header is a line, too."""
+
+    line = 0
+
+
 def read_table(path: Path, columns: Sequence[str], error: type[ValueError] = ValueError,
-               flag: str = "", keep: Callable[[dict[str, str]], bool] = lambda row: True) -> list[dict[str, str]]:
+               flag: str = "", keep: Callable[[Row], bool] = lambda row: True) -> list[Row]:
     """Rows of a CSV file in UTF-8 whose header has at least these columns; cells that are not there are empty.
 
     keep: whether a row is kept, of a table that may be too long to be held whole. Raises `error`, naming the flag it
-    was given with, the file, what was expected and what was found.
+    was given with, the file, what was expected and what was found; where a row has cells beyond the header's, too.
     """
     where = f"{flag} {path}".strip()
+
+    def row_of(cells: dict[str | None, Any], line: int) -> Row:
+        if any(beyond := cells.pop(None, [])):
+            raise error(f"{where}, line {line}: has {len(cells) + len(beyond)} cells, the header {len(cells)}; put a "
+                        "text with a comma in quotes, or correct the row")
+        row = Row({name: from_cell(cell) for name, cell in cells.items()})
+        row.line = line
+        return row
+
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restval="")
             found = reader.fieldnames or []
-            rows = ({name: from_cell(cell) if isinstance(cell, str) else cell for name, cell in row.items()}
-                    for row in reader)
+            rows = (row_of(cells, reader.line_num) for cells in reader)
             rows = [row for row in rows if keep(row)] if set(columns) <= set(found) else []
     except FileNotFoundError as missing:
         raise error(f"{where}: cannot be read: no such file") from missing
@@ -140,7 +154,8 @@ def read_table(path: Path, columns: Sequence[str], error: type[ValueError] = Val
         raise error(f"{where}: cannot be read as CSV in UTF-8 ({wrong}); save it as such") from wrong
     if absent := [column for column in columns if column not in found]:
         raise error(f"{where}: has no {', '.join(absent)}: expected columns {', '.join(columns)}; found "
-                    f"{', '.join(found) or 'no header'}; columns are separated by commas")
+                    f"{', '.join(found) or 'no header'}; the first line holds the names, spelled so, and commas alone "
+                    "between them")
     return rows
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import files
 from evaluation.metrics import empirical_threshold
+from files import Row
 
 Key = tuple                                # (scan_id,) or (scan_id, slice)
 
@@ -46,30 +47,34 @@ class Units:
 
 
 def name(key: Key) -> str:
-    return " slice ".join(map(str, key))
+    """For messages; a space at an end and characters that do not print are made visible."""
+    shown = " slice ".join(map(str, key))
+    return shown if shown.isprintable() and shown == shown.strip() else ascii(shown)
 
 
 def _some(keys: list[Key]) -> str:
     return ", ".join(map(name, keys[:3])) + ", ..." * (len(keys) > 3)
 
 
-def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
     """Rows of a CSV file whose header has at least these columns. Raises InputError."""
     return files.read_table(path, columns, InputError)
 
 
-def _key(path: Path, row: dict[str, str], by_slice: bool, seen: Iterable[Key]) -> Key:
+def _key(path: Path, row: Row, by_slice: bool, seen: Iterable[Key]) -> Key:
+    if not row["scan_id"]:
+        raise InputError(f"{path}, line {row.line}: has no scan_id; give it one, or remove the line")
     if by_slice and not row["slice"].isdecimal():
-        raise InputError(f"{path}: slice must be a whole number from 0, found {row['slice']!r}")
+        raise InputError(f"{path}, line {row.line}: slice must be a whole number from 0, found {row['slice']!r}")
     key = (row["scan_id"], int(row["slice"])) if by_slice else (row["scan_id"],)
     if key in seen:
-        raise InputError(f"{path}: {name(key)} is there twice; each may have one row")
+        raise InputError(f"{path}, line {row.line}: {name(key)} is there twice; each may have one row")
     return key
 
 
 def seconds_by_scan(path: Path) -> dict[str, float]:
     """Seconds by scan, from seconds.csv of projector.py. Raises InputError."""
-    return {row["scan_id"]: float(row["seconds"]) for row in read_table(path, ("scan_id", "seconds"))}
+    return {row["scan_id"]: _finite(path, row, "seconds") for row in read_table(path, ("scan_id", "seconds"))}
 
 
 def read_scores(path: Path, by_slice: bool = False) -> dict[Key, float | None]:
@@ -80,18 +85,20 @@ def read_scores(path: Path, by_slice: bool = False) -> dict[Key, float | None]:
         key = _key(path, row, by_slice, scores)
         status = "ok" if by_slice else row["status"]
         if status not in ("ok", "failed", "unreliable"):
-            raise InputError(f"{path}: {name(key)} has status {status!r}; expected 'ok' or 'failed' or 'unreliable'")
-        scores[key] = None if status != "ok" else _finite(path, key, "score", row["score"])
+            raise InputError(f"{path}, line {row.line}: {name(key)} has status {status!r}; expected 'ok' or 'failed' "
+                             "or 'unreliable'")
+        scores[key] = None if status != "ok" else _finite(path, row, "score")
     return scores
 
 
-def _finite(path: Path, key: Key, what: str, text: str) -> float:
+def _finite(path: Path, row: Row, column: str) -> float:
     try:
-        value = float(text)
+        value = float(row[column])
     except ValueError:
         value = np.nan
     if not np.isfinite(value):
-        raise InputError(f"{path}: the {what} of {name(key)} must be a finite number, found {text!r}")
+        raise InputError(f"{path}, line {row.line}: {column} must be a finite number, with a decimal point, found "
+                         f"{row[column]!r}")
     return value
 
 
@@ -108,7 +115,8 @@ def read_labels(path: Path, where: Iterable[str] = (),
             continue
         types = tuple(sorted({t.strip() for t in row.get("types", "").split("|")} - {""}))
         if row["label"] not in ("0", "1") or (row["label"] == "0" and types):
-            raise InputError(f"{path}: {name(key)} has label {row['label']!r} and types {'|'.join(types)!r}; "
+            raise InputError(f"{path}, line {row.line}: {name(key)} has label {row['label']!r} and types "
+                             f"{'|'.join(types)!r}; "
                              "expected label 0 without types, or label 1")
         labels[key] = Label(int(row["label"]), types, row.get("patient") or row["scan_id"])
     if not labels:
@@ -185,8 +193,7 @@ def slice_positions(path: Path) -> dict[str, np.ndarray]:
     found: dict[str, list[float]] = {}
     for row in read_table(path, ("scan_id", "slice")) if path.is_file() else ():
         if row.get("position_mm"):
-            found.setdefault(row["scan_id"], []).append(_finite(path, (row["scan_id"], row["slice"]), "position_mm",
-                                                                row["position_mm"]))
+            found.setdefault(row["scan_id"], []).append(_finite(path, row, "position_mm"))
     return {scan_id: np.sort(positions) for scan_id, positions in found.items()}
 
 

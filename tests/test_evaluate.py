@@ -207,9 +207,13 @@ def write_csv(path, header, rows):
 
 @pytest.mark.parametrize("header, rows, message", [
     ("scan_id,status", [["a", "ok"]], "has no score"),
-    ("scan_id,score,status", [["a", "1", "ok"], ["a", "2", "ok"]], "there twice"),
-    ("scan_id,score,status", [["a", "nan", "ok"]], "finite"),
-    ("scan_id,score,status", [["a", "1", "done"]], "'ok' or 'failed'"),
+    ("scan_id,score,status", [["a", "1", "ok"], ["a", "2", "ok"]], "csv, line 3: a is there twice"),
+    ("scan_id,score,status", [["a", "1", "ok"], ["", "", ""]], "csv, line 3: has no scan_id"),
+    ("scan_id,score,status", [["a\u00a0", "1", "ok"]] * 2, r"line 3: 'a\\xa0' is there twice"),
+    ("scan_id,score,status", [["a", "nan", "ok"]], "csv, line 2: score must be a finite number"),
+    ("scan_id,score,status", [["two\nlines", "1", "ok"], ["a", "0,5", "ok"]], "csv, line 4: score .* found '0,5'"),
+    ("scan_id,score,status", [["a", "1", "done"]], "csv, line 2: .*'ok' or 'failed'"),
+    ("scan_id,score,status", [["a", "1", "ok", "", "x"]], "csv, line 2: has 5 cells, the header 3"),
 ])
 def test_unfit_scores_are_refused(tmp_path, header, rows, message):
     with pytest.raises(cohort.InputError, match=message):
@@ -222,7 +226,7 @@ def test_labels_are_checked_and_chosen(tmp_path):
     labels, not_chosen = cohort.read_labels(path, ["split=test"])
     assert labels == {("a",): cohort.Label(1, ("Epidural", "Subdural"), "a")} and not_chosen == {("b",)}
     for row in (["c", "test", "0", "Epidural"], ["c", "test", "", ""], ["c", "test", "yes", ""]):
-        with pytest.raises(cohort.InputError, match="expected label 0 without types, or label 1"):
+        with pytest.raises(cohort.InputError, match="line 2: c has label .*expected label 0 without types, or label 1"):
             cohort.read_labels(write_csv(path, "scan_id,split,label,types", [row]))
 
 
