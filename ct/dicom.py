@@ -1,19 +1,14 @@
-"""DICOM CT: which images make up one scan, which of them are axial slices, where each lies, its HU.
+"""DICOM CT: headers and pixels of the images, which of them are axial slices, where each lies, its HU.
 
-A series UID does not make a scan: anonymisers give one to two patients, scanners put two phases or two kernels
-under it, archives add screenshots and compressed copies. So images are grouped by study, series, frame of reference
-and patient, and what runs through the same stretch of the body twice is taken apart by the attribute that tells the
-two apart (TRAITS). Patient data is compared as a hash and never shown.
+Which images make up one scan is told by ct.series.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +27,11 @@ from ct.geometry import SliceStack
 from ct.limits import check_pixel_spacing, check_size, check_slice_spacing
 from ct.plausible import describe, like_a_head, tissue_shares
 from ct.scan import AIR_HU, Found, Scan, ScanError, ScanSource
+from ct.series import KIND, MIN_SLICES, SAME_PLACE_MM, Frame, Header, describe_left_out, number_of, scans_of
 
-KIND = "dicom"
 SUFFIXES = (".dcm", ".dicom", ".ima")                 # with these names a file that is no DICOM is an error
 CT_CLASSES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
 HU_TYPES = ("", "HU", "HU_MOD", "US")                 # of RescaleType; US: unspecified
-SAME_PLACE_MM = 0.05                                  # closer slices are duplicates
-MIN_SLICES = 3
 TISSUE_HU = (-300, 300)                               # no padding value lies in here
 AXIAL_COS = float(np.cos(np.deg2rad(45)))             # slice normal to body axis; gantries tilt up to 30 degrees
 PROJECTIONS = {"MIP", "MINIP", "AVERAGE", "AVERAGE_IP", "PROJECTION IMAGE", "MPR", "REFORMATTED", "VOLREN"}
@@ -52,62 +45,11 @@ HEADER_TAGS = (
     "RescaleSlope", "RescaleIntercept", "RescaleType", "ImageOrientationPatient", "ImagePositionPatient",
     "PixelSpacing", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 )
-# What tells apart two stacks that run through the same stretch of the body: frame trait -> its name in messages.
-TRAITS = {"kernel": "reconstruction kernel", "type": "image type", "voltage": "tube voltage",
-          "thickness": "slice thickness", "spacing": "pixel spacing", "phase": "temporal position",
-          "contrast": "contrast agent", "acquisition": "acquisition number"}
 # Kernels for bone and lung, where noise and edges hide what differs in the brain: Siemens from 55 upwards (H60s,
 # Hr68f, J70h), Canon FC30 to 39, 50 to 59 and 80 to 89, Philips D, E, L and the Y family, GE by name.
 SHARP_KERNEL = re.compile(r"(?:[A-Z][A-Z]?(?:5[5-9]|[6-9]\d)[A-Z]*|FC[358]\d|[DEL]|Y[A-D]|.*(?:BONE|EDGE|LUNG|"
                           r"SHARP).*)", re.IGNORECASE)
 VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT OB OF OW PN SH SL SQ SS ST TM UI UL UN US UT".split())
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One image of a file, as its header tells it; with the reason for which it is left out, if any."""
-
-    path: Path
-    index: int                                        # frame in the file
-    size: tuple[int, int]                             # rows, columns
-    position: np.ndarray | None = None                # [3]
-    orientation: np.ndarray | None = None             # [2, 3] directions of increasing column and of row
-    spacing: tuple[float, float] | None = None        # (row, column) mm
-    rescale: tuple[float, float] | None = None        # slope, intercept
-    padding: tuple[int, int] | None = None            # stored values (inclusive) that mean: not measured
-    monochrome1: bool = False
-    bits: int = 16                                    # BitsStored
-    signed: bool = False
-    number: int | None = None                         # InstanceNumber, or the frame's in its file
-    copy: bool = False                                # marked as derived or lossy compressed
-    derived: bool = False                             # marked as derived and secondary
-    traits: dict[str, str] = field(default_factory=dict)
-    left_out: str | None = None
-
-    @property
-    def height(self) -> float:
-        """Place along the slice normal, mm."""
-        return float(self.position @ np.cross(*self.orientation))
-
-
-@dataclass(frozen=True)
-class Header:
-    """What discovery needs of a file: what it belongs to, and its frames."""
-
-    path: Path
-    study_uid: str
-    series_uid: str
-    frame_of_reference: str
-    patient: str                                      # a hash; empty where the header says nothing
-    series_number: int
-    instance_uid: str
-    frames: tuple[Frame, ...]
-
-    @property
-    def left_out(self) -> str | None:
-        """Why none of its frames is of use; None where one is."""
-        reasons = [frame.left_out for frame in self.frames]
-        return reasons[0] if all(reasons) else None
 
 
 # ---- claims
@@ -137,235 +79,12 @@ def find(paths: Sequence[Path], unknown_slice_spacing_mm: float = 5.0) -> list[F
             broken.setdefault(path.parent, []).append((path, str(error)))
         else:
             headers += [header] if header is not None else []
-    return [*_named(_find_series(headers), {header.path: header for header in headers}),
-            *(_unreadable(folder, files) for folder, files in broken.items())]
-
-
-def _named(found: list[Found], headers: dict[Path, Header]) -> list[Found]:
-    """With suffixes: of the scans in a folder the first has none, by series number and file name; the others' are
-    hashes of their UIDs. So a scan keeps its id when a further series comes to its folder.
-    """
-    taken, named = set(), []
-    for one in sorted(found, key=lambda one: (headers[one.paths[0]].series_number, min(one.paths))):
-        suffix = hashlib.sha256(one.uid.encode()).hexdigest()[:8] if one.anchor in taken else ""
-        named.append(replace(one, suffix=suffix))
-        taken.add(one.anchor)
-    return named
+    return [*scans_of(headers), *(_unreadable(folder, files) for folder, files in broken.items())]
 
 
 def _unreadable(folder: Path, files: list[tuple[Path, str]]) -> Found:
     error = files[0][1] + (f"; and {len(files) - 1} more in this folder" if len(files) > 1 else "")
     return Found(KIND, tuple(path for path, _ in files), folder, "unreadable", options={"error": error})
-
-
-@dataclass
-class _Group:
-    """Headers that may be one scan, what to say about them, and why they cannot be one."""
-
-    headers: list[Header]
-    notes: tuple[str, ...] = ()
-    error: str | None = None
-
-    @property
-    def slices(self) -> list[Frame]:
-        return [frame for header in self.headers for frame in header.frames if not frame.left_out]
-
-
-def _find_series(headers: list[Header]) -> list[Found]:
-    """Scans by study; what of a study is no axial CT is a note on its scans, or a row of its own if there are none."""
-    studies: dict[str, list[Header]] = {}
-    for header in headers:
-        studies.setdefault(header.study_uid or str(header.path.parent), []).append(header)
-    found = []
-    for members in studies.values():
-        groups = _join_small([group for series in _by_series(members) for group in _by_identity(series)])
-        reasons = [group.headers[0].left_out or f"of fewer than {MIN_SLICES} slices" for group in groups
-                   if len(group.slices) < MIN_SLICES and not group.error]
-        scans = [group for group in groups if len(group.slices) >= MIN_SLICES or group.error]
-        if not scans:
-            found += [_found(group) for group in groups]
-            continue
-        notes = (f"other series of the study left out: {describe_left_out(reasons)}",) if reasons else ()
-        for group in scans:
-            group.notes += notes
-            found += [_found(group)] if group.error else _take_apart(group)
-    return found
-
-
-def _by_series(headers: list[Header]) -> list[list[Header]]:
-    """The headers of a study by series UID, over folders; by folder where it is missing or an image is in two."""
-    series: dict[str, list[Header]] = {}
-    for header in headers:
-        series.setdefault(header.series_uid, []).append(header)
-    apart = []
-    for uid, members in series.items():
-        folders: dict[Path, list[Header]] = {}
-        for header in members:
-            folders.setdefault(header.path.parent, []).append(header)
-        images = sum(len({header.instance_uid for header in files}) for files in folders.values())
-        copied = images > len({header.instance_uid for header in members})
-        apart += list(folders.values()) if copied or not uid else [members]
-    return apart
-
-
-def _by_identity(headers: list[Header]) -> list[_Group]:
-    """A series by frame of reference and patient, the largest group first and with the images of no use.
-
-    Where an image says only one of the two, or neither, it goes with the group that it fits if there is one.
-    """
-    groups: dict[tuple[str, str], list[Header]] = {}
-    for header in headers:
-        if header.left_out is None:
-            groups.setdefault((header.frame_of_reference, header.patient), []).append(header)
-    for key in [key for key in groups if "" in key]:
-        fits = [other for other in groups if other != key and all(a in ("", b) for a, b in zip(key, other))]
-        if len(fits) == 1:
-            groups[fits[0]] += groups.pop(key)
-    useless = [header for header in headers if header.left_out is not None]
-    ordered = sorted(groups.values(), key=lambda group: (-len(group), min(header.instance_uid for header in group)))
-    if not ordered:
-        return [_Group(useless)]
-    if len(ordered) > 1 and len(ordered) > len(headers) / MIN_SLICES:
-        return [_Group(headers, error=f"{headers[0].path.name} and {len(headers) - 1} more: one series whose images "
-                       f"belong to {len(ordered)} frames of reference (FrameOfReferenceUID) or patients, so that "
-                       "their places cannot be compared; export the series again")]
-    note = (f"one of {len(ordered)} scans under one series UID, told apart by frame of reference and patient",)
-    ordered[0] += useless
-    return [_Group(group, note if len(ordered) > 1 else ()) for group in ordered]
-
-
-def _join_small(groups: list[_Group]) -> list[_Group]:
-    """Series of one or two images, which some archives make of a scan, joined where all else is the same."""
-    joined, small = [], {}
-    for group in groups:
-        if group.error or not 0 < len(group.slices) < MIN_SLICES:
-            joined.append(group)
-            continue
-        header, frame = group.headers[0], group.slices[0]
-        key = (header.frame_of_reference, header.patient, frame.size, frame.spacing,
-               tuple(frame.orientation.round(2).ravel().tolist()), frame.traits["kernel"])
-        small.setdefault(key, []).append(group)
-    for alike in small.values():
-        headers = [header for group in alike for header in group.headers]
-        count = len({header.series_uid for header in headers})
-        joined.append(_Group(headers, (f"{count} series of one or two images taken as one scan",) if count > 1 else ()))
-    rest = [group for group in joined if not group.error and 0 < len(group.slices) < MIN_SLICES]
-    if len(rest) < MIN_SLICES or len(rest) < len(groups) / 2:
-        return joined
-    headers = [header for group in rest for header in group.headers]
-    error = (f"{headers[0].path.name} and {len(headers) - 1} more: series of one or two images, which differ in frame "
-             "of reference, size, pixel spacing, orientation or kernel, so that they make up no scan; export the "
-             "series as one")
-    return [group for group in joined if group not in rest] + [_Group(headers, error=error)]
-
-
-def _take_apart(group: _Group) -> list[Found]:
-    """The scans of a group: more than one where it runs through the same stretch of the body several times."""
-    parts, left = _separate(group.slices)
-    notes = group.notes + ((f"left out: {describe_left_out(left)}",) if left else ())
-    if len(parts) == 1 and not left:
-        return [_found(group)]
-    found = []
-    for k, (frames, trait) in enumerate(parts):
-        kept = {(frame.path, frame.index) for frame in frames}
-        headers = [header for header in group.headers if any((f.path, f.index) in kept for f in header.frames)
-                   or (k == 0 and header.left_out is not None)]                         # to be noted when it is read
-        why = (f"one of {len(parts)} stacks in this series, told apart by {trait}",) if len(parts) > 1 else ()
-        found.append(_found(_Group(headers, (*notes, *why)), frames, of_more=k > 0))
-    return found
-
-
-def _found(group: _Group, frames: Sequence[Frame] | None = None, of_more: bool = False) -> Found:
-    """frames: those that belong to the scan, where not all of the files' do. of_more: a further scan of its series."""
-    paths = tuple(header.path for header in group.headers)
-    options: dict = {"notes": group.notes} if group.notes else {}
-    if frames is not None and any(len(header.frames) > 1 for header in group.headers):
-        options["frames"] = tuple(sorted((paths.index(frame.path), frame.index) for frame in frames))
-    if group.error is not None:
-        options["error"] = group.error
-    headers = group.headers
-    uid = "|".join([min(header.series_uid for header in headers), max(header.frame_of_reference for header in headers)]
-                   + ([min(header.instance_uid for header in headers)] if of_more else []))
-    folder = Path(os.path.commonpath([path.parent for path in paths]))
-    return Found(KIND, paths, folder, "", uid, options)
-
-
-# ---- stacks that overlap
-
-def _separate(frames: list[Frame]) -> tuple[list[tuple[list[Frame], str]], list[str]]:
-    """Stacks of slices, each with what tells it from the others, and the reasons of those that are left out."""
-    frames, copies = _without_copies(frames)
-    left = ["copy of another slice (derived or lossy compressed)"] * len(copies)
-    for trait, name in TRAITS.items():
-        stacks = _stacks(frames, trait)
-        large = [stack for stack in stacks if len(stack) >= MIN_SLICES]
-        if len(stacks) == 1 or not large or (trait == "spacing" and len(large) < len(stacks)):
-            continue
-        left += [f"of another {name}" for stack in stacks if len(stack) < MIN_SLICES for _ in stack]
-        parts = []
-        for stack in large:
-            inner, more = _separate(stack)
-            parts += [(part, f"{name}, {also}" if also else name) for part, also in inner]
-            left += more
-        return parts, left
-    runs = _runs(frames)
-    return [(run, "image number" if len(runs) > 1 else "") for run in runs], left
-
-
-def _without_copies(frames: list[Frame]) -> tuple[list[Frame], list[Frame]]:
-    """Slices, and those marked as derived or compressed that lie where one lies that is not."""
-    places = np.sort([frame.height for frame in frames if not frame.copy])
-    copies = [frame for frame in frames if frame.copy and len(places)
-              and np.abs(places - frame.height).min() <= SAME_PLACE_MM]
-    return [frame for frame in frames if not any(frame is copy for copy in copies)], copies
-
-
-def _stacks(frames: list[Frame], trait: str) -> list[list[Frame]]:
-    """Frames by the trait's value; values that lie above each other, as of one block after another, are one stack."""
-    values: dict[str, list[Frame]] = {}
-    for frame in frames:
-        values.setdefault(frame.traits[trait], []).append(frame)
-    stacks: list[list[list[Frame]]] = []
-    for value in sorted(values, key=lambda text: (_number(text), text)):
-        block = values[value]
-        for stack in stacks:
-            if not any(_overlap(block, other) for other in stack):
-                stack.append(block)
-                break
-        else:
-            stacks.append([block])
-    return [[frame for block in stack for frame in block] for stack in stacks]
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return np.inf
-
-
-def _overlap(first: list[Frame], second: list[Frame]) -> bool:
-    """Whether two blocks share more than half of the shorter one's stretch of the body."""
-    (low1, high1), (low2, high2) = ((min(h), max(h)) for h in ([f.height for f in block] for block in (first, second)))
-    shorter = min(high1 - low1, high2 - low2)
-    return min(high1, high2) - max(low1, low2) > 0.5 * shorter - SAME_PLACE_MM
-
-
-def _runs(frames: list[Frame]) -> list[list[Frame]]:
-    """Frames apart where their numbers run through the same stretch again: two to four times, of 5 slices or more.
-
-    Anything else, numbers in no order above all, is one run.
-    """
-    numbers = [frame.number for frame in frames]
-    if None in numbers or len(set(numbers)) < len(numbers):
-        return [frames]
-    ordered = sorted(frames, key=lambda frame: frame.number)
-    steps = np.diff([frame.height for frame in ordered])
-    breaks = np.flatnonzero(np.sign(steps) != np.sign(np.median(steps))) + 1 if len(steps) else []
-    edges = [0, *breaks, len(ordered)]
-    runs = [ordered[low:high] for low, high in zip(edges, edges[1:])]
-    apart = 2 <= len(runs) <= 4 and min(map(len, runs)) >= 5
-    return runs if apart and all(_overlap(runs[0], run) for run in runs[1:]) else [frames]
 
 
 # ---- headers
@@ -464,7 +183,7 @@ def _frame(path: Path, index: int, count: int, size: tuple[int, int], ds: pydico
         _padding(ds, bits, signed), text("PhotometricInterpretation") == "MONOCHROME1", bits, signed,
         index if count > 1 else int(number) if number.lstrip("-").isdecimal() else None,
         types[:1] == ["DERIVED"] or text("LossyImageCompression") == "01", types[:2] == ["DERIVED", "SECONDARY"],
-        {trait: f"{_number(v):g}" if np.isfinite(_number(v)) else v for trait, v in traits.items()},
+        {trait: f"{number_of(v):g}" if np.isfinite(number_of(v)) else v for trait, v in traits.items()},
         _why_left_out(types, position, orientation))
 
 
@@ -516,11 +235,6 @@ def _why_left_out(image_type: list[str], position, orientation) -> str | None:
     if abs(np.cross(*orientation)[2]) < AXIAL_COS:
         return "not axial"
     return None
-
-
-def describe_left_out(reasons: Sequence[str]) -> str:
-    """Counts by reason: '2 localiser, 1 derived'."""
-    return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common())
 
 
 # ---- reading
