@@ -45,9 +45,9 @@ def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0, ids: str = "
     line each.
 
     unknown_slice_spacing_mm: for folders of slices that do not tell theirs; 0 refuses them (when read).
-    ids: 'path', from the scan's place under the folder (of several series in one folder, all but the first add a hash
-    of their UID); 'uid', from the series UID or the files' content, wherever they lie. So an id stays when other scans
-    come to the folder.
+    ids: 'path', from the scan's place under the folder (of several series in one folder, all but the one of the lowest
+    number add a hash of their UID); 'uid', from the series UID or the files' content, wherever they lie. An id by uid
+    stays whatever other scans come; one by path, unless a series of a lower number comes to the same folder.
     Raises ScanError where the folder does not exist or holds nothing of the kind.
     """
     folder = Path(folder)
@@ -245,7 +245,7 @@ def _with_ids(found: list[tuple[Found, Path | None]], root: Path, ids: str) -> l
 
 def _id(found: Found, root: Path, ids: str) -> str:
     if ids == "uid":
-        return f"{found.kind}-{_short(found.uid + found.suffix, 12)}"
+        return f"{found.kind}-{_short(found.uid, 12)}"
     top = root if root.is_dir() else root.parent
     parts = found.anchor.relative_to(top).parts if found.anchor.is_relative_to(top) else (found.anchor.name,)
     name = printable(SEPARATOR.join(parts) or top.name or "scan") + (f"-{found.suffix}" if found.suffix else "")

@@ -199,18 +199,26 @@ def _take_apart(group: _Group) -> list[Found]:
     notes = group.notes + ((f"left out: {describe_left_out(left)}",) if left else ())
     if len(parts) == 1 and not left:
         return [_found(group)]
-    found = []
+    found, known = [], set()
     for k, (frames, trait) in enumerate(parts):
         kept = {(frame.path, frame.index) for frame in frames}
         headers = [header for header in group.headers if any((f.path, f.index) in kept for f in header.frames)
                    or (k == 0 and header.left_out is not None)]                         # to be noted when it is read
         why = (f"one of {len(parts)} stacks in this series, told apart by {trait}",) if len(parts) > 1 else ()
-        found.append(_found(_Group(headers, (*notes, *why)), frames, of_more=k > 0))
+        found.append(_found(_Group(headers, (*notes, *why)), frames, alike=_signature(frames) in known))
+        known.add(_signature(frames))
     return found
 
 
-def _found(group: _Group, frames: Sequence[Frame] | None = None, of_more: bool = False) -> Found:
-    """frames: those that belong to the scan, where not all of the files' do. of_more: a further scan of its series."""
+def _signature(frames: Sequence[Frame]) -> tuple[str, ...]:
+    """What tells a stack from others of its series, whichever there are: the same when more of its slices arrive."""
+    return tuple(min((frame.traits[trait] for frame in frames), default="") for trait in TRAITS)
+
+
+def _found(group: _Group, frames: Sequence[Frame] | None = None, alike: bool = False) -> Found:
+    """frames: those that belong to the scan, where not all of the files' do. alike: another stack of its series has the
+    same traits, so that its images' own UIDs must tell it from that.
+    """
     paths = tuple(header.path for header in group.headers)
     options: dict = {"notes": group.notes} if group.notes else {}
     if frames is not None and any(len(header.frames) > 1 for header in group.headers):
@@ -218,8 +226,9 @@ def _found(group: _Group, frames: Sequence[Frame] | None = None, of_more: bool =
     if group.error is not None:
         options["error"] = group.error
     headers = group.headers
-    uid = "|".join([min(header.series_uid for header in headers), max(header.frame_of_reference for header in headers)]
-                   + ([min(header.instance_uid for header in headers)] if of_more else []))
+    used = group.slices if frames is None else frames
+    uid = "|".join([min(header.series_uid for header in headers), max(header.frame_of_reference for header in headers),
+                    *_signature(used), *([min(header.instance_uid for header in headers)] if alike else [])])
     folder = Path(os.path.commonpath([path.parent for path in paths]))
     return Found(KIND, paths, folder, "", uid, options)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ct import dicom, nifti
+from ct.read import find_scans
 from ct.scan import Scan, ScanSource
 from ct.slab import to_slabs
 from ct.standardise import Frame, from_frame, to_frame
@@ -158,3 +159,51 @@ def test_a_dicom_series_is_read_in_order_whatever_its_files_are_called(order, ro
         place = scan.geometry.origins[k] + i * scan.geometry.row_step + j * scan.geometry.column_step
         np.testing.assert_allclose(image.affine @ [j, i, k, 1], [-place[0], -place[1], place[2], 1], atol=1e-3)
         np.testing.assert_array_equal(image.get_fdata()[j, i, k], hu[k, i, j])
+
+
+# ---- ids
+
+def ids_of(folder, ids):
+    """Ids by the files of their scans."""
+    return {tuple(sorted(path.name for path in source.paths)): source.scan_id
+            for source in find_scans(folder, ids=ids, log=lambda line: None)}
+
+
+@few
+@given(st.lists(st.tuples(st.integers(1, 3), st.sampled_from("ab"), st.integers(0, 1)), min_size=2, max_size=4,
+                unique=True), st.integers(1, 3), st.booleans())
+def test_ids_stay_when_other_scans_arrive(series, early, one_uid):
+    """Series of any number in any folder, or two phases under one series UID; those that come first are found first."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder, before = Path(folder), None
+        for k, (number, name, phase) in enumerate(series):
+            def edit(ds, _, number=number, phase=phase):
+                ds.SeriesNumber, ds.AcquisitionNumber = number, phase
+                ds.SOPInstanceUID += f".{phase}"
+            write_dicom_series(folder / name, np.zeros((3, 4, 4)), series=(number, name, 0 if one_uid else phase),
+                               name=lambda i, k=k: f"{k}-{i}", edit=edit)
+            if k + 1 == early:
+                before = ids_of(folder, "uid")
+        after = ids_of(folder, "uid")
+        assert len(after) == len(set(after.values())) == len(series)
+        assert before is None or before.items() <= after.items()
+
+
+@few
+@given(st.permutations(range(4)), st.integers(1, 3))
+def test_ids_by_path_stay_when_later_series_and_other_files_arrive(order, early):
+    """Two series in one folder, the lower number first, and one elsewhere, beside a NIfTI file."""
+    order.sort(key=lambda k: k == 1)                                     # series 1 last, so that 0 is there before it
+    with tempfile.TemporaryDirectory() as folder:
+        folder, before = Path(folder), None
+        for count, k in enumerate(order, 1):
+            if k == 3:
+                write_nifti_scan(folder / "v.nii", np.zeros((3, 4, 4), np.float32))
+            else:
+                write_dicom_series(folder / ("b" if k == 2 else "a"), np.zeros((3, 4, 4)), series=k,
+                                   name=lambda i, k=k: f"{k}-{i}",
+                                   edit=lambda ds, _, k=k: setattr(ds, "SeriesNumber", k))
+            if count == early:
+                before = ids_of(folder, "path")
+        after = ids_of(folder, "path")
+        assert len(set(after.values())) == 4 and before.items() <= after.items()
