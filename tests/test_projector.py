@@ -99,7 +99,7 @@ def test_a_percentile_is_among_scores_made_alike():
 
 def alarmed(scores, error_of_rest=3.0, **alarm):
     """A projector's calibration and what it says of a score of 2.5."""
-    calibrated = {"scans": [str(s) for s in scores], "scan_scores": {"mean": scores},
+    calibrated = {"scans": len(scores), "scan_scores": {"mean": scores},
                   "threshold": {"fpr": 0.05, "mean": None, "reason": "too few"}, "error_hu": {"reconstruct": 3.0}}
     if "alarm_rate" in alarm:
         calibrated = calibration.at_rate(calibrated, alarm["alarm_rate"])
