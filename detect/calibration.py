@@ -25,10 +25,12 @@ from detect.measure import (
     thickness_mm,
     threshold_at_fpr,
 )
-from detect.reconstruct import Reconstructor, method
+from detect.reconstruct import Reconstruction, Reconstructor, method
 from detect.settings import Settings
 
 FPR = 0.05                            # of the stored thresholds
+FIGURES = 10                          # healthy scans from which their range says what is usual
+LEAST_RANGE_HU = 2.0                  # of such a range: scanners differ by as much
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,14 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
     threshold      by each of SCAN_SCORES, exceeded by a healthy scan with probability `fpr` at most; None
                    where there are too few scans, with the `reason`
     error_hu       mean absolute error of the reconstruction in the brain after each stage, HU, mean over scans
+    healthy        error_hu and brain_hu of each scan: that error, and the median of its brain, HU
     precision      of the networks
 
     and the measure that these scans make. Raises ValueError where they are too few for it.
     """
     seen: list[Evidence] = []
     errors: list[dict[str, float]] = []
+    brain_hu: list[float] = []
     for fold in folds:
         for s, scan_id in enumerate(fold.held_out.scan_ids):
             scan = fold.held_out.scan(s)
@@ -116,19 +120,20 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
             found = fold.reconstructor.closest_normal(scan["hu"].float(), brain, mm, watch)
             seen.append(measure.evidence(found, brain, mm, watch))
             errors.append(found.error_hu)
+            brain_hu.append(median_hu(scan["hu"], brain))
             log(f"{scan_id}: {len(mm)} slices, {sum(found.seconds.values()):.0f} s, error in HU "
                 + ", ".join(f"{stage} {error:.2f}" for stage, error in found.error_hu.items()))
     fitted, findings = measure.fit(seen)
     scores = [one.slice_scores for one in findings]
-    facts = summary([one.below_vertex_mm.tolist() for one in seen], scores, errors)
+    facts = summary([one.below_vertex_mm.tolist() for one in seen], scores, errors, brain_hu)
     for how, values in facts["scan_scores"].items():
         log(f"healthy scores, {how}: " + " ".join(f"{value:.3g}" for value in sorted(values)))
     return facts | {"precision": str(folds[0].reconstructor.precision).removeprefix("torch.")}, fitted
 
 
 def summary(positions: list[list[float]], scores: list[torch.Tensor],
-            errors: list[dict[str, float]]) -> dict[str, Any]:
-    """The calibration's JSON from the slice scores and errors of each scan."""
+            errors: list[dict[str, float]], brain_hu: list[float]) -> dict[str, Any]:
+    """The calibration's JSON from the slice scores, errors and the brain's median of each scan."""
     scan_scores = {how: [scan_score(one, how, thickness_mm(mm)) for one, mm in zip(scores, positions)]
                    for how in SCAN_SCORES}
     slice_scores = [{"scan": s, "below_vertex_mm": round(mm, 3), "score": score}
@@ -136,7 +141,8 @@ def summary(positions: list[list[float]], scores: list[torch.Tensor],
                     for score, mm in zip(one.tolist(), places)]
     mean_error = {stage: sum(error[stage] for error in errors) / len(errors) for stage in errors[0]}
     return {"split": "val", "scans": len(scores), "scan_scores": scan_scores, "slice_scores": slice_scores,
-            "threshold": thresholds(scan_scores, FPR), "error_hu": mean_error}
+            "threshold": thresholds(scan_scores, FPR), "error_hu": mean_error,
+            "healthy": {"error_hu": [Reconstruction.last_error(error) for error in errors], "brain_hu": brain_hu}}
 
 
 def thresholds(scan_scores: dict[str, list[float]], fpr: float) -> dict[str, Any]:
@@ -147,6 +153,24 @@ def thresholds(scan_scores: dict[str, list[float]], fpr: float) -> dict[str, Any
     except ValueError as error:
         return {"fpr": fpr} | dict.fromkeys(scan_scores) | {"reason": str(error)}
     return {"fpr": fpr} | by_score | {"reason": None}
+
+
+def median_hu(hu: torch.Tensor, brain: torch.Tensor) -> float:
+    """Of the brain, HU. Both [S, N, N]."""
+    return float(hu[brain].float().median())
+
+
+def usual_range(calibration: dict[str, Any], figure: str) -> tuple[float, float] | None:
+    """What a scan that is like the healthy ones has of 'error_hu' or 'brain_hu', HU.
+
+    Their range, and as much again on both sides. None where there are too few, or the calibration, an older one, does
+    not say.
+    """
+    values = calibration.get("healthy", {}).get(figure, ())
+    if len(values) < FIGURES:
+        return None
+    width = max(max(values) - min(values), LEAST_RANGE_HU)
+    return min(values) - width, max(values) + width
 
 
 def spacing_range(calibration: dict[str, Any]) -> tuple[float, float]:

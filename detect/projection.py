@@ -18,7 +18,7 @@ from detect.reconstruct import Reconstruction, Reconstructor, error_hu
 from detect.settings import Settings
 
 OTHER_SPACING = 1.25    # slices further apart than those of the calibration by this factor, or closer, do not compare
-TOO_FAR = 2.0           # times the mean error of healthy scans: a reconstruction that did not come close
+TOO_FAR = 2.0           # times the mean error of healthy scans, where not each one's is known: did not come close
 TOO_MUCH = 0.35         # predicted part of the brain from which the reconstruction, not the brain, is at fault
 
 
@@ -139,7 +139,8 @@ class Projector:
         # A large lesion is far from its closest normal, as it should be: what tells a bad reconstruction is the rest
         rest = brain & ~findings.predicted
         error_of_rest = error_hu(found.query_hu, found.normal_hu, rest) if rest.any() else found.error
-        percentile, threshold, why_not = self._compare(score, error_of_rest, calibration.usual_spacing(below_vertex_mm))
+        percentile, threshold, why_not = self._compare(score, error_of_rest, calibration.usual_spacing(below_vertex_mm),
+                                                       calibration.median_hu(hu, brain))
         notes += [why_not] if why_not else []
         if unreliable or pre.reservations:
             percentile = threshold = None
@@ -155,8 +156,8 @@ class Projector:
             anomalous_ml=volume_ml(mask, scan), unreliable=unreliable, notes=tuple(dict.fromkeys(notes)),
             seconds=seconds | {"to the scan": time.perf_counter() - started}, working=pre)
 
-    def _compare(self, score: float, error_of_rest: float,
-                 spacing_mm: float) -> tuple[float | None, float | None, str | None]:
+    def _compare(self, score: float, error_of_rest: float, spacing_mm: float,
+                 brain_hu: float) -> tuple[float | None, float | None, str | None]:
         """Percentile and threshold of a score; None where they are not known, and a note where the scan is why."""
         how = self.settings.scan_score
         if not self.calibration or how not in self.calibration["scan_scores"]:
@@ -167,7 +168,13 @@ class Projector:
                                 f"{low if low == high else f'{low} to {high}'} mm: no percentile")
         threshold = self.calibration["threshold"][how] if self.threshold is None else self.threshold
         usual = Reconstruction.last_error(self.calibration["error_hu"])
-        if error_of_rest > TOO_FAR * usual:            # flagged all the same: a head full of blood is so far off, too
+        # Flagged all the same, in both cases: a head full of blood is so far off, too
+        within = calibration.usual_range(self.calibration, "brain_hu")
+        if within and not within[0] <= brain_hu <= within[1]:
+            return None, threshold, (f"the median of the brain is {brain_hu:.0f} HU, of healthy scans about "
+                                     f"{within[0]:.0f} to {within[1]:.0f}: is the HU scale right? No percentile")
+        within = calibration.usual_range(self.calibration, "error_hu")
+        if error_of_rest > (within[1] if within else TOO_FAR * usual):
             return None, threshold, (f"the closest normal is off by {error_of_rest:.1f} HU where nothing is marked, of "
                                      f"healthy scans by {usual:.1f}: it does not come close; no percentile")
         return calibration.percentile(self.calibration, score, how), threshold, None

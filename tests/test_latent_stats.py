@@ -99,6 +99,9 @@ def test_end_to_end(inputs, tmp_path, capsys):
     threshold = calibration["threshold"]
     assert threshold["max"] is None and "needs 19 healthy scans, found 1" in threshold["reason"]
     assert all(0 < error < 200 for error in calibration["error_hu"].values())
+    scan = SliceDataset(inputs[0], "val").scan(0)
+    assert calibration["healthy"]["brain_hu"] == [pytest.approx(np.median(scan["hu"][scan["brain"]]), abs=1)]
+    assert calibration["healthy"]["error_hu"] == [calibration["error_hu"]["latent"]]
 
 
 def test_without_calibration_and_overwriting(inputs, tmp_path, capsys):
