@@ -93,13 +93,22 @@ def open_scan(source: ScanSource) -> Iterator[Scan]:
     """read_scan, with the scan's files there while the block lasts: those in an archive lie unpacked for so long."""
     if "error" in source.options:
         raise ScanError(source.options["error"])
-    read = next(module.read for module in FORMATS if module.KIND == source.kind)
     if source.archive is None:
-        yield upright(without_blanks(read(source)))
+        yield _read(source)
         return
     names = [*source.paths, *(value for value in source.options.values() if isinstance(value, Path))]
     with archive.unpacked(source.archive, {name.as_posix() for name in names}) as folder:
-        yield upright(without_blanks(read(_moved(source, lambda path: folder / path))))
+        yield _read(_moved(source, lambda path: folder / path))
+
+
+def _read(source: ScanSource) -> Scan:
+    """With its format's reader. The system's errors quote whole paths, whose folders may be named after patients."""
+    read = next(module.read for module in FORMATS if module.KIND == source.kind)
+    try:
+        return upright(without_blanks(read(source)))
+    except OSError as error:
+        name = Path(error.filename).name if isinstance(error.filename, str) else source.paths[0].name
+        raise ScanError(f"{name}: cannot be read ({error.strerror or type(error).__name__})") from error
 
 
 def read_scan(source: ScanSource) -> Scan:
@@ -176,13 +185,18 @@ class _Search:
         lines = []
         if self.results:
             lines.append(f"left aside: {len(self.results)} folders with results of this program "
-                         f"({printable(self.results[0].name)}{', ...' if len(self.results) > 1 else ''})")
+                         f"({self._shown(self.results[0])}{', ...' if len(self.results) > 1 else ''})")
         if self.unread:
             kinds = Counter(path.suffix.lower() or "without a suffix" for path in self.unread).most_common()
             shown = ", ".join(f"{count} {printable(kind)}" for kind, count in kinds[:8])
             lines.append(f"not read, no scans: {len(self.unread)} files ({shown}{', ...' if len(kinds) > 8 else ''}), "
-                         f"the first {printable(min(self.unread).name)}")
+                         f"the first {self._shown(min(self.unread))}")
         return lines
+
+    def _shown(self, path: Path) -> str:
+        """For the terminal: a path relative to what is searched, which says where a name alone would not."""
+        inside = path != self.root and path.is_relative_to(self.root)
+        return printable(str(path.relative_to(self.root)) if inside else path.name)
 
 
 def _head(path: Path) -> bytes:
@@ -213,12 +227,15 @@ def _moved(found, move: Callable[[Path], Path]):
 
 
 def _content(paths: tuple[Path, ...]) -> str:
-    """What identifies files wherever they lie: their sizes and beginnings."""
+    """What identifies files wherever they lie: their sizes and beginnings; of one that cannot be read, its name."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(str(path.stat().st_size).encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(65536))
+        try:
+            digest.update(str(path.stat().st_size).encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(65536))
+        except OSError:
+            digest.update(path.name.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

@@ -166,7 +166,7 @@ def test_bare_dicom_without_suffix_is_read_and_the_rest_is_named(tmp_path):
     lines = []
     scan, = read_all(tmp_path, log=lines.append)
     np.testing.assert_array_equal(scan.hu, HU)
-    assert lines == ["not read, no scans: 1 files (1 .pdf), the first report.pdf"]
+    assert lines == ["not read, no scans: 1 files (1 .pdf), the first case/report.pdf"]
 
 
 def test_a_nifti_pair_is_read_and_analyze_is_refused(tmp_path):
@@ -204,7 +204,7 @@ def test_results_among_the_scans_are_left_aside(tmp_path):
     write_nifti(tmp_path / "results" / "scan" / "reconstruction.nii.gz", scan.hu, scan)
     lines = []
     assert [one.scan_id for one in find_scans(tmp_path, log=lines.append)] == ["scan"]
-    assert lines == ["left aside: 1 folders with results of this program (scan)"]
+    assert lines == ["left aside: 1 folders with results of this program (results/scan)"]
     write_nifti(tmp_path / "copied.nii.gz", scan.hu, scan, description=f"{RESULT_MARK}: reconstruction")
     with pytest.raises(ScanError, match="copied.nii.gz: a result of this program"):
         read_all(tmp_path / "copied.nii.gz")

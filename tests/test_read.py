@@ -275,6 +275,20 @@ def test_broken_dicom_files_are_a_row(tmp_path):
         read_scan(bad)
 
 
+def test_a_file_that_is_gone_is_named_without_its_folder(tmp_path):
+    top = tmp_path / "Ivanov"
+    write_dicom_series(top / "dicom", CT)
+    write_nifti_scan(top / "nifti.nii", CT)
+    write_slice_folder(top / "slices", CT)
+    sources = find_scans(tmp_path, log=lambda line: None)
+    assert [source.kind for source in sources] == ["dicom", "nifti", "slices"]
+    for source in sources:
+        source.paths[0].unlink()
+        with pytest.raises(ScanError, match=source.paths[0].name) as error:
+            read_scan(source)
+        assert "Ivanov" not in str(error.value)
+
+
 def test_a_dicomdir_is_passed_over(tmp_path):
     def directory(ds, k):
         ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.1.3.10"
