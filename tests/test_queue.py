@@ -201,7 +201,7 @@ def test_ranks_need_no_process_group(scans, model, whole, tmp_path):
 @pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.soak)])
 def test_killed_at_random_moments(kills, model, tmp_path):
     """A rerun ends with the same tables and does again at most the scan in flight."""
-    count = 4 if kills < 10 else 100
+    count = 4 if kills < 10 else 150
     scans = make_scans(tmp_path / "scans", count)
     out, wait = tmp_path / "out", random.Random(0)
     begin = time.monotonic()
