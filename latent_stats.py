@@ -121,6 +121,8 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
             "provenance": {"name": name or out.name, **trained[0].provenance,
                            "latent_stats": dataclasses.asdict(config), "notes": notes,
                            "versions": {"python": platform.python_version(), "torch": torch.__version__}}}
+    if held_out:
+        meta["provenance"]["held_out"] = {key: trained[0].dataset.manifest[key] for key in ("digest", "counts")}
     if further:
         meta["provenance"]["folds"] = [{"encoder": one.provenance.get("encoder"),
                                         "held_out": len(one.dataset.held_out_ids())} for one in trained]

@@ -73,12 +73,13 @@ class Progress:
 # Ours
 
 def refuse_other_data(meta: dict, model: Path, data: SliceDataset, flag: str) -> None:
-    """ValueError unless the model with this model.json was trained on this database, the one given with `flag`.
+    """ValueError unless the model with this model.json was trained or calibrated on this database, that of `flag`.
 
     The baselines are to learn from the same.
     """
-    trained_on = (meta["provenance"] or {}).get("data", {}).get("digest", "none it names")
-    if trained_on != data.manifest["digest"]:
+    known = meta["provenance"] or {}
+    trained_on = known.get("data", {}).get("digest", "none it names")
+    if data.manifest["digest"] not in (trained_on, known.get("held_out", {}).get("digest")):
         raise ValueError(f"{flag} {data.path}: has the digest {data.manifest['digest'][:12]}, --model {model} was "
                          f"trained on {trained_on[:12]}; give that database")
 
