@@ -4,7 +4,7 @@
 #   mkdir -p results
 #   docker run --rm --gpus all --network none --user "$(id -u):$(id -g)" \
 #       -v /path/to/scans:/scans:ro -v "$PWD/results:/results" \
-#       cn-stylegan projector.py /scans --model models/ct-ich-128 --out /results
+#       cn-stylegan projector.py /scans --model models/head-128 --out /results
 #
 # For training add --ipc=host: the loader's processes hand over slices in shared memory.
 

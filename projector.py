@@ -1,8 +1,8 @@
 """Project head-CT scans: for every slice the closest normal image, maps of what differs, and scores.
 
-    python projector.py SCANS [SCANS ...] --model models/ct-ich-128 --out results
-    torchrun --nproc-per-node=4 projector.py SCANS --model models/ct-ich-128 --out results
-    python projector.py SCANS --model models/ct-ich-128 --out results --part 3/1000   # of a job array: docs/SCALE.md
+    python projector.py SCANS [SCANS ...] --model models/head-128 --out results
+    torchrun --nproc-per-node=4 projector.py SCANS --model models/head-128 --out results
+    python projector.py SCANS --model models/head-128 --out results --part 3/1000   # of a job array: docs/SCALE.md
     python projector.py merge results
 
 SCANS is a folder that is searched for DICOM series, NIfTI files and folders of slices, or one such scan. Writes

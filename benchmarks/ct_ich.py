@@ -1,6 +1,6 @@
 """How well haemorrhage is detected on CT-ICH: ours, the published search, and simple baselines.
 
-    python benchmarks/ct_ich.py --data ct-ich --database healthy.lmdb --model models/ct-ich-128 --out runs/ct-ich
+    python benchmarks/ct_ich.py --data ct-ich --database healthy.lmdb --model models/head-128 --out runs/ct-ich
 
 --data is a folder with the scans in folders named after their split, and two tables: scans.csv (scan_id, split, label,
 and if there are any types, separated by '|', and patient) and slices.csv (scan_id, slice from 0 upwards, label, types).

@@ -1,6 +1,6 @@
 """Where the map points: localisation of haemorrhage on PHE-SICH-CT-IDS, beside chance and the baselines.
 
-    python benchmarks/phe_sich.py --data phe-sich --database healthy.lmdb --model models/ct-ich-128 --out runs/phe-sich
+    python benchmarks/phe_sich.py --data phe-sich --database healthy.lmdb --model models/head-128 --out runs/phe-sich
 
 --data is a folder with scans/ (a folder of slices a scan) and masks/SCAN/NN.png, where NN is the slice from 0 upwards;
 a slice without a mask holds no marking. Writes to --out metrics.json (every figure) and table.md. Every scan's result

@@ -3,7 +3,7 @@
     from ct.read import find_scans, read_scan
     from detect import Projector, load_bundle
 
-    projector = Projector(load_bundle("models/ct-ich-128"))
+    projector = Projector(load_bundle("models/head-128"))
     for source in find_scans("scans"):
         projection = projector(read_scan(source))
         print(source.scan_id, projection.score, projection.percentile)

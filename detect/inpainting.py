@@ -72,7 +72,8 @@ class Inpainting(Reconstructor):
             expected_hu = self.from_surroundings(seen, bone)
         with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, soft)):
             anomalous = self.gate(query_hu - expected_hu, soft)
-            normal_hu = torch.where(bone, query_hu, self.draw(seen, anomalous, bone))
+            kept = bone | (~brain & (query_hu <= self.range_hu[0]))            # and air: the networks draw it badly
+            normal_hu = torch.where(kept, query_hu, self.draw(seen, anomalous, bone))
         if watch:
             watch(query_hu, normal_hu)
         return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds)

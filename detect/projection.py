@@ -146,7 +146,7 @@ class Projector:
             percentile = threshold = None
         mask = pre.maps_to_scan(findings.mask.numpy())
         return Projection(
-            scan=scan, reconstruction_hu=pre.maps_to_scan(found.normal_hu.numpy(), float(pre.standardised.hu.min())),
+            scan=scan, reconstruction_hu=pre.maps_to_scan(found.normal_hu.numpy(), float(found.query_hu.min())),
             residual_hu=pre.maps_to_scan(seen.residual.numpy()), anomaly=pre.maps_to_scan(findings.anomaly.numpy()),
             mask=mask, brain=pre.slabs.from_slabs(pre.brain),
             slice_scores=pre.scores_to_scan(findings.slice_scores.numpy()),

@@ -1,7 +1,7 @@
 """Projection as an actor pool of Ray Data, for those who have a Ray cluster; nothing else here needs Ray.
 
     pip install "ray[data]"
-    python examples/ray_data.py SCANS --model models/ct-ich-128 --out results --actors 16 --gpus 0.25
+    python examples/ray_data.py SCANS --model models/head-128 --out results --actors 16 --gpus 0.25
 
 Each actor holds the model and takes one scan after the other. OUT is as projector.py --part makes it: a rerun skips
 what is finished, and both may work on the same folder. This checkout, SCANS and OUT lie at the same path on every node.

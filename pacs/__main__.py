@@ -1,6 +1,6 @@
 """Project the CT series that arrive at an Orthanc server, and store the results there.
 
-    ORTHANC_USER=node ORTHANC_PASSWORD=... python -m pacs --model models/ct-ich-128 --orthanc http://127.0.0.1:8042 \
+    ORTHANC_USER=node ORTHANC_PASSWORD=... python -m pacs --model models/head-128 --orthanc http://127.0.0.1:8042 \
         --state state
 
 Follows Orthanc's change log for stable CT series, fetches, projects and stores them back as DICOM objects of the same
