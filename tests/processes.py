@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-# The commands, and what projector.py imports once it has read its command line
-_context.set_forkserver_preload(["train", "train_encoder", "healthygan.train", "projector", "detect.dicom_out",
-                                 "detect.folder", "detect.report"])
+# The commands, and what they import once they have read their command line
+_context.set_forkserver_preload(["train", "train_encoder", "healthygan.train", "projector", "gan.loop",
+                                 "detect.dicom_out", "detect.folder", "detect.report"])
 
 
 def start(command: str, argv: list, log: Path, **environment: object) -> multiprocessing.Process:

@@ -7,14 +7,15 @@ import signal
 
 import distributed
 import train
+from gan import training
 
 
 def main(argv: list[str]) -> int:
-    step, count = train.Trainer.step, iter(range(1, 10**6))
+    step, count = training.Trainer.step, iter(range(1, 10**6))
 
     def watched(self, *args):
         if next(count) == 3 and distributed.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *args)
-    train.Trainer.step = watched
+    training.Trainer.step = watched
     return train.main(argv)

@@ -19,7 +19,7 @@ from torch.distributed import TCPStore
 
 import train
 import train_encoder
-from gan import training
+from gan import encoding, training
 from gan.snapshots import load_snapshot, snapshot_steps
 from healthygan import train as healthygan_train
 from tests import processes
@@ -94,7 +94,7 @@ def whole_runs(flags, gan_run, tmp_path_factory) -> dict[str, Path]:
 
 MAIN: dict[str, Callable] = {"train": train.main, "train_encoder": train_encoder.main,
                              "healthygan.train": healthygan_train.main}
-TRAINERS = {"train": train.Trainer, "train_encoder": train_encoder.EncoderTrainer,
+TRAINERS = {"train": training.Trainer, "train_encoder": train_encoder.EncoderTrainer,
             "healthygan.train": healthygan_train.Trainer}
 
 
@@ -216,7 +216,7 @@ POISON = {"train": 5, "train_encoder": 4, "healthygan.train": 3}
 
 def poisoned(monkeypatch, command: str, calls: range) -> None:
     """Make a loss NaN at these of its calls (from 0)."""
-    module, name = {"train": (training, "d_logistic"), "train_encoder": (train_encoder, "d_logistic"),
+    module, name = {"train": (training, "d_logistic"), "train_encoder": (encoding, "d_logistic"),
                     "healthygan.train": (healthygan_train.losses, "identity")}[command]
     loss, count = getattr(module, name), iter(range(10**6))
     monkeypatch.setattr(module, name, lambda *a: loss(*a) * (torch.nan if next(count) in calls else 1))

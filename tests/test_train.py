@@ -141,7 +141,7 @@ def one_step(config: train.TrainConfig) -> dict:
 
     Plain gradient descent: Adam's first step is the gradient's sign, which rounding decides where it is near zero.
     """
-    trainer = train.Trainer(config, CPU)
+    trainer = training.Trainer(config, CPU)
     for name in ("g", "d"):
         setattr(trainer, f"{name}_opt", torch.optim.SGD(getattr(trainer, name).parameters(), lr=0.01))
     real = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -198,7 +198,7 @@ def test_that_step_depends_on_every_phase(tiny_gan_config, whole_step):
 def test_the_averaged_generator_follows_its_formula(tiny_gan_config, rampup, half_life):
     """Half-life 10 images, or 5 % of the 8 images seen."""
     config = dataclasses.replace(tiny_gan_config, ema_kimg=0.01, ema_rampup=rampup, r1_every=0, path_every=0)
-    trainer = train.Trainer(config, CPU)
+    trainer = training.Trainer(config, CPU)
     before = trainer.g_ema.conv1.conv.weight.clone()
     trainer.step(torch.zeros(8, 3, 32, 32), 0)
     after, keep = trainer.g.conv1.conv.weight, 0.5 ** (8 / half_life)
@@ -215,9 +215,9 @@ def test_adam_is_corrected_for_the_regulariser():
 
 # ---- What each phase weighs
 
-def recorded_step(config: train.TrainConfig, index: int = 0, **changes) -> tuple[train.Trainer, dict]:
+def recorded_step(config: train.TrainConfig, index: int = 0, **changes) -> tuple[training.Trainer, dict]:
     """A step on eight fixed images of a trainer whose optimisers record gradients; without flips."""
-    trainer = train.Trainer(dataclasses.replace(config, flip=False, **changes), CPU)
+    trainer = training.Trainer(dataclasses.replace(config, flip=False, **changes), CPU)
     trainer.d_opt, trainer.g_opt = GradientRecorder(trainer.d_opt), GradientRecorder(trainer.g_opt)
     return trainer, trainer.step(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(5)), index)
 
@@ -278,7 +278,7 @@ def test_generator_and_discriminator_pull_apart(tiny_gan_config):
 
 def test_real_and_fake_images_are_augmented_alike(tiny_gan_config, monkeypatch):
     """In every phase that looks through the discriminator, or it would tell them apart by the augmentation."""
-    trainer = train.Trainer(tiny_gan_config, CPU)
+    trainer = training.Trainer(tiny_gan_config, CPU)
     seen, discriminate = [], trainer.d.forward
     monkeypatch.setattr(trainer, "_augment", lambda images: images * 0 + 0.25)
     monkeypatch.setattr(trainer.d, "forward", lambda images: seen.append(images.unique().tolist())
@@ -290,7 +290,8 @@ def test_real_and_fake_images_are_augmented_alike(tiny_gan_config, monkeypatch):
 def test_styles_are_mixed_as_often_as_told(tiny_gan_config):
     def mixed(probability: float) -> float:
         """Part of the codes whose last layer is not the first one's."""
-        w_plus = train.Trainer(dataclasses.replace(tiny_gan_config, mixing=probability), CPU)._w_plus(slice(None), "g")
+        trainer = training.Trainer(dataclasses.replace(tiny_gan_config, mixing=probability), CPU)
+        w_plus = trainer._w_plus(slice(None), "g")
         return (w_plus[:, 0] != w_plus[:, -1]).any(1).float().mean().item()
     assert (mixed(0.0), mixed(1.0)) == (0.0, 1.0)
 

@@ -1,0 +1,86 @@
+"""The loop of the GAN's training: steps, statistics, snapshots, and what is measured on samples now and then."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+import distributed
+from ct.picture import save_hu_grid
+from ct.window import decode, encode
+from dataset import DatasetError, SliceDataset, image_batches
+from gan.quality import InceptionFeatures, frechet_distance, sliced_wasserstein
+from gan.runlog import Run
+from gan.settings import TrainConfig
+from gan.training import Trainer
+
+
+def train(config: TrainConfig, data: Path, out: Path, device: torch.device, inception: Path | None = None,
+          rollback: bool = False) -> None:
+    """Train until config.kimg. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite.
+
+    inception: weights of quality.InceptionFeatures, for the Frechet distance beside the sliced Wasserstein one.
+    rollback: the run diverged; go on from its last snapshot with other random numbers.
+    """
+    # ---- Set up
+    dataset, held_out = SliceDataset(data, "train"), SliceDataset(data, "val", check=False)
+    if dataset.size != config.size:
+        raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices but --size is {config.size}: prepare "
+                           f"it with --size {config.size}, or choose another preset")
+    trainer = Trainer(config, device)
+    meta = {"kind": "gan", "config": dataclasses.asdict(config), "model": dataclasses.asdict(config.model()),
+            "data": {key: dataset.manifest[key] for key in ("digest", "counts", "settings")}}
+    with Run(out, meta, trainer, config.seed, rollback) as run:
+        if run.resumed:
+            distributed.print0(f"Resuming at {trainer.images_seen / 1000:g} kimg")
+        distributed.check_same_state(trainer.g)
+        batches = image_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen)
+        quality = Quality(held_out, dataset, inception, device) if distributed.is_main() else None
+        if quality and not run.resumed:
+            save_hu_grid(out / "real.png", quality.val_hu[:: max(1, len(held_out) // 32)][:32].numpy())
+        distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; "
+                           f"{trainer.world} x {config.batch} images a step in {trainer.g.compute_dtype} on {device}")
+
+        # ---- Train
+        while trainer.images_seen < config.kimg * 1000:
+            before = trainer.images_seen
+            real = encode(next(batches).to(device, non_blocking=True).float())
+            run.log.add(trainer.global_batch, **trainer.step(real, before // trainer.global_batch))
+            done = trainer.images_seen >= config.kimg * 1000
+
+            def due(kimg, before=before, done=done):
+                return done or before // (kimg * 1000) < trainer.images_seen // (kimg * 1000)
+
+            if due(config.tick_kimg):
+                extra = {"ada_p": trainer.ada.p, "r_t": trainer.ada.r_t} if trainer.ada else {}
+                if due(config.grid_kimg):
+                    extra |= distributed.gather(quality.measure(trainer, out) if quality else None)[0]
+                run.tick(trainer.images_seen, device, **extra)
+            run.end_step(trainer.images_seen, snapshot=due(config.snapshot_kimg))
+
+
+class Quality:
+    """What is measured on samples now and then, on rank 0: distances to real slices, and a grid to look at."""
+
+    def __init__(self, held_out: SliceDataset, train_slices: SliceDataset, inception: Path | None, device):
+        self.val_hu = torch.stack([held_out[i]["hu"] for i in range(len(held_out))]).float()
+        self.features = InceptionFeatures(inception, device) if inception else None
+        if self.features:
+            pick = range(0, len(train_slices), max(1, len(train_slices) // 2048))
+            self.real = self.features(encode(torch.stack([train_slices[i]["hu"] for i in pick]).float()))
+
+    @torch.no_grad()
+    def measure(self, trainer: Trainer, out: Path) -> dict[str, float]:
+        """`swd` against the held-out slices, HU, and `fid` against the training slices where Inception is given."""
+        count = max(32, len(self.val_hu), len(self.real) if self.features else 0)
+        generator = torch.Generator().manual_seed(trainer.config.seed)
+        z = torch.randn(count, trainer.config.style_dim, generator=generator)
+        images = torch.cat([trainer.g_ema(part.to(trainer.device), noise="const").cpu() for part in z.split(32)])
+        samples = decode(images)
+        save_hu_grid(out / f"samples-{trainer.images_seen // 1000:06d}.png", samples[:32].numpy())
+        result = {"swd": sliced_wasserstein(self.val_hu, samples[: len(self.val_hu)])}
+        if self.features:
+            result["fid"] = frechet_distance(self.real, self.features(images))
+        return result
