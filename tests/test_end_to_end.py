@@ -183,11 +183,11 @@ def test_an_interrupted_run_keeps_what_is_done_and_goes_on(work, tmp_path, monke
     args = [str(work / "healthy"), "--model", str(work / "model"), "--out", str(tmp_path), "--device", "cpu"]
     call, calls = Projector.__call__, []
 
-    def interrupted(self, scan):
+    def interrupted(self, scan, prepared=None):
         calls.append(scan.scan_id)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return call(self, scan)
+        return call(self, scan, prepared)
     with monkeypatch.context() as patched:
         patched.setattr(Projector, "__call__", interrupted)
         assert projector.main(args) == 130

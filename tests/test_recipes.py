@@ -119,13 +119,13 @@ def test_paper(run, tmp_path):
     assert programs(second) == ["train.py", "train_encoder.py"] and "--nproc-per-node=4" in second[0]
 
 
-@pytest.mark.parametrize("name", ["phantom-128", "ct-ich-128"])
+@pytest.mark.parametrize("name", ["phantom-128", "ct-ich-128", "head-128"])
 def test_settings_are_those_of_the_shipped_bundle(name, run, tmp_path):
     for folder in ("gan", "encoder"):
         (tmp_path / folder).mkdir()
     (tmp_path / "work").mkdir()
-    places = [str(tmp_path / "work")] if name == "phantom-128" else ["a", "b", str(tmp_path / "work")]
-    commands = run(f"{name}.sh", *places, PHANTOMS=str(tmp_path))
+    places = {"phantom-128": [], "ct-ich-128": ["a", "b"], "head-128": ["a", "b", "c"]}[name]
+    commands = run(f"{name}.sh", *places, str(tmp_path / "work"), PHANTOMS=str(tmp_path))
     args = parse(next(command for command in commands if command[0] == "latent_stats.py"))
     settings = latent_stats.SETTINGS[args.preset].changed(args.changes)
     assert settings.to_json() == load_bundle(ROOT / "models" / name).settings.to_json()
