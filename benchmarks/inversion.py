@@ -39,10 +39,9 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 import distributed  # noqa: E402
 from benchmarks import baselines, compare, pasted  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
-from ct.window import encode  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.bundle import load_bundle  # noqa: E402
-from detect.inpainting import Inpainting, bone_mask  # noqa: E402
+from detect.inpainting import Inpainting  # noqa: E402
 from detect.reconstruct import Reconstructor  # noqa: E402
 from op import memory  # noqa: E402
 
@@ -161,13 +160,9 @@ def of(reconstructor: Reconstructor) -> Reconstruct:
     return lambda hu, brain, below_vertex_mm: reconstructor.closest_normal(hu, brain, below_vertex_mm).normal_hu
 
 
-def expected(inpainting: Inpainting) -> Reconstruct:
-    """What the surroundings of every place call for, the first stage of inpainting; bone as it is."""
-    def reconstruct(hu, brain, below_vertex_mm):
-        bone = bone_mask(hu)
-        return torch.where(bone, hu, inpainting.from_surroundings(encode(hu.clamp(*inpainting.range_hu)), bone))
-
-    return reconstruct
+def from_surroundings(inpainting: Inpainting) -> Reconstruct:
+    """The first stage of inpainting alone."""
+    return lambda hu, brain, below_vertex_mm: inpainting.from_surroundings(hu)
 
 
 def methods(args: argparse.Namespace, preprocessing: dict) -> dict[str, Reconstruct]:
@@ -181,7 +176,7 @@ def methods(args: argparse.Namespace, preprocessing: dict) -> dict[str, Reconstr
             alone = bundle.with_settings(bundle.settings.replace(predicted_noise=False))
             found[f"{folder.name}, code alone"] = of(alone.reconstructor)
         if bundle.settings.method == "inpainting":
-            found[f"{folder.name}, from surroundings alone"] = expected(bundle.reconstructor)
+            found[f"{folder.name}, from surroundings alone"] = from_surroundings(bundle.reconstructor)
     for path in args.baseline:
         baseline = baselines.load(path, device)
         if isinstance(baseline, baselines.HuThresholds):

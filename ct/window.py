@@ -17,6 +17,7 @@ import torch
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 WINDOWS_HU = ((5, 55), (0, 80), (-20, 180))             # finest first and nested, as decode needs them
+BONE_HU = 95.0                                          # blood does not reach it
 _STEP_8BIT = 2 / 255                                    # one grey level of an 8-bit picture, within [-1, 1]
 
 

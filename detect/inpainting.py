@@ -14,7 +14,7 @@ inversion (code, what is anomalous, detail elsewhere: Lee et al. 2022, Methods) 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 
 from config import option
-from ct.window import decode, encode
-from detect.inversion import compact_networks, draw, load_networks
-from detect.normative import BONE_HU, smoothed
-from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
+from ct.window import BONE_HU, decode, encode
+from detect.inversion import OfEncoder, load_networks
+from detect.normative import smoothed
+from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
 from model import Encoder, Generator
 from weights import CheckpointError
 
@@ -48,7 +48,7 @@ class InpaintingSettings:
             raise ValueError(f"gate_hu must be above 0 HU, got {self.gate_hu:g}")
 
 
-class Inpainting(Reconstructor):
+class Inpainting(OfEncoder):
     """range_hu: the HU that the networks were trained on. What is denser, up to BONE_HU, is no bone, but blood."""
 
     name, Settings = "inpainting", InpaintingSettings
@@ -57,19 +57,17 @@ class Inpainting(Reconstructor):
                  range_hu: tuple[float, float]):
         if not encoder.config.encoder_masks:
             raise CheckpointError("method inpainting: needs an encoder that was trained with --hide (train_encoder.py)")
-        self.settings, self.generator, self.encoder = settings, generator, encoder
+        super().__init__(settings, generator, encoder)
         self.range_hu = tuple(float(v) for v in range_hu)
-        self.size, self.device = generator.config.size, generator.input.input.device
 
     def closest_normal(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,
                        watch: Watch | None = None) -> Reconstruction:
         self.check_shapes(hu, brain, below_vertex_mm)
         hu, brain = hu.to(self.device), brain.to(self.device)
-        bone = bone_mask(hu)
-        query_hu, soft = hu.clamp(self.range_hu[0], BONE_HU), brain & ~bone
-        stages, seen = Stages(), encode(hu.clamp(*self.range_hu))
+        bone, seen = self.shown(hu)
+        query_hu, soft, stages = hu.clamp(self.range_hu[0], BONE_HU), brain & ~bone, Stages()
         with stages.stage("surroundings", lambda: error_hu(query_hu, expected_hu, soft)):
-            expected_hu = self.from_surroundings(seen, bone)
+            expected_hu = self.from_surroundings(hu)
         with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, soft)):
             anomalous = self.gate(query_hu - expected_hu, soft)
             kept = bone | (~brain & (query_hu <= self.range_hu[0]))            # and air: the networks draw it badly
@@ -78,13 +76,18 @@ class Inpainting(Reconstructor):
             watch(query_hu, normal_hu)
         return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds)
 
-    def from_surroundings(self, images: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
-        """HU [S, N, N] of images [S, 3, N, N], every place drawn while it and what is next to it are hidden."""
-        found = torch.zeros_like(images[:, 0])
+    def shown(self, hu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bone, bool [S, N, N], and what the networks see, [S, 3, N, N], of slices [S, N, N], HU."""
+        return bone_mask(hu), encode(hu.clamp(*self.range_hu))
+
+    def from_surroundings(self, hu: torch.Tensor) -> torch.Tensor:
+        """Slices [S, N, N], HU, every place drawn while it and what is next to it are hidden; bone as it is."""
+        bone, images = self.shown(hu)
+        found = torch.zeros_like(hu)
         for hidden, centre in blocks(self.size):
             hidden = hidden.to(self.device).expand_as(found)
             found = torch.where(centre.to(self.device), self.draw(images, hidden, bone), found)
-        return found
+        return torch.where(bone, hu, found)
 
     def gate(self, difference_hu: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
         """Where a difference [S, N, N] from the surroundings is anomalous, bool [S, N, N], within soft brain."""
@@ -99,15 +102,12 @@ class Inpainting(Reconstructor):
         """HU [S, N, N] within range_hu of images [S, 3, N, N] of which `hidden`, bool [S, N, N], is not seen."""
         parts = []
         for part in zip(*(t.split(self.settings.batch) for t in (images, hidden, bone))):
-            w_plus, noise = self.encoder.invert(self.encoder.masked(*part), self.generator)
-            parts.append(decode(draw(self.generator, w_plus, noise, self.settings.batch)))
+            code_and_noise = self.encoder.invert(self.encoder.masked(*part), self.generator)
+            parts.append(decode(self.generator.synthesis(*code_and_noise)))
         return torch.cat(parts).clamp(*self.range_hu)
 
     def config(self) -> dict[str, Any]:
-        return asdict(self.encoder.config) | {"range_hu": list(self.range_hu)}
-
-    def tensors(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
-        return compact_networks({"generator": self.generator, "encoder": self.encoder}, dtype)
+        return super().config() | {"range_hu": list(self.range_hu)}
 
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any], settings: InpaintingSettings,
@@ -117,11 +117,6 @@ class Inpainting(Reconstructor):
         if not isinstance(range_hu, list) or len(range_hu) != 2:
             raise CheckpointError(f"{folder / 'model.json'}: config: expected range_hu, two HU, got {range_hu!r}")
         return cls(settings, **load_networks(folder, config, ("generator", "encoder"), device), range_hu=range_hu)
-
-    def set_precision(self, dtype: torch.dtype) -> None:
-        super().set_precision(dtype)
-        for network in (self.generator, self.encoder):
-            network.compute_dtype = dtype
 
 
 def bone_mask(hu: torch.Tensor) -> torch.Tensor:

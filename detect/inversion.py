@@ -33,12 +33,27 @@ class InversionSettings:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
 
 
-class Inversion(Reconstructor):
-    name, Settings = "inversion", InversionSettings
+class OfEncoder(Reconstructor):
+    """What methods share that are made of a generator and an encoder of one run."""
 
-    def __init__(self, settings: InversionSettings, generator: Generator, encoder: Encoder):
+    def __init__(self, settings: Any, generator: Generator, encoder: Encoder):
         self.settings, self.generator, self.encoder = settings, generator, encoder
         self.size, self.device = generator.config.size, generator.input.input.device
+
+    def config(self) -> dict[str, Any]:
+        return asdict(self.encoder.config)
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
+        return compact_networks({"generator": self.generator, "encoder": self.encoder}, dtype)
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        super().set_precision(dtype)
+        for network in (self.generator, self.encoder):
+            network.compute_dtype = dtype
+
+
+class Inversion(OfEncoder):
+    name, Settings = "inversion", InversionSettings
 
     def closest_normal(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,
                        watch: Watch | None = None) -> Reconstruction:
@@ -60,21 +75,10 @@ class Inversion(Reconstructor):
             noise = self.generator.noise_maps("const")
         return draw(self.generator, w_plus, noise, self.settings.batch)
 
-    def config(self) -> dict[str, Any]:
-        return asdict(self.encoder.config)
-
-    def tensors(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
-        return compact_networks({"generator": self.generator, "encoder": self.encoder}, dtype)
-
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any], settings: InversionSettings,
              device: torch.device) -> Inversion:
         return cls(settings, **load_networks(folder, config, ("generator", "encoder"), device))
-
-    def set_precision(self, dtype: torch.dtype) -> None:
-        super().set_precision(dtype)
-        for network in (self.generator, self.encoder):
-            network.compute_dtype = dtype
 
 
 def draw(generator: Generator, w_plus: torch.Tensor, noise: list[torch.Tensor], batch: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ct.picture import save_hu_grid
-from ct.window import decode, encode
+from ct.window import BONE_HU, decode, encode
 from dataset import SliceDataset
 from gan.augment import random_flip, random_rotation
 from gan.corrupt import draw_shapes, hide
@@ -24,7 +24,6 @@ from gan.encoding import EncoderTrainer
 from gan.losses import frozen, g_nonsaturating
 from model import Generator
 
-BONE_HU = 95.0                           # what is denser is no blood, but bone, which is never hidden
 OUTSIDE = 0.1                            # weight of a pixel that is no brain; one in the brain weighs 1 and more
 
 
