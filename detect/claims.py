@@ -2,12 +2,14 @@
 
 A claim is a file that exists or not: making it is one atomic step, on network file systems, too. Its holder touches it
 now and then. When the holder has died on this machine, or has not touched it for some minutes, the next one takes it
-over. Two runs may then, rarely, project one scan twice; as results replace each other whole, nothing is spoilt.
+over. Should that one wake up after all, or the file system know no locks, two runs may, rarely, project one scan twice;
+as results replace each other whole, nothing is spoilt.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +22,7 @@ from pathlib import Path
 
 BEAT_S = 20.0
 STALE_S = 300.0                  # a holder that has not touched its claim for so long is taken for dead
+LOCK = ".judging"                # locked by who removes the claim of a dead holder
 
 
 class Claims:
@@ -65,19 +68,26 @@ class Claims:
         return False
 
     def _remove_abandoned(self, path: Path) -> bool:
-        """Remove the claim if its holder is dead; False where it lives. Of several runs one succeeds."""
-        claim, aside = _read(path), path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            if not _died_here(claim, self.me) and self._now() - path.stat().st_mtime < self.stale_s:
-                return False
-            os.rename(path, aside)
-        except FileNotFoundError:                                  # let go of, or taken over, in the meantime
-            return True
-        with contextlib.suppress(FileExistsError):
-            if _read(aside) != claim:                              # somebody was faster: this is a living claim
-                os.link(aside, path)
-        aside.unlink()
+        """Remove the claim if its holder is dead; False where it lives.
+
+        One run at a time judges and removes: else one could remove what another has just put in a dead one's place.
+        """
+        with self._alone():
+            try:
+                if not _died_here(_read(path), self.me) and self._now() - path.stat().st_mtime < self.stale_s:
+                    return False
+                path.unlink()
+            except FileNotFoundError:                              # let go of, or taken over, in the meantime
+                pass
         return True
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait for all others that judge claims here, threads of this process among them. A dead run's lock is free."""
+        with open(self.folder / LOCK, "a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError):                     # a file system without locks: then without
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _now(self) -> float:
         """By the clock that the claims' times are from: the file server's."""

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from detect.claims import Claims
+from detect.claims import LOCK, Claims
 
 
 def foreign(claims: Claims, name: str, age_s: float = 0, **changes) -> None:
@@ -27,7 +27,7 @@ def test_one_holder_at_a_time(tmp_path):
         assert (mine, theirs, other) == (True, False, True)
     with second.hold("a") as theirs:
         assert theirs
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [LOCK]
 
 
 @pytest.mark.parametrize("changes, age_s, taken", [
@@ -45,7 +45,7 @@ def test_a_claim_is_taken_over_when_its_holder_is_dead(tmp_path, changes, age_s,
     foreign(claims, "a", age_s, **changes)
     with claims.hold("a") as mine:
         assert mine == taken
-    assert os.listdir(tmp_path) == ([] if taken else [claims.path("a").name])
+    assert {*os.listdir(tmp_path)} - {LOCK} == (set() if taken else {claims.path("a").name})
 
 
 def test_a_killed_process_leaves_its_claim_to_the_next_at_once(tmp_path):
@@ -100,6 +100,24 @@ def test_of_many_runs_one_gets_a_scan_dead_holders_or_not(tmp_path):
     for thread in threads:
         thread.join()
     assert finished == set(names) and clashes == []
+
+
+def test_who_judges_a_dead_holder_does_so_alone(tmp_path):
+    """Else one run removes the claim that another has just made in the dead one's place, and a third makes its own."""
+    first, second, taken = Claims(tmp_path), Claims(tmp_path), []
+    foreign(first, "a", started=1)
+
+    def take():
+        with second.hold("a") as mine:
+            taken.append(mine)
+    with first._alone():
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive() and taken == []
+        foreign(first, "a")                                      # the first took it over: of a living holder now
+    thread.join()
+    assert taken == [False]
 
 
 def test_names_of_any_length_and_kind(tmp_path):
