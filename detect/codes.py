@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from config import check_range, option
 from ct.window import encode
 from dataset import SliceDataset
 from detect.latent import DEFAULT_CODES, LatentStats
+from detect.options import CodesConfig
 from model import Encoder
 
 MAX_REACH_MM = 20.0                   # a position with few codes borrows from no further
-
-
-@dataclass(frozen=True)
-class CodesConfig:
-    """How the statistics of codes are made."""
-
-    components: int = option(16, "principal components kept per position and layer; the rest share one variance")
-    passes: int = option(5, "codes of every slice: one as it is, the others augmented")
-    positions: int = option(32, "positions, from the vertex down; those that no healthy slice reaches are left out")
-    spacing_mm: float = option(5.0, "from position to position, mm")
-    neighbour_mm: float = option(7.5, "a position uses the slices within this, mm")
-
-    def __post_init__(self):
-        check_range(self, ("components", "passes", "positions"), 1)
-        check_range(self, ("spacing_mm", "neighbour_mm"), 0, above=True)
 
 
 def fit_codes(encoder: Encoder, dataset: SliceDataset, config: CodesConfig, batch: int,

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-PERCEPTUAL = ("discriminator", "lpips", "pixels")
-KNEE = 0.01
+from detect.options import KNEE, PERCEPTUAL
 
 
 def pixel_distance(query: torch.Tensor, other: torch.Tensor, knee: float = KNEE) -> torch.Tensor:

@@ -20,7 +20,8 @@ from ct.window import decode, encode
 from detect.inversion import compact_networks, draw, load_networks
 from detect.latent import LatentStats
 from detect.measure import VoteWatch
-from detect.perceptual import KNEE, PERCEPTUAL, build_perceptual, prior_excess
+from detect.options import KNEE, PERCEPTUAL
+from detect.perceptual import build_perceptual, prior_excess
 from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
 from model import Discriminator, Encoder, Generator
 from weights import CheckpointError, load_tensors

@@ -1,11 +1,12 @@
-"""The settings of the GAN's training. On their own, so that a command line is read before torch is imported."""
+"""The settings of the trainings. On their own, so that a command line is read before torch is imported."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from config import check_range, option
+from detect.options import KNEE, PERCEPTUAL
 
 if TYPE_CHECKING:
     from model import ModelConfig
@@ -65,3 +66,64 @@ class TrainConfig:
         return ModelConfig(self.size, self.style_dim, channel_base=self.channel_base,
                            channel_multiplier=self.channel_multiplier, channel_max=self.channel_max,
                            fold=self.fold)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    epochs: float = option(65, "passes over the training slices")
+    perceptual_epochs: float = option(5, "of these, first with the perceptual loss alone")
+    batch: int = option(8, "images a step on each rank")
+    lr: float = option(1e-4, "Adam's learning rate of the encoder's last layer, a plain one that cannot bear more")
+    lr_trunk: float = option(1e-4, "of the encoder's other layers, which have the equalised learning rate")
+    lr_discriminator: float = option(1e-5, "of the discriminator")
+    lr_generator: float = option(0.0, "of the generator; 0, as published, leaves it as the GAN training left it. A "
+                                 "generator cut short learns here to draw the healthy slices it is shown")
+    decay: float = option(0.0, "last part of the training over which all rates fall evenly to 0; published is 0, none")
+    adversarial: float = option(0.05, "weight of the adversarial loss")
+    domain: float = option(1.0, "weight of the in-domain loss: code of the image against code of its reconstruction")
+    r1_gamma: float = option(10, "weight of the R1 penalty")
+    r1_every: int = option(16, "steps between R1 penalties; 0: never")
+    perceptual: str = option("discriminator", "the trained discriminator's features, LPIPS-VGG (needs --vgg16), or "
+                             "the pixels alone", PERCEPTUAL)
+    pixels: float = option(5.0, "weight of the pixels' own difference in --perceptual discriminator")
+    knee: float = option(KNEE, "difference below which the pixels' difference is rounded off, in [-1, 1]")
+    noise: bool = option(False, "the encoder predicts the generator's noise maps, too: what is fine in a head and fits "
+                                "in no code")
+    code_alone: float = option(0.25, "with --noise: part of the images drawn without them, so that the code keeps "
+                                     "what it can hold")
+    erase: float = option(0.25, "probability of a random rectangle blanked in the encoder's input only")
+    coarse: float = option(0.0, "probability of coarse noise, hyperdense and hypodense blobs, in the "
+                                "encoder's input only: it learns to look past them")
+    hide: float = option(0.0, "probability that parts of an image are hidden from the encoder, which draws with the "
+                              "generator what is there (gan/inpainting.py). Above 0 this is the objective: --shapes to "
+                              "--encoder-code have a part in it, --perceptual, --coarse, --erase and --noise none")
+    shapes: float = option(0.5, "probability of shapes that do not belong there, to be drawn without them")
+    hidden: float = option(2.0, "additional weight of a hidden pixel")
+    changed: float = option(2.0, "additional weight of a pixel that a shape changed")
+    gradient: float = option(0.5, "weight of the difference of the images' gradients")
+    jitter_hu: float = option(2.0, "standard deviation of a shift of all HU, and in per cent of a gain: of scanners")
+    rotate_deg: float = option(45.0, "largest rotation, degrees")
+    encoder_width: float = option(1.0, "the encoder's channels over the generator's")
+    encoder_code: int = option(0, "numbers that the W+ code goes through; 0: one plain layer")
+    rotate: float = option(0.25, "probability of a rotation")
+    flip: bool = option(True, "mirror half of the images")
+    seed: int = option(0, "seed of everything random")
+    precision: str = option("auto", "bf16 where the device is good at it", ("auto", "bf16", "fp32"))
+    workers: int = option(2, "loader processes a rank; 0 decodes in the main process")
+
+    def __post_init__(self):
+        check_range(self, ("batch",), 1)
+        check_range(self, ("epochs", "knee"), 0, above=True)
+        check_range(self, ("perceptual_epochs", "lr", "lr_trunk", "lr_discriminator", "lr_generator", "adversarial",
+                           "domain", "r1_gamma", "r1_every", "pixels", "workers"), 0)
+        check_range(self, ("decay", "code_alone", "erase", "coarse", "rotate", "hide", "shapes"), 0, 1)
+        check_range(self, ("hidden", "changed", "gradient", "jitter_hu", "rotate_deg", "encoder_code"), 0)
+        check_range(self, ("encoder_width",), 0, above=True)
+
+    def networks(self, gan: dict[str, Any]) -> ModelConfig:
+        """The networks of a run on the GAN's, whose ModelConfig this is."""
+        from model import ModelConfig
+
+        return ModelConfig(**{**gan, "encoder_noise": self.noise or self.hide > 0, "noise_channels": self.hide > 0,
+                              "encoder_masks": self.hide > 0, "encoder_width": self.encoder_width,
+                              "encoder_code": self.encoder_code})

@@ -55,5 +55,5 @@ def check_values(module, args: argparse.Namespace) -> None:
     if hasattr(module, "PRESETS"):
         config.given(args, module.PRESETS[args.preset])
     if changes := getattr(args, "changes", None):
-        base = module.SETTINGS[args.preset] if hasattr(module, "SETTINGS") else Settings(measure="surprise")
-        base.changed(changes)
+        before = module.SETTINGS[args.preset] if hasattr(module, "SETTINGS") else ["measure=surprise"]
+        Settings().changed(before).changed(changes)

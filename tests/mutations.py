@@ -148,8 +148,8 @@ MUTANTS = (
            "above * ~bone, frame", "above, frame", "tests/test_standardise.py -k not_mixed"),
     Mutant("rates fall from the start", "gan/encoding.py",
            "(1 - done) / self.config.decay", "1 - done", "tests/test_train_encoder.py -k rates_fall"),
-    # ---- latent_stats.py
-    Mutant("calibrated on the training scans", "latent_stats.py",
+    # ---- bundling.py
+    Mutant("calibrated on the training scans", "bundling.py",
            'SliceDataset(one.path, "val"', 'SliceDataset(one.path, "train"',
            "tests/test_latent_stats.py -k end_to_end"),
     Mutant("the plain pass is the augmented one", "detect/codes.py",

@@ -16,8 +16,8 @@ from dataset import SliceDataset
 from detect.bundle import load_bundle
 from detect.inpainting import Inpainting, InpaintingSettings, blocks, bone_mask
 from gan.corrupt import hide
-from gan.encoding import EncoderConfig
 from gan.inpainting import InpaintingTrainer, open_noise, weighted_distance
+from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot
 from model import Encoder, Generator, ModelConfig
 from weights import CheckpointError

@@ -94,7 +94,7 @@ def whole_runs(flags, gan_run, tmp_path_factory) -> dict[str, Path]:
 
 MAIN: dict[str, Callable] = {"train": train.main, "train_encoder": train_encoder.main,
                              "healthygan.train": healthygan_train.main}
-TRAINERS = {"train": training.Trainer, "train_encoder": train_encoder.EncoderTrainer,
+TRAINERS = {"train": training.Trainer, "train_encoder": encoding.EncoderTrainer,
             "healthygan.train": healthygan_train.Trainer}
 
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+import bundling
 import latent_stats
+from bundling import augmented
 from ct.frame import PreprocessSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
 from detect.autoencoder import Autoencoder, AutoencoderFit
@@ -14,6 +16,7 @@ from detect.bundle import load_bundle
 from detect.calibration import thresholds
 from detect.codes import encode_slices, fit
 from detect.measure import Votes, scan_score
+from detect.options import StatsConfig
 from detect.pca import PcaFit, PositionPca
 from detect.projection import Projector, project_frame
 from detect.search import SearchSettings
@@ -21,7 +24,7 @@ from detect.settings import Settings
 from gan.snapshots import load_snapshot, save_snapshot
 from healthygan import model as healthygan_model
 from healthygan.weights import save_model
-from latent_stats import StatsConfig, augmented, read_notes, report_size
+from latent_stats import read_notes, report_size
 from model import Discriminator, Encoder, Generator, ModelConfig
 
 TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16)
@@ -125,8 +128,8 @@ def test_calibrates_the_weights_it_stores(inputs, tmp_path, monkeypatch):
         projected.extend(fold.reconstructor.encoder.final_linear.weight.clone() for fold in folds)
         return real(folds, *rest)
 
-    real = latent_stats.calibrate
-    monkeypatch.setattr(latent_stats, "calibrate", remember)
+    real = bundling.calibrate
+    monkeypatch.setattr(bundling, "calibrate", remember)
     assert command(*inputs, tmp_path / "mine") == 0
     stored = load_bundle(tmp_path / "mine").reconstructor.encoder.final_linear.weight
     assert len(projected) == 1 and torch.equal(projected[0], stored) and torch.equal(stored, stored.half().float())
@@ -265,7 +268,9 @@ def test_size_warns_when_large(tmp_path):
 def test_presets():
     assert {name: preset.components for name, preset in latent_stats.PRESETS.items()} == {
         "paper512": 512, "ct256": 16, "ct128": 16, "noise128": 16, "smoke32": 4}
-    assert latent_stats.SETTINGS["paper512"] == Settings("search")
+    of = {name: Settings().changed(texts) for name, texts in latent_stats.SETTINGS.items()}
+    assert of["paper512"] == Settings("search")
+    assert of["ct128"] == Settings("inpainting", measure="surprise", scan_score="top3")
     assert latent_stats.SETTINGS.keys() == latent_stats.PRESETS.keys()
     assert math.isclose(latent_stats.PRESETS["paper512"].spacing_mm * 31, 155)
 

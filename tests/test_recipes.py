@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import latent_stats  # noqa: E402
 from detect.bundle import load_bundle  # noqa: E402
+from detect.settings import Settings  # noqa: E402
 from recipes import ct_ich_tables  # noqa: E402
 from tests.command_lines import parse  # noqa: E402
 
@@ -127,7 +128,7 @@ def test_settings_are_those_of_the_shipped_bundle(name, run, tmp_path):
     places = {"phantom-128": [], "ct-ich-128": ["a", "b"], "head-128": ["a", "b", "c"]}[name]
     commands = run(f"{name}.sh", *places, str(tmp_path / "work"), PHANTOMS=str(tmp_path))
     args = parse(next(command for command in commands if command[0] == "latent_stats.py"))
-    settings = latent_stats.SETTINGS[args.preset].changed(args.changes)
+    settings = Settings().changed(latent_stats.SETTINGS[args.preset]).changed(args.changes)
     assert settings.to_json() == load_bundle(ROOT / "models" / name).settings.to_json()
 
 

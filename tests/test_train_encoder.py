@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import train_encoder
 from ct.window import decode, encode
 from gan.augment import coarse_noise, erase, random_rotation
-from gan.encoding import EncoderConfig, EncoderTrainer
+from gan.encoding import EncoderTrainer
+from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot, snapshot_steps
 from tests.helpers import GradientRecorder
 

@@ -1,0 +1,64 @@
+"""The loop of the encoder's training: steps, and after every epoch how well held-out scans are drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+import distributed
+from dataset import DatasetError, SliceDataset, slice_batches
+from gan.encoding import EncoderTrainer
+from gan.inpainting import InpaintingTrainer
+from gan.runlog import Run, load_run
+from gan.settings import EncoderConfig
+from model import ModelConfig
+from weights import CheckpointError
+
+
+def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch.device, vgg16=None,
+          lpips=None, init: Path | None = None, rollback: bool = False) -> None:
+    """Train for config.epochs. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite.
+
+    rollback: the run diverged; go on from its last snapshot with other random numbers.
+    """
+    # ---- Set up
+    snapshot = load_run(gan, "--gan", "gan", "train.py")
+    first = load_run(init, "--init", "encoder", "train_encoder.py") if init else None
+    model = config.networks(snapshot.meta["model"])
+    if first and dataclasses.replace(ModelConfig(**first.meta["model"]), encoder_noise=model.encoder_noise) != model:
+        raise CheckpointError(f"--init {init}: its networks are {first.meta['model']}, those on --gan {gan} are to be "
+                              f"{dataclasses.asdict(model)}; they must be the same")
+    if first and first.meta["model"].get("encoder_noise") and not model.encoder_noise:
+        raise CheckpointError(f"--init {init}: its encoder predicts noise maps; pass --noise")
+    dataset, held_out = SliceDataset(data, "train"), SliceDataset(data, "val", check=False)
+    if dataset.size != snapshot.meta["model"]["size"]:
+        raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices, the GAN in {gan} draws "
+                           f"{snapshot.meta['model']['size']}: prepare it with that --size")
+    trainer = (InpaintingTrainer if config.hide else EncoderTrainer)(config, snapshot, device, vgg16, lpips)
+    if first:
+        trainer.start_from(first)
+    meta = {"kind": "encoder", "config": dataclasses.asdict(config), "model": dataclasses.asdict(trainer.model),
+            "data": {key: dataset.manifest[key] for key in ("digest", "counts", "settings")},
+            "held_out": dataset.held_out_ids(),          # neither digest nor counts tell which
+            "gan": {"step": snapshot.step, **snapshot.meta},
+            "init": {"step": first.step, **first.meta} if first else None}
+    with Run(out, meta, trainer, config.seed, rollback) as run:
+        distributed.check_same_state(trainer.e)
+        batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen)
+        batch, epoch_of = trainer.global_batch, len(dataset)
+        distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; GAN at "
+                           f"{snapshot.step / 1000:g} kimg; {trainer.e.compute_dtype} on {device}")
+
+        # ---- Train
+        while (before := trainer.images_seen) < config.epochs * epoch_of:
+            trainer.set_rates(before / (config.epochs * epoch_of))
+            full = before >= config.perceptual_epochs * epoch_of
+            run.log.add(batch, **trainer.learn(next(batches), before // batch, full))
+            epoch, done = trainer.images_seen // epoch_of, trainer.images_seen >= config.epochs * epoch_of
+            epoch_ends = done or before // epoch_of < epoch
+            if epoch_ends:
+                quality = trainer.validate(held_out, out, epoch) if distributed.is_main() else {}
+                run.tick(trainer.images_seen, device, epoch=epoch, **distributed.gather(quality)[0])
+            run.end_step(trainer.images_seen, snapshot=epoch_ends)
