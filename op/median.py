@@ -41,12 +41,10 @@ def median2d(x: torch.Tensor, size: int, impl: str = "auto", border: str = "zero
     _check(x, size, impl, border)
     if impl == "auto" and x.device.type != "cpu":
         impl = choose("median2d", impl, x)
-    return torch.ops.cn_stylegan.median2d(x.detach(), size, impl, border)
+    call = _registered if torch.compiler.is_compiling() else _median2d      # eagerly, that would import torch's compiler
+    return call(x.detach(), size, impl, border)
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::median2d", mutates_args=(), schema="(Tensor x, int size, str impl, str border) -> Tensor"
-)
 def _median2d(x, size, impl, border):
     if not x.is_cuda and torch.isnan(x).any():
         raise ValueError("median2d: the input holds NaN, and the median of such a window is undefined")
@@ -65,7 +63,11 @@ def _median2d(x, size, impl, border):
     return median.to(x.dtype).reshape(x.shape)
 
 
-@_median2d.register_fake
+_registered = torch.library.custom_op(f"{NAMESPACE}::median2d", _median2d, mutates_args=(),
+                                      schema="(Tensor x, int size, str impl, str border) -> Tensor")
+
+
+@_registered.register_fake
 def _(x, size, impl, border):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

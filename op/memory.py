@@ -1,16 +1,18 @@
 """Keep freed memory instead of handing it back to the system: a third of a network's time on the CPU.
 
 Every activation of a network is a large block that lives for a moment. glibc returns blocks over 32 MB to the system
-when they are freed, and each new one is mapped, zeroed and faulted in page by page. Kept, they are simply used again.
+when they are freed, and each new one is mapped, zeroed and faulted in page by page. Kept, they are simply used again. That takes one arena
+for all threads: a large block does not fit into another one's, and is mapped after all.
 """
 
 from __future__ import annotations
 
 import ctypes
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1                  # mallopt's names for them (malloc.h)
-GLIBC = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}     # where glibc's own adaptation ends
-KEEP = {MMAP_THRESHOLD: (1 << 31) - 1, TRIM_THRESHOLD: -1}
+MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8   # mallopt's names for them (malloc.h)
+# Where glibc's own adaptation ends; 0: its own number of arenas
+GLIBC = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20, ARENA_MAX: 0}
+KEEP = {MMAP_THRESHOLD: (1 << 31) - 1, TRIM_THRESHOLD: -1, ARENA_MAX: 1}
 
 
 def keep_freed(keep: bool = True) -> bool:

@@ -11,35 +11,43 @@ import pytest
 
 from op import memory
 
-# A process of its own: in the tests' own, what other tests left free in the heap would serve the blocks as well.
+# Processes of their own: in the tests' own, what other tests left free in the heap would serve the blocks as well.
 PAGES = """
 import resource
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from op import memory
 
-def new_pages():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+if not memory.keep_freed(sys.argv[1] == "kept"):
+    sys.exit("the C library is not glibc")
+
+def allocate():
     for _ in range(4):
         bytearray(b"x") * (64 << 20)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-if not memory.keep_freed(False):
-    sys.exit("the C library is not glibc")
-new_pages()
-returned = new_pages()
-memory.keep_freed()
-new_pages()
-print(returned, new_pages())
+with ThreadPoolExecutor(1) as pool:
+    run = allocate if sys.argv[2] == "main" else lambda: pool.submit(allocate).result()
+    run()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def test_kept_memory_is_used_again_and_returned_memory_is_not():
-    done = subprocess.run([sys.executable, "-c", PAGES], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+def new_pages(freed: str, thread: str) -> int:
+    """Page faults of four blocks of 64 MB, where as many were freed before."""
+    done = subprocess.run([sys.executable, "-c", PAGES, freed, thread], cwd=Path(__file__).parents[1],
+                          capture_output=True, text=True)
     if "not glibc" in done.stderr:
         pytest.skip("the C library is not glibc")
     assert done.returncode == 0, done.stderr
-    returned, kept = map(int, done.stdout.split())
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("thread", ["main", "another"])
+def test_kept_memory_is_used_again_and_returned_memory_is_not(thread):
+    returned, kept = new_pages("returned", thread), new_pages("kept", thread)
     assert 10 * kept < returned, f"{kept} page faults with freed memory kept, {returned} without"
 
 
