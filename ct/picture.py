@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from isal import isal_zlib
 from PIL import Image
 from scipy import ndimage
 
 BRAIN_WINDOW_HU = (0.0, 80.0)
 RESIDUAL_FULL_HU = 30.0                 # shown in the last colour: yellow where hyperdense, pale blue where hypodense
 PANELS = ("query", "closest normal", "residual", "mask")          # of an overlay, from left to right
+LANCZOS_PX = 3                          # of the reduced picture: how far its filter reaches
+PNG_LEVEL = 1                           # of ISA-L's 0 to 3; the higher ones save under 2 %
 
 
 def grey(hu: np.ndarray, window_hu: tuple[float, float] = BRAIN_WINDOW_HU) -> np.ndarray:
     """HU of any shape -> uint8, black at the window's low end."""
     low, high = window_hu
-    return (np.clip((hu - low) / (high - low), 0, 1) * 255 + 0.5).astype(np.uint8)
+    share = (hu - low) / (high - low)
+    np.clip(share, 0, 1, out=share)
+    share *= 255
+    share += 0.5
+    return share.astype(np.uint8)
 
 
 def tile(pictures: np.ndarray, columns: int) -> np.ndarray:
@@ -64,11 +74,58 @@ def overlay_panels(query_hu: np.ndarray, reconstruction_hu: np.ndarray, residual
 
     All [H, W]; a panel's longer side is reduced to `side` pixels if it is longer.
     """
-    query, marked = np.repeat(grey(query_hu)[..., None], 3, -1), mark(query_hu, lesion, side)
-    normal = np.repeat(grey(reconstruction_hu)[..., None], 3, -1)
-    row = Image.fromarray(np.concatenate([query, normal, residual_colours(residual_hu), marked], 1))
-    scale = min(1.0, side / max(query.shape[:2]))
-    return row.resize((round(row.width * scale), round(row.height * scale)), Image.Resampling.LANCZOS)
+    scale = min(1.0, side / max(query_hu.shape))
+    height, width = (round(length * scale) for length in query_hu.shape)
+    row = np.zeros((height, len(PANELS), width, 3), np.uint8)
+    for panel, hu in enumerate((query_hu, reconstruction_hu)):
+        row[:, panel] = _reduced(grey(hu), width, height)[..., None]
+    row[:, 3] = row[:, 0]
+    _draw_part(row[:, 2], residual_hu != 0, lambda: _residual_picture(residual_hu))
+    _draw_part(row[:, 3], lesion, lambda: mark(query_hu, lesion, side))
+    return Image.fromarray(row.reshape(height, len(PANELS) * width, 3))
+
+
+def _reduced(picture: np.ndarray, width: int, height: int, box: tuple[float, float, float, float] | None = None
+             ) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS, box))
+
+
+def _draw_part(panel: np.ndarray, where: np.ndarray, picture: Callable[[], np.ndarray]) -> None:
+    """Replaces, in a reduced panel [h, w, 3], what hangs on the pixels `where` [H, W] of the picture [H, W, 3]."""
+    if not where.any():
+        return
+    (top, bottom), (left, right) = (
+        (max(0, int(found[0] * reduced / length) - LANCZOS_PX - 1),
+         min(reduced, int((found[-1] + 1) * reduced / length) + LANCZOS_PX + 2))
+        for found, reduced, length in ((np.flatnonzero(where.any(1 - axis)), panel.shape[axis], where.shape[axis])
+                                       for axis in (0, 1)))
+    y, x = (length / reduced for length, reduced in zip(where.shape, panel.shape))
+    panel[top:bottom, left:right] = _reduced(picture(), right - left, bottom - top,
+                                             (left * x, top * y, right * x, bottom * y))
+
+
+def _residual_picture(residual_hu: np.ndarray) -> np.ndarray:
+    """residual_colours [H, W, 3], worked out only about the brain: it is 0, and black, elsewhere."""
+    picture = np.zeros((*residual_hu.shape, 3), np.uint8)
+    rows, columns = (np.flatnonzero(residual_hu.any(1 - axis)) for axis in (0, 1))
+    part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    picture[part] = residual_colours(residual_hu[part])
+    return picture
+
+
+def save_png(path: Path, picture: np.ndarray) -> None:
+    """uint8 [H, W, 3] as PNG by ISA-L: in a tenth of the time of zlib's level 2, and 20 % larger."""
+    height, width, _ = picture.shape
+    rows = picture.reshape(height, 3 * width)
+    filtered = np.empty((height, 3 * width + 1), np.uint8)
+    filtered[:, 0] = 2                                       # the filter 'up': each row less the one above
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    eight_bit_rgb = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", eight_bit_rgb), (b"IDAT", isal_zlib.compress(filtered, PNG_LEVEL)), (b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks))
 
 
 def pack_overlay(path: Path, side: int, quality: int) -> tuple[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ct.picture import overlay_panels
+from ct.picture import overlay_panels, save_png
 from ct.scan import RESULT_MARK
 from ct.write import write_nifti
 from detect.projection import Projection
@@ -17,7 +17,6 @@ SCORE_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason"
                  "error_hu", "anomalous_ml", "notes")
 # What a whole number in a map's file stands for: 0.1 HU, far below a scanner's noise; 0.01 of a surprise
 STEPS = {"reconstruction": 0.1, "residual": 0.1, "anomaly": 0.01}
-PNG_LEVEL = 2           # of zlib: overlays as small as at its usual 6, in half of the time
 WRITERS = 4             # threads that write a scan's files: packing leaves the interpreter's lock
 SLICE_COLUMNS = ("scan_id", "slice", "position_mm", "below_vertex_mm", "projected", "score")
 
@@ -48,7 +47,7 @@ def write_overlays(folder: Path, projection: Projection) -> list[str]:
         i = int(np.abs(pre.slabs.position_mm - pre.slabs.scan.position_mm[slab]).argmin())
         picture = overlay_panels(pre.slabs.scan.hu[slab], projection.reconstruction_hu[i], projection.residual_hu[i],
                                  projection.mask[i])
-        picture.save(folder / f"{i:02d}.png", compress_level=PNG_LEVEL)
+        save_png(folder / f"{i:02d}.png", np.asarray(picture))
 
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(write, np.flatnonzero(pre.kept)))

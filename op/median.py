@@ -41,7 +41,7 @@ def median2d(x: torch.Tensor, size: int, impl: str = "auto", border: str = "zero
     _check(x, size, impl, border)
     if impl == "auto" and x.device.type != "cpu":
         impl = choose("median2d", impl, x)
-    call = _registered if torch.compiler.is_compiling() else _median2d      # eagerly, that would import torch's compiler
+    call = _registered if torch.compiler.is_compiling() else _median2d    # eagerly it would import torch's compiler
     return call(x.detach(), size, impl, border)
 
 

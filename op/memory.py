@@ -1,8 +1,8 @@
 """Keep freed memory instead of handing it back to the system: a third of a network's time on the CPU.
 
 Every activation of a network is a large block that lives for a moment. glibc returns blocks over 32 MB to the system
-when they are freed, and each new one is mapped, zeroed and faulted in page by page. Kept, they are simply used again. That takes one arena
-for all threads: a large block does not fit into another one's, and is mapped after all.
+when they are freed, and each new one is mapped, zeroed and faulted in page by page. Kept, they are simply used again.
+All threads then share one arena: a large block does not fit into a thread's own, and would be mapped after all.
 """
 
 from __future__ import annotations
