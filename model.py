@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from op import bias_act, binomial_kernel, modulated_conv2d, upfirdn2d
+from op import bias_act, binomial_kernel, modulated_conv2d, raised, scaled_sum, styled_act, upfirdn2d
 from op.bias_act import SQRT2
 
 
@@ -168,11 +168,8 @@ class StyledConv(nn.Module):
 
     def forward(self, x, w, noise):
         """noise: [B or 1, 1 or C, H', W'] or None."""
-        y, factor = self.conv(x, w)
-        y = y * (factor * SQRT2)                         # leaky ReLU is homogeneous: its gain rides on the factors
-        if noise is not None:
-            y.add_((noise * (self.noise.weight * SQRT2)).to(y.dtype))
-        return bias_act(y, self.activate.bias * SQRT2, gain=1)
+        y, factor = self.conv(x, w)                      # leaky ReLU is homogeneous: its gain rides on the factors
+        return styled_act(y, factor * SQRT2, noise, self.noise.weight * SQRT2, self.activate.bias * SQRT2)
 
 
 class ToRGB(nn.Module):
@@ -314,7 +311,7 @@ class ResBlock(nn.Module):
         self.skip = ConvLayer(in_ch, out_ch, 1, downsample=True, activate=False)
 
     def forward(self, x):
-        return (self.conv2(self.conv1(x)) + self.skip(x)) * (1 / SQRT2)
+        return scaled_sum(self.conv2(self.conv1(x)), self.skip(x), 1 / SQRT2)
 
 
 def minibatch_stddev(x: torch.Tensor, group: int) -> torch.Tensor:
@@ -394,11 +391,11 @@ class NoiseHead(nn.Module):
             nn.init.zeros_(layer.weight)                             # a trained generator starts from its own buffers
 
     def forward(self, stages: list[torch.Tensor]) -> list[torch.Tensor]:
-        """_Trunk.features -> a map [B, 1 or C, r, r], float32, for each of Generator.noise_sizes but the first."""
+        """_Trunk.features -> a map [B, 1 or C, r, r] for each of Generator.noise_sizes but the first."""
         x, found = stages[-1], []
         for stage, mix, maps in zip(reversed(stages[:-1]), self.mixes, self.maps):
             x = mix(torch.cat([self.upsample(x), stage], 1))
-            found += maps(x).float().chunk(2, dim=1)
+            found += maps(x).chunk(2, dim=1)
         return found
 
 
@@ -444,4 +441,4 @@ class Encoder(_Trunk):
         if not self.config.encoder_noise:
             return self.code(stages), own
         found = self.noise_head(stages)
-        return self.code(stages), [own[0], *(buffer + found for buffer, found in zip(own[1:], found))]
+        return self.code(stages), [own[0], *map(raised, found, own[1:])]

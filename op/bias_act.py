@@ -1,7 +1,8 @@
 """Bias, leaky ReLU and gain in one call (Karras et al. 2020, 'Analyzing and improving ... StyleGAN', section A).
 
-`ref` is plain PyTorch, `cuda` one pass over the tensor (op/csrc/bias_act.cu). The output's sign tells which branch
-was taken, so that the derivative needs nothing else; it is linear in the gradient, and its own derivative.
+`ref` is plain PyTorch (one pass where op/fused.py can do it), `cuda` one pass over the tensor (op/csrc/bias_act.cu).
+The output's sign tells which branch was taken, so that the derivative needs nothing else; it is linear in the gradient,
+and its own derivative.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from op import fused
 from op.cuda import DTYPES, choose, launch, layout_of, register
 
 SQRT2 = 2**0.5
@@ -29,7 +31,8 @@ def bias_act(
     if bias is not None and bias.shape != x.shape[1:2]:
         raise ValueError(f"bias_act: expected a bias of [{x.shape[1]}], got {list(bias.shape)}")
     if choose("bias_act", impl, x) == "ref":
-        return _bias_act_ref(x, bias, slope, gain)
+        found = fused.bias_act(x, bias, slope, gain) if impl == "auto" and bias is not None else None
+        return _bias_act_ref(x, bias, slope, gain) if found is None else found
     return _call(x, bias, None, slope, gain)
 
 

@@ -141,7 +141,7 @@ def _target(compiler: list[str]) -> tuple[list[str], bytes]:
 
     The macros tell the compiler's version and the processor's features: all that decides what a library becomes.
     """
-    for flag in (["-march=native"], []):
+    for flag in (["-march=native", "-mprefer-vector-width=512"], ["-march=native"], []):
         run = subprocess.run([*compiler, *flag, "-dM", "-E", "-x", "c", os.devnull], capture_output=True)
         if run.returncode == 0:
             return flag, run.stdout

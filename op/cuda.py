@@ -29,6 +29,11 @@ def set_impl(impl: str) -> None:
     _default = impl
 
 
+def is_ref() -> bool:
+    """Whether 'auto' means plain PyTorch everywhere."""
+    return _default == "ref"
+
+
 def choose(op: str, impl: str, x: torch.Tensor) -> str:
     """'cuda' or 'ref' for this tensor. Raises ValueError for an unknown impl and for 'cuda' on another device."""
     if impl not in IMPLS:

@@ -1,0 +1,121 @@
+"""What lies between two convolutions of a network, as one pass over the activations where no gradient is asked for.
+
+A CPU spends more time on reading and writing activations than on the convolutions between them. These passes are in C
+(op/csrc/fused.c, compiled at first use), for bfloat16 in channels-last. Every step rounds as PyTorch's separate passes
+do, so that results are the same to the bit. The functions return None where they are not for here (gradients, other
+dtypes and devices, no compiler, --ops ref); the caller then does it with PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from op.build import BuildError, load_c
+from op.cuda import is_ref
+
+LANES = 32                      # channels in multiples of these: PyTorch rounds what is left over in another way
+PIECE = 1 << 18                 # elements that are worth a thread
+NHWC = torch.channels_last
+_POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+SIGNATURES = {
+    "bias_act": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2,
+    "styled": [_POINTER] * 5 + [_COUNT] * 5 + [_FLOAT] * 2,
+    "scaled_sum": [_POINTER] * 3 + [_COUNT, _FLOAT],
+    "raised": [_POINTER] * 3 + [_COUNT] * 5,
+}
+
+
+def bias_act(x: torch.Tensor, bias: torch.Tensor, slope: float, gain: float) -> torch.Tensor | None:
+    """op.bias_act of x [B, C, H, W] and bias [C]."""
+    if not _for_here(x, bias):
+        return None
+    _, channels, rows, columns = x.shape
+    bias, out = (bias * gain).to(x.dtype), torch.empty_like(x)
+    gain = float(torch.tensor(gain).to(x.dtype))                      # as torch.add rounds its alpha
+    _spread(lambda first, last: _library().bias_act(
+        _at(x, first), _at(bias), _at(out, first), (last - first) * rows * columns, channels, gain, slope), x)
+    return out
+
+
+def styled_act(y: torch.Tensor, factor: torch.Tensor, noise: torch.Tensor | None, strength: torch.Tensor,
+               bias: torch.Tensor, slope: float) -> torch.Tensor | None:
+    """op.styled_act."""
+    if not _for_here(y, factor, noise, strength, bias):
+        return None
+    _, channels, rows, columns = y.shape
+    steps, strength = (0, 0), float(strength)
+    if noise is not None:
+        noise = noise.float().contiguous(memory_format=NHWC)
+        steps = (noise[0].numel() if len(noise) > 1 else 0, noise.shape[1])
+    factor, bias, out = factor.contiguous(), bias.to(y.dtype), torch.empty_like(y)
+    _spread(lambda first, last: _library().styled(
+        _at(y, first), _at(factor, first), _at(noise, first if steps[0] else 0), _at(bias), _at(out, first),
+        last - first, rows * columns, channels, *steps, strength, slope), y)
+    return out
+
+
+def scaled_sum(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor | None:
+    """op.scaled_sum."""
+    if a.shape != b.shape or a.dtype != b.dtype or not (_for_here(a, b) and b.is_contiguous(memory_format=NHWC)):
+        return None
+    out = torch.empty_like(a)
+    _spread(lambda first, last: _library().scaled_sum(
+        _at(a, first), _at(b, first), _at(out, first), (last - first) * a[0].numel(), scale), a)
+    return out
+
+
+def raised(x: torch.Tensor, wide: torch.Tensor) -> torch.Tensor | None:
+    """op.raised; x may be some of the channels of a tensor in channels-last."""
+    if not (_for_here(x, wide, layout=False) and x.stride(1) == 1 and x.stride(2) == x.shape[3] * x.stride(3)
+            and wide.dtype == torch.float32 and wide.shape == (1, 1, *x.shape[2:]) and wide.is_contiguous()):
+        return None
+    _, channels, rows, columns = x.shape
+    out = torch.empty(x.shape, dtype=wide.dtype, memory_format=NHWC)
+    _spread(lambda first, last: _library().raised(
+        _at(x, first), _at(wide), _at(out, first), last - first, rows * columns, channels, x.stride(0),
+        x.stride(3)), x)
+    return out
+
+
+def _for_here(x: torch.Tensor, *others: torch.Tensor | None, layout: bool = True) -> bool:
+    return (x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.ndim == 4 and x.shape[1] % LANES == 0
+            and x.numel() > 0 and (not layout or x.is_contiguous(memory_format=NHWC))
+            and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
+            and not is_ref() and not torch.compiler.is_compiling() and _library() is not None)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        library = load_c("fused")
+    except BuildError:
+        return None                                                   # op.median warns of it
+    for name, types in SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None
+    return library
+
+
+def _at(x: torch.Tensor | None, image: int = 0) -> int | None:
+    return None if x is None else x.data_ptr() + image * x.stride(0) * x.element_size()
+
+
+def _spread(run: Callable[[int, int], None], x: torch.Tensor) -> None:
+    """run(first, last) over the images of x, in as many threads as PyTorch's; ctypes lets go of the GIL."""
+    count, available = len(x), torch.get_num_threads()
+    threads = min(available, count, max(1, x.numel() // PIECE))
+    edges = [count * i // threads for i in range(threads + 1)]
+    if threads == 1:
+        run(0, count)
+    else:
+        list(_pool(available).map(run, edges[:-1], edges[1:]))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "op.fused")
