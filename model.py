@@ -18,6 +18,9 @@ from torch import nn
 from op import bias_act, binomial_kernel, modulated_conv2d, raised, scaled_sum, styled_act, upfirdn2d
 from op.bias_act import SQRT2
 
+CODE_SIDE = 8                # pixels of Coder's code
+CODE_WIDTH = 128             # channels of the layers between it and the generator
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -36,6 +39,7 @@ class ModelConfig:
     encoder_masks: bool = False    # the encoder is told what is hidden from it, and what is bone
     encoder_width: float = 1       # the encoder's channels over the generator's
     encoder_code: int = 0          # numbers that its W+ code goes through; 0: one plain layer, as published
+    code_channels: int = 0         # of the code in space, CODE_SIDE pixels wide, that Coder has in place of W+; 0: none
     fold: int = 1                  # 2: the finest layers draw and read 2 x 2 pixels at once, on a grid of half the size
 
     def __post_init__(self):
@@ -43,9 +47,9 @@ class ModelConfig:
             raise ValueError(f"size must be a power of two from 32 to 1024, got {self.size}")
         if self.fold not in (1, 2):
             raise ValueError(f"fold must be 1 or 2, got {self.fold}")
-        if not self.encoder_width > 0 or self.encoder_code < 0:
-            raise ValueError(f"encoder_width must be above 0 and encoder_code at least 0, got {self.encoder_width:g} "
-                             f"and {self.encoder_code}")
+        if not self.encoder_width > 0 or self.encoder_code < 0 or self.code_channels < 0:
+            raise ValueError("encoder_width must be above 0, encoder_code and code_channels at least 0, got "
+                             f"{self.encoder_width:g}, {self.encoder_code} and {self.code_channels}")
 
     @property
     def grid(self) -> int:
@@ -442,3 +446,57 @@ class Encoder(_Trunk):
             return self.code(stages), own
         found = self.noise_head(stages)
         return self.code(stages), [own[0], *map(raised, found, own[1:])]
+
+
+class Coder(_Trunk):
+    """Slice to a code in space, [B, code_channels, 8, 8], and code to what the generator draws from.
+
+    The two halves of a variational autoencoder (Kingma and Welling 2014, arXiv:1312.6114) about the generator. What is
+    where in a head is hard to say in one style vector, and easy in a small picture: W+ and the generator's noise maps
+    of 8 and 16 pixels follow from the code; its finer maps stay random.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, stddev=False, width=config.encoder_width)
+        del self.final_conv                                          # of a summary: this code has a place
+        stage = functools.partial(config.channels, width=config.encoder_width)
+        numbers, width = config.code_channels, CODE_WIDTH
+        self.gather = ConvLayer(stage(4) + stage(8), stage(8), 3)
+        self.to_code = EqualConv2d(stage(8), 2 * numbers, 1)
+        # Codes start with little variance: nothing is learnt from noise alone
+        self.code_bias = nn.Parameter(torch.tensor([0.0] * numbers + [-3.0] * numbers)[:, None, None])
+        self.read = nn.ModuleList([ConvLayer(numbers, width, 3), ConvLayer(width, width, 3)])
+        self.to_w = nn.Sequential(EqualLinear(width * (CODE_SIDE // 2) ** 2, 256, activate=True),
+                                  EqualLinear(256, config.n_latent * config.style_dim))
+        self.enlarge = nn.ModuleList([ConvLayer(width, width, 3), ConvLayer(width, width, 3)])
+        self.maps = nn.ModuleList(EqualConv2d(width, 2 * config.channels(r), 1) for r in (CODE_SIDE, 2 * CODE_SIDE))
+        self.fine_noise = nn.Parameter(torch.full((2 * max(0, len(config.resolutions) - 3),), 0.02))
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """images [B, 3, N, N] -> mean and logarithm of the variance of each's code, [B, code_channels, 8, 8]."""
+        *_, middle, deep = self.features(images)
+        x = self.gather(torch.cat([F.interpolate(deep.float(), scale_factor=2), middle.float()], 1))
+        mean, log_variance = (self.to_code(x) + self.code_bias).chunk(2, 1)
+        return mean, log_variance.clamp(-8, 2)
+
+    def decode(self, code: torch.Tensor, generator: Generator, rng: torch.Generator | None = None
+               ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """code [B, code_channels, 8, 8] -> w_plus and noise maps for generator.synthesis.
+
+        rng draws the maps finer than 16 pixels; without one they are the generator's own.
+        """
+        x = self.read[0](code)
+        x = self.read[1](x) + x
+        w = F.leaky_relu(self.to_w(F.avg_pool2d(x, 2).flatten(1)), 0.2)
+        finer = self.enlarge[0](F.interpolate(x, scale_factor=2, mode="bilinear"))
+        finer = self.enlarge[1](finer) + finer
+        maps, own = [], generator.noise_maps("const")
+        found = {CODE_SIDE: self.maps[0](x).chunk(2, 1), 2 * CODE_SIDE: self.maps[1](finer).chunk(2, 1)}
+        for i, (r, mine) in enumerate(zip(generator.noise_sizes, own)):
+            if r in found:
+                mine = mine + found[r][(i - 1) % 2]
+            elif r > 2 * CODE_SIDE and rng is not None:
+                noise = torch.randn(len(code), 1, r, r, generator=rng).to(code)
+                mine = mine + noise * self.fine_noise[i - 5]         # 4, 8, 8, 16 and 16 pixels come before
+            maps.append(mine)
+        return w.reshape(-1, self.config.n_latent, self.config.style_dim), maps

@@ -1,9 +1,10 @@
 """What a generator draws from random codes: sheets to look at, how far it is from real slices, and no copies.
 
-    python benchmarks/samples.py --run runs/gan --data heads.lmdb --out runs/samples
-    python benchmarks/samples.py --model models/head-128 --data heads.lmdb --out runs/samples
+    python benchmarks/samples.py --run runs/heads --data heads.lmdb --out runs/samples
+    python benchmarks/samples.py --model models/ct-ich-128 --data heads.lmdb --out runs/samples
 
-Writes, with the generator's own noise maps:
+--run is a run of train.py, or one of train_encoder.py with --code-channels: its codes come from the prior over codes,
+and psi draws them towards the middle of their component. A GAN is shown with its own noise maps. Writes:
 
 samples-psi-0.7.png, samples-psi-1.png  64 samples each, at two strengths of truncation
 nearest.png   the samples that come closest to a training slice, and beside each that slice: real data, not for showing
@@ -21,8 +22,10 @@ figures.json  swd      sliced Wasserstein distance of samples at psi 1 to held-o
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +40,9 @@ from ct.picture import save_hu_grid  # noqa: E402
 from ct.window import decode, encode  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.bundle import load_bundle  # noqa: E402
+from gan.coding import load_samples  # noqa: E402
 from gan.quality import sliced_wasserstein  # noqa: E402
-from gan.runlog import load_run  # noqa: E402
+from gan.snapshots import load_snapshot  # noqa: E402
 from model import Generator, ModelConfig  # noqa: E402
 from op import memory  # noqa: E402
 
@@ -47,6 +51,8 @@ NEAREST = 16                 # pairs of nearest.png
 PERCENTILES = (1, 5, 50)     # of the distances to the nearest training slice
 NEAR = 0.01                  # share of held-out slices that lie closer to a training slice than what counts as near
 BATCH = 32
+
+Draw = Callable[[int, float, int], torch.Tensor]     # count, psi, seed -> samples, HU [count, N, N] on the CPU
 
 
 @torch.no_grad()
@@ -101,8 +107,8 @@ def slices_of(data: SliceDataset) -> torch.Tensor:
     return torch.stack([decode(encode(data[i]["hu"].float())) for i in range(len(data))])
 
 
-def open_generator(args: argparse.Namespace, train: SliceDataset) -> Generator:
-    """The generator of --run or --model. ValueError, CheckpointError where it was trained on other data."""
+def open_generator(args: argparse.Namespace, train: SliceDataset) -> Draw:
+    """What draws samples of --run or --model. ValueError, CheckpointError where it was trained on other data."""
     device = distributed.pick_device(args.device)
     if args.model:
         bundle = load_bundle(args.model, device)
@@ -111,26 +117,31 @@ def open_generator(args: argparse.Namespace, train: SliceDataset) -> Generator:
         if generator is None:
             raise ValueError(f"--model {args.model}: its method, {bundle.settings.method}, has no generator")
     else:
-        snapshot = load_run(args.run, "--run", "gan", "train.py")
+        snapshot = load_snapshot(args.run)
         if (key := train.unlike(snapshot.meta)) is not None:
             raise ValueError(f"--data {args.data}: its {key} is not that of the database which --run {args.run} was "
                              "trained on; give that one")
+        if "prior" in snapshot.weights:
+            return load_samples(snapshot, device)
+        if snapshot.meta.get("kind") != "gan":
+            raise ValueError(f"--run {args.run}: its generator draws from an encoder's maps, not from random codes; "
+                             "give a run of train.py, or one of train_encoder.py with --code-channels")
         generator = Generator(ModelConfig(**snapshot.meta["model"]))
         snapshot.restore({"generator_ema": generator})
         generator.eval().requires_grad_(False).to(device)
     generator.compute_dtype = distributed.pick_precision("auto", device)
-    return generator
+    return functools.partial(draw, generator)
 
 
 def benchmark(args: argparse.Namespace) -> int:
     memory.keep_freed()
     train = SliceDataset(args.data, "train")
-    generator = open_generator(args, train)
+    drawn = open_generator(args, train)
     train_hu, held_out_hu = slices_of(train), slices_of(SliceDataset(args.data, "val", check=False))
     args.out.mkdir(parents=True, exist_ok=True)
     for psi in SHEET_PSI:
-        save_hu_grid(args.out / f"samples-psi-{psi:g}.png", draw(generator, SHEET, psi, args.seed).numpy())
-    samples = draw(generator, max(SHEET, len(held_out_hu)), 1.0, args.seed)
+        save_hu_grid(args.out / f"samples-psi-{psi:g}.png", drawn(SHEET, psi, args.seed).numpy())
+    samples = drawn(max(SHEET, len(held_out_hu)), 1.0, args.seed)
     found = figures(samples, held_out_hu, train_hu, args.seed)
     distance, index = nearest(samples, train_hu)
     first = distance.argsort()[:NEAREST]
@@ -156,7 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run", type=Path, help="run folder of train.py: its last snapshot's averaged generator")
+    which.add_argument("--run", type=Path,
+                       help="run folder of train.py, or of train_encoder.py --code-channels: its averaged generator")
     which.add_argument("--model", type=Path, help="model bundle")
     add("--data", type=Path, required=True, help="the database that it was trained on")
     add("--out", type=Path, default=Path("runs/samples"), help="folder for the sheets and figures.json")

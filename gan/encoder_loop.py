@@ -9,6 +9,7 @@ import torch
 
 import distributed
 from dataset import DatasetError, SliceDataset, slice_batches
+from gan.coding import CodeTrainer
 from gan.encoding import EncoderTrainer
 from gan.inpainting import InpaintingTrainer
 from gan.runlog import Run, load_run
@@ -36,7 +37,8 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
     if dataset.size != snapshot.meta["model"]["size"]:
         raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices, the GAN in {gan} draws "
                            f"{snapshot.meta['model']['size']}: prepare it with that --size")
-    trainer = (InpaintingTrainer if config.hide else EncoderTrainer)(config, snapshot, device, vgg16, lpips)
+    objective = CodeTrainer if config.code_channels else InpaintingTrainer if config.hide else EncoderTrainer
+    trainer = objective(config, snapshot, device, vgg16, lpips)
     if first:
         trainer.start_from(first)
     meta = {"kind": "encoder", "config": dataclasses.asdict(config), "model": dataclasses.asdict(trainer.model),

@@ -23,6 +23,8 @@ from model import Discriminator, Encoder, Generator, ModelConfig
 class EncoderTrainer:
     """Encoder and discriminator against a generator (frozen, as published), and the two phases of a step."""
 
+    Network, BETAS = Encoder, (0.9, 0.999)
+
     def __init__(self, config: EncoderConfig, gan: Snapshot, device: torch.device, vgg16=None, lpips=None):
         self.config, self.device = config, device
         self.range_hu = tuple(gan.meta["data"]["settings"]["standardise"]["hu_clip"])       # of the slices
@@ -32,20 +34,20 @@ class EncoderTrainer:
         gan.restore({"generator_ema": self.g, "discriminator": self.d})
         gan.restore({"discriminator": critic})
         self.g.requires_grad_(config.lr_generator > 0)
-        self.e = Encoder(model)
+        self.e = self.Network(model)
         dtype = distributed.pick_precision(config.precision, device)
         for net in (self.g, self.d, self.e, critic):
             net.to(device).compute_dtype = dtype
         # The features that measure distance stay those of the GAN; the discriminator itself goes on learning.
         self.perceptual = build_perceptual(config.perceptual, critic, config.pixels, config.knee, vgg16,
                                            lpips).to(device)
-        trunk = [p for name, p in self.e.named_parameters() if not name.startswith("final_linear")]
-        groups = [{"params": trunk, "lr": config.lr_trunk},
-                  {"params": self.e.final_linear.parameters(), "lr": config.lr}]
+        trunk = dict(self.e.named_parameters())
+        last = [trunk.pop(name) for name in list(trunk) if name.startswith("final_linear")]
+        groups = [{"params": list(trunk.values()), "lr": config.lr_trunk}, {"params": last, "lr": config.lr}]
         if config.lr_generator > 0:
             groups.append({"params": self.g.parameters(), "lr": config.lr_generator})
-        self.e_opt = torch.optim.Adam(groups)
-        self.d_opt = torch.optim.Adam(self.d.parameters(), lr=config.lr_discriminator)
+        self.e_opt = torch.optim.Adam(groups, betas=self.BETAS)
+        self.d_opt = torch.optim.Adam(self.d.parameters(), lr=config.lr_discriminator, betas=self.BETAS)
         self.rates = [group["lr"] for group in (*self.e_opt.param_groups, *self.d_opt.param_groups)]
         self.images_seen = 0                                      # over all ranks
         self.rng = torch.Generator()

@@ -105,6 +105,10 @@ class EncoderConfig:
     rotate_deg: float = option(45.0, "largest rotation, degrees")
     encoder_width: float = option(1.0, "the encoder's channels over the generator's")
     encoder_code: int = option(0, "numbers that the W+ code goes through; 0: one plain layer")
+    code_channels: int = option(0, "channels of a code in space of 8 x 8 pixels, from which the generator learns to "
+                                   "draw slices, and new ones from random codes (gan/coding.py). Above 0 this is the "
+                                   "objective, with the adversary's part in --perceptual-epochs and after")
+    code_nats: float = option(800.0, "information that the code holds of a slice, nats")
     rotate: float = option(0.25, "probability of a rotation")
     flip: bool = option(True, "mirror half of the images")
     seed: int = option(0, "seed of everything random")
@@ -118,7 +122,10 @@ class EncoderConfig:
                            "domain", "r1_gamma", "r1_every", "pixels", "workers"), 0)
         check_range(self, ("decay", "code_alone", "erase", "coarse", "rotate", "hide", "shapes"), 0, 1)
         check_range(self, ("hidden", "changed", "gradient", "jitter_hu", "rotate_deg", "encoder_code"), 0)
-        check_range(self, ("encoder_width",), 0, above=True)
+        check_range(self, ("encoder_width", "code_nats"), 0, above=True)
+        check_range(self, ("code_channels",), 0)
+        if self.code_channels and (self.hide or self.noise):
+            raise ValueError("--code-channels: an objective of its own; leave out --hide and --noise")
 
     def networks(self, gan: dict[str, Any]) -> ModelConfig:
         """The networks of a run on the GAN's, whose ModelConfig this is."""
@@ -126,4 +133,4 @@ class EncoderConfig:
 
         return ModelConfig(**{**gan, "encoder_noise": self.noise or self.hide > 0, "noise_channels": self.hide > 0,
                               "encoder_masks": self.hide > 0, "encoder_width": self.encoder_width,
-                              "encoder_code": self.encoder_code})
+                              "encoder_code": self.encoder_code, "code_channels": self.code_channels})

@@ -1,0 +1,164 @@
+"""Codes in space: what a Coder makes of slices, the prior over codes, and the training of both with the generator."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import train_encoder
+from benchmarks import samples as benchmark
+from dataset import SliceDataset
+from gan.coding import CodeTrainer, load_samples
+from gan.prior import CodePrior, group
+from gan.settings import EncoderConfig
+from gan.snapshots import load_snapshot
+from model import CODE_SIDE, Coder, Generator, ModelConfig
+
+TINY = ModelConfig(size=64, style_dim=16, n_mlp=2, channel_max=16, encoder_width=0.5, code_channels=4)
+FLAGS = ["--preset", "smoke32", "--device", "cpu", "--precision", "fp32", "--batch", "4", "--epochs", "2",
+         "--perceptual-epochs", "1", "--code-channels", "4", "--lr-generator", "1e-3", "--rotate", "0"]
+
+
+def networks(config: ModelConfig = TINY) -> tuple[Generator, Coder]:
+    torch.manual_seed(0)
+    return Generator(config).eval().requires_grad_(False), Coder(config).eval().requires_grad_(False)
+
+
+# ---- The network
+
+def test_a_code_has_a_place_and_the_finest_maps_none():
+    """Half of the code changed: the other half of the maps of 8 pixels stays, but for the filters' reach."""
+    generator, coder = networks()
+    mean, log_variance = coder.encode(torch.rand(3, 3, 64, 64) - 0.5)
+    assert mean.shape == log_variance.shape == (3, 4, CODE_SIDE, CODE_SIDE)
+    code = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    other = code.clone()
+    other[..., :2] += 1
+    (_, maps), (_, changed) = coder.decode(code, generator), coder.decode(other, generator)
+    assert [list(m.shape) for m in maps] == [[1, 1, 4, 4], *[[1, 16, r, r] for r in (8, 8, 16, 16)],
+                                             *[[1, 1, r, r] for r in (32, 32, 64, 64)]]
+    for a, b in zip(maps[1:3], changed[1:3]):
+        assert not torch.equal(a[..., :2], b[..., :2]) and torch.equal(a[..., 4:], b[..., 4:])
+    own = generator.noise_maps("const")
+    assert all(a is b for a, b in zip(maps[5:], own[5:])) and maps[0] is own[0]
+
+
+def test_finest_maps_are_drawn_anew_with_a_generator_of_random_numbers():
+    generator, coder = networks()
+    coder.fine_noise.data.copy_(torch.tensor([0.0, 1.0, 0.0, 2.0]))
+    code, own = torch.zeros(2, 4, 8, 8), generator.noise_maps("const")
+    _, maps = coder.decode(code, generator, torch.Generator().manual_seed(1))
+    added = [(m - mine).std().item() for m, mine in zip(maps[5:], own[5:])]
+    assert added == [0, pytest.approx(1, rel=0.1), 0, pytest.approx(2, rel=0.1)]
+    assert not torch.equal(maps[6][0], maps[6][1])
+
+
+def test_codes_start_with_the_same_small_variance():
+    _, coder = networks()
+    coder.to_code.weight.data.zero_()
+    mean, log_variance = coder.encode(torch.rand(1, 3, 64, 64))
+    assert mean.abs().max() == 0 and (log_variance == -3).all()
+
+
+def test_too_few_channels_are_refused():
+    with pytest.raises(ValueError, match="code_channels at least 0"):
+        ModelConfig(code_channels=-1)
+    with pytest.raises(ValueError, match="leave out --hide and --noise"):
+        EncoderConfig(code_channels=8, hide=0.5)
+
+
+# ---- The prior
+
+def test_two_clouds_are_told_apart_and_drawn_again():
+    rng = torch.Generator().manual_seed(0)
+    codes = torch.randn(3000, 6, generator=rng) * torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 2.0])
+    codes[:1000, 0] += 10
+    labels = group(codes, 2)
+    assert labels[:1000].unique().numel() == 1 and labels[1000:].unique().numel() == 1 and labels[0] != labels[-1]
+    prior = CodePrior(2, 6)
+    prior.fit(codes, torch.full_like(codes, 0.01))
+    drawn = prior.draw(4000, torch.Generator().manual_seed(1))
+    assert (drawn[:, 0] > 5).float().mean().item() == pytest.approx(1 / 3, abs=0.03)
+    inside = drawn[drawn[:, 0] < 5]
+    assert inside.std(0)[:5] == pytest.approx([(0.1**2 + 0.01) ** 0.5] * 5, rel=0.1)    # with a code's own
+    assert inside.std(0)[5].item() == pytest.approx(2, rel=0.1)
+    towards = prior.draw(4000, torch.Generator().manual_seed(1), psi=0.5)
+    assert torch.allclose(towards - prior.draw(4000, torch.Generator().manual_seed(1), psi=0), (drawn - prior.draw(
+        4000, torch.Generator().manual_seed(1), psi=0)) / 2, atol=1e-5)
+
+
+def test_a_component_of_a_few_codes_gets_no_share_and_few_codes_give_one():
+    codes = torch.randn(500, 4, generator=torch.Generator().manual_seed(2))
+    codes[:10] += 100
+    prior = CodePrior(2, 4)
+    prior.fit(codes, torch.zeros_like(codes))
+    assert sorted(prior.share.tolist()) == [0, 1]
+    assert prior.draw(200, torch.Generator().manual_seed(3)).max() < 10
+    prior.fit(codes[10:40], torch.zeros(30, 4))
+    assert prior.share.tolist() == [1, 0]
+    assert prior.draw(2000, torch.Generator().manual_seed(3)).mean(0) == pytest.approx(codes[10:40].mean(0), abs=0.15)
+
+
+# ---- Its training
+
+def trainer(gan_run, **changes) -> CodeTrainer:
+    config = EncoderConfig(**{"code_channels": 4, "knee": 0.05, "lr_generator": 2e-3, "lr_trunk": 2e-3,
+                              "precision": "fp32", "batch": 4, "rotate": 0, "flip": False, "jitter_hu": 0, **changes})
+    return CodeTrainer(config, load_snapshot(gan_run), torch.device("cpu"))
+
+
+def slices(slices32) -> dict[str, torch.Tensor]:
+    data = SliceDataset(slices32, "train")
+    return {key: torch.stack([data[i][key] for i in (2, 3, 4, 5)]) for key in ("hu", "brain")}
+
+
+def test_the_loss_falls_on_slices_seen_again_and_again(gan_run, slices32):
+    one, batch = trainer(gan_run), slices(slices32)
+    first, *_, last = (one.learn(batch, i, full=False)["distance"].item() for i in range(15))
+    assert last < 0.8 * first and one.images_seen == 60 and one.recent.shape == (2, 60, 4 * 64)
+
+
+@pytest.mark.parametrize("nats, rises", [(1e-3, True), (1e6, False)])
+def test_information_costs_more_while_the_code_holds_too_much(gan_run, slices32, nats, rises):
+    one = trainer(gan_run, code_nats=nats)
+    one.learn(slices(slices32), 0, full=False)
+    assert one.rate == pytest.approx(5e-6 * (1.01005 if rises else 0.99005), rel=1e-5)
+
+
+def test_with_the_adversary_half_of_the_images_are_new(gan_run, slices32, monkeypatch):
+    one, batch = trainer(gan_run), slices(slices32)
+    one.learn(batch, 0, full=False)
+    looked_at, wanted = [], []
+    judge, features = one.d.forward, one.d.features
+    monkeypatch.setattr(one.d, "forward", lambda x: looked_at.append(len(x)) or judge(x))
+    monkeypatch.setattr(one.d, "features", lambda x: wanted.append(len(x)) or features(x))
+    one.fitted = -10**6
+    stats = one.learn(batch, 1, full=True)
+    assert set(stats) == {"distance", "nats", "adversarial", "features", "loss_d"}
+    assert wanted[:2] == [4, 2]                      # reconstructions and samples; the slices that were reconstructed
+    assert looked_at == [4, 4] and one.fitted == 4   # the discriminator: slices against both
+    assert one.prior.share.sum().item() == pytest.approx(1)
+
+
+def test_a_run_resumes_to_the_bit_and_draws_the_same_heads(slices32, gan_run, tmp_path):
+    def run(out, *flags):
+        return train_encoder.main(["--data", str(slices32), "--gan", str(gan_run), "--out", str(out), *FLAGS, *flags])
+
+    assert run(tmp_path / "whole") == 0
+    assert run(tmp_path / "parts", "--epochs", "1") == 0 and run(tmp_path / "parts") == 0
+    whole, parts = (load_snapshot(tmp_path / name) for name in ("whole", "parts"))
+    assert set(whole.weights) == {"encoder", "generator", "discriminator", "generator_ema", "encoder_ema", "prior"}
+    for network, weights in whole.weights.items():
+        assert all(torch.equal(parts.weights[network][name], t) for name, t in weights.items()), network
+    row = json.loads((tmp_path / "whole/stats.jsonl").read_text().splitlines()[-1])
+    assert 0 < row["val_error_hu"] < 200 and row["swd"] > 0 and (tmp_path / "whole/samples-002.png").is_file()
+    gan = ModelConfig(**load_snapshot(gan_run).meta["model"])
+    assert ModelConfig(**whole.meta["model"]) == dataclasses.replace(gan, code_channels=4)
+    draw = load_samples(whole, torch.device("cpu"))
+    assert draw(3, 1.0, 0).shape == (3, 32, 32) and torch.equal(draw(3, 1.0, 0), draw(3, 1.0, 0))
+    assert not torch.equal(draw(3, 1.0, 0), draw(3, 1.0, 1))
+    assert benchmark.main(["--run", str(tmp_path / "whole"), "--data", str(slices32), "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "figures.json").read_text())["slices"] == 8
