@@ -28,7 +28,6 @@ SYMMETRY_HU = (-20.0, 100.0)       # the range every source has
 TRUNCATION_HU = 25.0               # larger left-right differences count no more: a bleed must not turn the head
 MAX_TURN_DEG = 25.0                # searched around upright and around the mask's own axis
 BONE_HU, EDGE_HU = 100.0, 50.0     # in native pixels: no blood; no brain
-CROSS = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]], bool)          # neighbours within a slice
 LEAST_SOFT = 0.3                   # of a pixel must be soft tissue, or all of it counts as bone
 SAMPLES = 4                        # a side of an output pixel at most, against aliasing
 
@@ -101,7 +100,7 @@ def native_bone(scan: Scan) -> np.ndarray:
     """Bone with the edge that it is blurred into, bool [S, H, W]: BONE_HU or what the source clipped at, and the pixels
     next to it that are denser than soft tissue without blood. Outside the slice there is none."""
     sure = scan.hu >= min(BONE_HU, scan.saturation_hu[1] - 0.5)
-    return sure | (ndimage.binary_dilation(sure, CROSS) & (scan.hu >= EDGE_HU))
+    return sure | (dilate(sure, 1) & (scan.hu >= EDGE_HU))
 
 
 # ---- finding the frame
