@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from op import bias_act, binomial_kernel, modulated_conv2d, raised, scaled_sum, styled_act, upfirdn2d
+from op import bias_act, binomial_kernel, conv2d, modulated_conv2d, raised, scaled_sum, styled_act, upfirdn2d
 from op.bias_act import SQRT2
 
 CODE_SIDE = 8                # pixels of Coder's code
@@ -101,7 +101,7 @@ class EqualConv2d(nn.Module):
         self.scale, self.stride, self.padding = 1 / math.sqrt(in_ch * kernel**2), stride, padding
 
     def forward(self, x):
-        return F.conv2d(x, (self.weight * self.scale).to(x.dtype), stride=self.stride, padding=self.padding)
+        return conv2d(x, (self.weight * self.scale).to(x.dtype), self.stride, self.padding)
 
 
 class Blur(nn.Module):
