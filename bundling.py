@@ -140,7 +140,8 @@ def restore(snapshot: Snapshot, device: torch.device, dtype: torch.dtype) -> dic
     """The three networks of an encoder run, by their names, in eval mode and frozen."""
     model = ModelConfig(**snapshot.meta["model"])
     networks = {name: build(model) for name, build in NETWORKS.items()}
-    snapshot.restore(networks)
+    averaged = [name for name in networks if f"{name}_ema" in snapshot.weights]       # of a run that keeps an average
+    snapshot.restore({f"{name}_ema" if name in averaged else name: network for name, network in networks.items()})
     for net in networks.values():
         net.eval().requires_grad_(False).to(device).compute_dtype = dtype
     return networks

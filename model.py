@@ -18,8 +18,9 @@ from torch import nn
 from op import bias_act, binomial_kernel, conv2d, modulated_conv2d, raised, scaled_sum, styled_act, upfirdn2d
 from op.bias_act import SQRT2
 
-CODE_SIDE = 8                # pixels of Coder's code
-CODE_WIDTH = 128             # channels of the layers between it and the generator
+CODE_SIDE = 8                # pixels of a code in space
+CODE_WIDTH = 128             # channels of the layers between it and the generator's
+FIRST_FINE = 5               # the first of the generator's noise maps that no such code reaches: 4, 8, 8, 16, 16, fine
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ModelConfig:
     encoder_masks: bool = False    # the encoder is told what is hidden from it, and what is bone
     encoder_width: float = 1       # the encoder's channels over the generator's
     encoder_code: int = 0          # numbers that its W+ code goes through; 0: one plain layer, as published
-    code_channels: int = 0         # of the code in space, CODE_SIDE pixels wide, that Coder has in place of W+; 0: none
+    code_channels: int = 0         # of a code in space, CODE_SIDE pixels wide, in place of W+; 0: none, as published
     fold: int = 1                  # 2: the finest layers draw and read 2 x 2 pixels at once, on a grid of half the size
 
     def __post_init__(self):
@@ -60,6 +61,11 @@ class ModelConfig:
     def n_latent(self) -> int:
         """Number of style vectors of a W+ code: 16 at 512."""
         return 2 * int(math.log2(self.grid)) - 2
+
+    @property
+    def code_shape(self) -> tuple[int, int]:
+        """Of a code without its batch: W+'s [L, D], or of a code in space its channels and pixels."""
+        return (self.code_channels, CODE_SIDE**2) if self.code_channels else (self.n_latent, self.style_dim)
 
     @property
     def resolutions(self) -> list[int]:
@@ -448,55 +454,123 @@ class Encoder(_Trunk):
         return self.code(stages), [own[0], *map(raised, found, own[1:])]
 
 
-class Coder(_Trunk):
-    """Slice to a code in space, [B, code_channels, 8, 8], and code to what the generator draws from.
+# ---------------------------------------------------------------------------------------------------------------
+# A code in space
 
-    The two halves of a variational autoencoder (Kingma and Welling 2014, arXiv:1312.6114) about the generator. What is
-    where in a head is hard to say in one style vector, and easy in a small picture: W+ and the generator's noise maps
-    of 8 and 16 pixels follow from the code; its finer maps stay random.
+class SpatialEncoder(_Trunk):
+    """Image to a code in space, [B, code_channels, 8, 8], flat as [B, code_channels, 64].
+
+    What is where in a head is hard to say in one style vector, and easy in a small picture. A variational autoencoder's
+    encoder (Kingma and Welling 2014, arXiv:1312.6114), whose decoder SpatialGenerator is.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__(config, stddev=False, width=config.encoder_width)
         del self.final_conv                                          # of a summary: this code has a place
         stage = functools.partial(config.channels, width=config.encoder_width)
-        numbers, width = config.code_channels, CODE_WIDTH
-        self.gather = ConvLayer(stage(4) + stage(8), stage(8), 3)
-        self.to_code = EqualConv2d(stage(8), 2 * numbers, 1)
+        numbers = config.code_channels
+        self.gather = ConvLayer(stage(4) + stage(CODE_SIDE), stage(CODE_SIDE), 3)
+        self.to_code = EqualConv2d(stage(CODE_SIDE), 2 * numbers, 1)
         # Codes start with little variance: nothing is learnt from noise alone
         self.code_bias = nn.Parameter(torch.tensor([0.0] * numbers + [-3.0] * numbers)[:, None, None])
-        self.read = nn.ModuleList([ConvLayer(numbers, width, 3), ConvLayer(width, width, 3)])
+
+    def distribution(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """images [B, 3, N, N] -> mean and logarithm of the variance of each's code, [B, code_channels, 64]."""
+        *_, middle, deep = self.features(images)
+        x = self.gather(torch.cat([F.interpolate(deep.float(), scale_factor=2), middle.float()], 1))
+        mean, log_variance = (self.to_code(x) + self.code_bias).flatten(2).chunk(2, 1)
+        return mean, log_variance.clamp(-8, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images [B, 3, N, N] -> codes [B, code_channels, 64]."""
+        return self.distribution(images)[0]
+
+    def invert(self, images: torch.Tensor, generator: Generator) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """As Encoder.invert: codes, and the generator's own noise maps."""
+        return self(images), generator.noise_maps("const")
+
+
+class SpatialGenerator(Generator):
+    """A generator of codes in space: W+ and what is added to its noise maps of 8 and 16 pixels follow from the code.
+
+    Finer maps are noise. `prior` is what random codes are drawn from.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        width = CODE_WIDTH
+        self.read = nn.ModuleList([ConvLayer(config.code_channels, width, 3), ConvLayer(width, width, 3)])
         self.to_w = nn.Sequential(EqualLinear(width * (CODE_SIDE // 2) ** 2, 256, activate=True),
                                   EqualLinear(256, config.n_latent * config.style_dim))
         self.enlarge = nn.ModuleList([ConvLayer(width, width, 3), ConvLayer(width, width, 3)])
         self.maps = nn.ModuleList(EqualConv2d(width, 2 * config.channels(r), 1) for r in (CODE_SIDE, 2 * CODE_SIDE))
-        self.fine_noise = nn.Parameter(torch.full((2 * max(0, len(config.resolutions) - 3),), 0.02))
+        self.fine_noise = nn.Parameter(torch.full((len(self.noise_sizes) - FIRST_FINE,), 0.02))
+        self.prior = CodePrior(config.code_channels * CODE_SIDE**2)
 
-    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """images [B, 3, N, N] -> mean and logarithm of the variance of each's code, [B, code_channels, 8, 8]."""
-        *_, middle, deep = self.features(images)
-        x = self.gather(torch.cat([F.interpolate(deep.float(), scale_factor=2), middle.float()], 1))
-        mean, log_variance = (self.to_code(x) + self.code_bias).chunk(2, 1)
-        return mean, log_variance.clamp(-8, 2)
+    def random_maps(self, batch: int, rng: torch.Generator | None = None) -> list[torch.Tensor]:
+        """The own maps, with new noise in those finer than 16 pixels; rng is one of the CPU."""
+        maps = list(self.noise_maps("const"))
+        for i, strength in enumerate(self.fine_noise, FIRST_FINE):
+            noise = torch.randn(batch, *maps[i].shape[1:], generator=rng)
+            maps[i] = maps[i] + noise.to(maps[i].device) * strength
+        return maps
 
-    def decode(self, code: torch.Tensor, generator: Generator, rng: torch.Generator | None = None
-               ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """code [B, code_channels, 8, 8] -> w_plus and noise maps for generator.synthesis.
-
-        rng draws the maps finer than 16 pixels; without one they are the generator's own.
-        """
-        x = self.read[0](code)
+    def synthesis(self, code: torch.Tensor, noise: str | list[torch.Tensor] | None = "random") -> torch.Tensor:
+        """code [B, code_channels, 64] -> images [B, 3, N, N]; noise as in Generator, but 'random' is random_maps()."""
+        if code.shape[1:] != self.config.code_shape:
+            raise ValueError(f"code must be [B, {self.config.code_shape[0]}, {self.config.code_shape[1]}], "
+                             f"got {list(code.shape)}")
+        if noise == "random":
+            maps = self.random_maps(len(code))
+        elif noise is None:
+            maps = [torch.zeros_like(own) for own in self.noise_maps("const")]
+        else:
+            maps = list(self.noise_maps(noise))
+        x = self.read[0](code.unflatten(2, (CODE_SIDE, CODE_SIDE)))
         x = self.read[1](x) + x
         w = F.leaky_relu(self.to_w(F.avg_pool2d(x, 2).flatten(1)), 0.2)
         finer = self.enlarge[0](F.interpolate(x, scale_factor=2, mode="bilinear"))
         finer = self.enlarge[1](finer) + finer
-        maps, own = [], generator.noise_maps("const")
-        found = {CODE_SIDE: self.maps[0](x).chunk(2, 1), 2 * CODE_SIDE: self.maps[1](finer).chunk(2, 1)}
-        for i, (r, mine) in enumerate(zip(generator.noise_sizes, own)):
-            if r in found:
-                mine = mine + found[r][(i - 1) % 2]
-            elif r > 2 * CODE_SIDE and rng is not None:
-                noise = torch.randn(len(code), 1, r, r, generator=rng).to(code)
-                mine = mine + noise * self.fine_noise[i - 5]         # 4, 8, 8, 16 and 16 pixels come before
-            maps.append(mine)
-        return w.reshape(-1, self.config.n_latent, self.config.style_dim), maps
+        found = [*self.maps[0](x).chunk(2, 1), *self.maps[1](finer).chunk(2, 1)]
+        for i, more in enumerate(found, 1):
+            maps[i] = maps[i] + more
+        return super().synthesis(w.reshape(-1, self.config.n_latent, self.config.style_dim), maps)
+
+    @torch.no_grad()
+    def sample(self, count: int, psi: float = 1.0, seed: int = 0) -> torch.Tensor:
+        """Images [count, 3, N, N], on the CPU, of random codes; psi below 1 draws these towards the middle of their
+        component. The same for the same seed."""
+        rng, place = torch.Generator().manual_seed(seed), self.input.input.device
+        codes = self.prior.draw(count, rng, psi).reshape(count, *self.config.code_shape).to(place)
+        return torch.cat([self.synthesis(part, self.random_maps(len(part), rng)).cpu() for part in codes.split(32)])
+
+
+class CodePrior(nn.Module):
+    """What codes look like: share [K], mean [K, D] and factor [K, D, D] of K normal distributions.
+
+    factor is the Cholesky factor of the covariance. Fitted to the codes of healthy slices after the fact, as for a
+    regularised autoencoder (Ghosh et al. 2020, ICLR, arXiv:1903.12436): they are nowhere near the standard normal
+    distribution, and a generator that draws from that one leaves what it has learnt from slices behind. gan/prior.py
+    fits it.
+    """
+
+    def __init__(self, numbers: int, components: int = 6):
+        super().__init__()
+        self.register_buffer("share", torch.full((components,), 1 / components))
+        self.register_buffer("mean", torch.zeros(components, numbers))
+        self.register_buffer("factor", torch.eye(numbers).repeat(components, 1, 1))
+
+    @torch.no_grad()
+    def draw(self, count: int, rng: torch.Generator, psi: float = 1.0) -> torch.Tensor:
+        """New codes [count, D], on the CPU; psi below 1 draws them towards the middle of their component."""
+        which = torch.multinomial(self.share.float().cpu(), count, replacement=True, generator=rng)
+        deviates = psi * torch.randn(count, self.mean.shape[1], 1, generator=rng)
+        return self.mean.float().cpu()[which] + (self.factor.float().cpu()[which] @ deviates)[..., 0]
+
+
+def build_generator(config: ModelConfig) -> Generator:
+    return (SpatialGenerator if config.code_channels else Generator)(config)
+
+
+def build_encoder(config: ModelConfig) -> Encoder | SpatialEncoder:
+    return (SpatialEncoder if config.code_channels else Encoder)(config)

@@ -22,10 +22,8 @@ figures.json  swd      sliced Wasserstein distance of samples at psi 1 to held-o
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +38,9 @@ from ct.picture import save_hu_grid  # noqa: E402
 from ct.window import decode, encode  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.bundle import load_bundle  # noqa: E402
-from gan.coding import load_samples  # noqa: E402
 from gan.quality import sliced_wasserstein  # noqa: E402
 from gan.snapshots import load_snapshot  # noqa: E402
-from model import Generator, ModelConfig  # noqa: E402
+from model import Generator, ModelConfig, SpatialGenerator, build_generator  # noqa: E402
 from op import memory  # noqa: E402
 
 SHEET, SHEET_PSI = 64, (0.7, 1.0)
@@ -52,12 +49,12 @@ PERCENTILES = (1, 5, 50)     # of the distances to the nearest training slice
 NEAR = 0.01                  # share of held-out slices that lie closer to a training slice than what counts as near
 BATCH = 32
 
-Draw = Callable[[int, float, int], torch.Tensor]     # count, psi, seed -> samples, HU [count, N, N] on the CPU
-
 
 @torch.no_grad()
 def draw(generator: Generator, count: int, psi: float, seed: int) -> torch.Tensor:
     """`count` samples, HU [count, N, N] on the CPU; the same codes for every psi."""
+    if isinstance(generator, SpatialGenerator):
+        return decode(generator.sample(count, psi, seed))
     rng = torch.Generator().manual_seed(seed)
     mean = generator.mean_latent(generator=rng)
     z = torch.randn(count, generator.config.style_dim, generator=rng).to(mean.device)
@@ -107,8 +104,8 @@ def slices_of(data: SliceDataset) -> torch.Tensor:
     return torch.stack([decode(encode(data[i]["hu"].float())) for i in range(len(data))])
 
 
-def open_generator(args: argparse.Namespace, train: SliceDataset) -> Draw:
-    """What draws samples of --run or --model. ValueError, CheckpointError where it was trained on other data."""
+def open_generator(args: argparse.Namespace, train: SliceDataset) -> Generator:
+    """The generator of --run or --model. ValueError, CheckpointError where it was trained on other data."""
     device = distributed.pick_device(args.device)
     if args.model:
         bundle = load_bundle(args.model, device)
@@ -121,27 +118,25 @@ def open_generator(args: argparse.Namespace, train: SliceDataset) -> Draw:
         if (key := train.unlike(snapshot.meta)) is not None:
             raise ValueError(f"--data {args.data}: its {key} is not that of the database which --run {args.run} was "
                              "trained on; give that one")
-        if "prior" in snapshot.weights:
-            return load_samples(snapshot, device)
-        if snapshot.meta.get("kind") != "gan":
+        if "generator_ema" not in snapshot.weights:
             raise ValueError(f"--run {args.run}: its generator draws from an encoder's maps, not from random codes; "
                              "give a run of train.py, or one of train_encoder.py with --code-channels")
-        generator = Generator(ModelConfig(**snapshot.meta["model"]))
+        generator = build_generator(ModelConfig(**snapshot.meta["model"]))
         snapshot.restore({"generator_ema": generator})
         generator.eval().requires_grad_(False).to(device)
     generator.compute_dtype = distributed.pick_precision("auto", device)
-    return functools.partial(draw, generator)
+    return generator
 
 
 def benchmark(args: argparse.Namespace) -> int:
     memory.keep_freed()
     train = SliceDataset(args.data, "train")
-    drawn = open_generator(args, train)
+    generator = open_generator(args, train)
     train_hu, held_out_hu = slices_of(train), slices_of(SliceDataset(args.data, "val", check=False))
     args.out.mkdir(parents=True, exist_ok=True)
     for psi in SHEET_PSI:
-        save_hu_grid(args.out / f"samples-psi-{psi:g}.png", drawn(SHEET, psi, args.seed).numpy())
-    samples = drawn(max(SHEET, len(held_out_hu)), 1.0, args.seed)
+        save_hu_grid(args.out / f"samples-psi-{psi:g}.png", draw(generator, SHEET, psi, args.seed).numpy())
+    samples = draw(generator, max(SHEET, len(held_out_hu)), 1.0, args.seed)
     found = figures(samples, held_out_hu, train_hu, args.seed)
     distance, index = nearest(samples, train_hu)
     first = distance.argsort()[:NEAREST]

@@ -17,10 +17,10 @@ import torch
 from config import option
 from ct.window import decode, encode
 from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
-from model import Discriminator, Encoder, Generator, ModelConfig
+from model import Discriminator, Encoder, Generator, ModelConfig, build_encoder, build_generator
 from weights import CheckpointError, compact, load_strictly, load_tensors
 
-NETWORKS = {"generator": Generator, "discriminator": Discriminator, "encoder": Encoder}
+NETWORKS = {"generator": build_generator, "discriminator": Discriminator, "encoder": build_encoder}
 
 
 @dataclass(frozen=True)

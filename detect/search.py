@@ -133,7 +133,7 @@ def load_latent(folder: Path, encoder: Encoder) -> LatentStats:
 
 def check_latent(latent: LatentStats, encoder: Encoder, path: Path) -> None:
     """CheckpointError unless the statistics have the shape of the encoder's codes."""
-    expected, found = (encoder.config.n_latent, encoder.config.style_dim), tuple(latent.mean.shape[1:])
+    expected, found = encoder.config.code_shape, tuple(latent.mean.shape[1:])
     if found != expected:
         raise CheckpointError(f"{path}: [layers, style_dim] {list(found)}, but the networks have {list(expected)}; fit "
                               "the statistics on this encoder's codes")

@@ -1,18 +1,17 @@
 """Training of a generator that draws heads from random codes on few slices and little time: a VAE-GAN.
 
 A GAN alone has to find out what a head is from an adversary's hints. Here the generator first learns to draw the
-training slices from a small code in space that a Coder makes of them (model.Coder), as a variational autoencoder whose
-information is held at code_nats (Burgess et al. 2018, arXiv:1804.03599); a prior over these codes (gan/prior.py) then
-gives new ones. In the last part an adversary looks at real slices, reconstructions and samples (Larsen et al. 2016,
-ICML, arXiv:1512.09300): samples become as sharp as slices, while reconstructions keep the generator to heads.
+training slices from a small code in space that an encoder makes of them (model.SpatialEncoder), as a variational
+autoencoder whose information is held at code_nats (Burgess et al. 2018, arXiv:1804.03599); a prior over these codes
+(model.CodePrior) then gives new ones. In the last part an adversary looks at real slices, reconstructions and samples
+(Larsen et al. 2016, ICML, arXiv:1512.09300): samples become as sharp as slices, while reconstructions keep the
+generator to heads.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,10 +22,10 @@ from ct.window import decode, encode
 from dataset import SliceDataset
 from gan.inpainting import InpaintingTrainer, weighted_distance
 from gan.losses import frozen, g_nonsaturating
-from gan.prior import COMPONENTS, CodePrior
+from gan.prior import fit
 from gan.quality import sliced_wasserstein
 from gan.snapshots import Snapshot
-from model import CODE_SIDE, Coder, Generator, ModelConfig
+from model import Generator, build_generator
 
 OUTSIDE, INSIDE = 0.25, 3.0              # weight of a pixel outside and inside the brain
 RECONSTRUCTED = 0.5                      # of the adversary's view on reconstructions against that on samples
@@ -40,31 +39,38 @@ SHEET = 64
 class CodeTrainer(InpaintingTrainer):
     """A step of it, with the rates and snapshots of EncoderTrainer."""
 
-    Network, BETAS = Coder, (0.0, 0.99)          # without memory, as StyleGAN2 against its adversary
+    BETAS = (0.0, 0.99)                  # without memory, as StyleGAN2's, against an adversary
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.g_ema, self.e_ema = (copy.deepcopy(net).requires_grad_(False) for net in (self.g, self.e))
-        numbers = self.model.code_channels * CODE_SIDE**2
-        self.prior, self.fitted = CodePrior(COMPONENTS, numbers), 0
-        self.rate = 5e-6                                             # what a nat costs
-        self.recent = torch.empty(2, 0, numbers)                     # means and variances, over all ranks
+        self.rate, self.fitted = 5e-6, 0                             # what a nat costs; images seen at the prior's fit
+        self.recent = torch.empty(2, 0, math.prod(self.model.code_shape))     # means and variances, over all ranks
+
+    def build_generator(self, gan: Snapshot) -> Generator:
+        """The GAN's weights; what reads the code is new."""
+        plain, generator = Generator(self.model), build_generator(self.model)
+        gan.restore({"generator_ema": plain})
+        generator.load_state_dict({**generator.state_dict(), **plain.state_dict()})
+        return generator
 
     def learn(self, slices: dict[str, torch.Tensor], index: int, full: bool) -> dict[str, torch.Tensor]:
         """One step on hu [B, N, N], of the database, and brain bool [B, N, N]; `full` adds adversary and samples."""
         hu, brain, _ = self.augmented(slices["hu"].float(), slices["brain"])
         real, inside = encode(hu).to(self.device), brain.to(self.device).float()
         if full and self.images_seen - self.fitted >= REFIT:
-            self.prior.fit(*self.recent)
+            fit(self.g.prior, *self.recent)
             self.fitted = self.images_seen
         seen = len(real) - (len(real) // 2 if full else 0)
-        mean, log_variance = self.e.encode(real[:seen])
+        mean, log_variance = self.e.distribution(real[:seen])
         code = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=self.rng).to(mean)
-        nats = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).mean()
+        nats = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2)).mean()
+        maps = "const"
         if full:
-            drawn = self.prior.draw(len(real) - seen, self.rng).to(code)
-            code = torch.cat([code, drawn.reshape(-1, *code.shape[1:])])
-        fake = self.draw_codes(code, self.rng if full else None)
+            drawn = self.g.prior.draw(len(real) - seen, self.rng).to(code)
+            code = torch.cat([code, drawn.reshape(-1, *self.model.code_shape)])
+            maps = self.g.random_maps(len(code), self.rng)
+        fake = self.g.synthesis(code, maps)
         weight = OUTSIDE + (INSIDE - OUTSIDE) * inside[:seen]
         distance = weighted_distance(real[:seen], fake[:seen], weight / weight.mean(), self.config.knee,
                                      self.config.gradient)
@@ -79,10 +85,6 @@ class CodeTrainer(InpaintingTrainer):
         self.images_seen += self.global_batch
         self._after(mean.detach(), log_variance.detach(), nats.detach())
         return stats
-
-    def draw_codes(self, code: torch.Tensor, rng: torch.Generator | None = None) -> torch.Tensor:
-        """Images [B, 3, N, N] of codes [B, C, 8, 8]; rng draws the noise of the finest layers."""
-        return self.g.synthesis(*self.e.decode(code, self.g, rng))
 
     def _looked_at(self, real: torch.Tensor, fake: torch.Tensor, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The adversary's view on samples and reconstructions, and how far features of these are from the slices'."""
@@ -110,24 +112,24 @@ class CodeTrainer(InpaintingTrainer):
     @torch.no_grad()
     def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:
         """HU error in the brain of held-out scans, `swd` of as many samples to their slices; grids of both as PNG."""
-        self.prior.fit(*self.recent)
+        fit(self.g_ema.prior, *self.recent)
         scans = [dataset.scan(s) for s in range(len(dataset.scan_ids))]
         hu = torch.cat([scan["hu"][::4] for scan in scans]).float().clamp(*self.range_hu)
         brain = torch.cat([scan["brain"][::4] for scan in scans])
         found = torch.cat([self.reconstruction(x.to(self.device)).cpu() for x in encode(hu).split(16)])
         pick = torch.linspace(0, len(hu) - 1, 16).long()
         save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.cat([hu[pick], found[pick]]).numpy(), columns=16)
-        drawn = samples(self.g_ema, self.e_ema, self.prior, max(SHEET, len(hu)))
+        drawn = decode(self.g_ema.sample(max(SHEET, len(hu))))
         save_hu_grid(out / f"samples-{epoch:03d}.png", drawn[:SHEET].numpy())
         return {"val_error_hu": (found - hu).abs()[brain].mean().item(),
                 "swd": sliced_wasserstein(hu, drawn[: len(hu)])}
 
     def reconstruction(self, images: torch.Tensor) -> torch.Tensor:
         """HU [B, N, N] of images [B, 3, N, N], drawn from their codes with the averaged weights."""
-        return decode(self.g_ema.synthesis(*self.e_ema.decode(self.e_ema.encode(images)[0], self.g_ema)))
+        return decode(self.g_ema.synthesis(self.e_ema(images), "const"))
 
     def modules(self) -> dict[str, torch.nn.Module]:
-        return super().modules() | {"generator_ema": self.g_ema, "encoder_ema": self.e_ema, "prior": self.prior}
+        return super().modules() | {"generator_ema": self.g_ema, "encoder_ema": self.e_ema}
 
     def state(self) -> dict:
         return super().state() | {"rate": self.rate, "fitted": self.fitted, "recent": self.recent}
@@ -135,25 +137,3 @@ class CodeTrainer(InpaintingTrainer):
     def load_state(self, state: dict) -> None:
         super().load_state(state)
         self.rate, self.fitted, self.recent = state["rate"], state["fitted"], state["recent"]
-
-
-@torch.no_grad()
-def samples(generator: Generator, coder: Coder, prior: CodePrior, count: int, psi: float = 1.0, seed: int = 0
-            ) -> torch.Tensor:
-    """New slices, HU [count, N, N] on the CPU, of random codes; the same for the same seed, more like one another for
-    psi below 1."""
-    rng, place = torch.Generator().manual_seed(seed), generator.input.input.device
-    codes = prior.draw(count, rng, psi).reshape(count, -1, CODE_SIDE, CODE_SIDE).to(place)
-    return torch.cat([decode(generator.synthesis(*coder.decode(part, generator, rng))).cpu()
-                      for part in codes.split(32)])
-
-
-def load_samples(snapshot: Snapshot, device: torch.device) -> Callable[[int, float, int], torch.Tensor]:
-    """samples(count, psi, seed) of a run of this training."""
-    model = ModelConfig(**snapshot.meta["model"])
-    generator, coder = Generator(model), Coder(model)
-    prior = CodePrior(COMPONENTS, model.code_channels * CODE_SIDE**2)
-    snapshot.restore({"generator_ema": generator, "encoder_ema": coder, "prior": prior})
-    for net in (generator, coder):
-        net.eval().requires_grad_(False).to(device).compute_dtype = distributed.pick_precision("auto", device)
-    return functools.partial(samples, generator, coder, prior)

@@ -17,24 +17,24 @@ from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, r1_penalt
 from gan.runlog import load_optimiser
 from gan.settings import EncoderConfig
 from gan.snapshots import Snapshot
-from model import Discriminator, Encoder, Generator, ModelConfig
+from model import Discriminator, Encoder, Generator, ModelConfig, build_encoder
 
 
 class EncoderTrainer:
     """Encoder and discriminator against a generator (frozen, as published), and the two phases of a step."""
 
-    Network, BETAS = Encoder, (0.9, 0.999)
+    BETAS = (0.9, 0.999)                 # Adam's
 
     def __init__(self, config: EncoderConfig, gan: Snapshot, device: torch.device, vgg16=None, lpips=None):
         self.config, self.device = config, device
         self.range_hu = tuple(gan.meta["data"]["settings"]["standardise"]["hu_clip"])       # of the slices
         torch.manual_seed(config.seed)                            # the same weights on every rank
         model = self.model = config.networks(gan.meta["model"])
-        self.g, self.d, critic = Generator(model), Discriminator(model), Discriminator(model)
-        gan.restore({"generator_ema": self.g, "discriminator": self.d})
+        self.g, self.d, critic = self.build_generator(gan), Discriminator(model), Discriminator(model)
+        gan.restore({"discriminator": self.d})
         gan.restore({"discriminator": critic})
         self.g.requires_grad_(config.lr_generator > 0)
-        self.e = self.Network(model)
+        self.e = build_encoder(model)
         dtype = distributed.pick_precision(config.precision, device)
         for net in (self.g, self.d, self.e, critic):
             net.to(device).compute_dtype = dtype
@@ -52,6 +52,11 @@ class EncoderTrainer:
         self.images_seen = 0                                      # over all ranks
         self.rng = torch.Generator()
         self.reseed(config.seed)
+
+    def build_generator(self, gan: Snapshot) -> Generator:
+        generator = Generator(self.model)
+        gan.restore({"generator_ema": generator})
+        return generator
 
     def reseed(self, seed: int) -> None:
         self.rng.manual_seed(distributed.seed_for_rank(seed, distributed.get_rank()))

@@ -11,33 +11,40 @@ import torch
 import train_encoder
 from benchmarks import samples as benchmark
 from dataset import SliceDataset
-from gan.coding import CodeTrainer, load_samples
-from gan.prior import CodePrior, group
+from gan.coding import CodeTrainer
+from gan.prior import fit, group
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot
-from model import CODE_SIDE, Coder, Generator, ModelConfig
+from model import CodePrior, Generator, ModelConfig, SpatialEncoder, SpatialGenerator, build_generator
 
 TINY = ModelConfig(size=64, style_dim=16, n_mlp=2, channel_max=16, encoder_width=0.5, code_channels=4)
 FLAGS = ["--preset", "smoke32", "--device", "cpu", "--precision", "fp32", "--batch", "4", "--epochs", "2",
          "--perceptual-epochs", "1", "--code-channels", "4", "--lr-generator", "1e-3", "--rotate", "0"]
 
 
-def networks(config: ModelConfig = TINY) -> tuple[Generator, Coder]:
+def networks() -> tuple[SpatialGenerator, SpatialEncoder]:
     torch.manual_seed(0)
-    return Generator(config).eval().requires_grad_(False), Coder(config).eval().requires_grad_(False)
+    generator = SpatialGenerator(TINY).eval().requires_grad_(False)
+    for layer in [generator.conv1, *generator.convs]:
+        layer.noise.weight.fill_(1)
+    return generator, SpatialEncoder(TINY).eval().requires_grad_(False)
 
 
-# ---- The network
+# ---- The networks
 
-def test_a_code_has_a_place_and_the_finest_maps_none():
+def test_a_code_has_a_place(monkeypatch):
     """Half of the code changed: the other half of the maps of 8 pixels stays, but for the filters' reach."""
-    generator, coder = networks()
-    mean, log_variance = coder.encode(torch.rand(3, 3, 64, 64) - 0.5)
-    assert mean.shape == log_variance.shape == (3, 4, CODE_SIDE, CODE_SIDE)
-    code = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    generator, encoder = networks()
+    mean, log_variance = encoder.distribution(torch.rand(3, 3, 64, 64) - 0.5)
+    assert mean.shape == log_variance.shape == (3, *TINY.code_shape) == (3, 4, 64)
+    code = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(1))
     other = code.clone()
-    other[..., :2] += 1
-    (_, maps), (_, changed) = coder.decode(code, generator), coder.decode(other, generator)
+    other.unflatten(2, (8, 8))[..., :2] += 1
+    drawn = []
+    monkeypatch.setattr(Generator, "synthesis", lambda self, w, maps: drawn.append(maps))
+    for one in (code, other):
+        generator.synthesis(one, "const")
+    maps, changed = drawn
     assert [list(m.shape) for m in maps] == [[1, 1, 4, 4], *[[1, 16, r, r] for r in (8, 8, 16, 16)],
                                              *[[1, 1, r, r] for r in (32, 32, 64, 64)]]
     for a, b in zip(maps[1:3], changed[1:3]):
@@ -46,21 +53,40 @@ def test_a_code_has_a_place_and_the_finest_maps_none():
     assert all(a is b for a, b in zip(maps[5:], own[5:])) and maps[0] is own[0]
 
 
-def test_finest_maps_are_drawn_anew_with_a_generator_of_random_numbers():
-    generator, coder = networks()
-    coder.fine_noise.data.copy_(torch.tensor([0.0, 1.0, 0.0, 2.0]))
-    code, own = torch.zeros(2, 4, 8, 8), generator.noise_maps("const")
-    _, maps = coder.decode(code, generator, torch.Generator().manual_seed(1))
+def test_only_the_finest_maps_are_noise_each_with_its_strength():
+    generator, _ = networks()
+    generator.fine_noise.copy_(torch.tensor([0.0, 1.0, 0.0, 2.0]))
+    own, maps = generator.noise_maps("const"), generator.random_maps(2, torch.Generator().manual_seed(1))
+    assert all(a is b for a, b in zip(maps[:5], own[:5]))
     added = [(m - mine).std().item() for m, mine in zip(maps[5:], own[5:])]
     assert added == [0, pytest.approx(1, rel=0.1), 0, pytest.approx(2, rel=0.1)]
     assert not torch.equal(maps[6][0], maps[6][1])
 
 
+def test_noise_adds_to_what_the_code_says():
+    """Own maps, new ones, none: three images of one code; the same list of maps, the same image."""
+    generator, encoder = networks()
+    code = encoder(torch.rand(1, 3, 64, 64) - 0.5)
+    const, none = generator.synthesis(code, "const"), generator.synthesis(code, None)
+    generator.fine_noise.fill_(0)
+    assert torch.equal(generator.synthesis(code), const) and not torch.equal(none, const)
+    assert torch.equal(generator.synthesis(code, generator.noise_maps("const")), const)
+    with pytest.raises(ValueError, match=r"code must be \[B, 4, 64\]"):
+        generator.synthesis(code[:, :2])
+
+
 def test_codes_start_with_the_same_small_variance():
-    _, coder = networks()
-    coder.to_code.weight.data.zero_()
-    mean, log_variance = coder.encode(torch.rand(1, 3, 64, 64))
+    _, encoder = networks()
+    encoder.to_code.weight.zero_()
+    mean, log_variance = encoder.distribution(torch.rand(1, 3, 64, 64))
     assert mean.abs().max() == 0 and (log_variance == -3).all()
+
+
+def test_samples_hang_on_the_seed_alone_and_on_psi():
+    generator, _ = networks()
+    three = generator.sample(3, seed=1)
+    assert three.shape == (3, 3, 64, 64) and torch.equal(three, generator.sample(3, seed=1))
+    assert not torch.equal(three, generator.sample(3, seed=2)) and not torch.equal(three, generator.sample(3, 0.5, 1))
 
 
 def test_too_few_channels_are_refused():
@@ -78,8 +104,8 @@ def test_two_clouds_are_told_apart_and_drawn_again():
     codes[:1000, 0] += 10
     labels = group(codes, 2)
     assert labels[:1000].unique().numel() == 1 and labels[1000:].unique().numel() == 1 and labels[0] != labels[-1]
-    prior = CodePrior(2, 6)
-    prior.fit(codes, torch.full_like(codes, 0.01))
+    prior = CodePrior(6, 2)
+    fit(prior, codes, torch.full_like(codes, 0.01))
     drawn = prior.draw(4000, torch.Generator().manual_seed(1))
     assert (drawn[:, 0] > 5).float().mean().item() == pytest.approx(1 / 3, abs=0.03)
     inside = drawn[drawn[:, 0] < 5]
@@ -93,11 +119,11 @@ def test_two_clouds_are_told_apart_and_drawn_again():
 def test_a_component_of_a_few_codes_gets_no_share_and_few_codes_give_one():
     codes = torch.randn(500, 4, generator=torch.Generator().manual_seed(2))
     codes[:10] += 100
-    prior = CodePrior(2, 4)
-    prior.fit(codes, torch.zeros_like(codes))
+    prior = CodePrior(4, 2)
+    fit(prior, codes, torch.zeros_like(codes))
     assert sorted(prior.share.tolist()) == [0, 1]
     assert prior.draw(200, torch.Generator().manual_seed(3)).max() < 10
-    prior.fit(codes[10:40], torch.zeros(30, 4))
+    fit(prior, codes[10:40], torch.zeros(30, 4))
     assert prior.share.tolist() == [1, 0]
     assert prior.draw(2000, torch.Generator().manual_seed(3)).mean(0) == pytest.approx(codes[10:40].mean(0), abs=0.15)
 
@@ -140,7 +166,7 @@ def test_with_the_adversary_half_of_the_images_are_new(gan_run, slices32, monkey
     assert set(stats) == {"distance", "nats", "adversarial", "features", "loss_d"}
     assert wanted[:2] == [4, 2]                      # reconstructions and samples; the slices that were reconstructed
     assert looked_at == [4, 4] and one.fitted == 4   # the discriminator: slices against both
-    assert one.prior.share.sum().item() == pytest.approx(1)
+    assert one.g.prior.share.sum().item() == pytest.approx(1)
 
 
 def test_a_run_resumes_to_the_bit_and_draws_the_same_heads(slices32, gan_run, tmp_path):
@@ -150,15 +176,15 @@ def test_a_run_resumes_to_the_bit_and_draws_the_same_heads(slices32, gan_run, tm
     assert run(tmp_path / "whole") == 0
     assert run(tmp_path / "parts", "--epochs", "1") == 0 and run(tmp_path / "parts") == 0
     whole, parts = (load_snapshot(tmp_path / name) for name in ("whole", "parts"))
-    assert set(whole.weights) == {"encoder", "generator", "discriminator", "generator_ema", "encoder_ema", "prior"}
+    assert set(whole.weights) == {"encoder", "generator", "discriminator", "generator_ema", "encoder_ema"}
     for network, weights in whole.weights.items():
         assert all(torch.equal(parts.weights[network][name], t) for name, t in weights.items()), network
     row = json.loads((tmp_path / "whole/stats.jsonl").read_text().splitlines()[-1])
     assert 0 < row["val_error_hu"] < 200 and row["swd"] > 0 and (tmp_path / "whole/samples-002.png").is_file()
     gan = ModelConfig(**load_snapshot(gan_run).meta["model"])
     assert ModelConfig(**whole.meta["model"]) == dataclasses.replace(gan, code_channels=4)
-    draw = load_samples(whole, torch.device("cpu"))
-    assert draw(3, 1.0, 0).shape == (3, 32, 32) and torch.equal(draw(3, 1.0, 0), draw(3, 1.0, 0))
-    assert not torch.equal(draw(3, 1.0, 0), draw(3, 1.0, 1))
+    generator = build_generator(ModelConfig(**whole.meta["model"]))
+    whole.restore({"generator_ema": generator})
+    assert generator.prior.share.sum().item() == pytest.approx(1) and generator.prior.mean.any()
     assert benchmark.main(["--run", str(tmp_path / "whole"), "--data", str(slices32), "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "figures.json").read_text())["slices"] == 8
