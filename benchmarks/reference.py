@@ -41,14 +41,14 @@ class ReferenceGenerator(Generator):
             x = _styled(self.convs[2 * i], x, w[2 * i + 1], maps[2 * i + 1])
             x = _styled(self.convs[2 * i + 1], x, w[2 * i + 2], maps[2 * i + 2])
             image = _to_rgb(to_rgb, x, w[2 * i + 3], image)
-        return image
+        return image if self.config.fold == 1 else _to_rgb(self.to_fine, x, w[-1], image)
 
 
 class ReferenceDiscriminator(Discriminator):
     """Discriminator whose trunk is the published one."""
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        x, stages = _conv_layer(self.convs[0], images), []
+        x, stages = _conv_layer(self.convs[0], F.pixel_unshuffle(images, self.config.fold)), []
         stages.append(x)
         for block in self.convs[1:]:
             y = _conv_layer(block.conv2, _conv_layer(block.conv1, x))
@@ -70,7 +70,7 @@ def _styled(layer, x, w, noise):
 
 
 def _to_rgb(layer: ToRGB, x, w, skip):
-    y = _modulated(layer.conv, x, w) + layer.bias
+    y = F.pixel_shuffle(_modulated(layer.conv, x, w) + layer.bias, layer.fold)
     return y if skip is None else y + plain_upfirdn2d(skip, layer.upsample.kernel, up=2, pad=(2, 1))
 
 

@@ -15,7 +15,6 @@ import csv
 import dataclasses
 import json
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,11 +29,14 @@ from scipy import ndimage
 
 import distributed
 import train
-from benchmarks import gpu
+import train_encoder
+from benchmarks import cohort, gpu
 from benchmarks.measure import REFERENCE, Row, bandwidth, medians, operations, rate, side_by_side, table
 from benchmarks.reference import ReferenceGenerator
 from detect.search import SearchSettings
-from model import Generator, ModelConfig
+from gan.inpainting import InpaintingTrainer
+from gan.snapshots import Snapshot
+from model import Discriminator, Generator, ModelConfig
 from op.median import median2d
 
 ROOT = Path(__file__).parent.parent
@@ -70,10 +72,34 @@ def generator_rows(repeats: int, config: ModelConfig, batch: int = 4) -> list[Ro
     return rows
 
 
-def training_rows(repeats: int) -> list[Row]:
-    config = dataclasses.replace(train.PRESETS["noise128"], batch=8)
-    return gpu.training_row("cpu training step, noise128", config, CPU, repeats, "4x", least_ratio=4,
-                            precisions=("fp32", "bf16"))
+def training_rows(repeats: int, preset: str = "noise128", precisions: tuple[str, ...] = ("fp32", "bf16")) -> list[Row]:
+    config = dataclasses.replace(train.PRESETS[preset], batch=8)
+    return gpu.training_row(f"cpu training step, {preset}", config, CPU, repeats, "4x", least_ratio=4,
+                            precisions=precisions)
+
+
+def encoder_row(repeats: int, preset: str = "ct128", model: ModelConfig | None = None) -> Row:
+    """A step of train_encoder.py of the recommended kind, in which what is hidden is drawn; with its adversary.
+
+    The reference is ours in float32.
+    """
+    model, config = model or train.PRESETS[preset].model(), train_encoder.PRESETS[preset]
+    meta = {"model": dataclasses.asdict(model), "data": {"settings": {"standardise": {"hu_clip": (-20.0, 100.0)}}}}
+    torch.manual_seed(0)
+    networks = {"generator_ema": Generator(model), "discriminator": Discriminator(model)}
+    gan = Snapshot(0, Path(), {name: net.state_dict() for name, net in networks.items()}, {}, meta)
+    brain = torch.zeros(config.batch, model.size, model.size, dtype=torch.bool)
+    middle = slice(model.size // 8, -model.size // 8)
+    brain[:, middle, middle] = True
+    slices = {"hu": torch.where(brain, 30 + 5 * torch.randn(brain.shape), -20.0), "brain": brain}
+    trainers = {name: InpaintingTrainer(dataclasses.replace(config, precision=precision), gan, CPU)
+                for name, precision in ((REFERENCE, "fp32"), ("bf16", "bf16"))}
+    samples = side_by_side({name: (lambda one=one: one.learn(slices, 1, True)) for name, one in trainers.items()}, CPU,
+                           repeats)
+    spent = medians(samples, 1000 / config.batch)
+    return Row(f"cpu encoder's training step, {preset}, bf16", "s/kimg", "measured", spent[REFERENCE], spent["bf16"],
+               note=f"batch {config.batch}, with the adversary, without R1 (1 step in {config.r1_every}); reference: "
+               "ours in fp32", samples=samples)
 
 
 def median_row(repeats: int, shape=(32, 256, 256), size: int = 19, planes: int = 2) -> Row:
@@ -95,7 +121,7 @@ def median_row(repeats: int, shape=(32, 256, 256), size: int = 19, planes: int =
                f"({best / spent['ours']:.1f}x); they and the unfold path timed on {planes} planes", samples)
 
 
-def scan_rows(repeats: int, model: Path = MODELS / "phantom-128", slices: int = 24, flags: tuple[str, ...] = ()
+def scan_rows(repeats: int, model: Path = MODELS / "head-128", slices: int = 24, flags: tuple[str, ...] = ()
               ) -> list[Row]:
     """projector.py on one scan as a process of its own, in bf16 and fp32 by turns: time, peak memory, quality."""
     samples: dict[str, dict[str, list[float]]] = {p: {} for p in ("fp32", "bf16")}
@@ -133,35 +159,48 @@ def project_scan(scan: Path, model: Path, out: Path, precision: str, flags: tupl
 
     Raises RuntimeError with its output when it fails.
     """
-    command = [sys.executable, str(ROOT / "projector.py"), str(scan), "--model", str(model), "--out", str(out),
-               "--device", "cpu", "--precision", precision, *flags]
-    start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as log:
-        process, peak_gb = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), 0.0
-        while process.poll() is None:
-            peak_gb = max(peak_gb, high_water_gb(process.pid))
-            time.sleep(0.05)
-        seconds = time.perf_counter() - start
-        if process.returncode:
-            log.seek(0)
-            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{log.read()[-2000:]}")
+    run = cohort.watched(cohort.projector(scan, model, out, ("--precision", precision, *flags)))
     with open(out / "scores.csv", newline="", encoding="utf-8") as f:
         (row,) = csv.DictReader(f)
-    return {"seconds": seconds, "peak_gb": peak_gb, "score": float(row["score"]),
-            "error_hu": float(row["error_hu"])}
+    return {"seconds": run.seconds, "cpu_seconds": run.cpu_seconds, "peak_gb": run.peak_gb,
+            "score": float(row["score"]), "error_hu": float(row["error_hu"])}
 
 
-def high_water_gb(pid: int) -> float:
-    """The most memory that a running process has held so far, GB; 0 where it has just ended.
+def cohort_rows(repeats: int, model: Path = MODELS / "head-128", scans: int = 12, size: int = 512, slices: int = 30
+                ) -> list[Row]:
+    """projector.py over a folder of scans, in one process: reading, networks and writing of successive scans overlap.
 
-    Not wait4's ru_maxrss: that counts what the parent held when it started the process.
+    The reference is a scan alone in a process of its own.
     """
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
-    return int(lines[0].split()[1]) / 2**20 if lines else 0.0                # kB; a zombie has none
+    samples: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        one, many = Path(folder) / "one", Path(folder) / "many"
+        for place in (one, many):
+            place.mkdir()
+        for number in range(scans):
+            write_head(many / f"head{number:03d}.nii.gz", slices, size, seed=number)
+        write_head(one / "head.nii.gz", slices, size)
+        for turn in range(repeats):
+            for who, place, count in ((REFERENCE, one, 1), ("cohort", many, scans)):
+                run = cohort.watched(cohort.projector(place, model, Path(folder) / f"{who}-{turn}"))
+                for key, value in (("", run.seconds / count), (" CPU", run.cpu_seconds / count),
+                                   (" first tenth GB", run.held_gb(0)), (" last tenth GB", run.held_gb(9)),
+                                   (" GB", run.peak_gb)):
+                    samples.setdefault(who + key, []).append(value)
+    middle = medians(samples)
+    what = f"{model.name}, {scans} scans"
+    note = f"{slices} slices of {size} x {size}; reference: one scan in a process of its own, start to end"
+    return [
+        Row(f"cpu cohort, {what}: time per scan", "s", "1.4 s on two cores", middle[REFERENCE], middle["cohort"], None,
+            middle["cohort"] <= 1.4, f"{note}; {3600 / middle['cohort']:.0f} scans an hour", samples),
+        Row(f"cpu cohort, {what}: CPU time per scan", "s", "2.8 s", middle[f"{REFERENCE} CPU"], middle["cohort CPU"],
+            None, middle["cohort CPU"] <= 2.8, note),
+        Row(f"cpu cohort, {what}: memory", "GB", "under 3 GB", middle[f"{REFERENCE} GB"], middle["cohort GB"], None,
+            middle["cohort GB"] < 3, f"{middle['cohort first tenth GB']:.2f} GB in the first tenth of the scans, "
+            f"{middle['cohort last tenth GB']:.2f} GB in the last"),
+        Row(f"cpu one scan alone, {model.name}", "s", "3 s", None, middle[REFERENCE], None, middle[REFERENCE] <= 3,
+            note),
+    ]
 
 
 def load_maps(out: Path) -> dict[str, np.ndarray]:
@@ -211,9 +250,12 @@ def ops512(device: torch.device, repeats: int) -> list[Row]:
 
 CPU_ROWS: dict[str, Callable[[int], list[Row]]] = {
     "generator": lambda repeats: generator_rows(repeats, ModelConfig(size=128)),
-    "training": training_rows,
+    "training": lambda repeats: training_rows(min(repeats, 3)),
+    "training-ct128": lambda repeats: training_rows(min(repeats, 3), "ct128", ("bf16",)),
+    "encoder": lambda repeats: [encoder_row(repeats)],
     "median": lambda repeats: [median_row(repeats)],
     "scan": lambda repeats: scan_rows(repeats) + scan_rows(repeats, MODELS / "ct-ich-128"),
+    "cohort": lambda repeats: cohort_rows(min(repeats, 3)),
     # The published search, 100 + 100 steps with votes: minutes a run in fp32, so it is run once
     "scan-published": lambda repeats: scan_rows(1, MODELS / "ct-ich-128", flags=("--preset", "published")),
 }

@@ -29,8 +29,9 @@ MAY_IMPORT = {                                                   # besides itsel
     "healthygan": {"op", "weights", "files", "ct", "gan", "dataset", "distributed", "config", "evaluation",
                    "detect.reconstruct"},
 }
-# Beyond the library: the phantom benchmark stands beside its baselines; the speed benchmark times train.py's own step
-ALSO = {"demos": {"benchmarks"}, "benchmarks": {"train", "healthygan"}}
+# Beyond the library: the phantom benchmark stands beside its baselines; the speed benchmark times
+# the trainings' own steps
+ALSO = {"demos": {"benchmarks"}, "benchmarks": {"train", "train_encoder", "healthygan"}}
 PACKAGES = ("op", "ct", "evaluation", "gan", "detect", "pacs")
 # Commands of their own; and a class that the released checkpoint holds
 MAY_USE_ARGPARSE = {"detect/report.py", "detect/released.py", "ct/mask.py", "pacs/__main__.py"}
