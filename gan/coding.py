@@ -5,7 +5,7 @@ training slices from a small code in space that an encoder makes of them (model.
 autoencoder whose information is held at code_nats (Burgess et al. 2018, arXiv:1804.03599); a prior over these codes
 (model.CodePrior) then gives new ones. In the last part an adversary looks at real slices, reconstructions and samples
 (Larsen et al. 2016, ICML, arXiv:1512.09300): samples become as sharp as slices, while reconstructions keep the
-generator to heads.
+generator to heads. The encoder must find a sample's code in it (in-domain loss): else samples of a level become alike.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import SliceDataset
 from gan.inpainting import InpaintingTrainer, weighted_distance
-from gan.losses import frozen, g_nonsaturating
+from gan.losses import frozen, g_nonsaturating, in_domain
 from gan.prior import fit
 from gan.quality import sliced_wasserstein
 from gan.snapshots import Snapshot
@@ -77,8 +77,10 @@ class CodeTrainer(InpaintingTrainer):
         loss, stats = distance + self.rate * nats, {"distance": distance, "nats": nats}
         if full:
             adversarial, features = self._looked_at(real, fake, seen)
-            loss = loss + self.config.adversarial * (adversarial + features)
-            stats |= {"adversarial": adversarial, "features": features}
+            with frozen(self.e):
+                domain = in_domain(code[seen:], self.e(fake[seen:]))
+            loss = loss + self.config.adversarial * (adversarial + features) + self.config.domain * domain
+            stats |= {"adversarial": adversarial, "features": features, "domain": domain}
         self._update(self.e_opt, loss)
         if full:
             stats |= self._discriminator_step(real, index, fake.detach())

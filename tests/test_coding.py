@@ -163,7 +163,7 @@ def test_with_the_adversary_half_of_the_images_are_new(gan_run, slices32, monkey
     monkeypatch.setattr(one.d, "features", lambda x: wanted.append(len(x)) or features(x))
     one.fitted = -10**6
     stats = one.learn(batch, 1, full=True)
-    assert set(stats) == {"distance", "nats", "adversarial", "features", "loss_d"}
+    assert set(stats) == {"distance", "nats", "adversarial", "features", "domain", "loss_d"}
     assert wanted[:2] == [4, 2]                      # reconstructions and samples; the slices that were reconstructed
     assert looked_at == [4, 4] and one.fitted == 4   # the discriminator: slices against both
     assert one.g.prior.share.sum().item() == pytest.approx(1)
