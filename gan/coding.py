@@ -1,11 +1,11 @@
 """Training of a generator that draws heads from random codes on few slices and little time: a VAE-GAN.
 
-A GAN alone has to find out what a head is from an adversary's hints. Here the generator first learns to draw the
-training slices from a small code in space that an encoder makes of them (model.SpatialEncoder), as a variational
-autoencoder whose information is held at code_nats (Burgess et al. 2018, arXiv:1804.03599); a prior over these codes
-(model.CodePrior) then gives new ones. In the last part an adversary looks at real slices, reconstructions and samples
-(Larsen et al. 2016, ICML, arXiv:1512.09300): samples become as sharp as slices, while reconstructions keep the
-generator to heads. The encoder must find a sample's code in it (in-domain loss): else samples of a level become alike.
+A GAN alone has to find out what a head is from an adversary's hints. Here the generator learns to draw the training
+slices from a small code in space that an encoder makes of them (model.SpatialEncoder), as a variational autoencoder
+whose information is held at code_nats (Burgess et al. 2018, arXiv:1804.03599); a prior over these codes
+(model.CodePrior) then gives new ones. In the last part an adversary asks for reconstructions as sharp as slices (Larsen
+et al. 2016, ICML, arXiv:1512.09300), and what draws these draws samples, too. Asked of the samples themselves, they
+become alike: nothing holds them to their codes (docs/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import SliceDataset
 from gan.inpainting import InpaintingTrainer, weighted_distance
-from gan.losses import frozen, g_nonsaturating, in_domain
+from gan.losses import frozen, g_nonsaturating
 from gan.prior import fit
 from gan.quality import sliced_wasserstein
 from gan.snapshots import Snapshot
 from model import Generator, build_generator
 
 OUTSIDE, INSIDE = 0.25, 3.0              # weight of a pixel outside and inside the brain
-RECONSTRUCTED = 0.5                      # of the adversary's view on reconstructions against that on samples
 STAGES = slice(1, 4)                     # of the discriminator, in which features of slices and reconstructions match
-RECENT, REFIT = 6144, 2000               # codes that the prior is fitted to; images from fit to fit
+RECENT = 6144                            # codes that the prior is fitted to
 AVERAGE = 3000                           # images, half-life of the averaged weights that samples are drawn with
 PACE = 0.01                              # per step, of the rate at which nats cost
 SHEET = 64
@@ -44,7 +43,7 @@ class CodeTrainer(InpaintingTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.g_ema, self.e_ema = (copy.deepcopy(net).requires_grad_(False) for net in (self.g, self.e))
-        self.rate, self.fitted = 5e-6, 0                             # what a nat costs; images seen at the prior's fit
+        self.rate = 5e-6                                             # what a nat costs
         self.recent = torch.empty(2, 0, math.prod(self.model.code_shape))     # means and variances, over all ranks
 
     def build_generator(self, gan: Snapshot) -> Generator:
@@ -55,32 +54,20 @@ class CodeTrainer(InpaintingTrainer):
         return generator
 
     def learn(self, slices: dict[str, torch.Tensor], index: int, full: bool) -> dict[str, torch.Tensor]:
-        """One step on hu [B, N, N], of the database, and brain bool [B, N, N]; `full` adds adversary and samples."""
+        """One step on hu [B, N, N], of the database, and brain bool [B, N, N]; `full` adds the adversary."""
         hu, brain, _ = self.augmented(slices["hu"].float(), slices["brain"])
         real, inside = encode(hu).to(self.device), brain.to(self.device).float()
-        if full and self.images_seen - self.fitted >= REFIT:
-            fit(self.g.prior, *self.recent)
-            self.fitted = self.images_seen
-        seen = len(real) - (len(real) // 2 if full else 0)
-        mean, log_variance = self.e.distribution(real[:seen])
+        mean, log_variance = self.e.distribution(real)
         code = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=self.rng).to(mean)
         nats = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2)).mean()
-        maps = "const"
-        if full:
-            drawn = self.g.prior.draw(len(real) - seen, self.rng).to(code)
-            code = torch.cat([code, drawn.reshape(-1, *self.model.code_shape)])
-            maps = self.g.random_maps(len(code), self.rng)
-        fake = self.g.synthesis(code, maps)
-        weight = OUTSIDE + (INSIDE - OUTSIDE) * inside[:seen]
-        distance = weighted_distance(real[:seen], fake[:seen], weight / weight.mean(), self.config.knee,
-                                     self.config.gradient)
+        fake = self.g.synthesis(code, self.g.random_maps(len(code), self.rng) if full else "const")
+        weight = OUTSIDE + (INSIDE - OUTSIDE) * inside
+        distance = weighted_distance(real, fake, weight / weight.mean(), self.config.knee, self.config.gradient)
         loss, stats = distance + self.rate * nats, {"distance": distance, "nats": nats}
         if full:
-            adversarial, features = self._looked_at(real, fake, seen)
-            with frozen(self.e):
-                domain = in_domain(code[seen:], self.e(fake[seen:]))
-            loss = loss + self.config.adversarial * (adversarial + features) + self.config.domain * domain
-            stats |= {"adversarial": adversarial, "features": features, "domain": domain}
+            adversarial, features = self._looked_at(real, fake)
+            loss = loss + self.config.adversarial * (adversarial + features)
+            stats |= {"adversarial": adversarial, "features": features}
         self._update(self.e_opt, loss)
         if full:
             stats |= self._discriminator_step(real, index, fake.detach())
@@ -88,17 +75,16 @@ class CodeTrainer(InpaintingTrainer):
         self._after(mean.detach(), log_variance.detach(), nats.detach())
         return stats
 
-    def _looked_at(self, real: torch.Tensor, fake: torch.Tensor, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The adversary's view on samples and reconstructions, and how far features of these are from the slices'."""
+    def _looked_at(self, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The adversary's view on reconstructions, and how far features of these are from the slices'."""
         with frozen(self.d):
             stages = self.d.features(fake)
             logits = self.d.final_linear(self.d.summary(stages))
             with torch.no_grad():
-                wanted = self.d.features(real[:seen])
-            apart = [(mine[:seen].float() - theirs.float()).abs().mean()
+                wanted = self.d.features(real)
+            apart = [(mine.float() - theirs.float()).abs().mean()
                      for mine, theirs in zip(stages[STAGES], wanted[STAGES])]
-        adversarial = g_nonsaturating(logits[seen:]) + RECONSTRUCTED * g_nonsaturating(logits[:seen])
-        return adversarial, torch.stack(apart).mean()
+        return g_nonsaturating(logits), torch.stack(apart).mean()
 
     def _after(self, mean: torch.Tensor, log_variance: torch.Tensor, nats: torch.Tensor) -> None:
         """Collective. The rate, the codes that the prior is fitted to, and the averaged weights."""
@@ -114,7 +100,7 @@ class CodeTrainer(InpaintingTrainer):
     @torch.no_grad()
     def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:
         """HU error in the brain of held-out scans, `swd` of as many samples to their slices; grids of both as PNG."""
-        fit(self.g_ema.prior, *self.recent)
+        fit(self.g_ema.prior, *self.recent)                          # only here is it used
         scans = [dataset.scan(s) for s in range(len(dataset.scan_ids))]
         hu = torch.cat([scan["hu"][::4] for scan in scans]).float().clamp(*self.range_hu)
         brain = torch.cat([scan["brain"][::4] for scan in scans])
@@ -134,8 +120,8 @@ class CodeTrainer(InpaintingTrainer):
         return super().modules() | {"generator_ema": self.g_ema, "encoder_ema": self.e_ema}
 
     def state(self) -> dict:
-        return super().state() | {"rate": self.rate, "fitted": self.fitted, "recent": self.recent}
+        return super().state() | {"rate": self.rate, "recent": self.recent}
 
     def load_state(self, state: dict) -> None:
         super().load_state(state)
-        self.rate, self.fitted, self.recent = state["rate"], state["fitted"], state["recent"]
+        self.rate, self.recent = state["rate"], state["recent"]

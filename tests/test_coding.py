@@ -10,6 +10,7 @@ import torch
 
 import train_encoder
 from benchmarks import samples as benchmark
+from ct.window import encode
 from dataset import SliceDataset
 from gan.coding import CodeTrainer
 from gan.prior import fit, group
@@ -154,19 +155,19 @@ def test_information_costs_more_while_the_code_holds_too_much(gan_run, slices32,
     assert one.rate == pytest.approx(5e-6 * (1.01005 if rises else 0.99005), rel=1e-5)
 
 
-def test_with_the_adversary_half_of_the_images_are_new(gan_run, slices32, monkeypatch):
+def test_the_adversary_looks_at_reconstructions_with_new_noise(gan_run, slices32, monkeypatch):
     one, batch = trainer(gan_run), slices(slices32)
     one.learn(batch, 0, full=False)
-    looked_at, wanted = [], []
-    judge, features = one.d.forward, one.d.features
-    monkeypatch.setattr(one.d, "forward", lambda x: looked_at.append(len(x)) or judge(x))
-    monkeypatch.setattr(one.d, "features", lambda x: wanted.append(len(x)) or features(x))
-    one.fitted = -10**6
+    drawn, looked_at = [], []
+    synthesis, judge = one.g.synthesis, one.d.forward
+    monkeypatch.setattr(one.g, "synthesis", lambda code, noise: drawn.append(noise) or synthesis(code, noise))
+    monkeypatch.setattr(one.d, "forward", lambda x: looked_at.append(x.detach()) or judge(x))
     stats = one.learn(batch, 1, full=True)
-    assert set(stats) == {"distance", "nats", "adversarial", "features", "domain", "loss_d"}
-    assert wanted[:2] == [4, 2]                      # reconstructions and samples; the slices that were reconstructed
-    assert looked_at == [4, 4] and one.fitted == 4   # the discriminator: slices against both
-    assert one.g.prior.share.sum().item() == pytest.approx(1)
+    assert set(stats) == {"distance", "nats", "adversarial", "features", "loss_d"}
+    own = one.g.noise_maps("const")
+    assert len(drawn) == 1 and [m is mine for m, mine in zip(drawn[0], own)] == [True] * 5 + [False] * (len(own) - 5)
+    slices_first, fakes = looked_at
+    assert torch.allclose(slices_first, encode(batch["hu"].float()), atol=1e-5) and not torch.equal(slices_first, fakes)
 
 
 def test_a_run_resumes_to_the_bit_and_draws_the_same_heads(slices32, gan_run, tmp_path):
@@ -185,6 +186,6 @@ def test_a_run_resumes_to_the_bit_and_draws_the_same_heads(slices32, gan_run, tm
     assert ModelConfig(**whole.meta["model"]) == dataclasses.replace(gan, code_channels=4)
     generator = build_generator(ModelConfig(**whole.meta["model"]))
     whole.restore({"generator_ema": generator})
-    assert generator.prior.share.sum().item() == pytest.approx(1) and generator.prior.mean.any()
+    assert generator.prior.share.sum().item() == pytest.approx(1) and generator.prior.mean.any()      # fitted
     assert benchmark.main(["--run", str(tmp_path / "whole"), "--data", str(slices32), "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "figures.json").read_text())["slices"] == 8
