@@ -106,6 +106,15 @@ def test_head(run, tmp_path):
         name for name in programs(commands) if name not in ("prepare.py", "latent_stats.py")]
 
 
+def test_heads(run, tmp_path):
+    work = str(tmp_path / "work")
+    commands = run("heads-128.sh", "slices.lmdb", work)
+    assert programs(commands) == ["train.py", "train_encoder.py", "benchmarks/samples.py"]
+    args = [parse(command) for command in commands]
+    assert [str(one.data) for one in args] == ["slices.lmdb"] * 3 and args[1].gan == args[0].out
+    assert args[1].preset == "heads128" and args[2].run == args[1].out
+
+
 def test_paper(run, tmp_path):
     work = str(tmp_path / "work")
     first = run("paper512.sh", "scans", work, PATIENTS="patients.csv", NODES="2", HEAD="node1")
