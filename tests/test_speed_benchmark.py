@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import train
-from benchmarks import cohort, gpu, speed
+from benchmarks import cohort, gpu, peer, speed
 from benchmarks.measure import REFERENCE, Row, medians, operations, side_by_side, table
 from benchmarks.reference import ReferenceDiscriminator, ReferenceGenerator
 from detect.search import SearchSettings
@@ -235,3 +236,11 @@ def test_the_cohorts_rows(stand_in):
     time_row, cpu, memory, alone = rows
     assert time_row.reference == alone.ours > time_row.ours > 0 and cpu.ours < time_row.ours
     assert "GB in the first tenth" in memory.note and memory.ours > 0.5
+
+
+# ---- Beside anomalib
+
+def test_without_anomalib_it_is_said_how_to_get_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "anomalib", None)
+    assert peer.main(["--data", str(tmp_path), "--scans", str(tmp_path)]) == 2
+    assert "pip install -r requirements.lock anomalib==2.7.0" in capsys.readouterr().err
