@@ -5,6 +5,7 @@
 
 hu   HU thresholds: how far a pixel lies above 55 HU, up to 95 HU where bone begins. Hyperdense findings only: healthy
      ventricles and sulci lie below 15 HU like what is ill, and a second threshold there costs more than it finds
+flat no reconstruction: the difference from one grey. Only calibrated does it say something: what is unusual at a place
 pca  principal components of the healthy slices at the same height; the residual of their reconstruction (detect/pca.py)
 dae  denoising autoencoder, a U-Net that takes coarse noise off (detect/autoencoder.py)
 
@@ -48,19 +49,21 @@ class HuFit:
     high_hu: float = option(95.0, "bone and its partial volume lie above")
 
 
-class HuThresholds(Fitted):
-    """Excess over low_hu, for pixels up to high_hu. Nothing is learnt: the thresholds are fresh blood's."""
+@dataclass(frozen=True)
+class FlatFit:
+    level_hu: float = option(30.0, "the grey of every place, about that of brain")
 
-    name, Settings, Fit = "hu", PcaSettings, HuFit
+
+class Unlearnt(Fitted):
+    """A baseline with nothing to learn, for slices of any size."""
+
+    Settings = PcaSettings
 
     def _fit(self, data: SliceDataset) -> None:
         """Nothing to learn."""
 
     def check_shapes(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> None:
         """Slices of any size will do."""
-
-    def _draw(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> torch.Tensor:
-        return torch.where(hu <= self.fitting.high_hu, hu.clamp(max=self.fitting.low_hu), hu)
 
     def state(self) -> dict[str, torch.Tensor]:
         return {"empty": torch.zeros(1)}                               # the format wants a tensor
@@ -69,7 +72,25 @@ class HuThresholds(Fitted):
         """Nothing was learnt."""
 
 
-KINDS: dict[str, type[Fitted]] = {"hu": HuThresholds, "pca": PositionPca, "dae": Autoencoder}
+class HuThresholds(Unlearnt):
+    """Excess over low_hu, for pixels up to high_hu; the thresholds are fresh blood's."""
+
+    name, Fit = "hu", HuFit
+
+    def _draw(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> torch.Tensor:
+        return torch.where(hu <= self.fitting.high_hu, hu.clamp(max=self.fitting.low_hu), hu)
+
+
+class Flat(Unlearnt):
+    """One grey as the closest normal of every slice."""
+
+    name, Fit = "flat", FlatFit
+
+    def _draw(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> torch.Tensor:
+        return torch.full_like(hu, self.fitting.level_hu)
+
+
+KINDS: dict[str, type[Fitted]] = {"hu": HuThresholds, "flat": Flat, "pca": PositionPca, "dae": Autoencoder}
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> Fitted:

@@ -1,7 +1,9 @@
 """What benchmarks that hold our projection against the baselines share: running, fitting, calibrating, remembering.
 
 A method is a function from a preprocessed scan to a baselines.ScoredScan. Ours is not one: projector.py runs as a user
-would run it, and its files are read.
+would run it, and its files are read. Every method has the same brain masks, the same measure and the same score: what
+differs is how the closest normal is drawn. Baselines are fitted to the training part of a database and calibrated on
+the healthy scans that it holds out; a bundle brings its calibration.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,28 +29,24 @@ from benchmarks.baselines import ScoredScan
 from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan
 from ct.read import ScanSource, find_scans, read_scan
 from ct.scan import Scan
-from ct.window import encode
+from ct.standardise import standardise
 from dataset import SliceDataset
 from detect import normative
-from detect.bundle import read_bundle_meta
+from detect.bundle import load_bundle, read_bundle_meta
 from detect.calibration import Fold, calibrate
 from detect.fitted import Fitted
-from detect.measure import Surprise
+from detect.measure import Measure, Surprise
 from detect.projection import project_frame
+from detect.reconstruct import Reconstructor
 from detect.settings import Settings
 from evaluation.cohort import read_volume
 from files import sha256
-from healthygan.scoring import difference
-from healthygan.weights import find_model
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS, HEALTHYGAN = "ours", "healthygan"
+OURS = "ours"
 NAMES = {OURS: "this project", "published": "published search and votes, our distance",
-         "dae": "denoising autoencoder",
-         "dae-calibrated": "denoising autoencoder, calibrated", "hu": "HU thresholds", "pca": "PCA by position",
-         "pca-calibrated": "PCA by position, calibrated", HEALTHYGAN: "HealthyGAN"}
-CALIBRATED = ("dae", "pca")     # what draws a closest normal stands in the table with its residual and calibrated
-BATCH = 16                      # slices in HealthyGAN's generator at a time
+         "dae": "denoising autoencoder", "hu": "HU above 55", "flat": "no reconstruction", "pca": "PCA by position"}
+SIGNIFICANT = 0.05              # a p below it gets a star
 Method = Callable[[Preprocessed], ScoredScan]
 
 
@@ -138,78 +136,80 @@ def calibrated(baseline: Fitted, held_out: SliceDataset, settings: Settings) -> 
     Raises ValueError where the scans are fewer than three.
     """
     scoring = settings.scoring if settings.measure == Surprise.name else None
-    _, fitted = calibrate([Fold(baseline, held_out)], Surprise(scoring, settings.mask), log=lambda line: None)
+    _, measure = calibrate([Fold(baseline, held_out)], Surprise(scoring, settings.mask), log=lambda line: None)
+    return functools.partial(assess, baseline, measure)
+
+
+def assess(reconstructor: Reconstructor, measure: Measure, pre: Preprocessed) -> ScoredScan:
+    """Map (signed surprise) and slice scores of a preprocessed scan."""
+    findings = project_frame(reconstructor, measure, *baselines.kept_slices(pre))[2]
+    return baselines.to_scan(pre, findings.anomaly, findings.slice_scores)
+
+
+def beside(path: Path, settings: Settings, preprocessing: PreprocessSettings,
+           device: torch.device) -> tuple[Method, str]:
+    """Another model bundle as a method, with its own calibration, and the hash of its weights.
+
+    settings, preprocessing: of our projection. Its surprises are counted and pooled as ours are, and it gets its own
+    HU range of the same slices. ValueError where its calibration does not allow that.
+    """
+    bundle = load_bundle(path, device)
+    own, ours = bundle.settings.scoring, settings.scoring
+    if bundle.settings.measure != settings.measure or any(
+            getattr(own, name) != getattr(ours, name) for name in ("median_at_512", "filter") if hasattr(ours, name)):
+        raise ValueError(f"--beside {path}: is calibrated for other residuals (measure, filter, median) than --model; "
+                         "calibrate it with the same (benchmarks/recalibrate.py)")
+    frames = [replace(one, standardise=replace(one.standardise, hu_clip=None, bone_apart=False))
+              for one in (bundle.preprocessing, preprocessing)]
+    if frames[0] != frames[1]:
+        raise ValueError(f"--beside {path}: takes slices of another size or frame than --model")
+    bundle = bundle.with_settings(replace(bundle.settings, scoring=ours, mask=settings.mask))
+    bundle.measure.check()
 
     def score_scan(pre: Preprocessed) -> ScoredScan:
-        """Map (signed surprise) and slice scores of a preprocessed scan."""
-        findings = project_frame(baseline, fitted, *baselines.kept_slices(pre))[2]
-        return baselines.to_scan(pre, findings.anomaly, findings.slice_scores)
+        seen = standardise(pre.slabs.scan, pre.brain, bundle.preprocessing.standardise)
+        return assess(bundle.reconstructor, bundle.measure, replace(pre, standardised=seen))
 
-    return score_scan
+    return score_scan, bundle.weights_hash
 
 
-def healthygan(path: Path, preprocessing: PreprocessSettings, device: torch.device) -> Method:
-    """A trained HealthyGAN as a method; its slice score is its own, the mean difference over the whole frame.
+def open_database(path: Path, flag: str, args: argparse.Namespace) -> SliceDataset:
+    """The training split of a database, that of `flag`. ValueError naming the flag that does not fit.
 
-    Raises ValueError unless it has learnt from slices that were prepared with these settings.
+    All that can be wrong with the methods is found here, before hours of work. args: of add_arguments.
     """
-    model = find_model(path)
-    if model.settings.kind != "slices" or PreprocessSettings.from_json(model.settings.slices) != preprocessing:
-        raise ValueError(f"--healthygan {path}: learnt from images, or from slices prepared in another way than those "
-                         "of --model; train it on a database with that model's settings")
-    generator = model.generator.to(device)
-    generator.compute_dtype = distributed.pick_precision("auto", device)
-
-    @torch.no_grad()
-    def score_scan(pre: Preprocessed) -> ScoredScan:
-        images = encode(baselines.kept_slices(pre)[0].round())
-        maps = torch.cat([difference(x, generator(x).y).cpu() for x in images.to(device).split(BATCH)]).float()
-        return baselines.to_scan(pre, maps, maps.mean((1, 2)))
-
-    return score_scan
-
-
-def open_database(args: argparse.Namespace) -> SliceDataset:
-    """The training split of args.database (of add_arguments). ValueError naming the flag that does not fit.
-
-    All that can be wrong with the methods is found here, before hours of work.
-    """
-    data = SliceDataset(args.database, "train")
-    refuse_other_data(read_bundle_meta(args.model)[0], args.model, data, "--database")
+    data = SliceDataset(path, "train")
+    refuse_other_data(read_bundle_meta(args.model)[0], args.model, data, flag)
     held_out = data.manifest["counts"]["val"]["scans"]
-    to_calibrate = [kind for kind in args.baselines if kind in CALIBRATED]
-    if to_calibrate and held_out < normative.MIN_SCANS:
-        raise ValueError(f"--database {args.database}: holds {held_out} held-out scans, but calibrating the baselines "
-                         f"{', '.join(to_calibrate)} needs {normative.MIN_SCANS}; prepare it with a larger "
+    if args.baselines and held_out < normative.MIN_SCANS:
+        raise ValueError(f"{flag} {path}: holds {held_out} held-out scans, but calibrating the baselines "
+                         f"{', '.join(args.baselines)} needs {normative.MIN_SCANS}; prepare it with a larger "
                          "--val-fraction, or leave them out of --baselines")
-    if args.healthygan:
-        find_model(args.healthygan)
+    names = [OURS, *args.baselines, *(bundle.resolve().name for bundle in args.beside)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--beside: {', '.join(twice)} is the name of two methods; give the folder another name")
+    for bundle in args.beside:
+        read_bundle_meta(bundle)
     return data
 
 
-def fits_folder(args: argparse.Namespace) -> Path:
-    return args.fits or args.out / "baselines"
+def make_methods(args: argparse.Namespace, data: SliceDataset, run: dict) -> tuple[dict[str, Method], str]:
+    """The methods beside ours by their names, and a hash of all that their results hang on.
 
-
-def make_methods(args: argparse.Namespace, fits: dict[str, Fitted],
-                 run: dict) -> tuple[dict[str, Method], str]:
-    """The methods beside ours by their keys in NAMES, and a hash of all that their results hang on.
-
-    fits: of fitted(). run: the run.json of our projection; calibrated baselines share its settings of the surprise.
+    data: of open_database(). run: the run.json of our projection, whose settings of the surprise all share.
     """
+    device, folder = distributed.pick_device(args.device), args.fits or args.out / "baselines"
     found: dict[str, Method] = {}
-    settings = Settings.from_json(run["settings"])
-    made_from = [sha256(fits_folder(args) / f"{kind}.safetensors") for kind in fits]
-    for kind, baseline in fits.items():
-        found[kind] = functools.partial(baselines.score_scan, baseline)
-        if kind in CALIBRATED:
-            held_out = SliceDataset(args.database, "val", check=False)
-            say(f"calibrating baseline {kind} on {len(held_out.scan_ids)} held-out scans")
-            found[f"{kind}-calibrated"] = calibrated(baseline, held_out, settings)
-    if args.healthygan:
-        found[HEALTHYGAN] = healthygan(args.healthygan, PreprocessSettings.from_json(run["preprocessing"]),
-                                       distributed.pick_device(args.device))
-        made_from.append(find_model(args.healthygan).weights_hash)
+    settings, preprocessing = Settings.from_json(run["settings"]), PreprocessSettings.from_json(run["preprocessing"])
+    made_from = []
+    for kind, baseline in fitted(args.baselines, data, folder, device).items():
+        held_out = SliceDataset(data.path, "val", check=False)
+        say(f"calibrating baseline {kind} on {len(held_out.scan_ids)} held-out scans")
+        found[kind] = calibrated(baseline, held_out, settings)
+        made_from.append(sha256(folder / f"{kind}.safetensors"))
+    for path in args.beside:
+        found[path.resolve().name], weights_hash = beside(path, settings, preprocessing, device)
+        made_from.append(weights_hash)
     return found, key_of(run["weights_sha256"], run["settings"], run["preprocessing"], list(found), made_from)
 
 
@@ -268,18 +268,20 @@ def key_of(*facts) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 # Command line and results
 
-def add_arguments(parser: argparse.ArgumentParser, data: str) -> None:
-    """The arguments that the benchmarks on real scans share; data: the help of --data."""
+def add_arguments(parser: argparse.ArgumentParser, database: str) -> None:
+    """The arguments that the benchmarks share; database: the flag of the database that the baselines learn from."""
     add = parser.add_argument
-    add("--data", type=Path, required=True, help=data)
-    add("--database", type=Path, required=True, help="the database that the model was trained on, for the baselines")
+    add(database, type=Path, required=True,
+        help="the database that the model was trained or calibrated on, for the baselines")
     add("--model", type=Path, required=True, help="model bundle")
     add("--out", type=Path, required=True, help="folder for results and figures")
-    add("--baselines", nargs="*", choices=list(baselines.KINDS), default=["dae", "pca", "hu"], metavar="KIND",
+    add("--baselines", nargs="*", choices=list(baselines.KINDS), default=list(baselines.KINDS), metavar="KIND",
         help=f"of {', '.join(baselines.KINDS)} (default all)")
     add("--fits", type=Path, metavar="FOLDER",
         help="where KIND.safetensors of the baselines are kept, or taken from (default OUT/baselines)")
-    add("--healthygan", type=Path, metavar="MODEL", help="a HealthyGAN's model or run folder, to stand beside them")
+    add("--beside", type=Path, nargs="*", default=[], metavar="BUNDLE",
+        help="further model bundles, of any method, each with its own calibration, scored as that of --model is; "
+             "named after their folders")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
 
@@ -295,11 +297,22 @@ def run_command(benchmark: Callable[[argparse.Namespace], int], args: argparse.N
         return 130
 
 
+def name_of(method: str) -> str:
+    """As the tables call it; a bundle by its folder's name."""
+    return NAMES.get(method, method)
+
+
 def shown(value, digits: int = 2) -> str:
     """A figure, an interval, or a dash where the data do not define it (metrics.json says why)."""
     if isinstance(value, str):
         return "-"
     return f"{value[0]:.{digits}f}-{value[1]:.{digits}f}" if isinstance(value, tuple) else f"{value:.{digits}f}"
+
+
+def differs(tested: dict) -> str:
+    """A star where p_holm is SIGNIFICANT."""
+    p = tested.get("p_holm", "")
+    return "" if isinstance(p, str) or p >= SIGNIFICANT else "*"
 
 
 def write_figures(out: Path, figures: dict, table: str) -> None:

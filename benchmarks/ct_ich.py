@@ -1,21 +1,22 @@
-"""How well haemorrhage is detected on CT-ICH: ours, the published search, and simple baselines.
+"""How well haemorrhage is detected on CT-ICH: ours, other model bundles, and simple baselines, by one calibration.
 
     python benchmarks/ct_ich.py --data ct-ich --database healthy.lmdb --model models/head-128 --out runs/ct-ich
 
 --data is a folder with the scans in folders named after their split, and two tables: scans.csv (scan_id, split, label,
 and if there are any types, separated by '|', and patient) and slices.csv (scan_id, slice from 0 upwards, label, types).
 Writes to --out metrics.json (every figure) and table.md. Every scan's result is kept, so that the same command goes on
-where it was stopped. The published search takes minutes per scan on a CPU; --rows without a value leaves it out.
+where it was stopped.
 
 Nothing is chosen on the scans that are reported on:
   ours        projector.py with the settings of the bundle, and its own scan score
-  published   projector.py --preset published
-  baselines   fitted to the training split of --database; slice score: mean of the map over the brain; scan score: mean
-              of the slice scores. 'calibrated': the residual as a surprise, told in the residuals of the database's
-              held-out scans, counted and pooled to slices and scan as ours
+  published   with --rows published: projector.py --preset published, minutes per scan on a CPU; its own score, by votes
+  baselines   fitted to the training split of --database, calibrated on the scans it holds out, scored as ours
+  --beside    further bundles, with their own calibration, scored as ours
 All get the same brain masks. Intervals and tests go by patient (the scan where no patient is given): DeLong's, for
-slices with Obuchowski's variance, and a bootstrap of patients. A slice that was not projected has the score 0. A scan
-without slice labels counts among scans alone. Seconds are from the file to the scores; ours include writing its maps.
+slices with Obuchowski's variance, and a bootstrap of patients. p are of paired DeLong tests against ours, corrected by
+Holm for the number of methods, and in the table by type for that of methods and types. A slice that was not projected
+has the score 0. A scan without slice labels counts among scans alone. Seconds are from the file to the scores; ours
+include writing its maps.
 
 Exit codes: 0 done, 2 wrong usage, 3 some scans failed; they are named and left out of every row.
 """
@@ -33,9 +34,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-import distributed  # noqa: E402
 from benchmarks import compare  # noqa: E402
-from benchmarks.compare import NAMES, OURS, Method, shown  # noqa: E402
+from benchmarks.compare import OURS, SIGNIFICANT, Method, differs, name_of, shown  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from ct.read import ScanSource, find_scans  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
@@ -45,7 +45,6 @@ from evaluation.metrics import Undefined, defined  # noqa: E402
 from files import sha256  # noqa: E402
 
 ROWS = {OURS: (), "published": ("--preset", "published")}            # further flags of projector.py
-POOLING = "mean"                # from a baseline's slice scores to its scan score
 
 
 @dataclass(frozen=True)
@@ -110,13 +109,12 @@ def measure(source: ScanSource, results: Path, preprocessing: PreprocessSettings
             own: str) -> dict[str, np.ndarray]:
     """METHOD_slices [S], METHOD_score and METHOD_seconds of the methods beside ours. results: the scan's folder.
 
-    own: how ours makes a scan's score, and so the calibrated baselines.
+    own: how ours makes a scan's score, and so the others.
     """
     done = compare.run_methods(source, results, preprocessing, methods)
     found = {}
     for name, scored in done.scored.items():
-        how = own if name.endswith("-calibrated") else POOLING
-        found |= {f"{name}_slices": scored.slice_scores, f"{name}_score": scored.scan_score(how),
+        found |= {f"{name}_slices": scored.slice_scores, f"{name}_score": scored.scan_score(own),
                   f"{name}_seconds": done.seconds[name]}
     return found
 
@@ -173,7 +171,9 @@ def collect(split: str, labels: dict[str, Label], slice_labels: dict[str, dict[i
 Units = tuple[np.ndarray, np.ndarray, np.ndarray]      # scores, labels, patients, [n] each
 
 
-def scan_units(cases: list[Case], method: str) -> Units:
+def scan_units(cases: list[Case], method: str, kind: str | None = None) -> Units:
+    """Of all scans; with a kind, of the normal ones and those with this type of haemorrhage."""
+    cases = [case for case in cases if kind is None or not case.label.label or kind in case.label.types]
     return (np.array([case.scores[method] for case in cases]), np.array([case.label.label for case in cases]),
             np.array([case.label.patient for case in cases]))
 
@@ -187,11 +187,14 @@ def slice_units(cases: list[Case], method: str, kind: str | None = None) -> Unit
 
 
 def ranking(scores: np.ndarray, labels: np.ndarray, patients: np.ndarray) -> dict:
-    """AUC with both intervals; a figure that these units do not define is 'undefined: <why>'."""
+    """AUC with DeLong's interval; a figure that these units do not define is 'undefined: <why>'."""
     return {"abnormal": int((labels == 1).sum()), "normal": int((labels == 0).sum()),
             "auc": defined(metrics.auc, scores, labels),
-            "auc_delong": defined(metrics.delong_interval, scores, labels, patients),
-            "auc_bootstrap": defined(metrics.bootstrap_interval, metrics.auc, scores, labels, patients)}
+            "auc_delong": defined(metrics.delong_interval, scores, labels, patients)}
+
+
+def bootstrap(scores: np.ndarray, labels: np.ndarray, patients: np.ndarray) -> tuple[float, float] | str:
+    return defined(metrics.bootstrap_interval, metrics.auc, scores, labels, patients)
 
 
 def against_ours(ours: Units, other: Units) -> float | str:
@@ -201,18 +204,26 @@ def against_ours(ours: Units, other: Units) -> float | str:
 
 def report(cases: list[Case], methods: list[str]) -> dict:
     """The figures of metrics.json; methods begins with ours."""
-    found = {}
-    for method in methods:
-        scans, slices = scan_units(cases, method), slice_units(cases, method)
-        found[method] = {"scan": ranking(*scans), "slice": ranking(*slices),
-                         "seconds_a_scan": float(np.mean([case.seconds[method] for case in cases]))}
-        if method != OURS:
-            found[method] |= {"p_scan": against_ours(scan_units(cases, OURS), scans),
-                              "p_slice": against_ours(slice_units(cases, OURS), slices)}
+    found = {method: {"seconds_a_scan": float(np.mean([case.seconds[method] for case in cases]))} for method in methods}
     types = sorted({kind for case in cases for kind in case.label.types})
-    by_type = {kind: {"scan": ranking(*scan_units([c for c in cases if not c.label.label or kind in c.label.types],
-                                                  OURS)),
-                      "slice": ranking(*slice_units(cases, OURS, kind))} for kind in types}
+    by_type: dict[str, dict] = {kind: {method: {} for method in methods} for kind in types}
+    for level, units in (("scan", scan_units), ("slice", slice_units)):
+        all_units = {method: units(cases, method) for method in methods}
+        tests = {method: against_ours(all_units[OURS], all_units[method]) for method in methods[1:]}
+        corrected = metrics.holm(tests)
+        for method in methods:
+            found[method][level] = ranking(*all_units[method]) | {"auc_bootstrap": bootstrap(*all_units[method])}
+            if method != OURS:
+                found[method][level] |= {"p": tests[method], "p_holm": corrected[method]}
+        tests = {}
+        for kind in types:
+            of_kind = {method: units(cases, method, kind) for method in methods}
+            tests |= {(kind, method): against_ours(of_kind[OURS], of_kind[method]) for method in methods[1:]}
+            for method in methods:
+                by_type[kind][method][level] = ranking(*of_kind[method])
+        corrected = metrics.holm(tests)
+        for kind, method in tests:
+            by_type[kind][method][level] |= {"p": tests[kind, method], "p_holm": corrected[kind, method]}
     return {"methods": found, "types": by_type,
             "without_slice_labels": [case.scan_id for case in cases if not case.slice_labels],
             "scans": {case.scan_id: {"split": case.split, "label": case.label.label, "types": list(case.label.types),
@@ -220,27 +231,27 @@ def report(cases: list[Case], methods: list[str]) -> dict:
 
 
 def table(figures: dict) -> str:
-    """Markdown: a row a method; then a row a type of haemorrhage, ours; then what is to be known."""
+    """Markdown: a row a method; then a row a type of haemorrhage, methods side by side; then what is to be known."""
     methods, splits = figures["methods"], figures["splits"]
     of = {level: methods[OURS][level] for level in ("scan", "slice")}
     lines = [f"{of['scan']['abnormal']} scans with haemorrhage and {of['scan']['normal']} without, "
              f"{of['slice']['abnormal']} slices with and {of['slice']['normal']} without ({', '.join(splits)}).", "",
-             "| method | scan AUC | DeLong 95 % | bootstrap 95 % | slice AUC | DeLong 95 % | bootstrap 95 % | s a scan "
-             "| p, scan | p, slice |", "| --- " * 10 + "|"]
+             "| method | scan AUC | DeLong 95 % | bootstrap 95 % | slice AUC | DeLong 95 % | bootstrap 95 % | "
+             "seconds per scan | p, scan | p, slice |", "| --- " * 10 + "|"]
     for method, f in methods.items():
         cells = [shown(f[level][figure]) for level in of for figure in ("auc", "auc_delong", "auc_bootstrap")]
-        tests = [shown(f[p], 3) if p in f else "" for p in ("p_scan", "p_slice")]
-        lines.append(f"| {' | '.join([NAMES[method], *cells, format(f['seconds_a_scan'], '.1f'), *tests])} |")
+        tests = [shown(f[level]["p_holm"], 3) if method != OURS else "" for level in of]
+        lines.append(f"| {' | '.join([name_of(method), *cells, format(f['seconds_a_scan'], '.1f'), *tests])} |")
     if figures["types"]:
-        lines += ["", "| type, ours | scans | scan AUC | DeLong 95 % | slices | slice AUC | DeLong 95 % |",
-                  "| --- " * 7 + "|"]
-    for kind, f in figures["types"].items():
-        cells = [text for level in of for text in (str(f[level]["abnormal"]), shown(f[level]["auc"]),
-                                                   shown(f[level]["auc_delong"]))]
-        lines.append(f"| {' | '.join([kind, *cells])} |")
-    notes = ["p: paired DeLong test against ours, two-sided; not corrected for the number of methods.",
-             f"Scan score from slice scores: ours and calibrated baselines "
-             f"{figures['settings']['scan_score']}, others {POOLING}."]
+        columns = ["type", "scans", "slices", *map(name_of, methods)]
+        lines += ["", "Scan AUC / slice AUC by type:", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    for kind, by_method in figures["types"].items():
+        counts = [str(by_method[OURS][level]["abnormal"]) for level in of]
+        cells = [" / ".join(shown(f[level]["auc"]) + differs(f[level]) for level in of) for f in by_method.values()]
+        lines.append(f"| {' | '.join([kind, *counts, *cells])} |")
+    notes = [f"p: paired DeLong test against ours, two-sided, Holm's correction for {len(methods) - 1} methods; by "
+             f"type, *: p < {SIGNIFICANT} after the correction for all methods and types.",
+             f"Scan score from slice scores: {figures['settings']['scan_score']}."]
     if figures["without_slice_labels"]:
         notes.append(f"Without slice labels, so among scans alone: {', '.join(figures['without_slice_labels'])}.")
     if figures["failed"]:
@@ -256,16 +267,15 @@ def benchmark(args: argparse.Namespace) -> int:
     """Every stage, each going on from what it kept; returns the exit code. Raises ValueError."""
     splits = {split: read_split(args.data, split) for split in args.split}
     slice_labels = read_slice_labels(args.data)
-    data = compare.open_database(args)
+    data = compare.open_database(args.database, "--database", args)
     refuse_seen([scan_id for labels, _ in splits.values() for scan_id in labels], data)
-    fits = compare.fitted(args.baselines, data, compare.fits_folder(args), distributed.pick_device(args.device))
     rows, runs = [OURS, *args.rows], {}
     for split in splits:
         for row in rows:
             runs[split, row] = compare.project(args.data / split, args.model, args.out / split / row, args.device,
                                                ROWS[row], f"{split}, {row}")
     run = runs[args.split[0], OURS]
-    methods, key = compare.make_methods(args, fits, run)
+    methods, key = compare.make_methods(args, data, run)
     preprocessing, cases, failed = PreprocessSettings.from_json(run["preprocessing"]), [], {}
     for split, (labels, sources) in splits.items():
         folder = args.out / split
@@ -288,12 +298,14 @@ def benchmark(args: argparse.Namespace) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    compare.add_arguments(parser, "folder with scans.csv, slices.csv and a folder of scans for each split")
+    parser.add_argument("--data", type=Path, required=True,
+                        help="folder with scans.csv, slices.csv and a folder of scans for each split")
+    compare.add_arguments(parser, "--database")
     parser.add_argument("--split", nargs="+", default=["test"], metavar="SPLIT",
                         help="of scans.csv, one or more, reported on together (default test)")
     others = [row for row in ROWS if row != OURS]
-    parser.add_argument("--rows", nargs="*", choices=others, default=others, metavar="ROW",
-                        help=f"of ours besides the bundle's own settings: {', '.join(others)} (default all)")
+    parser.add_argument("--rows", nargs="*", choices=others, default=[], metavar="ROW",
+                        help=f"of ours besides the bundle's own settings: {', '.join(others)} (default none)")
     return parser.parse_args(argv)
 
 

@@ -179,8 +179,8 @@ def methods(args: argparse.Namespace, preprocessing: dict) -> dict[str, Reconstr
             found[f"{folder.name}, from surroundings alone"] = from_surroundings(bundle.reconstructor)
     for path in args.baseline:
         baseline = baselines.load(path, device)
-        if isinstance(baseline, baselines.HuThresholds):
-            raise ValueError(f"--baseline {path}: hu draws no closest normal; expected pca or dae")
+        if isinstance(baseline, baselines.Unlearnt):
+            raise ValueError(f"--baseline {path}: {baseline.name} draws no closest normal; expected pca or dae")
         _check_preprocessing(baseline.trained_on["data"]["settings"], preprocessing, f"--baseline {path}")
         kind = next(kind for kind, cls in baselines.KINDS.items() if type(baseline) is cls)
         found[compare.NAMES[kind]] = of(baseline)

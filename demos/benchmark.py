@@ -1,9 +1,9 @@
-"""How well emergencies are found in phantoms never seen, by the shipped model and by simple baselines beside it.
+"""How well emergencies are found in phantoms never seen: the shipped model, other bundles, and simple baselines.
 
     python demos/benchmark.py --model models/phantom-128 --data healthy.lmdb --out runs/phantom-benchmark
 
 Makes phantoms with seeds of their own, projects them, fits the baselines to the database the model was trained on,
-measures all of them on the same brain masks, and writes to --out
+calibrates them on the scans it holds out, measures all on the same brain masks, and writes to --out
 
     metrics.json, table.md   every figure; the table, which is printed as well
     examples.png             one scan of each kind: query, closest normal, anomaly, query with the truth in red
@@ -15,9 +15,11 @@ What the figures are. All of them are taken in the scan's own geometry and in th
   slice AUC   slices with at least 25 mm2 of truth against slices without any, intervals by scan (Obuchowski)
   pixel AP    average precision of |anomaly map| against the truth, over all brain pixels of the emergencies (of one
               kind) together; a random map would have the share of the truth
-  Dice        mean over scans of |anomaly map| above a threshold against the whole truth, inside the mask or not
-A method's threshold, and how a baseline's slice scores become a scan's, is what serves it best on tuning phantoms of
-further seeds. Ours keeps the scan score of scores.csv; 'shipped mask' is the Dice of its mask.nii.gz.
+  Dice        mean over scans of |anomaly map| above the model's surprise_mask against the whole truth, inside the mask
+              or not. A surprise means the same for every method, so one threshold serves all
+  p           paired DeLong test of the scan AUC against ours, corrected by Holm for the number of methods, and by kind
+              for that of methods and kinds
+Nothing is chosen on these phantoms. 'Shipped mask' is the Dice of our mask.nii.gz.
 
 Exit codes: 0 done, 2 wrong usage.
 """
@@ -25,7 +27,6 @@ Exit codes: 0 done, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 from pathlib import Path
@@ -36,9 +37,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-import distributed  # noqa: E402
-from benchmarks import baselines, compare  # noqa: E402
-from benchmarks.compare import Progress, fitted, say  # noqa: E402
+from benchmarks import compare  # noqa: E402
+from benchmarks.compare import Method, Progress, say  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from ct.picture import RESIDUAL_FULL_HU, overlay_panels  # noqa: E402
 from ct.read import ScanSource, find_scans  # noqa: E402
@@ -46,9 +46,7 @@ from dataset import SliceDataset  # noqa: E402
 from demos.figures import OURS, Case, Cohort, count_levels, example_sheet, report, table, typical  # noqa: E402
 from demos.phantom import Job, make_cohort, plan  # noqa: E402
 from detect import normative  # noqa: E402
-from detect.bundle import read_bundle_meta  # noqa: E402
 from evaluation.cohort import Key, read_scores, read_table, read_truth, read_volume, seconds_by_scan  # noqa: E402
-from files import sha256  # noqa: E402
 
 FIRST_SEED = 1_000_000          # cohorts to learn from have smaller seeds
 LARGEST = 10_000                # scans of a group
@@ -83,14 +81,13 @@ def project(folder: Path, model: Path, device: str) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 # One scan: everything the figures need, in a few numbers
 
-def measure(source: ScanSource, folder: Path, preprocessing: PreprocessSettings,
-            fits: dict[str, baselines.Fitted], ours: dict[Key, float]) -> dict[str, np.ndarray]:
+def measure(source: ScanSource, folder: Path, preprocessing: PreprocessSettings, methods: dict[str, Method],
+            ours: dict[Key, float]) -> dict[str, np.ndarray]:
     """One scan's counts and scores: truth_mm2 [S], shown [S], and for each method levels, slices [S] and seconds.
 
     ours: the projector's slice scores. Raises ValueError where the brain masks of methods differ.
     """
     scan_id, results = source.scan_id, folder / "results" / source.scan_id
-    methods = {kind: functools.partial(baselines.score_scan, baseline) for kind, baseline in fits.items()}
     done = compare.run_methods(source, results, preprocessing, methods)
     scan, pre, brain = done.scan, done.pre, done.brain
     weighted, affine = read_volume(results / "anomaly.nii.gz")
@@ -102,19 +99,18 @@ def measure(source: ScanSource, folder: Path, preprocessing: PreprocessSettings,
              "truth_pixels": truth.sum(), "mask_pixels": lesion.sum(), "mask_hits": (lesion & truth).sum(),
              f"{OURS}_levels": count_levels(weighted, truth, brain),
              f"{OURS}_slices": np.array([ours[scan_id, i] for i in range(len(brain))])}
-    for kind, scored in done.scored.items():
-        found |= {f"{kind}_levels": count_levels(scored.anomaly, truth, brain), f"{kind}_slices": scored.slice_scores,
-                  f"{kind}_seconds": done.seconds[kind]}
+    for name, scored in done.scored.items():
+        found |= {f"{name}_levels": count_levels(scored.anomaly, truth, brain), f"{name}_slices": scored.slice_scores,
+                  f"{name}_seconds": done.seconds[name]}
     return found
 
 
-def measure_all(folder: Path, chosen: list[Case], run: dict, fits: dict[str, baselines.Fitted],
-                files: list[Path]) -> tuple[Cohort, dict[str, str]]:
-    """measure() of every scan, read from measures/ID.npz where it was made with the same weights.
+def measure_all(folder: Path, chosen: list[Case], run: dict, methods: dict[str, Method],
+                key: str) -> tuple[Cohort, dict[str, str]]:
+    """measure() of every scan, read from measures/ID.npz where it was made with the same key.
 
-    files: the weights of the baselines. Also returns why scans are left out: id -> the projector's reason.
+    Also returns why scans are left out: id -> the projector's reason.
     """
-    key = compare.key_of(run["weights_sha256"], run["settings"], run["preprocessing"], *map(sha256, files))
     preprocessing = PreprocessSettings.from_json(run["preprocessing"])
     projected = {row["scan_id"]: row for row in read_table(folder / "results" / "scores.csv", ("scan_id", "status"))}
     failed = {c.scan_id: projected[c.scan_id]["reason"] for c in chosen if projected[c.scan_id]["status"] != "ok"}
@@ -122,11 +118,11 @@ def measure_all(folder: Path, chosen: list[Case], run: dict, fits: dict[str, bas
     seconds = seconds_by_scan(folder / "results" / "seconds.csv")
     sources = {source.scan_id: source for source in find_scans(folder / "scans")}
     done = [case for case in chosen if case.scan_id not in failed]
-    measures, progress = [], Progress(f"measures of {folder.name}", len(done))
+    measures, progress = [], Progress("measures", len(done))
     for case in done:
         kept, fresh = compare.remembered(
             folder / "measures" / f"{case.scan_id}.npz", key,
-            lambda: measure(sources[case.scan_id], folder, preprocessing, fits, ours))  # noqa: B023 - called at once
+            lambda: measure(sources[case.scan_id], folder, preprocessing, methods, ours))  # noqa: B023 - called at once
         score = float(projected[case.scan_id]["score"])
         measures.append(kept | {f"{OURS}_score": score, f"{OURS}_seconds": seconds[case.scan_id]})
         progress.line(case.scan_id, fresh)
@@ -156,31 +152,23 @@ def example(scan_id: str, folder: Path, full: float) -> Image.Image:
 
 def benchmark(args: argparse.Namespace) -> int:
     """Every stage, each going on from what it kept; returns the exit code. Raises ValueError."""
-    data = SliceDataset(args.data, "train")
-    compare.refuse_other_data(read_bundle_meta(args.model)[0], args.model, data, "--data")
-    folders = {"test": args.out / "test", "tune": args.out / "tune"}
-    counts = {"test": (args.healthy, args.emergency), "tune": (args.tune_healthy, args.tune_emergency)}
-    seeds = {name: FIRST_SEED + 2 * args.seed + i for i, name in enumerate(folders)}
-    jobs = {name: plan(*counts[name], seeds[name], folder) for name, folder in folders.items()}
-    print(f"cohorts of the seeds {seeds['test']} and {seeds['tune']}; those below {FIRST_SEED} are to learn from")
+    data = compare.open_database(args.data, "--data", args)
+    folder, seed = args.out / "test", FIRST_SEED + 2 * args.seed
+    jobs = plan(args.healthy, args.emergency, seed, folder)
+    print(f"a cohort of the seed {seed}; those below {FIRST_SEED} are to learn from")
     if args.training_labels:
-        refuse_seen([*jobs["test"], *jobs["tune"]], args.training_labels, data)
-    for name, folder in folders.items():
-        make_cohort(*counts[name], seeds[name], folder, nifti=True, workers=args.workers, log=say)
-    run = {name: project(folder, args.model, args.device) for name, folder in folders.items()}["test"]
-    fits = fitted(args.baselines, data, args.out / "baselines", distributed.pick_device(args.device))
-    files = [args.out / "baselines" / f"{kind}.safetensors" for kind in fits]
-    cohorts, failed = {}, {}
-    for name, folder in folders.items():
-        cases = [Case(job.scan_id, job.kind) for job in jobs[name]]
-        cohorts[name], failed[name] = measure_all(folder, cases, run, fits, files)
-    figures = report(cohorts["test"], cohorts["tune"], [OURS, *fits], run["settings"]["scan_score"])
+        refuse_seen(jobs, args.training_labels, data)
+    make_cohort(args.healthy, args.emergency, seed, folder, nifti=True, workers=args.workers, log=say)
+    run = project(folder, args.model, args.device)
+    methods, key = compare.make_methods(args, data, run)
+    cohort, failed = measure_all(folder, [Case(job.scan_id, job.kind) for job in jobs], run, methods, key)
+    figures = report(cohort, [OURS, *methods], run["settings"]["scan_score"], run["settings"]["mask"]["surprise_mask"])
     figures |= {"failed": failed, "model": run["model"], "weights_sha256": run["weights_sha256"],
-                "settings": run["settings"], "seeds": seeds, "counts": counts, "versions": run["versions"],
-                "checked_against_training_seeds": args.training_labels is not None}
-    shown = typical(cohorts["test"])
+                "database": data.manifest["digest"], "settings": run["settings"], "seed": seed,
+                "versions": run["versions"], "checked_against_training_seeds": args.training_labels is not None}
+    shown = typical(cohort)
     full = normative.HIGHEST if run["settings"]["measure"] == "surprise" else RESIDUAL_FULL_HU
-    sheet = example_sheet({kind: example(scan_id, folders["test"], full) for kind, scan_id in shown.items()})
+    sheet = example_sheet({kind: example(scan_id, folder, full) for kind, scan_id in shown.items()})
     sheet.savefig(args.out / "examples.png", facecolor=sheet.get_facecolor())
     compare.write_figures(args.out, figures, table(figures))
     return 0
@@ -189,25 +177,18 @@ def benchmark(args: argparse.Namespace) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="model bundle, such as models/phantom-128")
-    add("--data", type=Path, required=True, help="the database it was trained on, for the baselines")
-    add("--out", type=Path, required=True, help="folder for phantoms, results and figures")
+    compare.add_arguments(parser, "--data")
     add("--training-labels", type=Path, metavar="CSV",
         help="labels.csv of the cohort the model was trained on: refuse to go on if a phantom is in both")
-    add("--healthy", type=int, default=40, help="healthy phantoms (default %(default)s)")
-    add("--emergency", type=int, default=90, help="emergencies, kinds in turn (default %(default)s)")
-    add("--tune-healthy", type=int, default=12, help="further ones to set thresholds on (default %(default)s)")
-    add("--tune-emergency", type=int, default=24, help="further ones to set thresholds on (default %(default)s)")
+    add("--healthy", type=int, default=100, help="healthy phantoms (default %(default)s)")
+    add("--emergency", type=int, default=200, help="emergencies, kinds in turn (default %(default)s)")
     add("--seed", type=int, default=0, help="another one makes other phantoms (default %(default)s)")
-    add("--baselines", nargs="+", choices=list(baselines.KINDS), default=["dae", "hu", "pca"], metavar="KIND",
-        help=f"of {', '.join(baselines.KINDS)} (default all); OUT/baselines/KIND.safetensors is used where it is there")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)),
         help="phantoms made at a time (default: one a CPU core)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
-    for flag in ("healthy", "emergency", "tune_healthy", "tune_emergency"):
+    for flag in ("healthy", "emergency"):
         if not 2 <= getattr(args, flag) <= LARGEST:
-            parser.error(f"--{flag.replace('_', '-')} must be from 2 to {LARGEST}, got {getattr(args, flag)}")
+            parser.error(f"--{flag} must be from 2 to {LARGEST}, got {getattr(args, flag)}")
     if args.seed < 0 or args.workers < 1:
         parser.error(f"--seed must be at least 0 and --workers at least 1, got {args.seed} and {args.workers}")
     return args

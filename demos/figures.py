@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.compare import NAMES, OURS, shown
+from benchmarks.compare import OURS, SIGNIFICANT, differs, name_of, shown
 from detect import measure
 from evaluation import metrics
 from evaluation.metrics import Undefined, defined
@@ -68,14 +68,6 @@ def dice_curve(levels: np.ndarray, truth_pixels: int) -> np.ndarray:
     """Dice [LEVELS] of 'level t or higher' against the truth, from count_levels; truth_pixels of the whole scan."""
     hits, predicted = (counts[::-1].cumsum()[::-1] for counts in (levels[1], levels.sum(0)))
     return 2 * hits / np.maximum(predicted + truth_pixels, 1)
-
-
-def best_level(measures: list[dict], method: str) -> int:
-    """The level with the highest mean Dice over scans with a truth."""
-    curves = [dice_curve(m[f"{method}_levels"], m["truth_pixels"]) for m in measures if m["truth_pixels"]]
-    if not curves:
-        raise ValueError("no tuning phantom has a truth mask; raise --tune-emergency")
-    return int(np.mean(curves, axis=0).argmax())
 
 
 def pixel_ap(measures: list[dict], method: str) -> float:
@@ -143,30 +135,33 @@ def shipped_dice(measured: dict) -> float:
     return 2 * measured["mask_hits"] / (measured["mask_pixels"] + measured["truth_pixels"])
 
 
-def best_pooling(tuning: Cohort, method: str) -> str:
-    """The way from slice scores to a scan's that has the highest scan AUC on the tuning cohort."""
-    return max(measure.SCAN_SCORES, key=lambda how: metrics.auc(scan_scores(tuning, method, how), tuning.labels))
+def report(cohort: Cohort, methods: list[str], how: str, surprise_mask: float) -> dict:
+    """The figures of metrics.json; methods begins with ours.
 
-
-def report(test: Cohort, tuning: Cohort, methods: list[str], how_ours: str) -> dict:
-    """The figures of metrics.json; methods begins with ours, whose slice scores were pooled by how_ours."""
-    kinds = list(dict.fromkeys(case.kind for case in test.cases if case.kind))
-    result = {"methods": {}, "shipped_mask_dice": defined(mean_dice, test, shipped_dice, True)}
-    scores = {}
+    how: slice scores become a scan's. surprise_mask: of the binary maps.
+    """
+    kinds = list(dict.fromkeys(case.kind for case in cohort.cases if case.kind))
+    level = round(surprise_mask / STEP)
+    scores = {method: scan_scores(cohort, method, how) for method in methods}
+    result = {"scan_score": how, "surprise_mask": surprise_mask,
+              "shipped_mask_dice": defined(mean_dice, cohort, shipped_dice, True), "methods": {}}
     for method in methods:
-        how = how_ours if method == OURS else best_pooling(tuning, method)
-        level = best_level(tuning.measures, method)
-        scores[method] = scan_scores(test, method, how)
         result["methods"][method] = {
-            "scan_score": how, "threshold": level * STEP,
-            "seconds_a_scan": float(np.mean([m[f"{method}_seconds"] for m in test.measures])),
-            "all": method_figures(test, method, how, level),
-            "kinds": {kind: method_figures(test.of({kind, None}), method, how, level) for kind in kinds}}
-        if method != OURS:
-            result["methods"][method]["p_against_ours"] = defined(metrics.delong_paired_test, scores[OURS],
-                                                                  scores[method], test.labels)
+            "seconds_a_scan": float(np.mean([m[f"{method}_seconds"] for m in cohort.measures])),
+            "all": method_figures(cohort, method, how, level),
+            "kinds": {kind: method_figures(cohort.of({kind, None}), method, how, level) for kind in kinds}}
+    ours, tests = scores[OURS], {}
+    for method in methods[1:]:
+        of = {None: np.ones(len(cohort.cases), bool)} | {
+            kind: np.array([case.kind in (kind, None) for case in cohort.cases]) for kind in kinds}
+        tests |= {(kind, method): defined(metrics.delong_paired_test, ours[units], scores[method][units],
+                                          cohort.labels[units]) for kind, units in of.items()}
+    for family in ([key for key in tests if key[0] is None], [key for key in tests if key[0]]):
+        for (kind, method), corrected in metrics.holm({key: tests[key] for key in family}).items():
+            f = result["methods"][method]
+            (f["kinds"][kind] if kind else f["all"]).update(p=tests[kind, method], p_holm=corrected)
     result["scans"] = {case.scan_id: {"kind": case.kind, **{m: float(scores[m][i]) for m in methods}}
-                       for i, case in enumerate(test.cases)}
+                       for i, case in enumerate(cohort.cases)}
     return result
 
 
@@ -178,31 +173,26 @@ def table(figures: dict) -> str:
     methods = figures["methods"]
     everything = methods[OURS]["all"]
     lines = [f"{everything['emergencies']} emergencies and {everything['healthy']} healthy phantoms, none seen before.",
-             "", "| method | scan AUC (95 %) | slice AUC (95 %) | Dice, haemorrhage > 5 ml | pixel AP | s a scan | p |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+             "", "| method | scan AUC (95 %) | slice AUC (95 %) | Dice, haemorrhage > 5 ml | pixel AP | "
+             "seconds per scan | p |", "| --- " * 7 + "|"]
     for method, f in methods.items():
-        a, p = f["all"], f.get("p_against_ours")
-        lines.append(f"| {NAMES[method]} | {shown(a['scan_auc'])} ({shown(a['scan_auc_delong'])}) | "
+        a = f["all"]
+        lines.append(f"| {name_of(method)} | {shown(a['scan_auc'])} ({shown(a['scan_auc_delong'])}) | "
                      f"{shown(a['slice_auc'])} ({shown(a['slice_auc_delong'])}) | "
                      f"{shown(a['dice_large_haemorrhage'])} | {shown(a['pixel_ap'])} | {f['seconds_a_scan']:.1f} | "
-                     f"{'' if p is None else shown(p, 4)} |")
-    names = " / ".join(methods)
-    lines += ["", f"| kind | scans | scan AUC of ours (95 %) | scan AUC: {names} | Dice: {names} | pixel AP: {names} |",
-              "| --- | --- | --- | --- | --- | --- |"]
+                     f"{shown(a['p_holm'], 4) if 'p_holm' in a else ''} |")
+    columns = ["kind", "scans", *map(name_of, methods)]
+    lines += ["", "Scan AUC / pixel AP by kind:", "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for kind, ours in methods[OURS]["kinds"].items():
         each = [f["kinds"][kind] for f in methods.values()]
-        beside = (" / ".join(shown(f[figure]) for f in each) for figure in ("scan_auc", "dice", "pixel_ap"))
-        lines.append(f"| {kind.replace('_', ' ')} | {ours['emergencies']} | {shown(ours['scan_auc'])} "
-                     f"({shown(ours['scan_auc_delong'])}) | {' | '.join(beside)} |")
-    thresholds = ", ".join(f"{method} {f['threshold']:.2f}" for method, f in methods.items())
-    pooling = ", ".join(f"{method} {f['scan_score']}" for method, f in methods.items())
-    notes = [f"p: paired DeLong test of the scan AUC against ours. Thresholds for Dice, set on tuning phantoms, in the "
-             f"maps' units (HU; surprise where ours is measured so): {thresholds}. Scan score from slice scores: "
-             f"{pooling}.",
+        cells = [f"{shown(f['scan_auc'])}{differs(f)} / {shown(f['pixel_ap'])}" for f in each]
+        lines.append(f"| {' | '.join([kind.replace('_', ' '), str(ours['emergencies']), *cells])} |")
+    notes = [f"p: paired DeLong test of the scan AUC against ours, Holm's correction for {len(methods) - 1} methods; "
+             f"by kind, *: p < {SIGNIFICANT} after the correction for all methods and kinds. Dice: surprise above "
+             f"{figures['surprise_mask']:g}. Scan score from slice scores: {figures['scan_score']}.",
              f"Dice of the masks that projector.py writes, haemorrhage > 5 ml: {shown(figures['shipped_mask_dice'])}."]
-    failed = [f"{cohort} {scan_id}" for cohort, scans in figures["failed"].items() for scan_id in scans]
-    if failed:
-        notes.append(f"Left out because they could not be projected: {', '.join(failed)}.")
+    if figures["failed"]:
+        notes.append(f"Left out because they could not be projected: {', '.join(figures['failed'])}.")
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 

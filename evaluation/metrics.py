@@ -12,7 +12,7 @@ IEEE SPL 21:1389 (2014); for correlated units Obuchowski, Biometrics 53:567 (199
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 
 import numpy as np
 from scipy import stats
@@ -128,6 +128,19 @@ def delong_paired_test(scores_a: np.ndarray, scores_b: np.ndarray, labels: np.nd
     if variance <= 1e-15:
         raise Undefined("the difference of the two AUCs has no variance")
     return float(2 * stats.norm.sf(abs(areas[0] - areas[1]) / math.sqrt(variance)))
+
+
+def holm(p: Mapping[Hashable, float | str]) -> dict[Hashable, float | str]:
+    """The p-values of one family of tests, by name, corrected for their number (Holm, Scand. J. Statist. 6:65, 1979).
+
+    An undefined one ('undefined: <why>') stays as it is and does not count.
+    """
+    ordered = sorted((name for name, value in p.items() if not isinstance(value, str)), key=p.get)
+    found, largest = dict(p), 0.0
+    for i, name in enumerate(ordered):
+        largest = max(largest, min(1.0, (len(ordered) - i) * p[name]))
+        found[name] = largest
+    return found
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:

@@ -95,7 +95,7 @@ def project(scans: Path, model: Path, out: Path, device: str, flags=(), name: st
             writer.writeheader()
             writer.writerows(found)
     run = {"weights_sha256": "0", "model": {}, "versions": {}, "device": "cpu", "threads": 1,
-           "settings": Settings("search").to_json(), "preprocessing": SETTINGS.to_json()}
+           "settings": Settings("search", measure="surprise").to_json(), "preprocessing": SETTINGS.to_json()}
     return json.loads(json.dumps(run))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import json
 import sys
@@ -12,16 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import baselines, compare, ct_ich
+import bundling
+from benchmarks import baselines, compare, ct_ich, recalibrate
 from benchmarks.ct_ich import Case
+from ct.frame import preprocess_scan
+from ct.standardise import StandardiseSettings
 from dataset import SliceDataset
+from detect.bundle import load_bundle
 from detect.measure import Surprise, SurpriseSettings
+from detect.options import StatsConfig
 from detect.reconstruct import Reconstruction
 from detect.settings import Settings
 from evaluation import metrics
 from evaluation.cohort import InputError, Label
-from healthygan.model import ModelConfig
-from healthygan.weights import save_model
 from tests.benchmark_data import FAILS, MM, SETTINGS, head, prepared, stand_in, write_database, write_fits
 from tests.writers import write_slice_folder
 
@@ -87,10 +91,13 @@ def test_figures_by_hand(cases):
     assert ours["slice"]["auc"] == pytest.approx(4 / 6) and ours["slice"]["normal"] == 3     # 9 over all; 1 over 0
     assert hu["scan"]["auc"] == 0 and ours["seconds_a_scan"] == 4.5
     low, high = ours["scan"]["auc_delong"]
-    assert low < 3 / 4 < high and 0 < hu["p_scan"] < 1 and "p_scan" not in ours
-    assert found["types"]["Subdural"]["scan"]["auc"] == 1 / 2                               # b alone: over d, not c
-    assert found["types"]["Subdural"]["slice"]["auc"].startswith("undefined: only one class")
-    assert found["types"]["Epidural"]["slice"]["auc"] == pytest.approx(4 / 6)
+    assert low < 3 / 4 < high and 0 < hu["scan"]["p"] < 1 and "p" not in ours["scan"]
+    assert hu["scan"]["p_holm"] == hu["scan"]["p"]                                          # one test alone
+    subdural, epidural = (found["types"][kind] for kind in ("Subdural", "Epidural"))
+    assert subdural["ours"]["scan"]["auc"] == 1 / 2                                         # b alone: over d, not c
+    assert subdural["ours"]["slice"]["auc"].startswith("undefined: only one class")
+    assert epidural["ours"]["slice"]["auc"] == pytest.approx(4 / 6) and epidural["hu"]["scan"]["auc"] == 0
+    assert epidural["hu"]["scan"]["p_holm"] == epidural["hu"]["scan"]["p"]      # the other type's is undefined
     assert found["without_slice_labels"] == ["b", "d"] and found["scans"]["b"]["ours"] == 1.0
 
 
@@ -99,24 +106,25 @@ def test_the_table_shows_undefined_figures_as_a_dash_and_names_what_is_left_out(
                                                       "settings": {"scan_score": "top3"}}
     text = ct_ich.table(figures)
     assert text.startswith("2 scans with haemorrhage and 2 without, 2 slices with and 3 without (test).")
-    assert "| this project | 0.75 |" in text and "| HU thresholds | 0.00 |" in text
-    assert "| Subdural | 1 | 0.50 | - | 0 | - | - |" in text
-    assert "ours and calibrated baselines top3, others mean" in text
+    assert "| this project | 0.75 |" in text and "| HU above 55 | 0.00 |" in text
+    assert "| type | scans | slices | this project | HU above 55 |" in text
+    assert "| Subdural | 1 | 0 | 0.50 / - | 0.00 / - |" in text and "slice scores: top3." in text
     assert "among scans alone: b, d." in text and "e (no head)" in text
 
 
 def test_one_class_is_undefined_and_no_crash(cases):
-    ill = ct_ich.report(cases[:2], ["ours", "hu"])["methods"]["hu"]
-    assert ill["scan"]["auc"].startswith("undefined") and ill["p_scan"].startswith("undefined")
+    ill = ct_ich.report(cases[:2], ["ours", "hu"])["methods"]["hu"]["scan"]
+    assert all(ill[figure].startswith("undefined") for figure in ("auc", "p", "p_holm"))
     assert ct_ich.report(cases[1:2], ["ours"])["methods"]["ours"]["slice"]["auc"].startswith("undefined")
 
 
 def test_slices_of_a_patient_belong_together():
     """Ten equal slices of a patient tell no more than one does."""
     units = np.array([3.0, 1.0, 2.0, 0.0]), np.array([1, 1, 0, 0]), np.array(list("abcd"))
-    one, ten = (ct_ich.ranking(*(np.repeat(column, n) for column in units)) for n in (1, 10))
+    repeated = [[np.repeat(column, n) for column in units] for n in (1, 10)]
+    one, ten = (ct_ich.ranking(*columns) for columns in repeated)
     assert ten["auc"] == one["auc"] and ten["auc_delong"] == pytest.approx(one["auc_delong"])
-    assert ten["auc_bootstrap"] == pytest.approx(one["auc_bootstrap"])
+    assert ct_ich.bootstrap(*repeated[1]) == pytest.approx(ct_ich.bootstrap(*repeated[0]))
 
 
 # ---- what is refused
@@ -190,18 +198,49 @@ def test_calibration_forgives_what_healthy_scans_have_too(database):
     assert plain[right].median() > 5                                      # where the plain residual is of no use
 
 
-def test_healthygan_scores_the_whole_frame_and_must_have_learnt_from_such_slices(tmp_path):
-    config = ModelConfig(size=32, width=4, blocks=1, critic_layers=2)
-    meta = {"model": vars(config), "image_settings": {"kind": "slices", "size": 32, "slices": SETTINGS.to_json()}}
-    save_model(tmp_path / "own", config.generator(), meta)
-    pre = prepared(head(1, False)[0], SETTINGS)
-    scored = compare.healthygan(tmp_path / "own", SETTINGS, torch.device("cpu"))(pre)
-    assert scored.anomaly.shape == pre.brain.shape and (scored.slice_scores[~scored.shown] == 0).all()
-    assert 0 < scored.slice_scores.max() < 1
-    meta["image_settings"] = {"kind": "images", "size": 32}
-    save_model(tmp_path / "images", config.generator(), meta)
-    with pytest.raises(ValueError, match="--healthygan .*images: learnt from images, or from slices prepared"):
-        compare.healthygan(tmp_path / "images", SETTINGS, torch.device("cpu"))
+@pytest.fixture(scope="module")
+def bundle(database, fits, tmp_path_factory):
+    """A bundle of the small PCA, calibrated on the held-out heads."""
+    out = tmp_path_factory.mktemp("bundles") / "another"
+    settings = Settings("pca", measure="surprise", scan_score="top3")
+    return bundling.build(StatsConfig(), settings, database, fits / "pca.safetensors", out, torch.device("cpu"))
+
+
+def test_a_bundle_beside_is_scored_as_ours_is(bundle, database, fits):
+    pre, device = prepared(head(1, True)[0], SETTINGS), torch.device("cpu")
+    ours = Settings("search", measure="surprise", scoring=SurpriseSettings(pool="area", surprise_above=1.0))
+    score_scan, _ = compare.beside(bundle, ours, SETTINGS, device)
+    fitted = compare.calibrated(baselines.load(fits / "pca.safetensors"), SliceDataset(database, "val"), ours)
+    found, expected = score_scan(pre), fitted(pre)
+    assert found.slice_scores == pytest.approx(expected.slice_scores, abs=0.02) and found.slice_scores.max() > 1
+    other = dataclasses.replace(ours, scoring=SurpriseSettings(filter="median"))
+    with pytest.raises(ValueError, match="--beside .*another: is calibrated for other residuals .* than --model"):
+        compare.beside(bundle, other, SETTINGS, device)
+    larger = dataclasses.replace(SETTINGS, standardise=StandardiseSettings(size=64, hu_clip=(-20.0, 100.0)))
+    with pytest.raises(ValueError, match="--beside .*another: takes slices of another size"):
+        compare.beside(bundle, ours, larger, device)
+
+
+def test_a_bundle_beside_sees_its_own_hu_range(bundle, database, tmp_path):
+    """Its networks are shown slices as they were trained, though ours are clipped elsewhere."""
+    narrow = dataclasses.replace(SETTINGS, standardise=StandardiseSettings(size=32, hu_clip=(0.0, 30.0)))
+    score_scan, _ = compare.beside(bundle, Settings("search", measure="surprise"), narrow, torch.device("cpu"))
+    scan = head(1, True)[0]
+    assert (score_scan(preprocess_scan(scan, narrow)).anomaly == score_scan(prepared(scan, SETTINGS)).anomaly).all()
+
+
+def test_recalibration_is_by_the_scans_and_settings_given(bundle, database, tmp_path, capsys):
+    out = tmp_path / "anew"
+    command = ["--model", str(bundle), "--data", str(database), "--out", str(out), "--device", "cpu"]
+    assert recalibrate.main([*command, "--set", "pool=area", "scan_score=mean"]) == 0
+    before, anew = (load_bundle(folder) for folder in (bundle, out))
+    assert (anew.settings.scoring.pool, anew.settings.scan_score) == ("area", "mean")
+    for name in ("mean", "std"):                                         # the same scans: the same statistics
+        assert torch.allclose(getattr(anew.measure.normal.stats, name), getattr(before.measure.normal.stats, name),
+                              atol=0.1)
+    assert anew.meta["calibration"]["scan_scores"] != before.meta["calibration"]["scan_scores"]
+    compare.refuse_other_data(anew.meta, out, SliceDataset(database), "--database")
+    assert recalibrate.main(command) == 2 and "holds a model bundle" in capsys.readouterr().err
 
 
 def test_the_projector_gets_the_flags_and_its_failure_is_told(tmp_path, monkeypatch):
@@ -220,24 +259,24 @@ def test_the_projector_gets_the_flags_and_its_failure_is_told(tmp_path, monkeypa
 
 # ---- all stages
 
-def test_every_stage_and_going_on(data, database, fits, tmp_path, monkeypatch, capsys):
+def test_every_stage_and_going_on(data, database, fits, bundle, tmp_path, monkeypatch, capsys):
     stand_in(monkeypatch, database)
     out = tmp_path / "out"
     command = ["--data", str(data), "--database", str(database), "--model", "model", "--out", str(out), "--fits",
-               str(fits), "--baselines", "hu", "pca", "--device", "cpu"]
-    assert ct_ich.main(command) == 3                                      # one scan failed
+               str(fits), "--baselines", "hu", "pca", "--beside", str(bundle), "--device", "cpu"]
+    assert ct_ich.main([*command, "--rows", "published"]) == 3            # one scan failed
     found, printed = json.loads((out / "metrics.json").read_text()), capsys.readouterr().out
-    assert list(found["methods"]) == ["ours", "published", "hu", "pca", "pca-calibrated"]
+    assert list(found["methods"]) == ["ours", "published", "hu", "pca", "another"]
     assert found["failed"] == {FAILS: "no head"} and list(found["scans"]) == ["ill1", "ill2", "well1", "well2"]
-    ours, hu = found["methods"]["ours"], found["methods"]["hu"]
-    assert ours["scan"] == hu["scan"] and ours["slice"] == hu["slice"]    # the same map: the same figures
+    ours, published = found["methods"]["ours"], found["methods"]["published"]
     assert ours["scan"]["auc"] == 1 and ours["slice"]["auc"] > 0.9 and ours["seconds_a_scan"] == 3
-    assert found["methods"]["pca-calibrated"]["scan"]["auc"] == 1
+    assert published["slice"]["auc"] == ours["slice"]["auc"]              # the same map: the same figures
+    assert found["methods"]["pca"]["scan"]["auc"] == 1 and "| another |" in printed
     assert found["without_slice_labels"] == ["ill2"] and f"{FAILS} (no head)" in printed
     assert (out / "table.md").read_text() in printed
 
     monkeypatch.setattr(ct_ich, "measure", lambda *_: pytest.fail("measured again"))
-    assert ct_ich.main([*command, "--rows"]) == 3
+    assert ct_ich.main(command) == 3
     again = json.loads((out / "metrics.json").read_text())
     assert "published" not in again["methods"] and again["methods"]["pca"] == found["methods"]["pca"]
 
@@ -248,6 +287,13 @@ def test_too_few_held_out_scans_are_told_before_the_projection(data, slices32, t
     command = ["--data", str(data), "--database", str(slices32), "--model", "m", "--out", str(tmp_path)]
     assert ct_ich.main([*command, "--baselines", "pca"]) == 2
     assert "holds 1 held-out scans, but calibrating the baselines pca needs 3" in capsys.readouterr().err
+
+
+def test_two_methods_of_one_name_are_refused(data, database, bundle, tmp_path, monkeypatch, capsys):
+    stand_in(monkeypatch, database)
+    command = ["--data", str(data), "--database", str(database), "--model", "m", "--out", str(tmp_path)]
+    assert ct_ich.main([*command, "--beside", str(bundle), f"{bundle}/"]) == 2
+    assert "--beside: another is the name of two methods" in capsys.readouterr().err
 
 
 def test_wrong_files_are_wrong_usage(data, tmp_path, capsys):

@@ -84,6 +84,14 @@ def test_delong_paired_test_of_a_score_with_itself_is_undefined():
         metrics.delong_paired_test(SCORES, SCORES * 2, LABELS)
 
 
+def test_holm_by_hand():
+    """Of four tests the smallest p counts fourfold, the next threefold, and none is smaller than the one before it."""
+    found = metrics.holm({"a": 0.04, "b": 0.01, "c": 0.5, "d": 0.045, "e": "undefined: one class"})
+    assert found == {"a": pytest.approx(0.12), "b": pytest.approx(0.04), "c": 0.5, "d": pytest.approx(0.12),
+                     "e": "undefined: one class"}
+    assert metrics.holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+
+
 def test_delong_bounds_of_perfect_separation():
     scores = np.arange(8.0)
     labels = np.array([0, 0, 0, 0, 0, 1, 1, 1])
