@@ -1,0 +1,61 @@
+"""README's table is docs/results.json's; and how a benchmark's figures get there, by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import tables
+
+
+def test_readme_holds_the_figures_of_results_json():
+    text = tables.README.read_text(encoding="utf-8")
+    results = json.loads(tables.RESULTS.read_text(encoding="utf-8"))
+    assert tables.MARK + "\n" + tables.table(results) + "\n" in text
+    assert tables.placed(text, tables.table(results)) == text
+
+
+def figures(auc):
+    level = {"abnormal": 3, "normal": 2, "auc": auc, "auc_delong": [auc - 0.1, auc + 0.05]}
+    return {"model": {"name": "mine"}, "methods": {"ours": {"scan": level, "slice": level},
+                                                   "pca": {"scan": level | {"auc": 0.5}, "slice": level}}}
+
+
+def test_figures_take_the_place_of_earlier_ones_and_leave_other_benchmarks():
+    results = {"columns": {"ct_ich": ["of other scans"], "phe_sich": ["PHE"]},
+               "rows": {"gone": {"ct_ich": [[0.1, 0.0, 0.2]]},
+                        "mine": {"ct_ich": [[0.2, 0.1, 0.3]], "phe_sich": [[0.7, 0.6, 0.8]]}}}
+    tables.take(results, "ct_ich", figures(0.9))
+    results["rows"]["another"] = {"ct_ich": [[0.3, 0.2, 0.4], [0.2, 0.1, 0.3]]}
+    tables.take(results, "ct_ich", figures(0.9))                         # the same scans: it stays
+    assert tables.table(results).splitlines() == [
+        "| method | CT-ICH, 3 + 2 scans: scan AUC | CT-ICH, 3 + 2 scans: slice AUC | PHE |",
+        "| --- | --- | --- | --- |",
+        "| mine | 0.90 (0.80-0.95) | 0.90 (0.80-0.95) | 0.70 (0.60-0.80) |",
+        "| PCA by position | 0.50 (0.80-0.95) | 0.90 (0.80-0.95) |  |",
+        "| another | 0.30 (0.20-0.40) | 0.20 (0.10-0.30) |  |"]
+
+
+def test_the_other_benchmarks_columns():
+    near = {"scans": {"a": {}, "b": {}}, "methods": {"ours": {"near": [0.5, 0.1, 0.9]}}}
+    assert tables.phe_sich(near) == {"PHE-SICH, 2 scans: peak within 15 mm": {"ours": (0.5, 0.1, 0.9)}}
+    every = {"emergencies": 4, "healthy": 3, "scan_auc": 0.8, "scan_auc_delong": [0.7, 0.9]}
+    assert tables.phantoms({"methods": {"ours": {"all": every}}}) == {
+        "phantoms, 4 + 3: scan AUC": {"ours": (0.8, 0.7, 0.9)}}
+
+
+def test_only_the_table_after_the_mark_is_replaced(tmp_path, monkeypatch, capsys):
+    text = f"before\n\n| a |\n\n{tables.MARK}\n| old |\n| --- |\n\nafter\n\n| b |\n"
+    assert tables.placed(text, "| new |\n") == f"before\n\n| a |\n\n{tables.MARK}\n| new |\n\nafter\n\n| b |\n"
+    readme, results = tmp_path / "README.md", tmp_path / "results.json"
+    results.write_text(json.dumps({"columns": {}, "rows": {}}))
+    readme.write_text(text)
+    (tmp_path / "metrics.json").write_text(json.dumps(figures(0.9)))
+    monkeypatch.setattr(tables, "README", readme)
+    monkeypatch.setattr(tables, "RESULTS", results)
+    assert tables.main(["--ct-ich", str(tmp_path)]) == 0
+    assert "| mine | 0.90 (0.80-0.95) |" in readme.read_text() and "old" not in readme.read_text()
+    assert json.loads(results.read_text())["rows"]["mine"]["ct_ich"][0] == pytest.approx([0.9, 0.8, 0.95])
+    readme.write_text("no mark")
+    assert tables.main([]) == 2 and "expected the line <!-- made by" in capsys.readouterr().err
