@@ -26,9 +26,9 @@ MARK = "<!-- made by benchmarks/tables.py from docs/results.json -->\n"
 def ct_ich(figures: dict) -> dict[str, dict]:
     """By column: a cell (value, low, high) for every method."""
     first = figures["methods"][OURS]["scan"]
-    return {f"CT-ICH, {first['abnormal']} + {first['normal']} scans: {level} AUC":
-            {method: (f[level]["auc"], *f[level]["auc_delong"]) for method, f in figures["methods"].items()}
-            for level in ("scan", "slice")}
+    headers = {"scan": f"CT-ICH, {first['abnormal']} + {first['normal']} scans: scan AUC", "slice": "slice AUC"}
+    return {header: {method: (f[level]["auc"], *f[level]["auc_delong"]) for method, f in figures["methods"].items()}
+            for level, header in headers.items()}
 
 
 def phe_sich(figures: dict) -> dict[str, dict]:

@@ -30,7 +30,7 @@ def test_figures_take_the_place_of_earlier_ones_and_leave_other_benchmarks():
     results["rows"]["another"] = {"ct_ich": [[0.3, 0.2, 0.4], [0.2, 0.1, 0.3]]}
     tables.take(results, "ct_ich", figures(0.9))                         # the same scans: it stays
     assert tables.table(results).splitlines() == [
-        "| method | CT-ICH, 3 + 2 scans: scan AUC | CT-ICH, 3 + 2 scans: slice AUC | PHE |",
+        "| method | CT-ICH, 3 + 2 scans: scan AUC | slice AUC | PHE |",
         "| --- | --- | --- | --- |",
         "| mine | 0.90 (0.80-0.95) | 0.90 (0.80-0.95) | 0.70 (0.60-0.80) |",
         "| PCA by position | 0.50 (0.80-0.95) | 0.90 (0.80-0.95) |  |",
