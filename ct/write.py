@@ -56,7 +56,7 @@ def _save(image: nib.Nifti1Image, path: Path) -> None:
 
 
 def _step_dtype(path: Path, volume: np.ndarray, step: float) -> type:
-    largest = float(np.abs(volume).max(initial=0))
+    largest = max(float(volume.max(initial=0)), -float(volume.min(initial=0)))
     if not largest < step * np.iinfo(np.int32).max:
         raise ValueError(f"{path}: expected finite values to store in steps of {step:g}, found {largest:g}")
     return np.int16 if largest <= step * np.iinfo(np.int16).max else np.int32
@@ -72,7 +72,7 @@ def _disk_dtype(dtype: np.dtype) -> type:
 
 def _cast(array: np.ndarray, dtype: np.dtype, step: float | None) -> np.ndarray:
     if step is not None:
-        array = array / array.dtype.type(step)
-    rounded = np.issubdtype(dtype, np.integer) and np.issubdtype(array.dtype, np.floating)
-    return (np.rint(array) if rounded else array).astype(dtype)
-
+        array = array / array.dtype.type(step)                     # a new array, which may be rounded in place
+    if np.issubdtype(dtype, np.integer) and np.issubdtype(array.dtype, np.floating):
+        array = np.rint(array, out=None if step is None else array)
+    return array.astype(dtype)
