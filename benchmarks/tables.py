@@ -20,19 +20,19 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 from benchmarks.compare import OURS, name_of, run_command, shown  # noqa: E402
 
 RESULTS, README = ROOT / "docs" / "results.json", ROOT / "README.md"
-MARK = "<!-- made by benchmarks/tables.py from docs/results.json -->\n"
+MARK = "<!-- by benchmarks/tables.py -->\n"
 
 
 def ct_ich(figures: dict) -> dict[str, dict]:
     """By column: a cell (value, low, high) for every method."""
     first = figures["methods"][OURS]["scan"]
-    headers = {"scan": f"CT-ICH, {first['abnormal']} + {first['normal']} scans: scan AUC", "slice": "slice AUC"}
+    headers = {"scan": f"CT-ICH, {first['abnormal']} + {first['normal']}: scan AUC", "slice": "slice AUC"}
     return {header: {method: (f[level]["auc"], *f[level]["auc_delong"]) for method, f in figures["methods"].items()}
             for level, header in headers.items()}
 
 
 def phe_sich(figures: dict) -> dict[str, dict]:
-    return {f"PHE-SICH, {len(figures['scans'])} scans: peak within 15 mm":
+    return {f"PHE-SICH, {len(figures['scans'])}: peak within 15 mm":
             {method: tuple(f["near"]) for method, f in figures["methods"].items()}}
 
 

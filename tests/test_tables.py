@@ -30,7 +30,7 @@ def test_figures_take_the_place_of_earlier_ones_and_leave_other_benchmarks():
     results["rows"]["another"] = {"ct_ich": [[0.3, 0.2, 0.4], [0.2, 0.1, 0.3]]}
     tables.take(results, "ct_ich", figures(0.9))                         # the same scans: it stays
     assert tables.table(results).splitlines() == [
-        "| method | CT-ICH, 3 + 2 scans: scan AUC | slice AUC | PHE |",
+        "| method | CT-ICH, 3 + 2: scan AUC | slice AUC | PHE |",
         "| --- | --- | --- | --- |",
         "| mine | 0.90 (0.80-0.95) | 0.90 (0.80-0.95) | 0.70 (0.60-0.80) |",
         "| PCA by position | 0.50 (0.80-0.95) | 0.90 (0.80-0.95) |  |",
@@ -39,7 +39,7 @@ def test_figures_take_the_place_of_earlier_ones_and_leave_other_benchmarks():
 
 def test_the_other_benchmarks_columns():
     near = {"scans": {"a": {}, "b": {}}, "methods": {"ours": {"near": [0.5, 0.1, 0.9]}}}
-    assert tables.phe_sich(near) == {"PHE-SICH, 2 scans: peak within 15 mm": {"ours": (0.5, 0.1, 0.9)}}
+    assert tables.phe_sich(near) == {"PHE-SICH, 2: peak within 15 mm": {"ours": (0.5, 0.1, 0.9)}}
     every = {"emergencies": 4, "healthy": 3, "scan_auc": 0.8, "scan_auc_delong": [0.7, 0.9]}
     assert tables.phantoms({"methods": {"ours": {"all": every}}}) == {
         "phantoms, 4 + 3: scan AUC": {"ours": (0.8, 0.7, 0.9)}}
@@ -58,4 +58,4 @@ def test_only_the_table_after_the_mark_is_replaced(tmp_path, monkeypatch, capsys
     assert "| mine | 0.90 (0.80-0.95) |" in readme.read_text() and "old" not in readme.read_text()
     assert json.loads(results.read_text())["rows"]["mine"]["ct_ich"][0] == pytest.approx([0.9, 0.8, 0.95])
     readme.write_text("no mark")
-    assert tables.main([]) == 2 and "expected the line <!-- made by" in capsys.readouterr().err
+    assert tables.main([]) == 2 and "expected the line <!-- by" in capsys.readouterr().err
