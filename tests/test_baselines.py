@@ -78,6 +78,16 @@ def test_another_file_is_no_baseline(tmp_path):
         baselines.load(tmp_path / "x.safetensors")
 
 
+# ---- no reconstruction
+
+def test_flat_draws_one_grey_in_the_brain_and_leaves_the_rest():
+    hu, brain = torch.tensor([[[30.0, 70.0], [0.0, 900.0]]]), torch.tensor([[[True, True], [True, False]]])
+    flat = baselines.Flat()
+    found = flat.closest_normal(hu, brain, np.zeros(1))
+    assert found.normal_hu.tolist() == [[[30.0, 30.0], [30.0, 900.0]]]
+    assert (found.query_hu - found.normal_hu).tolist() == [[[0.0, 40.0], [-30.0, 0.0]]]
+
+
 # ---- HU thresholds
 
 def test_hu_thresholds_take_blood_but_no_bone_no_fluid_and_no_single_pixel(data):
