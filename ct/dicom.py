@@ -22,7 +22,7 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
 )
 
-from ct.decoder import open_dicom, read_pixels
+from ct.dicom_pixels import open_dicom, read_pixels
 from ct.geometry import SliceStack
 from ct.limits import check_pixel_spacing, check_size, check_slice_spacing
 from ct.plausible import describe, like_a_head, tissue_shares

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ct.geometry import Geometry
+if TYPE_CHECKING:                                     # it needs SciPy, which a decoder (ct.apart) can do without
+    from ct.geometry import Geometry
 
 AIR_HU = -1024.0                # padding, and the floor: off the field of view scanners write -3024
 RESULT_MARK = "CN-StyleGAN result"       # in the header of every map that is written, so that none is read as a scan

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from ct.geometry import nominal_stack
-from ct.limits import check_pixel_spacing, check_ratio, check_size, check_slice_spacing
+from ct.limits import check_pixel_spacing, check_ratio, check_slice_spacing
+from ct.picture_pixels import MAGIC, read_pixels
 from ct.scan import Found, Scan, ScanError, ScanSource
 from ct.window import WINDOWS_HU, decode
 
 KIND = "slices"
 SCAN_JSON, MASK = "scan.json", ("BrainExtraction", "bet.npy")
-MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 TWELVE_BITS = 4095
 WHITE_BORDER = 0.8                                    # share of the border from which a picture looks inverted
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -282,7 +281,7 @@ def _read_pictures(pictures: list[Path], spec: SliceSpec) -> np.ndarray:
     """HU, float32 [S, H, W], of pictures of one size."""
     hu, brightest = None, 0
     for k, path in enumerate(pictures):
-        pixels, outside, full = _read_picture(path, len(pictures))
+        pixels, outside, full = read_pixels(path, len(pictures))
         if hu is None:
             check_ratio(path.name, len(pictures) * pixels.nbytes, sum(other.stat().st_size for other in pictures))
             hu = np.empty((len(pictures), *pixels.shape[:2]), np.float32)
@@ -301,37 +300,7 @@ def _read_pictures(pictures: list[Path], spec: SliceSpec) -> np.ndarray:
 
 def read_picture(path: Path, spec: SliceSpec) -> np.ndarray:
     """One picture as HU, float32 [H, W]. Raises ScanError where it cannot be read or does not fit the windows."""
-    return _pixels_to_hu(path, *_read_picture(path, 1), spec)
-
-
-def _read_picture(path: Path, count: int) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """Pixels [H, W] or [H, W, 3] turned upright, where they are transparent (None: nowhere), and the full scale."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(26)
-        if head.startswith(MAGIC[0]) and head[24] == 16 and head[25] != 0:
-            raise ScanError(f"{path.name}: 16-bit colour or grey with alpha; save the slices as 16-bit grey")
-        with Image.open(path) as opened:
-            check_size(path.name, count, opened.height, opened.width)
-            image = ImageOps.exif_transpose(opened)
-            outside, mode = None, image.mode
-            if image.has_transparency_data and not mode.startswith("I"):
-                image = image.convert("RGBA")
-                alpha = np.asarray(image)[..., 3]
-                outside = alpha == 0 if (alpha == 0).any() else None
-            if mode in ("LA", "L", "RGBA", "P", "PA"):
-                image = image.convert("L" if mode in ("LA", "L") else "RGB")
-            mode, pixels = image.mode, np.asarray(image)
-    except ScanError:
-        raise
-    except Image.DecompressionBombError as error:     # its own limit, before ours is asked
-        raise ScanError(f"{path.name}: more pixels than any slice has; export the slices in their own size") from error
-    except Exception as error:                        # Pillow raises whatever a damaged file leads to
-        raise ScanError(f"{path.name}: cannot be read as a picture ({type(error).__name__}: damaged or truncated)"
-                        ) from error
-    if mode not in ("L", "RGB") and not mode.startswith("I"):
-        raise ScanError(f"{path.name}: picture mode {mode} is neither grey (8 or 16 bit) nor RGB")
-    return pixels, outside, 65535 if mode.startswith("I") else 255
+    return _pixels_to_hu(path, *read_pixels(path, 1), spec)
 
 
 def _pixels_to_hu(path: Path, pixels: np.ndarray, outside: np.ndarray | None, full: int,

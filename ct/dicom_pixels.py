@@ -1,0 +1,97 @@
+"""DICOM files opened and their pixels decoded, within bounds: compressed ones in a process of its own (ct.apart)."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+from ct.apart import DecodingError, decode_apart
+from ct.limits import MAX_INFLATED
+from ct.scan import ScanError
+
+# pydicom warns of odd values by quoting them, and they may be a patient's. Set once and for all: a change for the time
+# of a call would be seen by the other threads.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+
+
+# ---- opening
+
+class _Bounded(io.BufferedReader):
+    """A file that cannot be read to its end in one go where that would unpack to more than a scan holds.
+
+    pydicom reads without a length only where a data set is deflated, and then unpacks all of it at once.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            place = self.tell()
+            self._check_inflated()
+            self.seek(place)
+        return super().read(size)
+
+    def _check_inflated(self) -> None:
+        inflate, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        try:
+            for packed in iter(lambda: super(_Bounded, self).read(2**16), b""):
+                count += len(inflate.decompress(packed))
+                if count > MAX_INFLATED:
+                    raise ScanError(f"{Path(self.name).name}: its data set is deflated and unpacks to more than "
+                                    f"{MAX_INFLATED / 1e6:.0f} MB; export it without deflation")
+        except zlib.error:                            # pydicom will say so
+            pass
+
+
+def open_dicom(path: Path, **how) -> pydicom.Dataset:
+    """pydicom.dcmread of a file, with or without a preamble. ScanError for a deflated one that unpacks to too much."""
+    with _Bounded(io.FileIO(path)) as file:
+        return pydicom.dcmread(file, force=True, **how)
+
+
+# ---- pixels
+
+def read_pixels(path: Path) -> tuple[np.ndarray, bool]:
+    """The stored values of a file, [H, W] or [frames, H, W], and whether its transfer syntax says compressed where they
+    are not. Raises ScanError where they cannot be decoded.
+    """
+    relabelled, name = False, "not given"
+    try:
+        ds = open_dicom(path)
+        syntax = ds.file_meta.get("TransferSyntaxUID")
+        if syntax is None:                                          # a bare data set: as it could be parsed
+            implicit, _ = ds.original_encoding
+            ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+        elif syntax.is_compressed and _is_native(ds):
+            ds.file_meta.TransferSyntaxUID, relabelled = ExplicitVRLittleEndian, True
+        name = ds.file_meta.TransferSyntaxUID.name
+        if ds.file_meta.TransferSyntaxUID.is_compressed:
+            pixels, = decode_apart("dicom", path, _size(ds))
+            return pixels, False
+        return ds.pixel_array, relabelled
+    except ScanError:
+        raise
+    except Exception as error:                  # every decoder raises its own
+        reason = str(error) if isinstance(error, DecodingError) else type(error).__name__
+        raise ScanError(f"{path.name}: its pixels cannot be decoded ({reason}): the file is damaged or truncated, or "
+                        f"its transfer syntax is not supported ({name}); export it uncompressed or in JPEG Lossless"
+                        ) from error
+
+
+def _size(ds: pydicom.Dataset) -> int:
+    """Bytes of the pixels, uncompressed, as the header tells."""
+    return (int(ds.Rows) * int(ds.Columns) * int(ds.get("NumberOfFrames", 1) or 1) * int(ds.get("SamplesPerPixel", 1))
+            * int(ds.BitsAllocated) // 8)
+
+
+def _is_native(ds: pydicom.Dataset) -> bool:
+    """Whether PixelData has the length of uncompressed pixels and does not begin as a compressed frame."""
+    return len(ds.PixelData) - _size(ds) in (0, 1) and ds.PixelData[:4] != b"\xfe\xff\x00\xe0"
+
+
+def decode(path: str) -> list[np.ndarray]:
+    """The stored values; see ct.apart."""
+    return [pydicom.dcmread(path, force=True).pixel_array]
