@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -170,20 +167,6 @@ class Derived:
             source = group.DerivationImageSequence[0].SourceImageSequence[0]
             k = slices.get((source.ReferencedSOPInstanceUID, int(source.get("ReferencedFrameNumber", 1)) - 1), 0)
             group.PixelMeasuresSequence = PixelMeasuresSequence(spacing, float(self.thickness[k]))
-
-
-@contextlib.contextmanager
-def headers_unquoted() -> Iterator[None]:
-    """Without pydicom's warnings, which quote odd values of a header: they may be a patient's."""
-    logger = logging.getLogger("pydicom")
-    level = logger.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
 
 
 def make_uid(*words) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
+import warnings
 import zlib
 from pathlib import Path
 
@@ -14,9 +17,20 @@ from ct.apart import DecodingError, decode_apart
 from ct.limits import MAX_INFLATED
 from ct.scan import ScanError
 
-# pydicom warns of odd values by quoting them, and they may be a patient's. Set once and for all: a change for the time
-# of a call would be seen by the other threads.
+QUOTING = ("pydicom", "highdicom")                     # warn of odd values by quoting them; they may be a patient's
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
+
+
+def quote_no_headers() -> None:
+    """Switch off the warnings of pydicom and highdicom. For good: what is switched off for the time of a call is so for
+    all threads, and two of them can leave it off for everything.
+    """
+    ignored = ("ignore", None, UserWarning, re.compile("|".join(QUOTING)), 0)
+    if warnings.filters[:1] != [ignored]:             # a filter that came later would be asked first
+        warnings.filterwarnings("ignore", category=UserWarning, module="|".join(QUOTING))
+    for name in QUOTING:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 # ---- opening
@@ -48,6 +62,7 @@ class _Bounded(io.BufferedReader):
 
 def open_dicom(path: Path, **how) -> pydicom.Dataset:
     """pydicom.dcmread of a file, with or without a preamble. ScanError for a deflated one that unpacks to too much."""
+    quote_no_headers()
     with _Bounded(io.FileIO(path)) as file:
         return pydicom.dcmread(file, force=True, **how)
 

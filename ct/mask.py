@@ -21,7 +21,8 @@ from highdicom.seg import Segmentation, SegmentDescription
 from pydicom.sr.codedict import codes
 
 from ct.brain import brain_mask
-from ct.derived import MANUFACTURER, Derived, Maker, headers_unquoted
+from ct.derived import MANUFACTURER, Derived, Maker
+from ct.dicom_pixels import quote_no_headers
 from ct.read import find_scans, open_scan
 from ct.scan import Scan, ScanError
 from ct.write import write_nifti
@@ -33,8 +34,8 @@ SERIES_NUMBER = 6                         # last digit; those of a projection's 
 
 def write_dicom_mask(path: Path, mask: np.ndarray, scan: Scan, *, phi: bool = True) -> None:
     """A brain mask, bool [S, H, W], as a DICOM Segmentation. Raises DerivedError where the scan allows none."""
-    with headers_unquoted():
-        _build(mask, scan, phi).save_as(path, enforce_file_format=True)
+    quote_no_headers()
+    _build(mask, scan, phi).save_as(path, enforce_file_format=True)
 
 
 def _build(mask: np.ndarray, scan: Scan, phi: bool) -> Segmentation:

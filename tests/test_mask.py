@@ -1,5 +1,9 @@
 """python -m ct.mask: the mask in the scan's geometry as NIfTI and as DICOM Segmentation, failures as exit code 3."""
 
+import logging
+import threading
+import warnings
+
 import nibabel as nib
 import numpy as np
 import pydicom
@@ -48,3 +52,31 @@ def test_dicom_segmentation_on_the_source_frames(scans, tmp_path, flags, patient
 def test_wrong_usage(tmp_path, capsys):
     assert mask.main([str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
     assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_a_write_hides_headers_and_no_other_threads_warnings(monkeypatch, tmp_path, caplog):
+    """pydicom's and highdicom's warnings quote headers; while one thread writes, and after, all others are seen."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def save_as(self, path, **how):
+            begun.set()
+            assert go_on.wait(60)
+
+    def quote():
+        warnings.warn_explicit('The string "Secret"', UserWarning, "base.py", 1, module="highdicom.base")
+        logging.getLogger("pydicom").warning("Secret")
+
+    monkeypatch.setattr(mask, "_build", lambda *args: Slow())
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        writer = threading.Thread(target=mask.write_dicom_mask, args=(tmp_path, None, None))
+        writer.start()
+        assert begun.wait(60)
+        warnings.warn("while it writes", stacklevel=1)
+        quote()
+        go_on.set()
+        writer.join()
+        warnings.warn("after", stacklevel=1)
+        quote()
+    assert [str(warning.message) for warning in seen] == ["while it writes", "after"] and caplog.text == ""

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pydicom
 
-from ct.derived import DerivedError, headers_unquoted
+from ct.derived import DerivedError
+from ct.dicom_pixels import quote_no_headers
 from detect.dicom_out import key_objects, parametric_map, secondary_capture, seg, sr
 from detect.dicom_out.common import Identity, Result, open_case
 from files import full_disk_named
@@ -53,16 +54,16 @@ def build_objects(result: Result, identity: Identity, *, phi: bool = True,
 def write_dicom(folder: Path, result: Result, identity: Identity, *, phi: bool = True,
                 made: datetime | None = None) -> list[Path]:
     """Write build_objects(...) to a folder as NAME.dcm, in place of what an earlier call left there; the paths."""
-    with headers_unquoted():
-        objects = build_objects(result, identity, phi=phi, made=made)
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.dcm"):
-            stale.unlink()
-        paths = [folder / f"{name}.dcm" for name in objects]
-        for path, ds in zip(paths, objects.values()):
-            with full_disk_named(path):
-                ds.save_as(path, enforce_file_format=True)
+    quote_no_headers()
+    objects = build_objects(result, identity, phi=phi, made=made)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.dcm"):
+        stale.unlink()
+    paths = [folder / f"{name}.dcm" for name in objects]
+    for path, ds in zip(paths, objects.values()):
+        with full_disk_named(path):
+            ds.save_as(path, enforce_file_format=True)
     return paths
 
 
