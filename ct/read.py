@@ -45,9 +45,9 @@ def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0, ids: str = "
     line each.
 
     unknown_slice_spacing_mm: for folders of slices that do not tell theirs; 0 refuses them (when read).
-    ids: 'path', from the scan's place under the folder (of several series in one folder, all but the one of the lowest
-    number add a hash of their UID); 'uid', from the series UID or the files' content, wherever they lie. An id by uid
-    stays whatever other scans come; one by path, unless a series of a lower number comes to the same folder.
+    ids: 'path', from the scan's place under the folder (several series in one folder add a hash of their UID); 'uid',
+    from the series UID or the files' content, wherever they lie. An id by uid stays whatever other scans come; one by
+    path, unless a second series comes to the same folder: then both have new ones, so that none means another scan.
     Raises ScanError where the folder does not exist or holds nothing of the kind.
     """
     folder = Path(folder)

@@ -76,20 +76,14 @@ class Header:
 
 
 def scans_of(headers: Sequence[Header]) -> list[Found]:
-    """The scans that the images of these headers make up, in any folders; what is none is one with an error."""
-    return _named(_find_series(headers), {header.path: header for header in headers})
+    """The scans that the images of these headers make up, in any folders; what is none is one with an error.
 
-
-def _named(found: list[Found], headers: dict[Path, Header]) -> list[Found]:
-    """With suffixes: of the scans in a folder the first has none, by series number and file name; the others' are
-    hashes of their UIDs. So a scan keeps its id when a further series comes to its folder.
+    Where a folder holds several, each has a hash of its UID as its suffix: no id of one ever comes to mean another.
     """
-    taken, named = set(), []
-    for one in sorted(found, key=lambda one: (headers[one.paths[0]].series_number, min(one.paths))):
-        suffix = hashlib.sha256(one.uid.encode()).hexdigest()[:8] if one.anchor in taken else ""
-        named.append(replace(one, suffix=suffix))
-        taken.add(one.anchor)
-    return named
+    found = _find_series(headers)
+    several = Counter(one.anchor for one in found)
+    return [replace(one, suffix=hashlib.sha256(one.uid.encode()).hexdigest()[:8]) if several[one.anchor] > 1 else one
+            for one in found]
 
 
 @dataclass
