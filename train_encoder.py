@@ -35,8 +35,8 @@ PRESETS = {
     "ct128": replace(RECOMMENDED, workers=0),
     "noise128": NOISE,
     # A generator of heads from random codes (gan/coding.py): docs/RESULTS.md, 'The generator'
-    "heads128": EncoderConfig(epochs=28, perceptual_epochs=11, batch=16, lr_trunk=1e-3, lr_discriminator=1e-3,
-                              lr_generator=1e-3, decay=0.2, adversarial=0.05, r1_gamma=2, knee=0.04, code_channels=8,
+    "heads128": EncoderConfig(epochs=20, perceptual_epochs=11, batch=16, lr_trunk=1e-3, lr_discriminator=1e-3,
+                              lr_generator=1e-3, decay=0.15, adversarial=0.05, r1_gamma=2, knee=0.04, code_channels=8,
                               encoder_width=0.5, rotate=0, jitter_hu=0, workers=0),
     "smoke32": EncoderConfig(epochs=4, perceptual_epochs=2, lr=1e-3, lr_trunk=1e-3, workers=0),
 }
