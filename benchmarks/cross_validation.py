@@ -8,7 +8,11 @@ a bundle of any method and a database of scans that were held out of its trainin
 scan, as it is and with each lesion of pasted.py in it, is reconstructed by its own fold's encoder; its residuals are
 told in the statistics of all other held-out scans. Writes table.md, one row a setting of ROWS: AUC of scans with a
 lesion of a kind against the healthy ones, the mean over the haemorrhages, and the AUC of slices with haemorrhage
-against all healthy slices. Settings are chosen here, so that a test set is needed only once.
+against all healthy slices; and changes.md: what each row changes against the row before, with intervals by bootstrap
+over heads, each drawn with all its lesions. Settings are chosen here, so that a test set is needed only once.
+
+With --residual SHARE the closest normal is as if it missed a healthy head by SHARE of what it does, and held nothing
+of a lesion: how close it would have to come.
 
 Every head is there healthy and with a lesion, and heads differ more among each other than a small lesion changes one:
 AUC are lower than on a cohort of emergencies. They are for comparing rows.
@@ -26,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
@@ -48,6 +51,7 @@ HAEMORRHAGES = ("intraparenchymal", "subdural", "epidural", "subarachnoid", "int
 HEALTHY = "healthy"
 LEAST_TRUTH = 5              # pixels of a lesion in a slice that counts as one with it
 BATCH = 16
+RESAMPLES, LEVEL = 2000, 0.95
 
 PLAIN = SurpriseSettings(filter="median", scale="both", hypodense=1.0, pool="area", surprise_above=2.5)
 BAND = dataclasses.replace(PLAIN, filter="band")
@@ -130,36 +134,93 @@ def surprises(cases: list[Case], settings: SurpriseSettings) -> tuple[list[torch
     return [normal[c.scan_id].surprise(e.scales, e.searched, c.below_vertex_mm) for c, e in zip(cases, seen)], seen
 
 
+def closer(cases: list[Case], share: float) -> list[Case]:
+    """The cases as if a healthy head's residual were `share` of what it is, and a lesion's all that it changes."""
+    healthy = {c.scan_id: c.found for c in cases if c.kind == HEALTHY}
+
+    def one(case: Case) -> Case:
+        own, query_hu = healthy[case.scan_id], case.found.query_hu
+        residual = share * (own.query_hu - own.normal_hu) + query_hu - own.query_hu
+        return dataclasses.replace(case, found=dataclasses.replace(case.found, normal_hu=query_hu - residual))
+
+    return [one(case) for case in cases]
+
+
+def auc(pairs: dict[str, tuple[np.ndarray, np.ndarray]], times: np.ndarray) -> dict[str, np.ndarray]:
+    """AUC by column, each [B], of B cohorts in which head i is there times[b, i] times; pairs as of compared().
+
+    NaN where a kind has no lesion; 'haemorrhage' is the mean over those that have one.
+    """
+    def total(matrix):
+        return np.einsum("bi,ij,bj->b", times, matrix, times)
+
+    with np.errstate(invalid="ignore"):
+        found = {column: total(won) / total(of) for column, (won, of) in pairs.items()}
+    kinds = [found[kind] for kind in HAEMORRHAGES if not np.isnan(found[kind]).all()]
+    return found | {"haemorrhage": np.mean(kinds, axis=0)}
+
+
+def compared(cases: list[Case], scores: list[torch.Tensor], how: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By kind and for 'slices': how many pairs of head i with a lesion and head j without are there, and are won.
+
+    (won, of), each [heads, heads]; a tie is half won. scores: slice scores [S] of every case.
+    """
+    heads = sorted({c.scan_id for c in cases})
+    scans = [np.array([scan_score(one, how)]) for one in scores]
+    slices = [one[c.truth.sum((1, 2)) >= LEAST_TRUTH].numpy() if c.kind != HEALTHY else one.numpy()
+              for c, one in zip(cases, scores)]
+
+    def by_head(values, kinds):
+        found = {head: [np.empty(0)] for head in heads}
+        for c, value in zip(cases, values):
+            if c.kind in kinds:
+                found[c.scan_id].append(value)
+        return [np.concatenate(found[head]) for head in heads]
+
+    def against_healthy(values, kinds):
+        ill, healthy = by_head(values, kinds), by_head(values, (HEALTHY,))
+        won = [[(np.greater.outer(a, b) + 0.5 * np.equal.outer(a, b)).sum() for b in healthy] for a in ill]
+        return np.array(won, float), np.outer([*map(len, ill)], [*map(len, healthy)]).astype(float)
+
+    return {kind: against_healthy(scans, (kind,)) for kind in pasted.KINDS} | {
+        "slices": against_healthy(slices, HAEMORRHAGES)}
+
+
 def figures(cases: list[Case], scores: list[torch.Tensor], how: str) -> dict[str, float]:
     """AUC by kind, 'haemorrhage' (their mean) and 'slices'. scores: slice scores [S] of every case."""
-    scans = [scan_score(one, how) for one in scores]
-
-    def auc(kind):
-        chosen = [(c.kind == kind, score) for c, score in zip(cases, scans) if c.kind in (kind, HEALTHY)]
-        return roc_auc_score(*zip(*chosen)) if any(label for label, _ in chosen) else float("nan")
-
-    found = {kind: auc(kind) for kind in pasted.KINDS}
-    found["haemorrhage"] = float(np.nanmean([found[kind] for kind in HAEMORRHAGES]))
-    with_blood = [one[c.truth.sum((1, 2)) >= LEAST_TRUTH] for c, one in zip(cases, scores) if c.kind in HAEMORRHAGES]
-    without = [one for c, one in zip(cases, scores) if c.kind == HEALTHY]
-    values = torch.cat([*without, *with_blood]).numpy()
-    found["slices"] = roc_auc_score(np.arange(len(values)) >= sum(map(len, without)), values)
-    return found
+    pairs = compared(cases, scores, how)
+    return {column: float(value[0]) for column, value in auc(pairs, np.ones((1, len(pairs["slices"][0])))).items()}
 
 
-def table(cases: list[Case]) -> str:
-    """The table as Markdown, one line per row of ROWS."""
+def change(before: dict, after: dict, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Interval of the change in AUC by column between two of compared(), by bootstrap over heads."""
+    heads = len(after["slices"][0])
+    times = np.random.default_rng(seed).multinomial(heads, np.full(heads, 1 / heads), RESAMPLES).astype(float)
+    old, new = auc(before, times), auc(after, times)
+    return {column: tuple(np.quantile(new[column] - old[column], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])) for column in new}
+
+
+def tables(cases: list[Case]) -> tuple[str, str]:
+    """AUC, a line per row of ROWS, and what each row changes against the one before with its interval: Markdown."""
     by_filter = {settings.filter: surprises(cases, settings) for settings, _ in ROWS.values()}
     plain = [e.residual.abs().sum((1, 2)) / e.brain.sum((1, 2)).clamp(min=1) for e in by_filter[PLAIN.filter][1]]
-    rows = {"residual, HU, mean over the brain": figures(cases, plain, "mean")}
+    rows = {"residual, HU, mean over the brain": (plain, "mean")}
     for name, (settings, how) in ROWS.items():
-        scores = [Surprise(settings).findings(*pair).slice_scores for pair in zip(*by_filter[settings.filter])]
-        rows[name] = figures(cases, scores, how)
-    columns = ("haemorrhage", "slices", *pasted.KINDS)
-    lines = ["| " + " | ".join(("score", *columns)) + " |", "| --- " * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(f"{found[column]:.2f}" for column in columns) + " |"
-              for name, found in rows.items()]
-    return "\n".join(lines) + "\n"
+        rows[name] = [Surprise(settings).findings(*pair).slice_scores for pair in zip(*by_filter[settings.filter])], how
+    pairs = {name: compared(cases, *row) for name, row in rows.items()}
+    found = {name: figures(cases, *row) for name, row in rows.items()}
+    columns, names = ("haemorrhage", "slices", *pasted.KINDS), list(rows)
+
+    def changed(before, after):
+        limits = change(pairs[before], pairs[after])
+        return ["{:+.2f} ({:+.2f} to {:+.2f})".format(found[after][c] - found[before][c], *limits[c]) for c in columns]
+
+    def markdown(lines):
+        head = ["| " + " | ".join(("score", *columns)) + " |", "| --- " * (len(columns) + 1) + "|"]
+        return "\n".join([*head, *(f"| {' | '.join((name, *cells))} |" for name, cells in lines.items())]) + "\n"
+
+    return (markdown({name: [f"{found[name][c]:.2f}" for c in columns] for name in names}),
+            markdown({after: changed(before, after) for before, after in zip(names, names[1:])}))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -168,7 +229,10 @@ def main(argv: list[str] | None = None) -> int:
                         help="a database and the run of train_encoder.py made from it; may be given several times")
     parser.add_argument("--model", type=Path, nargs=2, metavar=("DATA", "BUNDLE"), action="append", default=[],
                         help="a database of scans held out of a bundle's training, and the bundle")
-    parser.add_argument("--out", type=Path, default=Path("runs/cross-validation"), help="folder for table.md")
+    parser.add_argument("--out", type=Path, default=Path("runs/cross-validation"),
+                        help="folder for table.md and changes.md")
+    parser.add_argument("--residual", type=float, default=None, metavar="SHARE",
+                        help="as if a healthy head's residual were this share of what it is, and lesions wholly erased")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
     try:
@@ -180,8 +244,13 @@ def main(argv: list[str] | None = None) -> int:
         if len(set(heads)) < len(heads) or len(heads) < normative.MIN_SCANS:
             raise ValueError(f"--fold and --model: {normative.MIN_SCANS} different held-out scans at least are "
                              f"needed, found {', '.join(heads)}")
+        if args.residual is not None:
+            if not 0 < args.residual < float("inf"):
+                raise ValueError(f"--residual must be above 0, got {args.residual:g}")
+            cases = closer(cases, args.residual)
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "table.md").write_text(table(cases), encoding="utf-8")
+        for name, text in zip(("table.md", "changes.md"), tables(cases)):
+            (args.out / name).write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

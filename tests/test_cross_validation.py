@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import cross_validation, pasted
-from benchmarks.cross_validation import BAND, HEALTHY, PLAIN, Case, figures, main, surprises
+from benchmarks.cross_validation import BAND, HEALTHY, PLAIN, Case, change, closer, compared, figures, main, surprises
 from ct.frame import PreprocessSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
 from detect.reconstruct import Reconstruction
@@ -70,6 +70,40 @@ def test_figures_by_hand():
     assert found["slices"] == pytest.approx(24 / 27)
 
 
+def peaks(healthy, ill):
+    """Slice scores of cohort(), all 0 but slice 4."""
+    return [torch.tensor([0, 0, 0, 0, v, 0, 0, 0, 0]) for v in (*healthy, *ill)]
+
+
+def test_a_cohort_of_some_heads_alone():
+    pairs = compared(cohort(), peaks((1.0, 2, 3, 4, 5), (1.5, 2.5, 3.5, 3.5, 5)), "max")
+    won, of = pairs["intraparenchymal"]
+    assert won.tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0.5]]
+    assert (of == 1).all() and pairs["epidural"][1].sum() == 0
+    # Heads 3 (twice) and 4: 3.5 twice against 4, 4, 5 wins nothing; 5 against 4, 4, 5 wins 2.5 of 9.
+    found = cross_validation.auc(pairs, np.array([[0, 0, 0, 2.0, 1]]))
+    assert found["intraparenchymal"] == found["haemorrhage"] == pytest.approx(2.5 / 9)
+    assert np.isnan(found["epidural"]).all()
+
+
+def test_a_change_by_one_head_is_within_its_interval_and_one_in_all_is_not():
+    cases, before = cohort(), compared(cohort(), peaks((1, 2, 3, 4, 5), (1, 2, 3, 4, 5)), "max")
+    low, high = change(before, compared(cases, peaks((1, 2, 3, 4, 5), (1, 2, 9, 4, 5)), "max"))["intraparenchymal"]
+    assert low == 0 < high
+    low, high = change(before, compared(cases, peaks((1, 2, 3, 4, 5), (6, 7, 8, 9, 9)), "max"))["intraparenchymal"]
+    assert low == high == 0.5                                     # 1 against 1/2 in whatever cohort
+
+
+def test_a_closest_normal_as_if_it_were_closer():
+    cases = cohort()
+    drawn = dataclasses.replace(cases[5].found, normal_hu=cases[5].found.normal_hu + 20.0 * cases[5].truth)
+    cases[5] = dataclasses.replace(cases[5], found=drawn)         # half of the lesion is in the closest normal
+    near = closer(cases, 0.25)
+    residual = [c.found.query_hu - c.found.normal_hu for c in near]
+    assert torch.allclose(residual[0], 0.25 * (cases[0].found.query_hu - 32), atol=1e-4)
+    assert torch.allclose(residual[5], residual[0] + 40.0 * cases[5].truth, atol=1e-4)
+
+
 def folds(folder):
     made = []
     for name, held_out in (("a", (0, 1)), ("b", (2, 3))):
@@ -96,7 +130,13 @@ def test_the_command(tmp_path, capsys):
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert len(lines) == 2 + 1 + len(cross_validation.ROWS)
     assert all(line.count("|") == 4 + len(pasted.KINDS) for line in lines)
+    changes = (tmp_path / "out" / "changes.md").read_text().splitlines()
+    assert len(changes) == 2 + len(cross_validation.ROWS) and " to " in changes[-1]
+    assert main([*fold, "--out", str(tmp_path / "near"), "--residual", "0.5", "--device", "cpu"]) == 0
+    assert (tmp_path / "near" / "table.md").read_text() != (tmp_path / "out" / "table.md").read_text()
     capsys.readouterr()
+    assert main([*fold, "--out", str(tmp_path / "no"), "--residual", "0"]) == 2
+    assert "--residual must be above 0" in capsys.readouterr().err
     assert main(["--fold", str(a), str(run_b), "--out", str(tmp_path / "no")]) == 2
     assert "not one of train_encoder.py on this database" in capsys.readouterr().err
     assert main(["--fold", str(a), str(run_a), "--out", str(tmp_path / "no")]) == 2
