@@ -1,8 +1,9 @@
 """Images and head-CT slices for HealthyGAN: read once, kept in memory, handed out as [B, 3, N, N] in [-1, 1].
 
 A source is a folder of images (any size, grey or RGB, 8 or 16 bit) or a database of slices made by prepare.py. An
-image loses its top 8 % (burnt-in text), is cut to its central square and resized; a slice is in its frame already,
-and its three HU windows are the channels, as for CN-StyleGAN. In memory an image takes 2 N^2 bytes a channel.
+image loses its top 8 % (burnt-in text), is cut to its central square and resized; a slice is in its frame already, at
+its size or shrunk by a whole factor, and its three HU windows are the channels, as for CN-StyleGAN. In memory an image
+takes 2 N^2 bytes a channel.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import distributed
@@ -164,9 +166,10 @@ def read_slices(path: Path, split: str, settings: ImageSettings, scans: set[str]
     Raises DatasetError when the database was prepared in another way than settings.slices.
     """
     slices = SliceDataset(path, split)
-    if slices.size != settings.size:
-        raise DatasetError(f"{path}: slices of {slices.size} x {slices.size}, but the network takes {settings.size}: "
-                           f"prepare it with --size {settings.size}, or choose another preset")
+    if slices.size % settings.size:
+        raise DatasetError(f"{path}: slices of {slices.size} x {slices.size} cannot be shrunk by a whole factor to the "
+                           f"network's {settings.size}: prepare it with --size {settings.size}, or choose another "
+                           "preset")
     if settings.slices is not None and slices.manifest["settings"] != settings.slices:
         raise DatasetError(f"{path}: prepared with other settings ({slices.manifest['settings']}) than what the "
                            f"network learnt from ({settings.slices}): prepare it with those")
@@ -174,8 +177,14 @@ def read_slices(path: Path, split: str, settings: ImageSettings, scans: set[str]
     by_scan = {scan["scan_id"]: scan["slices"] for scan in slices.manifest["scans"]}
     names = [f"{scan_id}/{number:02d}" for scan_id in slices.scan_ids for number in by_scan[scan_id]]
     units = [slices.scan_ids[item["scan"]] for item in items]
-    everything = Pictures(settings, np.stack([item["hu"].numpy() for item in items])[:, None], names, units, {})
+    pixels = np.stack([shrink(item["hu"][None].float(), settings.size)[0].round().short().numpy() for item in items])
+    everything = Pictures(settings, pixels[:, None], names, units, {})
     return everything.take([i for i, unit in enumerate(units) if scans is None or unit in scans])
+
+
+def shrink(hu: torch.Tensor, size: int) -> torch.Tensor:
+    """HU float [S, N, N] -> [S, size, size], N a multiple of size: means of squares."""
+    return F.avg_pool2d(hu, hu.shape[-1] // size)
 
 
 def is_database(path: Path) -> bool:

@@ -50,7 +50,7 @@ COLLAPSED_AFTER = 500                    # ... for as many iterations has collap
 @dataclass(frozen=True)
 class TrainConfig:
     # Networks
-    size: int = option(256, "side of the images; must equal a database's")
+    size: int = option(256, "side of the images; a database's slices are shrunk to it by a whole factor")
     width: int = option(64, "the generator's channels: width, 2 width, 4 width")
     blocks: int = option(6, "residual blocks of the generator")
     critic_width: int = option(64, "the critic's first channels, doubled by every layer")
@@ -64,6 +64,10 @@ class TrainConfig:
     identity: float = option(losses.IDENTITY_WEIGHT, "weight of mean |b - t_b|")
     reconstruction: float = option(losses.RECONSTRUCTION_WEIGHT, "weight of mean |a - (m a + (1-m) t_a)|")
     mask: float = option(losses.MASK_WEIGHT, "weight of the mask's size and indecision")
+    mask_rampup: float = option(0.0, "part of the iterations after --copy-first over which that weight rises from 0: "
+                                     "until it is there, neither side attracts the mask")
+    copy_first: int = option(0, "iterations at the start with the identity term alone: a translation that cannot copy "
+                                "yet teaches the critic blur, and the mask to close")
     # Optimisation
     lr: float = option(1e-4, "Adam's learning rate; betas are 0.5 and 0.999")
     lr_decay: str = option("linear", "over the last --decay-iterations, to 0; 'none' in effect as the released code",
@@ -92,9 +96,11 @@ class TrainConfig:
         for name in ("iterations", "batch", "critic_steps", "tick", "choose", "snapshot"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("val_fraction", "crop_top", "choose_after"):
+        for name in ("val_fraction", "crop_top", "choose_after", "mask_rampup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.copy_first < self.iterations:
+            raise ValueError(f"--copy-first must lie in [0, --iterations), got {self.copy_first}")
         if not 1 <= self.white_16bit <= 65535:
             raise ValueError(f"--white-16bit must lie in 1..65535, got {self.white_16bit}")
         self.model()
@@ -107,6 +113,11 @@ class TrainConfig:
         if self.lr_decay == "none":
             return self.lr
         return self.lr * min(1.0, (self.iterations - iteration) / max(1, self.decay_iterations))
+
+    def mask_weight(self, iteration: int) -> float:
+        """The weight of the mask's term at step `iteration`, from 0."""
+        ramp = self.mask_rampup * (self.iterations - self.copy_first)
+        return self.mask * (min(1.0, max(0, iteration - self.copy_first) / ramp) if ramp else 1.0)
 
 
 PRESETS = {
@@ -165,6 +176,10 @@ class Trainer:
         for optimiser in (self.g_opt, self.d_opt):
             for group in optimiser.param_groups:
                 group["lr"] = self.config.learning_rate(self.iteration)
+        if self.iteration < self.config.copy_first:
+            stats = self._step_copy(b)
+            self.iteration += 1
+            return stats
         # The generator does not change between its use as the critic's opponent and its own step: one pass serves both.
         with_generator = (self.iteration + 1) % self.config.critic_steps == 0
         if with_generator:
@@ -178,6 +193,12 @@ class Trainer:
             stats |= self._step_generator(a, b, of_a, of_b)
         self.iteration += 1
         return stats
+
+    def _step_copy(self, b: torch.Tensor) -> dict[str, torch.Tensor]:
+        loss = losses.identity(b, self.g(b))
+        self._update(self.g, self.g_opt, self.config.identity * loss)     # weighted: Adam remembers gradients' size
+        self._update_ema()
+        return {"g_identity": loss.detach()}
 
     def _step_critic(self, b: torch.Tensor, y_a: torch.Tensor) -> dict[str, torch.Tensor]:
         share = self._draw("share", lambda g, n: torch.rand(n, generator=g)).reshape(-1, 1, 1, 1)
@@ -197,8 +218,9 @@ class Trainer:
         terms = {"adversarial": -values_a.mean() - values_b.mean(), "identity": losses.identity(b, of_b),
                  "reconstruction": losses.reconstruction(a, of_a),
                  "mask": (losses.focus(of_a.m) + losses.focus(of_b.m)) / 2}
-        self._update(self.g, self.g_opt, terms["adversarial"] + sum(
-            getattr(self.config, name) * terms[name] for name in ("identity", "reconstruction", "mask")))
+        weights = {"adversarial": 1.0, "identity": self.config.identity, "reconstruction": self.config.reconstruction,
+                   "mask": self.config.mask_weight(self.iteration)}
+        self._update(self.g, self.g_opt, sum(weights[name] * term for name, term in terms.items()))
         self.d.requires_grad_(True)
         self._update_ema()
         m_a, m_b = of_a.m.detach().mean(), of_b.m.detach().mean()

@@ -17,9 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
+from ct.window import encode
+from dataset import DatasetError
 from healthygan import test as healthygan_test
 from healthygan import train, trivial, weights
-from healthygan.model import Generator
+from healthygan.data import ImageSettings, read_slices
+from healthygan.model import Generator, ModelConfig, Translation
+from healthygan.reconstruct import Translator, TranslatorSettings
 from healthygan.scoring import aucp, difference, unit_scores
 from tests.helpers import GradientRecorder
 from weights import CheckpointError
@@ -127,6 +131,34 @@ def test_step_order_and_learning_rate():
     assert not torch.equal(before[0], next(trainer.g.parameters()))
     assert [config.learning_rate(i) for i in (0, 15, 16, 19)] == pytest.approx([1e-4, 1e-4, 8e-5, 2e-5])
     assert dataclasses.replace(config, lr_decay="none").learning_rate(19) == 1e-4
+
+
+def test_the_masks_weight_rises():
+    config = dataclasses.replace(train.PRESETS["smoke32"], mask=0.2)
+    assert config.mask_weight(0) == 0.2
+    rising = dataclasses.replace(config, mask_rampup=0.5)
+    assert [rising.mask_weight(i) for i in (0, 5, 10, 19)] == pytest.approx([0, 0.1, 0.2, 0.2])
+    later = dataclasses.replace(rising, copy_first=10)            # then over half of the 10 that are left
+    assert [later.mask_weight(i) for i in (9, 10, 12, 15)] == pytest.approx([0, 0, 0.08, 0.2])
+    trainers = [train.Trainer(dataclasses.replace(c, critic_steps=1, flip=False, precision="fp32"),
+                              torch.device("cpu")) for c in (rising, dataclasses.replace(config, mask=0))]
+    a, b = torch.rand(2, 4, 3, 32, 32) * 2 - 1
+    for trainer in trainers:
+        trainer.step(a, b)
+    for p, q in zip(*(trainer.g.parameters() for trainer in trainers)):
+        assert torch.equal(p, q)
+
+
+def test_before_all_else_the_translation_learns_to_copy():
+    config = dataclasses.replace(train.PRESETS["smoke32"], precision="fp32", flip=False, copy_first=1, identity=7)
+    trainer, other = (train.Trainer(config, torch.device("cpu")) for _ in range(2))
+    a, b = torch.rand(2, 4, 3, 32, 32) * 2 - 1
+    assert trainer.step(a, b).keys() == {"g_identity"} and trainer.iteration == 1
+    (7 * (b - other.g(b).t).abs().mean()).backward()
+    for p, q in zip(trainer.g.parameters(), other.g.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-3 * q.grad.abs().max().item())
+    assert all(torch.equal(p, q) for p, q in zip(trainer.d.parameters(), other.d.parameters()))
+    assert "wasserstein" in trainer.step(a, b)
 
 
 def test_the_generators_gradient_is_that_of_its_loss():
@@ -256,6 +288,30 @@ def test_slices_are_scored_by_scan(slices32, tmp_path):
         assert len(own) == int(row["slices"]) == 8 and float(row["score"]) == pytest.approx(np.mean(own), rel=1e-4)
 
 
+def test_slices_are_shrunk_by_a_whole_factor(slices32):
+    whole, half = (read_slices(slices32, "all", ImageSettings("slices", size)) for size in (32, 16))
+    first = whole.pixels[3, 0, :2, 16:18].astype(float).mean()
+    assert half.pixels.shape[1:] == (1, 16, 16) and abs(half.pixels[3, 0, 0, 8] - first) <= 0.5
+    with pytest.raises(DatasetError, match="cannot be shrunk by a whole factor to the network's 24"):
+        read_slices(slices32, "all", ImageSettings("slices", 24))
+
+
+def test_what_a_shrunk_slice_changes_by_is_added_to_the_whole_one():
+    """A generator that draws 30 HU everywhere: 50 HU become 30; 90 HU, of which it sees 70, 90 + 30 - 70."""
+    class Flat(Generator):
+        def forward(self, x):
+            y = encode(torch.full_like(x[:, 0], 30.0))
+            return Translation(y, torch.ones_like(x[:, :1]), y)
+
+    translator = Translator(TranslatorSettings(), Flat(4, 1), ModelConfig(size=64), 128, (0.0, 70.0), "cpu")
+    hu = torch.full((2, 128, 128), 50.0)
+    hu[1] = 90
+    found = translator.closest_normal(hu, torch.ones_like(hu, dtype=torch.bool), np.array([20.0, 25.0]))
+    torch.testing.assert_close(found.query_hu, hu, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.normal_hu[0], torch.full((128, 128), 30.0), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.normal_hu[1], torch.full((128, 128), 50.0), rtol=0, atol=1e-3)
+
+
 def test_released_weights_can_be_tested(xrays, tmp_path):
     state = Generator().state_dict()
     state |= {"main.1.running_mean": torch.zeros(64), "main.1.num_batches_tracked": torch.tensor(3)}
@@ -313,7 +369,7 @@ def test_train_names_what_is_missing(flags, message, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("flag", ["--batch=0", "--size=30", "--critic-layers=7", "--val-fraction=1",
-                                  "--white-16bit=0"])
+                                  "--white-16bit=0", "--copy-first=20", "--mask-rampup=1"])
 def test_train_refuses_values_that_cannot_be_meant(flag, xrays):
     with pytest.raises(SystemExit) as stop:
         train.main(["--data", str(xrays), "--preset", "smoke32", flag])

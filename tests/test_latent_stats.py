@@ -10,6 +10,7 @@ import bundling
 import latent_stats
 from bundling import augmented
 from ct.frame import PreprocessSettings
+from ct.standardise import StandardiseSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
 from detect.autoencoder import Autoencoder, AutoencoderFit
 from detect.bundle import load_bundle
@@ -28,7 +29,8 @@ from latent_stats import read_notes, report_size
 from model import Discriminator, Encoder, Generator, ModelConfig
 
 TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16)
-SETTINGS = PreprocessSettings().to_json()
+PREPROCESSING = PreprocessSettings(StandardiseSettings(size=32))
+SETTINGS = PREPROCESSING.to_json()
 PLAIN = ("filter=median", "scale=both", "pool=area", "surprise_above=0.5")      # few pixels: no peaks, no bands
 
 
@@ -84,7 +86,7 @@ def test_end_to_end(inputs, tmp_path, capsys):
     assert "35 mm below the vertex: left out, 30 codes within 20 mm, 32 needed" in capsys.readouterr().out
 
     meta = bundle.meta
-    assert PreprocessSettings.from_json(meta["preprocessing"]) == PreprocessSettings()
+    assert PreprocessSettings.from_json(meta["preprocessing"]) == PREPROCESSING
     assert bundle.settings == Settings("search", SearchSettings(steps_latent=2, steps_noise=1))
     assert meta["provenance"]["name"] == "mine" and meta["provenance"]["notes"] == "made by a test"
     assert meta["provenance"]["encoder"]["images_seen"] == 50 and meta["provenance"]["gan"]["config"] == {"kimg": 0.007}
@@ -381,8 +383,8 @@ def autoencoder_file(data, folder):
 
 def healthygan_folder(data, folder):
     torch.manual_seed(0)
-    config = healthygan_model.ModelConfig(size=32, width=4, blocks=1, critic_layers=2)
-    meta = {"model": vars(config), "image_settings": {"kind": "slices", "size": 32, "slices": SETTINGS}}
+    config = healthygan_model.ModelConfig(size=16, width=4, blocks=1, critic_layers=2)          # of shrunk slices
+    meta = {"model": vars(config), "image_settings": {"kind": "slices", "size": 16, "slices": SETTINGS}}
     save_model(folder / "healthygan", config.generator(), meta)
     return folder / "healthygan"
 
