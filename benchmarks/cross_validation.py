@@ -65,6 +65,7 @@ ROWS = {                                       # what a slice scores, and how sl
     "hyperdense fine, hypodense coarse": (dataclasses.replace(PEAK, scale="sides"), "mean"),
     "hypodense weighs 0.6": (dataclasses.replace(PEAK, scale="sides", hypodense=0.6), "mean"),
     "three highest slices": (dataclasses.replace(PEAK, scale="sides", hypodense=0.6), "top3"),
+    "of the fine scale what is hyperdense": (SurpriseSettings(), "top3"),
 }
 
 

@@ -51,15 +51,15 @@ BATCH = 32
 
 
 @torch.no_grad()
-def draw(generator: Generator, count: int, psi: float, seed: int) -> torch.Tensor:
-    """`count` samples, HU [count, N, N] on the CPU; the same codes for every psi."""
+def draw(generator: Generator, count: int, psi: float, seed: int, range_hu: tuple[float, float]) -> torch.Tensor:
+    """`count` samples, HU [count, N, N] on the CPU, cut to the training slices' range; the same codes for every psi."""
     if isinstance(generator, SpatialGenerator):
-        return decode(generator.sample(count, psi, seed))
+        return decode(generator.sample(count, psi, seed)).clamp(*range_hu)
     rng = torch.Generator().manual_seed(seed)
     mean = generator.mean_latent(generator=rng)
     z = torch.randn(count, generator.config.style_dim, generator=rng).to(mean.device)
     parts = [mean + psi * (generator.mapping(part) - mean) for part in z.split(BATCH)]
-    return torch.cat([decode(generator.synthesis(w, "const")).cpu() for w in parts])
+    return torch.cat([decode(generator.synthesis(w, "const")).cpu() for w in parts]).clamp(*range_hu)
 
 
 def nearest(queries: torch.Tensor, references: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,9 +134,10 @@ def benchmark(args: argparse.Namespace) -> int:
     generator = open_generator(args, train)
     train_hu, held_out_hu = slices_of(train), slices_of(SliceDataset(args.data, "val", check=False))
     args.out.mkdir(parents=True, exist_ok=True)
+    cut = train.manifest["settings"]["standardise"]["hu_clip"]
     for psi in SHEET_PSI:
-        save_hu_grid(args.out / f"samples-psi-{psi:g}.png", draw(generator, SHEET, psi, args.seed).numpy())
-    samples = draw(generator, max(SHEET, len(held_out_hu)), 1.0, args.seed)
+        save_hu_grid(args.out / f"samples-psi-{psi:g}.png", draw(generator, SHEET, psi, args.seed, cut).numpy())
+    samples = draw(generator, max(SHEET, len(held_out_hu)), 1.0, args.seed, cut)
     found = figures(samples, held_out_hu, train_hu, args.seed)
     distance, index = nearest(samples, train_hu)
     first = distance.argsort()[:NEAREST]

@@ -4,8 +4,9 @@ With the networks of an encoder that was trained to draw what is hidden from it 
 
 surroundings   blocks of the brain are hidden in turn, and every place is drawn without being seen: anatomy without
                lesion, though blurred where no surroundings tell what is there
-reconstruct    where the slice differs from that, smoothed a little, by gate_hu or more, it is hidden, and drawn from
-               what is around; elsewhere the networks see the slice, and draw it as it is
+reconstruct    where the slice differs from that, smoothed a little, by gate_hu or more, in more than a speck, it is
+               hidden, and drawn from what is around; elsewhere the networks see the slice, and draw it as it is
+grain          what they smooth away of it there comes back; of the rest no more than grain has: a bleed is not grain
 
 So the closest normal is the same head, as sharp as it is, without what does not belong in it: the order of the paper's
 inversion (code, what is anomalous, detail elsewhere: Lee et al. 2022, Methods) with a code in space in place of W+.
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from config import option
 from ct.window import BONE_HU, decode, encode
 from detect.inversion import OfEncoder, load_networks
+from detect.measure import without_small
 from detect.normative import smoothed
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
 from model import Encoder, Generator
@@ -33,7 +35,9 @@ from weights import CheckpointError
 AT = 128                                  # lengths below are pixels of images of this side
 HIDDEN, CENTRE, PERIOD = 24, 20, 40       # a hidden block; its part that is kept; from block to block
 SMOOTH, AROUND = 1.0, 1                   # of the residual that finds what is anomalous; what is hidden around it
+SPECK = 12                                # what is anomalous in fewer pixels together is a sulcus or grain
 CLIP_HU = 40.0                            # a residual counts as no more than this: one bright pixel is no lesion
+DETAIL, GRAIN, GRAIN_HU = 2.0, 0.7, 3.0   # what is finer than these Gaussians comes back where all is normal, elsewhere
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Inpainting(OfEncoder):
             anomalous = self.gate(query_hu - expected_hu, soft)
             kept = bone | (~brain & (query_hu <= self.range_hu[0]))            # and air: the networks draw it badly
             normal_hu = torch.where(kept, query_hu, self.draw(seen, anomalous, bone))
+            normal_hu += self.detail(query_hu - normal_hu, soft, anomalous)
         if watch:
             watch(query_hu, normal_hu)
         return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds)
@@ -93,9 +98,16 @@ class Inpainting(OfEncoder):
         """Where a difference [S, N, N] from the surroundings is anomalous, bool [S, N, N], within soft brain."""
         unit = self.size / AT
         smooth = smoothed(difference_hu.clamp(-CLIP_HU, CLIP_HU), soft, SMOOTH * unit)
+        found = without_small(smooth.abs() > self.settings.gate_hu, SPECK * unit**2)
         around = max(1, round(AROUND * unit))
-        found = (smooth.abs() > self.settings.gate_hu).float()[:, None]
-        return F.max_pool2d(found, 2 * around + 1, stride=1, padding=around)[:, 0] > 0
+        return F.max_pool2d(found.float()[:, None], 2 * around + 1, stride=1, padding=around)[:, 0] > 0
+
+    def detail(self, difference_hu: torch.Tensor, soft: torch.Tensor, anomalous: torch.Tensor) -> torch.Tensor:
+        """What of a slice is too fine for the networks, HU [S, N, N]; difference_hu: the slice less what they drew."""
+        unit, free, hidden = self.size / AT, soft & ~anomalous, soft & anomalous
+        fine = difference_hu - smoothed(difference_hu, free, DETAIL * unit)
+        grain = (difference_hu - smoothed(difference_hu, hidden, GRAIN * unit)).clamp(-GRAIN_HU, GRAIN_HU)
+        return fine * free + grain * hidden
 
     @torch.no_grad()
     def draw(self, images: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:

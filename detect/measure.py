@@ -65,8 +65,8 @@ class SurpriseSettings:
     """What a score by surprise hangs on. The defaults are what the benchmarks on real scans recommend."""
 
     median_at_512: int = option(19, "side of the residual's median filter, pixels at 512; scales with the frame")
-    filter: str = option("band", "fine scale: the median-filtered residual, or a band of it away from bone",
-                         normative.FILTERS)
+    filter: str = option("hyperdense", "fine scale: the median-filtered residual, a band of it away from bone, or of "
+                                       "that band what is hyperdense", normative.FILTERS)
     scale: str = option("sides", "scale of the residual; sides: hyperdense at the fine scale, hypodense at the coarse "
                                 "one", normative.COMBINED)
     hypodense: float = option(0.6, "weight of the surprise of what is hypodense in scale=sides")
@@ -79,6 +79,9 @@ class SurpriseSettings:
         for name, allowed in (("filter", normative.FILTERS), ("scale", normative.COMBINED), ("pool", SLICE_SCORES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.filter == "hyperdense" and self.scale not in ("sides", "coarse"):
+            raise ValueError(f"filter hyperdense: needs scale sides or coarse, got {self.scale!r}: nothing is hypodense "
+                             "at its fine scale")
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,8 @@ class Surprise:
         if self.settings.filter == "median":
             return Evidence(filtered, brain, mm, brain, normative.scales(difference, filtered, brain))
         soft = normative.soft_brain(found.query_hu, brain)
-        return Evidence(filtered, brain, mm, soft, normative.band_scales(difference, soft))
+        scales = normative.band_scales(difference, soft, self.settings.filter == "hyperdense")
+        return Evidence(filtered, brain, mm, soft, scales)
 
     def fit(self, healthy: Sequence[Evidence]) -> tuple[Surprise, list[Findings]]:
         """The measure that healthy scans make, and what is found in each by the statistics of the others.
@@ -371,14 +375,19 @@ def lesion_mask(predicted: torch.Tensor, frame_size: int, min_component_px_at_51
     Components are taken slice by slice, as in the paper; pixels that touch at a corner belong together (8-connected).
     The limit scales with area: frame_size is the side, in pixels, of the frame that predicted lies in.
     """
-    if predicted.dtype != torch.bool or predicted.ndim != 3:
-        raise ValueError(f"lesion_mask: expected bool [S, H, W], got {predicted.dtype} {tuple(predicted.shape)}")
+    return without_small(predicted, min_component_px_at_512 * (frame_size / PAPER_SIZE) ** 2)
+
+
+def without_small(mask: torch.Tensor, pixels: float) -> torch.Tensor:
+    """mask (bool [S, H, W]) without its 8-connected components of fewer pixels, slice by slice."""
+    if mask.dtype != torch.bool or mask.ndim != 3:
+        raise ValueError(f"without_small: expected bool [S, H, W], got {mask.dtype} {tuple(mask.shape)}")
     in_plane = np.zeros((3, 3, 3), dtype=bool)
     in_plane[1] = True
-    components, _ = ndimage.label(predicted.cpu().numpy(), structure=in_plane)
-    keep = np.bincount(components.ravel()) >= min_component_px_at_512 * (frame_size / PAPER_SIZE) ** 2
+    components, _ = ndimage.label(mask.cpu().numpy(), structure=in_plane)
+    keep = np.bincount(components.ravel()) >= pixels
     keep[0] = False  # the background
-    return torch.from_numpy(keep[components]).to(predicted.device)
+    return torch.from_numpy(keep[components]).to(mask.device)
 
 
 # --- scores ---

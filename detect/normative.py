@@ -13,8 +13,10 @@ pixel in a thousand reaches, whether hyperdense or hypodense, in the mid-brain o
 Two scales are kept: FINE, for what is small and distinct (a thin bleed), and COARSE, a wide Gaussian, for what is
 faint and large (an early infarct). FINE is the median-filtered residual of measure.residual ('median'), or a narrow
 Gaussian less a wide one in the brain away from bone ('band'): a shade over half a head, which beam hardening and
-another scanner's calibration make, then is none, and neither are the edges of the skull and calcifications. Heads are
-centred and upright, so left and right lend each other their statistics.
+another scanner's calibration make, then is none, and neither are the edges of the skull and calcifications. Of that
+band 'hyperdense' takes what is above 0: how far the sulci and ventricles of healthy heads fall below their closest
+normal, which draws them too dense, then no longer hides a little blood in them. Heads are centred and upright, so left
+and right lend each other their statistics.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ SPACING_MM = 5.0             # from position to position
 PRIOR_SCANS = 2.0            # a place's variance is drawn to its position's as if by so many scans
 FLOOR_HU = 0.5               # no healthy spread is taken to be under this
 SCALES = ("fine", "coarse")
-FILTERS = ("median", "band")
+FILTERS = ("median", "band", "hyperdense")
 COMBINED = (*SCALES, "both", "sides")
 LEVELS = torch.arange(0.5, 4.51, 0.25)       # surprises whose z is kept; beyond the last one a line goes on
 MIN_SCANS = 3                # each scan is judged by the statistics of the others, and needs two of them
@@ -61,12 +63,15 @@ def scales(difference_hu: torch.Tensor, median_hu: torch.Tensor, brain: torch.Te
     return torch.stack([median_hu, smoothed(difference_hu, brain, COARSE_AT_512 * brain.shape[-1] / 512)], dim=1)
 
 
-def band_scales(difference_hu: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
-    """The residual at both scales of 'band', float32 [S, 2, N, N], HU; soft bool [S, N, N] is that of soft_brain."""
+def band_scales(difference_hu: torch.Tensor, soft: torch.Tensor, hyperdense: bool = False) -> torch.Tensor:
+    """The residual at both scales of 'band', float32 [S, 2, N, N], HU; soft bool [S, N, N] is that of soft_brain.
+
+    hyperdense: what is hypodense is 0 at the fine scale ('hyperdense').
+    """
     fine, wide, coarse = (at_512 * soft.shape[-1] / 512 for at_512 in (FINE_AT_512, WIDE_AT_512, COARSE_AT_512))
     clipped = difference_hu.clamp(-CLIP_HU, CLIP_HU)
-    return torch.stack([smoothed(clipped - smoothed(clipped, soft, wide), soft, fine),
-                        smoothed(clipped, soft, coarse)], dim=1)
+    band = smoothed(clipped - smoothed(clipped, soft, wide), soft, fine)
+    return torch.stack([band.clamp(min=0) if hyperdense else band, smoothed(clipped, soft, coarse)], dim=1)
 
 
 def soft_brain(query_hu: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from gan.quality import sliced_wasserstein
 from gan.snapshots import Snapshot
 from model import Generator, build_generator
 
-OUTSIDE, INSIDE = 0.25, 3.0              # weight of a pixel outside and inside the brain
+OUTSIDE, INSIDE = 0.5, 3.0               # weight of a pixel outside and inside the brain
 STAGES = slice(1, 4)                     # of the discriminator, in which features of slices and reconstructions match
 RECENT = 6144                            # codes that the prior is fitted to
 AVERAGE = 3000                           # images, half-life of the averaged weights that samples are drawn with
@@ -43,6 +43,7 @@ class CodeTrainer(InpaintingTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.g_ema, self.e_ema = (copy.deepcopy(net).requires_grad_(False) for net in (self.g, self.e))
+        self.low, self.high = encode(torch.tensor(self.range_hu)[:, None, None]).to(self.device)    # each [3, 1, 1]
         self.rate = 5e-6                                             # what a nat costs
         self.recent = torch.empty(2, 0, math.prod(self.model.code_shape))     # means and variances, over all ranks
 
@@ -62,9 +63,11 @@ class CodeTrainer(InpaintingTrainer):
         nats = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2)).mean()
         fake = self.g.synthesis(code, self.g.random_maps(len(code), self.rng) if full else "const")
         weight = OUTSIDE + (INSIDE - OUTSIDE) * inside
-        distance = weighted_distance(real, fake, weight / weight.mean(), self.config.knee, self.config.gradient)
+        distance = weighted_distance(self.reached(real, fake), fake, weight / weight.mean(), self.config.knee,
+                                     self.config.gradient)
         loss, stats = distance + self.rate * nats, {"distance": distance, "nats": nats}
         if full:
+            fake = fake.clamp(self.low, self.high)
             adversarial, features = self._looked_at(real, fake)
             loss = loss + self.config.adversarial * (adversarial + features)
             stats |= {"adversarial": adversarial, "features": features}
@@ -74,6 +77,15 @@ class CodeTrainer(InpaintingTrainer):
         self.images_seen += self.global_batch
         self._after(mean.detach(), log_variance.detach(), nats.detach())
         return stats
+
+    def reached(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        """`real` [B, 3, N, N], but `fake` where that goes beyond an end of the HU range at which the slice was cut.
+
+        Most of a slice is air or bone, and so at an end. Who is to meet a cut value exactly draws air too dense and
+        bone not dense enough.
+        """
+        beyond = ((real <= self.low) & (fake < self.low)) | ((real >= self.high) & (fake > self.high))
+        return torch.where(beyond, fake.detach(), real)
 
     def _looked_at(self, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The adversary's view on reconstructions, and how far features of these are from the slices'."""
@@ -107,14 +119,14 @@ class CodeTrainer(InpaintingTrainer):
         found = torch.cat([self.reconstruction(x.to(self.device)).cpu() for x in encode(hu).split(16)])
         pick = torch.linspace(0, len(hu) - 1, 16).long()
         save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.cat([hu[pick], found[pick]]).numpy(), columns=16)
-        drawn = decode(self.g_ema.sample(max(SHEET, len(hu))))
+        drawn = decode(self.g_ema.sample(max(SHEET, len(hu)))).clamp(*self.range_hu)
         save_hu_grid(out / f"samples-{epoch:03d}.png", drawn[:SHEET].numpy())
         return {"val_error_hu": (found - hu).abs()[brain].mean().item(),
                 "swd": sliced_wasserstein(hu, drawn[: len(hu)])}
 
     def reconstruction(self, images: torch.Tensor) -> torch.Tensor:
         """HU [B, N, N] of images [B, 3, N, N], drawn from their codes with the averaged weights."""
-        return decode(self.g_ema.synthesis(self.e_ema(images), "const"))
+        return decode(self.g_ema.synthesis(self.e_ema(images), "const")).clamp(*self.range_hu)
 
     def modules(self) -> dict[str, torch.nn.Module]:
         return super().modules() | {"generator_ema": self.g_ema, "encoder_ema": self.e_ema}

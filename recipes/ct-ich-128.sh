@@ -39,7 +39,7 @@ done
 [ -e "$work/model/model.json" ] ||
     "$python" latent_stats.py --data "$work/fold1.lmdb" --encoder "$work/fold1" \
         --fold "$work/fold0.lmdb" "$work/fold0" --fold "$work/fold2.lmdb" "$work/fold2" \
-        --out "$work/model" --name ct-ich-128 --preset noise128
+        --out "$work/model" --name ct-ich-128 --preset noise128 --set filter=band
 
 "$python" benchmarks/cross_validation.py --fold "$work/fold0.lmdb" "$work/fold0" \
     --fold "$work/fold1.lmdb" "$work/fold1" --fold "$work/fold2.lmdb" "$work/fold2" --out "$work/cross-validation"

@@ -32,7 +32,7 @@ mkdir -p "$work"
 [ -e "$work/model/model.json" ] ||
     "$python" latent_stats.py --data "$work/phantoms.lmdb" --encoder "$work/noise" --out "$work/model" \
         --name phantom-128 --preset noise128 --passes 1 \
-        --set hypodense=1 surprise_above=1.5 surprise_mask=3.5
+        --set filter=band hypodense=1 surprise_above=1.5 surprise_mask=3.5
 
 "$python" demos/benchmark.py --model "$work/model" --data "$work/phantoms.lmdb" \
     --training-labels "$work/phantoms/labels.csv" --out "$work/benchmark"

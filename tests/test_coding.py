@@ -155,6 +155,17 @@ def test_information_costs_more_while_the_code_holds_too_much(gan_run, slices32,
     assert one.rate == pytest.approx(5e-6 * (1.01005 if rises else 0.99005), rel=1e-5)
 
 
+def test_beyond_a_cut_value_nothing_is_wrong(gan_run):
+    """Air and bone drawn beyond the ends of the range are met; short of them, or beyond where the slice is not, not."""
+    one = trainer(gan_run)
+    low, high = one.range_hu
+    real = encode(torch.tensor([[low, low, high, high, 30.0]])[None])
+    fake = real + torch.tensor([-0.3, 0.3, 0.3, -0.3, -2.0])
+    met = (one.reached(real, fake) == fake).all(1).flatten().tolist()
+    assert met == [True, False, True, False, False]
+    assert torch.equal(one.reached(real, fake)[..., [1, 3, 4]], real[..., [1, 3, 4]])
+
+
 def test_the_adversary_looks_at_reconstructions_with_new_noise(gan_run, slices32, monkeypatch):
     one, batch = trainer(gan_run), slices(slices32)
     one.learn(batch, 0, full=False)

@@ -142,7 +142,7 @@ def test_slices_keep_scan_and_slice_numbers(slices32):
 
 
 def test_databases_are_checked(slices32, tmp_path):
-    with pytest.raises(DatasetError, match="slices of 32 x 32, but the network takes 64"):
+    with pytest.raises(DatasetError, match="slices of 32 x 32 cannot be shrunk by a whole factor to the network's 64"):
         read_slices(slices32, "train", ImageSettings("slices", 64))
     with pytest.raises(DatasetError, match="prepared with other settings"):
         read_slices(slices32, "train", ImageSettings("slices", 32, slices={"slab_mm": 7}))

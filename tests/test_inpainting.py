@@ -169,7 +169,9 @@ def test_a_bleed_is_drawn_anew_and_the_rest_stays(filler):
     hu[~brain] = 100.0
     hu[:, 12:18, 12:18] = 85.0
     found = filler.closest_normal(hu, brain, np.zeros(1))
-    assert (found.normal_hu[:, 12:18, 12:18] == 30).all()
+    drawn = found.normal_hu[:, 12:18, 12:18]
+    assert torch.allclose(drawn[:, 1:-1, 1:-1], torch.tensor(30.0), atol=1e-3)
+    assert (drawn - 30).abs().max() < 3.001                                          # no more than grain comes back
     untouched = brain.clone()
     untouched[:, 9:21, 9:21] = False
     assert (found.normal_hu[untouched] - hu[untouched]).abs().max() < 0.01
@@ -177,6 +179,34 @@ def test_a_bleed_is_drawn_anew_and_the_rest_stays(filler):
     assert found.query_hu.max() == 95 and (found.query_hu[:, 12:18, 12:18] == 85).all()
     assert list(found.error_hu) == ["surroundings", "reconstruct"]
     assert found.error_hu["surroundings"] > found.error_hu["reconstruct"] > 0
+
+
+def test_specks_and_what_is_faint_are_no_anomaly():
+    """At 128 pixels: 10 HU in a place is anomalous, 6 HU is not, nor are 20 HU in 2 x 2 pixels."""
+    one = Filler(InpaintingSettings(gate_hu=8), *networks(), (0.0, 70.0))
+    one.size = 128
+    soft, difference = torch.ones(3, 128, 128, dtype=torch.bool), torch.zeros(3, 128, 128)
+    difference[0, 40:80, 40:80] = -10
+    difference[1, 40:80, 40:80] = 6
+    difference[2, 40:42, 40:42] = 20                     # 8 HU and more in 4 pixels after the Gaussian of 1
+    found = one.gate(difference, soft)
+    assert found[0, 40:80, 40:80].all() and not found[0, :36].any()
+    assert not found[1:].any()
+    difference[2, 40:44, 40:44] = 20
+    assert one.gate(difference, soft)[2, 40:44, 40:44].all()
+
+
+def test_grain_comes_back_whole_where_all_is_normal_and_up_to_3_hu_elsewhere():
+    """A pattern of +-6 HU from pixel to pixel, which both Gaussians take for grain, over a shift of 20 HU."""
+    fine = 6.0 * (1 - 2 * (torch.arange(128) + torch.arange(128)[:, None]).remainder(2))[None]
+    one, soft = Filler(InpaintingSettings(), *networks(), (0.0, 70.0)), torch.ones(1, 128, 128, dtype=torch.bool)
+    one.size = 128
+    hidden = torch.zeros_like(soft)
+    hidden[:, 64:] = True
+    detail = one.detail(fine + 20, soft, hidden)
+    assert torch.allclose(detail[:, 8:56, 8:120], fine[:, 8:56, 8:120], atol=0.02)
+    assert torch.equal(detail[:, 72:120, 8:120], fine[:, 72:120, 8:120] * 3 / 6)
+    assert not one.detail(fine, ~soft, hidden).any()
 
 
 def test_settings_and_networks_that_do_not_fit_are_refused():

@@ -158,6 +158,14 @@ def test_a_shade_over_the_head_is_no_fine_residual_but_a_spot_is():
     assert normative.band_scales(spot, inside)[0, 0, 62, 62] > 20
 
 
+def test_the_hyperdense_band_knows_no_hypodense_residual():
+    inside, spots = torch.ones(1, 128, 128, dtype=torch.bool), torch.zeros(1, 128, 128)
+    spots[0, 30:36, 30:36], spots[0, 90:96, 90:96] = 30, -30
+    both, dense = (normative.band_scales(spots, inside, hyperdense)[0] for hyperdense in (False, True))
+    assert both[0, 92, 92] < -20 and dense[0, 92, 92] == 0 and torch.equal(both[1], dense[1])
+    assert dense[0, 32, 32] == both[0, 32, 32] > 20 and dense[0].min() == 0
+
+
 def test_residuals_are_clipped_in_the_band():
     inside = torch.ones(1, 64, 64, dtype=torch.bool)
     assert normative.band_scales(torch.full((1, 64, 64), 500.0), inside)[0, 1].max() <= normative.CLIP_HU + 1e-3

@@ -42,10 +42,10 @@ def test_copied_samples_show_in_the_figures():
 def test_truncation_draws_samples_towards_one():
     torch.manual_seed(0)
     generator = Generator(ModelConfig(size=32, style_dim=8, channel_base=64, channel_max=8)).eval()
-    spread = [samples.draw(generator, 40, psi, 0).std(0).mean() for psi in (0.0, 0.5, 1.0)]
+    spread = [samples.draw(generator, 40, psi, 0, (-20, 180)).std(0).mean() for psi in (0.0, 0.5, 1.0)]
     assert spread[0] < 1e-3 and spread[0] < spread[1] < spread[2]
-    assert torch.equal(samples.draw(generator, 3, 0.7, 1), samples.draw(generator, 3, 0.7, 1))
-    assert not torch.equal(samples.draw(generator, 3, 0.7, 1), samples.draw(generator, 3, 0.7, 2))
+    assert torch.equal(samples.draw(generator, 3, 0.7, 1, (0, 70)), samples.draw(generator, 3, 0.7, 1, (0, 70)))
+    assert not torch.equal(samples.draw(generator, 3, 0.7, 1, (0, 70)), samples.draw(generator, 3, 0.7, 2, (0, 70)))
 
 
 def test_command_on_a_run(gan_run, slices32, tmp_path, capsys):
