@@ -80,8 +80,8 @@ class SurpriseSettings:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.filter == "hyperdense" and self.scale not in ("sides", "coarse"):
-            raise ValueError(f"filter hyperdense: needs scale sides or coarse, got {self.scale!r}: nothing is hypodense "
-                             "at its fine scale")
+            raise ValueError(f"filter hyperdense: needs scale sides or coarse, got {self.scale!r}: at its fine scale "
+                             "nothing is hypodense")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from detect import normative
+from detect.measure import SurpriseSettings
 from detect.normative import (
     LEVELS,
     Normal,
@@ -164,6 +165,12 @@ def test_the_hyperdense_band_knows_no_hypodense_residual():
     both, dense = (normative.band_scales(spots, inside, hyperdense)[0] for hyperdense in (False, True))
     assert both[0, 92, 92] < -20 and dense[0, 92, 92] == 0 and torch.equal(both[1], dense[1])
     assert dense[0, 32, 32] == both[0, 32, 32] > 20 and dense[0].min() == 0
+
+
+@pytest.mark.parametrize("scale", ["fine", "both"])
+def test_the_hyperdense_band_alone_tells_nothing_hypodense(scale):
+    with pytest.raises(ValueError, match=f"filter hyperdense: needs scale sides or coarse, got '{scale}'"):
+        SurpriseSettings(filter="hyperdense", scale=scale)
 
 
 def test_residuals_are_clipped_in_the_band():
