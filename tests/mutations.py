@@ -147,7 +147,7 @@ MUTANTS = (
     Mutant("bone is mixed with what lies beside it", "ct/standardise.py",
            "above * ~bone, frame", "above, frame", "tests/test_standardise.py -k not_mixed"),
     Mutant("a lesion's edge comes back as detail", "detect/inpainting.py",
-           ".clamp(-GRAIN_HU, GRAIN_HU)", "", "tests/test_inpainting.py -k drawn_anew"),
+           ".clamp(-GRAIN_HU, GRAIN_HU)", "", "tests/test_inpainting.py -k grain"),
     Mutant("specks are drawn anew", "detect/inpainting.py",
            "SPECK * unit**2", "0", "tests/test_inpainting.py -k specks"),
     Mutant("what is hypodense counts at the hyperdense fine scale", "detect/normative.py",
