@@ -187,9 +187,8 @@ def compared(cases: list[Case], scores: list[torch.Tensor], how: str) -> dict[st
         "slices": against_healthy(slices, HAEMORRHAGES)}
 
 
-def figures(cases: list[Case], scores: list[torch.Tensor], how: str) -> dict[str, float]:
-    """AUC by kind, 'haemorrhage' (their mean) and 'slices'. scores: slice scores [S] of every case."""
-    pairs = compared(cases, scores, how)
+def figures(pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """AUC by kind, 'haemorrhage' (their mean) and 'slices', of compared()."""
     return {column: float(value[0]) for column, value in auc(pairs, np.ones((1, len(pairs["slices"][0])))).items()}
 
 
@@ -209,7 +208,7 @@ def tables(cases: list[Case]) -> tuple[str, str]:
     for name, (settings, how) in ROWS.items():
         rows[name] = [Surprise(settings).findings(*pair).slice_scores for pair in zip(*by_filter[settings.filter])], how
     pairs = {name: compared(cases, *row) for name, row in rows.items()}
-    found = {name: figures(cases, *row) for name, row in rows.items()}
+    found = {name: figures(one) for name, one in pairs.items()}
     columns, names = ("haemorrhage", "slices", *pasted.KINDS), list(rows)
 
     def changed(before, after):

@@ -64,7 +64,7 @@ def test_figures_by_hand():
     cases = cohort()
     scores = [torch.tensor([0.1, 0.2, 0.0, 0, 0, 0, 0, 0, 0]) for _ in range(5)]
     scores += [torch.tensor([0, 0, 0, 0.3, 0.15, 0.05, 0, 0, 0]) for _ in range(5)]
-    found = figures(cases, scores, "max")
+    found = figures(compared(cases, scores, "max"))
     assert found["intraparenchymal"] == 1 and np.isnan(found["epidural"]) and found["haemorrhage"] == 1
     # Lesion slices 0.3, 0.15, 0.05 against 0.1, 0.2 and seven 0: 9, 8 and 7 of 9 won.
     assert found["slices"] == pytest.approx(24 / 27)
