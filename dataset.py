@@ -21,17 +21,20 @@ import signal
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import lmdb
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 import distributed
 from files import full_disk_named
+
+# From the parts of a batch of slices, and random numbers for it alone, to what a step takes. It is pickled.
+Prepare = Callable[[dict[str, torch.Tensor], torch.Generator], dict[str, torch.Tensor]]
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -414,12 +417,16 @@ class InfiniteSampler(Sampler[int]):
         self.length, self.seed, self.rank, self.world, self.start = length, seed, rank, world, start
 
     def __iter__(self) -> Iterator[int]:
+        return (index for _, index in self.placed())
+
+    def placed(self) -> Iterator[tuple[int, int]]:
+        """(global position, index) for ever."""
         position, shuffled = self.start + self.rank, -1
         while True:
             epoch, offset = divmod(position, self.length)
             if epoch != shuffled:
                 order, shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.length), epoch
-            yield int(order[offset])
+            yield position, int(order[offset])
             position += self.world
 
 
@@ -430,19 +437,33 @@ def image_batches(slices: SliceDataset, batch: int, seed: int, workers: int, sta
 
 
 def slice_batches(slices: SliceDataset, batch: int, seed: int, workers: int, start: int = 0,
-                  keys: tuple[str, ...] = ("hu", "brain")) -> Iterator[dict[str, torch.Tensor]]:
-    """The same with more of what SliceDataset holds of a slice."""
+                  keys: tuple[str, ...] = ("hu", "brain"), prepare: Prepare | None = None
+                  ) -> Iterator[dict[str, torch.Tensor]]:
+    """The same with more of what SliceDataset holds of a slice.
+
+    prepare  what the loader's processes make of a batch: from it, and random numbers that hang on the seed and its
+             place in the stream alone, so that a run that goes on meets the same batches, however many processes
+    """
     sampler = InfiniteSampler(len(slices), seed, distributed.get_rank(), distributed.get_world_size(), start)
     # A generator of its own: a loader that starts would else take a number from the stream of the noise maps.
-    yield from DataLoader(_Parts(slices, keys), batch, sampler=sampler, num_workers=workers,
-                          generator=torch.Generator(), pin_memory=torch.cuda.is_available(),
-                          persistent_workers=workers > 0, worker_init_fn=_ignore_signals)
+    yield from DataLoader(_Parts(slices, keys), batch, sampler=_Placed(sampler), num_workers=workers,
+                          collate_fn=_Collate(seed, prepare), generator=torch.Generator(),
+                          pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
+                          worker_init_fn=_ignore_signals)
 
 
 def _ignore_signals(worker: int) -> None:
     # Ctrl-C and a cluster's warning come to all processes of a job; the main one decides when to end (gan.runlog).
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+class _Placed(Sampler):
+    def __init__(self, sampler: InfiniteSampler):
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return self.sampler.placed()
 
 
 class _Parts(Dataset):
@@ -452,6 +473,19 @@ class _Parts(Dataset):
     def __len__(self) -> int:
         return len(self.slices)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, placed: tuple[int, int]) -> tuple[int, dict[str, torch.Tensor]]:
+        position, index = placed
         whole = self.slices[index]
-        return {key: whole[key] for key in self.keys}
+        return position, {key: whole[key] for key in self.keys}
+
+
+class _Collate:
+    def __init__(self, seed: int, prepare: Prepare | None):
+        self.seed, self.prepare = seed, prepare
+
+    def __call__(self, found: list[tuple[int, dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+        batch = default_collate([parts for _, parts in found])
+        if self.prepare is None:
+            return batch
+        state = np.random.SeedSequence((self.seed, found[0][0])).generate_state(1, np.uint64)
+        return self.prepare(batch, torch.Generator().manual_seed(int(state[0])))

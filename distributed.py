@@ -168,12 +168,12 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def all_reduce_max(number: int) -> int:
+def all_reduce_max(number: float) -> float:
     """Collective. The largest of the ranks' numbers. By the CPU, so that a GPU's queue goes on."""
     largest = torch.tensor(number)
     if dist.is_initialized():
         dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+    return largest.item()
 
 
 def reduce_mean(scalars: dict[str, float | torch.Tensor]) -> dict[str, float]:

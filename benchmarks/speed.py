@@ -94,8 +94,9 @@ def encoder_row(repeats: int, preset: str = "ct128", model: ModelConfig | None =
     slices = {"hu": torch.where(brain, 30 + 5 * torch.randn(brain.shape), -20.0), "brain": brain}
     trainers = {name: InpaintingTrainer(dataclasses.replace(config, precision=precision), gan, CPU)
                 for name, precision in ((REFERENCE, "fp32"), ("bf16", "bf16"))}
-    samples = side_by_side({name: (lambda one=one: one.learn(slices, 1, True)) for name, one in trainers.items()}, CPU,
-                           repeats)
+    examples = trainers["bf16"].prepare(slices, torch.Generator().manual_seed(0))
+    samples = side_by_side({name: (lambda one=one: one.learn(examples, 1, True)) for name, one in trainers.items()},
+                           CPU, repeats)
     spent = medians(samples, 1000 / config.batch)
     return Row(f"cpu encoder's training step, {preset}, bf16", "s/kimg", "measured", spent[REFERENCE], spent["bf16"],
                note=f"batch {config.batch}, with the adversary, without R1 (1 step in {config.r1_every}); reference: "

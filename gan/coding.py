@@ -20,7 +20,7 @@ import distributed
 from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import SliceDataset
-from gan.inpainting import InpaintingTrainer, weighted_distance
+from gan.inpainting import Augmentation, InpaintingTrainer, weighted_distance
 from gan.losses import frozen, g_nonsaturating
 from gan.prior import fit
 from gan.quality import sliced_wasserstein
@@ -38,6 +38,7 @@ SHEET = 64
 class CodeTrainer(InpaintingTrainer):
     """A step of it, with the rates and snapshots of EncoderTrainer."""
 
+    PREPARE = Augmentation
     BETAS = (0.0, 0.99)                  # without memory, as StyleGAN2's, against an adversary
 
     def __init__(self, *args, **kwargs):
@@ -54,10 +55,10 @@ class CodeTrainer(InpaintingTrainer):
         generator.load_state_dict({**generator.state_dict(), **plain.state_dict()})
         return generator
 
-    def learn(self, slices: dict[str, torch.Tensor], index: int, full: bool) -> dict[str, torch.Tensor]:
-        """One step on hu [B, N, N], of the database, and brain bool [B, N, N]; `full` adds the adversary."""
-        hu, brain, _ = self.augmented(slices["hu"].float(), slices["brain"])
-        real, inside = encode(hu).to(self.device), brain.to(self.device).float()
+    def learn(self, examples: dict[str, torch.Tensor], index: int, full: bool) -> dict[str, torch.Tensor]:
+        """One step on what self.prepare makes of a batch; `full` adds the adversary."""
+        hu, brain = (examples[name].to(self.device, non_blocking=True) for name in ("hu", "brain"))
+        real, inside = encode(hu), brain.float()
         mean, log_variance = self.e.distribution(real)
         code = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=self.rng).to(mean)
         nats = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2)).mean()

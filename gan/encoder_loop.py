@@ -48,19 +48,28 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
             "init": {"step": first.step, **first.meta} if first else None}
     with Run(out, meta, trainer, config.seed, rollback) as run:
         distributed.check_same_state(trainer.e)
-        batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen)
+        batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen,
+                                prepare=trainer.prepare)
         batch, epoch_of = trainer.global_batch, len(dataset)
         distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; GAN at "
                            f"{snapshot.step / 1000:g} kimg; {trainer.e.compute_dtype} on {device}")
 
         # ---- Train
-        while (before := trainer.images_seen) < config.epochs * epoch_of:
-            trainer.set_rates(before / (config.epochs * epoch_of))
-            full = before >= config.perceptual_epochs * epoch_of
+        done = _done(config, trainer.images_seen / epoch_of, run)
+        while done < 1:
+            before = trainer.images_seen
+            trainer.set_rates(done)
+            full = done * config.epochs >= config.perceptual_epochs
             run.log.add(batch, **trainer.learn(next(batches), before // batch, full))
-            epoch, done = trainer.images_seen // epoch_of, trainer.images_seen >= config.epochs * epoch_of
-            epoch_ends = done or before // epoch_of < epoch
-            if epoch_ends:
-                quality = trainer.validate(held_out, out, epoch) if distributed.is_main() else {}
-                run.tick(trainer.images_seen, device, epoch=epoch, **distributed.gather(quality)[0])
-            run.end_step(trainer.images_seen, snapshot=epoch_ends)
+            epochs = trainer.images_seen / epoch_of
+            done = _done(config, epochs, run)
+            due = done >= 1 or before / epoch_of // config.snapshot_epochs < epochs // config.snapshot_epochs
+            if due:
+                quality = trainer.validate(held_out, out, int(epochs)) if distributed.is_main() else {}
+                run.tick(trainer.images_seen, device, epoch=int(epochs), **distributed.gather(quality)[0])
+            run.end_step(trainer.images_seen, snapshot=due)
+
+
+def _done(config: EncoderConfig, epochs: float, run: Run) -> float:
+    """Collective. The part of a training that is done, 0 to 1, by epochs or by time, whichever is further."""
+    return max(epochs / config.epochs, run.seconds() / (3600 * config.hours) if config.hours else 0.0)

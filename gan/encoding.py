@@ -24,10 +24,12 @@ class EncoderTrainer:
     """Encoder and discriminator against a generator (frozen, as published), and the two phases of a step."""
 
     BETAS = (0.9, 0.999)                 # Adam's
+    PREPARE = None                       # what makes a step's examples of a batch from the database (dataset.Prepare)
 
     def __init__(self, config: EncoderConfig, gan: Snapshot, device: torch.device, vgg16=None, lpips=None):
         self.config, self.device = config, device
         self.range_hu = tuple(gan.meta["data"]["settings"]["standardise"]["hu_clip"])       # of the slices
+        self.prepare = self.PREPARE and self.PREPARE(config, self.range_hu)
         torch.manual_seed(config.seed)                            # the same weights on every rank
         model = self.model = config.networks(gan.meta["model"])
         self.g, self.d, critic = self.build_generator(gan), Discriminator(model), Discriminator(model)

@@ -10,6 +10,7 @@ adversary in the last part, so that what is drawn is as sharp as what is seen.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,28 +23,60 @@ from gan.augment import random_flip, random_rotation
 from gan.corrupt import draw_shapes, hide
 from gan.encoding import EncoderTrainer
 from gan.losses import frozen, g_nonsaturating
+from gan.settings import EncoderConfig
 from model import Generator
 
 OUTSIDE = 0.1                            # weight of a pixel that is no brain; one in the brain weighs 1 and more
 
 
+@dataclass(frozen=True)
+class Augmentation:
+    """A batch from the database, hu [B, N, N] and brain bool [B, N, N], after flip, rotation and another scanner's
+    calibration: hu float32, brain and bone bool."""
+
+    config: EncoderConfig
+    range_hu: tuple[float, float]
+
+    def __call__(self, slices: dict[str, torch.Tensor], rng: torch.Generator) -> dict[str, torch.Tensor]:
+        hu, (low, high) = slices["hu"].float(), self.range_hu
+        both = torch.stack([(hu - low) / (high - low), slices["brain"].float(), bone_of(hu, self.range_hu).float()], 1)
+        both = 2 * both - 1                                                                        # outside is -1
+        if self.config.flip:
+            both = random_flip(both, rng)
+        both = random_rotation(both, self.config.rotate, self.config.rotate_deg, rng)
+        hu = low + (both[:, 0] + 1) * ((high - low) / 2)
+        shift, gain = torch.randn(2, len(hu), 1, 1, generator=rng) * self.config.jitter_hu
+        return {"hu": (hu * (1 + gain / 100) + shift * (hu > 0)).clamp(low, high), "brain": both[:, 1] > 0,
+                "bone": both[:, 2] > 0}
+
+
+class Corruption(Augmentation):
+    """And query, the slices with shapes that do not belong there; where these are, changed, 0 to 1; what is hidden."""
+
+    def __call__(self, slices: dict[str, torch.Tensor], rng: torch.Generator) -> dict[str, torch.Tensor]:
+        found = super().__call__(slices, rng)
+        seed, hu = int(torch.randint(2**31, (), generator=rng)), found["hu"]
+        query, changed = draw_shapes(hu, found["brain"] & ~found["bone"], self.config.shapes,
+                                     np.random.default_rng(seed))
+        return found | {"query": query.clamp(*self.range_hu), "changed": changed,
+                        "hidden": hide(len(hu), hu.shape[-1], self.config.hide, rng)}
+
+
 class InpaintingTrainer(EncoderTrainer):
     """A step of it, with the phases, rates and snapshots of EncoderTrainer."""
+
+    PREPARE = Corruption
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         open_noise(self.g)
 
-    def learn(self, slices: dict[str, torch.Tensor], index: int, full: bool) -> dict[str, torch.Tensor]:
-        """One step on hu [B, N, N], of the database, and brain bool [B, N, N]; `full` adds the adversary."""
-        hu, brain, bone = self.augmented(slices["hu"].float(), slices["brain"])
-        seed = int(torch.randint(2**31, (), generator=self.rng))
-        query, changed = draw_shapes(hu, brain & ~bone, self.config.shapes, np.random.default_rng(seed))
-        hidden = hide(len(hu), hu.shape[-1], self.config.hide, self.rng)
-        real, query, hidden, bone, brain, changed = (
-            t.to(self.device) for t in (encode(hu), encode(query.clamp(*self.range_hu)), hidden, bone, brain, changed))
-        fake = self.draw(query, hidden, bone)
-        weight = self.weight(brain, hidden, bone, changed)
+    def learn(self, examples: dict[str, torch.Tensor], index: int, full: bool) -> dict[str, torch.Tensor]:
+        """One step on what self.prepare makes of a batch; `full` adds the adversary."""
+        examples = {name: t.to(self.device, non_blocking=True) for name, t in examples.items()}
+        hidden, bone, real = examples["hidden"], examples["bone"], encode(examples["hu"])
+        fake = self.draw(encode(examples["query"]), hidden, bone)
+        weight = self.weight(examples["brain"], hidden, bone, examples["changed"])
         distance = weighted_distance(real, fake, weight, self.config.knee, self.config.gradient)
         loss, stats = distance, {"distance": distance}
         if full:
@@ -56,21 +89,6 @@ class InpaintingTrainer(EncoderTrainer):
             stats |= self._discriminator_step(real, index, fake.detach())
         self.images_seen += self.global_batch
         return stats
-
-    def augmented(self, hu: torch.Tensor, brain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """HU, brain and bone after flip, rotation and another scanner's calibration."""
-        (low, high), bone = self.range_hu, self.bone(hu)
-        both = 2 * torch.stack([(hu - low) / (high - low), brain.float(), bone.float()], 1) - 1     # outside is -1
-        if self.config.flip:
-            both = random_flip(both, self.rng)
-        both = random_rotation(both, self.config.rotate, self.config.rotate_deg, self.rng)
-        hu = low + (both[:, 0] + 1) * ((high - low) / 2)
-        shift, gain = torch.randn(2, len(hu), 1, 1, generator=self.rng) * self.config.jitter_hu
-        return (hu * (1 + gain / 100) + shift * (hu > 0)).clamp(low, high), both[:, 1] > 0, both[:, 2] > 0
-
-    def bone(self, hu: torch.Tensor) -> torch.Tensor:
-        """bool [B, N, N]; where slices end below BONE_HU, all that reaches their end: in healthy heads nothing else."""
-        return hu >= min(BONE_HU, self.range_hu[1] - 0.5)
 
     def weight(self, brain: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor, changed: torch.Tensor
                ) -> torch.Tensor:
@@ -91,7 +109,7 @@ class InpaintingTrainer(EncoderTrainer):
             scan = dataset.scan(s)
             hu, brain = (scan[key][::4] for key in ("hu", "brain"))
             hu = hu.float().clamp(*self.range_hu)
-            bone, hidden = self.bone(hu), hide(len(hu), hu.shape[-1], 1.0, generator)
+            bone, hidden = bone_of(hu, self.range_hu), hide(len(hu), hu.shape[-1], 1.0, generator)
             inside, masks = brain & ~bone, (torch.zeros_like(hidden), hidden)
             whole, parts = (decode(self.draw(*(t.to(self.device) for t in (encode(hu), mask, bone))).cpu())
                             for mask in masks)
@@ -102,6 +120,11 @@ class InpaintingTrainer(EncoderTrainer):
         save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.stack(rows).numpy(), columns=8)
         return {"val_error_hu": torch.stack(seen).mean().item(),
                 "val_hidden_hu": torch.stack(hidden_from).mean().item()}
+
+
+def bone_of(hu: torch.Tensor, range_hu: tuple[float, float]) -> torch.Tensor:
+    """bool [B, N, N]; where slices end below BONE_HU, all that reaches their end: in healthy heads nothing else."""
+    return hu >= min(BONE_HU, range_hu[1] - 0.5)
 
 
 @torch.no_grad()

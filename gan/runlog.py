@@ -77,7 +77,7 @@ class Run:
         if rollback:
             trainer.reseed(self.seed)
         self.log = RunLog(out, self.saved_at, state.get("log"))
-        self.signal = 0
+        self.signal, self.spent, self.start = 0, state.get("seconds", 0.0), time.perf_counter()
 
     def __enter__(self) -> Run:
         self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
@@ -93,6 +93,10 @@ class Run:
         if number == self.signal == signal.SIGINT and distributed.get_world_size() == 1:
             raise KeyboardInterrupt
         self.signal = self.signal or number
+
+    def seconds(self) -> float:
+        """Collective. What the run has taken until now, up to the snapshots that it went on from."""
+        return distributed.all_reduce_max(self.spent + time.perf_counter() - self.start)
 
     def tick(self, step: int, device: torch.device, **extra: float) -> None:
         """Collective. A row of statistics. Raises FloatingPointError when one of them is not finite."""
@@ -117,7 +121,8 @@ class Run:
         modules = self.trainer.modules()
         if not all(p.isfinite().all() for module in modules.values() for p in module.parameters()):
             raise FloatingPointError(f"training diverged at step {step}: weights are not finite")
-        state = {**self.trainer.state(), "log": self.log.state(), "rollbacks": self.rollbacks}
+        state = {**self.trainer.state(), "log": self.log.state(), "rollbacks": self.rollbacks,
+                 "seconds": self.seconds()}
         if distributed.is_main():
             save_snapshot(self.out, step, modules, state, self.meta)
         distributed.barrier()

@@ -71,6 +71,9 @@ class TrainConfig:
 @dataclass(frozen=True)
 class EncoderConfig:
     epochs: float = option(65, "passes over the training slices")
+    hours: float = option(0.0, "end after so long, however many epochs are done, with rates that have fallen as at the "
+                               "end of them; 0: no limit")
+    snapshot_epochs: float = option(1.0, "epochs between snapshots, at which held-out scans are drawn")
     perceptual_epochs: float = option(5, "of these, first with the perceptual loss alone")
     batch: int = option(8, "images a step on each rank")
     lr: float = option(1e-4, "Adam's learning rate of the encoder's last layer, a plain one that cannot bear more")
@@ -117,9 +120,9 @@ class EncoderConfig:
 
     def __post_init__(self):
         check_range(self, ("batch",), 1)
-        check_range(self, ("epochs", "knee"), 0, above=True)
-        check_range(self, ("perceptual_epochs", "lr", "lr_trunk", "lr_discriminator", "lr_generator", "adversarial",
-                           "domain", "r1_gamma", "r1_every", "pixels", "workers"), 0)
+        check_range(self, ("epochs", "snapshot_epochs", "knee"), 0, above=True)
+        check_range(self, ("hours", "perceptual_epochs", "lr", "lr_trunk", "lr_discriminator", "lr_generator",
+                           "adversarial", "domain", "r1_gamma", "r1_every", "pixels", "workers"), 0)
         check_range(self, ("decay", "code_alone", "erase", "coarse", "rotate", "hide", "shapes"), 0, 1)
         check_range(self, ("hidden", "changed", "gradient", "jitter_hu", "rotate_deg", "encoder_code"), 0)
         check_range(self, ("encoder_width", "code_nats"), 0, above=True)

@@ -137,13 +137,15 @@ def trainer(gan_run, **changes) -> CodeTrainer:
     return CodeTrainer(config, load_snapshot(gan_run), torch.device("cpu"))
 
 
-def slices(slices32) -> dict[str, torch.Tensor]:
+def examples(one, slices32) -> dict[str, torch.Tensor]:
     data = SliceDataset(slices32, "train")
-    return {key: torch.stack([data[i][key] for i in (2, 3, 4, 5)]) for key in ("hu", "brain")}
+    slices = {key: torch.stack([data[i][key] for i in (2, 3, 4, 5)]) for key in ("hu", "brain")}
+    return one.prepare(slices, torch.Generator().manual_seed(0))
 
 
 def test_the_loss_falls_on_slices_seen_again_and_again(gan_run, slices32):
-    one, batch = trainer(gan_run), slices(slices32)
+    one = trainer(gan_run)
+    batch = examples(one, slices32)
     first, *_, last = (one.learn(batch, i, full=False)["distance"].item() for i in range(15))
     assert last < 0.8 * first and one.images_seen == 60 and one.recent.shape == (2, 60, 4 * 64)
 
@@ -151,7 +153,7 @@ def test_the_loss_falls_on_slices_seen_again_and_again(gan_run, slices32):
 @pytest.mark.parametrize("nats, rises", [(1e-3, True), (1e6, False)])
 def test_information_costs_more_while_the_code_holds_too_much(gan_run, slices32, nats, rises):
     one = trainer(gan_run, code_nats=nats)
-    one.learn(slices(slices32), 0, full=False)
+    one.learn(examples(one, slices32), 0, full=False)
     assert one.rate == pytest.approx(5e-6 * (1.01005 if rises else 0.99005), rel=1e-5)
 
 
@@ -167,7 +169,8 @@ def test_beyond_a_cut_value_nothing_is_wrong(gan_run):
 
 
 def test_the_adversary_looks_at_reconstructions_with_new_noise(gan_run, slices32, monkeypatch):
-    one, batch = trainer(gan_run), slices(slices32)
+    one = trainer(gan_run)
+    batch = examples(one, slices32)
     one.learn(batch, 0, full=False)
     drawn, looked_at = [], []
     synthesis, judge = one.g.synthesis, one.d.forward

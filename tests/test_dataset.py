@@ -14,7 +14,16 @@ import torch
 from torch.utils.data import DataLoader
 
 import dataset
-from dataset import DatasetError, InfiniteSampler, ScanRecord, SliceDataset, SliceWriter, decode_slice, encode_slice
+from dataset import (
+    DatasetError,
+    InfiniteSampler,
+    ScanRecord,
+    SliceDataset,
+    SliceWriter,
+    decode_slice,
+    encode_slice,
+    slice_batches,
+)
 
 N = 16
 
@@ -274,6 +283,21 @@ def test_ranks_take_turns_in_one_stream():
     ranks = [take(InfiniteSampler(5, seed=4, rank=r, world=2, start=6), 10) for r in (0, 1)]
     assert ranks[0] == [whole[g] for g in range(6, 26, 2)]
     assert ranks[1] == [whole[g] for g in range(7, 26, 2)]
+
+
+def test_what_is_made_of_a_batch_hangs_on_its_place_alone(database):
+    """The same with and without loaders of its own, and from the middle on; other numbers for each batch and seed."""
+    def first(count, seed=5, workers=0, start=0):
+        batches = slice_batches(SliceDataset(database, "all"), 2, seed, workers, start, ("hu",), noisy)
+        return [batch["noise"].item() for batch in itertools.islice(batches, count)]
+
+    whole = first(4)
+    assert len(set(whole)) == 4 and first(4, workers=2) == whole and first(2, start=4) == whole[2:]
+    assert first(4, seed=6) != whole and first(1, seed=5 + (1 << 32)) != whole[:1]
+
+
+def noisy(batch, rng):
+    return {"noise": torch.randn((), generator=rng) + 0 * batch["hu"].sum()}
 
 
 @pytest.mark.parametrize("wrong", [dict(length=0), dict(rank=2, world=2), dict(start=-1)])

@@ -101,13 +101,15 @@ def trainer(gan_run, **changes) -> InpaintingTrainer:
     return InpaintingTrainer(config, load_snapshot(gan_run), torch.device("cpu"))
 
 
-def slices(slices32) -> dict[str, torch.Tensor]:
+def examples(one, slices32) -> dict[str, torch.Tensor]:
     data = SliceDataset(slices32, "train")
-    return {key: torch.stack([data[i][key] for i in (2, 3, 4, 5)]) for key in ("hu", "brain")}
+    slices = {key: torch.stack([data[i][key] for i in (2, 3, 4, 5)]) for key in ("hu", "brain")}
+    return one.prepare(slices, torch.Generator().manual_seed(0))
 
 
 def test_the_loss_falls_on_slices_seen_again_and_again(gan_run, slices32):
-    one, batch = trainer(gan_run, shapes=0), slices(slices32)
+    one = trainer(gan_run, shapes=0)
+    batch = examples(one, slices32)
     first, *_, last = (one.learn(batch, i, full=False)["distance"].item() for i in range(15))
     assert last < 0.8 * first
     assert one.images_seen == 60
@@ -124,7 +126,8 @@ def test_hidden_changed_and_bone_weigh_as_said(gan_run):
 
 
 def test_the_adversary_sees_what_was_drawn(gan_run, slices32):
-    one, batch = trainer(gan_run, adversarial=0.5), slices(slices32)
+    one = trainer(gan_run, adversarial=0.5)
+    batch = examples(one, slices32)
     before = {name: p.clone() for name, p in one.d.named_parameters()}
     stats = one.learn(batch, 1, full=True)
     assert {"distance", "adversarial", "loss_d"} <= stats.keys()

@@ -81,6 +81,23 @@ def test_a_resumed_run_is_bit_identical(slices32, gan_run, encoder_run, half):
     assert rows(encoder_run)[-1]["val_error_hu"] == rows(half)[-1]["val_error_hu"]
 
 
+def test_a_run_of_so_many_hours_ends_by_the_clock_and_another_goes_on(slices32, gan_run, half):
+    """The first half took longer than this: what goes on has nothing left to do."""
+    before = load_snapshot(half).state["seconds"]
+    assert before > 0
+    assert run_encoder(slices32, gan_run, half, "--epochs", 100, "--hours", before / 3600 / 2) == 0
+    assert snapshot_steps(half) == [16]
+    assert run_encoder(slices32, gan_run, half, "--epochs", 100, "--hours", (before + 0.5) / 3600) == 0
+    last = load_snapshot(half)
+    assert 16 < last.step < 1600 and last.state["seconds"] > before + 0.5
+    assert rows(half)[-1]["step"] == last.step and "val_error_hu" in rows(half)[-1]
+
+
+def test_snapshots_come_as_often_as_asked(slices32, gan_run, tmp_path):
+    assert run_encoder(slices32, gan_run, tmp_path, "--epochs", 2.5, "--snapshot-epochs", 2) == 0
+    assert [(row["step"], row["epoch"]) for row in rows(tmp_path)] == [(32, 2), (40, 2)]
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")                # the grid of pictures of nothing
 def test_divergence_exits_4_and_keeps_the_last_good_snapshot(slices32, gan_run, half, capsys):
     assert run_encoder(slices32, gan_run, half, "--lr", 1e30) == 4
