@@ -5,15 +5,24 @@
 #   sh benchmarks/gpu_session.sh table ops512,median512      rows of the speed table (also: projection512, ct256, paper512)
 #   DATA=healthy.lmdb sh benchmarks/gpu_session.sh train     trains for nine minutes; again goes on where it stopped
 #
-# PYTHON: the interpreter; OUT: where figures go (default benchmarks/gpu-results); RUN, PRESET, PIECE_S: of train.
+# PYTHON: the interpreter; OUT: where figures go (default benchmarks/gpu-results); RUN, PRESET, PIECE_S: of train;
+# XDG_CACHE_HOME: where compiled kernels are kept. They may come from a machine without a GPU, with the same nvcc:
+#   XDG_CACHE_HOME=kernels python -c "from op import build; build.load_cuda('median', (9, 0))"     for an H100
 set -eu
 PYTHON=${PYTHON:-.venv/bin/python}
 OUT=${OUT:-benchmarks/gpu-results}
+PATH=$PATH:/usr/local/cuda/bin                     # where nvcc is, if it is not on the path
 
 case "${1:-}" in
 check)
-    "$PYTHON" -m op.doctor
-    "$PYTHON" -m pytest -q tests/test_op.py tests/test_op_cuda.py tests/test_median.py
+    workers=
+    "$PYTHON" -c "import xdist" 2>/dev/null && workers="-n 8"
+    status=0
+    "$PYTHON" -m op.doctor || status=$?            # builds the kernels first, all at once
+    # shellcheck disable=SC2086
+    OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -p no:cacheprovider $workers tests/test_op.py tests/test_op_cuda.py \
+        tests/test_fused.py tests/test_median.py || status=$?
+    exit "$status"
     ;;
 table)
     mkdir -p "$OUT"
@@ -27,7 +36,7 @@ train)
     exit "$status"
     ;;
 *)
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

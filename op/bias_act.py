@@ -52,7 +52,8 @@ def _bias_act_cuda(x, bias, output, slope, gain):
         bias = bias.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     if x.numel():
         inner = 1 if layout_of(x) == torch.channels_last else x[0, 0].numel()
-        launch("bias_act", x, x, bias, output, y, DTYPES[x.dtype], x.numel(), x.shape[1], inner, slope, gain)
+        launch("bias_act", x, x, bias, output, y, DTYPES[x.dtype], x.numel(), x.shape[1], inner, float(slope),
+               float(gain))
     return y
 
 

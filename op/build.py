@@ -1,13 +1,13 @@
 """Compiles the C and CUDA sources of op/csrc at first use and loads them; nothing is compiled at import or install.
 
 A library lands in the user's cache folder ($XDG_CACHE_HOME/cn-stylegan, by default ~/.cache/cn-stylegan) under a
-name that hashes the source, the compiler and the processor features or GPU it compiles for (CUDA: torch's version
-too), so that a changed source, a new compiler or another kind of machine sharing the home folder never meets a
-stale one. The file is written beside its place and renamed: processes that start together may each compile, and
-none loads half a library.
+name that hashes the source, the compiler and the processor features or GPU it compiles for, so that a changed source,
+a new compiler or another kind of machine sharing the home folder never meets a stale one. The file is written beside
+its place and renamed: processes that start together may each compile, and none loads half a library.
 
-The CUDA sources hold kernels and launchers with C linkage, and include nothing of torch: nvcc takes seconds, and
-one ctypes call starts a kernel, as with the C library. torch's JIT loader finds the compilers and links.
+The CUDA sources hold kernels and launchers with C linkage, and include nothing of torch: nvcc takes seconds, one
+ctypes call starts a kernel, as with the C library, and a library serves every torch of its CUDA version. nvcc needs no
+GPU: what was compiled on another machine with the same nvcc can be carried along, in $XDG_CACHE_HOME.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import re
 import shutil
@@ -26,7 +25,8 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-shared", "-fPIC", "-std=c11")
 COMPILERS = ("cc", "gcc", "clang")
-CUDA_FLAGS = ("-O3", "-std=c++17", "-lineinfo", "--split-compile=0")
+# cudart is torch's own, already loaded: the current device and its streams are then the same for both
+CUDA_FLAGS = ("-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=shared", "-std=c++17", "-lineinfo", "--split-compile=0")
 
 
 class BuildError(RuntimeError):
@@ -71,14 +71,17 @@ def find_compiler() -> list[str]:
 def load_cuda(name: str, capability: tuple[int, int]) -> ctypes.CDLL:
     """The library compiled from op/csrc/<name>.cu for GPUs of this compute capability, from the cache if it is there.
 
-    Needs nvcc of torch's CUDA version, a C++ compiler and ninja. Raises BuildError.
+    Needs nvcc of torch's CUDA version and a C++ compiler. Raises BuildError.
     """
     try:
-        library = cache_folder() / f"{name}-{_cuda_key(name, capability)}.so"
+        nvcc = cuda_home() / "bin" / "nvcc"
+        version = _nvcc_version(nvcc)
+        command = [str(nvcc), *CUDA_FLAGS, cuda_target(capability)]
+        library = cache_folder() / f"{name}-{_cuda_key(name, command[1:], version)}.so"
         if not library.exists():
-            _compile_cuda(name, capability, library)
+            _compile(command, SOURCES / f"{name}.cu", library)
         return ctypes.CDLL(str(library))
-    except (OSError, RuntimeError, ImportError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         raise BuildError(f"the CUDA kernel {name} cannot be built or loaded:\n{_last_lines(str(error))}\n"
                          "See `python -m op.doctor`; --ops ref does without the kernels, but is slower") from error
 
@@ -106,28 +109,21 @@ def cuda_target(capability: tuple[int, int]) -> str:
     return f"-gencode=arch=compute_{number},code=sm_{number}"
 
 
-def _cuda_key(name: str, capability: tuple[int, int]) -> str:
+def _nvcc_version(nvcc: Path) -> bytes:
+    """What nvcc says of itself. Raises BuildError where its CUDA is another than torch's: their runtimes don't mix."""
     import torch  # heavy, and not needed for C
 
-    version = subprocess.run([cuda_home() / "bin" / "nvcc", "--version"], capture_output=True, check=True).stdout
-    names = " ".join([*CUDA_FLAGS, cuda_target(capability), torch.__version__, str(torch.version.cuda)])
-    parts = [*(path.read_bytes() for path in cuda_sources(name)), names.encode(), version]
+    version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
+    release, wanted = re.search(rb"release (\d+)", version), (torch.version.cuda or "none").partition(".")[0]
+    if release is None or release[1].decode() != wanted:
+        raise BuildError(f"{nvcc} is of CUDA {release[1].decode() if release else 'unknown'}, torch of CUDA {wanted}; "
+                         "install the CUDA toolkit of torch's version, or set CUDA_HOME to it")
+    return version
+
+
+def _cuda_key(name: str, flags: list[str], version: bytes) -> str:
+    parts = [*(path.read_bytes() for path in cuda_sources(name)), " ".join(flags).encode(), version]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-
-
-def _compile_cuda(name: str, capability: tuple[int, int], library: Path) -> None:
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of what is handled here
-    from torch.utils import cpp_extension
-
-    cpp_extension.CUDA_HOME = str(cuda_home())
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        cpp_extension.load(
-            name=library.stem.replace("-", "_"), sources=[str(SOURCES / f"{name}.cu")], build_directory=folder,
-            extra_cuda_cflags=[*CUDA_FLAGS, cuda_target(capability)], is_python_module=False,
-        )
-        (built,) = Path(folder).glob("*.so")
-        built.replace(library)
 
 
 def cache_folder() -> Path:

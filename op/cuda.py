@@ -87,9 +87,13 @@ def register(schema: str, run: Callable, fake: Callable, save: Callable, backwar
 def launch(name: str, x: torch.Tensor, *arguments: torch.Tensor | int | float | Sequence[int] | None) -> None:
     """Starts the launcher `<name>_cuda` of op/csrc/<name>.cu on x's device and current stream.
 
-    A tensor is handed over as its address, a sequence as an array of int64. The kernel is built at first use: raises
-    op.build.BuildError, and RuntimeError where CUDA refuses the launch.
+    A tensor is handed over as its address, a float as double, an int as int64, a sequence as an array of int64. The
+    kernel is built at first use: raises op.build.BuildError, RuntimeError where CUDA refuses the launch, and ValueError
+    for a tensor on another device, whose address the kernel could not read.
     """
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and argument.device != x.device:
+            raise ValueError(f"{name}: expected all tensors on {x.device}, got one on {argument.device}")
     launcher = getattr(load_cuda(name, torch.cuda.get_device_capability(x.device)), f"{name}_cuda")
     with torch.cuda.device(x.device):
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
