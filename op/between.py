@@ -1,10 +1,13 @@
-"""What the networks do between two convolutions beside bias_act: PyTorch, or one pass of op/fused.py where it can."""
+"""What the networks do between two convolutions beside bias_act: PyTorch, or one pass where there is one.
+
+That is op/fused.py on a CPU and, for styled_act, op/styled.py on a GPU.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from op import fused
+from op import fused, styled
 from op.bias_act import bias_act
 
 
@@ -14,9 +17,10 @@ def styled_act(y: torch.Tensor, factor: torch.Tensor, noise: torch.Tensor | None
 
     y [B, C, H, W], factor [B, C, 1, 1], noise [B or 1, 1 or C, H, W] or None, strength [1], bias [C].
     """
-    found = fused.styled_act(y, factor, noise, strength, bias, slope)
-    if found is not None:
-        return found
+    for one_pass in (fused.styled_act, styled.styled_act):
+        found = one_pass(y, factor, noise, strength, bias, slope)
+        if found is not None:
+            return found
     y = y * factor
     if noise is not None:
         y.add_((noise * strength).to(y.dtype))

@@ -36,6 +36,11 @@ def bias_act(
     return _call(x, bias, None, slope, gain)
 
 
+def bias_act_gradient(grad: torch.Tensor, output: torch.Tensor, slope: float = 0.2, gain: float = SQRT2):
+    """The gradient of bias_act by x, from that by its output and the output; can be differentiated by `grad`."""
+    return _call(grad, None, output, slope, gain)
+
+
 def _bias_act_ref(x, bias, slope, gain):
     """Leaky ReLU is positively homogeneous, so the gain is folded into the addition: two passes, not three."""
     if bias is None:

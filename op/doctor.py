@@ -19,11 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from op import build
+from op.between import styled_act
 from op.bias_act import SQRT2, bias_act
 from op.median import median2d
 from op.upfirdn2d import binomial_kernel, upfirdn2d
 
-KERNELS = ("bias_act", "median", "upfirdn2d")
+KERNELS = ("bias_act", "median", "styled_act", "upfirdn2d")
 LAYOUTS = ("contiguous", "channels_last", "strided")
 # Largest error allowed, as a part of the largest value; the second derivative of a square holds several roundings
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -77,6 +78,7 @@ def checks() -> Iterator[tuple[str, str, bool | None]]:
             kind = str(dtype).removeprefix("torch.")
             yield f"median, {kind}", *_attempt(lambda t=dtype, d=device: check_median(d, t, "cuda"))
             yield f"bias_act, {kind}", *_attempt(lambda t=dtype, d=device: check_bias_act(d, t))
+            yield f"styled_act, {kind}", *_attempt(lambda t=dtype, d=device: check_styled_act(d, t))
             yield f"upfirdn2d, {kind}", *_attempt(lambda t=dtype, d=device: check_upfirdn2d(d, t))
 
 
@@ -113,6 +115,24 @@ def check_bias_act(device: torch.device, dtype: torch.dtype) -> float:
     return max(errors) / TOLERANCE[dtype]
 
 
+def check_styled_act(device: torch.device, dtype: torch.dtype) -> float:
+    """Over noise of every kind; 8 channels are less than a pack of threads, 40 are not for the kernel."""
+    errors = [0.0]
+    for (batch, channels, side), layout in itertools.product(((3, 8, 40), (2, 64, 9), (2, 40, 5)), LAYOUTS):
+        y, factor = _random(batch, channels, side, side + 1), _random(batch, channels, 1, 1, seed=1)
+        strength, bias = _random(1, seed=2).to(device).float(), _random(channels, seed=3).to(device).float()
+        leaves = [lay_out(y.to(device, dtype), layout), factor.to(device, dtype), strength, bias]
+        for maps in (None, (1, 1), (batch, 1), (1, channels), (batch, channels)):
+            noise = [] if maps is None else [_random(*maps, side, side + 1, seed=4).to(device).float()]
+            for orders in (1, 2):
+                errors += relative_errors(_styled, leaves + noise, orders)
+    return max(errors) / TOLERANCE[dtype]
+
+
+def _styled(y, factor, strength, bias, noise=None):
+    return styled_act(y, factor, noise, strength, bias)
+
+
 def check_upfirdn2d(device: torch.device, dtype: torch.dtype) -> float:
     errors = [0.0]
     for (taps, up, down, pad), (channels, layout) in itertools.product(
@@ -128,21 +148,22 @@ def check_upfirdn2d(device: torch.device, dtype: torch.dtype) -> float:
     return max(errors) / TOLERANCE[dtype]
 
 
-def relative_errors(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[float]:
-    """Of function(*inputs), its gradient and its second gradient, against doubles on the CPU.
+def relative_errors(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor], orders: int = 2) -> list[float]:
+    """Of function(*inputs), its gradient and (orders 2) its second gradient, against doubles on the CPU.
 
     Each is the largest difference over the largest value.
     """
-    results = [_with_gradients(function, leaves) for leaves in (inputs, [t.cpu().double() for t in inputs])]
+    results = [gradients(function, leaves, orders) for leaves in (inputs, [t.cpu().double() for t in inputs])]
     return [((ours.cpu().double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
             for ours, exact in zip(*results)]
 
 
-def _with_gradients(function, inputs):
+def gradients(function, inputs, orders):
+    """function(*inputs) and its gradients of an energy by each input: the first, and (orders 2) the second."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     y = function(*leaves)
-    first = torch.autograd.grad(_energy(y), leaves, create_graph=True)
-    second = torch.autograd.grad(sum(_energy(g) for g in first), leaves)
+    first = torch.autograd.grad(_energy(y), leaves, create_graph=orders > 1, materialize_grads=True)
+    second = torch.autograd.grad(sum(map(_energy, first)), leaves, materialize_grads=True) if orders > 1 else ()
     return y.detach(), *(g.detach() for g in first), *second
 
 

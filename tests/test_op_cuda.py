@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import op
-from op import bias_act, binomial_kernel, build, doctor, upfirdn2d
+from op import bias_act, binomial_kernel, build, doctor, styled, upfirdn2d
 from op.bias_act import _bias_act_cuda
-from op.cuda import choose, launch
+from op.cuda import _as_c, choose, launch
 from op.median import median2d
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
@@ -156,6 +156,64 @@ def test_median_kernel_passes_nan_on(emulated, wide):
     result = emulate_median2d(emulated, y, 5, "zero", wide)[0]
     assert torch.equal(result.isnan(), near)
     assert torch.equal(result[~near], median2d(x, 5)[0][~near])
+
+
+NOISE = {"none": None, "one map": (1, 1), "a map an image": (3, 1), "a channel each": (3, 0), "of all": (1, 0)}
+
+
+@pytest.fixture
+def styled_on_the_cpu(emulated, monkeypatch):
+    """op/styled.py as on a GPU, its kernel emulated; the arguments of each start."""
+    calls = []
+
+    def start(name, into, *arguments):
+        calls.append(arguments)
+        return emulated.emulate_styled_act(*map(_as_c, arguments), None)
+
+    monkeypatch.setattr(styled, "choose", lambda op, impl, x: "cuda" if x.dtype == torch.float32 else "ref")
+    monkeypatch.setattr(styled, "launch", start)
+    return calls
+
+
+@pytest.mark.parametrize("noise", NOISE)
+@pytest.mark.parametrize("channels, height, width", [(8, 36, 30), (64, 9, 8), (1024, 3, 2), (4, 1, 1)])
+def test_styled_act_kernel_with_both_gradients(styled_on_the_cpu, noise, channels, height, width):
+    maps = NOISE[noise] and rand(NOISE[noise][0], NOISE[noise][1] or channels, height, width, seed=4)
+    inputs = [rand(3, channels, height, width).contiguous(memory_format=NHWC), rand(3, channels, 1, 1, seed=1),
+              rand(1, seed=2), rand(channels, seed=3), *([] if maps is None else [maps])]
+
+    for orders in (1, 2):
+        leaves, exact = ([t.to(dtype).requires_grad_() for t in inputs] for dtype in (torch.float32, torch.float64))
+        results = [doctor.gradients(doctor._styled, part, orders) for part in (leaves, exact)]
+        for ours, expected in zip(*results):
+            largest = float(expected.abs().max())
+            torch.testing.assert_close(ours.double(), expected, atol=1e-5 * largest, rtol=0)
+    # Forward, gradient; forward, a gradient to be differentiated again, which starts none, and the last one through it
+    assert [call[6] is None for call in styled_on_the_cpu] == [True, False, True, False]
+
+
+def test_styled_act_sums_only_what_is_asked_for(styled_on_the_cpu):
+    """As in the projection: of the code, then of the noise maps."""
+    y, factor = rand(2, 8, 4, 4).contiguous(memory_format=NHWC).requires_grad_(), rand(2, 8, 1, 1, seed=1)
+    noise, strength, bias = rand(2, 1, 4, 4, seed=4), rand(1, seed=2), rand(8, seed=3)
+    factor.requires_grad_()
+    op.styled_act(y, factor, noise, strength, bias).sum().backward()
+    factor.requires_grad_(False)
+    noise.requires_grad_()
+    op.styled_act(y, factor, noise, strength, bias).sum().backward()
+    (_, code, _, maps) = styled_on_the_cpu
+    present = [[argument is not None for argument in (call[0], *call[8:11])] for call in (code, maps)]
+    assert present == [[True, False, True, False], [False, True, False, False]]        # y, noise's, sums, strength's
+
+
+@pytest.mark.parametrize("y", [rand(2, 8, 4, 4), rand(2, 6, 4, 4).contiguous(memory_format=NHWC),
+                               rand(2, 24, 4, 4).contiguous(memory_format=NHWC),
+                               rand(1 + 2 * 8 * 16)[1:].reshape(2, 4, 4, 8).permute(0, 3, 1, 2)],
+                         ids=["NCHW", "no packs", "packs that do not divide a block", "not aligned"])
+def test_what_styled_act_leaves_to_pytorch(styled_on_the_cpu, y):
+    channels = y.shape[1]
+    found = op.styled_act(y, rand(2, channels, 1, 1, seed=1), None, torch.ones(1), rand(channels, seed=2))
+    assert found.shape == y.shape and styled_on_the_cpu == []
 
 
 # ---- the build
@@ -334,7 +392,7 @@ def test_compile_and_export_pass_through():
 # ---- whole ops against the reference in doubles; the doctor's own checks
 
 @pytest.mark.parametrize("dtype", doctor.TOLERANCE)
-@pytest.mark.parametrize("check", [doctor.check_bias_act, doctor.check_upfirdn2d])
+@pytest.mark.parametrize("check", [doctor.check_bias_act, doctor.check_styled_act, doctor.check_upfirdn2d])
 @needs_gpu
 def test_kernels_and_gradients_of_both_orders_on_a_gpu(check, dtype):
     assert check(torch.device("cuda"), dtype) <= 1
@@ -368,6 +426,7 @@ def test_more_than_two_to_the_31_elements_on_a_gpu():
 def test_the_doctor_finds_a_kernel_that_disagrees(monkeypatch, capsys):
     assert doctor.check_upfirdn2d(torch.device("cpu"), torch.float32) <= 1
     assert doctor.check_bias_act(torch.device("cpu"), torch.float32) <= 1
+    assert doctor.check_styled_act(torch.device("cpu"), torch.float32) <= 1
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert doctor.main() == 0

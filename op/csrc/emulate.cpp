@@ -5,6 +5,7 @@
 
 #include "bias_act.h"
 #include "median.h"
+#include "styled_act.h"
 #include "upfirdn2d.h"
 
 template <int V, class Index> static void run_bias_act(const bias_act_args<float> &a, int64_t numel) {
@@ -64,4 +65,22 @@ extern "C" void emulate_median2d(const float *x, float *y, int64_t planes, int h
         median_block(a, carve(memory.data(), size), block, [=](auto work) {
             for (int32_t i = 0; i < MEDIAN_THREADS; i++) work(backwards ? MEDIAN_THREADS - 1 - i : i);
         });
+}
+
+/* As styled_act_cuda, of float32. */
+extern "C" int emulate_styled_act(const float *x, const float *factor, const float *noise, const float *strength,
+                                  const float *bias, const float *output, const float *grad, float *y,
+                                  float *noise_grad, float *sums, float *strength_sums, int, const int64_t *sizes,
+                                  double slope, void *) {
+    styled_args<float> a = {x, factor, noise, strength, bias, output, grad, y, noise_grad, sums, strength_sums,
+                            (int32_t)sizes[1], (int32_t)sizes[2], sizes[3], (int32_t)sizes[4], (float)slope};
+    int64_t blocks = sizes[0] * styled_place<float, 4>::pieces(a.pixels, a.channels);
+    for (int64_t block = 0; block < blocks; block++) {
+        styled_memory memory;
+        for (int32_t i = 0; i < STYLED_THREADS; i++)
+            if (grad) styled_gradient<float, 4>(a, memory, block, i);
+            else styled_forward<float, 4>(a, block, i);
+        for (int32_t i = 0; grad && i < STYLED_THREADS; i++) styled_sums<float, 4>(a, memory, block, i);
+    }
+    return 0;
 }

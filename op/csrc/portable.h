@@ -12,6 +12,7 @@
 #define HD inline
 #define UNROLL
 #endif
+#define RESTRICT __restrict__
 
 /* The type that sums and products are formed in. */
 template <class T> struct accumulator { typedef float type; };
