@@ -1,19 +1,30 @@
 """The rows of the speed table that need a GPU. On random data: no files, no weights.
 
-Every function takes the device and its sizes, so that the tests run them on the CPU with tiny ones.
+    python -m benchmarks.gpu --limit-s 150 --out gpu.json
+    python -m benchmarks.gpu --only styled512,median512
+
+Rows are written as soon as they are there: what ends early leaves those that it has. A row that fails says why, and the
+others follow. Every function takes the device and its sizes, so that the tests run them on the CPU with tiny ones.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Iterator
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import distributed
-from benchmarks.measure import REFERENCE, Row, bandwidth, medians, operations, rate, side_by_side
+import train
+from benchmarks.measure import REFERENCE, Row, bandwidth, machine, medians, operations, rate, side_by_side, table
 from benchmarks.reference import ReferenceDiscriminator, ReferenceGenerator
 from detect.latent import LatentStats
 from detect.measure import Votes
@@ -21,10 +32,11 @@ from detect.projection import project_frame
 from detect.search import Search, SearchSettings
 from gan import training
 from model import Discriminator, Encoder, Generator, ModelConfig
-from op import bias_act, binomial_kernel, set_impl, upfirdn2d
+from op import bias_act, binomial_kernel, set_impl, styled_act, upfirdn2d
 from op.median import median2d
 
 ADA_P = 0.5                                  # all augmentations at work, as late in a training
+LEAST_S = 15                                 # a row is not begun with less of the time limit left
 
 
 @contextmanager
@@ -62,13 +74,16 @@ def average_step(seconds: dict[str, float], config: training.TrainConfig) -> flo
 
 
 def training_row(name: str, config: training.TrainConfig, device: torch.device, repeats: int, goal: str,
-                 most_s_per_kimg: float | None = None, least_ratio: float = 0, precisions=("auto",)) -> list[Row]:
+                 most_s_per_kimg: float | None = None, least_ratio: float = 0, precisions=("auto",),
+                 reference_batch: int | None = None) -> list[Row]:
     """Whole steps of Trainer: augmentation, all phases at their average frequency, optimisers, EMA.
 
-    A row for each precision, seconds a thousand images; real images lie on the device.
+    A row for each precision, seconds a thousand images; real images lie on the device. reference_batch: of the
+    reference's steps, where those of the whole batch would not fit the card.
     """
     real = torch.rand(config.batch, 3, config.size, config.size, device=device) * 2 - 1
-    trainers = {REFERENCE: make_trainer(config, device, reference=True)}
+    few = dataclasses.replace(config, batch=reference_batch or config.batch)
+    trainers = {REFERENCE: make_trainer(few, device, reference=True)}
     trainers |= {p: make_trainer(dataclasses.replace(config, precision=p), device) for p in precisions}
     # Step numbers that call for: no regulariser, the path length's alone, both.
     kinds = {"plain": 1, "path": config.path_every, "all": 0}
@@ -76,7 +91,7 @@ def training_row(name: str, config: training.TrainConfig, device: torch.device, 
     def step(who, kind):
         if who == REFERENCE:
             with plain_ops():
-                trainers[who].step(real, kinds[kind])
+                trainers[who].step(real[:few.batch], kinds[kind])
         else:
             trainers[who].step(real, kinds[kind])
 
@@ -86,7 +101,9 @@ def training_row(name: str, config: training.TrainConfig, device: torch.device, 
         for who, times in side_by_side(runs, device, repeats).items():
             samples[who][kind] = times
     kimg = 1000 / config.batch
-    spent = {who: kimg * average_step(medians(by_kind), config) for who, by_kind in samples.items()}
+    spent = {who: (1000 / few.batch if who == REFERENCE else kimg) * average_step(medians(by_kind), config)
+             for who, by_kind in samples.items()}
+    smaller = f"; the reference's batch {few.batch}" if few.batch != config.batch else ""
     rows = []
     for precision in precisions:
         trainer = trainers[precision]
@@ -95,8 +112,9 @@ def training_row(name: str, config: training.TrainConfig, device: torch.device, 
         floor = kimg * average_step(counted, config) / rate(device, dtype)
         met = spent[REFERENCE] / spent[precision] >= least_ratio
         met &= most_s_per_kimg is None or spent[precision] <= most_s_per_kimg
+        note = f"batch {config.batch}, {_short(dtype)}, ADA p {ADA_P:g}{smaller}"
         rows.append(Row(name if len(precisions) == 1 else f"{name}, {_short(dtype)}", "s/kimg", goal, spent[REFERENCE],
-                        spent[precision], floor, met, f"batch {config.batch}, {_short(dtype)}, ADA p {ADA_P:g}",
+                        spent[precision], floor, met, note,
                         {f"{who} {kind}": times for who in (REFERENCE, precision)
                          for kind, times in samples[who].items()}))
     return rows
@@ -122,10 +140,11 @@ def random_search(config: ModelConfig, device: torch.device, reference: bool = F
 
 
 def projection_row(name: str, config: ModelConfig, slices: int, settings: SearchSettings, device: torch.device,
-                   repeats: int, goal: str, most_s: float) -> Row:
+                   repeats: int, goal: str, most_s: float, parts: tuple[int, int] = (10, 1)) -> Row:
     """The published search and votes on a scan, as projector.py runs them: all but reading and writing files.
 
-    The reference runs a tenth of the steps and counts them tenfold: its time is all in the steps.
+    The reference runs one of parts[0] of the steps, ours one of parts[1], and each counts as often: the time is all in
+    the steps.
     """
     hu = torch.rand(slices, config.size, config.size) * 80
     brain = torch.zeros_like(hu, dtype=torch.bool)
@@ -143,15 +162,16 @@ def projection_row(name: str, config: ModelConfig, slices: int, settings: Search
 
     def reference():
         with plain_ops():
-            run(REFERENCE, part=10, batch=8)             # 32 slices of its activations may not fit the card
+            run(REFERENCE, parts[0], batch=8)             # 32 slices of its activations may not fit the card
 
-    samples = side_by_side({REFERENCE: reference, "ours": lambda: run("ours")}, device, repeats)
-    spent = medians(samples)
+    samples = side_by_side({REFERENCE: reference, "ours": lambda: run("ours", parts[1])}, device, repeats)
+    spent = {who: part * seconds for part, (who, seconds) in zip(parts, medians(samples).items())}
     per_step = operations(lambda: run("ours", settings.steps_latent))          # one step of each kind
     floor = per_step * settings.steps_latent / rate(device, dtype)
-    return Row(name, "s", goal, 10 * spent[REFERENCE], spent["ours"], floor, spent["ours"] <= most_s,
+    return Row(name, "s", goal, spent[REFERENCE], spent["ours"], floor, spent["ours"] <= most_s,
                f"{slices} slices, {settings.steps_latent} + {settings.steps_noise} steps, {_short(dtype)}; the "
-               "reference ran a tenth of the steps, counted tenfold; random weights", samples)
+               f"reference ran one step in {parts[0]}, ours one in {parts[1]}, and they count as often; random weights",
+               samples)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -196,9 +216,147 @@ def op_rows(batch: int, levels: tuple[tuple[int, int], ...], device: torch.devic
     return rows
 
 
+def styled_rows(batch: int, levels: tuple[tuple[int, int], ...], device: torch.device, repeats: int,
+                calls: int = 20) -> list[Row]:
+    """What follows a generator's convolution (op.styled_act), at (channels, side) of its layers, bf16, channels-last.
+
+    Without a gradient; with those that the projection asks for (activations and code); with those of a training.
+    """
+    rows = []
+    for channels, side in levels:
+        y, above = (torch.randn(batch, channels, side, side, device=device).to(
+            torch.bfloat16, memory_format=torch.channels_last) for _ in range(2))
+        factor = torch.randn(batch, channels, 1, 1, device=device).to(torch.bfloat16)
+        noise = torch.randn(batch, 1, side, side, device=device).to(torch.bfloat16)
+        strength, bias = torch.full((1,), 0.1, device=device), torch.randn(channels, device=device)
+        passes = {"no gradient": ([], 2), "gradient by code": ([y, factor], 6),
+                  "gradient in training": ([y, factor, strength, bias], 6)}
+        for name, (leaves, tensors) in passes.items():
+            def run(leaves=leaves, parts=(y, factor, noise, strength, bias), above=above):
+                for leaf in leaves:
+                    leaf.requires_grad_()
+                out = styled_act(*parts)
+                if leaves:
+                    torch.autograd.grad(out, leaves, above)
+                for leaf in leaves:
+                    leaf.requires_grad_(False)
+
+            def reference(run=run):
+                with plain_ops():
+                    run()
+
+            samples = side_by_side({REFERENCE: reference, "ours": run}, device, repeats, calls)
+            spent = medians(samples, scale=1e3)
+            floor = 1e3 * tensors * y.numel() * y.element_size() / bandwidth(device)
+            rows.append(Row(f"gpu styled_act, {name} {_by(y.shape)}", "ms", "1.3x floor", spent[REFERENCE],
+                            spent["ours"], floor, spent["ours"] <= 1.3 * floor, samples=samples))
+    return rows
+
+
 def _by(shape) -> str:
     return " x ".join(map(str, shape))
 
 
 def _short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The sizes of the table, and the command
+
+LEVELS = ((64, 512), (128, 256), (256, 128), (512, 64))      # where paper512's layers are large
+
+
+def paper512(device: torch.device, repeats: int) -> list[Row]:
+    # R1 of 16 images in float32, whose published passes keep some 5 GB an image, would not fit 80 GB
+    return training_row("gpu training, paper512", train.PRESETS["paper512"], device, repeats, "6 s/kimg; 3x", 6, 3,
+                        reference_batch=4)
+
+
+def ct256(device: torch.device, repeats: int) -> list[Row]:
+    return training_row("gpu training, ct256", train.PRESETS["ct256"], device, repeats, "2 s/kimg", 2)
+
+
+def projection512(device: torch.device, repeats: int) -> list[Row]:
+    return [projection_row("gpu projection of a scan, 512", ModelConfig(size=512), 32, SearchSettings(), device,
+                           repeats, "8 s", 8, (50, 10))]
+
+
+def median512(device: torch.device, repeats: int) -> list[Row]:
+    return [median_row((32, 512, 512), 19, device, repeats)]
+
+
+def ops512(device: torch.device, repeats: int) -> list[Row]:
+    return op_rows(16, LEVELS, device, repeats)
+
+
+def styled512(device: torch.device, repeats: int) -> list[Row]:
+    return styled_rows(16, LEVELS, device, repeats)
+
+
+# In the order they are measured in: seconds first, then what takes longest to set up
+GPU_ROWS: dict[str, Callable[[torch.device, int], list[Row]]] = {
+    "median512": median512, "styled512": styled512, "paper512": paper512, "projection512": projection512,
+    "ops512": ops512, "ct256": ct256,
+}
+
+
+def measure(names: list[str], device: torch.device, repeats: int, limit_s: float, save: Callable[[list[Row]], None]
+            ) -> list[Row]:
+    """The rows of `names`; save(rows so far) after each. What fails or has no time left is a row that says so."""
+    start, rows = time.monotonic(), []
+    for name in names:
+        left = limit_s - (time.monotonic() - start)
+        if left < LEAST_S:
+            rows.append(Row(f"gpu {name}", "", "-", note=f"not begun: {left:.0f} s of the time limit left"))
+        else:
+            print(f"{name} ... ({left:.0f} s left)", file=sys.stderr, flush=True)
+            try:
+                rows += _with_memory(GPU_ROWS[name], device, repeats)
+            except (RuntimeError, ValueError) as error:                # no memory, no build, no launch
+                rows.append(Row(f"gpu {name}", "", "-", note=f"failed: {str(error).strip().splitlines()[0][:300]}"))
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        save(rows)
+    return rows
+
+
+def _with_memory(row: Callable[[torch.device, int], list[Row]], device: torch.device, repeats: int) -> list[Row]:
+    """The rows, with the GPU memory that measuring them took, reference and ours together, in their notes."""
+    if device.type != "cuda":
+        return row(device, repeats)
+    torch.cuda.reset_peak_memory_stats(device)
+    found = row(device, repeats)
+    peak = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB at most"
+    return [dataclasses.replace(one, note="; ".join(filter(None, (one.note, peak)))) for one in found]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help=f"rows to measure, comma-separated, in this order: {', '.join(GPU_ROWS)}")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of a figure; their median counts")
+    parser.add_argument("--limit-s", type=float, default=540, help="no row is begun in the last seconds of this time")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows, every sample and the machine")
+    args = parser.parse_args(argv)
+    names = args.only.split(",") if args.only else list(GPU_ROWS)
+    if unknown := sorted(set(names) - set(GPU_ROWS)):
+        parser.error(f"--only: no row {', '.join(unknown)}; there are {', '.join(GPU_ROWS)}")
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {args.repeats}")
+    device = distributed.pick_device("cuda")
+    facts = machine(device)
+
+    def save(rows):
+        if args.out:
+            found = [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows]
+            args.out.write_text(json.dumps({"machine": facts, "rows": found}, indent=1) + "\n", encoding="utf-8")
+
+    rows = measure(names, device, args.repeats, args.limit_s, save)
+    print(f"{facts['date']}, {facts['gpu']}, torch {facts['torch']}")
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,11 +2,12 @@
 # A GPU for a short while, in pieces that each end within ten minutes:
 #
 #   sh benchmarks/gpu_session.sh check                       the kernels build and agree with their references
-#   sh benchmarks/gpu_session.sh table ops512,median512      rows of the speed table (also: projection512, ct256, paper512)
+#   sh benchmarks/gpu_session.sh table [ops512,median512]    the GPU's rows of the speed table, or some of them
 #   DATA=healthy.lmdb sh benchmarks/gpu_session.sh train     trains for nine minutes; again goes on where it stopped
 #
-# PYTHON: the interpreter; OUT: where figures go (default benchmarks/gpu-results); RUN, PRESET, PIECE_S: of train;
-# XDG_CACHE_HOME: where compiled kernels are kept. They may come from a machine without a GPU, with the same nvcc:
+# PYTHON: the interpreter; OUT: where figures go (default benchmarks/gpu-results); LIMIT_S: of table; RUN, PRESET,
+# PIECE_S: of train; XDG_CACHE_HOME: where compiled kernels are kept. They may come from a machine without a GPU, with
+# the same nvcc:
 #   XDG_CACHE_HOME=kernels python -c "from op import build; build.load_cuda('median', (9, 0))"     for an H100
 set -eu
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -26,7 +27,7 @@ check)
     ;;
 table)
     mkdir -p "$OUT"
-    "$PYTHON" -m benchmarks.speed --only "$2" --out "$OUT/$2.json"
+    "$PYTHON" -m benchmarks.gpu ${2:+--only "$2"} --limit-s "${LIMIT_S:-540}" --out "$OUT/gpu-${2:-all}.json"
     ;;
 train)
     status=0
@@ -36,7 +37,7 @@ train)
     exit "$status"
     ;;
 *)
-    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -105,6 +106,17 @@ def operations(run: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What the figures were measured on."""
+    can = getattr(torch.cpu, "get_capabilities", dict)()     # of torch 2.12 and later
+    return {
+        "date": time.strftime("%Y-%m-%d"), "cpu": can.get("cpu_name", platform.processor()),
+        "bf16": next((kind for kind in ("amx_bf16", "avx512_bf16") if can.get(kind)), "emulated"),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -14,10 +14,8 @@ import argparse
 import csv
 import dataclasses
 import json
-import platform
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,9 +29,8 @@ import distributed
 import train
 import train_encoder
 from benchmarks import cohort, gpu
-from benchmarks.measure import REFERENCE, Row, bandwidth, medians, operations, rate, side_by_side, table
+from benchmarks.measure import REFERENCE, Row, bandwidth, machine, medians, operations, rate, side_by_side, table
 from benchmarks.reference import ReferenceGenerator
-from detect.search import SearchSettings
 from gan.inpainting import InpaintingTrainer
 from gan.snapshots import Snapshot
 from model import Discriminator, Generator, ModelConfig
@@ -224,31 +221,6 @@ def write_head(path: Path, slices: int, size: int = 192, seed: int = 0) -> None:
     nib.save(nib.Nifti1Image(hu.astype(np.int16), np.diag([*step, 1])), path)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Rows of the GPU: the sizes of the issue
-
-def paper512(device: torch.device, repeats: int) -> list[Row]:
-    return gpu.training_row("gpu training, paper512", train.PRESETS["paper512"], device, repeats, "6 s/kimg; 3x", 6, 3)
-
-
-def ct256(device: torch.device, repeats: int) -> list[Row]:
-    return gpu.training_row("gpu training, ct256", train.PRESETS["ct256"], device, repeats, "2 s/kimg", 2)
-
-
-def projection512(device: torch.device, repeats: int) -> list[Row]:
-    return [gpu.projection_row("gpu projection of a scan, 512", ModelConfig(size=512), 32, SearchSettings(), device,
-                               repeats, "8 s", 8)]
-
-
-def median512(device: torch.device, repeats: int) -> list[Row]:
-    return [gpu.median_row((32, 512, 512), 19, device, repeats)]
-
-
-def ops512(device: torch.device, repeats: int) -> list[Row]:
-    """At the sides where paper512's layers are large, batch 16."""
-    return gpu.op_rows(16, ((64, 512), (128, 256), (256, 128), (512, 64)), device, repeats)
-
-
 CPU_ROWS: dict[str, Callable[[int], list[Row]]] = {
     "generator": lambda repeats: generator_rows(repeats, ModelConfig(size=128)),
     "training": lambda repeats: training_rows(min(repeats, 3)),
@@ -260,24 +232,9 @@ CPU_ROWS: dict[str, Callable[[int], list[Row]]] = {
     # The published search, 100 + 100 steps with votes: minutes a run in fp32, so it is run once
     "scan-published": lambda repeats: scan_rows(1, MODELS / "ct-ich-128", flags=("--preset", "published")),
 }
-GPU_ROWS: dict[str, Callable[[torch.device, int], list[Row]]] = {
-    "paper512": paper512, "ct256": ct256, "projection512": projection512, "median512": median512, "ops512": ops512,
-}
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Command
-
-def machine(device: torch.device) -> dict[str, str | int]:
-    """What the figures were measured on."""
-    can = torch.cpu.get_capabilities()
-    return {
-        "date": time.strftime("%Y-%m-%d"), "cpu": can.get("cpu_name", platform.processor()),
-        "bf16": next((kind for kind in ("amx_bf16", "avx512_bf16") if can.get(kind)), "emulated"),
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
-    }
-
 
 def measure(names: list[str], device: torch.device, repeats: int) -> list[Row]:
     rows = []
@@ -286,7 +243,7 @@ def measure(names: list[str], device: torch.device, repeats: int) -> list[Row]:
         if name in CPU_ROWS:
             rows += CPU_ROWS[name](repeats)
         elif device.type == "cuda":
-            rows += GPU_ROWS[name](device, repeats)
+            rows += gpu.GPU_ROWS[name](device, repeats)
             torch.cuda.empty_cache()
         else:
             rows.append(Row(f"gpu {name}", "", "-", note="no GPU on this machine"))
@@ -294,7 +251,7 @@ def measure(names: list[str], device: torch.device, repeats: int) -> list[Row]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    known = [*CPU_ROWS, *GPU_ROWS]
+    known = [*CPU_ROWS, *gpu.GPU_ROWS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"rows to measure, comma-separated: {', '.join(known)}")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of a figure; their median counts")

@@ -136,6 +136,15 @@ def test_the_projection_row():
     settings = SearchSettings(steps_latent=2, steps_noise=2)
     row = gpu.projection_row("projection", TINY, 3, settings, CPU, 1, "goal", 1e9)
     assert row.met and row.reference == 10 * row.samples[REFERENCE][0] and row.floor > 0
+    assert row.ours == row.samples["ours"][0]
+
+
+def test_a_reference_of_fewer_images_counts_for_as_many():
+    config = dataclasses.replace(train.PRESETS["smoke32"], style_dim=8, channel_base=64, channel_max=8, batch=4,
+                                 path_every=0, r1_every=0)
+    (row,) = gpu.training_row("training", dataclasses.replace(config, ada_target=0), CPU, 1, "goal", reference_batch=2)
+    assert row.reference == 1000 / 2 * row.samples[f"{REFERENCE} plain"][0] and "reference's batch 2" in row.note
+    assert row.ours == 1000 / 4 * row.samples["auto plain"][0]
 
 
 def test_the_rows_of_the_ops():
@@ -143,6 +152,26 @@ def test_the_rows_of_the_ops():
     assert len(rows) == 5 and all(row.ours > 0 for row in rows)
     assert rows[-1].floor == 1e3 * 2 * (2 * 3 * 8 * 8 * 2) / 1e9                   # bias_act: read and written once
     assert gpu.median_row((2, 8, 8), 3, CPU, 1).ours > 0
+
+
+def test_the_rows_of_a_styled_layer():
+    rows = gpu.styled_rows(2, ((32, 4),), CPU, 1, calls=1)
+    tensor = 1e3 * 2 * 32 * 4 * 4 * 2 / 1e9                                        # ms, of 1 GB/s
+    assert [row.floor for row in rows] == [2 * tensor, 6 * tensor, 6 * tensor] and all(row.ours > 0 for row in rows)
+
+
+def test_a_row_that_fails_and_one_without_time_stop_no_other(monkeypatch):
+    def out_of_memory(device, repeats):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried much\nand more")
+
+    fine = Row("fine", "s", "-", 2.0, 1.0)
+    monkeypatch.setattr(gpu, "GPU_ROWS", {"large": out_of_memory, "fine": lambda device, repeats: [fine]})
+    saved = []
+    rows = gpu.measure(["large", "fine"], CPU, 1, 60, lambda rows: saved.append(list(rows)))
+    assert rows == [Row("gpu large", "", "-", note="failed: CUDA out of memory. Tried much"), fine]
+    assert saved == [rows[:1], rows]
+    (late,) = gpu.measure(["fine"], CPU, 1, gpu.LEAST_S - 1, saved.append)
+    assert late.ours is None and late.note == "not begun: 14 s of the time limit left"
 
 
 def test_without_a_gpu_its_rows_are_not_measured(monkeypatch, tmp_path, capsys):
