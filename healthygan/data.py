@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,10 +70,23 @@ class Pictures:
 
     def __getitem__(self, indices: Sequence[int]) -> torch.Tensor:
         """Images float32 [len(indices), 3, N, N] in [-1, 1]."""
-        pixels = torch.from_numpy(self.pixels[np.asarray(indices)].astype(np.float32))
+        return self._encode(torch.from_numpy(self.pixels[np.asarray(indices)].astype(np.float32)))
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Stored values as float32 [n, C, N, N] -> images."""
         if self.settings.kind == "slices":
             return encode(pixels[:, 0])
         return (pixels * (2 / FULL) - 1).expand(-1, 3, -1, -1)
+
+    def on(self, device: torch.device) -> Callable[[Sequence[int]], torch.Tensor]:
+        """What [] does, on a device that holds all pixels: one that waits for images at every step stands idle."""
+        stored = torch.from_numpy(self.pixels.view(np.int16)).to(device)          # few operations take uint16
+
+        def images(indices: Sequence[int]) -> torch.Tensor:
+            pixels = stored[torch.tensor(indices).to(device, non_blocking=True)]
+            return self._encode((pixels.int() & FULL if self.settings.kind == "images" else pixels).float())
+
+        return images
 
     def take(self, indices: Sequence[int]) -> Pictures:
         """The subset at these indices, in that order."""
@@ -295,9 +308,10 @@ def split_by_patient(names: Sequence[str], fraction: float, seed: int, patients:
             [i for i, name in enumerate(names) if patient[name] in held_out])
 
 
-def batches(pictures: Pictures, batch: int, seed: int, start: int = 0) -> Iterator[torch.Tensor]:
+def batches(pictures: Pictures, batch: int, seed: int, start: int = 0,
+            device: torch.device | str = "cpu") -> Iterator[torch.Tensor]:
     """Images [batch, 3, N, N] for ever: this rank's share of a shuffled stream of which `start` are used up."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    stream = iter(InfiniteSampler(len(pictures), seed, rank, world, start))
+    stream, images = iter(InfiniteSampler(len(pictures), seed, rank, world, start)), pictures.on(device)
     while True:
-        yield pictures[[next(stream) for _ in range(batch)]]
+        yield images([next(stream) for _ in range(batch)])

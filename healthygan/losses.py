@@ -43,7 +43,11 @@ def reconstruction(a: torch.Tensor, of_a: Translation) -> torch.Tensor:
     return (a - (of_a.m * a + (1 - of_a.m) * of_a.t)).abs().mean()
 
 
-def focus(m: torch.Tensor) -> torch.Tensor:
-    """(mean m)^2 + mean 1 / (|m - 0.5| + 0.01) - 1 / 0.51: a mask that is small and decided. m [B, 1, H, W]."""
+def focus(m: torch.Tensor, indecision: float = 1.0) -> torch.Tensor:
+    """(mean m)^2 + indecision (mean 1 / (|m - 0.5| + 0.01) - 1 / 0.51): a mask small and decided. m [B, 1, H, W].
+
+    With indecision 1, as published, no pixel of the mask can cross 0.5 any more once the term weighs: it adds up to
+    100 there. With 0 the mask stays free to follow where the translation differs from the image.
+    """
     undecided = 1 / ((m - FOCUS_CENTRE).abs() + FOCUS_EPSILON)
-    return m.mean().square() + undecided.mean() - 1 / (FOCUS_CENTRE + FOCUS_EPSILON)
+    return m.mean().square() + indecision * (undecided.mean() - 1 / (FOCUS_CENTRE + FOCUS_EPSILON))

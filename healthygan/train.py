@@ -37,7 +37,7 @@ from evaluation import metrics
 from gan.runlog import Run, load_optimiser, run_command
 from healthygan import losses
 from healthygan.data import ImageSettings, TrainingData, batches, class_folders, is_database, load_training
-from healthygan.model import ModelConfig
+from healthygan.model import ModelConfig, Translation
 from healthygan.pictures import save_grid
 from healthygan.scoring import aucp, image_scores, unit_scores
 from healthygan.weights import save_model
@@ -68,6 +68,9 @@ class TrainConfig:
                                      "until it is there, neither side attracts the mask")
     copy_first: int = option(0, "iterations at the start with the identity term alone: a translation that cannot copy "
                                 "yet teaches the critic blur, and the mask to close")
+    translate_first: int = option(0, "iterations after those in which the critic sees t itself as y: nothing is won by "
+                                     "closing the mask, which learns meanwhile where t changes the image")
+    indecision: float = option(1.0, "the indecision's part in --mask; 0: size alone, and the mask can change its mind")
     # Optimisation
     lr: float = option(1e-4, "Adam's learning rate; betas are 0.5 and 0.999")
     lr_decay: str = option("linear", "over the last --decay-iterations, to 0; 'none' in effect as the released code",
@@ -78,6 +81,7 @@ class TrainConfig:
     ema_rampup: float = option(0.05, "the half-life is at most this part of the iterations so far")
     # Images
     flip: bool = option(True, "mirror half of the images")
+    shift: int = option(0, "move images by up to so many whole pixels each way, edges repeated: few are learnt by rote")
     crop_top: float = option(0.08, "part of an image's rows dropped at the top (burnt-in text); not for databases")
     white_16bit: int = option(65535, "value that is white in 16-bit images: 4095 for 12 bits stored in 16")
     val_fraction: float = option(0.1, "part of the healthy images kept aside for the threshold; databases have a "
@@ -101,6 +105,9 @@ class TrainConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.copy_first < self.iterations:
             raise ValueError(f"--copy-first must lie in [0, --iterations), got {self.copy_first}")
+        for name in ("translate_first", "indecision", "shift"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
         if not 1 <= self.white_16bit <= 65535:
             raise ValueError(f"--white-16bit must lie in 1..65535, got {self.white_16bit}")
         self.model()
@@ -151,6 +158,7 @@ class Trainer:
         self.iteration = 0
         self.highest_aucp = -math.inf                              # of the generators so far, on rank 0
         self.reseed(config.seed)
+        torch.backends.cudnn.benchmark = True                      # every step has the same shapes
         torch.manual_seed(config.seed)                             # the same weights on every rank
         self.g = config.model().generator().to(device)
         self.d = config.model().critic().to(device)
@@ -172,7 +180,7 @@ class Trainer:
 
     def step(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
         """One step on images a, b [batch, 3, N, N]; returns scalars for the log."""
-        a, b = self._flip(a, "flip a"), self._flip(b, "flip b")
+        a, b = (self._shift(self._flip(x, f"flip {name}"), f"shift {name}") for x, name in ((a, "a"), (b, "b")))
         for optimiser in (self.g_opt, self.d_opt):
             for group in optimiser.param_groups:
                 group["lr"] = self.config.learning_rate(self.iteration)
@@ -183,16 +191,22 @@ class Trainer:
         # The generator does not change between its use as the critic's opponent and its own step: one pass serves both.
         with_generator = (self.iteration + 1) % self.config.critic_steps == 0
         if with_generator:
-            both = self.g(torch.cat([a, b]))
+            both = self._translate(torch.cat([a, b]))
             of_a, of_b = (type(both)(*parts) for parts in zip(*(part.chunk(2) for part in both)))
         else:
             with torch.no_grad():
-                of_a = self.g(a)
+                of_a = self._translate(a)
         stats = self._step_critic(b, of_a.y.detach())
         if with_generator:
             stats |= self._step_generator(a, b, of_a, of_b)
         self.iteration += 1
         return stats
+
+    def _translate(self, x: torch.Tensor) -> Translation:
+        """The generator's, with t for y in the first iterations."""
+        of_x = self.g(x)
+        whole = self.iteration < self.config.copy_first + self.config.translate_first
+        return of_x._replace(y=of_x.t) if whole else of_x
 
     def _step_copy(self, b: torch.Tensor) -> dict[str, torch.Tensor]:
         loss = losses.identity(b, self.g(b))
@@ -217,7 +231,7 @@ class Trainer:
         values_a, values_b = self.d(torch.cat([of_a.y, of_b.y])).chunk(2)
         terms = {"adversarial": -values_a.mean() - values_b.mean(), "identity": losses.identity(b, of_b),
                  "reconstruction": losses.reconstruction(a, of_a),
-                 "mask": (losses.focus(of_a.m) + losses.focus(of_b.m)) / 2}
+                 "mask": sum(losses.focus(of_x.m, self.config.indecision) for of_x in (of_a, of_b)) / 2}
         weights = {"adversarial": 1.0, "identity": self.config.identity, "reconstruction": self.config.reconstruction,
                    "mask": self.config.mask_weight(self.iteration)}
         self._update(self.g, self.g_opt, sum(weights[name] * term for name, term in terms.items()))
@@ -265,13 +279,23 @@ class Trainer:
         """This rank's rows of draw(generator, global batch), the same whatever the number of ranks."""
         key = f"{self.seed} {self.iteration} {purpose}".encode()
         stream = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7]))
-        return draw(stream, self.config.batch * self.world)[self.rank::self.world].to(self.device)
+        return draw(stream, self.config.batch * self.world)[self.rank::self.world].to(self.device, non_blocking=True)
 
     def _flip(self, images: torch.Tensor, purpose: str) -> torch.Tensor:
         if not self.config.flip:
             return images
         flip = self._draw(purpose, lambda g, n: torch.rand(n, generator=g) < 0.5)
         return torch.where(flip.reshape(-1, 1, 1, 1), images.flip(-1), images)
+
+    def _shift(self, images: torch.Tensor, purpose: str) -> torch.Tensor:
+        if not self.config.shift:
+            return images
+        most, side = self.config.shift, images.shape[-1]
+        moves = self._draw(purpose, lambda g, n: torch.randint(-most, most + 1, (n, 2), generator=g))
+        rows, columns = (moves.T[..., None] + torch.arange(side, device=self.device)).clamp(0, side - 1)
+        whole = torch.arange(len(images), device=self.device)[:, None, None, None]
+        channels = torch.arange(3, device=self.device)[:, None, None]
+        return images[whole, channels, rows[:, None, :, None], columns[:, None, None, :]]
 
     # ---- State
 
@@ -349,7 +373,7 @@ def train(config: TrainConfig, data: TrainingData, out: Path, device: torch.devi
             distributed.print0(f"Resuming at iteration {trainer.iteration}")
         distributed.check_same_state(trainer.g)
         batch = config.batch * trainer.world
-        streams = [batches(part, config.batch, 2 * run.seed + i, trainer.iteration * batch)
+        streams = [batches(part, config.batch, 2 * run.seed + i, trainer.iteration * batch, device)
                    for i, part in enumerate((data.mixed, data.healthy))]
         distributed.print0(f"{len(data.healthy)} healthy images, {len(data.mixed)} unannotated, "
                            f"{len(data.held_out) if data.held_out else 0} healthy kept aside; 2 x {trainer.world} x "
@@ -357,7 +381,7 @@ def train(config: TrainConfig, data: TrainingData, out: Path, device: torch.devi
 
         # ---- Train
         while trainer.iteration < config.iterations:
-            run.log.add(batch, **trainer.step(*(next(stream).to(device) for stream in streams)))
+            run.log.add(batch, **trainer.step(*(next(stream) for stream in streams)))
 
             def due(every):
                 return trainer.iteration % every == 0 or trainer.iteration == config.iterations

@@ -161,6 +161,34 @@ def test_before_all_else_the_translation_learns_to_copy():
     assert "wasserstein" in trainer.step(a, b)
 
 
+def test_at_first_the_critic_sees_the_translation_itself():
+    config = dataclasses.replace(train.PRESETS["smoke32"], precision="fp32", flip=False, critic_steps=1, identity=0,
+                                 reconstruction=0, mask=0, translate_first=1)
+    trainer = train.Trainer(config, torch.device("cpu"))
+    a, b = torch.rand(2, 4, 3, 32, 32) * 2 - 1
+    of_a = trainer._translate(a)
+    assert torch.equal(of_a.y, of_a.t) and torch.equal(of_a.m, trainer.g(a).m)
+    pulls_at_mask = []
+    for _ in range(2):                                            # the last layer's fourth channel is the mask
+        trainer.step(a, b)
+        pulls_at_mask.append(trainer.g.main[-1].weight.grad[3].abs().max().item())
+    assert pulls_at_mask[0] == 0 < pulls_at_mask[1]
+    assert torch.equal(trainer._translate(a).y, trainer.g(a).y)
+
+
+def test_images_are_moved_by_whole_pixels():
+    trainer = train.Trainer(dataclasses.replace(train.PRESETS["smoke32"], shift=2), torch.device("cpu"))
+    x = torch.rand(4, 3, 32, 32)
+    moved, side, moves = trainer._shift(x, "shift a"), torch.arange(32), []
+    for before, after in zip(x, moved):
+        fits = [(i, j) for i in range(-2, 3) for j in range(-2, 3)
+                if torch.equal(after, before[:, (side + i).clamp(0, 31)][:, :, (side + j).clamp(0, 31)])]
+        moves += fits
+        assert len(fits) == 1
+    assert len(set(moves)) > 1
+    assert torch.equal(moved, trainer._shift(x, "shift a")) and not torch.equal(moved, trainer._shift(x, "shift b"))
+
+
 def test_the_generators_gradient_is_that_of_its_loss():
     config = dataclasses.replace(train.PRESETS["smoke32"], precision="fp32", flip=False, critic_steps=1, mask=0.3)
     trainer, other = (train.Trainer(config, torch.device("cpu")) for _ in range(2))
@@ -369,7 +397,8 @@ def test_train_names_what_is_missing(flags, message, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("flag", ["--batch=0", "--size=30", "--critic-layers=7", "--val-fraction=1",
-                                  "--white-16bit=0", "--copy-first=20", "--mask-rampup=1"])
+                                  "--white-16bit=0", "--copy-first=20", "--mask-rampup=1", "--translate-first=-1",
+                                  "--indecision=-1", "--shift=-1"])
 def test_train_refuses_values_that_cannot_be_meant(flag, xrays):
     with pytest.raises(SystemExit) as stop:
         train.main(["--data", str(xrays), "--preset", "smoke32", flag])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dataset import DatasetError, SliceDataset
@@ -129,6 +130,16 @@ def test_batches_go_on_where_they_stopped_and_two_sets_are_not_paired(tmp_path):
     assert sorted(order(0, 0, 3)) == list(range(6))
     assert order(0, 4, 4) == order(0, 0, 6)[4:]
     assert order(0, 0, 3) != order(1, 0, 3)
+
+
+def test_a_device_hands_out_the_same_images(slices32, tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(3):                                            # 16 bits: half of them would be negative as int16
+        save(tmp_path / f"set/{i}.png", rng.integers(0, 65536, (8, 8)).astype(np.uint16))
+    sets = [read_images(tmp_path / "set", SETTINGS), read_slices(slices32, "train", ImageSettings("slices", 32))]
+    assert sets[0].pixels.max() > 40_000 and sets[1].pixels.min() < 0
+    for pictures in sets:
+        assert torch.equal(pictures.on("cpu")([2, 0]), pictures[[2, 0]])
 
 
 def test_slices_keep_scan_and_slice_numbers(slices32):

@@ -177,4 +177,8 @@ def test_reconstruction_weighs_by_what_the_mask_leaves():
     ([0.0, 0.5], 0.0625 + (1 / 0.51 + 100) / 2 - 1 / 0.51),
 ])
 def test_focus_wants_a_small_and_decided_mask(values, expected):
-    assert losses.focus(torch.tensor(values).reshape(2, 1, 1, 1)).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    m = torch.tensor(values).reshape(2, 1, 1, 1)
+    assert losses.focus(m).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    size = (sum(values) / 2) ** 2
+    assert losses.focus(m, 0.5).item() == pytest.approx((size + expected) / 2, rel=1e-4, abs=1e-6)
+    assert losses.focus(m, 0).item() == pytest.approx(size)
