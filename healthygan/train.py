@@ -64,12 +64,12 @@ class TrainConfig:
     identity: float = option(losses.IDENTITY_WEIGHT, "weight of mean |b - t_b|")
     reconstruction: float = option(losses.RECONSTRUCTION_WEIGHT, "weight of mean |a - (m a + (1-m) t_a)|")
     mask: float = option(losses.MASK_WEIGHT, "weight of the mask's size and indecision")
-    mask_rampup: float = option(0.0, "part of the iterations after --copy-first over which that weight rises from 0: "
-                                     "until it is there, neither side attracts the mask")
+    mask_rampup: float = option(0.0, "part of the iterations after --translate-first over which that weight rises from "
+                                     "0: until it is there, neither side attracts the mask")
     copy_first: int = option(0, "iterations at the start with the identity term alone: a translation that cannot copy "
                                 "yet teaches the critic blur, and the mask to close")
-    translate_first: int = option(0, "iterations after those in which the critic sees t itself as y: nothing is won by "
-                                     "closing the mask, which learns meanwhile where t changes the image")
+    translate_first: int = option(0, "iterations after those in which t is y and the mask is left alone: closing it "
+                                     "wins nothing, and t learns to take something away")
     indecision: float = option(1.0, "the indecision's part in --mask; 0: size alone, and the mask can change its mind")
     # Optimisation
     lr: float = option(1e-4, "Adam's learning rate; betas are 0.5 and 0.999")
@@ -123,8 +123,9 @@ class TrainConfig:
 
     def mask_weight(self, iteration: int) -> float:
         """The weight of the mask's term at step `iteration`, from 0."""
-        ramp = self.mask_rampup * (self.iterations - self.copy_first)
-        return self.mask * (min(1.0, max(0, iteration - self.copy_first) / ramp) if ramp else 1.0)
+        begin = self.copy_first + self.translate_first
+        ramp = self.mask_rampup * (self.iterations - begin)
+        return self.mask * (min(1.0, max(0, iteration - begin) / ramp) if ramp else 1.0)
 
 
 PRESETS = {
@@ -174,6 +175,11 @@ class Trainer:
         self.seed = seed
 
     @property
+    def whole_until(self) -> int:
+        """The iteration from which on the mask takes part."""
+        return self.config.copy_first + self.config.translate_first
+
+    @property
     def best(self) -> torch.nn.Module:
         """The generator to keep: the averaged one where there is one."""
         return self.g if self.g_ema is None else self.g_ema
@@ -184,6 +190,8 @@ class Trainer:
         for optimiser in (self.g_opt, self.d_opt):
             for group in optimiser.param_groups:
                 group["lr"] = self.config.learning_rate(self.iteration)
+        if self.iteration in (self.config.copy_first, self.whole_until):
+            self.g_opt.state.clear()           # after thousands of zeros, Adam's first step at the mask would be 16 lr
         if self.iteration < self.config.copy_first:
             stats = self._step_copy(b)
             self.iteration += 1
@@ -205,8 +213,7 @@ class Trainer:
     def _translate(self, x: torch.Tensor) -> Translation:
         """The generator's, with t for y in the first iterations."""
         of_x = self.g(x)
-        whole = self.iteration < self.config.copy_first + self.config.translate_first
-        return of_x._replace(y=of_x.t) if whole else of_x
+        return of_x._replace(y=of_x.t) if self.iteration < self.whole_until else of_x
 
     def _step_copy(self, b: torch.Tensor) -> dict[str, torch.Tensor]:
         loss = losses.identity(b, self.g(b))
@@ -234,6 +241,8 @@ class Trainer:
                  "mask": sum(losses.focus(of_x.m, self.config.indecision) for of_x in (of_a, of_b)) / 2}
         weights = {"adversarial": 1.0, "identity": self.config.identity, "reconstruction": self.config.reconstruction,
                    "mask": self.config.mask_weight(self.iteration)}
+        if self.iteration < self.whole_until:
+            weights |= {"reconstruction": 0.0, "mask": 0.0}
         self._update(self.g, self.g_opt, sum(weights[name] * term for name, term in terms.items()))
         self.d.requires_grad_(True)
         self._update_ema()

@@ -163,7 +163,7 @@ def test_before_all_else_the_translation_learns_to_copy():
 
 def test_at_first_the_critic_sees_the_translation_itself():
     config = dataclasses.replace(train.PRESETS["smoke32"], precision="fp32", flip=False, critic_steps=1, identity=0,
-                                 reconstruction=0, mask=0, translate_first=1)
+                                 translate_first=1)
     trainer = train.Trainer(config, torch.device("cpu"))
     a, b = torch.rand(2, 4, 3, 32, 32) * 2 - 1
     of_a = trainer._translate(a)
@@ -173,6 +173,7 @@ def test_at_first_the_critic_sees_the_translation_itself():
         trainer.step(a, b)
         pulls_at_mask.append(trainer.g.main[-1].weight.grad[3].abs().max().item())
     assert pulls_at_mask[0] == 0 < pulls_at_mask[1]
+    assert all(state["step"] == 1 for state in trainer.g_opt.state.values())          # begun anew with the mask
     assert torch.equal(trainer._translate(a).y, trainer.g(a).y)
 
 

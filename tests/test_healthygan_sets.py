@@ -73,7 +73,7 @@ def test_shapes_change_the_brain_alone_and_come_again(slices, tmp_path):
         found.append(SliceDataset(path).scan(0))
     before = SliceDataset(slices).scan(0)
     changed = found[0]["hu"] != before["hu"]
-    assert changed.any((1, 2)).all() and not (changed & ~before["brain"]).any()
+    assert changed.any((1, 2)).sum() >= 2 and not (changed & ~before["brain"]).any()
     assert 0 <= found[0]["hu"].min() and found[0]["hu"].max() <= 70
     assert (found[0]["hu"] == found[1]["hu"]).all() and not (found[0]["hu"] == found[2]["hu"]).all()
     assert SliceDataset(tmp_path / "a.lmdb").manifest["scans"][0]["slices"] == NUMBERS.tolist()
