@@ -22,7 +22,7 @@ check)
     "$PYTHON" -m op.doctor || status=$?            # builds the kernels first, all at once
     # shellcheck disable=SC2086
     OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -p no:cacheprovider $workers tests/test_op.py tests/test_op_cuda.py \
-        tests/test_fused.py tests/test_median.py || status=$?
+        tests/test_fused.py tests/test_median.py tests/test_gpu.py || status=$?
     exit "$status"
     ;;
 table)

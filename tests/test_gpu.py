@@ -1,0 +1,103 @@
+"""Everything that trains or projects takes its steps: on the CPU, and on the GPU where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import healthygan.train
+import train
+import train_encoder
+from benchmarks import gpu
+from detect.measure import Votes
+from detect.projection import project_frame
+from detect.search import SearchSettings
+from gan.coding import CodeTrainer
+from gan.inpainting import InpaintingTrainer
+from gan.snapshots import Snapshot
+from model import Discriminator, Generator, ModelConfig
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+TINY = ModelConfig(size=32, style_dim=8, channel_base=128, channel_max=16)
+PRECISIONS = ("fp32", "bf16")
+
+
+def assert_finite(stats: dict[str, torch.Tensor]) -> None:
+    assert stats and {name for name, value in stats.items() if not torch.isfinite(value).all()} == set()
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision, most", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_generator_and_discriminator_and_their_gradients_are_those_of_the_cpu(precision, most, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    g, d = Generator(TINY), Discriminator(TINY)
+    for layer in [g.conv1, *g.convs]:
+        torch.nn.init.constant_(layer.noise.weight, 0.3)
+    codes, results = torch.randn(4, TINY.n_latent, TINY.style_dim), []
+    for device, dtype in (("cpu", torch.float32), ("cuda", precision)):
+        for net in (g.to(device), d.to(device)):
+            net.compute_dtype = dtype
+        leaf = codes.to(device).requires_grad_()
+        image = g.synthesis(leaf, "const")
+        wanted = [leaf, *g.convs.parameters(), *d.parameters()]
+        gradients = torch.autograd.grad(d(image).square().sum(), wanted, materialize_grads=True)
+        results.append([t.detach().cpu() for t in (image, *gradients)])
+    for there, here in zip(*results):
+        assert (there - here).norm() <= most * there.norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_step_of_every_phase(device, precision):
+    config = dataclasses.replace(train.PRESETS["smoke32"], style_dim=8, channel_base=128, channel_max=16, batch=4,
+                                 precision=precision)
+    trainer = gpu.make_trainer(config, torch.device(device))
+    assert_finite(trainer.step(torch.rand(4, 3, 32, 32, device=device) * 2 - 1, 0))
+    trainer.load_state(trainer.state())
+    assert_finite(trainer.step(torch.rand(4, 3, 32, 32, device=device) * 2 - 1, 1))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind, preset", [(InpaintingTrainer, "ct128"), (CodeTrainer, "heads128")])
+def test_a_step_of_the_encoders(device, precision, kind, preset):
+    torch.manual_seed(0)
+    networks = {"generator_ema": Generator(TINY), "discriminator": Discriminator(TINY)}
+    meta = {"model": dataclasses.asdict(TINY), "data": {"settings": {"standardise": {"hu_clip": (-20.0, 100.0)}}}}
+    gan = Snapshot(0, Path(), {name: net.state_dict() for name, net in networks.items()}, {}, meta)
+    config = dataclasses.replace(train_encoder.PRESETS[preset], batch=4, precision=precision)
+    trainer = kind(config, gan, torch.device(device))
+    brain = torch.zeros(4, 32, 32, dtype=torch.bool)
+    brain[:, 4:-4, 4:-4] = True
+    slices = {"hu": torch.where(brain, 30 + 5 * torch.randn(brain.shape), -20.0), "brain": brain}
+    examples = trainer.prepare(slices, torch.Generator().manual_seed(0))
+    assert_finite(trainer.learn(examples, 0, True))
+    trainer.load_state(trainer.state())
+    assert_finite(trainer.learn(examples, 1, True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_step_of_healthygan(device, precision):
+    config = dataclasses.replace(healthygan.train.PRESETS["smoke32"], precision=precision, critic_steps=1)
+    trainer = healthygan.train.Trainer(config, torch.device(device))
+    a, b = (torch.rand(4, 3, 32, 32, device=device) * 2 - 1 for _ in range(2))
+    assert_finite(trainer.step(a, b))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_search_of_a_scan(device, precision):
+    search = gpu.random_search(TINY, torch.device(device))
+    search.set_precision(precision)
+    search = search.with_settings(SearchSettings(steps_latent=2, steps_noise=2, batch=2))
+    hu, brain = torch.rand(3, 32, 32) * 80, torch.zeros(3, 32, 32, dtype=torch.bool)
+    brain[:, 8:-8, 8:-8] = True
+    found, _, findings, _ = project_frame(search, Votes(), hu, brain, 5.0 * np.arange(3)[::-1])
+    assert torch.isfinite(found.normal_hu).all() and torch.isfinite(findings.slice_scores).all()
