@@ -344,7 +344,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--only: no row {', '.join(unknown)}; there are {', '.join(GPU_ROWS)}")
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
-    device = distributed.pick_device("cuda")
+    try:
+        device = distributed.pick_device("cuda")
+    except ValueError as error:
+        parser.error(str(error))
     facts = machine(device)
 
     def save(rows):

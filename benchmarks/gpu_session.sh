@@ -16,13 +16,16 @@ PATH=$PATH:/usr/local/cuda/bin                     # where nvcc is, if it is not
 
 case "${1:-}" in
 check)
+    mkdir -p "$OUT"
     workers=
     "$PYTHON" -c "import xdist" 2>/dev/null && workers="-n 8"
-    status=0
-    "$PYTHON" -m op.doctor || status=$?            # builds the kernels first, all at once
+    "$PYTHON" -m op.doctor >"$OUT/doctor.txt" 2>&1 &                   # builds the kernels while pytest starts
+    doctor=$! status=0
     # shellcheck disable=SC2086
-    OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -p no:cacheprovider $workers tests/test_op.py tests/test_op_cuda.py \
-        tests/test_fused.py tests/test_median.py tests/test_gpu.py || status=$?
+    OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -p no:cacheprovider --tb=short -rfE $workers tests/test_op.py \
+        tests/test_op_cuda.py tests/test_fused.py tests/test_median.py tests/test_gpu.py || status=$?
+    wait "$doctor" || status=$?
+    cat "$OUT/doctor.txt"
     exit "$status"
     ;;
 table)

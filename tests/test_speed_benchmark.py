@@ -273,3 +273,10 @@ def test_without_anomalib_it_is_said_how_to_get_it(monkeypatch, tmp_path, capsys
     monkeypatch.setitem(sys.modules, "anomalib", None)
     assert peer.main(["--data", str(tmp_path), "--scans", str(tmp_path)]) == 2
     assert "pip install -r requirements.lock anomalib==2.7.0" in capsys.readouterr().err
+
+
+def test_the_command_of_the_gpu_says_that_there_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--only", "median512"])
+    assert "no usable CUDA GPU was found" in capsys.readouterr().err
