@@ -32,7 +32,7 @@ def assert_finite(stats: dict[str, torch.Tensor]) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("precision, most", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("precision, most", [(torch.float32, 1e-3), (torch.bfloat16, 0.6)])   # 0.3 on a CPU
 def test_generator_and_discriminator_and_their_gradients_are_those_of_the_cpu(precision, most, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
