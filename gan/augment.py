@@ -115,8 +115,39 @@ def warp(images: torch.Tensor, forward: torch.Tensor) -> torch.Tensor:
     # Pixels to grid_sample's [-1, 1]. Without inv()'s test for singular matrices, for which it waits for the GPU.
     to_input = torch.linalg.inv_ex(forward).inverse * half / half[:, None]
     grid = F.affine_grid(to_input[:, :2].to(images), list(images.shape), align_corners=False)
-    moved = F.grid_sample(images - AIR, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
-    return moved + AIR
+    return _Resampled.apply(images - AIR, grid) + AIR
+
+
+class _Resampled(torch.autograd.Function):
+    """F.grid_sample, bicubic, without a gradient for the grid: linear in the images, so its gradient of any order is
+    itself or its transpose. PyTorch has no second one before 2.14, and R1 through an augmentation needs it (Karras et
+    al. 2020, NeurIPS, have their own for the same reason).
+    """
+
+    @staticmethod
+    def forward(ctx, images: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(grid)
+        ctx.size = images.shape
+        return F.grid_sample(images, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _ResampledTransposed.apply(gradient, *ctx.saved_tensors, ctx.size), None
+
+
+class _ResampledTransposed(torch.autograd.Function):
+    BICUBIC, ZEROS = 2, 0                                             # as ATen counts them
+
+    @staticmethod
+    def forward(ctx, gradient: torch.Tensor, grid: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        ctx.save_for_backward(grid)
+        unread = gradient.new_empty(()).expand(size)                  # what the grid's gradient would need
+        return torch.ops.aten.grid_sampler_2d_backward(
+            gradient, unread, grid, _ResampledTransposed.BICUBIC, _ResampledTransposed.ZEROS, False, (True, False))[0]
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _Resampled.apply(gradient, *ctx.saved_tensors), None, None
 
 
 def change_intensity(images: torch.Tensor, gain: torch.Tensor, shift_hu: torch.Tensor, noise_hu: torch.Tensor,
