@@ -313,8 +313,9 @@ def measure(names: list[str], device: torch.device, repeats: int, limit_s: float
             print(f"{name} ... ({left:.0f} s left)", file=sys.stderr, flush=True)
             try:
                 rows += _with_memory(GPU_ROWS[name], device, repeats)
-            except (RuntimeError, ValueError) as error:                # no memory, no build, no launch
-                rows.append(Row(f"gpu {name}", "", "-", note=f"failed: {str(error).strip().splitlines()[0][:300]}"))
+            except Exception as error:                  # no memory, build or launch, a torch that lacks something
+                first = (str(error).strip() or repr(error)).splitlines()[0]
+                rows.append(Row(f"gpu {name}", "", "-", note=f"failed: {first[:300]}"))
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()

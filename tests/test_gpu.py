@@ -32,24 +32,40 @@ def assert_finite(stats: dict[str, torch.Tensor]) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("precision, most", [(torch.float32, 1e-3), (torch.bfloat16, 0.6)])   # 0.3 on a CPU
+@pytest.mark.parametrize("precision, most", [(torch.float32, 1e-3), (torch.bfloat16, 0.2)])
 def test_generator_and_discriminator_and_their_gradients_are_those_of_the_cpu(precision, most, monkeypatch):
+    """Gradients of one kind (biases, noise strengths, ...) of all layers of a network are compared as one vector.
+
+    That by one strength is a sum over all pixels which may come near 0 by chance, and bf16's error does not shrink with
+    it. With plain PyTorch on a CPU, bf16 is off by at most 0.053 of a kind, and by 0.2 with the worst of 12 seeds.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    there, here = (by_kind(device, dtype) for device, dtype in (("cpu", torch.float32), ("cuda", precision)))
+    errors = {kind: ((here[kind] - there[kind]).norm() / there[kind].norm()).item() for kind in there}
+    assert len(errors) == 9 and {kind: error for kind, error in errors.items() if not error <= most} == {}
+
+
+def by_kind(device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The image of tiny networks, and by kind all gradients of the discriminator's verdict on it."""
     torch.manual_seed(0)
-    g, d = Generator(TINY), Discriminator(TINY)
-    for layer in [g.conv1, *g.convs]:
+    networks = {"generator": Generator(TINY), "discriminator": Discriminator(TINY)}
+    for layer in [networks["generator"].conv1, *networks["generator"].convs]:
         torch.nn.init.constant_(layer.noise.weight, 0.3)
-    codes, results = torch.randn(4, TINY.n_latent, TINY.style_dim), []
-    for device, dtype in (("cpu", torch.float32), ("cuda", precision)):
-        for net in (g.to(device), d.to(device)):
-            net.compute_dtype = dtype
-        leaf = codes.to(device).requires_grad_()
-        image = g.synthesis(leaf, "const")
-        wanted = [leaf, *g.convs.parameters(), *d.parameters()]
-        gradients = torch.autograd.grad(d(image).square().sum(), wanted, materialize_grads=True)
-        results.append([t.detach().cpu() for t in (image, *gradients)])
-    for there, here in zip(*results):
-        assert (there - here).norm() <= most * there.norm()
+    codes = torch.randn(4, TINY.n_latent, TINY.style_dim).to(device).requires_grad_()
+    wanted, kinds = [codes], ["codes"]
+    for name, net in networks.items():
+        net.to(device).compute_dtype = dtype
+        for parameter_name, parameter in net.named_parameters():
+            if name == "discriminator" or parameter_name.startswith("convs."):
+                wanted.append(parameter)
+                parts = [part for part in parameter_name.split(".")[-2:] if not part.isdigit()]
+                kinds.append(" ".join([name, *parts]))
+    image = networks["generator"].synthesis(codes, "const")
+    gradients = torch.autograd.grad(networks["discriminator"](image).square().sum(), wanted)
+    found = {"image": [image.detach()]}
+    for kind, gradient in zip(kinds, gradients):
+        found.setdefault(kind, []).append(gradient)
+    return {kind: torch.cat([t.flatten().float().cpu() for t in parts]) for kind, parts in found.items()}
 
 
 @pytest.mark.parametrize("device", DEVICES)
