@@ -164,12 +164,18 @@ def test_a_row_that_fails_and_one_without_time_stop_no_other(monkeypatch):
     def out_of_memory(device, repeats):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried much\nand more")
 
+    def lacking(device, repeats):
+        raise NotImplementedError
+
     fine = Row("fine", "s", "-", 2.0, 1.0)
-    monkeypatch.setattr(gpu, "GPU_ROWS", {"large": out_of_memory, "fine": lambda device, repeats: [fine]})
+    monkeypatch.setattr(gpu, "GPU_ROWS", {"large": out_of_memory, "old": lacking, "new": lambda *_: torch.of_tomorrow(),
+                                          "fine": lambda device, repeats: [fine]})
     saved = []
-    rows = gpu.measure(["large", "fine"], CPU, 1, 60, lambda rows: saved.append(list(rows)))
-    assert rows == [Row("gpu large", "", "-", note="failed: CUDA out of memory. Tried much"), fine]
-    assert saved == [rows[:1], rows]
+    rows = gpu.measure(list(gpu.GPU_ROWS), CPU, 1, 60, lambda rows: saved.append(list(rows)))
+    assert rows == [Row("gpu large", "", "-", note="failed: CUDA out of memory. Tried much"),
+                    Row("gpu old", "", "-", note="failed: NotImplementedError()"),
+                    Row("gpu new", "", "-", note="failed: module 'torch' has no attribute 'of_tomorrow'"), fine]
+    assert saved == [rows[:1], rows[:2], rows[:3], rows]
     (late,) = gpu.measure(["fine"], CPU, 1, gpu.LEAST_S - 1, saved.append)
     assert late.ours is None and late.note == "not begun: 14 s of the time limit left"
 
