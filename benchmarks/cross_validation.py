@@ -202,11 +202,16 @@ def change(before: dict, after: dict, seed: int = 0) -> dict[str, tuple[float, f
 
 def tables(cases: list[Case]) -> tuple[str, str]:
     """AUC, a line per row of ROWS, and what each row changes against the one before with its interval: Markdown."""
-    by_filter = {settings.filter: surprises(cases, settings) for settings, _ in ROWS.values()}
-    plain = [e.residual.abs().sum((1, 2)) / e.brain.sum((1, 2)).clamp(min=1) for e in by_filter[PLAIN.filter][1]]
-    rows = {"residual, HU, mean over the brain": (plain, "mean")}
-    for name, (settings, how) in ROWS.items():
-        rows[name] = [Surprise(settings).findings(*pair).slice_scores for pair in zip(*by_filter[settings.filter])], how
+    plain, scores = "residual, HU, mean over the brain", {}
+    for filtering in dict.fromkeys(settings.filter for settings, _ in ROWS.values()):         # one at a time: memory
+        of_filter = {name: settings for name, (settings, _) in ROWS.items() if settings.filter == filtering}
+        found, seen = surprises(cases, next(iter(of_filter.values())))
+        for name, settings in of_filter.items():
+            scores[name] = [Surprise(settings).findings(*pair).slice_scores for pair in zip(found, seen)]
+        if filtering == PLAIN.filter:
+            scores[plain] = [e.residual.abs().sum((1, 2)) / e.brain.sum((1, 2)).clamp(min=1) for e in seen]
+        del found, seen
+    rows = {plain: (scores[plain], "mean"), **{name: (scores[name], how) for name, (_, how) in ROWS.items()}}
     pairs = {name: compared(cases, *row) for name, row in rows.items()}
     found = {name: figures(one) for name, one in pairs.items()}
     columns, names = ("haemorrhage", "slices", *pasted.KINDS), list(rows)
