@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import healthygan.train
+import model
 import train
 import train_encoder
 from benchmarks import gpu
@@ -20,6 +22,7 @@ from gan.coding import CodeTrainer
 from gan.inpainting import InpaintingTrainer
 from gan.snapshots import Snapshot
 from model import Discriminator, Generator, ModelConfig
+from op import bias_act, styled_act
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
@@ -31,17 +34,29 @@ def assert_finite(stats: dict[str, torch.Tensor]) -> None:
     assert stats and {name for name, value in stats.items() if not torch.isfinite(value).all()} == set()
 
 
-@needs_gpu
-@pytest.mark.parametrize("precision, most", [(torch.float32, 1e-3), (torch.bfloat16, 0.2)])
-def test_generator_and_discriminator_and_their_gradients_are_those_of_the_cpu(precision, most, monkeypatch):
+@pytest.mark.parametrize("device, precision, slope, most", [
+    ("cpu", torch.bfloat16, 1.0, 0.1), pytest.param("cuda", torch.float32, 0.2, 1e-3, marks=needs_gpu),
+    pytest.param("cuda", torch.bfloat16, 1.0, 0.1, marks=needs_gpu)])
+def test_networks_and_their_gradients_are_those_of_float32_on_the_cpu(device, precision, slope, most, monkeypatch):
     """Gradients of one kind (biases, noise strengths, ...) of all layers of a network are compared as one vector.
 
-    That by one strength is a sum over all pixels which may come near 0 by chance, and bf16's error does not shrink with
-    it. With plain PyTorch on a CPU, bf16 is off by at most 0.053 of a kind, and by 0.2 with the worst of 12 seeds.
+    In bfloat16 with a slope of 1: rounding may put a value on the other side of the leaky ReLU's kink, where a
+    derivative is another by a factor of 5. With the slope of 0.2 five of the generator's kinds were off by 0.27 to 0.36
+    in the one run on an H200 (PyTorch 2.11); float32 was within 1e-3, and every kernel right by itself (op.doctor).
+    Plain PyTorch on a CPU does that, too: over eight changes of the codes by a thousandth it is off by 0.06 at most in
+    seven, and by 0.31 in one. Slopes in bfloat16 are the doctor's, off the kink.
+
+    Without kinks only rounding is left: some 150 tensors one after the other, each rounded by 0.0011 in root mean
+    square, which adds up to 0.014. On a CPU, over 150 such changes, with the kernels emulated and without, a kind was
+    off by 0.055 at most. Wrong kernels are off by more: the sums of factor and bias, or the strength's, 20 % short by
+    0.2, gradients of the styled layers 5 % too large by 0.23, a row, a pack of channels or the noise left out by 0.5 to
+    1.
     """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    there, here = (by_kind(device, dtype) for device, dtype in (("cpu", torch.float32), ("cuda", precision)))
-    errors = {kind: ((here[kind] - there[kind]).norm() / there[kind].norm()).item() for kind in there}
+    for op in (styled_act, bias_act):
+        monkeypatch.setattr(model, op.__name__, partial(op, slope=slope))
+    exact, found = by_kind("cpu", torch.float32), by_kind(device, precision)
+    errors = {kind: ((found[kind] - exact[kind]).norm() / exact[kind].norm()).item() for kind in exact}
     assert len(errors) == 9 and {kind: error for kind, error in errors.items() if not error <= most} == {}
 
 
