@@ -54,7 +54,7 @@ bench: venv
 
 bench-gpu: venv
 	sh benchmarks/gpu_session.sh check
-	for rows in ops512,median512 projection512 ct256 paper512; do \
+	for rows in median512,styled512,ops512 ct256 projection512 paper512; do \
 		sh benchmarks/gpu_session.sh table $$rows || exit 1; done
 
 venv: $(STAMP)

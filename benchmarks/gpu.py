@@ -2,21 +2,26 @@
 
     python -m benchmarks.gpu --limit-s 150 --out gpu.json
     python -m benchmarks.gpu --only styled512,median512
+    python -m benchmarks.gpu --only paper512 --ours       without the reference, which may take most of the time
 
-Rows are written as soon as they are there: what ends early leaves those that it has. A row that fails says why, and the
-others follow. Every function takes the device and its sizes, so that the tests run them on the CPU with tiny ones.
+Every row is measured in a process of its own, which is stopped at its time limit, quick ones first; the slow ones first
+without the reference. Rows are written as soon as they are there: what ends early leaves those that it has. A row that
+fails or is stopped says why and where, and the others follow; what took how long is told on the way. Every function
+takes the device and its sizes, so that the tests run them on the CPU with tiny ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import json
+import logging
+import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +29,20 @@ import torch
 
 import distributed
 import train
-from benchmarks.measure import REFERENCE, Row, bandwidth, machine, medians, operations, rate, side_by_side, table
+from benchmarks.measure import (
+    LOG,
+    REFERENCE,
+    Row,
+    bandwidth,
+    machine,
+    medians,
+    operations,
+    phase,
+    rate,
+    seconds_to_start,
+    side_by_side,
+    table,
+)
 from benchmarks.reference import ReferenceDiscriminator, ReferenceGenerator
 from detect.latent import LatentStats
 from detect.measure import Votes
@@ -75,16 +93,17 @@ def average_step(seconds: dict[str, float], config: training.TrainConfig) -> flo
 
 def training_row(name: str, config: training.TrainConfig, device: torch.device, repeats: int, goal: str,
                  most_s_per_kimg: float | None = None, least_ratio: float = 0, precisions=("auto",),
-                 reference_batch: int | None = None) -> list[Row]:
+                 reference_batch: int | None = None, reference: bool = True) -> list[Row]:
     """Whole steps of Trainer: augmentation, all phases at their average frequency, optimisers, EMA.
 
     A row for each precision, seconds a thousand images; real images lie on the device. reference_batch: of the
-    reference's steps, where those of the whole batch would not fit the card.
+    reference's steps, where those of the whole batch would not fit the card. Without the reference no ratio is judged.
     """
     real = torch.rand(config.batch, 3, config.size, config.size, device=device) * 2 - 1
     few = dataclasses.replace(config, batch=reference_batch or config.batch)
-    trainers = {REFERENCE: make_trainer(few, device, reference=True)}
-    trainers |= {p: make_trainer(dataclasses.replace(config, precision=p), device) for p in precisions}
+    with phase("build"):
+        trainers = {REFERENCE: make_trainer(few, device, reference=True)} if reference else {}
+        trainers |= {p: make_trainer(dataclasses.replace(config, precision=p), device) for p in precisions}
     # Step numbers that call for: no regulariser, the path length's alone, both.
     kinds = {"plain": 1, "path": config.path_every, "all": 0}
 
@@ -98,7 +117,7 @@ def training_row(name: str, config: training.TrainConfig, device: torch.device, 
     samples = {who: {} for who in trainers}
     for kind in kinds:
         runs = {who: (lambda who=who, kind=kind: step(who, kind)) for who in trainers}
-        for who, times in side_by_side(runs, device, repeats).items():
+        for who, times in side_by_side(runs, device, repeats, label=f"{kind} step").items():
             samples[who][kind] = times
     kimg = 1000 / config.batch
     spent = {who: (1000 / few.batch if who == REFERENCE else kimg) * average_step(medians(by_kind), config)
@@ -108,14 +127,16 @@ def training_row(name: str, config: training.TrainConfig, device: torch.device, 
     for precision in precisions:
         trainer = trainers[precision]
         dtype = trainer.g.compute_dtype
-        counted = {kind: operations(lambda kind=kind, p=precision: step(p, kind)) for kind in kinds}
+        with phase("operations"):
+            counted = {kind: operations(lambda kind=kind, p=precision: step(p, kind)) for kind in kinds}
         floor = kimg * average_step(counted, config) / rate(device, dtype)
-        met = spent[REFERENCE] / spent[precision] >= least_ratio
-        met &= most_s_per_kimg is None or spent[precision] <= most_s_per_kimg
+        met = most_s_per_kimg is None or spent[precision] <= most_s_per_kimg
+        if least_ratio:
+            met = met and spent[REFERENCE] / spent[precision] >= least_ratio if reference else None
         note = f"batch {config.batch}, {_short(dtype)}, ADA p {ADA_P:g}{smaller}"
-        rows.append(Row(name if len(precisions) == 1 else f"{name}, {_short(dtype)}", "s/kimg", goal, spent[REFERENCE],
-                        spent[precision], floor, met, note,
-                        {f"{who} {kind}": times for who in (REFERENCE, precision)
+        rows.append(Row(name if len(precisions) == 1 else f"{name}, {_short(dtype)}", "s/kimg", goal,
+                        spent.get(REFERENCE), spent[precision], floor, met, note,
+                        {f"{who} {kind}": times for who in (REFERENCE, precision) if who in samples
                          for kind, times in samples[who].items()}))
     return rows
 
@@ -140,7 +161,8 @@ def random_search(config: ModelConfig, device: torch.device, reference: bool = F
 
 
 def projection_row(name: str, config: ModelConfig, slices: int, settings: SearchSettings, device: torch.device,
-                   repeats: int, goal: str, most_s: float, parts: tuple[int, int] = (10, 1)) -> Row:
+                   repeats: int, goal: str, most_s: float, parts: tuple[int, int] = (10, 1),
+                   reference: bool = True) -> Row:
     """The published search and votes on a scan, as projector.py runs them: all but reading and writing files.
 
     The reference runs one of parts[0] of the steps, ours one of parts[1], and each counts as often: the time is all in
@@ -152,23 +174,27 @@ def projection_row(name: str, config: ModelConfig, slices: int, settings: Search
     brain[:, margin:-margin, margin:-margin] = True
     below_vertex_mm = 5.0 * np.arange(slices)[::-1]
     dtype = distributed.pick_precision("auto", device)
-    searches = {REFERENCE: random_search(config, device, reference=True), "ours": random_search(config, device)}
-    searches["ours"].set_precision(dtype)
+    with phase("build"):
+        searches = {who: random_search(config, device, who == REFERENCE)
+                    for who in ((REFERENCE, "ours") if reference else ("ours",))}
+        searches["ours"].set_precision(dtype)
 
     def run(who, part=1, batch=32):
         fewer = dataclasses.replace(settings, steps_latent=max(1, settings.steps_latent // part),
                                     steps_noise=max(1, settings.steps_noise // part), batch=batch)
         project_frame(searches[who].with_settings(fewer), Votes(), hu, brain, below_vertex_mm)
 
-    def reference():
+    def published():
         with plain_ops():
             run(REFERENCE, parts[0], batch=8)             # 32 slices of its activations may not fit the card
 
-    samples = side_by_side({REFERENCE: reference, "ours": lambda: run("ours", parts[1])}, device, repeats)
-    spent = {who: part * seconds for part, (who, seconds) in zip(parts, medians(samples).items())}
-    per_step = operations(lambda: run("ours", settings.steps_latent))          # one step of each kind
+    samples = side_by_side(_variants(published, lambda: run("ours", parts[1]), reference), device, repeats,
+                           label="projection")
+    spent = {who: seconds * parts[who == "ours"] for who, seconds in medians(samples).items()}
+    with phase("operations"):
+        per_step = operations(lambda: run("ours", settings.steps_latent))      # one step of each kind
     floor = per_step * settings.steps_latent / rate(device, dtype)
-    return Row(name, "s", goal, spent[REFERENCE], spent["ours"], floor, spent["ours"] <= most_s,
+    return Row(name, "s", goal, spent.get(REFERENCE), spent["ours"], floor, spent["ours"] <= most_s,
                f"{slices} slices, {settings.steps_latent} + {settings.steps_noise} steps, {_short(dtype)}; the "
                f"reference ran one step in {parts[0]}, ours one in {parts[1]}, and they count as often; random weights",
                samples)
@@ -177,21 +203,28 @@ def projection_row(name: str, config: ModelConfig, slices: int, settings: Search
 # ---------------------------------------------------------------------------------------------------------------
 # Ops
 
-def median_row(shape: tuple[int, int, int], size: int, device: torch.device, repeats: int) -> Row:
-    x = torch.randn(shape, device=device)
-    samples = side_by_side({REFERENCE: lambda: median2d(x, size, impl="ref"), "ours": lambda: median2d(x, size)},
-                           device, repeats)
+def op_row(name: str, ours: Callable[[], object], published: Callable[[], object], moved: int, goal: float,
+           device: torch.device, repeats: int, calls: int, reference: bool) -> Row:
+    """Milliseconds a call. moved: bytes read and written, of which the floor is made; goal: times the floor."""
+    samples = side_by_side(_variants(published, ours, reference), device, repeats, calls)
     spent = medians(samples, scale=1e3)
-    floor = 1e3 * 2 * x.numel() * 4 / bandwidth(device)
-    return Row(f"gpu median {size}x{size}, {_by(shape)}", "ms", "5x floor", spent[REFERENCE], spent["ours"], floor,
-               spent["ours"] <= 5 * floor, samples=samples)
+    floor = 1e3 * moved / bandwidth(device)
+    note = f"{1e3 * seconds_to_start(ours, device, calls):.2g} ms to start a call" if device.type == "cuda" else ""
+    return Row(name, "ms", f"{goal:g}x floor", spent.get(REFERENCE), spent["ours"], floor,
+               spent["ours"] <= goal * floor, note, samples)
+
+
+def median_row(shape: tuple[int, int, int], size: int, device: torch.device, repeats: int, reference: bool = True
+               ) -> Row:
+    x = torch.randn(shape, device=device)
+    return op_row(f"gpu median {size}x{size}, {_by(shape)}", lambda: median2d(x, size),
+                  lambda: median2d(x, size, impl="ref"), 2 * _bytes(x), 5, device, repeats, 1, reference)
 
 
 def op_rows(batch: int, levels: tuple[tuple[int, int], ...], device: torch.device, repeats: int,
-            calls: int = 20) -> list[Row]:
+            calls: int = 20, reference: bool = True) -> Iterator[Row]:
     """upfirdn2d and bias_act at (channels, side) of the networks' layers, bf16 and channels-last as in the networks."""
     kernel = binomial_kernel(gain=4).to(device)
-    rows = []
     for channels, side in levels:
         big, odd, image = (
             torch.randn(batch, c, s, s, device=device).to(dtype, memory_format=torch.channels_last)
@@ -206,23 +239,16 @@ def op_rows(batch: int, levels: tuple[tuple[int, int], ...], device: torch.devic
             "bias_act": (big, lambda impl, x=big, b=bias: bias_act(x, b, impl=impl)),
         }
         for name, (x, run) in ops.items():
-            y = run("ref")
-            samples = side_by_side({REFERENCE: lambda run=run: run("ref"), "ours": lambda run=run: run("auto")}, device,
-                                   repeats, calls)
-            spent = medians(samples, scale=1e3)
-            floor = 1e3 * (x.numel() * x.element_size() + y.numel() * y.element_size()) / bandwidth(device)
-            rows.append(Row(f"gpu {name} {_by(x.shape)}", "ms", "1.3x floor", spent[REFERENCE], spent["ours"], floor,
-                            spent["ours"] <= 1.3 * floor, samples=samples))
-    return rows
+            yield op_row(f"gpu {name} {_by(x.shape)}", lambda run=run: run("auto"), lambda run=run: run("ref"),
+                         _bytes(x) + _bytes(run("ref")), 1.3, device, repeats, calls, reference)
 
 
 def styled_rows(batch: int, levels: tuple[tuple[int, int], ...], device: torch.device, repeats: int,
-                calls: int = 20) -> list[Row]:
+                calls: int = 20, reference: bool = True) -> Iterator[Row]:
     """What follows a generator's convolution (op.styled_act), at (channels, side) of its layers, bf16, channels-last.
 
     Without a gradient; with those that the projection asks for (activations and code); with those of a training.
     """
-    rows = []
     for channels, side in levels:
         y, above = (torch.randn(batch, channels, side, side, device=device).to(
             torch.bfloat16, memory_format=torch.channels_last) for _ in range(2))
@@ -241,16 +267,21 @@ def styled_rows(batch: int, levels: tuple[tuple[int, int], ...], device: torch.d
                 for leaf in leaves:
                     leaf.requires_grad_(False)
 
-            def reference(run=run):
+            def published(run=run):
                 with plain_ops():
                     run()
 
-            samples = side_by_side({REFERENCE: reference, "ours": run}, device, repeats, calls)
-            spent = medians(samples, scale=1e3)
-            floor = 1e3 * tensors * y.numel() * y.element_size() / bandwidth(device)
-            rows.append(Row(f"gpu styled_act, {name} {_by(y.shape)}", "ms", "1.3x floor", spent[REFERENCE],
-                            spent["ours"], floor, spent["ours"] <= 1.3 * floor, samples=samples))
-    return rows
+            yield op_row(f"gpu styled_act, {name} {_by(y.shape)}", run, published, tensors * _bytes(y), 1.3, device,
+                         repeats, calls, reference)
+
+
+def _variants(published: Callable[[], object], ours: Callable[[], object], reference: bool
+              ) -> dict[str, Callable[[], object]]:
+    return {REFERENCE: published, "ours": ours} if reference else {"ours": ours}
+
+
+def _bytes(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()
 
 
 def _by(shape) -> str:
@@ -267,82 +298,144 @@ def _short(dtype: torch.dtype) -> str:
 LEVELS = ((64, 512), (128, 256), (256, 128), (512, 64))      # where paper512's layers are large
 
 
-def paper512(device: torch.device, repeats: int) -> list[Row]:
+def median512(device: torch.device, repeats: int, reference: bool = True) -> Iterable[Row]:
+    return [median_row((32, 512, 512), 19, device, repeats, reference)]
+
+
+def styled512(device: torch.device, repeats: int, reference: bool = True) -> Iterable[Row]:
+    return styled_rows(16, LEVELS, device, repeats, reference=reference)
+
+
+def ops512(device: torch.device, repeats: int, reference: bool = True) -> Iterable[Row]:
+    return op_rows(16, LEVELS, device, repeats, reference=reference)
+
+
+def ct256(device: torch.device, repeats: int, reference: bool = True) -> Iterable[Row]:
+    return training_row("gpu training, ct256", train.PRESETS["ct256"], device, repeats, "2 s/kimg", 2,
+                        reference=reference)
+
+
+def projection512(device: torch.device, repeats: int, reference: bool = True) -> Iterable[Row]:
+    return [projection_row("gpu projection of a scan, 512", ModelConfig(size=512), 32, SearchSettings(), device,
+                           repeats, "8 s", 8, (50, 10), reference)]
+
+
+def paper512(device: torch.device, repeats: int, reference: bool = True) -> Iterable[Row]:
     # R1 of 16 images in float32, whose published passes keep some 5 GB an image, would not fit 80 GB
     return training_row("gpu training, paper512", train.PRESETS["paper512"], device, repeats, "6 s/kimg; 3x", 6, 3,
-                        reference_batch=4)
+                        reference_batch=4, reference=reference)
 
 
-def ct256(device: torch.device, repeats: int) -> list[Row]:
-    return training_row("gpu training, ct256", train.PRESETS["ct256"], device, repeats, "2 s/kimg", 2)
-
-
-def projection512(device: torch.device, repeats: int) -> list[Row]:
-    return [projection_row("gpu projection of a scan, 512", ModelConfig(size=512), 32, SearchSettings(), device,
-                           repeats, "8 s", 8, (50, 10))]
-
-
-def median512(device: torch.device, repeats: int) -> list[Row]:
-    return [median_row((32, 512, 512), 19, device, repeats)]
-
-
-def ops512(device: torch.device, repeats: int) -> list[Row]:
-    return op_rows(16, LEVELS, device, repeats)
-
-
-def styled512(device: torch.device, repeats: int) -> list[Row]:
-    return styled_rows(16, LEVELS, device, repeats)
-
-
-# In the order they are measured in: seconds first, then what takes longest to set up
-GPU_ROWS: dict[str, Callable[[torch.device, int], list[Row]]] = {
-    "median512": median512, "styled512": styled512, "paper512": paper512, "projection512": projection512,
-    "ops512": ops512, "ct256": ct256,
+GpuRow = Callable[[torch.device, int, bool], Iterable[Row]]
+GPU_ROWS: dict[str, GpuRow] = {                              # in the order of what they cost
+    "median512": median512, "styled512": styled512, "ops512": ops512, "ct256": ct256, "projection512": projection512,
+    "paper512": paper512,
 }
+SLOW = ("ct256", "projection512", "paper512")                # of an unknown time on a card that none has run on
+ROW_S = {**dict.fromkeys(GPU_ROWS, 60.0), **dict.fromkeys(SLOW, 120.0)}    # limits, of a row that others follow
 
 
-def measure(names: list[str], device: torch.device, repeats: int, limit_s: float, save: Callable[[list[Row]], None]
-            ) -> list[Row]:
-    """The rows of `names`; save(rows so far) after each. What fails or has no time left is a row that says so."""
-    start, rows = time.monotonic(), []
-    for name in names:
+def in_turn(names: list[str], ours: bool) -> list[tuple[str, bool]]:
+    """(row, whether beside the reference), of a row what matters most first: that it is there, then how it compares."""
+    if ours:
+        return [(name, False) for name in names]
+    quick, slow = ([name for name in names if (name in SLOW) == is_slow] for is_slow in (False, True))
+    return [(name, True) for name in quick] + [(name, beside) for beside in (False, True) for name in slow]
+
+
+def measure(names: list[str], device: torch.device, repeats: int, limit_s: float, save: Callable[[list[Row]], None],
+            ours: bool = False) -> list[Row]:
+    """The rows of `names`; save(rows so far) after each. What fails or has no time left is a row that says so.
+
+    A row of the same name measured once more, beside the reference, takes the place of the first.
+    """
+    start, rows = time.monotonic(), {}
+    turns = in_turn(names, ours)
+    for number, (name, reference) in enumerate(turns, 1):
         left = limit_s - (time.monotonic() - start)
+        title = f"gpu {name}" if reference else f"gpu {name}, without the reference"
         if left < LEAST_S:
-            rows.append(Row(f"gpu {name}", "", "-", note=f"not begun: {left:.0f} s of the time limit left"))
+            found = [Row(title, "", "-", note=f"not begun: {left:.0f} s of the time limit left")]
         else:
-            print(f"{name} ... ({left:.0f} s left)", file=sys.stderr, flush=True)
+            print(f"{title} ... ({left:.0f} s left)", file=sys.stderr, flush=True)
+            most = left if number == len(turns) else min(left, ROW_S[name])
+            found = in_a_process(title, GPU_ROWS[name], device, repeats, reference, most)
+        for row in found:
+            rows[row.name] = row
+            save(list(rows.values()))
+    return list(rows.values())
+
+
+def in_a_process(title: str, job: GpuRow, device: torch.device, repeats: int, reference: bool, limit_s: float
+                 ) -> Iterator[Row]:
+    """job's rows as they come, from a process of its own, killed after limit_s; a last one if something failed."""
+    context = multiprocessing.get_context("spawn")           # a GPU in use does not survive a fork
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=tell_rows, args=(send, title, job, device, repeats, reference), daemon=True)
+    start, doing = time.monotonic(), "start"
+    process.start()
+    send.close()
+    try:
+        while (left := start + limit_s - time.monotonic()) > 0 and receive.poll(left):
             try:
-                rows += _with_memory(GPU_ROWS[name], device, repeats)
-            except Exception as error:                  # no memory, build or launch, a torch that lacks something
-                first = (str(error).strip() or repr(error)).splitlines()[0]
-                rows.append(Row(f"gpu {name}", "", "-", note=f"failed: {first[:300]}"))
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        save(rows)
-    return rows
+                message = receive.recv()
+            except EOFError:
+                process.join()
+                if process.exitcode:
+                    yield Row(title, "", "-", note=f"failed: its process ended with {process.exitcode}, last: {doing}")
+                return
+            if isinstance(message, Row):
+                yield message
+            else:
+                doing = message
+                print(f"{time.monotonic() - start:7.1f} s  {doing}", file=sys.stderr, flush=True)
+        yield Row(title, "", "-", note=f"stopped after {limit_s:.0f} s, last: {doing}")
+    finally:
+        process.kill()
+        process.join()
+        receive.close()
 
 
-def _with_memory(row: Callable[[torch.device, int], list[Row]], device: torch.device, repeats: int) -> list[Row]:
-    """The rows, with the GPU memory that measuring them took, reference and ours together, in their notes."""
+def tell_rows(send: Connection, title: str, job: GpuRow, device: torch.device, repeats: int, reference: bool) -> None:
+    """Sends job's rows, and as text what the log says on the way; an error is a row, too."""
+    class Teller(logging.Handler):
+        def emit(self, record):
+            send.send(record.getMessage())
+
+    teller = Teller()
+    LOG.addHandler(teller)
+    LOG.setLevel(logging.INFO)
+    try:
+        for row in job(device, repeats, reference):
+            send.send(_with_memory(row, device))
+    except Exception as error:                               # no memory, build or launch, a torch that lacks something
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        send.send(Row(title, "", "-", note=f"failed: {first[:300]}"))
+    finally:
+        LOG.removeHandler(teller)
+
+
+def _with_memory(row: Row, device: torch.device) -> Row:
+    """The row, with the GPU memory that measuring it took, reference and ours together, in its note."""
     if device.type != "cuda":
-        return row(device, repeats)
-    torch.cuda.reset_peak_memory_stats(device)
-    found = row(device, repeats)
+        return row
     peak = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB at most"
-    return [dataclasses.replace(one, note="; ".join(filter(None, (one.note, peak)))) for one in found]
+    torch.cuda.reset_peak_memory_stats(device)
+    return dataclasses.replace(row, note="; ".join(filter(None, (row.note, peak))))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"rows to measure, comma-separated, in this order: {', '.join(GPU_ROWS)}")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of a figure; their median counts")
-    parser.add_argument("--limit-s", type=float, default=540, help="no row is begun in the last seconds of this time")
+    parser.add_argument("--limit-s", type=float, default=540, help="seconds after which the row at work is stopped")
+    parser.add_argument("--ours", action="store_true", help="leave out the reference, and with it the ratios")
     parser.add_argument("--out", type=Path, help="JSON file for the rows, every sample and the machine")
     args = parser.parse_args(argv)
-    names = args.only.split(",") if args.only else list(GPU_ROWS)
-    if unknown := sorted(set(names) - set(GPU_ROWS)):
+    wanted = args.only.split(",") if args.only else list(GPU_ROWS)
+    if unknown := sorted(set(wanted) - set(GPU_ROWS)):
         parser.error(f"--only: no row {', '.join(unknown)}; there are {', '.join(GPU_ROWS)}")
+    names = [name for name in GPU_ROWS if name in wanted]
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
     try:
@@ -356,7 +449,7 @@ def main(argv: list[str] | None = None) -> int:
             found = [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows]
             args.out.write_text(json.dumps({"machine": facts, "rows": found}, indent=1) + "\n", encoding="utf-8")
 
-    rows = measure(names, device, args.repeats, args.limit_s, save)
+    rows = measure(names, device, args.repeats, args.limit_s, save, args.ours)
     print(f"{facts['date']}, {facts['gpu']}, torch {facts['torch']}")
     print(table(rows))
     return 0

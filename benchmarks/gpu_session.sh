@@ -2,7 +2,8 @@
 # A GPU for a short while, in pieces that each end within ten minutes:
 #
 #   sh benchmarks/gpu_session.sh check                       the kernels build and agree with their references
-#   sh benchmarks/gpu_session.sh table [ops512,median512]    the GPU's rows of the speed table, or some of them
+#   sh benchmarks/gpu_session.sh table [ops512,median512]    the GPU's rows of the speed table, or some of them; OURS=1:
+#                                                            without the reference, which may take most of the time
 #   DATA=healthy.lmdb sh benchmarks/gpu_session.sh train     trains for nine minutes; again goes on where it stopped
 #
 # PYTHON: the interpreter; OUT: where figures go (default benchmarks/gpu-results); LIMIT_S: of table; RUN, PRESET,
@@ -30,7 +31,8 @@ check)
     ;;
 table)
     mkdir -p "$OUT"
-    "$PYTHON" -m benchmarks.gpu ${2:+--only "$2"} --limit-s "${LIMIT_S:-540}" --out "$OUT/gpu-${2:-all}.json"
+    "$PYTHON" -m benchmarks.gpu ${2:+--only "$2"} --limit-s "${LIMIT_S:-540}" ${OURS:+--ours} \
+        --out "$OUT/gpu-${2:-all}.json"
     ;;
 train)
     status=0
@@ -40,7 +42,7 @@ train)
     exit "$status"
     ;;
 *)
-    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

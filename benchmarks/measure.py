@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +19,7 @@ from op import memory
 
 REFERENCE = "reference"                     # the variant the others are compared with
 NOT_MEASURED = "not measured"
+LOG = logging.getLogger("benchmarks")       # what is being measured, and how long each part of it took
 
 
 @dataclass(frozen=True)
@@ -45,25 +48,47 @@ class Row:
 # ---------------------------------------------------------------------------------------------------------------
 # Time
 
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Tells the log that a part of a measurement begins, and how long it took."""
+    LOG.info("%s ...", name)
+    start = time.perf_counter()
+    yield
+    LOG.info("%s: %.1f s", name, time.perf_counter() - start)
+
+
 def side_by_side(
-    variants: dict[str, Callable[[], object]], device: torch.device, repeats: int, calls: int = 1
+    variants: dict[str, Callable[[], object]], device: torch.device, repeats: int, calls: int = 1, label: str = ""
 ) -> dict[str, list[float]]:
     """Seconds of one call of each variant, `repeats` times, turn by turn, after one call that does not count.
 
-    calls: of a turn, for what is too short for the clock. On the CPU the reference returns freed memory as glibc
-    does, the others keep it as our programs do (op/memory.py).
+    calls: of a turn, for what is too short for the clock. label: what the log calls the turns; none: it hears of none.
+    On the CPU the reference returns freed memory as glibc does, the others keep it as our programs do (op/memory.py).
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
         for name, run in variants.items():
             memory.keep_freed(name != REFERENCE)
             _wait(device)
-            start = time.perf_counter()
-            for _ in range(calls):
-                run()
-            _wait(device)
+            with phase(f"{label}, {name}, {turn or 'first call'}") if label else nullcontext():
+                start = time.perf_counter()
+                for _ in range(calls):
+                    run()
+                _wait(device)
+                took = time.perf_counter() - start
             if turn:
-                seconds[name].append((time.perf_counter() - start) / calls)
+                seconds[name].append(took / calls)
+    return seconds
+
+
+def seconds_to_start(run: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Until a call has returned, what it started still at work: nothing takes less while the device is idle."""
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    seconds = (time.perf_counter() - start) / calls
+    _wait(device)
     return seconds
 
 

@@ -243,7 +243,7 @@ def measure(names: list[str], device: torch.device, repeats: int) -> list[Row]:
         if name in CPU_ROWS:
             rows += CPU_ROWS[name](repeats)
         elif device.type == "cuda":
-            rows += gpu.GPU_ROWS[name](device, repeats)
+            rows += gpu.GPU_ROWS[name](device, repeats, True)
             torch.cuda.empty_cache()
         else:
             rows.append(Row(f"gpu {name}", "", "-", note="no GPU on this machine"))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import sys
+import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import train
-from benchmarks import cohort, gpu, peer, speed
+from benchmarks import cohort, gpu, measure, peer, speed
 from benchmarks.measure import REFERENCE, Row, medians, operations, side_by_side, table
 from benchmarks.reference import ReferenceDiscriminator, ReferenceGenerator
 from detect.search import SearchSettings
@@ -125,6 +129,8 @@ def test_the_training_row_runs_every_phase_and_judges_by_both_goals():
     assert len(row.samples) == 6
     (row,) = gpu.training_row("training", config, CPU, 1, "goal", most_s_per_kimg=1e-9)
     assert not row.met
+    (row,) = gpu.training_row("training", config, CPU, 1, "goal", least_ratio=1, reference=False)
+    assert row.reference is row.ratio is row.met is None and set(row.samples) == {"auto plain", "auto path", "auto all"}
 
 
 def test_the_encoders_row():
@@ -137,6 +143,16 @@ def test_the_projection_row():
     row = gpu.projection_row("projection", TINY, 3, settings, CPU, 1, "goal", 1e9)
     assert row.met and row.reference == 10 * row.samples[REFERENCE][0] and row.floor > 0
     assert row.ours == row.samples["ours"][0]
+    row = gpu.projection_row("projection", TINY, 3, settings, CPU, 1, "goal", 1e9, (10, 2), reference=False)
+    assert row.reference is None and row.ours == 2 * row.samples["ours"][0]
+
+
+def test_the_log_says_how_long_each_turn_took(caplog):
+    with caplog.at_level("INFO", "benchmarks"):
+        side_by_side({"ours": lambda: None}, CPU, 1, label="plain step")
+        side_by_side({"ours": lambda: None}, CPU, 1)
+    assert caplog.messages == ["plain step, ours, first call ...", "plain step, ours, first call: 0.0 s",
+                               "plain step, ours, 1 ...", "plain step, ours, 1: 0.0 s"]
 
 
 def test_a_reference_of_fewer_images_counts_for_as_many():
@@ -148,36 +164,90 @@ def test_a_reference_of_fewer_images_counts_for_as_many():
 
 
 def test_the_rows_of_the_ops():
-    rows = gpu.op_rows(2, ((3, 8),), CPU, 1, calls=1)
+    rows = list(gpu.op_rows(2, ((3, 8),), CPU, 1, calls=1))
     assert len(rows) == 5 and all(row.ours > 0 for row in rows)
     assert rows[-1].floor == 1e3 * 2 * (2 * 3 * 8 * 8 * 2) / 1e9                   # bias_act: read and written once
-    assert gpu.median_row((2, 8, 8), 3, CPU, 1).ours > 0
+    assert gpu.median_row((2, 8, 8), 3, CPU, 1).reference > 0
+    alone = gpu.median_row((2, 8, 8), 3, CPU, 1, reference=False)
+    assert alone.reference is None and alone.ours > 0 and alone.floor == 1e3 * 2 * (2 * 8 * 8 * 4) / 1e9
 
 
 def test_the_rows_of_a_styled_layer():
-    rows = gpu.styled_rows(2, ((32, 4),), CPU, 1, calls=1)
+    rows = list(gpu.styled_rows(2, ((32, 4),), CPU, 1, calls=1))
     tensor = 1e3 * 2 * 32 * 4 * 4 * 2 / 1e9                                        # ms, of 1 GB/s
     assert [row.floor for row in rows] == [2 * tensor, 6 * tensor, 6 * tensor] and all(row.ours > 0 for row in rows)
 
 
-def test_a_row_that_fails_and_one_without_time_stop_no_other(monkeypatch):
-    def out_of_memory(device, repeats):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried much\nand more")
+FINE = Row("fine", "s", "-", 2.0, 1.0)
 
-    def lacking(device, repeats):
-        raise NotImplementedError
 
-    fine = Row("fine", "s", "-", 2.0, 1.0)
-    monkeypatch.setattr(gpu, "GPU_ROWS", {"large": out_of_memory, "old": lacking, "new": lambda *_: torch.of_tomorrow(),
-                                          "fine": lambda device, repeats: [fine]})
+def out_of_memory(device, repeats, reference):
+    yield FINE
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried much\nand more")
+
+
+def lacking(device, repeats, reference):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("job, told", [
+    (out_of_memory, [FINE, Row("gpu row", "", "-", note="failed: CUDA out of memory. Tried much")]),
+    (lacking, [Row("gpu row", "", "-", note="failed: NotImplementedError()")]),
+    (lambda *_: torch.of_tomorrow(),
+     [Row("gpu row", "", "-", note="failed: module 'torch' has no attribute 'of_tomorrow'")]),
+])
+def test_a_row_that_fails_says_why_after_those_that_it_has(job, told):
+    class Pipe(list):
+        send = list.append
+
+    pipe = Pipe()
+    gpu.tell_rows(pipe, "gpu row", job, CPU, 1, True)
+    assert pipe == told
+
+
+def hangs(device, repeats, reference):
+    with measure.phase("first call"):
+        yield FINE
+        time.sleep(600)
+
+
+def dies(device, repeats, reference):
+    measure.LOG.info("build ...")
+    os._exit(3)
+
+
+def test_a_row_that_hangs_is_stopped_and_what_it_has_is_kept(monkeypatch, capsys):
+    rows = gpu.in_a_process("gpu slow", hangs, CPU, 1, True, limit_s=60)
+    assert next(rows) == FINE
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 60))
+    assert list(rows) == [Row("gpu slow", "", "-", note="stopped after 60 s, last: first call ...")]
+    assert capsys.readouterr().err.endswith(" s  first call ...\n") and multiprocessing.active_children() == []
+
+
+def test_a_row_whose_process_dies_says_with_what():
+    (row,) = gpu.in_a_process("gpu row", dies, CPU, 1, True, limit_s=60)
+    assert row == Row("gpu row", "", "-", note="failed: its process ended with 3, last: build ...")
+
+
+def test_slow_rows_come_last_and_first_without_their_reference(monkeypatch):
+    """The last one may take all the time that is left, any other its own limit."""
+    asked = []
+
+    def found(title, job, device, repeats, reference, limit_s):
+        asked.append((job, reference, round(limit_s)))
+        yield Row(job, "s", "-", 2.0 if reference else None, 1.0)
+
+    monkeypatch.setattr(gpu, "in_a_process", found)
+    monkeypatch.setattr(gpu, "GPU_ROWS", {name: name for name in gpu.GPU_ROWS})
     saved = []
-    rows = gpu.measure(list(gpu.GPU_ROWS), CPU, 1, 60, lambda rows: saved.append(list(rows)))
-    assert rows == [Row("gpu large", "", "-", note="failed: CUDA out of memory. Tried much"),
-                    Row("gpu old", "", "-", note="failed: NotImplementedError()"),
-                    Row("gpu new", "", "-", note="failed: module 'torch' has no attribute 'of_tomorrow'"), fine]
-    assert saved == [rows[:1], rows[:2], rows[:3], rows]
-    (late,) = gpu.measure(["fine"], CPU, 1, gpu.LEAST_S - 1, saved.append)
-    assert late.ours is None and late.note == "not begun: 14 s of the time limit left"
+    names = ["median512", "ct256", "paper512"]
+    rows = gpu.measure(names, CPU, 1, 500, lambda rows: saved.append([(row.name, row.reference) for row in rows]))
+    assert asked == [("median512", True, 60), ("ct256", False, 120), ("paper512", False, 120), ("ct256", True, 120),
+                     ("paper512", True, 500)]
+    assert saved[2] == [("median512", 2), ("ct256", None), ("paper512", None)]
+    assert [(row.name, row.reference) for row in rows] == saved[-1] == [(name, 2) for name in names]
+    (late,) = gpu.measure(["ct256"], CPU, 1, gpu.LEAST_S - 1, saved.append, ours=True)
+    assert late == Row("gpu ct256, without the reference", "", "-", note="not begun: 14 s of the time limit left")
 
 
 def test_without_a_gpu_its_rows_are_not_measured(monkeypatch, tmp_path, capsys):
