@@ -9,8 +9,11 @@ lungs outlined, healthy ones first: the mask is simple and to be checked by eye.
   map inside / outside the lungs     mean of the map there
   outer frame of the map             mean over the outermost eighth of each side, which holds little lung
   lungs alone shown                  everything else is painted in the image's mean grey before it is translated
-  area of the lungs, darker          no map at all: share of the frame that the lungs take up, and the mean grey. What
-                                     these reach, pictures of the two sources differ by
+  area of the lungs, darker          no map at all: share of the frame that the lungs take up, mean grey, and that of
+                                     the lungs. What these reach, pictures of the two sources differ by
+
+The line of what was pasted checks the cause: a smooth bright spot, as an opacity is, in a lung of each healthy image,
+against the same images without. A score of opacities rises, and the map lies on the spot.
 
 A lung is the ellipse in its half of the picture that is darkest against the ring around it, times the root of its area;
 what is dark and reaches a side or the lower edge is air beside the patient. Exit codes: 0 done, 2 wrong usage.
@@ -45,6 +48,8 @@ HALF_WIDTHS, HALF_HEIGHTS, LEANS = np.linspace(0.09, 0.17, 5), np.linspace(0.18,
 RING = 0.06                              # its width
 FRAME = 8                                # the outer frame is the side over this
 BATCH, COLUMNS = 16, 10
+OPACITY, OPACITY_SD = 0.2, 0.08          # of white at its middle; its Gaussian, of the side
+SEED = 0
 
 
 def lungs(images: np.ndarray) -> np.ndarray:
@@ -78,6 +83,17 @@ def ellipses() -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.stack(part).reshape(len(part), -1).astype(np.float32) for part in (inside, ring))
 
 
+def with_opacity(images: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images [n, N, N] in 0..1 with a spot in a lung of each, and masks of the spots: its brighter half."""
+    rng, (y, x) = np.random.default_rng(SEED), np.mgrid[:images.shape[1], :images.shape[2]]
+    spots = []
+    for mask in masks:
+        at_y, at_x = rng.choice(np.argwhere(mask))
+        variance = (OPACITY_SD * len(mask)) ** 2
+        spots.append(np.exp(-((y - at_y) ** 2 + (x - at_x) ** 2) / (2 * variance)) * mask)
+    return (images + OPACITY * np.stack(spots)).clip(0, 1), np.stack(spots) > 0.5
+
+
 @torch.no_grad()
 def maps(generator: Generator, images: np.ndarray) -> np.ndarray:
     """The generator's differences, [n, N, N] in 0..1, of grey images [n, N, N] in 0..1."""
@@ -92,21 +108,30 @@ def report(images: np.ndarray, masks: np.ndarray, labels: np.ndarray, generator:
     frame[width:-width, width:-width] = False
     grey = images.mean((1, 2))
     blanked = np.where(masks, images, grey[:, None, None])
+    healthy = labels == 0
+    pasted, spots = with_opacity(images[healthy], masks[healthy])
+    pasted = maps(generator, pasted)
     scores = {"whole map": whole.mean((1, 2)),
               "map inside the lungs": np.array([one[mask].mean() for one, mask in zip(whole, masks)]),
               "map outside the lungs": np.array([one[~mask].mean() for one, mask in zip(whole, masks)]),
               "outer frame of the map": whole[:, frame].mean(1),
               "lungs alone shown": maps(generator, blanked).mean((1, 2)),
-              "area of the lungs": masks.mean((1, 2)), "mean grey, darker": -grey}
+              "area of the lungs": masks.mean((1, 2)), "mean grey, darker": -grey,
+              "mean grey of the lungs, darker": -np.array([one[mask].mean() for one, mask in zip(images, masks)])}
 
-    def share(chosen: np.ndarray) -> dict:
-        return {"of the map": float((whole * masks)[chosen].sum() / max(whole[chosen].sum(), np.finfo(float).tiny)),
-                "of the frame": float(masks[chosen].mean())}
+    def share(chosen: np.ndarray, where: np.ndarray) -> dict:
+        return {"of the map": float((chosen * where).sum() / max(chosen.sum(), np.finfo(float).tiny)),
+                "of the frame": float(where.mean())}
 
-    return {"healthy": int((labels == 0).sum()), "diseased": int((labels == 1).sum()),
+    with_and_without = np.concatenate([pasted.mean((1, 2)), whole[healthy].mean((1, 2))])
+    return {"healthy": int(healthy.sum()), "diseased": int((labels == 1).sum()),
             "auc": {name: {"auc": metrics.auc(one, labels), "auc_delong": defined(metrics.delong_interval, one, labels)}
                     for name, one in scores.items()},
-            "share": {group: share(labels == label) for label, group in enumerate(("healthy", "diseased"))}}
+            "share": {group: share(whole[labels == label], masks[labels == label])
+                      for label, group in enumerate(("healthy", "diseased"))},
+            "pasted": share(pasted, spots) | {
+                "auc": metrics.auc(with_and_without, np.repeat([1, 0], healthy.sum())),
+                "rises": float((pasted.mean((1, 2)) > whole[healthy].mean((1, 2))).mean())}}
 
 
 def table(figures: dict) -> str:
@@ -116,7 +141,11 @@ def table(figures: dict) -> str:
     lines += [f"| {name} | {shown(f['auc'])} | {shown(f['auc_delong'])} |" for name, f in figures["auc"].items()]
     shares = ", ".join(f"{group} {f['of the map']:.2f} on {f['of the frame']:.2f} of the frame"
                        for group, f in figures["share"].items())
-    return "\n".join([*lines, "", f"- The map's mass inside the lungs: {shares}."]) + "\n"
+    pasted = figures["pasted"]
+    return "\n".join([*lines, "", f"- The map's mass inside the lungs: {shares}.",
+                      f"- An opacity pasted into the healthy: AUC {pasted['auc']:.2f} against the same images without, "
+                      f"the score rises in {pasted['rises']:.2f} of them; {pasted['of the map']:.2f} of the map's mass "
+                      f"lies on it, {pasted['of the frame']:.2f} of the frame."]) + "\n"
 
 
 def montage(images: np.ndarray, masks: np.ndarray) -> Image.Image:

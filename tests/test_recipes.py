@@ -115,6 +115,25 @@ def test_heads(run, tmp_path):
     assert args[1].preset == "heads128" and args[2].run == args[1].out
 
 
+def test_healthygan(run, tmp_path):
+    """A run's schedule fits its length: copying, the whole t, the mask, and the falling rate after all of them."""
+    work, (bleeds, loose, scans) = str(tmp_path / "work"), ("bleeds.lmdb", "loose.lmdb", "scans.lmdb")
+    of_xrays = run("healthygan.sh", "cxr", "data", work)
+    assert [command[1] for command in of_xrays] == ["healthygan.train", "healthygan.test", "benchmarks.xray_map",
+                                                    "healthygan.trivial"]
+    of_ct = run("healthygan.sh", "ct", bleeds, loose, scans, "ct-ich", work)
+    assert [command[1] for command in of_ct[:2]] == ["healthygan.sets", "healthygan.train"]
+    assert programs(of_ct[2:]) == ["latent_stats.py", *(f"benchmarks/{name}.py" for name in (
+        "inversion", "cross_validation", "ct_ich"))]
+    xrays, ct = ([parse(command) for command in commands] for commands in (of_xrays, of_ct))
+    for train in (xrays[0], ct[1]):
+        assert train.copy_first + train.translate_first < train.iterations - train.decay_iterations
+    halves = ct[0]
+    assert ct[1].mixed == [halves.mixed] * 2 + [Path(loose)] and ct[1].healthy == [halves.healthy] * 2 + [Path(loose)]
+    assert str(ct[2].held_out) == scans == str(ct[5].database) and ct[5].beside == [ct[2].out]
+    assert all(run("healthygan.sh", *wrong, code=2) == [] for wrong in ((), ("cxr",), ("ct", bleeds, loose, scans)))
+
+
 def test_paper(run, tmp_path):
     work = str(tmp_path / "work")
     first = run("paper512.sh", "scans", work, PATIENTS="patients.csv", NODES="2", HEAD="node1")

@@ -51,12 +51,31 @@ def test_figures_by_hand():
     found = xray_map.report(images, np.stack([lungs] * 4), labels, generator)
     assert found["auc"]["whole map"]["auc"] == found["auc"]["map inside the lungs"]["auc"] == 1
     assert found["auc"]["map outside the lungs"]["auc"] == 0.5 == found["auc"]["outer frame of the map"]["auc"]
-    assert found["auc"]["mean grey, darker"]["auc"] == 1
+    assert found["auc"]["mean grey, darker"]["auc"] == found["auc"]["mean grey of the lungs, darker"]["auc"] == 1
     share = lungs.mean()
     assert found["share"]["healthy"]["of the map"] == pytest.approx(share, abs=1e-4)
     assert found["share"]["diseased"]["of the map"] == pytest.approx(0.41 * share / (0.4 * share + 0.01), abs=1e-3)
     text = xray_map.table(found)
     assert text.startswith("2 diseased and 2 healthy.") and "| whole map | 1.00 |" in text
+
+
+@pytest.mark.parametrize("sees, rises", [(lambda x: x > 0.3, 1), (lambda x: x < 0.3, 0)])
+def test_an_opacity_pasted_into_the_healthy_by_hand(sees, rises):
+    """Generators of the bright (above 0.65 of white) and of the dark: lungs at 0.6, so only the spot is bright."""
+    _, lungs = chest()
+    images, masks = np.stack([np.where(lungs, 0.6, 0.0)] * 3), np.stack([lungs] * 3)
+    pasted, spots = xray_map.with_opacity(images, masks)
+    assert np.ptp((pasted - images)[~masks]) == 0 and (pasted - images).max() == pytest.approx(xray_map.OPACITY)
+    assert spots.any((1, 2)).all() and not spots[~masks].any()
+    assert (pasted - images)[spots].min() > xray_map.OPACITY / 2 >= (pasted - images)[~spots].max()
+
+    def generator(x):
+        return SimpleNamespace(y=x + sees(x))
+
+    found = xray_map.report(images, masks, np.array([0, 0, 1]), generator)["pasted"]
+    assert found["auc"] == found["rises"] == rises
+    assert found["of the frame"] == pytest.approx(spots[:2].mean())
+    assert found["of the map"] > 0.3 if rises else found["of the map"] < found["of the frame"]
 
 
 def test_command_writes_table_and_montage(tmp_path, monkeypatch, capsys):
