@@ -5,8 +5,8 @@
 #
 # DATA is a database of healthy slices of 128 pixels, such as slices.lmdb of recipes/head-128.sh. WORK (default
 # runs/heads-128) gets gan/, heads/ and samples/. Paths are relative to the repository. Started again, it goes on where
-# it stopped. On one CPU core about an hour. Another interpreter: PYTHON=python3 sh recipes/... Not yet run from its
-# beginning (docs/RESULTS.md, 'A generator that draws heads from random codes').
+# it stopped. On one CPU core 65 minutes. Another interpreter: PYTHON=python3 sh recipes/... What it gave is in
+# docs/RESULTS.md, 'A generator that draws heads from random codes'.
 
 set -eu
 usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; exit 2; }
