@@ -34,7 +34,7 @@ from op.gaussian import gaussian_blur
 COARSE_AT_512 = 20.0         # standard deviation of the coarse scale's Gaussian, pixels at 512
 FINE_AT_512, WIDE_AT_512 = 6.0, 40.0         # of the two Gaussians of the fine scale in 'band'
 CLIP_HU = 40.0               # a residual counts as no more than this in 'band': beyond, a lesion is as plain as it gets
-RIM_AT_512 = 4               # in 'band', what is denser than blood is left out, and so wide a rim of it
+RIM_AT_512 = 2               # in 'band', what is denser than blood is left out, and so wide a rim of it
 BLUR_AT_512 = 12.0           # of the Gaussian that lends a place its neighbours' statistics, pixels at 512
 REACH_MM = 5.0               # and of the one along the body axis
 SPACING_MM = 5.0             # from position to position

@@ -10,6 +10,8 @@
 # cross-validation/table.md, ct-ich/table.md and phe-sich/table.md. Paths are relative to the repository. Started again,
 # it goes on where it stopped. On one CPU core some two hours of training, and the benchmarks. Another interpreter:
 # PYTHON=python3 sh recipes/...
+# models/head-256, on a GPU in ten minutes of training: SIZE=256 sh recipes/head-128.sh ... (work in runs/head-256). Not yet
+# run as written: its model.json says how its training differed.
 # Read the tables of the test scans once, at the end: choices are made by cross-validation and benchmarks/inversion.py.
 
 set -eu
@@ -21,21 +23,25 @@ python=${PYTHON:-.venv/bin/python}
 ct_ich=$1
 phe_sich=$2
 loose=$3
-work=${4:-runs/head-128}
+size=${SIZE:-128}
+work=${4:-runs/head-$size}
+start=
+[ "$size" = 128 ] || start="--kimg 1"                        # no more than a start: encoder and generator learn together
 
 "$python" recipes/ct_ich_tables.py "$ct_ich" "$phe_sich" "$work"
 [ -e "$work/slices.lmdb" ] ||
     "$python" prepare.py "$ct_ich/train" "$phe_sich/scans" "$loose" --slices "$work/keep.csv" --split "$work/all.csv" \
-        --out "$work/slices.lmdb" --size 128 --hu-clip 0 70 --bone-apart
+        --out "$work/slices.lmdb" --size "$size" --hu-clip 0 70 --bone-apart
 [ -e "$work/scans.lmdb" ] ||
     "$python" prepare.py "$ct_ich/train" "$phe_sich/scans" --slices "$work/keep.csv" --split "$work/all.csv" \
-        --out "$work/scans.lmdb" --size 128 --hu-clip -20 100 --bone-apart
+        --out "$work/scans.lmdb" --size "$size" --hu-clip -20 100 --bone-apart
 
-"$python" train.py --data "$work/slices.lmdb" --out "$work/gan" --preset ct128
-"$python" train_encoder.py --data "$work/slices.lmdb" --gan "$work/gan" --out "$work/encoder" --preset ct128
+# shellcheck disable=SC2086
+"$python" train.py --data "$work/slices.lmdb" --out "$work/gan" --preset "ct$size" $start
+"$python" train_encoder.py --data "$work/slices.lmdb" --gan "$work/gan" --out "$work/encoder" --preset "ct$size"
 [ -e "$work/model/model.json" ] ||
     "$python" latent_stats.py --data "$work/slices.lmdb" --encoder "$work/encoder" --held-out "$work/scans.lmdb" \
-        --out "$work/model" --name head-128 --preset ct128
+        --out "$work/model" --name "head-$size" --preset "ct$size"
 
 "$python" benchmarks/inversion.py --data "$work/scans.lmdb" --model "$work/model" --out "$work/inversion"
 "$python" benchmarks/cross_validation.py --model "$work/scans.lmdb" "$work/model" --out "$work/cross-validation"

@@ -60,6 +60,14 @@ def test_syntax_and_usage(recipe, run):
     assert run(recipe, "--help", code=2) == []
 
 
+def test_heads_of_another_size(run, tmp_path):
+    commands = run("head-128.sh", "ct-ich", "phe-sich", "loose", str(tmp_path), SIZE="256")
+    flags = {Path(command[0]).name: command for command in commands}
+    assert [c[c.index("--size") + 1] for c in commands if c[0] == "prepare.py"] == ["256", "256"]
+    assert all("ct256" in flags[name] for name in ("train.py", "train_encoder.py", "latent_stats.py"))
+    assert "head-256" in flags["latent_stats.py"] and flags["train.py"][-2:] == ["--kimg", "1"]
+
+
 def test_phantoms(run, tmp_path):
     commands = run("phantom-128.sh", str(tmp_path / "work"))
     assert programs(commands) == ["demos/phantom.py", "prepare.py", "train.py", "train_encoder.py", "train_encoder.py",
@@ -148,13 +156,14 @@ def test_paper(run, tmp_path):
     assert programs(second) == ["train.py", "train_encoder.py"] and "--nproc-per-node=4" in second[0]
 
 
-@pytest.mark.parametrize("name", ["phantom-128", "ct-ich-128", "head-128"])
+@pytest.mark.parametrize("name", ["phantom-128", "ct-ich-128", "head-128", "head-256"])
 def test_settings_are_those_of_the_shipped_bundle(name, run, tmp_path):
     for folder in ("gan", "encoder"):
         (tmp_path / folder).mkdir()
     (tmp_path / "work").mkdir()
-    places = {"phantom-128": [], "ct-ich-128": ["a", "b"], "head-128": ["a", "b", "c"]}[name]
-    commands = run(f"{name}.sh", *places, str(tmp_path / "work"), PHANTOMS=str(tmp_path))
+    recipe, size = name.rsplit("-", 1)
+    places = {"phantom": [], "ct-ich": ["a", "b"], "head": ["a", "b", "c"]}[recipe]
+    commands = run(f"{recipe}-128.sh", *places, str(tmp_path / "work"), PHANTOMS=str(tmp_path), SIZE=size)
     args = parse(next(command for command in commands if command[0] == "latent_stats.py"))
     settings = Settings().changed(latent_stats.SETTINGS[args.preset]).changed(args.changes)
     assert settings.to_json() == load_bundle(ROOT / "models" / name).settings.to_json()
