@@ -182,8 +182,16 @@ def test_soft_brain_leaves_out_bone_and_a_rim_of_it():
     hu, brain = torch.full((1, 128, 128), 35.0), torch.ones(1, 128, 128, dtype=torch.bool)
     hu[0, 50, 50], hu[0, 80, 80] = 100.0, 90.0                   # a calcification, and dense blood
     soft = normative.soft_brain(hu, brain)
-    assert (~soft).sum() == 9 and not soft[0, 49:52, 49:52].any()         # a rim of 4 pixels at 512 is 1 at 128
+    assert (~soft).sum() == 9 and not soft[0, 49:52, 49:52].any()
     assert not normative.soft_brain(hu, ~brain).any()
+
+
+@pytest.mark.parametrize("size, rim", [(128, 1), (256, 1), (512, 2)])
+def test_the_rim_is_a_pixel_and_wider_only_at_512(size, rim):
+    hu, brain = torch.full((1, size, size), 30.0), torch.ones(1, size, size, dtype=torch.bool)
+    hu[0, 50, 50] = 200.0
+    left_out = ~normative.soft_brain(hu, brain)[0]
+    assert left_out.sum() == (2 * rim + 1) ** 2 and left_out[50 - rim:51 + rim, 50 - rim:51 + rim].all()
 
 
 def test_sides_take_what_is_dense_fine_and_what_is_thin_coarse():
