@@ -92,8 +92,8 @@ def test_a_resumed_run_is_bit_identical(train_gan, gan_run, half):
     assert train_gan(half) == 0
     whole, resumed = (load_snapshot(run, 32) for run in (gan_run, half))
     assert_identical(whole.weights, resumed.weights)
-    assert_identical(whole.state, resumed.state)
     clock = {"seconds", "memory_gb", "img_per_s", "s_per_kimg"}
+    assert_identical(*({k: v for k, v in one.state.items() if k not in clock} for one in (whole, resumed)))
     last = [{k: v for k, v in rows(run)[-1].items() if k not in clock} for run in (gan_run, half)]
     assert last[0] == last[1]
 
