@@ -446,7 +446,7 @@ def slice_batches(slices: SliceDataset, batch: int, seed: int, workers: int, sta
     """
     sampler = InfiniteSampler(len(slices), seed, distributed.get_rank(), distributed.get_world_size(), start)
     # A generator of its own: a loader that starts would else take a number from the stream of the noise maps.
-    yield from DataLoader(_Parts(slices, keys), batch, sampler=_Placed(sampler), num_workers=workers,
+    yield from DataLoader(_Parts(slices, keys), batch, sampler=sampler.placed(), num_workers=workers,
                           collate_fn=_Collate(seed, prepare), generator=torch.Generator(),
                           pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
                           worker_init_fn=_ignore_signals)
@@ -456,14 +456,6 @@ def _ignore_signals(worker: int) -> None:
     # Ctrl-C and a cluster's warning come to all processes of a job; the main one decides when to end (gan.runlog).
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-
-
-class _Placed(Sampler):
-    def __init__(self, sampler: InfiniteSampler):
-        self.sampler = sampler
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return self.sampler.placed()
 
 
 class _Parts(Dataset):

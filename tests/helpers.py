@@ -23,6 +23,29 @@ from model import Encoder, Generator, ModelConfig
 from tests.writers import PATIENT_MARKERS
 
 EMBEDDED = re.compile(rb"data:[\w/+.-]+;base64,([A-Za-z0-9+/=\s]+)")
+CLOCK = {"seconds", "memory_gb", "img_per_s", "s_per_kimg"}
+
+
+def without_clock(figures: dict) -> dict:
+    """A row of statistics or a run's state without what a clock says, which no two runs share."""
+    return {name: value for name, value in figures.items() if name not in CLOCK}
+
+
+def assert_identical(a, b, where=""):
+    """The same types and values all the way down; tensors to the bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_identical(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            assert_identical(*pair, f"{where}/{i}")
+    else:
+        assert a == b, where
 
 
 def synthetic_head(slices=24, size=96, spacing_mm=(5.0, 2.4, 2.4), angle_deg=0.0, shift_mm=(0.0, 0.0), noise=3.0,

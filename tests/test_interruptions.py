@@ -23,15 +23,13 @@ from gan import encoding, training
 from gan.snapshots import load_snapshot, snapshot_steps
 from healthygan import train as healthygan_train
 from tests import processes
-from tests.helpers import write_smooth_images
-
-CLOCK = {"seconds", "memory_gb", "img_per_s", "s_per_kimg"}
+from tests.helpers import assert_identical, without_clock, write_smooth_images
 
 
 def rows(run: Path) -> list[dict]:
     """Of stats.jsonl, without what a clock says."""
     lines = (run / "stats.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
+    return [without_clock(json.loads(line)) for line in lines]
 
 
 def assert_same_run(ours: Path, reference: Path) -> None:
@@ -39,24 +37,8 @@ def assert_same_run(ours: Path, reference: Path) -> None:
     found, expected = (load_snapshot(run) for run in (ours, reference))
     assert found.step == expected.step
     assert_identical(found.weights, expected.weights, "weights")
-    assert_identical(*({k: v for k, v in one.state.items() if k not in CLOCK} for one in (found, expected)), "state")
+    assert_identical(without_clock(found.state), without_clock(expected.state), "state")
     assert rows(ours) == rows(reference)
-
-
-def assert_identical(a, b, where):
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_identical(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b)):
-            assert_identical(*pair, f"{where}/{i}")
-    else:
-        assert a == b, where
 
 
 # ---------------------------------------------------------------------------------------------------------------
