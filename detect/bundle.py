@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,14 @@ class Bundle:
     def published(self) -> Settings:
         """The published search and votes, whatever the bundle is calibrated for.
 
-        The perceptual distance stays that which its encoder was trained with.
+        The perceptual distance stays the bundle's own, if it is one of a search, else that which its encoder was
+        trained with.
         """
-        trained = ((self.meta["provenance"] or {}).get("encoder") or {}).get("config", {})
-        distance = {name: trained[name] for name in ("perceptual", "pixels", "knee") if name in trained}
+        if self.settings.method == "search":
+            known = asdict(self.settings.reconstruction)
+        else:
+            known = ((self.meta["provenance"] or {}).get("encoder") or {}).get("config", {})
+        distance = {name: known[name] for name in ("perceptual", "pixels", "knee") if name in known}
         return Settings("search", SearchSettings(predicted_noise=False, **distance))
 
 

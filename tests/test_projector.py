@@ -22,8 +22,8 @@ CALIBRATED = Settings("inversion", measure="surprise", scoring=SurpriseSettings(
 TRAINED = {"encoder": {"config": {"perceptual": "pixels", "pixels": 3.0, "knee": 0.2, "epochs": 20}}}
 
 
-def resolved(*flags: str) -> Settings:
-    bundle = SimpleNamespace(settings=CALIBRATED, preprocessing=PreprocessSettings(), meta={"provenance": TRAINED})
+def resolved(*flags: str, calibrated: Settings = CALIBRATED) -> Settings:
+    bundle = SimpleNamespace(settings=calibrated, preprocessing=PreprocessSettings(), meta={"provenance": TRAINED})
     bundle.published = lambda: Bundle.published(bundle)
     return projector.resolve(bundle, projector.parse(["scans", "--model", "model", *flags]))[0]
 
@@ -43,6 +43,9 @@ def test_published_is_the_search_and_its_votes_with_the_bundles_distance():
     assert settings.reconstruction == SearchSettings(predicted_noise=False, perceptual="pixels", pixels=3.0, knee=0.2)
     assert settings.reconstruction.steps_latent == settings.reconstruction.steps_noise == 100
     assert resolved("--preset", "published", "--set", "threshold_hu=7").scoring.threshold_hu == 7
+    own = Settings("search", SearchSettings(steps_noise=0, perceptual="pixels", knee=0.1), scan_score="max")
+    settings = resolved("--preset", "published", calibrated=own)              # of a search: its own distance
+    assert settings == Settings("search", SearchSettings(predicted_noise=False, perceptual="pixels", knee=0.1))
 
 
 def test_another_method_or_measure_comes_with_its_own_settings():
