@@ -28,7 +28,7 @@ PRESETS = {
     "paper512": TrainConfig(),
     "ct256": replace(CT128, size=256, workers=4),
     "ct128": CT128,
-    # Narrower still, every pixel drawn for itself: that of phantom-128 and ct-ich-128
+    # Narrower still, every pixel drawn for itself: that of phantom-128
     "noise128": TrainConfig(size=128, style_dim=128, channel_base=2048, channel_max=128, kimg=100, r1_gamma=5,
                             ada_kimg=60, ada_cutout=0, ema_kimg=5, workers=0, tick_kimg=1, grid_kimg=5,
                             snapshot_kimg=10),

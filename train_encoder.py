@@ -25,7 +25,7 @@ from gan.settings import EncoderConfig
 RECOMMENDED = EncoderConfig(epochs=21, perceptual_epochs=15, batch=16, lr=2e-4, lr_trunk=1e-3, lr_discriminator=3e-4,
                             lr_generator=1e-3, decay=0.6, adversarial=0.02, r1_gamma=1, knee=0.04, hide=0.88,
                             encoder_width=0.5, encoder_code=128, rotate=0.6, rotate_deg=12)
-# phantom-128 and ct-ich-128: predicted noise maps of one channel, no adversary
+# phantom-128: predicted noise maps of one channel, no adversary
 NOISE = EncoderConfig(epochs=20, perceptual_epochs=20, lr=5e-5, lr_trunk=1e-3, lr_discriminator=5e-5,
                       lr_generator=2e-3, decay=0.35, r1_gamma=1, perceptual="pixels", knee=0.2, noise=True, erase=0.1,
                       coarse=0.8, workers=0)

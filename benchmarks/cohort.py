@@ -2,7 +2,7 @@
 
     python -m benchmarks.cohort SCANS                                # models/head-128, each scan once
     python -m benchmarks.cohort SCANS --times 10 --out cohort.json   # each scan ten times, under ten names
-    python -m benchmarks.cohort SCANS --model models/ct-ich-128 -- --no-dicom-out      # flags of projector.py
+    python -m benchmarks.cohort SCANS --model models/head-256 -- --no-dicom-out      # flags of projector.py
 
 Time is from the start of the process to its end, with the report; CPU time is that of all its threads. Memory is the
 most held while the first tenth of the scans was done, and the last tenth: a leak shows as a difference. Scans given

@@ -1,8 +1,7 @@
 """A model bundle with other settings, calibrated anew on the healthy scans that a database holds out.
 
     python benchmarks/recalibrate.py --model models/phantom-128 --data scans.lmdb --out runs/phantom-128
-    python benchmarks/recalibrate.py --model models/ct-ich-128 --data scans.lmdb --set method=search \
-        --out runs/search
+    python benchmarks/recalibrate.py --model models/head-128 --data scans.lmdb --set filter=band --out runs/band
 
 For comparisons by one calibration (--beside of the other benchmarks). The networks must not have been trained on these
 scans: a bundle does not say which ones it has seen, so this is for you to know. Exit codes: 0 done, 2 wrong usage.

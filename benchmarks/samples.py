@@ -1,7 +1,7 @@
 """What a generator draws from random codes: sheets to look at, how far it is from real slices, and no copies.
 
     python benchmarks/samples.py --run runs/heads --data heads.lmdb --out runs/samples
-    python benchmarks/samples.py --model models/ct-ich-128 --data heads.lmdb --out runs/samples
+    python benchmarks/samples.py --model models/heads-128 --data heads.lmdb --out runs/samples
 
 --run is a run of train.py, or one of train_encoder.py with --code-channels: its codes come from the prior over codes,
 and psi draws them towards the middle of their component. A GAN is shown with its own noise maps. Writes:

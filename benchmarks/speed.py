@@ -227,10 +227,10 @@ CPU_ROWS: dict[str, Callable[[int], list[Row]]] = {
     "training-ct128": lambda repeats: training_rows(min(repeats, 3), "ct128", ("bf16",)),
     "encoder": lambda repeats: [encoder_row(repeats)],
     "median": lambda repeats: [median_row(repeats)],
-    "scan": lambda repeats: scan_rows(repeats) + scan_rows(repeats, MODELS / "ct-ich-128"),
+    "scan": lambda repeats: scan_rows(repeats) + scan_rows(repeats, MODELS / "head-256"),
     "cohort": lambda repeats: cohort_rows(min(repeats, 3)),
     # The published search, 100 + 100 steps with votes: minutes a run in fp32, so it is run once
-    "scan-published": lambda repeats: scan_rows(1, MODELS / "ct-ich-128", flags=("--preset", "published")),
+    "scan-published": lambda repeats: scan_rows(1, MODELS / "heads-128", flags=("--preset", "published")),
 }
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The slices and splits of ct-ich-128.sh and head-128.sh: which slices train, and which scans are held out.
+"""The slices and the split of head-128.sh: which slices train, and which scans are held out.
 
     python recipes/ct_ich_tables.py CT_ICH PHE_SICH OUT
 
@@ -7,7 +7,6 @@ CT_ICH holds scans.csv (scan_id, split, slices): its scans of split 'train' are 
 
     OUT/keep.csv            scan_id, slice: every slice of the healthy scans, and of the others those more than FAR
                             slices from any with a bleed
-    OUT/fold0.csv ...       scan_id, split: every third healthy scan val, everything else train
     OUT/all.csv             scan_id, split: every healthy scan val, everything else train
 
 Exit codes: 0 done, 2 wrong usage.
@@ -22,7 +21,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 FAR = 3
-FOLDS = 3
 
 
 def read(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -58,17 +56,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         scans = read(args.ct_ich / "scans.csv", ("scan_id", "split", "slices"))
         healthy = {row["scan_id"]: int(row["slices"]) for row in scans if row["split"] == "train"}
-        if len(healthy) < FOLDS:
-            raise ValueError(f"{args.ct_ich / 'scans.csv'}: {len(healthy)} scans of split 'train', at least {FOLDS} "
-                             "are needed")
+        if not healthy:
+            raise ValueError(f"{args.ct_ich / 'scans.csv'}: no scan of split 'train'; those are the healthy ones")
         far = far_slices(read(args.phe_sich / "slices.csv", ("scan_id", "slice", "label")))
         args.out.mkdir(parents=True, exist_ok=True)
         whole = [(scan_id, number) for scan_id, slices in healthy.items() for number in range(slices)]
         write(args.out / "keep.csv", ("scan_id", "slice"), whole + far)
-        held_out = {f"fold{fold}": sorted(healthy)[fold::FOLDS] for fold in range(FOLDS)} | {"all": list(healthy)}
-        for name, val in held_out.items():
-            splits = {scan_id: "val" if scan_id in val else "train" for scan_id in [*healthy, *dict(far)]}
-            write(args.out / f"{name}.csv", ("scan_id", "split"), splits.items())
+        splits = dict.fromkeys(dict(far), "train") | dict.fromkeys(healthy, "val")
+        write(args.out / "all.csv", ("scan_id", "split"), splits.items())
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

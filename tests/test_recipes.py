@@ -78,25 +78,6 @@ def test_phantoms(run, tmp_path):
     assert again == ["demos/phantom.py", "train.py", "train_encoder.py", "train_encoder.py", "demos/benchmark.py"]
 
 
-def test_ct_ich(run, tmp_path):
-    phantoms, work = tmp_path / "phantoms", tmp_path / "work"
-    work.mkdir()
-    assert run("ct-ich-128.sh", "a", "b", str(work), code=2, PHANTOMS=str(phantoms)) == []
-    for name in ("gan", "encoder"):
-        (phantoms / name).mkdir(parents=True)
-    commands = run("ct-ich-128.sh", "a", "b", str(work), PHANTOMS=str(phantoms))
-    assert programs(commands) == ["recipes/ct_ich_tables.py", *["prepare.py", "train_encoder.py"] * 3,
-                                  "latent_stats.py", *(f"benchmarks/{name}.py" for name in (
-                                      "cross_validation", "inversion", "ct_ich", "phe_sich"))]
-    args = [parse(command) for command in commands]
-    databases = [str(one.data) for one in args[2:8:2]]
-    assert databases == [f"{work}/fold{n}.lmdb" for n in range(3)]             # a run to every fold, each used once
-    calibration = args[7]
-    assert sorted([str(calibration.data), *(str(data) for data, _ in calibration.fold)]) == databases
-    assert programs(run("ct-ich-128.sh", "a", "b", str(work), PHANTOMS=str(phantoms))) == [
-        name for name in programs(commands) if name not in ("prepare.py", "latent_stats.py")]
-
-
 def test_head(run, tmp_path):
     """One database in the range of loose slices trains, another with all HU and the same scans held out calibrates."""
     work = tmp_path / "work"
@@ -156,21 +137,19 @@ def test_paper(run, tmp_path):
     assert programs(second) == ["train.py", "train_encoder.py"] and "--nproc-per-node=4" in second[0]
 
 
-@pytest.mark.parametrize("name", ["phantom-128", "ct-ich-128", "head-128", "head-256"])
+@pytest.mark.parametrize("name", ["phantom-128", "head-128", "head-256"])
 def test_settings_are_those_of_the_shipped_bundle(name, run, tmp_path):
-    for folder in ("gan", "encoder"):
-        (tmp_path / folder).mkdir()
     (tmp_path / "work").mkdir()
     recipe, size = name.rsplit("-", 1)
-    places = {"phantom": [], "ct-ich": ["a", "b"], "head": ["a", "b", "c"]}[recipe]
-    commands = run(f"{recipe}-128.sh", *places, str(tmp_path / "work"), PHANTOMS=str(tmp_path), SIZE=size)
+    places = {"phantom": [], "head": ["a", "b", "c"]}[recipe]
+    commands = run(f"{recipe}-128.sh", *places, str(tmp_path / "work"), SIZE=size)
     args = parse(next(command for command in commands if command[0] == "latent_stats.py"))
     settings = Settings().changed(latent_stats.SETTINGS[args.preset]).changed(args.changes)
     assert settings.to_json() == load_bundle(ROOT / "models" / name).settings.to_json()
 
 
 def test_tables_of_ct_ich(tmp_path, capsys):
-    """Fold by fold a third of the healthy scans; of the others what is more than 3 slices from any bleed."""
+    """The healthy scans, whole, and of the others what is more than 3 slices from any bleed."""
     ct_ich, phe_sich, out = tmp_path / "ct-ich", tmp_path / "phe-sich", tmp_path / "out"
     for folder in (ct_ich, phe_sich):
         folder.mkdir()
@@ -185,11 +164,12 @@ def test_tables_of_ct_ich(tmp_path, capsys):
             return list(csv.reader(file))[1:]
 
     assert table("keep.csv") == [[f"h{n}", k] for n in range(4) for k in "01"] + [["p", "0"], ["p", "10"], ["p", "11"]]
-    splits = [dict(table(f"fold{n}.csv")) for n in range(3)]
-    assert [[scan for scan, split in one.items() if split == "val"] for one in splits] == [["h0", "h3"], ["h1"], ["h2"]]
-    assert all(one.keys() == {"h0", "h1", "h2", "h3", "p"} for one in splits)
     assert dict(table("all.csv")) == {"h0": "val", "h1": "val", "h2": "val", "h3": "val", "p": "train"}
 
+    (ct_ich / "scans.csv").write_text("scan_id,split,slices\nill,test,9")
+    assert ct_ich_tables.main([str(ct_ich), str(phe_sich), str(out)]) == 2
+    assert "no scan of split 'train'" in capsys.readouterr().err
     (phe_sich / "slices.csv").write_text("scan_id,slice\n")
+    (ct_ich / "scans.csv").write_text("\n".join(["scan_id,split,slices", *rows]))
     assert ct_ich_tables.main([str(ct_ich), str(phe_sich), str(out)]) == 2
     assert "label missing" in capsys.readouterr().err

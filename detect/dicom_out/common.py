@@ -20,7 +20,7 @@ TRACKING_ID = "Differs from the closest normal"         # one for the scan: SEG 
 class Identity:
     """What made the results; the objects' UIDs depend on all of it.
 
-    name          of the model, such as 'ct-ich-128'
+    name          of the model, such as 'head-128'
     version       of the software
     weights_hash  SHA-256 of the weights, hexadecimal; other weights are another device
     settings      everything else that decides the result, as one text, such as JSON
