@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from detect import measure
-from detect.measure import VoteCounter, frame_votes, lesion_mask, residual, scan_score, slice_scores
+from detect.measure import (
+    MaskSettings,
+    SurpriseSettings,
+    VoteCounter,
+    frame_votes,
+    lesion_mask,
+    residual,
+    scan_score,
+    slice_scores,
+)
 
 
 def column(*values: float) -> torch.Tensor:
@@ -337,3 +347,12 @@ def test_peak_scores_want_the_neighbours_support():
     single, three = (measure.peak_scores(x, brain, above=2.0, sigma=2.0) for x in (alone, column))
     assert single[2] == pytest.approx(three[2].item() / 3)
     assert single.tolist() == pytest.approx([0, single[2].item(), single[2].item(), single[2].item(), 0])
+
+
+def test_what_is_predicted_is_rarer_than_the_limit_to_either_side():
+    surprise = torch.zeros(1, 2, 16, 16)
+    surprise[:, :, :8, :8], surprise[:, :, 8:, 8:], surprise[:, :, :8, 8:] = 4, -4, 2
+    brain = torch.ones(1, 16, 16, dtype=torch.bool)
+    seen = measure.Evidence(torch.zeros(1, 16, 16), brain, np.zeros(1), brain)
+    found = measure.Surprise(SurpriseSettings(hypodense=1.0), MaskSettings(surprise_mask=3.0)).findings(surprise, seen)
+    assert torch.equal(found.predicted, (surprise[:, 0].abs() == 4))

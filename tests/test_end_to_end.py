@@ -19,8 +19,9 @@ import projector
 import train
 import train_encoder
 from ct import frame
-from detect import measure
+from detect import measure, projection
 from detect.bundle import load_bundle
+from detect.folder import Result, write_tables
 from detect.projection import Projector
 from tests.helpers import leaks, synthetic_head
 from tests.writers import write_dicom_series, write_scan_json, write_slice_folder
@@ -157,6 +158,22 @@ def test_a_bundle_of_another_version_gives_no_percentile_and_no_results_are_mixe
     assert row["percentile"] == "" and row["flagged"] == ""
     assert f"calibrated with version 1 of the {what}, this is version 99: no percentile" in row["notes"]
     assert json.loads((tmp_path / "results" / "run.json").read_text())["versions"][what] == 99
+
+
+def test_a_score_whose_reconstruction_is_at_fault_is_not_to_be_trusted(one, tmp_path, monkeypatch):
+    monkeypatch.setattr(projection, "TOO_MUCH", -1.0)                  # any share of the brain
+    shutil.rmtree(tmp_path / "results")
+    assert projector.main(one) == 0
+    (row,) = rows(tmp_path / "results" / "scores.csv")
+    assert row["status"] == "unreliable" and "of the brain differs from its reconstruction" in row["reason"]
+    assert row["reason"] in row["notes"] and float(row["score"]) >= 0 and row["percentile"] == row["flagged"] == ""
+
+
+def test_what_is_not_to_be_trusted_stands_below_whatever_its_score(work, tmp_path):
+    results = [Result(work / "results" / "normal", {"scan_id": name, "status": status, "score": score}, {}, {})
+               for name, status, score in (("a", "failed", None), ("b", "unreliable", 9.0), ("c", "ok", 1.0))]
+    write_tables(tmp_path, results)
+    assert [row["scan_id"] for row in rows(tmp_path / "scores.csv")] == ["c", "b", "a"]
 
 
 def test_what_only_draws_the_mask_leaves_the_percentile(one, tmp_path):

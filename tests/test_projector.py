@@ -91,7 +91,7 @@ def test_a_percentile_is_among_scores_made_alike():
     slabs = dataclasses.replace(bundle.preprocessing, slab_mm=bundle.preprocessing.slab_mm + 1)
     older = {name: bundle.meta["versions"] | {name: 0} for name in ("preprocessing", "measure")}
     for why, other in (
-            ("settings", Projector(bundle, bundle.settings.replace(surprise_above=2.0))),
+            ("settings", Projector(bundle, bundle.settings.replace(surprise_above=0.7))),
             ("prepared", Projector(bundle, preprocessing=slabs)),
             *((f"version 0 of the {name}", Projector(dataclasses.replace(bundle, meta=bundle.meta | {"versions": old})))
               for name, old in older.items())):
