@@ -33,7 +33,7 @@ from model import Encoder, Generator
 from weights import CheckpointError
 
 AT = 128                                  # lengths below are pixels of images of this side
-HIDDEN, CENTRE, PERIOD = 24, 20, 40       # a hidden block; its part that is kept; from block to block
+CENTRE = 0.8                              # of a hidden block's side: what is drawn there is kept
 SMOOTH, AROUND = 1.0, 1                   # of the residual that finds what is anomalous; what is hidden around it
 SPECK = 12                                # what is anomalous in fewer pixels together is a sulcus or grain
 CLIP_HU = 40.0                            # a residual counts as no more than this: one bright pixel is no lesion
@@ -42,12 +42,16 @@ DETAIL, GRAIN, GRAIN_HU = 2.0, 0.7, 3.0   # what is finer than these Gaussians c
 
 @dataclass(frozen=True)
 class InpaintingSettings:
+    hidden: int = option(40, "side of the blocks that are hidden in turn, pixels of 128 across the image: what is "
+                             "larger is drawn from itself, what is smaller from what is around")
     gate_hu: float = option(8.0, "difference from what its surroundings call for, HU, at which a place is drawn anew")
     batch: int = option(32, "slices in the networks at a time: memory, not results", stored=False)
 
     def __post_init__(self):
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
+        if not 8 <= self.hidden <= AT // 2:
+            raise ValueError(f"hidden must be from 8 to {AT // 2} pixels, got {self.hidden}")
         if not self.gate_hu > 0:
             raise ValueError(f"gate_hu must be above 0 HU, got {self.gate_hu:g}")
 
@@ -89,7 +93,7 @@ class Inpainting(OfEncoder):
         """Slices [S, N, N], HU, every place drawn while it and what is next to it are hidden; bone as it is."""
         bone, images = self.shown(hu)
         found = torch.zeros_like(hu)
-        for hidden, centre in blocks(self.size):
+        for hidden, centre in blocks(self.size, self.settings.hidden):
             hidden = hidden.to(self.device).expand_as(found)
             found = torch.where(centre.to(self.device), self.draw(images, hidden, bone), found)
         return torch.where(bone, hu, found)
@@ -139,10 +143,11 @@ def bone_mask(hu: torch.Tensor) -> torch.Tensor:
     return hu >= min(BONE_HU, float(hu.max()) - 0.5)
 
 
-def blocks(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What to hide and what to keep of it, bool [N, N] each, so that every place is kept once."""
-    hidden, centre, period = (round(length * size / AT) for length in (HIDDEN, CENTRE, PERIOD))
-    margin, place = (hidden - centre) // 2, torch.arange(size)
+def blocks(size: int, side: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What to hide, blocks of `side` pixels of AT, and what to keep of it, bool [N, N] each: every place once."""
+    hidden = round(side * size / AT)
+    centre = round(CENTRE * hidden)
+    period, margin, place = 2 * centre, (hidden - centre) // 2, torch.arange(size)
 
     def band(start: int, width: int) -> torch.Tensor:
         return (place - start) % period < width

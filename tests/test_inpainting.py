@@ -136,13 +136,18 @@ def test_the_adversary_sees_what_was_drawn(gan_run, slices32):
 
 # ---- From a scan to its closest normal
 
-def test_every_place_is_kept_once_while_its_neighbours_are_hidden():
-    kept = torch.zeros(128, 128, dtype=torch.int)
-    for hidden, centre in blocks(128):
+@pytest.mark.parametrize("size, side", [(128, 24), (128, 40), (256, 40), (32, 40), (128, 56)])
+def test_every_place_is_kept_once_while_its_neighbours_are_hidden(size, side):
+    """Blocks of the side, each with a rim of a tenth that is not kept: at 32 pixels 40 are 10, and the rim is 1."""
+    kept, longest = torch.zeros(size, size, dtype=torch.int), 0
+    for hidden, centre in blocks(size, side):
         kept += centre
-        around = torch.nn.functional.max_pool2d(centre.float()[None, None], 5, 1, 2)[0, 0] > 0
+        rim = size * side // (10 * 128) or 1
+        around = torch.nn.functional.max_pool2d(centre.float()[None, None], 2 * rim + 1, 1, rim)[0, 0] > 0
         assert (hidden | ~around).all()
-    assert (kept == 1).all()
+        rows = "".join("x" if row else " " for row in hidden.any(1).tolist())
+        longest = max(longest, *(len(run) for run in rows.split()))
+    assert (kept == 1).all() and longest == side * size // 128
 
 
 def test_bone_is_what_blood_cannot_be():
@@ -213,7 +218,8 @@ def test_grain_comes_back_whole_where_all_is_normal_and_up_to_3_hu_elsewhere():
 
 
 def test_settings_and_networks_that_do_not_fit_are_refused():
-    for changes, said in (({"gate_hu": 0}, "gate_hu must be above 0"), ({"batch": 0}, "batch must be at least 1")):
+    for changes, said in (({"gate_hu": 0}, "gate_hu must be above 0"), ({"batch": 0}, "batch must be at least 1"),
+                          ({"hidden": 7}, "hidden must be from 8 to 64 pixels"), ({"hidden": 65}, "got 65")):
         with pytest.raises(ValueError, match=said):
             InpaintingSettings(**changes)
     plain = dataclasses.replace(TINY, encoder_masks=False)
