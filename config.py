@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import sys
 import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -68,3 +69,15 @@ def parse(
         return given(args, presets[args.preset]), args
     except ValueError as error:
         parser.error(str(error))
+
+
+def exit_code(command: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
+    """The exit code of command(args), where None is 0; 2, and the reason, for what is wrong in files or flags."""
+    try:
+        return command(args) or 0
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a script from anywhere
 
 import distributed  # noqa: E402
-from config import add_options, given, option  # noqa: E402
+from config import add_options, exit_code, given, option  # noqa: E402
 from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan  # noqa: E402
 from ct.read import find_scans, read_scan  # noqa: E402
 from ct.scan import ScanError  # noqa: E402
@@ -225,11 +225,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    try:
-        return args.work(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(args.work, args)
 
 
 if __name__ == "__main__":

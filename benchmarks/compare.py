@@ -285,18 +285,6 @@ def add_arguments(parser: argparse.ArgumentParser, database: str) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
 
-def run_command(benchmark: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """The exit code of benchmark(args), with 2 for what is wrong in files or flags."""
-    try:
-        return benchmark(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-
-
 def name_of(method: str) -> str:
     """As the tables call it; a bundle by its folder's name."""
     return NAMES.get(method, method)

@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 import distributed  # noqa: E402
 from benchmarks import baselines, compare, pasted  # noqa: E402
+from config import exit_code  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.bundle import load_bundle  # noqa: E402
@@ -244,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--lesions", type=int, default=1, help="of each kind in each scan (default %(default)s)")
     add("--out", type=Path, default=Path("runs/inversion"), help="folder for table.md and figures.json")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    return compare.run_command(benchmark, parser.parse_args(argv))
+    return exit_code(benchmark, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 import distributed  # noqa: E402
 from benchmarks import compare  # noqa: E402
+from config import exit_code  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.bundle import load_bundle, save_bundle  # noqa: E402
 from detect.calibration import Fold, calibrate  # noqa: E402
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         help="other settings, as projector.py takes them")
     add("--out", type=Path, required=True, help="folder of the new bundle")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    return compare.run_command(recalibrate, parser.parse_args(argv))
+    return exit_code(recalibrate, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 import distributed  # noqa: E402
 from benchmarks import compare  # noqa: E402
+from config import exit_code  # noqa: E402
 from ct.picture import save_hu_grid  # noqa: E402
 from ct.window import decode, encode  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--out", type=Path, default=Path("runs/samples"), help="folder for the sheets and figures.json")
     add("--seed", type=int, default=0, help="of codes and choices (default %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    return compare.run_command(benchmark, parser.parse_args(argv))
+    return exit_code(benchmark, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-from benchmarks.compare import OURS, name_of, run_command, shown  # noqa: E402
+from benchmarks.compare import OURS, name_of, shown  # noqa: E402
+from config import exit_code  # noqa: E402
 
 RESULTS, README = ROOT / "docs" / "results.json", ROOT / "README.md"
 MARK = "<!-- by benchmarks/tables.py -->\n"
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     for benchmark in BENCHMARKS:
         parser.add_argument(f"--{benchmark.replace('_', '-')}", type=Path, metavar="FOLDER",
                             help="--out of that benchmark")
-    return run_command(make, parser.parse_args(argv))
+    return exit_code(make, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

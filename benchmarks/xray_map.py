@@ -31,7 +31,8 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from benchmarks.compare import run_command, shown, write_figures
+from benchmarks.compare import shown, write_figures
+from config import exit_code
 from ct.picture import tile
 from evaluation import metrics
 from evaluation.metrics import defined
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with test/healthy and test/diseased")
     parser.add_argument("--model", type=Path, required=True, help="model's or run's folder")
     parser.add_argument("--out", type=Path, required=True, help="folder for figures and the montage")
-    return run_command(benchmark, parser.parse_args(argv))
+    return exit_code(benchmark, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from config import exit_code
 from dataset import ScanRecord, SliceDataset, SliceWriter
 from gan.corrupt import draw_shapes
 
@@ -106,12 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.what == "halves") != (args.healthy is not None):
         parser.error("--healthy names the second database of 'halves', and is for it alone")
-    try:
-        print({"halves": write_halves, "shapes": write_shapes}[args.what](args))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda args: print({"halves": write_halves, "shapes": write_shapes}[args.what](args)), args)
 
 
 if __name__ == "__main__":

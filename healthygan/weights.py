@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from config import exit_code
 from files import sha256
 from healthygan.data import ImageSettings
 from healthygan.model import RUNNING_STATISTICS, Generator, ModelConfig
@@ -135,12 +136,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if wrong := [note for note in args.note if "=" not in note]:
         parser.error(f"--note {wrong[0]}: expected KEY=TEXT")
-    try:
+
+    def work(args: argparse.Namespace) -> None:
         ship(args.model, args.out, dict(note.split("=", 1) for note in args.note))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(work, args)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import pytest
 
 import train
 import train_encoder
-from config import option, parse
+from config import exit_code, option, parse
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,22 @@ def test_the_paper_preset_is_the_papers():
     assert (encoder.epochs, encoder.perceptual_epochs, encoder.batch) == (65, 5, 8)
     assert (encoder.lr, encoder.lr_discriminator, encoder.adversarial, encoder.domain) == (1e-4, 1e-5, 0.05, 1)
     assert (encoder.r1_gamma, encoder.r1_every, encoder.erase, encoder.rotate) == (10, 16, 0.25, 0.25)
+
+
+@pytest.mark.parametrize("raised, code, said", [
+    (None, 0, ""), (FileNotFoundError("no such folder: x"), 2, "error: no such folder: x"),
+    (ValueError("--size 3: too small"), 2, "error: --size 3: too small"),
+    (KeyboardInterrupt(), 130, "the same command goes on from here")])
+def test_exit_codes(raised, code, said, capsys):
+    def command(args):
+        if raised:
+            raise raised
+
+    assert exit_code(command, argparse.Namespace()) == code
+    assert said in capsys.readouterr().err
+
+
+def test_a_command_may_have_its_own_exit_code_and_other_errors_are_not_hidden():
+    assert exit_code(lambda args: args.left, argparse.Namespace(left=3)) == 3
+    with pytest.raises(KeyError):
+        exit_code(lambda args: {}[args.left], argparse.Namespace(left=3))
