@@ -82,9 +82,21 @@ def verify(folder: Path, files: Mapping[str, str], mend: str) -> None:
 def to_json(content: Mapping[str, Any], folder: Path) -> str:
     """JSON of meta data. Raises CheckpointError naming the folder for what JSON cannot hold, NaN included."""
     try:
-        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+        return _laid_out(content, "\n") + "\n"
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: meta must be plain JSON without NaN: {error}") from error
+
+
+def _laid_out(value: Any, line: str) -> str:
+    """JSON with a line for every item that holds no lists or objects: thousands of numbers are to be read, too."""
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    if not any(isinstance(item, (Mapping, list, tuple)) for item in items):
+        return json.dumps(value, allow_nan=False)
+    if isinstance(value, Mapping):
+        parts, ends = [f"{json.dumps(str(key))}: {_laid_out(item, line + ' ')}" for key, item in value.items()], "{}"
+    else:
+        parts, ends = [_laid_out(item, line + " ") for item in value], "[]"
+    return ends[0] + ",".join(f"{line} {part}" for part in parts) + line + ends[1]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from detect.search import Search, SearchSettings
 from detect.settings import Settings
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
 from model import Discriminator, Encoder, Generator, ModelConfig
-from weights import CheckpointError, write_json
+from weights import CheckpointError, to_json, write_json
 
 TINY = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=128, channel_max=16)
 META = dict(preprocessing={"size": 32}, calibration=None, provenance={"data": "phantoms"})
@@ -313,6 +313,14 @@ def test_every_change_of_a_bundles_files_is_found(tmp_path, bundle_parts, change
                 assert path.name == "model.json" and found == meta
         path.write_bytes(content)
     assert read_bundle_meta(whole) == meta
+
+
+def test_meta_data_have_a_line_for_what_holds_no_lists(tmp_path):
+    content = {"a": [1.5, 2.0], "b": {"c": [], "d": [{"e": 1}, {"e": None}]}, "f": [[1], [2, "x, [y]"]], "g": {}}
+    text = to_json(content, tmp_path)
+    assert json.loads(text) == content
+    assert text == ('{\n "a": [1.5, 2.0],\n "b": {\n  "c": [],\n  "d": [\n   {"e": 1},\n   {"e": null}\n  ]\n },\n'
+                    ' "f": [\n  [1],\n  [2, "x, [y]"]\n ],\n "g": {}\n}\n')
 
 
 def test_parts_that_do_not_belong_together_are_refused(tmp_path, bundle_parts):
