@@ -71,13 +71,20 @@ def parse(
         parser.error(str(error))
 
 
-def exit_code(command: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
-    """The exit code of command(args), where None is 0; 2, and the reason, for what is wrong in files or flags."""
+RESUMES = "stopped; the same command goes on from here"       # what only commands may say that keep what they did
+
+
+def exit_code(command: Callable[[argparse.Namespace], int | None], args: argparse.Namespace,
+              stopped: str = "stopped") -> int:
+    """The exit code of command(args), where None is 0; 2, and the reason, for what is wrong in files or flags.
+
+    stopped: what is said when it is interrupted, with exit code 130.
+    """
     try:
         return command(args) or 0
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return 130

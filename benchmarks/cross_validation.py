@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 import distributed  # noqa: E402
 from benchmarks import pasted  # noqa: E402
+from config import exit_code  # noqa: E402
 from ct.settings import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect import normative  # noqa: E402
@@ -228,6 +229,27 @@ def tables(cases: list[Case]) -> tuple[str, str]:
             markdown({after: changed(before, after) for before, after in zip(names, names[1:])}))
 
 
+def benchmark(args: argparse.Namespace) -> None:
+    """Raises OSError, and ValueError where there are too few scans or files do not fit."""
+    memory.keep_freed()
+    device = distributed.pick_device(args.device)
+    sources = [*(open_fold(*fold, device) for fold in args.fold), *(open_model(*one, device) for one in args.model)]
+    cases = [case for source in sources for case in cases_of(*source)]
+    heads = [c.scan_id for c in cases if c.kind == HEALTHY]
+    if len(set(heads)) < len(heads) or len(heads) < normative.MIN_SCANS:
+        raise ValueError(f"--fold and --model: {normative.MIN_SCANS} different held-out scans at least are needed, "
+                         f"found {', '.join(heads)}")
+    if args.residual is not None:
+        if not 0 < args.residual < float("inf"):
+            raise ValueError(f"--residual must be above 0, got {args.residual:g}")
+        cases = closer(cases, args.residual)
+    args.out.mkdir(parents=True, exist_ok=True)
+    texts = dict(zip(("table.md", "changes.md"), tables(cases)))
+    for name, text in texts.items():
+        (args.out / name).write_text(text, encoding="utf-8")
+    print(texts["table.md"], end="")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fold", type=Path, nargs=2, metavar=("DATA", "RUN"), action="append", default=[],
@@ -239,28 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--residual", type=float, default=None, metavar="SHARE",
                         help="as if a healthy head's residual were this share of what it is, and lesions wholly erased")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    args = parser.parse_args(argv)
-    try:
-        memory.keep_freed()
-        device = distributed.pick_device(args.device)
-        sources = [*(open_fold(*fold, device) for fold in args.fold), *(open_model(*one, device) for one in args.model)]
-        cases = [case for source in sources for case in cases_of(*source)]
-        heads = [c.scan_id for c in cases if c.kind == HEALTHY]
-        if len(set(heads)) < len(heads) or len(heads) < normative.MIN_SCANS:
-            raise ValueError(f"--fold and --model: {normative.MIN_SCANS} different held-out scans at least are "
-                             f"needed, found {', '.join(heads)}")
-        if args.residual is not None:
-            if not 0 < args.residual < float("inf"):
-                raise ValueError(f"--residual must be above 0, got {args.residual:g}")
-            cases = closer(cases, args.residual)
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name, text in zip(("table.md", "changes.md"), tables(cases)):
-            (args.out / name).write_text(text, encoding="utf-8")
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print((args.out / "table.md").read_text(encoding="utf-8"), end="")
-    return 0
+    return exit_code(benchmark, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

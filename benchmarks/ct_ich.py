@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 from benchmarks import compare  # noqa: E402
 from benchmarks.compare import OURS, SIGNIFICANT, Method, differs, name_of, shown  # noqa: E402
-from config import exit_code  # noqa: E402
+from config import RESUMES, exit_code  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from ct.read import ScanSource, find_scans  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
@@ -311,7 +311,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(benchmark, parse(argv))
+    return exit_code(benchmark, parse(argv), RESUMES)
 
 
 if __name__ == "__main__":

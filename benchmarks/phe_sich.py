@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 from benchmarks import compare  # noqa: E402
 from benchmarks.compare import OURS, Method, name_of, shown  # noqa: E402
-from config import exit_code  # noqa: E402
+from config import RESUMES, exit_code  # noqa: E402
 from ct.brain import estimate_pixel_mm  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from ct.picture import grey, tile  # noqa: E402
@@ -260,7 +260,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(benchmark, parse(argv))
+    return exit_code(benchmark, parse(argv), RESUMES)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 
 import train
 import train_encoder
-from config import exit_code, option, parse
+from config import RESUMES, exit_code, option, parse
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def test_the_paper_preset_is_the_papers():
 @pytest.mark.parametrize("raised, code, said", [
     (None, 0, ""), (FileNotFoundError("no such folder: x"), 2, "error: no such folder: x"),
     (ValueError("--size 3: too small"), 2, "error: --size 3: too small"),
-    (KeyboardInterrupt(), 130, "the same command goes on from here")])
+    (KeyboardInterrupt(), 130, "stopped")])
 def test_exit_codes(raised, code, said, capsys):
     def command(args):
         if raised:
@@ -115,6 +115,15 @@ def test_exit_codes(raised, code, said, capsys):
 
     assert exit_code(command, argparse.Namespace()) == code
     assert said in capsys.readouterr().err
+
+
+def test_only_a_command_that_keeps_what_it_did_says_that_it_goes_on(capsys):
+    def stopped(args):
+        raise KeyboardInterrupt
+
+    for what, said in (((), "stopped\n"), ((RESUMES,), "stopped; the same command goes on from here\n")):
+        assert exit_code(stopped, argparse.Namespace(), *what) == 130
+        assert capsys.readouterr().err == said
 
 
 def test_a_command_may_have_its_own_exit_code_and_other_errors_are_not_hidden():
