@@ -261,6 +261,16 @@ def find_all(folders: Sequence[PathLike], unknown_slice_spacing_mm: float, ids: 
     return sources
 
 
+def _check_all_used(folders: Sequence[PathLike], remaining: Sequence[ScanSource], sources: Sequence[ScanSource],
+                    slices_csv: PathLike | None) -> None:
+    """DatasetError for a folder of which --slices names nothing: it was given to be used."""
+    for folder in folders:
+        mine, used = ([s for s in some if s.files[0].is_relative_to(folder)] for some in (remaining, sources))
+        if mine and not used:
+            raise DatasetError(f"{folder}: --slices {slices_csv} names none of its {len(mine)} scans; leave it out. If "
+                               'these are loose slices, its scan.json must say "loose": true (docs/DATA.md)')
+
+
 def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessSettings, *,
                hu_clip: Sequence[float] | None = None, val_fraction: float = 0.15, seed: int = 0,
                split_csv: PathLike | None = None, patients_csv: PathLike | None = None,
@@ -273,8 +283,8 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
     Loose slices all go into training; the tables of patients, split and slices are about scans.
     Scans that fail are left out and named with their reason in manifest['failed']; a scan that --slices does
     not name is in manifest['unlisted'], one that --leave-out names as a whole in manifest['left_out'].
-    Raises DatasetError (nothing is written) for wrong values or tables, an existing `out`, or when no scan is left;
-    ScanError where a folder holds no scans.
+    Raises DatasetError (nothing is written) for wrong values or tables, an existing `out`, or when no scan is left,
+    be it of one of the folders; ScanError where a folder holds no scans.
     """
     writer = SliceWriter(out, {}, overwrite)              # refuses an existing file before the long work
     found = find_all(folders, unknown_slice_spacing_mm, ids)
@@ -288,6 +298,7 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
     if not sources:
         raise DatasetError(f"--slices {slices_csv}: names none of the {len(remaining)} scans found" if remaining else
                            f"--leave-out {leave_out_csv}: names all of the {len(found)} scans found")
+    _check_all_used(folders, remaining, sources, slices_csv)
     if scans:
         splits, patients, how = _assign([s.scan_id for s in scans], patients_csv, split_csv, val_fraction, seed)
         log(f"{len(scans)} scans; split: {how}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,15 @@ def test_given_split_patients_and_slices_are_followed(folder, tmp_path):
         ("one", "val", "p", [6, 7]), ("two", "train", "q", [8])]
     assert manifest["unlisted"] == ["three"] and any("three" in line for line in lines)
     assert manifest["settings"]["standardise"]["hu_clip"] == (0.0, 80.0)
+
+
+def test_a_folder_of_which_nothing_would_be_used_is_refused(folder, tmp_path):
+    """A folder of loose slices without its scan.json once left a training without two thirds of its slices."""
+    shutil.copytree(folder / "three", tmp_path / "more" / "four")
+    slices = write_csv(tmp_path / "slices.csv", "scan_id,slice", "one,6", "two,8")
+    with pytest.raises(DatasetError, match=r"more: --slices .* names none of its 1 scans; .*\"loose\": true"):
+        build_lmdb([folder, tmp_path / "more"], tmp_path / "x.lmdb", SETTINGS, slices_csv=slices)
+    assert not (tmp_path / "x.lmdb").exists()
 
 
 @pytest.mark.parametrize("flag, rows, message", [
