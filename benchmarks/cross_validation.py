@@ -142,8 +142,9 @@ def closer(cases: list[Case], share: float) -> list[Case]:
 
     def one(case: Case) -> Case:
         own, query_hu = healthy[case.scan_id], case.found.query_hu
-        residual = share * (own.query_hu - own.normal_hu) + query_hu - own.query_hu
-        return dataclasses.replace(case, found=dataclasses.replace(case.found, normal_hu=query_hu - residual))
+        residual = share * own.difference_hu + query_hu - own.query_hu
+        found = dataclasses.replace(case.found, normal_hu=query_hu - residual, expected_hu=None)
+        return dataclasses.replace(case, found=found)
 
     return [one(case) for case in cases]
 

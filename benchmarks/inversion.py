@@ -42,7 +42,7 @@ from config import exit_code  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.bundle import load_bundle  # noqa: E402
-from detect.inpainting import Inpainting  # noqa: E402
+from detect.inpainting import Inpainting, bone_mask  # noqa: E402
 from detect.reconstruct import Reconstructor  # noqa: E402
 from op import memory  # noqa: E402
 
@@ -163,7 +163,7 @@ def of(reconstructor: Reconstructor) -> Reconstruct:
 
 def from_surroundings(inpainting: Inpainting) -> Reconstruct:
     """The first stage of inpainting alone."""
-    return lambda hu, brain, below_vertex_mm: inpainting.from_surroundings(hu)
+    return lambda hu, brain, below_vertex_mm: inpainting.from_surroundings(hu, bone_mask(hu))
 
 
 def methods(args: argparse.Namespace, preprocessing: dict) -> dict[str, Reconstruct]:

@@ -5,11 +5,15 @@ With the networks of an encoder that was trained to draw what is hidden from it 
 surroundings   blocks of the brain are hidden in turn, and every place is drawn without being seen: anatomy without
                lesion, though blurred where no surroundings tell what is there
 reconstruct    where the slice differs from that, smoothed a little, by gate_hu or more, in more than a speck, it is
-               hidden, and drawn from what is around; elsewhere the networks see the slice, and draw it as it is
+               hidden, and drawn from what is around; elsewhere the networks see the slice, and draw it as it is.
+               Networks that were taught with such holes (train_encoder.py --gated) draw fluid in one of the shape of a
+               ventricle or a sulcus, and tissue in one of any other
 grain          what they smooth away of it there comes back; of the rest no more than grain has: a bleed is not grain
 
 So the closest normal is the same head, as sharp as it is, without what does not belong in it: the order of the paper's
 inversion (code, what is anomalous, detail elsewhere: Lee et al. 2022, Methods) with a code in space in place of W+.
+What is anomalous is judged by what its surroundings call for all the same (`judged`): a hole's shape tells of fluid in
+an infarct, too.
 """
 
 from __future__ import annotations
@@ -45,6 +49,9 @@ class InpaintingSettings:
     hidden: int = option(40, "side of the blocks that are hidden in turn, pixels of 128 across the image: what is "
                              "larger is drawn from itself, what is smaller from what is around")
     gate_hu: float = option(8.0, "difference from what its surroundings call for, HU, at which a place is drawn anew")
+    bright_rim: int = option(3, f"what is hidden around it where it is hyperdense, pixels of {AT}; {AROUND} elsewhere")
+    judged: str = option("surroundings", "what a place that is drawn anew is judged against: what its surroundings "
+                         "call for, or, if 'normal', how it is drawn", ("surroundings", "normal"))
     batch: int = option(32, "slices in the networks at a time: memory, not results", stored=False)
 
     def __post_init__(self):
@@ -54,6 +61,8 @@ class InpaintingSettings:
             raise ValueError(f"hidden must be from 8 to {AT // 2} pixels, got {self.hidden}")
         if not self.gate_hu > 0:
             raise ValueError(f"gate_hu must be above 0 HU, got {self.gate_hu:g}")
+        if self.bright_rim < AROUND:
+            raise ValueError(f"bright_rim must be at least {AROUND} pixel, got {self.bright_rim}")
 
 
 class Inpainting(OfEncoder):
@@ -72,39 +81,45 @@ class Inpainting(OfEncoder):
                        watch: Watch | None = None) -> Reconstruction:
         self.check_shapes(hu, brain, below_vertex_mm)
         hu, brain = hu.to(self.device), brain.to(self.device)
-        bone, seen = self.shown(hu)
+        bone = bone_mask(hu)
         query_hu, soft, stages = hu.clamp(self.range_hu[0], BONE_HU), brain & ~bone, Stages()
         with stages.stage("surroundings", lambda: error_hu(query_hu, expected_hu, soft)):
-            expected_hu = self.from_surroundings(hu)
+            expected_hu, anomalous = self.anomalous(query_hu, soft, bone)
         with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, soft)):
-            anomalous = self.gate(query_hu - expected_hu, soft)
             kept = bone | (~brain & (query_hu <= self.range_hu[0]))            # and air: the networks draw it badly
-            normal_hu = torch.where(kept, query_hu, self.draw(seen, anomalous, bone))
+            normal_hu = torch.where(kept, query_hu, self.draw(self.seen(hu), anomalous, bone))
             normal_hu += self.detail(query_hu - normal_hu, soft, anomalous)
         if watch:
             watch(query_hu, normal_hu)
-        return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds)
+        expected_hu = torch.where(anomalous, expected_hu, normal_hu).cpu()
+        return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds,
+                              expected_hu if self.settings.judged == "surroundings" else None)
 
-    def shown(self, hu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bone, bool [S, N, N], and what the networks see, [S, 3, N, N], of slices [S, N, N], HU."""
-        return bone_mask(hu), encode(hu.clamp(*self.range_hu))
+    def anomalous(self, query_hu: torch.Tensor, soft: torch.Tensor, bone: torch.Tensor
+                  ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slices [S, N, N] as their surroundings call for, HU, and where the slices, HU, differ from that: bool."""
+        expected_hu = self.from_surroundings(query_hu, bone)
+        return expected_hu, self.gate(query_hu - expected_hu, soft)
 
-    def from_surroundings(self, hu: torch.Tensor) -> torch.Tensor:
+    def from_surroundings(self, hu: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
         """Slices [S, N, N], HU, every place drawn while it and what is next to it are hidden; bone as it is."""
-        bone, images = self.shown(hu)
+        images = self.seen(hu)
         found = torch.zeros_like(hu)
         for hidden, centre in blocks(self.size, self.settings.hidden):
             hidden = hidden.to(self.device).expand_as(found)
             found = torch.where(centre.to(self.device), self.draw(images, hidden, bone), found)
         return torch.where(bone, hu, found)
 
+    def seen(self, hu: torch.Tensor) -> torch.Tensor:
+        """Images [S, 3, N, N] of slices [S, N, N], HU: what the networks see of them."""
+        return encode(hu.clamp(*self.range_hu))
+
     def gate(self, difference_hu: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
         """Where a difference [S, N, N] from the surroundings is anomalous, bool [S, N, N], within soft brain."""
         unit = self.size / AT
         smooth = smoothed(difference_hu.clamp(-CLIP_HU, CLIP_HU), soft, SMOOTH * unit)
         found = without_small(smooth.abs() > self.settings.gate_hu, SPECK * unit**2)
-        around = max(1, round(AROUND * unit))
-        return F.max_pool2d(found.float()[:, None], 2 * around + 1, stride=1, padding=around)[:, 0] > 0
+        return _with_rim(found, AROUND * unit) | _with_rim(found & (smooth > 0), self.settings.bright_rim * unit)
 
     def detail(self, difference_hu: torch.Tensor, soft: torch.Tensor, anomalous: torch.Tensor) -> torch.Tensor:
         """What of a slice is too fine for the networks, HU [S, N, N]; difference_hu: the slice less what they drew."""
@@ -133,6 +148,12 @@ class Inpainting(OfEncoder):
         if not isinstance(range_hu, list) or len(range_hu) != 2:
             raise CheckpointError(f"{folder / 'model.json'}: config: expected range_hu, two HU, got {range_hu!r}")
         return cls(settings, **load_networks(folder, config, ("generator", "encoder"), device), range_hu=range_hu)
+
+
+def _with_rim(mask: torch.Tensor, width: float) -> torch.Tensor:
+    """bool [S, N, N], and what is next to it, `width` pixels or one at least: a square's side to each side."""
+    width = max(1, round(width))
+    return F.max_pool2d(mask.float()[:, None], 2 * width + 1, stride=1, padding=width)[:, 0] > 0
 
 
 def bone_mask(hu: torch.Tensor) -> torch.Tensor:

@@ -211,10 +211,12 @@ class Surprise:
 
     def evidence(self, found: Reconstruction, brain: torch.Tensor, below_vertex_mm: np.ndarray,
                  watch: None = None) -> Evidence:
-        filtered, difference = _filtered(found, brain, self.settings.median_at_512), found.query_hu - found.normal_hu
+        filtered, difference = _filtered(found, brain, self.settings.median_at_512), found.difference_hu
         mm = np.asarray(below_vertex_mm)
         if self.settings.filter == "median":
-            return Evidence(filtered, brain, mm, brain, normative.scales(difference, filtered, brain))
+            window = scale_median_size(brain.shape[-1], self.settings.median_at_512)
+            judged = residual(difference, torch.zeros_like(difference), brain, window)
+            return Evidence(filtered, brain, mm, brain, normative.scales(difference, judged, brain))
         soft = normative.soft_brain(found.query_hu, brain)
         scales = normative.band_scales(difference, soft, self.settings.filter == "hyperdense")
         return Evidence(filtered, brain, mm, soft, scales)

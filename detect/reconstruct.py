@@ -37,16 +37,24 @@ Watch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Reconstruction:
     """S slices and their closest normal ones, on the CPU.
 
-    query_hu   float32 [S, N, N], HU: the slices as the method sees them; what it cannot see is no anomaly
-    normal_hu  float32 [S, N, N], HU
-    error_hu   mean absolute difference in the brain, HU, after each stage of the method, in order
-    seconds    by stage
+    query_hu     float32 [S, N, N], HU: the slices as the method sees them; what it cannot see is no anomaly
+    normal_hu    float32 [S, N, N], HU
+    error_hu     mean absolute difference in the brain, HU, after each stage of the method, in order
+    seconds      by stage
+    expected_hu  float32 [S, N, N], HU: what the slices are judged against where that is not normal_hu, as in a method
+                 that draws an anomalous place only once it knows its shape; None: normal_hu
     """
 
     query_hu: torch.Tensor
     normal_hu: torch.Tensor
     error_hu: dict[str, float]
     seconds: dict[str, float]
+    expected_hu: torch.Tensor | None = None
+
+    @property
+    def difference_hu(self) -> torch.Tensor:
+        """What is judged, float32 [S, N, N], HU: the slices less what is expected of them."""
+        return self.query_hu - (self.normal_hu if self.expected_hu is None else self.expected_hu)
 
     @property
     def error(self) -> float:

@@ -2,7 +2,8 @@
 
 Three things are done to the brain of a slice, and the training target stays the slice as it was:
 
-hiding   blocks of a grid, or islands of any shape, are taken away: what is there is drawn from what is around it
+hiding   blocks of a grid or a chess board, or islands of any shape, are taken away: what is there is drawn from what is
+         around it
 shapes   random shapes of another density: a blob, a layer along the skull, fluid, or a piece of another head. They are
          no model of any disease; they only differ, as lesions do, from what belongs in their place: brighter or darker,
          sharp or soft, large or small (pieces of another image: Tan et al. 2020, 'Detecting outliers with foreign patch
@@ -32,6 +33,8 @@ DARK_RIM = 0.3                             # probability that a blob has a darke
 CELLS = ((4, 8), (10, 24))                 # of the two scales of shading, per side
 GRID_SHARE = 0.55                          # of the images in which blocks are hidden; islands in the others
 PERIOD, BLOCK = (16, 48), (0.45, 0.8)      # of the grid; side of a block as a part of it
+CHESS = 0.3                                # of the grids, those with every second block, as on a chess board
+CHESS_PERIOD, CHESS_BLOCK = (24, 72), (0.5, 0.7)
 ISLANDS, LEVEL = (3, 15), (0.0, 1.3)       # islands: smooth noise of so many cells a side, above a level
 
 
@@ -54,15 +57,21 @@ def draw_shapes(hu: torch.Tensor, brain: torch.Tensor, p: float, rng: np.random.
 
 
 def hide(batch: int, size: int, p: float, generator: torch.Generator) -> torch.Tensor:
-    """What is hidden of each image with probability p, bool [B, N, N]: a fifth to two thirds of it, or less."""
+    """What is hidden of each image with probability p, bool [B, N, N]: a fifth to four fifths of it, or less."""
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    draw = torch.rand(7, batch, 1, 1, generator=generator)
-    period = (PERIOD[0] + (PERIOD[1] - PERIOD[0]) * draw[0]) * size / AT
-    block = BLOCK[0] + (BLOCK[1] - BLOCK[0]) * draw[1]
+    draw = torch.rand(8, batch, 1, 1, generator=generator)
+    chess = draw[7] < CHESS
+
+    def drawn(of_grid: tuple[float, float], of_chess: tuple[float, float], share: torch.Tensor) -> torch.Tensor:
+        return torch.where(chess, of_chess[0] + (of_chess[1] - of_chess[0]) * share,
+                           of_grid[0] + (of_grid[1] - of_grid[0]) * share)
+
+    period, block = drawn(PERIOD, CHESS_PERIOD, draw[0]) * size / AT, drawn(BLOCK, CHESS_BLOCK, draw[1])
     angle = (draw[2] - 0.5) * math.pi * (draw[3] < 0.5)                       # half of the grids stand upright
     rows = (y * angle.cos() - x * angle.sin()) / period + draw[4]
     columns = (x * angle.cos() + y * angle.sin()) / period + draw[5]
     blocks = (rows % 1 < block) & (columns % 1 < block)
+    blocks |= chess & ((rows + 0.5) % 1 < block) & ((columns + 0.5) % 1 < block)
     islands = []
     for level in LEVEL[0] + (LEVEL[1] - LEVEL[0]) * draw[6].flatten():
         cells = int(torch.randint(ISLANDS[0], ISLANDS[1] + 1, (), generator=generator))

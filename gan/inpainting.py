@@ -4,12 +4,18 @@ Parts of a healthy slice are hidden, in others something is put that does not be
 and noise maps must bring back the slice as it was. Hidden or not, what is healthy comes back; what is seen and
 belongs is drawn as it is. So the same networks give, for a new scan, a prediction of every place from its surroundings
 alone, and, once it is known what is anomalous, the closest normal: the slice itself around, and within what could have
-been there (detect/inversion.py). Encoder and generator train together, the generator from its GAN training; with an
+been there (detect/inpainting.py). Encoder and generator train together, the generator from its GAN training; with an
 adversary in the last part, so that what is drawn is as sharp as what is seen.
+
+Ventricles and sulci, whose width no surroundings tell, are found anomalous in healthy heads as well, and drawn as the
+mean of what could be there: filled. But where they are found, their shape is known. So in the last part, what is hidden
+of some images is what the networks themselves find anomalous: they learn that a hole of the shape of a ventricle is a
+ventricle, with fluid in it or blood, and that one of the shape of a lesion is none.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +25,7 @@ import torch
 from ct.picture import save_hu_grid
 from ct.window import BONE_HU, decode, encode
 from dataset import SliceDataset
+from detect.inpainting import Inpainting, InpaintingSettings
 from gan.augment import random_flip, random_rotation
 from gan.corrupt import draw_shapes, hide
 from gan.encoding import EncoderTrainer
@@ -71,10 +78,18 @@ class InpaintingTrainer(EncoderTrainer):
         super().__init__(*args, **kwargs)
         open_noise(self.g)
 
+    @functools.cached_property
+    def method(self) -> Inpainting:
+        """As the networks are to be used."""
+        return Inpainting(InpaintingSettings(), self.g, self.e, self.range_hu)
+
     def learn(self, examples: dict[str, torch.Tensor], index: int, full: bool) -> dict[str, torch.Tensor]:
         """One step on what self.prepare makes of a batch; `full` adds the adversary."""
         examples = {name: t.to(self.device, non_blocking=True) for name, t in examples.items()}
         hidden, bone, real = examples["hidden"], examples["bone"], encode(examples["hu"])
+        if full:
+            found = self.found_anomalous(examples, round(self.config.gated * len(hidden)))
+            hidden = torch.cat([found, hidden[len(found):]])
         fake = self.draw(encode(examples["query"]), hidden, bone)
         weight = self.weight(examples["brain"], hidden, bone, examples["changed"])
         distance = weighted_distance(real, fake, weight, self.config.knee, self.config.gradient)
@@ -89,6 +104,11 @@ class InpaintingTrainer(EncoderTrainer):
             stats |= self._discriminator_step(real, index, fake.detach())
         self.images_seen += self.global_batch
         return stats
+
+    def found_anomalous(self, examples: dict[str, torch.Tensor], count: int) -> torch.Tensor:
+        """What the networks, as they are, find anomalous in the first `count` queries: bool [count, N, N]."""
+        query, brain, bone = (examples[name][:count] for name in ("query", "brain", "bone"))
+        return self.method.anomalous(query, brain & ~bone, bone)[1] if count else bone
 
     def weight(self, brain: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor, changed: torch.Tensor
                ) -> torch.Tensor:

@@ -100,6 +100,8 @@ class EncoderConfig:
     hide: float = option(0.0, "probability that parts of an image are hidden from the encoder, which draws with the "
                               "generator what is there (gan/inpainting.py). Above 0 this is the objective: --shapes to "
                               "--encoder-code have a part in it, --perceptual, --coarse, --erase and --noise none")
+    gated: float = option(0.0, "with --hide, in the part with the adversary: of this part of the images is hidden what "
+                               "the networks find anomalous in them, as in a new scan")
     shapes: float = option(0.5, "probability of shapes that do not belong there, to be drawn without them")
     hidden: float = option(2.0, "additional weight of a hidden pixel")
     changed: float = option(2.0, "additional weight of a pixel that a shape changed")
@@ -123,7 +125,7 @@ class EncoderConfig:
         check_range(self, ("epochs", "snapshot_epochs", "knee"), 0, above=True)
         check_range(self, ("hours", "perceptual_epochs", "lr", "lr_trunk", "lr_discriminator", "lr_generator",
                            "adversarial", "domain", "r1_gamma", "r1_every", "pixels", "workers"), 0)
-        check_range(self, ("decay", "code_alone", "erase", "coarse", "rotate", "hide", "shapes"), 0, 1)
+        check_range(self, ("decay", "code_alone", "erase", "coarse", "rotate", "hide", "gated", "shapes"), 0, 1)
         check_range(self, ("hidden", "changed", "gradient", "jitter_hu", "rotate_deg", "encoder_code"), 0)
         check_range(self, ("encoder_width", "code_nats"), 0, above=True)
         check_range(self, ("code_channels",), 0)

@@ -8,7 +8,7 @@
 # slices'). WORK (default runs/head-128) gets everything: the tables of slices and splits, slices.lmdb (HU 0..70, as loose
 # slices have them), scans.lmdb (HU -20..100, as new scans are seen), gan/, encoder/, model/, inversion/table.md,
 # cross-validation/table.md, ct-ich/table.md and phe-sich/table.md. Paths are relative to the repository. Started again,
-# it goes on where it stopped. On one CPU core some two hours of training, and the benchmarks. Another interpreter:
+# it goes on where it stopped. On one CPU core two or three hours of training, and the benchmarks. Another interpreter:
 # PYTHON=python3 sh recipes/...
 # models/head-256, on a GPU in ten minutes of training: SIZE=256 sh recipes/head-128.sh ... (work in runs/head-256). Not yet
 # run as written: its model.json says how its training differed.

@@ -22,7 +22,7 @@ MAY_IMPORT = {                                                   # besides itsel
     "model": {"op"},
     "dataset": {"ct", "distributed", "files"},
     "gan": {"op", "model", "weights", "files", "ct", "dataset", "distributed", "config", "detect.options",
-            "detect.perceptual"},
+            "detect.perceptual", "detect.inpainting"},
     "detect": {"op", "model", "weights", "files", "ct", "dataset", "distributed", "config", "version"},
     "bundling": {"config", "dataset", "detect", "distributed", "gan", "model", "weights"},
     "pacs": {"op", "files", "ct", "detect", "distributed"},

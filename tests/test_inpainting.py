@@ -15,6 +15,7 @@ from ct.window import decode, encode
 from dataset import SliceDataset
 from detect.bundle import load_bundle
 from detect.inpainting import Inpainting, InpaintingSettings, blocks, bone_mask
+from gan import corrupt
 from gan.corrupt import hide
 from gan.inpainting import InpaintingTrainer, open_noise, weighted_distance
 from gan.settings import EncoderConfig
@@ -80,9 +81,20 @@ def test_open_noise_leaves_the_images_and_lets_maps_in():
 def test_hidden_parts_hang_on_seed_and_probability():
     first, again = (hide(64, 64, 0.5, torch.Generator().manual_seed(3)) for _ in range(2))
     share = first.float().mean((1, 2))
-    assert torch.equal(first, again) and 16 < (share > 0).sum() < 48 and share.max() < 0.75
+    assert torch.equal(first, again) and 16 < (share > 0).sum() < 48 and share.max() < 0.85
     assert not hide(8, 64, 0.0, torch.Generator().manual_seed(3)).any()
     assert (hide(8, 64, 1.0, torch.Generator().manual_seed(3)).float().mean((1, 2)) > 0.02).all()
+
+
+def test_every_second_block_of_a_chess_board(monkeypatch):
+    """Blocks of half a period touch at their corners: half of the image is hidden, and half a period on the rest."""
+    for name, value in (("GRID_SHARE", 1), ("CHESS", 1), ("CHESS_PERIOD", (32, 32)), ("CHESS_BLOCK", (0.5, 0.5))):
+        monkeypatch.setattr(corrupt, name, value)
+    hidden = hide(16, 128, 1.0, torch.Generator().manual_seed(5))
+    straight = [h for h in hidden if all(len({tuple(r) for r in side.int().tolist()}) == 2 for side in (h, h.T))]
+    assert len(straight) > 3
+    for one in straight:
+        assert one.float().mean() == 0.5 and torch.equal(one[16:], ~one[:-16])
 
 
 def test_the_distance_by_hand():
@@ -123,6 +135,23 @@ def test_hidden_changed_and_bone_weigh_as_said(gan_run):
     changed = torch.tensor([[[0.0, 0.0, 0.5, 0.0, 0.0]]])
     expected = torch.tensor([1.1, 3.1, 2.6, 0.1, 0.1])
     assert torch.allclose(one.weight(brain, hidden, bone, changed)[0, 0], expected / expected.mean())
+
+
+def test_of_some_images_what_is_found_anomalous_is_hidden(gan_run, slices32):
+    """With the adversary, of half of the batch; the gate's own answer for the queries, lesions and all."""
+    one = trainer(gan_run, gated=0.5)
+    batch, seen = examples(one, slices32), []
+    one.method.gate = lambda difference_hu, soft: difference_hu.abs() > 5
+    draw = one.draw
+    one.draw = lambda images, hidden, bone: seen.append((hidden, bone)) or draw(images, hidden, bone)
+    first = {name: t[:2] for name, t in batch.items()}
+    expected = one.method.from_surroundings(first["query"], first["bone"])
+    for full in (True, False):
+        one.learn(batch, 1, full)
+    (hidden, bone), (without, _) = seen
+    assert torch.equal(hidden[:2], (first["query"] - expected).abs() > 5) and hidden[:2].any()
+    assert torch.equal(hidden[2:], batch["hidden"][2:]) and torch.equal(bone, batch["bone"])
+    assert torch.equal(without, batch["hidden"])
 
 
 def test_the_adversary_sees_what_was_drawn(gan_run, slices32):
@@ -189,6 +218,22 @@ def test_a_bleed_is_drawn_anew_and_the_rest_stays(filler):
     assert found.error_hu["surroundings"] > found.error_hu["reconstruct"] > 0
 
 
+def test_what_is_drawn_anew_is_judged_by_its_surroundings(filler):
+    """20 HU in brain of 30: expected 30 by its surroundings; as it is drawn (here 10 HU off them) only if asked for."""
+    hu = torch.full((1, 32, 32), 30.0)
+    hu[:, 12:18, 12:18] = 20.0
+    brain, drawn = torch.ones(1, 32, 32, dtype=torch.bool), filler.draw
+    filler.from_surroundings = lambda hu, bone: torch.full_like(hu, 30)
+    filler.draw = lambda images, hidden, bone: drawn(images, hidden, bone) - 10.0 * hidden
+    found = filler.closest_normal(hu, brain, np.zeros(1))
+    assert torch.allclose(found.normal_hu[:, 13:17, 13:17], torch.tensor(20.0), atol=1e-3)
+    assert torch.allclose(found.difference_hu[:, 13:17, 13:17], torch.tensor(-10.0), atol=1e-3)
+    assert torch.allclose(found.difference_hu[:, :10], torch.tensor(0.0), atol=1e-3)
+    filler.settings = dataclasses.replace(filler.settings, judged="normal")
+    as_drawn = filler.closest_normal(hu, brain, np.zeros(1))
+    assert as_drawn.expected_hu is None and as_drawn.difference_hu[:, 13:17, 13:17].abs().max() < 0.01
+
+
 def test_specks_and_what_is_faint_are_no_anomaly():
     """At 128 pixels: 10 HU in a place is anomalous, 6 HU is not, nor are 20 HU in 2 x 2 pixels."""
     one = Filler(InpaintingSettings(gate_hu=8), *networks(), (0.0, 70.0))
@@ -202,6 +247,16 @@ def test_specks_and_what_is_faint_are_no_anomaly():
     assert not found[1:].any()
     difference[2, 40:44, 40:44] = 20
     assert one.gate(difference, soft)[2, 40:44, 40:44].all()
+
+
+def test_around_what_is_bright_more_is_hidden():
+    """A square of 10 x 10 pixels; the Gaussian adds one to a side, the rim 1 where it is dark and 3 where bright."""
+    one = Filler(InpaintingSettings(), *networks(), (0.0, 70.0))
+    one.size = 128
+    difference = torch.zeros(2, 128, 128)
+    difference[0, 60:70, 60:70], difference[1, 60:70, 60:70] = -30, 30
+    rows = one.gate(difference, torch.ones(2, 128, 128, dtype=torch.bool)).any(2).sum(1)
+    assert rows.tolist() == [10 + 2 + 2, 10 + 2 + 6]
 
 
 def test_grain_comes_back_whole_where_all_is_normal_and_up_to_3_hu_elsewhere():
@@ -219,7 +274,8 @@ def test_grain_comes_back_whole_where_all_is_normal_and_up_to_3_hu_elsewhere():
 
 def test_settings_and_networks_that_do_not_fit_are_refused():
     for changes, said in (({"gate_hu": 0}, "gate_hu must be above 0"), ({"batch": 0}, "batch must be at least 1"),
-                          ({"hidden": 7}, "hidden must be from 8 to 64 pixels"), ({"hidden": 65}, "got 65")):
+                          ({"hidden": 7}, "hidden must be from 8 to 64 pixels"), ({"hidden": 65}, "got 65"),
+                          ({"bright_rim": 0}, "bright_rim must be at least 1 pixel, got 0")):
         with pytest.raises(ValueError, match=said):
             InpaintingSettings(**changes)
     plain = dataclasses.replace(TINY, encoder_masks=False)
