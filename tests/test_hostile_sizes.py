@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -198,9 +199,11 @@ def reasons(tmp_path_factory) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_is_refused_in_a_gigabyte(name, reasons):
+def test_a_bomb_is_refused_in_a_gigabyte(name, reasons, tmp_path):
     words = BOMBS[name][1]
     reason, = reasons[name]
+    if "the disk has room for" in reason and shutil.disk_usage(tmp_path).free < 6e9:
+        pytest.skip(f"the disk is nearly full, and that is what is said first: {reason}")
     assert words in reason if words else "MemoryError" not in reason
 
 
