@@ -91,9 +91,10 @@ class Inpainting(OfEncoder):
             normal_hu += self.detail(query_hu - normal_hu, soft, anomalous)
         if watch:
             watch(query_hu, normal_hu)
-        expected_hu = torch.where(anomalous, expected_hu, normal_hu).cpu()
-        return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds,
-                              expected_hu if self.settings.judged == "surroundings" else None)
+        judged_hu = None
+        if self.settings.judged == "surroundings":
+            judged_hu = torch.where(anomalous, expected_hu, normal_hu).cpu()
+        return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds, judged_hu)
 
     def anomalous(self, query_hu: torch.Tensor, soft: torch.Tensor, bone: torch.Tensor
                   ) -> tuple[torch.Tensor, torch.Tensor]:

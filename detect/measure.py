@@ -214,8 +214,10 @@ class Surprise:
         filtered, difference = _filtered(found, brain, self.settings.median_at_512), found.difference_hu
         mm = np.asarray(below_vertex_mm)
         if self.settings.filter == "median":
-            window = scale_median_size(brain.shape[-1], self.settings.median_at_512)
-            judged = residual(difference, torch.zeros_like(difference), brain, window)
+            judged = filtered
+            if found.expected_hu is not None:
+                window = scale_median_size(brain.shape[-1], self.settings.median_at_512)
+                judged = residual(found.query_hu, found.expected_hu, brain, window)
             return Evidence(filtered, brain, mm, brain, normative.scales(difference, judged, brain))
         soft = normative.soft_brain(found.query_hu, brain)
         scales = normative.band_scales(difference, soft, self.settings.filter == "hyperdense")
