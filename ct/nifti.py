@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from isal import igzip, isal_zlib
 
 from ct.geometry import Placed
 from ct.limits import SLICE_MM, check_pixel_spacing, check_ratio, check_size, check_slice_spacing
@@ -107,13 +106,13 @@ def _begin(path: Path, count: int = 540) -> bytes:
     try:
         with _open(path) as stream:
             return stream.read(count)
-    except (OSError, EOFError, zlib.error):
+    except (OSError, EOFError, isal_zlib.error):
         return b""
 
 
 def _open(path: Path):
     """A stream of the file's bytes, unpacked where they are gzip's, whatever the name says."""
-    return gzip.open(path) if _is_packed(path) else open(path, "rb")
+    return igzip.open(path) if _is_packed(path) else open(path, "rb")
 
 
 def _is_packed(path: Path) -> bool:
@@ -157,7 +156,7 @@ def read(source: ScanSource) -> Scan:
     values = _values(source.paths if single else source.paths[1:], header, dtype, shape)
     hu, more = _check_hu(path, values)
     saturation = _saturation(hu)
-    shares = tissue_shares(hu, saturation)
+    shares = tissue_shares(hu.T, saturation)                              # in the order that the memory has them
     if not like_a_head(shares):
         raise ScanError(f"{path.name}: the values do not look like HU of a head in air: {describe(shares)} (an offset "
                         "such as 1024 added, no skull, or another kind of map?); give the scan in HU")
@@ -223,13 +222,13 @@ def _values(paths: Sequence[Path], header: nib.Nifti1Header, dtype: np.dtype, sh
             stream.seek(int(offset) if np.isfinite(offset) else 0)
             stored = np.frombuffer(stream.read(count * dtype.itemsize), dtype)
         stored = stored.reshape(shape[:3], order="F")
-    except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, OverflowError, isal_zlib.error) as error:
         raise ScanError(f"{path.name}: cannot be read as NIfTI: it is truncated or damaged ({type(error).__name__})"
                         ) from error
     if slope == 0 or not np.isfinite(slope):
         return stored.astype(np.float32)
     intercept = intercept if np.isfinite(intercept) else 0.0
-    values = np.empty(stored.shape, np.float32)
+    values = np.empty(stored.shape, np.float32, order="F")                # as stored: other orders take longer
     for k in range(shape[2]):                         # in double precision, a slice at a time
         values[:, :, k] = stored[:, :, k] * np.float64(slope) + np.float64(intercept)
     return values
@@ -302,7 +301,7 @@ def _check_hu(path: Path, hu: np.ndarray) -> tuple[np.ndarray, list[str]]:
     finite = np.isfinite(hu)
     if not finite.any():
         raise ScanError(f"{path.name}: holds no finite value")
-    low, high = float(hu[finite].min()), float(hu[finite].max())
+    low, high = (float(end(hu, where=finite, initial=start)) for end, start in ((np.min, np.inf), (np.max, -np.inf)))
     if low >= 0 or high - low <= 50:
         raise ScanError(f"{path.name}: this NIfTI doesn't look like HU: its values are {low:g}..{high:g}, but air is "
                         "-1000 and brain 30 (a mask, a picture, normalised values, or values without the rescale "
