@@ -21,7 +21,7 @@ from config import option
 from detect import normative
 from detect.normative import Normal
 from detect.reconstruct import Reconstruction
-from op.gaussian import gaussian_blur
+from op.banded import gaussian_blur
 from op.median import median2d
 
 VERSION = 1                     # of everything here that a score hangs on: calibrations of another are not comparable

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from ct.window import BONE_HU
-from op.gaussian import gaussian_blur
+from op.banded import dilated, gaussian_blur
 
 COARSE_AT_512 = 20.0         # standard deviation of the coarse scale's Gaussian, pixels at 512
 FINE_AT_512, WIDE_AT_512 = 6.0, 40.0         # of the two Gaussians of the fine scale in 'band'
@@ -80,8 +80,7 @@ def soft_brain(query_hu: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
     Blood does not reach BONE_HU. What is next to bone shares pixels with it, and no two heads share their bones' edges.
     """
     rim = max(1, round(RIM_AT_512 * brain.shape[-1] / 512))
-    dense = F.max_pool2d((query_hu >= BONE_HU).float()[:, None], 2 * rim + 1, stride=1, padding=rim)[:, 0] > 0
-    return brain & ~dense
+    return brain & ~dilated(query_hu >= BONE_HU, rim)
 
 
 @dataclass(frozen=True)
