@@ -9,13 +9,28 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from op import bias_act, binomial_kernel, conv2d, modulated_conv2d, raised, scaled_sum, styled_act, upfirdn2d
+from op import (
+    bias_act,
+    binomial_kernel,
+    conv2d,
+    enlarged_beside,
+    folding_pays,
+    modulated_conv2d,
+    modulated_product,
+    prepared,
+    ready,
+    scaled_sum,
+    styled_act,
+    upfirdn2d,
+)
 from op.bias_act import SQRT2
 
 CODE_SIDE = 8                # pixels of a code in space
@@ -79,6 +94,25 @@ class ModelConfig:
 # ---------------------------------------------------------------------------------------------------------------
 # Layers
 
+class Kept:
+    """What is made of a parameter that is not trained, kept as long as it stays as it is and no gradient is asked for.
+
+    Whether it does is told by its version, which a fused optimiser does not count up: so nothing that is trained.
+    """
+
+    def __init__(self):
+        self.found = None, None
+
+    def __call__(self, parameter: torch.Tensor, how: Hashable, make: Callable[[], Any]) -> Any:
+        """make(), or what it gave for the same `how`."""
+        if torch.is_grad_enabled() or parameter.requires_grad or torch.compiler.is_compiling():
+            return make()
+        key = parameter.data_ptr(), parameter._version, how
+        if self.found[0] != key:
+            self.found = key, make()
+        return self.found[1]
+
+
 class PixelNorm(nn.Module):
     def forward(self, x):
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
@@ -92,9 +126,10 @@ class EqualLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_dim, in_dim) / lr_mul)
         self.bias = nn.Parameter(torch.full((out_dim,), float(bias_init)))
         self.scale, self.lr_mul, self.activate = lr_mul / math.sqrt(in_dim), lr_mul, activate
+        self.kept = Kept()
 
     def forward(self, x):
-        weight, bias = self.weight * self.scale, self.bias * self.lr_mul
+        weight, bias = self.kept(self.weight, None, lambda: self.weight * self.scale), self.bias * self.lr_mul
         if self.activate:
             return bias_act(F.linear(x, weight), bias)
         return F.linear(x, weight, bias)
@@ -105,9 +140,15 @@ class EqualConv2d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_ch, in_ch, kernel, kernel))
         self.scale, self.stride, self.padding = 1 / math.sqrt(in_ch * kernel**2), stride, padding
+        self.kept = Kept()
 
     def forward(self, x):
-        return conv2d(x, (self.weight * self.scale).to(x.dtype), self.stride, self.padding)
+        return self.parts(x, 1)[0]
+
+    def parts(self, x, count):
+        """forward(x) in so many parts of its channels, each in memory of its own."""
+        weight = self.kept(self.weight, x.dtype, lambda: ready(self.weight * self.scale, x.dtype))
+        return [conv2d(x, part, self.stride, self.padding) for part in weight.chunk(count)]
 
 
 class Blur(nn.Module):
@@ -131,6 +172,10 @@ class Upsample(nn.Module):
 
     def forward(self, x):
         return upfirdn2d(x, self.kernel, up=2, pad=(2, 1))
+
+    def beside(self, x, other):
+        """forward(x) and other [B, O, 2H, 2W], their channels side by side."""
+        return enlarged_beside(x, other, self.kernel)
 
 
 class FusedLeakyReLU(nn.Module):
@@ -156,15 +201,20 @@ class ModulatedConv2d(nn.Module):
         self.weight = nn.Parameter(torch.randn(1, out_ch, in_ch, kernel, kernel))
         self.modulation = EqualLinear(style_dim, in_ch, bias_init=1)
         self.scale, self.demodulate, self.upsample = 1 / math.sqrt(in_ch * kernel**2), demodulate, upsample
+        self.kept = Kept()
         if upsample:
             self.blur = Blur(pad=(1, 1), upsample_factor=2)
 
-    def forward(self, x, w):
-        """x [B, I, H, W], w [B, style_dim] -> (y, demodulation factor [B, O, 1, 1] or None)."""
-        y, factor = modulated_conv2d(
-            x, self.weight[0] * self.scale, self.modulation(w), self.demodulate, self.upsample
-        )
-        return (self.blur(y) if self.upsample else y), factor
+    def forward(self, x, style, modulated=False):
+        """x [B, I, H, W], style of modulation() [B, I], modulated: x is multiplied by it already.
+
+        Gives (y, demodulation factor [B, O, 1, 1] or None); y may be folded, as that of op.modulated_conv2d.
+        """
+        fold = self.upsample and folding_pays(x, self.weight)
+        weight = self.kept(self.weight, (x.dtype, fold), lambda: prepared(
+            self.weight[0] * self.scale, x.dtype, self.demodulate, self.blur.kernel if fold else None))
+        y, factor = modulated_conv2d(x, weight, style, self.upsample, modulated)
+        return (self.blur(y) if self.upsample and not fold else y), factor
 
 
 class StyledConv(nn.Module):
@@ -176,10 +226,15 @@ class StyledConv(nn.Module):
         self.noise = NoiseInjection()
         self.activate = FusedLeakyReLU(out_ch)
 
-    def forward(self, x, w, noise):
-        """noise: [B or 1, 1 or C, H', W'] or None."""
-        y, factor = self.conv(x, w)                      # leaky ReLU is homogeneous: its gain rides on the factors
-        return styled_act(y, factor * SQRT2, noise, self.noise.weight * SQRT2, self.activate.bias * SQRT2)
+    def style(self, w):
+        """w [B, style_dim] -> what the input is multiplied by, [B, I]."""
+        return self.conv.modulation(w)
+
+    def forward(self, x, style, noise, modulated=False, then=None):
+        """noise: as op.styled_act's; modulated: x is multiplied by style; then [B, O]: the output is to be, by that."""
+        y, factor = self.conv(x, style, modulated)       # leaky ReLU is homogeneous: its gain rides on the factors
+        return styled_act(y, factor * SQRT2, noise, self.noise.weight * SQRT2, self.activate.bias * SQRT2,
+                          then=None if then is None else then[:, :, None, None])
 
 
 class ToRGB(nn.Module):
@@ -193,7 +248,7 @@ class ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, 3 * fold**2, 1, 1))
 
     def forward(self, x, w, skip):
-        y, _ = self.conv(x, w)
+        y = modulated_product(x, self.conv.weight[0, :, :, 0, 0] * self.conv.scale, self.conv.modulation(w))
         y = y.float() + self.bias                        # the image is summed in float32 in every precision
         if self.fold > 1:
             y = F.pixel_shuffle(y, self.fold)
@@ -246,8 +301,9 @@ class Generator(nn.Module):
             raise ValueError(f"noise must be 'const', 'random', None or a list of maps, got {noise!r}")
         if noise is None:
             return [None] * len(self.noise_sizes)
-        if [n.shape[-1] for n in noise] != self.noise_sizes:
-            raise ValueError(f"noise maps must have sides {self.noise_sizes}, got {[n.shape[-1] for n in noise]}")
+        sides = [(n[0] if isinstance(n, tuple) else n).shape[-1] for n in noise]
+        if sides != self.noise_sizes:
+            raise ValueError(f"noise maps must have sides {self.noise_sizes}, got {sides}")
         return noise
 
     def mapping(self, z: torch.Tensor) -> torch.Tensor:
@@ -276,11 +332,13 @@ class Generator(nn.Module):
         maps = self.noise_maps(noise, batch)
         x = self.input.input.to(self.compute_dtype).expand(batch, -1, -1, -1)
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.conv1(x, w[0], maps[0])
+        x = self.conv1(x, self.conv1.style(w[0]), maps[0])
         image = self.to_rgb1(x, w[1], None)
         for i, to_rgb in enumerate(self.to_rgbs):
-            x = self.convs[2 * i](x, w[2 * i + 1], maps[2 * i + 1])
-            x = self.convs[2 * i + 1](x, w[2 * i + 2], maps[2 * i + 2])
+            enlarge, conv = self.convs[2 * i:2 * i + 2]
+            style = conv.style(w[2 * i + 2])
+            x = enlarge(x, enlarge.style(w[2 * i + 1]), maps[2 * i + 1], then=style)
+            x = conv(x, style, maps[2 * i + 2], modulated=True)
             image = to_rgb(x, w[2 * i + 3], image)
         return image if self.config.fold == 1 else self.to_fine(x, w[-1], image)
 
@@ -404,8 +462,8 @@ class NoiseHead(nn.Module):
         """_Trunk.features -> a map [B, 1 or C, r, r] for each of Generator.noise_sizes but the first."""
         x, found = stages[-1], []
         for stage, mix, maps in zip(reversed(stages[:-1]), self.mixes, self.maps):
-            x = mix(torch.cat([self.upsample(x), stage], 1))
-            found += maps(x).chunk(2, dim=1)
+            x = mix(self.upsample.beside(x, stage))
+            found += maps.parts(x, 2)
         return found
 
 
@@ -447,11 +505,18 @@ class Encoder(_Trunk):
 
         These are the generator's own buffers; with config.encoder_noise, what the images call for beside them.
         """
-        stages, own = self.features(images), generator.noise_maps("const")
-        if not self.config.encoder_noise:
-            return self.code(stages), own
-        found = self.noise_head(stages)
-        return self.code(stages), [own[0], *map(raised, found, own[1:])]
+        code, found, own = self._invert(images, generator)
+        return code, [own[0], *(more.to(noise.dtype) + noise for more, noise in zip(found, own[1:]))] if found else own
+
+    def redraw(self, images: torch.Tensor, generator: Generator) -> torch.Tensor:
+        """generator.synthesis(*invert(images, generator)), though noise maps are added up where they are used."""
+        code, found, own = self._invert(images, generator)
+        return generator.synthesis(code, [own[0], *zip(found, own[1:])] if found else own)
+
+    def _invert(self, images, generator):
+        stages = self.features(images)
+        found = self.noise_head(stages) if self.config.encoder_noise else []
+        return self.code(stages), found, generator.noise_maps("const")
 
 
 # ---------------------------------------------------------------------------------------------------------------

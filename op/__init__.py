@@ -1,11 +1,12 @@
 """Tensor operations that the models are built from. Each op in one file, its reference beside its fast paths."""
 
-from op.between import raised, scaled_sum, styled_act
+from op.between import enlarged_beside, scaled_sum, styled_act
 from op.bias_act import bias_act
-from op.conv import conv2d
+from op.conv import conv2d, ready
 from op.cuda import set_impl
-from op.modulated_conv import modulated_conv2d
+from op.modulated_conv import folding_pays, modulated_conv2d, modulated_product, prepared
 from op.upfirdn2d import binomial_kernel, upfirdn2d
 
-__all__ = ["bias_act", "binomial_kernel", "conv2d", "modulated_conv2d", "raised", "scaled_sum", "set_impl",
+__all__ = ["bias_act", "binomial_kernel", "conv2d", "enlarged_beside", "folding_pays", "modulated_conv2d",
+           "modulated_product", "prepared", "ready", "scaled_sum", "set_impl",
            "styled_act", "upfirdn2d"]

@@ -9,22 +9,33 @@ import torch
 
 from op import fused, styled
 from op.bias_act import bias_act
+from op.fused import Noise
+from op.modulated_conv import unfolded
+from op.upfirdn2d import upfirdn2d
 
 
-def styled_act(y: torch.Tensor, factor: torch.Tensor, noise: torch.Tensor | None, strength: torch.Tensor,
-               bias: torch.Tensor, slope: float = 0.2) -> torch.Tensor:
-    """leaky_relu(y * factor + noise * strength + bias), in y's dtype.
+def styled_act(y: torch.Tensor, factor: torch.Tensor, noise: Noise, strength: torch.Tensor, bias: torch.Tensor,
+               slope: float = 0.2, then: torch.Tensor | None = None) -> torch.Tensor:
+    """leaky_relu(y * factor + noise * strength + bias) * then, in y's dtype: [B, C, H, W].
 
-    y [B, C, H, W], factor [B, C, 1, 1], noise [B or 1, 1 or C, H, W] or None, strength [1], bias [C].
+    y [B, C, H, W], or [B, 4 C, H/2, W/2] of modulated_conv2d; factor [B, C, 1, 1], strength [1], bias [C]. noise
+    [B or 1, 1 or C, H, W], None, or two maps that add up, of y's dtype [B, C, H, W] and float32 [1, 1, H, W]. then
+    [B, C, 1, 1], what the next layer multiplies by, or None.
     """
-    for one_pass in (fused.styled_act, styled.styled_act):
-        found = one_pass(y, factor, noise, strength, bias, slope)
-        if found is not None:
-            return found
-    y = y * factor
-    if noise is not None:
-        y.add_((noise * strength).to(y.dtype))
-    return bias_act(y, bias, slope, gain=1)
+    found = fused.styled_act(y, factor, noise, strength, bias, slope, then)
+    if found is not None:
+        return found
+    if y.shape[1] != len(bias):
+        y = unfolded(y)
+    if isinstance(noise, tuple):
+        noise = noise[0].to(noise[1].dtype) + noise[1]
+    out = styled.styled_act(y, factor, noise, strength, bias, slope)
+    if out is None:
+        out = y * factor
+        if noise is not None:
+            out.add_((noise * strength).to(y.dtype))
+        out = bias_act(out, bias, slope, gain=1)
+    return out if then is None else out * then.to(out.dtype)
 
 
 def scaled_sum(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
@@ -33,7 +44,7 @@ def scaled_sum(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     return (a + b) * scale if found is None else found
 
 
-def raised(x: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
-    """x + wide in the dtype of wide; x [B, C, H, W], wide [1, 1, H, W]."""
-    found = fused.raised(x, wide)
-    return x.to(wide.dtype) + wide if found is None else found
+def enlarged_beside(x: torch.Tensor, other: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """x [B, C, H, W], twice as wide and high by kernel, binomial_kernel(gain=4), and other [B, O, 2H, 2W] beside it."""
+    found = fused.enlarged_beside(x, other)
+    return torch.cat([upfirdn2d(x, kernel, up=2, pad=(2, 1)), other], 1) if found is None else found

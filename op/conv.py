@@ -17,3 +17,8 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor, stride: int = 1, padding: int 
     if twice and x.device.type == "cpu" and weight.shape[2:] == (1, 1) and stride == 1 and not padding:
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
     return F.conv2d(x, weight, stride=stride, padding=padding)
+
+
+def ready(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """weight [O, I, k, k] as a convolution in channels-last would else turn it each time."""
+    return weight.to(dtype).contiguous(memory_format=torch.channels_last)

@@ -1,8 +1,8 @@
 """What lies between two convolutions of a network, as one pass over the activations where no gradient is asked for.
 
 A CPU spends more time on reading and writing activations than on the convolutions between them. These passes are in C
-(op/csrc/fused.c, compiled at first use), for bfloat16 in channels-last. Every step rounds as PyTorch's separate passes
-do, so that results are the same to the bit. The functions return None where they are not for here (gradients, other
+(op/csrc/fused.c, compiled at first use), for bfloat16 in channels-last, and round once where PyTorch's separate passes
+round each. The functions return None where they are not for here (gradients, other
 dtypes and devices, no compiler, --ops ref); the caller then does it with PyTorch.
 """
 
@@ -18,15 +18,16 @@ import torch
 from op.build import BuildError, load_c
 from op.cuda import is_ref
 
-LANES = 32                      # channels in multiples of these: PyTorch rounds what is left over in another way
+LANES = 32                      # channels in multiples of these: what the compiler works on at a time
 PIECE = 1 << 18                 # elements that are worth a thread
 NHWC = torch.channels_last
+Noise = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None       # as op.styled_act takes it
 _POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
     "bias_act": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2,
-    "styled": [_POINTER] * 5 + [_COUNT] * 5 + [_FLOAT] * 2,
+    "styled": [_POINTER] * 7 + [_COUNT] * 9 + [_FLOAT] * 2,
     "scaled_sum": [_POINTER] * 3 + [_COUNT, _FLOAT],
-    "raised": [_POINTER] * 3 + [_COUNT] * 5,
+    "enlarged_beside": [_POINTER] * 4 + [_COUNT] * 5,
 }
 
 
@@ -36,26 +37,34 @@ def bias_act(x: torch.Tensor, bias: torch.Tensor, slope: float, gain: float) -> 
         return None
     _, channels, rows, columns = x.shape
     bias, out = (bias * gain).to(x.dtype), torch.empty_like(x)
-    gain = float(torch.tensor(gain).to(x.dtype))                      # as torch.add rounds its alpha
     _spread(lambda first, last: _library().bias_act(
         _at(x, first), _at(bias), _at(out, first), (last - first) * rows * columns, channels, gain, slope), x)
     return out
 
 
-def styled_act(y: torch.Tensor, factor: torch.Tensor, noise: torch.Tensor | None, strength: torch.Tensor,
-               bias: torch.Tensor, slope: float) -> torch.Tensor | None:
+def styled_act(y: torch.Tensor, factor: torch.Tensor, noise: Noise, strength: torch.Tensor, bias: torch.Tensor,
+               slope: float, then: torch.Tensor | None) -> torch.Tensor | None:
     """op.styled_act."""
-    if not _for_here(y, factor, noise, strength, bias):
+    channels, folded = len(bias), y.shape[1] != len(bias)
+    more, noise = noise if isinstance(noise, tuple) else (None, noise)
+    if channels % LANES or not _for_here(y, factor, noise, more, strength, bias, then):
         return None
-    _, channels, rows, columns = y.shape
-    steps, strength = (0, 0), float(strength)
-    if noise is not None:
+    rows, columns = (side * 2 if folded else side for side in y.shape[2:])
+    steps, more_steps = (0, 0), (0, 0)
+    if more is not None:
+        if more.dtype != y.dtype or more.stride(1) != 1 or more.stride(2) != columns * more.stride(3):
+            return None
+        noise, steps, more_steps = noise.float().contiguous(), (0, 1), (more.stride(0), more.stride(3))
+    elif noise is not None:
         noise = noise.float().contiguous(memory_format=NHWC)
         steps = (noise[0].numel() if len(noise) > 1 else 0, noise.shape[1])
-    factor, bias, out = factor.contiguous(), bias.to(y.dtype), torch.empty_like(y)
+    factor, bias, strength = factor.contiguous(), bias.to(y.dtype), float(strength)
+    then = None if then is None else then.to(y.dtype).contiguous()
+    out = torch.empty(len(y), channels, rows, columns, dtype=y.dtype, memory_format=NHWC)
     _spread(lambda first, last: _library().styled(
-        _at(y, first), _at(factor, first), _at(noise, first if steps[0] else 0), _at(bias), _at(out, first),
-        last - first, rows * columns, channels, *steps, strength, slope), y)
+        _at(y, first), _at(factor, first), _at(noise, first if steps[0] else 0), _at(more, first), _at(bias),
+        _at(then, first), _at(out, first), last - first, rows, columns, channels, folded, *steps, *more_steps, strength,
+        slope), out)
     return out
 
 
@@ -69,22 +78,25 @@ def scaled_sum(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor |
     return out
 
 
-def raised(x: torch.Tensor, wide: torch.Tensor) -> torch.Tensor | None:
-    """op.raised; x may be some of the channels of a tensor in channels-last."""
-    if not (_for_here(x, wide, layout=False) and x.stride(1) == 1 and x.stride(2) == x.shape[3] * x.stride(3)
-            and wide.dtype == torch.float32 and wide.shape == (1, 1, *x.shape[2:]) and wide.is_contiguous()):
+def enlarged_beside(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None:
+    """op.enlarged_beside."""
+    if not (_for_here(x, other) and _for_here(other)):
         return None
-    _, channels, rows, columns = x.shape
-    out = torch.empty(x.shape, dtype=wide.dtype, memory_format=NHWC)
-    _spread(lambda first, last: _library().raised(
-        _at(x, first), _at(wide), _at(out, first), last - first, rows * columns, channels, x.stride(0),
-        x.stride(3)), x)
+    images, channels, rows, columns = x.shape
+    out = torch.empty(images, channels + other.shape[1], *other.shape[2:], dtype=x.dtype, memory_format=NHWC)
+
+    def run(first: int, last: int) -> None:
+        line = torch.empty(columns * channels)
+        _library().enlarged_beside(_at(x, first), _at(other, first), _at(out, first), _at(line), last - first, rows,
+                                   columns, channels, other.shape[1])
+
+    _spread(run, out)
     return out
 
 
-def _for_here(x: torch.Tensor, *others: torch.Tensor | None, layout: bool = True) -> bool:
+def _for_here(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     return (x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.ndim == 4 and x.shape[1] % LANES == 0
-            and x.numel() > 0 and (not layout or x.is_contiguous(memory_format=NHWC))
+            and x.numel() > 0 and x.is_contiguous(memory_format=NHWC)
             and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
             and not is_ref() and not torch.compiler.is_compiling() and _library() is not None)
 

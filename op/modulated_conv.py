@@ -8,32 +8,104 @@ and lets the batch share one large convolution.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
+from op.conv import ready
+from op.cuda import is_ref
+
+FOLD_FROM = 8                                 # pixels of a side: of smaller ones the weights are most of the work
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Of one modulated convolution, as modulated_conv2d takes it."""
+
+    kernel: torch.Tensor                      # [O, I, k, k], or folded [4 O, I, k, k]
+    energy: torch.Tensor | None               # [O, I], float32 or wider, for the demodulation; None without one
+    folded: bool = False
+
+
+def prepared(weight: torch.Tensor, dtype: torch.dtype, demodulate: bool = True,
+             upsample: torch.Tensor | None = None) -> Weight:
+    """weight [O, I, k, k], with its gain, for convolutions in dtype; upsample: the filter after it, to be folded in.
+
+    The energy is computed in float32 (float64 for a double weight) whatever dtype is.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    energy = weight.to(wide).square().sum((2, 3)) if demodulate else None
+    kernel = weight if upsample is None else folded(weight, upsample)
+    return Weight(ready(kernel, dtype), energy, upsample is not None)
+
+
+def folded(weight: torch.Tensor, blur: torch.Tensor) -> torch.Tensor:
+    """[4 O, I, 3, 3]: a transposed convolution of stride 2 by weight [O, I, 3, 3] and the filter blur [4, 4] after it.
+
+    Each of 2 x 2 pixels that one becomes hangs on its 3 x 3 neighbours: as one convolution without stride, that is four
+    times the operations, and for a matrix unit still less work than the transposed convolution and the filter.
+    """
+    out, into = weight.shape[:2]
+    tap = torch.eye(9, dtype=weight.dtype, device=weight.device).reshape(9, 1, 3, 3)
+    both = F.conv2d(tap, blur.to(weight)[None, None], padding=3)                       # of each tap, [9, 1, 6, 6]
+    phases = both.reshape(9, 3, 2, 3, 2).flip(1, 3)                    # both[2 j + p], where p is which of the 2 pixels
+    taps = phases.permute(2, 4, 1, 3, 0).reshape(4 * 9, 9)
+    kernel = taps @ weight.permute(0, 2, 3, 1).reshape(out, 9, into)                                 # [O, 4 x 9, I]
+    return kernel.reshape(out, 4, 9 * into).transpose(0, 1).reshape(4 * out, 3, 3, into).permute(0, 3, 1, 2)
+
+
+def folding_pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the convolution of x [B, I, H, W] is better folded: in bfloat16 on a CPU with AMX, without gradients."""
+    return (x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] >= FOLD_FROM
+            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+            and not is_ref() and has_matrix_unit())
+
+
+@functools.cache
+def has_matrix_unit() -> bool:
+    """Whether this CPU multiplies bfloat16 in tiles (AMX)."""
+    return torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+def unfolded(y: torch.Tensor) -> torch.Tensor:
+    """[B, 4 C, H, W], 2 x 2 pixels at once, as [B, C, 2 H, 2 W]."""
+    y = y.unflatten(1, (2, 2, y.shape[1] // 4)).permute(0, 3, 4, 1, 5, 2)
+    return y.flatten(4, 5).flatten(2, 3).contiguous(memory_format=torch.channels_last)
+
 
 def modulated_conv2d(
-    x: torch.Tensor, weight: torch.Tensor, style: torch.Tensor, demodulate: bool = True, upsample: bool = False
+    x: torch.Tensor, weight: Weight, style: torch.Tensor, upsample: bool = False, modulated: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x [B, I, H, W], weight [O, I, k, k], style [B, I] -> (y [B, O, H', W'], demodulation [B, O, 1, 1] or None).
+    """x [B, I, H, W], style [B, I] -> (y [B, O, H', W'], demodulation [B, O, 1, 1] or None). modulated: x is already.
 
     y is not yet demodulated: the caller folds the factor into its next pass. Padding k // 2; with `upsample` a
-    transposed convolution of stride 2 without padding (H' = 2 H + k - 2), to be blurred by the caller. The factor
-    is computed in float32 (float64 for a double weight) whatever x's dtype is.
+    transposed convolution of stride 2 without padding (H' = 2 H + k - 2), to be blurred by the caller, but for a folded
+    weight y [B, 4 O, H, W], that is blurred and to be unfolded. The factor is in float32 or wider before it is
+    rounded.
     """
     factor = None
-    if demodulate:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        energy = weight.to(wide).square().sum((2, 3))                         # (O, I)
-        factor = torch.rsqrt(style.to(wide).square() @ energy.t() + 1e-8)     # (B, O)
+    if weight.energy is not None:
+        factor = torch.rsqrt(style.to(weight.energy.dtype).square() @ weight.energy.t() + 1e-8)     # (B, O)
         factor = factor[:, :, None, None].to(x.dtype)
-    x = x * style[:, :, None, None].to(x.dtype)
-    weight = weight.to(x.dtype)
-    if upsample:
-        y = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+    if not modulated:
+        x = x * style[:, :, None, None].to(x.dtype)
+    if upsample and not weight.folded:
+        y = F.conv_transpose2d(x, weight.kernel.transpose(0, 1), stride=2)
     else:
-        y = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+        y = F.conv2d(x, weight.kernel, padding=weight.kernel.shape[-1] // 2)
     return y, factor
+
+
+def modulated_product(x: torch.Tensor, weight: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
+    """A modulated convolution of 1 x 1 to a few channels, not demodulated: x [B, I, H, W], weight [O, I], style [B, I].
+
+    Gives [B, O, H, W]. It is x that is large here, so the weights are scaled, and each sample has a matrix of its own.
+    """
+    weights = (weight * style[:, None]).to(x.dtype)                                             # (B, O, I)
+    y = x.permute(0, 2, 3, 1).flatten(1, 2) @ weights.transpose(1, 2)
+    return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 def modulated_conv2d_ref(x, weight, style, demodulate=True, upsample=False):

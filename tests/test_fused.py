@@ -1,12 +1,13 @@
-"""The fused passes give what PyTorch's separate ones give, to the bit, and step aside where they are not for."""
+"""The fused passes give what PyTorch gives in float32, rounded once, and step aside where they are not for."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from op import bias_act, fused, raised, scaled_sum, set_impl, styled_act
+from op import bias_act, binomial_kernel, enlarged_beside, fused, scaled_sum, set_impl, styled_act
 from op.build import BuildError
+from op.modulated_conv import unfolded
 
 NHWC = torch.channels_last
 
@@ -24,17 +25,21 @@ def rand(*shape: int, seed: int = 0, dtype=torch.bfloat16) -> torch.Tensor:
     return x.contiguous(memory_format=NHWC) if len(shape) == 4 else x
 
 
-def both(call) -> tuple[torch.Tensor, torch.Tensor]:
-    """What call() gives, fused and by PyTorch alone."""
-    found = call()
+def wider(x):
+    """x in float32, tuples of tensors too."""
+    if isinstance(x, tuple):
+        return tuple(map(wider, x))
+    return x.float() if isinstance(x, torch.Tensor) else x
+
+
+def assert_rounded_once(op, *args, **kwargs) -> None:
+    """op gives in bfloat16 what PyTorch gives in float32, to the last bit but where both are near the middle of two."""
+    found = op(*args, **kwargs)
     set_impl("ref")
-    return found, call()
-
-
-def assert_same(call) -> None:
-    found, expected = both(call)
-    assert found.dtype == expected.dtype and found.is_contiguous(memory_format=NHWC)
-    assert torch.equal(found, expected)
+    expected = op(*map(wider, args), **{name: wider(x) for name, x in kwargs.items()})
+    assert found.dtype == torch.bfloat16 and found.is_contiguous(memory_format=NHWC)
+    torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=1e-6)
+    assert (found == expected.bfloat16()).float().mean() > 0.98
 
 
 @pytest.fixture
@@ -55,40 +60,66 @@ NOISE = {"none": None, "one map": (1, 1), "a map an image": (3, 1), "a channel e
 
 @pytest.mark.parametrize("noise", NOISE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_styled_layer(noise, dtype, used):
+@pytest.mark.parametrize("then", [None, rand(3, 64, 1, 1, seed=4)], ids=["", "then"])
+def test_a_styled_layer(noise, dtype, then, used):
     maps = NOISE[noise] and rand(*NOISE[noise], 7, 6, seed=2, dtype=dtype)
-    strength, bias = torch.tensor([0.37]), rand(64, seed=3, dtype=torch.float32)
-    assert_same(lambda: styled_act(rand(3, 64, 7, 6), rand(3, 64, 1, 1, seed=1), maps, strength, bias))
+    strength, bias = torch.tensor([0.37]), rand(64, seed=3)
+    assert_rounded_once(styled_act, rand(3, 64, 7, 6), rand(3, 64, 1, 1, seed=1), maps, strength, bias, then=then)
     assert used == ["styled_act"]
+
+
+@pytest.mark.parametrize("half", [0, 1, None])
+def test_two_noise_maps_that_add_up(half, used):
+    """One of them may be some of the channels of another tensor."""
+    found, own = rand(3, 64, 4, 5, seed=2), rand(1, 1, 4, 5, seed=5, dtype=torch.float32)
+    found = rand(3, 32, 4, 5, seed=2) if half is None else found.chunk(2, dim=1)[half]
+    assert_rounded_once(styled_act, rand(3, 32, 4, 5), rand(3, 32, 1, 1, seed=1), (found, own), torch.tensor([0.6]),
+                        rand(32, seed=3))
+    assert used == ["styled_act"]
+
+
+def test_a_folded_layer(used):
+    """What a folded convolution gives goes to where it belongs, each place with its own noise."""
+    y, factor, bias = rand(2, 128, 3, 5), rand(2, 32, 1, 1, seed=1), rand(32, seed=3)
+    noise = rand(2, 32, 6, 10, seed=2, dtype=torch.float32)
+    found = styled_act(y, factor, noise, torch.ones(1), bias)
+    assert torch.equal(found, styled_act(unfolded(y), factor, noise, torch.ones(1), bias))
+    assert used == ["styled_act", "styled_act"]
+    assert_rounded_once(styled_act, y, factor, noise, torch.ones(1), bias)
 
 
 def test_noise_in_another_layout():
     maps = rand(2, 32, 5, 4, seed=2, dtype=torch.float32).contiguous()
-    assert_same(lambda: styled_act(rand(2, 32, 5, 4), rand(2, 32, 1, 1), maps, torch.ones(1), torch.zeros(32)))
+    assert_rounded_once(styled_act, rand(2, 32, 5, 4), rand(2, 32, 1, 1), maps, torch.ones(1), torch.zeros(32))
 
 
 @pytest.mark.parametrize("gain", [2**0.5, 1.0])
 def test_bias_and_activation(gain, used):
-    assert_same(lambda: bias_act(rand(3, 32, 9, 5), rand(32, seed=1, dtype=torch.float32), gain=gain))
+    bias = (rand(32, seed=1) * 2**0.5).float() / 2**0.5                      # with its gain, a number of bfloat16
+    assert_rounded_once(bias_act, rand(3, 32, 9, 5), bias if gain != 1 else rand(32, seed=1), gain=gain)
     assert used == ["bias_act"]
 
 
 def test_a_scaled_sum(used):
-    assert_same(lambda: scaled_sum(rand(2, 32, 4, 4), rand(2, 32, 4, 4, seed=1), 2**-0.5))
+    assert_rounded_once(scaled_sum, rand(2, 32, 4, 4), rand(2, 32, 4, 4, seed=1), 2**-0.5)
     assert used == ["scaled_sum"]
 
 
-def test_some_of_the_channels_raised(used):
-    half = rand(3, 64, 4, 5).chunk(2, dim=1)[1]
-    assert_same(lambda: raised(half, rand(1, 1, 4, 5, seed=1, dtype=torch.float32)))
-    assert used == ["raised"]
+@pytest.mark.parametrize("shape", [(5, 3), (1, 1)])
+def test_enlarged_beside_another(shape, used):
+    rows, columns = shape
+    assert_rounded_once(enlarged_beside, rand(2, 64, rows, columns), rand(2, 32, 2 * rows, 2 * columns, seed=1),
+                        binomial_kernel(gain=4))
+    assert used == ["enlarged_beside"]
 
 
 def test_threads_share_the_images_out(monkeypatch):
     monkeypatch.setattr(fused, "PIECE", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    maps, bias = rand(3, 32, 4, 4, seed=2, dtype=torch.float32), rand(32, seed=3, dtype=torch.float32)
-    assert_same(lambda: styled_act(rand(3, 32, 4, 4), rand(3, 32, 1, 1, seed=1), maps, torch.ones(1), bias))
+    maps, bias = rand(3, 32, 4, 4, seed=2, dtype=torch.float32), rand(32, seed=3)
+    assert_rounded_once(styled_act, rand(3, 32, 4, 4), rand(3, 32, 1, 1, seed=1), maps, torch.ones(1), bias,
+                        then=rand(3, 32, 1, 1, seed=4))
+    assert_rounded_once(enlarged_beside, rand(3, 32, 4, 4), rand(3, 32, 8, 8, seed=1), binomial_kernel(gain=4))
 
 
 def test_nan_and_infinity_stay():

@@ -251,12 +251,32 @@ def test_specks_and_what_is_faint_are_no_anomaly():
 
 def test_around_what_is_bright_more_is_hidden():
     """A square of 10 x 10 pixels; the Gaussian adds one to a side, the rim 1 where it is dark and 3 where bright."""
-    one = Filler(InpaintingSettings(), *networks(), (0.0, 70.0))
-    one.size = 128
     difference = torch.zeros(2, 128, 128)
     difference[0, 60:70, 60:70], difference[1, 60:70, 60:70] = -30, 30
-    rows = one.gate(difference, torch.ones(2, 128, 128, dtype=torch.bool)).any(2).sum(1)
-    assert rows.tolist() == [10 + 2 + 2, 10 + 2 + 6]
+
+    def rows(spared):
+        one = Filler(InpaintingSettings(spared=spared), *networks(), (0.0, 70.0))
+        one.size = 128
+        return one.gate(difference, torch.ones(2, 128, 128, dtype=torch.bool)).any(2).sum(1).tolist()
+
+    assert rows(spared=0) == [10 + 2 + 2, 10 + 2 + 6]
+    assert rows(spared=0.5) == [10 + 2, 10 + 2 + 6]                   # the outer rim is not dark by itself
+
+
+def test_what_is_not_dark_by_itself_is_spared():
+    """A septum two pixels wide between two ventricles; in a bleed, nothing is."""
+    difference, soft = torch.zeros(2, 128, 128), torch.ones(2, 128, 128, dtype=torch.bool)
+    difference[:, 40:60, 40:50] = difference[:, 40:60, 52:62] = torch.tensor([-20.0, 20.0])[:, None, None]
+
+    def gate(spared):
+        one = Filler(InpaintingSettings(gate_hu=8, spared=spared), *networks(), (0.0, 70.0))
+        one.size = 128
+        return one.gate(difference, soft)
+
+    hidden, whole = gate(0.5), gate(0)
+    assert whole[0, 45:55, 40:62].all() and hidden[:, 45:55, 40:50].all() and hidden[:, 45:55, 52:62].all()
+    assert not hidden[0, 45:55, 50:52].any() and hidden[1, 45:55, 50:52].all()
+    assert not (hidden & ~whole).any() and torch.equal(hidden[1], whole[1])
 
 
 def test_grain_comes_back_whole_where_all_is_normal_and_up_to_3_hu_elsewhere():
@@ -274,6 +294,7 @@ def test_grain_comes_back_whole_where_all_is_normal_and_up_to_3_hu_elsewhere():
 
 def test_settings_and_networks_that_do_not_fit_are_refused():
     for changes, said in (({"gate_hu": 0}, "gate_hu must be above 0"), ({"batch": 0}, "batch must be at least 1"),
+                          ({"spared": 1}, "spared must be from 0 to below 1, got 1"),
                           ({"hidden": 7}, "hidden must be from 8 to 64 pixels"), ({"hidden": 65}, "got 65"),
                           ({"bright_rim": 0}, "bright_rim must be at least 1 pixel, got 0")):
         with pytest.raises(ValueError, match=said):

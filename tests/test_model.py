@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from model import Discriminator, Encoder, Generator, ModelConfig, minibatch_stddev
+from op import modulated_conv
 
 TINY = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=64, channel_multiplier=1, channel_max=8)
 PAPER = ModelConfig(size=512)
@@ -319,6 +320,63 @@ def test_bfloat16_stays_close_and_hands_out_float32(network):
     rough = run()
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).square().mean().sqrt() < 0.03 * exact.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_made_of_weights_is_made_anew_when_they_change(network, frozen):
+    """Also by a fused optimiser, which does not count their versions up, in networks that are trained."""
+    net = build(network).requires_grad_(not frozen)
+    given = rand(4, 8) if network is Generator else rand(4, 3, 32, 32)
+    run = (lambda: net.synthesis(given, "const")) if network is Generator else (lambda: net(given))
+
+    def change():
+        if frozen:
+            for parameter in net.parameters():
+                parameter.mul_(1.1)
+        else:
+            optimiser = torch.optim.Adam(net.parameters(), 0.1, fused=True)
+            with torch.enable_grad():
+                run().square().mean().backward()
+            optimiser.step()
+
+    with torch.no_grad():
+        before = run()
+        assert torch.equal(run(), before)
+        change()
+        after = run()
+        fresh = build(network)
+        fresh.load_state_dict(net.state_dict())
+        net = fresh
+        assert not torch.equal(after, before)
+        torch.testing.assert_close(after, run())
+
+
+def test_with_a_matrix_unit_the_generator_folds_and_comes_to_the_same(monkeypatch):
+    """In bfloat16, every layer from 8 pixels on, where no gradient is asked for."""
+    net, codes = build(Generator).requires_grad_(False), rand(4, 8)
+    net.compute_dtype = torch.bfloat16
+
+    def draw(has_unit):
+        monkeypatch.setattr(modulated_conv, "has_matrix_unit", lambda: has_unit)
+        with torch.no_grad():
+            image = net.synthesis(codes, "const")
+        return image, [net.convs[i].conv.kept.found[1].folded for i in range(0, len(net.convs), 2)]
+
+    folded, folds = draw(True)
+    plain, does_not = draw(False)
+    assert folds == [False, True, True] and not any(does_not)
+    assert 0 < (folded - plain).square().mean().sqrt() < 0.03 * plain.square().mean().sqrt()
+
+
+def test_redrawing_is_inverting_and_drawing():
+    config = replace(TINY, encoder_noise=True, noise_channels=True)
+    e, g, images = Encoder(config), Generator(config), rand(2, 3, 32, 32)
+    for maps in e.noise_head.maps:
+        torch.nn.init.normal_(maps.weight)
+    close(e.redraw(images, g), g.synthesis(*e.invert(images, g)))
+    e, g = Encoder(TINY), Generator(TINY)
+    close(e.redraw(images, g), g.synthesis(*e.invert(images, g)))
 
 
 def test_wrong_sizes_raise():

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from op import bias_act, binomial_kernel, modulated_conv2d, upfirdn2d
-from op.modulated_conv import modulated_conv2d_ref
+from op import bias_act, binomial_kernel, modulated_conv2d, modulated_product, prepared, upfirdn2d
+from op.modulated_conv import modulated_conv2d_ref, unfolded
 
 F64 = torch.float64
 
@@ -120,7 +120,7 @@ CONVS = [(kernel, demodulate, upsample) for kernel, upsample in ((3, False), (3,
 
 def complete(x, weight, style, demodulate, upsample):
     """modulated_conv2d with the factor that it leaves to its caller."""
-    y, factor = modulated_conv2d(x, weight, style, demodulate, upsample)
+    y, factor = modulated_conv2d(x, prepared(weight, x.dtype, demodulate), style, upsample)
     assert (factor is not None) == demodulate
     return y if factor is None else y * factor
 
@@ -151,6 +151,30 @@ def test_modulated_conv2d_gradients_of_both_orders_in_double(kernel, demodulate,
     assert gradgradcheck(lambda *t: complete(*t, demodulate, upsample), leaves)
 
 
+def test_a_folded_weight_is_the_convolution_and_the_filter_after_it():
+    x, weight, style, blur = (rand(2, 5, 6, 7), rand(4, 5, 3, 3, seed=1), 1 + rand(2, 5, seed=2),
+                              binomial_kernel(gain=4))
+    y, factor = modulated_conv2d(x, prepared(weight, F64), style, upsample=True)
+    expected = upfirdn2d(y, blur, pad=(1, 1))
+    y, same = modulated_conv2d(x, prepared(weight, F64, upsample=blur), style, upsample=True)
+    assert y.shape == (2, 16, 6, 7)
+    torch.testing.assert_close(unfolded(y), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(same, factor)
+
+
+def test_what_is_modulated_already_is_not_modulated_again():
+    x, weight, style = rand(2, 5, 6, 7), prepared(rand(4, 5, 3, 3, seed=1), F64), 1 + rand(2, 5, seed=2)
+    expected, _ = modulated_conv2d(x, weight, style)
+    found, _ = modulated_conv2d(x * style[:, :, None, None], weight, style, modulated=True)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_modulated_product_is_the_convolution_of_1_x_1():
+    x, weight, style = rand(2, 5, 6, 7), rand(3, 5, seed=1), 1 + rand(2, 5, seed=2)
+    expected, _ = modulated_conv2d(x, prepared(weight[:, :, None, None], F64, demodulate=False), style)
+    torch.testing.assert_close(modulated_product(x, weight, style), expected)
+
+
 def test_demodulated_filters_have_unit_norm():
     """Eq. 3 of the paper: an impulse of every input channel brings the demodulated filters out."""
     weight, style = rand(5, 4, 3, 3), 1 + rand(1, 4, seed=1)
@@ -162,7 +186,7 @@ def test_demodulated_filters_have_unit_norm():
 
 def test_the_factor_is_computed_in_full_precision():
     x, weight, style = rand(1, 4, 3, 3), rand(2, 4, 3, 3, seed=1), 1e4 * (1 + rand(1, 4, seed=2))
-    _, factor = modulated_conv2d(x.half(), weight.float(), style.float())                # squares overflow half
-    _, exact = modulated_conv2d(x, weight, style)
+    _, factor = modulated_conv2d(x.half(), prepared(weight.float(), torch.half), style.float())  # squares overflow half
+    _, exact = modulated_conv2d(x, prepared(weight, F64), style)
     assert factor.dtype == torch.float16 and factor.min() > 0
     torch.testing.assert_close(factor.double(), exact, atol=1e-7, rtol=1e-2)

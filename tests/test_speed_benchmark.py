@@ -25,7 +25,7 @@ from op import memory
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=64, channel_multiplier=1, channel_max=8)
-close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
+close = partial(torch.testing.assert_close, atol=1e-5, rtol=3e-4)
 
 
 def pair(ours, reference, fold):

@@ -1,8 +1,7 @@
 /* The passes between two convolutions of a network as one, in bfloat16 and channels-last, for op/fused.py. Plain C.
  *
- * Every step rounds to bfloat16 where PyTorch's separate passes do, so that the results are the same to the bit.
+ * All is computed in float, and rounded once.
  */
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -22,60 +21,99 @@ static inline bf16 narrow(float value) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-static inline float to_bf16(float value) { return wide(narrow(value)); }
-
-static inline bf16 leaky_relu(float x, float slope) { return narrow(x > 0 ? x : x * slope); }
+static inline float leaky_relu(float x, float slope) { return x > 0 ? x : x * slope; }
 
 /* out = leaky_relu(bias + gain * x); x, out [rows, channels], bias [channels] */
 void bias_act(const bf16 *restrict x, const bf16 *restrict bias, bf16 *restrict out, int64_t rows, int64_t channels,
               float gain, float slope) {
     for (int64_t r = 0; r < rows; r++, x += channels, out += channels)
         for (int64_t c = 0; c < channels; c++)
-            out[c] = leaky_relu(to_bf16(fmaf(wide(x[c]), gain, wide(bias[c]))), slope);
+            out[c] = narrow(leaky_relu(wide(x[c]) * gain + wide(bias[c]), slope));
 }
 
-/* out = leaky_relu(y * factor + noise * strength + bias); y, out [images, pixels, channels], factor [images, channels],
- * bias [channels]; noise float [images or 1, pixels, channels or 1], by its steps, or none. */
-void styled(const bf16 *restrict y, const bf16 *restrict factor, const float *restrict noise,
-            const bf16 *restrict bias, bf16 *restrict out, int64_t images, int64_t pixels, int64_t channels,
-            int64_t noise_image, int64_t noise_pixel, float strength, float slope) {
-    for (int64_t i = 0; i < images; i++, factor += channels) {
-        const float *n = noise ? noise + i * noise_image : 0;
-        for (int64_t p = 0; p < pixels; p++, y += channels, out += channels) {
-            if (!n) {
-                for (int64_t c = 0; c < channels; c++)
-                    out[c] = leaky_relu(to_bf16(to_bf16(wide(y[c]) * wide(factor[c])) + wide(bias[c])), slope);
-                continue;
-            }
-            if (noise_pixel == 1) {
-                float one = to_bf16(*n * strength);
-                for (int64_t c = 0; c < channels; c++) {
-                    float x = to_bf16(to_bf16(wide(y[c]) * wide(factor[c])) + one);
-                    out[c] = leaky_relu(to_bf16(x + wide(bias[c])), slope);
-                }
-            } else {
-                for (int64_t c = 0; c < channels; c++) {
-                    float x = to_bf16(to_bf16(wide(y[c]) * wide(factor[c])) + to_bf16(n[c] * strength));
-                    out[c] = leaky_relu(to_bf16(x + wide(bias[c])), slope);
-                }
-            }
-            n += noise_pixel;
-        }
+/* What is added to y * factor before the bias, of one pixel */
+enum { NOTHING, ONE, EACH, SUM };
+
+static inline __attribute__((always_inline)) void styled_pixel(
+    int kind, int scaled, const bf16 *restrict y, const bf16 *restrict factor, const float *restrict noise,
+    const bf16 *restrict more, const bf16 *restrict bias, const bf16 *restrict then, bf16 *restrict out,
+    int64_t channels, float strength, float slope) {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < channels; c++) {
+        float x = wide(y[c]) * wide(factor[c]) + wide(bias[c]);
+        if (kind == ONE) x += *noise * strength;
+        if (kind == EACH) x += noise[c] * strength;
+        if (kind == SUM) x += (*noise + wide(more[c])) * strength;
+        x = leaky_relu(x, slope);
+        out[c] = narrow(scaled ? x * wide(then[c]) : x);
     }
+}
+
+/* out = leaky_relu(y * factor + noise * strength + bias) * then, [images, rows, columns, channels]; factor and then
+ * [images, channels], then or none; bias [channels]. y as out or, folded, [images, rows/2, columns/2, 2, 2, channels].
+ * noise float, or none, of steps from image to image and pixel to pixel: 0 or 1 channel or all of them; or, with more,
+ * [pixels], to which more is added, [images, pixels, channels] in steps of its own. */
+void styled(const bf16 *y, const bf16 *factor, const float *noise, const bf16 *more, const bf16 *bias,
+            const bf16 *then, bf16 *out, int64_t images, int64_t rows, int64_t columns, int64_t channels,
+            int64_t folded, int64_t noise_image, int64_t noise_pixel, int64_t more_image, int64_t more_pixel,
+            float strength, float slope) {
+    int kind = more ? SUM : !noise ? NOTHING : noise_pixel == 1 ? ONE : EACH;
+    for (int64_t i = 0; i < images; i++, factor += channels, then += then ? channels : 0)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < columns; c++, out += channels) {
+                int64_t pixel = r * columns + c, from = i * rows * columns + pixel;
+                if (folded) from = 4 * ((i * (rows / 2) + r / 2) * (columns / 2) + c / 2) + 2 * (r % 2) + c % 2;
+                const float *n = noise ? noise + i * noise_image + pixel * noise_pixel : 0;
+                const bf16 *m = more ? more + i * more_image + pixel * more_pixel : 0;
+#define PIXEL(KIND, SCALED) styled_pixel(KIND, SCALED, y + from * channels, factor, n, m, bias, then, out, channels, \
+                                         strength, slope)
+#define OF_KIND(SCALED) do { \
+                    if (kind == NOTHING) PIXEL(NOTHING, SCALED); \
+                    else if (kind == ONE) PIXEL(ONE, SCALED); \
+                    else if (kind == EACH) PIXEL(EACH, SCALED); \
+                    else PIXEL(SUM, SCALED); \
+                } while (0)
+                if (then) OF_KIND(1);
+                else OF_KIND(0);
+#undef OF_KIND
+#undef PIXEL
+            }
 }
 
 /* out = (a + b) * scale */
 void scaled_sum(const bf16 *restrict a, const bf16 *restrict b, bf16 *restrict out, int64_t count, float scale) {
-    for (int64_t i = 0; i < count; i++) out[i] = narrow(to_bf16(wide(a[i]) + wide(b[i])) * scale);
+    for (int64_t i = 0; i < count; i++) out[i] = narrow((wide(a[i]) + wide(b[i])) * scale);
 }
 
-/* out = x + addend, in float; out [images, pixels, channels], addend [pixels]; x of the same shape, `step` from pixel to
- * pixel and `image_step` from image to image */
-void raised(const bf16 *restrict x, const float *restrict addend, float *restrict out, int64_t images, int64_t pixels,
-            int64_t channels, int64_t image_step, int64_t step) {
+/* x twice as wide and high by the filter 1-3-3-1, and beside it other: out [images, 2 rows, 2 columns, channels + others],
+ * x [images, rows, columns, channels], other [images, 2 rows, 2 columns, others]; line [columns, channels] is room. */
+void enlarged_beside(const bf16 *x, const bf16 *other, bf16 *out, float *restrict line, int64_t images, int64_t rows,
+                     int64_t columns, int64_t channels, int64_t others) {
+    const int64_t length = columns * channels, step = channels + others;
     for (int64_t i = 0; i < images; i++)
-        for (int64_t p = 0; p < pixels; p++, out += channels) {
-            const bf16 *here = x + i * image_step + p * step;
-            for (int64_t c = 0; c < channels; c++) out[c] = addend[p] + wide(here[c]);
+        for (int64_t r = 0; r < 2 * rows; r++) {
+            int64_t near = r / 2, far = near + (r % 2 ? 1 : -1);
+            const bf16 *restrict a = x + (i * rows + near) * length;
+            const bf16 *restrict b = far < 0 || far == rows ? 0 : x + (i * rows + far) * length;
+            if (b) {
+#pragma GCC ivdep
+                for (int64_t k = 0; k < length; k++) line[k] = 0.75f * wide(a[k]) + 0.25f * wide(b[k]);
+            } else {
+#pragma GCC ivdep
+                for (int64_t k = 0; k < length; k++) line[k] = 0.75f * wide(a[k]);
+            }
+            for (int64_t c = 0; c < 2 * columns; c++, out += step, other += others) {
+                int64_t beside = c / 2 + (c % 2 ? 1 : -1);
+                const float *restrict n = line + c / 2 * channels;
+                const float *restrict f = beside < 0 || beside == columns ? 0 : line + beside * channels;
+                if (f) {
+#pragma GCC ivdep
+                    for (int64_t k = 0; k < channels; k++) out[k] = narrow(0.75f * n[k] + 0.25f * f[k]);
+                } else {
+#pragma GCC ivdep
+                    for (int64_t k = 0; k < channels; k++) out[k] = narrow(0.75f * n[k]);
+                }
+                memcpy(out + channels, other, others * sizeof *out);
+            }
         }
 }
