@@ -17,7 +17,7 @@ from scipy import ndimage
 BRAIN_WINDOW_HU = (0.0, 80.0)
 RESIDUAL_FULL_HU = 30.0                 # shown in the last colour: yellow where hyperdense, pale blue where hypodense
 PANELS = ("query", "closest normal", "residual", "mask")          # of an overlay, from left to right
-LANCZOS_PX = 3                          # of the reduced picture: how far its filter reaches
+FILTER, FILTER_PX = Image.Resampling.HAMMING, 1        # of reduced pictures, and how far it reaches there
 PNG_LEVEL = 1                           # of ISA-L's 0 to 3; the higher ones save under 2 %
 
 
@@ -87,7 +87,7 @@ def overlay_panels(query_hu: np.ndarray, reconstruction_hu: np.ndarray, residual
 
 def _reduced(picture: np.ndarray, width: int, height: int, box: tuple[float, float, float, float] | None = None
              ) -> np.ndarray:
-    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS, box))
+    return np.asarray(Image.fromarray(picture).resize((width, height), FILTER, box))
 
 
 def _draw_part(panel: np.ndarray, where: np.ndarray, picture: Callable[[], np.ndarray]) -> None:
@@ -95,8 +95,8 @@ def _draw_part(panel: np.ndarray, where: np.ndarray, picture: Callable[[], np.nd
     if not where.any():
         return
     (top, bottom), (left, right) = (
-        (max(0, int(found[0] * reduced / length) - LANCZOS_PX - 1),
-         min(reduced, int((found[-1] + 1) * reduced / length) + LANCZOS_PX + 2))
+        (max(0, int(found[0] * reduced / length) - FILTER_PX - 1),
+         min(reduced, int((found[-1] + 1) * reduced / length) + FILTER_PX + 2))
         for found, reduced, length in ((np.flatnonzero(where.any(1 - axis)), panel.shape[axis], where.shape[axis])
                                        for axis in (0, 1)))
     y, x = (length / reduced for length, reduced in zip(where.shape, panel.shape))
@@ -139,7 +139,7 @@ def pack_overlay(path: Path, side: int, quality: int) -> tuple[str, float]:
     scale = min(1.0, side / max(width, height))
     if scale < 1:
         size = (len(PANELS) * round(width * scale), round(height * scale))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        picture = picture.resize(size, FILTER)
     packed = io.BytesIO()
     picture.save(packed, "WEBP", quality=quality, method=2)
     return base64.b64encode(packed.getvalue()).decode(), width / height

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ct.picture import grey, mark, overlay_panels, residual_colours, save_png
+from ct.picture import FILTER, grey, mark, overlay_panels, residual_colours, save_png
 
 
 def whole(picture: np.ndarray, width: int, height: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)).astype(int)
+    return np.asarray(Image.fromarray(picture).resize((width, height), FILTER)).astype(int)
 
 
 @pytest.mark.parametrize("shape, side, reduced", [((97, 130), 60, (45, 60)), ((40, 30), 360, (40, 30))])
