@@ -41,18 +41,19 @@ from files import replace_text
 from version import VERSION
 
 if TYPE_CHECKING:                         # what takes seconds to import, functions import: --help needs none of it
+    from ct.read import ScanSource
     from detect import Bundle, Projector, Settings
     from detect.folder import Result
+    from detect.outputs import Writer
 
 TABLES_EVERY_S = 60.0                     # a run of its own keeps its tables so fresh
 
 
-def run_report(projector: Projector) -> dict:
+def run_report(projector: Projector, processes: int) -> dict:
     """What runs on what with which weights, and the healthy scores it may be held against: JSON."""
     import numpy as np
     import torch
 
-    import distributed
     from detect.bundle import versions
 
     bundle = projector.bundle
@@ -61,8 +62,8 @@ def run_report(projector: Projector) -> dict:
         "settings": projector.settings.to_json(), "preprocessing": projector.preprocessing.to_json(),
         "calibration": projector.calibration, "threshold": projector.threshold,
         "device": str(bundle.reconstructor.device),
-        "precision": str(bundle.reconstructor.precision).removeprefix("torch."), "threads": torch.get_num_threads(),
-        "ranks": distributed.launched()[1],
+        "precision": str(bundle.reconstructor.precision).removeprefix("torch."), "processes": processes,
+        "threads": torch.get_num_threads(),
         "versions": versions() | {"python": platform.python_version(), "torch": torch.__version__,
                                   "numpy": np.__version__},
     }
@@ -145,6 +146,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--default-preprocessing", action="store_true",
         help="for an imported bundle, which has none of its own: standardise as for training")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--jobs", type=int, metavar="N", help="processes that share the scans and the cores (default: on a CPU one a "
+        "core, as far as memory and the number of scans go; else 1)")
     add("--ops", default="auto", choices=("auto", "ref"), help="ref: no CUDA kernels of our own (default: %(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"),
         help="of the networks (default: bf16 where the device is good at it)")
@@ -156,6 +159,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give SCANS, the folder that holds the scans, or --query_save_path")
     if args.slab_mm is not None and not args.slab_mm > 0:
         parser.error(f"--slab-mm must be above 0, got {args.slab_mm:g}")
+    if args.jobs is not None and args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
     args.scans = args.scans or [args.query]
     return args
 
@@ -194,6 +199,25 @@ def part_of_job_array() -> str | None:
     return f"{(int(number) - first) / step:g}/{count}" if number and count else None
 
 
+def build(args: argparse.Namespace) -> tuple[Projector, dict[str, Writer]]:
+    """The model with its settings, and what is written of a scan."""
+    import distributed
+    from detect.bundle import load_bundle
+    from detect.dicom_out import dicom_writer
+    from detect.outputs import OUTPUTS
+    from detect.projection import Projector
+    from op import memory, set_impl
+
+    memory.keep_freed()
+    set_impl(args.ops)
+    bundle = load_bundle(args.model, distributed.pick_device(args.device), args.precision)
+    projector = Projector(bundle, *resolve(bundle, args), args.threshold, args.alarm_rate)
+    writers = dict(OUTPUTS)
+    if args.dicom_out:
+        writers["dicom without patient" if args.no_phi else "dicom"] = dicom_writer(projector, not args.no_phi)
+    return projector, writers
+
+
 def project(scans: Iterable[None], tables: Callable[[], None] | None) -> None:
     """Project scan after scan; now and then, and where it is interrupted, write the tables of what is done."""
     written = time.perf_counter()
@@ -208,6 +232,38 @@ def project(scans: Iterable[None], tables: Callable[[], None] | None) -> None:
         raise
 
 
+def share_in(args: argparse.Namespace, threads: int, sources: list[ScanSource], numbers: Iterable[int]) -> None:
+    """What each further process of --jobs does. Errors are the first one's to tell: it finds what is left undone."""
+    import torch
+
+    from detect.folder import project_all
+
+    torch.set_num_threads(threads)
+    try:
+        projector, writers = build(args)
+        project(project_all(projector, sources, args.out, writers, bool(args.part), numbers), None)
+    except (OSError, ValueError) as error:
+        sys.exit(f"one of {args.jobs} processes: {error}")
+
+
+def share_out(args: argparse.Namespace, projector: Projector, writers: dict[str, Writer], sources: list[ScanSource],
+              tables: Callable[[], None]) -> None:
+    """Project all of `sources` by args.jobs processes; this is the first, and does what one that dies leaves undone."""
+    import torch
+
+    from detect.folder import collect, project_all
+    from detect.processes import shared
+
+    def here(numbers: Iterable[int]) -> None:
+        project(project_all(projector, sources, args.out, writers, bool(args.part), numbers), tables)
+
+    with shared(args.jobs, len(sources), share_in, args, torch.get_num_threads(), sources) as turns:
+        here(turns)
+    if turns.died:
+        undone = set(collect(args.out, sources, projector.key())[1])
+        here([number for number, source in enumerate(sources) if source.scan_id in undone])
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["merge"]:
@@ -215,31 +271,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     started = time.perf_counter()
 
+    import torch
+
     import distributed
     from ct.read import find_all
-    from detect.bundle import load_bundle
-    from detect.dicom_out import dicom_writer
-    from detect.folder import (
-        collect,
-        make_writable,
-        project_all,
-        refuse_other_results,
-        remove_leftovers,
-        write_tables,
-    )
-    from detect.outputs import OUTPUTS
-    from detect.projection import Projector
-    from op import memory, set_impl
+    from detect.folder import collect, make_writable, project_all, refuse_other_results, remove_leftovers, write_tables
+    from detect.processes import suitable
 
     try:
-        memory.keep_freed()
-        set_impl(args.ops)
-        device = distributed.pick_device(args.device)
-        bundle = load_bundle(args.model, device, args.precision)
-        projector = Projector(bundle, *resolve(bundle, args), args.threshold, args.alarm_rate)
-        writers = dict(OUTPUTS)
-        if args.dicom_out:
-            writers["dicom without patient" if args.no_phi else "dicom"] = dicom_writer(projector, not args.no_phi)
+        projector, writers = build(args)
         sources = find_all(args.scans, args.unknown_slice_spacing_mm, args.ids)
         if args.part:
             print(f"part {args.part[0]} of {args.part[1]} of {len(sources)} scans; all of them: --part 0/1", flush=True)
@@ -247,15 +287,28 @@ def main(argv: list[str] | None = None) -> int:
         make_writable(args.out)
         if not args.overwrite:
             refuse_other_results(args.out, sources, projector.key())
-        report = run_report(projector)
+        rank, ranks = distributed.launched()
+        if ranks > 1 and args.jobs:
+            raise ValueError("--jobs: torchrun has started processes already; give one of the two")
+        if not args.jobs:
+            undone = len(collect(args.out, sources, projector.key())[1])
+            on_cpu = projector.bundle.reconstructor.device.type == "cpu"
+            args.jobs = suitable(undone) if on_cpu and ranks == 1 else 1
+
+        def tables():
+            if not args.part:
+                write_tables(args.out, collect(args.out, sources, projector.key())[0])
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
+        report = run_report(projector, args.jobs * ranks)
         if args.part:
             replace_text(args.out / "run.json", json.dumps(report, indent=2) + "\n")
-        share = distributed.launched()
-        tables = None
-        if not args.part and share[1] == 1:
-            def tables():
-                write_tables(args.out, collect(args.out, sources, projector.key())[0])
-        project(project_all(projector, sources, args.out, writers, bool(args.part), share), tables)
+        if args.jobs > 1:
+            share_out(args, projector, writers, sources, tables)
+        else:
+            numbers = range(rank, len(sources), ranks)
+            project(project_all(projector, sources, args.out, writers, bool(args.part), numbers),
+                    tables if ranks == 1 else None)
         results, missing = collect(args.out, sources, projector.key())
         if missing:                       # no waiting: the run that finishes last finds nothing missing
             print(f"{len(missing)} scans are not finished by other runs, such as {missing[0]}; the last run writes the "

@@ -1,11 +1,12 @@
-"""Throughput of projector.py over a folder of scans in one process: time per scan, scans an hour, memory all along.
+"""Throughput of projector.py over a folder of scans: time per scan, scans an hour, memory all along.
 
     python -m benchmarks.cohort SCANS                                # models/head-128, each scan once
     python -m benchmarks.cohort SCANS --times 10 --out cohort.json   # each scan ten times, under ten names
     python -m benchmarks.cohort SCANS --model models/head-256 -- --no-dicom-out      # flags of projector.py
 
-Time is from the start of the process to its end, with the report; CPU time is that of all its threads. Memory is the
-most held while the first tenth of the scans was done, and the last tenth: a leak shows as a difference. Scans given
+Time is from the start of the process to its end, with the report; CPU time and memory are of all its threads and
+processes (-- --jobs 1 has one). Memory is the most held while the first tenth of the scans was done, and the last
+tenth: a leak shows as a difference; what processes share is counted in each. Scans given
 several times are links. Results are made in a temporary folder and removed.
 Exit codes: 0 done, 2 wrong usage, or projector.py failed.
 """
@@ -68,16 +69,18 @@ def watched(command: list[str]) -> Run:
 
 
 def held_gb(pid: int) -> tuple[float, float]:
-    """What a running process holds now and has held at most, GB; zeros where it has just ended.
+    """What a running process and those that it has started hold now, and the sum of what each has held at most, GB.
 
-    Not wait4's ru_maxrss: that counts what the parent held when it started the process.
+    Zeros where it has just ended. Not wait4's ru_maxrss: that counts what the parent held when it started the process.
     """
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
     except (FileNotFoundError, ProcessLookupError):
         return 0.0, 0.0
     found = dict(line.split(":", 1) for line in status.splitlines() if line.startswith(("VmRSS", "VmHWM")))
-    return tuple(int(found.get(key, "0").split()[0]) / 2**20 for key in ("VmRSS", "VmHWM"))   # kB; a zombie has none
+    own = [int(found.get(key, "0").split()[0]) / 2**20 for key in ("VmRSS", "VmHWM")]     # kB; a zombie has none
+    return tuple(map(sum, zip(own, *(held_gb(int(child)) for child in children))))
 
 
 def projector(scans: Path, model: Path, out: Path, flags: tuple[str, ...] = ()) -> list[str]:

@@ -223,12 +223,12 @@ def write_head(path: Path, slices: int, size: int = 192, seed: int = 0) -> None:
 
 CPU_ROWS: dict[str, Callable[[int], list[Row]]] = {
     "generator": lambda repeats: generator_rows(repeats, ModelConfig(size=128)),
-    "training": lambda repeats: training_rows(min(repeats, 3)),
-    "training-ct128": lambda repeats: training_rows(min(repeats, 3), "ct128", ("bf16",)),
+    "training": training_rows,
+    "training-ct128": lambda repeats: training_rows(repeats, "ct128", ("bf16",)),
     "encoder": lambda repeats: [encoder_row(repeats)],
     "median": lambda repeats: [median_row(repeats)],
     "scan": lambda repeats: scan_rows(repeats) + scan_rows(repeats, MODELS / "head-256"),
-    "cohort": lambda repeats: cohort_rows(min(repeats, 3)),
+    "cohort": cohort_rows,
     # The published search, 100 + 100 steps with votes: minutes a run in fp32, so it is run once
     "scan-published": lambda repeats: scan_rows(1, MODELS / "heads-128", flags=("--preset", "published")),
 }

@@ -22,7 +22,8 @@ from pathlib import Path
 
 BEAT_S = 20.0
 STALE_S = 300.0                  # a holder that has not touched its claim for so long is taken for dead
-LOCK = ".judging"                # locked by who removes the claim of a dead holder
+JUDGING = ".judging"             # locked by who removes the claim of a dead holder
+LARGE = ".large"                 # and by who holds what is too large to be held twice on a machine, with its name
 
 
 class Claims:
@@ -81,10 +82,14 @@ class Claims:
                 pass
         return True
 
+    def one_here(self) -> contextlib.AbstractContextManager:
+        """One run on this machine at a time is in it."""
+        return self._alone(f"{LARGE}-{self.me['host']}")
+
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Wait for all others that judge claims here, threads of this process among them. A dead run's lock is free."""
-        with open(self.folder / LOCK, "a", encoding="utf-8") as file:
+    def _alone(self, lock: str = JUDGING) -> Iterator[None]:
+        """Wait for all others that are in it, threads of this process among them. A dead run's lock is free."""
+        with open(self.folder / lock, "a", encoding="utf-8") as file:
             with contextlib.suppress(OSError):                     # a file system without locks: then without
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield

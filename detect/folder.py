@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -93,14 +93,17 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 # Projecting
 
 def project_all(projector: Projector, sources: list[ScanSource], out: Path, writers: Mapping[str, Writer] = OUTPUTS,
-                by_hash: bool = False, share: tuple[int, int] = (0, 1)) -> Iterator[None]:
-    """Project every share[1]-th scan from share[0] on, unless it is finished or another run has it; yields after each.
+                by_hash: bool = False, numbers: Iterable[int] | None = None) -> Iterator[None]:
+    """Project scans that are not finished and that no other run has; yields after each.
 
     While the networks have a scan, the next one is read and the one before written (detect/pipeline.py). Those that
     another run has are tried again at the end, in case it has died. writers: what is written, by name; other ones,
-    another result. Raises FullDiskError.
+    another result. numbers: which of the sources, all by default; the next is asked for when it can be read. Of scans
+    that are too large to be two in memory, runs on this machine have one at a time. Raises FullDiskError.
     """
-    claims, key, pending = Claims(out / WORK), projector.key(), list(enumerate(sources))[share[0]::share[1]]
+    claims, key = Claims(out / WORK), projector.key()
+    pending: Iterable[tuple[int, ScanSource]] = ((number, sources[number]) for number in (
+        range(len(sources)) if numbers is None else numbers))
     waiting: list[tuple[int, ScanSource]] = []
 
     def say(number: int, source: ScanSource, outcome: str) -> None:      # in one piece: two threads say something
@@ -136,7 +139,7 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
 
     for _ in range(2):
         yield from overlapped(pending, read, Job.project, write, drop=lambda job: job.held.close(),
-                              is_large=Job.is_large)
+                              is_large=Job.is_large, large=claims.one_here)
         pending, waiting = waiting, []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -12,13 +13,13 @@ Job = TypeVar("Job")
 
 
 def overlapped(items: Iterable[Item], read: Callable[[Item], Job | None], work: Callable[[Job], None],
-               write: Callable[[Job], None], drop: Callable[[Job], None], is_large: Callable[[Job], bool]
-               ) -> Iterator[None]:
+               write: Callable[[Job], None], drop: Callable[[Job], None], is_large: Callable[[Job], bool],
+               large: Callable[[], AbstractContextManager] = nullcontext) -> Iterator[None]:
     """read(item) one item ahead, in a thread of its own; work(job) here; write(job) in another thread, one behind.
 
     Yields when an item is through, or read gives None. Each stage takes the items in their order. Three jobs are held
-    at a time, or a large one alone. What a stage raises is raised here; drop(job) is then called for what was read
-    but not handed to write, and what is being written is waited for.
+    at a time, or a large one alone, within large(). What a stage raises is raised here; drop(job) is then called for
+    what was read but not handed to write, and what is being written is waited for.
     """
     items = iter(items)
     coming: deque[Future] = deque()
@@ -39,24 +40,25 @@ def overlapped(items: Iterable[Item], read: Callable[[Item], Job | None], work: 
                     read_on()
                     yield
                     continue
-                alone = is_large(job)
-                if not alone:
-                    read_on()
-                elif writing:
-                    writing.result()
-                    writing = None
+                if is_large(job):
+                    if writing:
+                        writing.result()
+                        writing = None
+                        yield
+                    with large():
+                        work(job)
+                        done = writer.submit(write, coming.popleft().result())
+                        del job
+                        done.result()
                     yield
+                    read_on()
+                    continue
+                read_on()
                 work(job)
                 if writing:
                     writing.result()
                     yield
                 writing = writer.submit(write, coming.popleft().result())
-                if alone:
-                    del job
-                    writing.result()
-                    writing = None
-                    yield
-                    read_on()
             if writing:
                 writing.result()
                 yield

@@ -33,7 +33,7 @@ MEGABYTES = 40.0
 FULL, REDUCED = (360, 75), (256, 60)         # a panel's longer side in pixels, WebP quality
 SCAN_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason", "slices", "projected_slices",
                 "error_hu", "anomalous_ml", "notes")
-RUN_KEYS = {"weights_sha256", "model", "settings", "device", "precision", "threads", "ranks", "seconds",
+RUN_KEYS = {"weights_sha256", "model", "settings", "device", "precision", "threads", "processes", "seconds",
             "seconds_per_scan_by_stage", "versions"}
 EVALUATION_KEYS = {"scan", "labels", "scores_sha256", "table", "settings", "versions"}
 SLICE_COLUMNS = ("scan_id", "slice", "below_vertex_mm", "projected", "score")
@@ -394,7 +394,7 @@ def facts(run: dict, hashes: dict[str, str]) -> list[tuple[str, str]]:
     """What the foot of the page lists: names and values."""
     rows = [("model", (run.get("model") or {}).get("name") or "unnamed"), ("weights, SHA-256", run["weights_sha256"])]
     rows += [(f"{name}, SHA-256", value) for name, value in hashes.items()]
-    rows += [(name, str(run[name])) for name in ("device", "precision", "threads", "ranks")]
+    rows += [(name, str(run[name])) for name in ("device", "precision", "threads", "processes")]
     rows += [("seconds", f"{run['seconds']:.0f}")]
     rows += [(f"seconds per scan, {stage}", f"{value:.1f}")
              for stage, value in run["seconds_per_scan_by_stage"].items()]

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from detect.claims import LOCK, Claims
+from detect.claims import JUDGING, Claims
 
 
 def foreign(claims: Claims, name: str, age_s: float = 0, **changes) -> None:
@@ -27,7 +27,7 @@ def test_one_holder_at_a_time(tmp_path):
         assert (mine, theirs, other) == (True, False, True)
     with second.hold("a") as theirs:
         assert theirs
-    assert os.listdir(tmp_path) == [LOCK]
+    assert os.listdir(tmp_path) == [JUDGING]
 
 
 @pytest.mark.parametrize("changes, age_s, taken", [
@@ -45,7 +45,7 @@ def test_a_claim_is_taken_over_when_its_holder_is_dead(tmp_path, changes, age_s,
     foreign(claims, "a", age_s, **changes)
     with claims.hold("a") as mine:
         assert mine == taken
-    assert {*os.listdir(tmp_path)} - {LOCK} == (set() if taken else {claims.path("a").name})
+    assert {*os.listdir(tmp_path)} - {JUDGING} == (set() if taken else {claims.path("a").name})
 
 
 def test_a_killed_process_leaves_its_claim_to_the_next_at_once(tmp_path):

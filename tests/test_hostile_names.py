@@ -74,7 +74,7 @@ def test_tables_and_page_show_names_as_text(tmp_path):
     results, missing = collect(out, sources, {})
     assert len(results) == len(possible) and missing == []
 
-    report = projector.run_report(Projector(load_bundle(tiny_bundle(tmp_path / "model"))))
+    report = projector.run_report(Projector(load_bundle(tiny_bundle(tmp_path / "model"))), 1)
     projector.write_all(out, results, report, 1.0)
     with open(out / "scores.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 
 import pytest
 
@@ -30,13 +32,19 @@ class Stages:
         """The number of times it yields."""
         jobs = overlapped(range(count), self.read, lambda job: self.call("work", job),
                           lambda job: self.call("write", job), lambda job: self.call("drop", job),
-                          lambda job: job in self.large)
+                          lambda job: job in self.large, self.within)
         yields = 0
         for _ in jobs:
             yields += 1
             if yields == until:
                 jobs.close()
         return yields
+
+    @contextlib.contextmanager
+    def within(self):
+        self.calls.append(("within", self.large[0]))
+        yield
+        self.calls.append(("left", self.large[0]))
 
     def items(self, stage: str) -> list[int]:
         return [item for name, item in self.calls if name == stage]
@@ -68,10 +76,13 @@ def test_what_reading_leaves_out_is_passed_over():
 
 
 def test_a_large_job_is_alone():
-    stages = Stages(large=(1,))
+    def nap():
+        time.sleep(0.1)                                        # time enough to begin what must not be begun
+    stages = Stages({("write", 0): nap, ("write", 1): nap}, large=(1,))
     assert stages.run(3) == 3
-    order = [stages.calls.index(call) for call in (("write done", 0), ("work", 1), ("write done", 1), ("read", 2))]
-    assert order == sorted(order)
+    order = [stages.calls.index(call) for call in (
+        ("write done", 0), ("within", 1), ("work", 1), ("write done", 1), ("left", 1), ("read", 2))]
+    assert order == sorted(order) and stages.items("within") == [1]
 
 
 @pytest.mark.parametrize("stage", ["read", "work", "write"])

@@ -21,7 +21,7 @@ from detect.report import ReportError, write_report
 
 RUN = {"weights_sha256": "f00d", "model": {"name": "tiny"},
        "settings": {"method": "search", "measure": "votes", "scoring": {"threshold_hu": 5.0}, "scan_score": "mean"},
-       "device": "cpu", "precision": "float32", "threads": 1, "ranks": 1, "seconds": 3.0,
+       "device": "cpu", "precision": "float32", "threads": 1, "processes": 1, "seconds": 3.0,
        "seconds_per_scan_by_stage": {"encode": 0.5}, "versions": {"python": "3.11"}}
 CALIBRATION = {"scans": ["h1", "h2", "h3", "h4"], "scan_scores": {"mean": [4.0, 1.0, 3.0, 2.0]},
                "threshold": {"fpr": 0.2, "mean": 3.5, "reason": None},

@@ -1,0 +1,73 @@
+"""Several processes of one machine that project scans, each with one thread: for many scans on a CPU.
+
+A scan has stages that one thread at a time can do, so two processes with a thread each do more than one with two. Each
+takes the next scan when it has room for one; results meet in the folder of results (detect/folder.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+from ct.limits import free_memory
+
+BYTES = 3e9                      # of memory that a process may take, scans of usual size
+SCANS = 4                        # that each must have at least, for its start to pay
+DIE_WITH_PARENT = 1              # Linux: PR_SET_PDEATHSIG
+
+
+def suitable(scans: int) -> int:
+    """Processes for so many scans: at most one a core, by what memory is free."""
+    return max(1, min(len(os.sched_getaffinity(0)), int(free_memory() / BYTES), scans // SCANS))
+
+
+class Turns:
+    """The numbers from 0 on, each given to one of the processes that iterate."""
+
+    def __init__(self, count: int, context: multiprocessing.context.BaseContext):
+        self.count, self._next = count, context.Value("q", 0)
+        self.died = 0                                                 # processes that have ended badly
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            with self._next.get_lock():
+                number = self._next.value
+                self._next.value += 1
+            if number >= self.count:
+                return
+            yield number
+
+
+@contextlib.contextmanager
+def shared(processes: int, count: int, work: Callable[..., None], *args) -> Iterator[Turns]:
+    """Runs work(*args, turns) in processes - 1 new ones, and gives this one the same turns, of `count`.
+
+    At the end of the block the others are waited for, and turns.died tells how many have not ended well: what they left
+    undone is for the caller to find. Where the block raises, they are stopped. They never outlive this process.
+    """
+    context = multiprocessing.get_context("spawn")                    # threads and a fork do not go together
+    turns = Turns(count, context)
+    others = [context.Process(target=_run, args=(os.getpid(), work, *args, turns)) for _ in range(processes - 1)]
+    try:
+        for other in others:
+            other.start()
+        yield turns
+        for other in others:
+            other.join()
+        turns.died = sum(other.exitcode != 0 for other in others)
+    finally:
+        for other in others:
+            if other.is_alive():
+                other.terminate()
+                other.join()
+
+
+def _run(parent: int, work: Callable[..., None], *args) -> None:
+    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() == parent:                                        # it may have died before that call
+        with contextlib.suppress(KeyboardInterrupt):                  # Ctrl-C reaches all; the first process tells
+            work(*args)

@@ -1,0 +1,173 @@
+"""detect/processes.py: each scan is one process's, those that die leave theirs, and none outlives the first."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import projector
+from detect import processes
+from tests.helpers import tiny_bundle
+from tests.test_queue import flags, make_scans, tables
+
+
+def take(folder: Path, numbers, pause: float = 0.02) -> None:
+    """Leaves a file that tells who took which number."""
+    for number in numbers:
+        (folder / f"{number}-{os.getpid()}").touch()
+        time.sleep(pause)
+
+
+def die_on_the_second(folder: Path, numbers) -> None:
+    for count, number in enumerate(numbers):
+        if count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        (folder / f"{number}-{os.getpid()}").touch()
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def taken(folder: Path) -> list[int]:
+    return [int(path.name.partition("-")[0]) for path in folder.iterdir()]
+
+
+def test_every_number_is_given_once_and_each_process_gets_some(tmp_path):
+    with processes.shared(3, 40, take, tmp_path) as numbers:
+        wait_for(lambda: len(taken(tmp_path)) > 1)                   # the others have begun
+        take(tmp_path, numbers)
+    assert sorted(taken(tmp_path)) == list(range(40)) and not numbers.died
+    assert len(Counter(path.name.partition("-")[2] for path in tmp_path.iterdir())) == 3
+
+
+def test_one_alone_starts_no_other(tmp_path):
+    with processes.shared(1, 3, take, tmp_path) as numbers:
+        assert list(numbers) == [0, 1, 2]
+    assert taken(tmp_path) == []
+
+
+def test_one_that_dies_leaves_its_number_and_the_others_go_on(tmp_path):
+    with processes.shared(2, 10, die_on_the_second, tmp_path) as numbers:
+        wait_for(lambda: len(taken(tmp_path)) == 1)
+        take(tmp_path, numbers)
+    assert len(set(range(10)) - set(taken(tmp_path))) == 1 and numbers.died == 1
+
+
+def test_where_the_block_raises_the_others_are_stopped(tmp_path):
+    with pytest.raises(KeyboardInterrupt), processes.shared(2, 10**6, take, tmp_path):
+        wait_for(lambda: taken(tmp_path))
+        raise KeyboardInterrupt
+    before = taken(tmp_path)
+    time.sleep(0.2)
+    assert taken(tmp_path) == before
+
+
+def take_for_ever(folder: Path) -> None:
+    with processes.shared(2, 10**6, take, folder) as numbers:
+        take(folder, numbers)
+
+
+def test_a_killed_process_takes_the_others_with_it(tmp_path):
+    first = multiprocessing.get_context("spawn").Process(target=take_for_ever, args=(tmp_path,))
+    first.start()
+
+    def pids():
+        return {int(path.name.partition("-")[2]) for path in tmp_path.iterdir()}
+
+    wait_for(lambda: len(pids()) == 2)
+    first.kill()
+    first.join()
+    wait_for(lambda: not any(runs(pid) for pid in pids()))
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("cores, free, scans, expected", [
+    (2, 64e9, 100, 2), (16, 64e9, 100, 16), (16, 10e9, 100, 3), (2, 1e9, 100, 1), (2, 64e9, 7, 1), (2, 64e9, 8, 2),
+    (2, 64e9, 0, 1),
+])
+def test_how_many_are_suitable(cores, free, scans, expected, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(processes, "free_memory", lambda: int(free))
+    assert processes.suitable(scans) == expected
+
+
+# ---- projector.py --jobs
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> Path:
+    return make_scans(tmp_path_factory.mktemp("scans") / "six", 6)
+
+
+@pytest.fixture(scope="module")
+def alone(scans, model, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("results") / "alone"
+    assert projector.main(flags(scans, model, out, "--jobs", "1")) == 3                  # one scan is broken
+    return out
+
+
+class OthersFirst(processes.Turns):
+    """The process that makes it takes nothing before another has taken something."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.first = os.getpid()
+
+    def __iter__(self):
+        if os.getpid() == self.first:
+            wait_for(lambda: self._next.value)
+        return super().__iter__()
+
+
+def test_two_jobs_give_the_same_tables(scans, model, alone, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(processes, "Turns", OthersFirst)
+    assert projector.main(flags(scans, model, tmp_path / "out", "--jobs", "2")) == 3
+    assert tables(tmp_path / "out") == tables(alone)
+    said = capfd.readouterr()
+    assert said.out.count("/6 scan-") == 6 and not said.err                              # each scan, and each once
+
+
+def test_a_job_that_is_killed_costs_no_scan(scans, model, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(projector, "share_in", _killed)
+    monkeypatch.setattr(processes, "Turns", OthersFirst)
+    assert projector.main(flags(scans, model, tmp_path / "out", "--jobs", "2")) == 3
+    assert tables(tmp_path / "out") == tables(alone)
+
+
+def _killed(args, threads, sources, numbers) -> None:
+    next(iter(numbers))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("jobs, said", [("0", "at least 1"), ("two", "invalid int")])
+def test_jobs_that_cannot_be(jobs, said, capsys):
+    with pytest.raises(SystemExit):
+        projector.parse(["scans", "--model", "m", "--jobs", jobs])
+    assert said in capsys.readouterr().err
+
+
+def test_torchrun_has_its_own_processes(scans, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert projector.main(flags(scans, model, tmp_path / "out", "--jobs", "2")) == 2
+    assert "torchrun" in capsys.readouterr().err
