@@ -51,8 +51,8 @@ class InpaintingSettings:
     hidden: int = option(40, "side of the blocks that are hidden in turn, pixels of 128 across the image: what is "
                              "larger is drawn from itself, what is smaller from what is around")
     gate_hu: float = option(8.0, "difference from what its surroundings call for, HU, at which a place is drawn anew")
-    spared: float = option(0.5, "of gate_hu: what is less hypodense than this by itself is not hidden with what is "
-                                "around it, as the septum between the ventricles is; 0 hides it, too")
+    spared: float = option(0.5, "of gate_hu: what is less hypodense than this by itself is not drawn anew with what is "
+                                "around it, as the septum between the ventricles is; 0 draws it, too")
     bright_rim: int = option(3, f"what is hidden around it where it is hyperdense, pixels of {AT}; {AROUND} elsewhere")
     judged: str = option("surroundings", "what a place that is drawn anew is judged against: what its surroundings "
                          "call for, or, if 'normal', how it is drawn", ("surroundings", "normal"))
@@ -90,11 +90,11 @@ class Inpainting(OfEncoder):
         bone = bone_mask(hu)
         query_hu, soft, stages = hu.clamp(self.range_hu[0], BONE_HU), brain & ~bone, Stages()
         with stages.stage("surroundings", lambda: error_hu(query_hu, expected_hu, soft)):
-            expected_hu, anomalous = self.anomalous(query_hu, soft, bone)
+            expected_hu, anomalous, hidden = self.anomalous(query_hu, soft, bone)
         with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, soft)):
             kept = bone | (~brain & (query_hu <= self.range_hu[0]))            # and air: the networks draw it badly
-            normal_hu = torch.where(kept, query_hu, self.draw(self.seen(hu), anomalous, bone))
-            normal_hu += self.detail(query_hu - normal_hu, soft, anomalous)
+            normal_hu = torch.where(kept, query_hu, self.draw(self.seen(hu), hidden, bone))
+            normal_hu += self.detail(query_hu - normal_hu, soft, hidden)
         if watch:
             watch(query_hu, normal_hu)
         judged_hu = None
@@ -103,10 +103,10 @@ class Inpainting(OfEncoder):
         return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds, judged_hu)
 
     def anomalous(self, query_hu: torch.Tensor, soft: torch.Tensor, bone: torch.Tensor
-                  ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slices [S, N, N] as their surroundings call for, HU, and where the slices, HU, differ from that: bool."""
+                  ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Slices [S, N, N] as their surroundings call for, HU, and what gate() gives of their difference from that."""
         expected_hu = self.from_surroundings(query_hu, bone)
-        return expected_hu, self.gate(query_hu - expected_hu, soft)
+        return expected_hu, *self.gate(query_hu - expected_hu, soft)
 
     def from_surroundings(self, hu: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
         """Slices [S, N, N], HU, every place drawn while it and what is next to it are hidden; bone as it is."""
@@ -121,19 +121,21 @@ class Inpainting(OfEncoder):
         """Images [S, 3, N, N] of slices [S, N, N], HU: what the networks see of them."""
         return encode(hu.clamp(*self.range_hu))
 
-    def gate(self, difference_hu: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
-        """Where a difference [S, N, N] from the surroundings is anomalous, bool [S, N, N], within soft brain."""
+    def gate(self, difference_hu: torch.Tensor, soft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a difference [S, N, N] from the surroundings is anomalous in soft brain, and what to hide of that."""
         unit, gate, clipped = self.size / AT, self.settings.gate_hu, difference_hu.clamp(-CLIP_HU, CLIP_HU)
         smooth = smoothed(clipped, soft, SMOOTH * unit)
         found = without_small(smooth.abs() > gate, SPECK * unit**2)
         dark = _with_rim(found & (smooth < 0), AROUND * unit)
-        if self.settings.spared:
-            dark &= ~soft | (smoothed(clipped, soft, NEAR * unit) < -self.settings.spared * gate)
-        return dark | _with_rim(found & (smooth > 0), self.settings.bright_rim * unit)
+        bright = _with_rim(found & (smooth > 0), self.settings.bright_rim * unit)
+        if not self.settings.spared:
+            return dark | bright, dark | bright
+        by_itself = ~soft | (smoothed(clipped, soft, NEAR * unit) < -self.settings.spared * gate)
+        return dark | bright, dark & by_itself | bright
 
-    def detail(self, difference_hu: torch.Tensor, soft: torch.Tensor, anomalous: torch.Tensor) -> torch.Tensor:
+    def detail(self, difference_hu: torch.Tensor, soft: torch.Tensor, drawn_anew: torch.Tensor) -> torch.Tensor:
         """What of a slice is too fine for the networks, HU [S, N, N]; difference_hu: the slice less what they drew."""
-        unit, free, hidden = self.size / AT, soft & ~anomalous, soft & anomalous
+        unit, free, hidden = self.size / AT, soft & ~drawn_anew, soft & drawn_anew
         fine = difference_hu - smoothed(difference_hu, free, DETAIL * unit)
         grain = (difference_hu - smoothed(difference_hu, hidden, GRAIN * unit)).clamp(-GRAIN_HU, GRAIN_HU)
         return fine * free + grain * hidden

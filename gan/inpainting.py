@@ -106,9 +106,9 @@ class InpaintingTrainer(EncoderTrainer):
         return stats
 
     def found_anomalous(self, examples: dict[str, torch.Tensor], count: int) -> torch.Tensor:
-        """What the networks, as they are, find anomalous in the first `count` queries: bool [count, N, N]."""
+        """What the networks, as they are, would hide of the first `count` queries as anomalous: bool [count, N, N]."""
         query, brain, bone = (examples[name][:count] for name in ("query", "brain", "bone"))
-        return self.method.anomalous(query, brain & ~bone, bone)[1] if count else bone
+        return self.method.anomalous(query, brain & ~bone, bone)[2] if count else bone
 
     def weight(self, brain: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor, changed: torch.Tensor
                ) -> torch.Tensor:
