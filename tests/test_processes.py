@@ -72,13 +72,13 @@ def test_where_the_block_raises_the_others_are_stopped(tmp_path):
     assert taken(tmp_path) == before
 
 
-def take_for_ever(folder: Path) -> None:
-    with processes.shared(2, 10**6, take, folder) as numbers:
+def take_on(folder: Path) -> None:
+    with processes.shared(2, 6000, take, folder) as numbers:             # two minutes
         take(folder, numbers)
 
 
 def test_a_killed_process_takes_the_others_with_it(tmp_path):
-    first = multiprocessing.get_context("spawn").Process(target=take_for_ever, args=(tmp_path,))
+    first = multiprocessing.get_context("spawn").Process(target=take_on, args=(tmp_path,))
     first.start()
 
     def pids():
