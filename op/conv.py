@@ -20,5 +20,9 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor, stride: int = 1, padding: int 
 
 
 def ready(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight [O, I, k, k] as a convolution in channels-last would else turn it each time."""
-    return weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    """weight [O, I, k, k] in dtype; without gradients turned to channels-last, as a convolution would turn it each time.
+
+    With gradients the turned weight makes a transposed convolution slower, and it is made anew each time in any case.
+    """
+    weight = weight.to(dtype)
+    return weight if torch.is_grad_enabled() else weight.contiguous(memory_format=torch.channels_last)
