@@ -20,7 +20,7 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor, stride: int = 1, padding: int 
 
 
 def ready(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight [O, I, k, k] in dtype; without gradients turned to channels-last, as a convolution would turn it each time.
+    """weight [O, I, k, k] in dtype, without gradients turned to channels-last, as convolutions else do each time.
 
     With gradients the turned weight makes a transposed convolution slower, and it is made anew each time in any case.
     """
