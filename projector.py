@@ -218,11 +218,14 @@ def build(args: argparse.Namespace) -> tuple[Projector, dict[str, Writer]]:
     return projector, writers
 
 
-def project(scans: Iterable[None], tables: Callable[[], None] | None) -> None:
-    """Project scan after scan; now and then, and where it is interrupted, write the tables of what is done."""
+def project(args: argparse.Namespace, projector: Projector, writers: dict[str, Writer], sources: list[ScanSource],
+            numbers: Iterable[int], tables: Callable[[], None] | None = None) -> None:
+    """Project those of `sources`; now and then, and where it is interrupted, write the tables of what is done."""
+    from detect.folder import project_all
+
     written = time.perf_counter()
     try:
-        for _ in scans:
+        for _ in project_all(projector, sources, args.out, writers, bool(args.part), numbers):
             if tables and time.perf_counter() - written > TABLES_EVERY_S:
                 tables()
                 written = time.perf_counter()
@@ -236,12 +239,9 @@ def share_in(args: argparse.Namespace, threads: int, sources: list[ScanSource], 
     """What each further process of --jobs does. Errors are the first one's to tell: it finds what is left undone."""
     import torch
 
-    from detect.folder import project_all
-
     torch.set_num_threads(threads)
     try:
-        projector, writers = build(args)
-        project(project_all(projector, sources, args.out, writers, bool(args.part), numbers), None)
+        project(args, *build(args), sources, numbers)
     except (OSError, ValueError) as error:
         sys.exit(f"one of {args.jobs} processes: {error}")
 
@@ -251,17 +251,15 @@ def share_out(args: argparse.Namespace, projector: Projector, writers: dict[str,
     """Project all of `sources` by args.jobs processes; this is the first, and does what one that dies leaves undone."""
     import torch
 
-    from detect.folder import collect, project_all
+    from detect.folder import collect
     from detect.processes import shared
 
-    def here(numbers: Iterable[int]) -> None:
-        project(project_all(projector, sources, args.out, writers, bool(args.part), numbers), tables)
-
     with shared(args.jobs, len(sources), share_in, args, torch.get_num_threads(), sources) as turns:
-        here(turns)
+        project(args, projector, writers, sources, turns, tables)
     if turns.died:
         undone = set(collect(args.out, sources, projector.key())[1])
-        here([number for number, source in enumerate(sources) if source.scan_id in undone])
+        numbers = [number for number, source in enumerate(sources) if source.scan_id in undone]
+        project(args, projector, writers, sources, numbers, tables)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -275,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import distributed
     from ct.read import find_all
-    from detect.folder import collect, make_writable, project_all, refuse_other_results, remove_leftovers, write_tables
+    from detect.folder import collect, make_writable, refuse_other_results, remove_leftovers, write_tables
     from detect.processes import suitable
 
     try:
@@ -307,8 +305,7 @@ def main(argv: list[str] | None = None) -> int:
             share_out(args, projector, writers, sources, tables)
         else:
             numbers = range(rank, len(sources), ranks)
-            project(project_all(projector, sources, args.out, writers, bool(args.part), numbers),
-                    tables if ranks == 1 else None)
+            project(args, projector, writers, sources, numbers, tables if ranks == 1 else None)
         results, missing = collect(args.out, sources, projector.key())
         if missing:                       # no waiting: the run that finishes last finds nothing missing
             print(f"{len(missing)} scans are not finished by other runs, such as {missing[0]}; the last run writes the "

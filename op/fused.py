@@ -2,8 +2,8 @@
 
 A CPU spends more time on reading and writing activations than on the convolutions between them. These passes are in C
 (op/csrc/fused.c, compiled at first use), for bfloat16 in channels-last, and round once where PyTorch's separate passes
-round each. The functions return None where they are not for here (gradients, other
-dtypes and devices, no compiler, --ops ref); the caller then does it with PyTorch.
+round each. The functions return None where they are not for here (gradients, other dtypes and devices, no compiler,
+--ops ref); the caller then does it with PyTorch.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import pytest
 
 import projector
 from ct.read import find_scans
-from detect import Projector, load_bundle
+from detect import Projector, folder, load_bundle
 from detect.claims import Claims
 from detect.folder import OUTPUTS, WORK, collect_all, find_result_folder, project_one, read_result
 from detect.report import read_results, unshown
@@ -213,7 +213,7 @@ def test_killed_at_random_moments(kills, model, tmp_path):
     made = []
     for attempt in range(kills):
         log, before = tmp_path / f"log-{attempt}", results()
-        run = processes.start("projector", flags(scans, model, out), log)
+        run = processes.start("projector", flags(scans, model, out, "--jobs", "1"), log)
         while run.is_alive() and not (log.exists() and "/" in log.read_text()):      # its first line about a scan
             time.sleep(0.01)
         while run.is_alive() and results() < before + attempt % 2:       # every other time with something done
@@ -252,25 +252,21 @@ def test_four_parts_of_200_scans_one_killed_and_restarted(model, tmp_path):
 
 
 @pytest.mark.soak
-def test_time_and_memory_stay_flat_over_1000_scans(model, tmp_path):
+def test_time_and_memory_stay_flat_over_1000_scans(model, tmp_path, monkeypatch):
     scans, out = tmp_path / "scans", tmp_path / "out"
     make_scans(scans, 10)
     for i in range(10, 1000):                                            # one broken scan is enough
         os.link(scans / f"scan-{4 if i % 10 == 3 else i % 10:03d}.nii", scans / f"scan-{i:03d}.nii")
-    ends, resident, show = [], [], projector.project
+    ends, resident, project_all = [], [], folder.project_all
 
-    def watched(scans, tables):
-        def each():
-            for _ in scans:
-                ends.append(time.process_time())             # of the processor: others may be at work, too
-                resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
-                yield
-        show(each(), tables)
-    projector.project = watched
-    try:
-        assert projector.main(flags(scans, model, out)) == 3
-    finally:
-        projector.project = show
+    def watched(*args):
+        for _ in project_all(*args):
+            ends.append(time.process_time())                 # of the processor: others may be at work, too
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+            yield
+
+    monkeypatch.setattr(folder, "project_all", watched)
+    assert projector.main(flags(scans, model, out, "--jobs", "1")) == 3
     first, last = ends[100] - ends[0], ends[-1] - ends[-101]
     assert len(ends) == 1000
     print(f"{len(ends)} scans: first 100 {first:.1f} s of a core, last 100 {last:.1f} s; resident "
