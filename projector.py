@@ -276,6 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     from detect.folder import collect, make_writable, refuse_other_results, remove_leftovers, write_tables
     from detect.processes import suitable
 
+    threads = torch.get_num_threads()
     try:
         projector, writers = build(args)
         sources = find_all(args.scans, args.unknown_slice_spacing_mm, args.ids)
@@ -297,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
             if not args.part:
                 write_tables(args.out, collect(args.out, sources, projector.key())[0])
 
-        torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
+        torch.set_num_threads(max(1, threads // args.jobs))
         report = run_report(projector, args.jobs * ranks)
         if args.part:
             replace_text(args.out / "run.json", json.dumps(report, indent=2) + "\n")
@@ -323,6 +324,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the scans that are left", file=sys.stderr)
         return 130
+    finally:
+        torch.set_num_threads(threads)                       # whoever calls main() from Python keeps theirs
     return exit_code(results)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import train
 from ct.frame import PreprocessSettings
@@ -18,6 +19,7 @@ from dataset import ScanRecord, SliceWriter
 from tests.helpers import synthetic_head
 
 LOCAL = (None, "", "localhost", socket.gethostname(), "127.0.0.1", "::1", "0.0.0.0", "::")
+THREADS = torch.get_num_threads()
 refused: list[str] = []                          # addresses beyond this machine that a test has tried to reach
 
 
@@ -42,6 +44,15 @@ def no_network():
     yield refused
     tried, refused[:] = list(refused), []
     assert tried == []
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Fails a test that leaves another number of threads: those after it would compute in another order."""
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    assert left == THREADS
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 import projector
 from detect import processes
@@ -22,6 +23,13 @@ def take(folder: Path, numbers, pause: float = 0.02) -> None:
     for number in numbers:
         (folder / f"{number}-{os.getpid()}").touch()
         time.sleep(pause)
+
+
+def take_together(folder: Path, here: Path, numbers) -> None:
+    """take, begun when three have come."""
+    (here / str(os.getpid())).touch()
+    wait_for(lambda: len(list(here.iterdir())) == 3)
+    take(folder, numbers)
 
 
 def die_on_the_second(folder: Path, numbers) -> None:
@@ -43,11 +51,13 @@ def taken(folder: Path) -> list[int]:
 
 
 def test_every_number_is_given_once_and_each_process_gets_some(tmp_path):
-    with processes.shared(3, 40, take, tmp_path) as numbers:
-        wait_for(lambda: len(taken(tmp_path)) > 1)                   # the others have begun
-        take(tmp_path, numbers)
-    assert sorted(taken(tmp_path)) == list(range(40)) and not numbers.died
-    assert len(Counter(path.name.partition("-")[2] for path in tmp_path.iterdir())) == 3
+    folder, here = tmp_path / "taken", tmp_path / "here"
+    folder.mkdir()
+    here.mkdir()
+    with processes.shared(3, 40, take_together, folder, here) as numbers:
+        take_together(folder, here, numbers)
+    assert sorted(taken(folder)) == list(range(40)) and not numbers.died
+    assert len(Counter(path.name.partition("-")[2] for path in folder.iterdir())) == 3
 
 
 def test_one_alone_starts_no_other(tmp_path):
@@ -145,6 +155,18 @@ def test_two_jobs_give_the_same_tables(scans, model, alone, tmp_path, monkeypatc
     assert tables(tmp_path / "out") == tables(alone)
     said = capfd.readouterr()
     assert said.out.count("/6 scan-") == 6 and not said.err                              # each scan, and each once
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_the_callers_threads_are_left_alone(scans, model, alone, jobs):
+    """They were not: what a session trained after 8 scans was computed in another order than what it went on from."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert projector.main(flags(scans, model, alone, "--jobs", jobs)) == 3           # all is done already
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_job_that_is_killed_costs_no_scan(scans, model, alone, tmp_path, monkeypatch):
