@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import distributed
+from common.weights import CheckpointError
 from dataset import SliceDataset
 from detect.bundle import load_bundle, save_bundle
 from detect.calibration import Fold, Trained, calibrate, check_held_out, open_file
@@ -26,7 +27,6 @@ from gan.augment import random_flip, random_rotation
 from gan.runlog import load_run
 from gan.snapshots import Snapshot
 from model import ModelConfig
-from weights import CheckpointError
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
 OF_ENCODER_RUNS = ("inpainting", "inversion", "search")    # made of a run of train_encoder.py; others bring a file

@@ -16,8 +16,8 @@ from pathlib import Path
 
 def describe(folder: str | Path) -> str:
     """What a bundle is, for people to read: method, files, settings, versions and provenance."""
+    from common.weights import load_tensors
     from detect.bundle import load_bundle
-    from weights import load_tensors
 
     bundle = load_bundle(folder)
     meta = bundle.meta
@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch  # only now: --help needs none of what takes seconds to import
 
+    from common.weights import CheckpointError
     from detect.bundle import import_released
-    from weights import CheckpointError
 
     try:
         if args.command == "import-released":

@@ -31,7 +31,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 import distributed
-from files import full_disk_named
+from common.files import full_disk_named
 
 # From the parts of a batch of slices, and random numbers for it alone, to what a step takes. It is pickled.
 Prepare = Callable[[dict[str, torch.Tensor], torch.Generator], dict[str, torch.Tensor]]

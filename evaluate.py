@@ -24,8 +24,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.files import sha256
 from evaluation.settings import TriageSettings
-from files import sha256
 
 if TYPE_CHECKING:                         # what takes seconds to import, functions import: --help needs none of it
     from evaluation.cohort import Key, Label, Units

@@ -36,9 +36,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.files import replace_text
+from common.version import VERSION
 from ct.settings import PreprocessSettings
-from files import replace_text
-from version import VERSION
 
 if TYPE_CHECKING:                         # what takes seconds to import, functions import: --help needs none of it
     from ct.read import ScanSource

@@ -10,7 +10,7 @@ pca  principal components of the healthy slices at the same height; the residual
 dae  denoising autoencoder, a U-Net that takes coarse noise off (detect/autoencoder.py)
 
 Here each is used as it is, without calibration: a map is the residual in HU, 0 outside the brain, filtered by the same
-median as ours; a slice scores the mean of its map over the brain, a scan measure.scan_score of its slices. (A bundle of
+median as ours; a slice scores the mean of its map over the brain, a scan scan_score of its slices. (A bundle of
 latent_stats.py with the same file has a calibration.) `score` writes scores.csv, slices.csv and SCAN/anomaly.nii.gz for
 evaluate.py. Exit codes: 0 done, 2 wrong usage, 3 some scans failed.
 """
@@ -30,17 +30,18 @@ from safetensors import SafetensorError, safe_open
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a script from anywhere
 
 import distributed  # noqa: E402
+from common.files import write_table  # noqa: E402
 from config import add_options, exit_code, given, option  # noqa: E402
 from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan  # noqa: E402
 from ct.read import find_scans, read_scan  # noqa: E402
 from ct.scan import ScanError  # noqa: E402
 from ct.write import write_nifti  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
-from detect import measure  # noqa: E402
 from detect.autoencoder import Autoencoder  # noqa: E402
 from detect.fitted import Fitted  # noqa: E402
 from detect.pca import PcaSettings, PositionPca  # noqa: E402
-from files import write_table  # noqa: E402
+from detect.residual import residual, scale_median_size  # noqa: E402
+from detect.scores import SCAN_SCORES, scan_score  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def anomaly_map(baseline: Fitted, hu: torch.Tensor, brain: torch.Tensor, below_v
     hu [S, N, N] in HU, standardised; brain bool [S, N, N]; below_vertex_mm [S]. Raises ValueError unless fitted.
     """
     found = baseline.closest_normal(hu, brain, below_vertex_mm)
-    window = measure.scale_median_size(hu.shape[-1])
-    return measure.residual(found.query_hu, found.normal_hu, brain, window).abs()
+    window = scale_median_size(hu.shape[-1])
+    return residual(found.query_hu, found.normal_hu, brain, window).abs()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ class ScoredScan:
     shown: np.ndarray
 
     def scan_score(self, how: str) -> float:
-        return measure.scan_score(torch.from_numpy(self.slice_scores[self.shown]), how)
+        return scan_score(torch.from_numpy(self.slice_scores[self.shown]), how)
 
 
 def kept_slices(pre: Preprocessed) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
@@ -214,7 +215,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("baseline", type=Path, help="file that fit wrote")
     one.add_argument("scans", type=Path, metavar="SCANS", help="folder that holds scans, or one scan")
     one.add_argument("--out", type=Path, required=True, help="results folder")
-    one.add_argument("--scan-score", choices=list(measure.SCAN_SCORES), default="mean",
+    one.add_argument("--scan-score", choices=list(SCAN_SCORES), default="mean",
                      help="how slice scores become the scan's (default %(default)s)")
     one.add_argument("--mask-hu", type=float, help="also write mask.nii.gz: where the map exceeds this")
     one.set_defaults(work=score)

@@ -26,6 +26,7 @@ import torch
 import distributed
 from benchmarks import baselines
 from benchmarks.baselines import ScoredScan
+from common.files import sha256
 from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan
 from ct.read import ScanSource, find_scans, read_scan
 from ct.scan import Scan
@@ -35,12 +36,12 @@ from detect import normative
 from detect.bundle import load_bundle, read_bundle_meta
 from detect.calibration import Fold, calibrate
 from detect.fitted import Fitted
-from detect.measure import Measure, Surprise
+from detect.measure import Measure
 from detect.projection import project_frame
 from detect.reconstruct import Reconstructor
 from detect.settings import Settings
+from detect.surprise import Surprise
 from evaluation.cohort import read_volume
-from files import sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "ours"

@@ -42,8 +42,10 @@ from dataset import SliceDataset  # noqa: E402
 from detect import normative  # noqa: E402
 from detect.bundle import load_bundle  # noqa: E402
 from detect.inversion import Inversion, InversionSettings  # noqa: E402
-from detect.measure import Evidence, Surprise, SurpriseSettings, scan_score  # noqa: E402
 from detect.reconstruct import Reconstruction, Reconstructor  # noqa: E402
+from detect.residual import Evidence  # noqa: E402
+from detect.scores import scan_score  # noqa: E402
+from detect.surprise import Surprise, SurpriseSettings  # noqa: E402
 from gan.runlog import load_run  # noqa: E402
 from model import Encoder, Generator, ModelConfig  # noqa: E402
 from op import memory  # noqa: E402

@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 from benchmarks import compare  # noqa: E402
 from benchmarks.compare import OURS, SIGNIFICANT, Method, differs, name_of, shown  # noqa: E402
+from common.files import sha256  # noqa: E402
 from config import RESUMES, exit_code  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from ct.read import ScanSource, find_scans  # noqa: E402
@@ -43,7 +44,6 @@ from dataset import SliceDataset  # noqa: E402
 from evaluation import metrics  # noqa: E402
 from evaluation.cohort import InputError, Key, Label, read_labels, read_scores, read_table, seconds_by_scan  # noqa: E402
 from evaluation.metrics import Undefined, defined  # noqa: E402
-from files import sha256  # noqa: E402
 
 ROWS = {OURS: (), "published": ("--preset", "published")}            # further flags of projector.py
 

@@ -45,9 +45,9 @@ from benchmarks.measure import (
 )
 from benchmarks.reference import ReferenceDiscriminator, ReferenceGenerator
 from detect.latent import LatentStats
-from detect.measure import Votes
 from detect.projection import project_frame
 from detect.search import Search, SearchSettings
+from detect.votes import Votes
 from gan import training
 from model import Discriminator, Encoder, Generator, ModelConfig
 from op import bias_act, binomial_kernel, set_impl, styled_act, upfirdn2d

@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 from benchmarks import compare  # noqa: E402
 from benchmarks.compare import OURS, Method, name_of, shown  # noqa: E402
+from common.files import sha256  # noqa: E402
 from config import RESUMES, exit_code  # noqa: E402
 from ct.brain import estimate_pixel_mm  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
@@ -47,7 +48,6 @@ from dataset import SliceDataset  # noqa: E402
 from evaluation import metrics  # noqa: E402
 from evaluation.cohort import InputError, read_table, read_truth, read_volume, seconds_by_scan  # noqa: E402
 from evaluation.metrics import Undefined, defined  # noqa: E402
-from files import sha256  # noqa: E402
 
 SMOOTH_MM = 5.0                 # standard deviation
 NEAR_MM = 15.0

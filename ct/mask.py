@@ -20,13 +20,13 @@ from highdicom import AlgorithmIdentificationSequence
 from highdicom.seg import Segmentation, SegmentDescription
 from pydicom.sr.codedict import codes
 
+from common.version import VERSION
 from ct.brain import brain_mask
 from ct.derived import MANUFACTURER, Derived, Maker
 from ct.dicom_pixels import quote_no_headers
 from ct.read import find_scans, open_scan
 from ct.scan import Scan, ScanError
 from ct.write import write_nifti
-from version import VERSION
 
 NAME = "CN-StyleGAN brain mask"
 SERIES_NUMBER = 6                         # last digit; those of a projection's objects (detect/dicom_out) come before

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks.compare import OURS, SIGNIFICANT, differs, name_of, shown
-from detect import measure
+from detect.scores import scan_score
 from evaluation import metrics
 from evaluation.metrics import Undefined, defined
 
@@ -78,7 +78,7 @@ def pixel_ap(measures: list[dict], method: str) -> float:
 
 
 def pooled_score(measured: dict, method: str, how: str) -> float:
-    return measure.scan_score(torch.from_numpy(np.asarray(measured[f"{method}_slices"])[measured["shown"]]), how)
+    return scan_score(torch.from_numpy(np.asarray(measured[f"{method}_slices"])[measured["shown"]]), how)
 
 
 def scan_scores(cohort: Cohort, method: str, how: str) -> np.ndarray:

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from common.weights import compact
 from config import option
 from dataset import InfiniteSampler, SliceDataset
 from detect.fitted import RANGE_HU, Fitted
-from weights import compact
 
 _MIDDLE, _HALF_RANGE = sum(RANGE_HU) / 2, (RANGE_HU[1] - RANGE_HU[0]) / 2
 

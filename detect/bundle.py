@@ -18,6 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 import distributed
+from common.files import replacing, sha256
+from common.version import VERSION
+from common.weights import CheckpointError, load_strictly, load_tensors, read_json, to_json, verify, write_json
 from ct import frame
 from ct.frame import PreprocessSettings
 from detect import measure
@@ -29,10 +32,7 @@ from detect.reconstruct import Reconstructor, method
 from detect.released import STATE_DICTS, read_networks, read_statistics
 from detect.search import Search, SearchSettings
 from detect.settings import Settings
-from files import replacing, sha256
 from model import Discriminator, Encoder, Generator
-from version import VERSION
-from weights import CheckpointError, load_strictly, load_tensors, read_json, to_json, verify, write_json
 
 FORMAT_VERSION = 2                             # newer ones are refused; version 1 is read, see upgraded()
 BUNDLE_META = ("preprocessing", "calibration", "provenance")        # required; may be None

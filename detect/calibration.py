@@ -15,17 +15,10 @@ import torch
 
 from dataset import SliceDataset
 from detect import normative
-from detect.measure import (
-    SCAN_SCORES,
-    SLICE_MM,
-    Evidence,
-    Measure,
-    percentile_of,
-    scan_score,
-    thickness_mm,
-    threshold_at_fpr,
-)
+from detect.measure import Measure
 from detect.reconstruct import Reconstruction, Reconstructor, method
+from detect.residual import Evidence
+from detect.scores import SCAN_SCORES, SLICE_MM, percentile_of, scan_score, thickness_mm, threshold_at_fpr
 from detect.settings import Settings
 
 FPR = 0.05                            # of the stored thresholds

@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from common.weights import CheckpointError, load_tensors, portable
 from dataset import SliceDataset
 from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
-from weights import CheckpointError, load_tensors, portable
 
 RANGE_HU = (-20.0, 100.0)       # what these methods see: brain, blood and the edge of bone, in every database alike
 

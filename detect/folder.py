@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 
+from common.files import FullDiskError, full_disk_named, replacing_folder, write_table
 from ct.read import ScanSource, open_scan
 from ct.scan import Scan, ScanError
 from detect.claims import STALE_S, Claims
 from detect.outputs import OUTPUTS, SCORE_COLUMNS, SLICE_COLUMNS, Writer, scan_row, slice_rows
 from detect.pipeline import overlapped
 from detect.projection import Projector
-from files import FullDiskError, full_disk_named, replacing_folder, write_table
 
 WORK, BY_HASH = ".work", "scans"
 LARGE_BYTES = 1 << 28            # of HU in float32, 256 slices of 512 x 512: such a scan is alone in memory

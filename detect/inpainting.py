@@ -26,15 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.weights import CheckpointError
 from config import option
 from ct.window import BONE_HU, decode, encode
 from detect.inversion import OfEncoder, load_networks
-from detect.measure import without_small
 from detect.normative import smoothed
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
+from detect.residual import without_small
 from model import Encoder, Generator
 from op.banded import dilated
-from weights import CheckpointError
 
 AT = 128                                  # lengths below are pixels of images of this side
 CENTRE = 0.8                              # of a hidden block's side: what is drawn there is kept

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.weights import CheckpointError, compact, load_strictly, load_tensors
 from config import option
 from ct.window import decode, encode
 from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
 from model import Discriminator, Encoder, Generator, ModelConfig, build_encoder, build_generator
-from weights import CheckpointError, compact, load_strictly, load_tensors
 
 NETWORKS = {"generator": build_generator, "discriminator": Discriminator, "encoder": build_encoder}
 

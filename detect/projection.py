@@ -13,8 +13,10 @@ from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan
 from ct.scan import Scan
 from detect import calibration
 from detect.bundle import Bundle, versions
-from detect.measure import Evidence, Findings, Measure, scan_score, thickness_mm
+from detect.measure import Measure
 from detect.reconstruct import Reconstruction, Reconstructor, error_hu
+from detect.residual import Evidence, Findings
+from detect.scores import scan_score, thickness_mm
 from detect.settings import Settings
 
 OTHER_SPACING = 1.25    # slices further apart than those of the calibration by this factor, or closer, do not compare

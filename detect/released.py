@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.weights import CheckpointError
 from model import ModelConfig
-from weights import CheckpointError
 
 STATE_DICTS = ("g_ema", "d", "e")        # generator, discriminator, encoder
 CHANNEL_BASE = 16384                     # channels at resolution r: at most base * multiplier / r

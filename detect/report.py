@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from common.files import read_table, replace_text, sha256
 from ct.picture import PANELS, RESIDUAL_FULL_HU, pack_overlay
 from detect.folder import find_result_folder
-from detect.measure import MEASURES, SCAN_SCORES
+from detect.measure import MEASURES
+from detect.scores import SCAN_SCORES
 from detect.settings import Settings
-from files import read_table, replace_text, sha256
 
 KEY_SLICES = 3
 MEGABYTES = 40.0

@@ -2,7 +2,7 @@
 
 Start at the encoder's code, optimise the code, then the noise maps. All slices advance together, in chunks that fit the
 memory; each slice's optimisation is its own, so a result does not depend on the chunks. Coordinates and the healthy
-range are those of latent.py; votes are cast at every step by the watch (measure.VoteWatch).
+range are those of latent.py; votes are cast at every step by the watch (votes.VoteWatch).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.weights import CheckpointError, load_tensors
 from config import option
 from ct.window import decode, encode
 from detect.inversion import compact_networks, draw, load_networks
 from detect.latent import LatentStats
-from detect.measure import VoteWatch
 from detect.options import KNEE, PERCEPTUAL
 from detect.perceptual import build_perceptual, prior_excess
 from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
+from detect.votes import VoteWatch
 from model import Discriminator, Encoder, Generator
-from weights import CheckpointError, load_tensors
 
 
 @dataclass(frozen=True)

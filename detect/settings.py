@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
-from detect.measure import MEASURES, SCAN_SCORES, MaskSettings
+from detect.measure import MEASURES
 from detect.reconstruct import METHODS, method
+from detect.residual import MaskSettings
+from detect.scores import SCAN_SCORES
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import nibabel
 import numpy as np
 from PIL import Image
 
-import files
+from common.files import Row
+from common.files import read_table as read_rows
 from evaluation.metrics import empirical_threshold
-from files import Row
 
 Key = tuple                                # (scan_id,) or (scan_id, slice)
 
@@ -58,7 +58,7 @@ def _some(keys: list[Key]) -> str:
 
 def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
     """Rows of a CSV file whose header has at least these columns. Raises InputError."""
-    return files.read_table(path, columns, InputError)
+    return read_rows(path, columns, InputError)
 
 
 def _key(path: Path, row: Row, by_slice: bool, seen: Iterable[Key]) -> Key:

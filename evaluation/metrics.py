@@ -199,7 +199,7 @@ def empirical_threshold(normal_scores: np.ndarray, fpr: float) -> float:
     """The smallest threshold at which at most `fpr` of these normal scores are positive (score > threshold).
 
     It holds for these scans; new healthy ones pass it somewhat more often. The bound for those, which needs more
-    scans, is detect.measure.threshold_at_fpr.
+    scans, is detect.scores.threshold_at_fpr.
     """
     if not 0 <= fpr < 1:
         raise ValueError(f"the false-positive rate must lie in [0, 1), got {fpr}")

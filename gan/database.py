@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import distributed
-import files
+from common.files import read_table as read_rows
 from ct import dicom, loose, slices
 from ct.frame import PreprocessSettings, preprocess_scan
 from ct.read import ScanSource, find_scans, read_scan
@@ -38,7 +38,7 @@ LOOSE_A_LINE = 100            # loose slices: a line in the log for so many
 def read_table(path: PathLike, columns: Sequence[str], flag: str) -> list[tuple[str, ...]]:
     """The named columns of a CSV file, row by row. DatasetError names the flag and what is missing."""
     return [tuple((row[c] or "").strip() for c in columns)
-            for row in files.read_table(Path(path), columns, DatasetError, flag)]
+            for row in read_rows(Path(path), columns, DatasetError, flag)]
 
 
 def _by_scan(path: PathLike, column: str, flag: str, scan_ids: Sequence[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import distributed
+from common.weights import CheckpointError
 from dataset import DatasetError, SliceDataset, slice_batches
 from gan.coding import CodeTrainer
 from gan.encoding import EncoderTrainer
@@ -15,7 +16,6 @@ from gan.inpainting import InpaintingTrainer
 from gan.runlog import Run, load_run
 from gan.settings import EncoderConfig
 from model import ModelConfig
-from weights import CheckpointError
 
 
 def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch.device, vgg16=None,

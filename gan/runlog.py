@@ -29,9 +29,9 @@ from typing import Protocol
 import torch
 
 import distributed
-from files import replace_text
+from common.files import replace_text
+from common.weights import CheckpointError
 from gan.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_steps
-from weights import CheckpointError
 
 # SIGUSR1 is what SLURM is asked to send before a time limit. Exit codes are the shell's, 128 + signal, of the first two
 STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from files import flush, full_disk_named, require_space, sha256
-from weights import (
+from common.files import flush, full_disk_named, require_space, sha256
+from common.weights import (
     CheckpointError,
     load_strictly,
     load_tensors,

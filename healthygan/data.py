@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import distributed
+from common.files import read_table
 from ct.window import encode
 from dataset import DatasetError, InfiniteSampler, SliceDataset
-from files import read_table
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 FULL = 65535                             # white, as images are kept

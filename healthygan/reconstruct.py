@@ -15,13 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.weights import CheckpointError, compact, load_tensors
 from config import option
 from ct.window import decode, encode
 from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
 from healthygan.data import shrink
 from healthygan.model import Generator, ModelConfig
 from healthygan.weights import find_model, load_generator
-from weights import CheckpointError, compact, load_tensors
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a script from anywhere
 
 import distributed
+from common.files import write_table
 from dataset import DatasetError
-from files import write_table
 from healthygan.data import Pictures, class_folders, is_database, join, read_images, read_slices
 from healthygan.pictures import panels, save_map
 from healthygan.scoring import difference, unit_scores

@@ -20,11 +20,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from common.files import sha256
+from common.weights import CheckpointError
 from config import exit_code
-from files import sha256
 from healthygan.data import ImageSettings
 from healthygan.model import RUNNING_STATISTICS, Generator, ModelConfig
-from weights import CheckpointError
 
 FORMAT = "healthygan"
 

@@ -16,7 +16,7 @@ import json
 import shutil
 from pathlib import Path
 
-from files import replace_text
+from common.files import replace_text
 
 WAITING, DONE, REFUSED, FAILED = "waiting", "done", "refused", "failed"
 

@@ -6,17 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from detect import measure
-from detect.measure import (
-    MaskSettings,
-    SurpriseSettings,
-    VoteCounter,
-    frame_votes,
-    lesion_mask,
-    residual,
-    scan_score,
-    slice_scores,
-)
+from detect.residual import Evidence, MaskSettings, lesion_mask, residual, scale_median_size
+from detect.scores import SCAN_SCORES, percentile_of, scan_score, thickness_mm, threshold_at_fpr
+from detect.surprise import Surprise, SurpriseSettings, peak_scores, pool_along_axis, surprise_scores
+from detect.votes import VoteCounter, anomaly_map, frame_votes, slice_scores
 
 
 def column(*values: float) -> torch.Tensor:
@@ -29,12 +22,12 @@ def column(*values: float) -> torch.Tensor:
 
 @pytest.mark.parametrize(("frame_size", "expected"), ((1024, 39), (512, 19), (256, 9), (128, 5), (64, 3), (32, 3)))
 def test_median_size_scales_with_the_frame(frame_size, expected):
-    assert measure.scale_median_size(frame_size) == expected
+    assert scale_median_size(frame_size) == expected
 
 
 def test_median_size_is_the_nearest_odd_number():
-    assert measure.scale_median_size(256, size_at_512=11) == 5   # 5.5
-    assert measure.scale_median_size(256, size_at_512=13) == 7   # 6.5
+    assert scale_median_size(256, size_at_512=11) == 5   # 5.5
+    assert scale_median_size(256, size_at_512=13) == 7   # 6.5
 
 
 def test_residual_is_signed_masked_and_filtered():
@@ -155,10 +148,10 @@ def test_votes_of_a_part_of_the_scan_are_refused():
 
 
 def test_anomaly_map_weighs_the_signed_residual():
-    result = measure.anomaly_map(torch.tensor([[[0, 2, 4]]]), torch.tensor([[[8.0, -8.0, 8.0]]]), steps=2)
+    result = anomaly_map(torch.tensor([[[0, 2, 4]]]), torch.tensor([[[8.0, -8.0, 8.0]]]), steps=2)
     assert torch.equal(result, torch.tensor([[[0.0, -4.0, 8.0]]]))
     with pytest.raises(ValueError, match="steps=0"):
-        measure.anomaly_map(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), steps=0)
+        anomaly_map(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), steps=0)
 
 
 def blocks(size: int, *pixels: int) -> torch.Tensor:
@@ -228,7 +221,7 @@ def test_scan_score(how, expected):
 
 
 def test_scan_score_of_fewer_than_three_slices():
-    assert [scan_score(torch.tensor([1.0, 4.0]), how) for how in measure.SCAN_SCORES] == [4.0, 2.5, 2.5]
+    assert [scan_score(torch.tensor([1.0, 4.0]), how) for how in SCAN_SCORES] == [4.0, 2.5, 2.5]
 
 
 def test_scan_score_refusals():
@@ -245,7 +238,7 @@ def test_scan_score_refusals():
 
 
 def pooled(values, positions):
-    return measure.pool_along_axis(column(*values), positions).flatten().tolist()
+    return pool_along_axis(column(*values), positions).flatten().tolist()
 
 
 def test_slices_of_5_mm_are_pooled_with_their_neighbours():
@@ -264,7 +257,7 @@ def test_pooling_goes_by_millimetres_over_gaps_too():
     assert pooled([0, 0, 0, 12, 0, 0, 0], [2.5 * i for i in range(7)]) == pytest.approx([1, 2, 2, 2, 2, 2, 1])
     assert pooled([7], [3.0]) == [7]
     with pytest.raises(ValueError, match="sort the slices"):
-        measure.pool_along_axis(column(1, 2, 3), [0, 10, 5])
+        pool_along_axis(column(1, 2, 3), [0, 10, 5])
 
 
 def test_scan_scores_weigh_slices_by_what_they_stand_for():
@@ -274,7 +267,7 @@ def test_scan_scores_weigh_slices_by_what_they_stand_for():
     assert scan_score(scores, "top3", [5, 5, 5, 5]) == pytest.approx(20 / 3)
     assert scan_score(scores, "mean", [5, 10, 5, 5]) == pytest.approx((4 * 5 + 9 * 10 + 5 + 35) / 25)
     assert scan_score(scores, "max", [5, 10, 5, 5]) == 9
-    assert measure.thickness_mm([20, 15, 5]).tolist() == [5, 7.5, 10] and measure.thickness_mm([3]).tolist() == [5]
+    assert thickness_mm([20, 15, 5]).tolist() == [5, 7.5, 10] and thickness_mm([3]).tolist() == [5]
 
 
 # --- calibration ---
@@ -284,22 +277,22 @@ def test_percentile_of():
     healthy = torch.tensor([3.0, 1.0, 2.0, 2.0])
     scores = torch.tensor([0.5, 1.0, 2.0, 2.5, 99.0])
     # healthy scores below: 0, 0, 1, 3, 4 of 4; never 100
-    assert measure.percentile_of(scores, healthy).tolist() == [0.0, 0.0, 20.0, 60.0, 80.0]
-    assert measure.percentile_of(torch.tensor(2.5), healthy).item() == 60.0
+    assert percentile_of(scores, healthy).tolist() == [0.0, 0.0, 20.0, 60.0, 80.0]
+    assert percentile_of(torch.tensor(2.5), healthy).item() == 60.0
 
 
 def test_threshold_at_fpr():
     healthy = torch.arange(19, 0, -1.0)
-    assert measure.threshold_at_fpr(healthy, 0.05) == 19      # ceil(20 * 0.95) = 19th smallest
-    assert measure.threshold_at_fpr(healthy, 0.09) == 19      # ceil(18.2)
-    assert measure.threshold_at_fpr(healthy, 0.1) == 18
-    assert measure.threshold_at_fpr(healthy, 0.5) == 10
+    assert threshold_at_fpr(healthy, 0.05) == 19      # ceil(20 * 0.95) = 19th smallest
+    assert threshold_at_fpr(healthy, 0.09) == 19      # ceil(18.2)
+    assert threshold_at_fpr(healthy, 0.1) == 18
+    assert threshold_at_fpr(healthy, 0.5) == 10
 
 
 @pytest.mark.parametrize("fpr", (0.05, 0.1, 0.3, 0.7))
 def test_threshold_keeps_its_promise_when_one_scan_of_all_is_left_out(fpr):
     scores = torch.randn(40, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # with ties
-    flagged = sum(scores[i].item() > measure.threshold_at_fpr(torch.cat([scores[:i], scores[i + 1:]]), fpr)
+    flagged = sum(scores[i].item() > threshold_at_fpr(torch.cat([scores[:i], scores[i + 1:]]), fpr)
                   for i in range(40))
     assert flagged <= 40 * fpr
 
@@ -307,25 +300,25 @@ def test_threshold_keeps_its_promise_when_one_scan_of_all_is_left_out(fpr):
 def test_threshold_and_percentile_agree():
     healthy = torch.randn(30, generator=torch.Generator().manual_seed(1)).round(decimals=1)
     scores = torch.arange(-3, 3, 0.05)
-    over = scores > measure.threshold_at_fpr(healthy, 0.1)
-    assert torch.equal(over, measure.percentile_of(scores, healthy) >= 90 - 1e-3)
+    over = scores > threshold_at_fpr(healthy, 0.1)
+    assert torch.equal(over, percentile_of(scores, healthy) >= 90 - 1e-3)
 
 
 def test_too_few_healthy_scans():
     with pytest.raises(ValueError, match="rate of 0.05 needs 19 healthy scans, found 18"):
-        measure.threshold_at_fpr(torch.arange(18.0), 0.05)
+        threshold_at_fpr(torch.arange(18.0), 0.05)
     with pytest.raises(ValueError, match="between 0 and 1, got 5"):
-        measure.threshold_at_fpr(torch.arange(18.0), 5)
+        threshold_at_fpr(torch.arange(18.0), 5)
     with pytest.raises(ValueError, match="finite scores of healthy scans"):
-        measure.percentile_of(torch.tensor(1.0), torch.tensor([]))
+        percentile_of(torch.tensor(1.0), torch.tensor([]))
 
 
 def test_surprise_scores_count_what_lies_beyond():
     surprise = torch.tensor([[[3.0, -4.0], [1.0, 9.0]], [[2.0, 2.0], [2.0, 2.0]]])
     brain = torch.tensor([[[True, True], [True, False]], [[True, True], [True, True]]])
-    scores = measure.surprise_scores(surprise, brain, above=2.0)
+    scores = surprise_scores(surprise, brain, above=2.0)
     assert scores.tolist() == pytest.approx([(1 + 2) / 3, 0])
-    assert measure.surprise_scores(surprise, ~brain & False, above=2.0).tolist() == [0, 0]
+    assert surprise_scores(surprise, ~brain & False, above=2.0).tolist() == [0, 0]
 
 
 def test_peak_scores_prefer_one_place_to_many():
@@ -333,10 +326,10 @@ def test_peak_scores_prefer_one_place_to_many():
     focal, scattered = torch.zeros(3, 40, 40), torch.zeros(3, 40, 40)
     focal[:, 18:22, 18:22] = 6.0                                             # 16 pixels, together
     scattered.view(3, -1)[:, ::100] = 6.0                                    # 16 pixels, apart
-    one, other = (measure.peak_scores(x, brain, above=2.0, sigma=2.0) for x in (focal, scattered))
+    one, other = (peak_scores(x, brain, above=2.0, sigma=2.0) for x in (focal, scattered))
     assert (one > 4 * other).all() and (one < 4).all()
-    assert torch.allclose(one, measure.peak_scores(-focal, brain, above=2.0, sigma=2.0))       # to either side
-    assert not measure.peak_scores(focal, ~brain, above=2.0, sigma=2.0).any()
+    assert torch.allclose(one, peak_scores(-focal, brain, above=2.0, sigma=2.0))       # to either side
+    assert not peak_scores(focal, ~brain, above=2.0, sigma=2.0).any()
 
 
 def test_peak_scores_want_the_neighbours_support():
@@ -344,7 +337,7 @@ def test_peak_scores_want_the_neighbours_support():
     alone, column = torch.zeros(5, 40, 40), torch.zeros(5, 40, 40)
     alone[2, 18:22, 18:22] = 6.0
     column[1:4, 18:22, 18:22] = 6.0
-    single, three = (measure.peak_scores(x, brain, above=2.0, sigma=2.0) for x in (alone, column))
+    single, three = (peak_scores(x, brain, above=2.0, sigma=2.0) for x in (alone, column))
     assert single[2] == pytest.approx(three[2].item() / 3)
     assert single.tolist() == pytest.approx([0, single[2].item(), single[2].item(), single[2].item(), 0])
 
@@ -353,6 +346,6 @@ def test_what_is_predicted_is_rarer_than_the_limit_to_either_side():
     surprise = torch.zeros(1, 2, 16, 16)
     surprise[:, :, :8, :8], surprise[:, :, 8:, 8:], surprise[:, :, :8, 8:] = 4, -4, 2
     brain = torch.ones(1, 16, 16, dtype=torch.bool)
-    seen = measure.Evidence(torch.zeros(1, 16, 16), brain, np.zeros(1), brain)
-    found = measure.Surprise(SurpriseSettings(hypodense=1.0), MaskSettings(surprise_mask=3.0)).findings(surprise, seen)
+    seen = Evidence(torch.zeros(1, 16, 16), brain, np.zeros(1), brain)
+    found = Surprise(SurpriseSettings(hypodense=1.0), MaskSettings(surprise_mask=3.0)).findings(surprise, seen)
     assert torch.equal(found.predicted, (surprise[:, 0].abs() == 4))

@@ -20,10 +20,10 @@ from ct.frame import preprocess_scan
 from ct.standardise import StandardiseSettings
 from dataset import SliceDataset
 from detect.bundle import load_bundle
-from detect.measure import Surprise, SurpriseSettings
 from detect.options import StatsConfig
 from detect.reconstruct import Reconstruction
 from detect.settings import Settings
+from detect.surprise import Surprise, SurpriseSettings
 from evaluation import metrics
 from evaluation.cohort import InputError, Label
 from tests.benchmark_data import FAILS, MM, SETTINGS, head, prepared, stand_in, write_database, write_fits

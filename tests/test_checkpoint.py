@@ -11,16 +11,17 @@ import torch
 from torch import nn
 
 import checkpoint
+from common.weights import CheckpointError, to_json, write_json
 from detect.bundle import load_bundle, load_released, read_bundle_meta, save_bundle, versions
 from detect.inversion import Inversion, InversionSettings
 from detect.latent import LatentStats
-from detect.measure import MaskSettings, SurpriseSettings
 from detect.released import infer_config, read_statistics
+from detect.residual import MaskSettings
 from detect.search import Search, SearchSettings
 from detect.settings import Settings
+from detect.surprise import SurpriseSettings
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
 from model import Discriminator, Encoder, Generator, ModelConfig
-from weights import CheckpointError, to_json, write_json
 
 TINY = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=128, channel_max=16)
 META = dict(preprocessing={"size": 32}, calibration=None, provenance={"data": "phantoms"})

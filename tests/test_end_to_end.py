@@ -18,6 +18,7 @@ import prepare
 import projector
 import train
 import train_encoder
+from common.weights import write_json
 from ct import frame
 from detect import measure, projection
 from detect.bundle import load_bundle
@@ -25,7 +26,6 @@ from detect.folder import Result, write_tables
 from detect.projection import Projector
 from tests.helpers import leaks, synthetic_head
 from tests.writers import write_dicom_series, write_scan_json, write_slice_folder
-from weights import write_json
 
 HEAD = dict(slices=14, size=64, spacing_mm=(10.0, 3.6, 3.6))       # few thick slices: fast
 # A model of seconds is off by 10 HU all over the brain: at the usual 5 HU no score of it would be trusted

@@ -14,8 +14,8 @@ import torch
 
 import dataset
 import train
+from common.files import replace_text
 from dataset import ScanRecord, SliceWriter
-from files import replace_text
 from gan import snapshots
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
 

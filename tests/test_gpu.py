@@ -15,9 +15,9 @@ import model
 import train
 import train_encoder
 from benchmarks import gpu
-from detect.measure import Votes
 from detect.projection import project_frame
 from detect.search import SearchSettings
+from detect.votes import Votes
 from gan.coding import CodeTrainer
 from gan.inpainting import InpaintingTrainer
 from gan.snapshots import Snapshot

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
+from common.weights import CheckpointError
 from ct.window import encode
 from dataset import DatasetError
 from healthygan import test as healthygan_test
@@ -26,7 +27,6 @@ from healthygan.model import Generator, ModelConfig, Translation
 from healthygan.reconstruct import Translator, TranslatorSettings
 from healthygan.scoring import aucp, difference, unit_scores
 from tests.helpers import GradientRecorder
-from weights import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"train/healthy": 12, "train/mixed": 10, "test/healthy": 6, "test/diseased": 5}

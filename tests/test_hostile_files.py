@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from common.weights import CheckpointError, load_tensors
 from detect.released import read_networks, read_statistics
-from weights import CheckpointError, load_tensors
 
 
 class Call:

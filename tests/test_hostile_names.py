@@ -10,10 +10,10 @@ import random
 import pytest
 
 import projector
+from common.files import FORMULA, from_cell, to_cell
 from detect.bundle import load_bundle
 from detect.folder import WORK, collect, project_one, read_result, result_folder, write_tables
 from detect.projection import Projector
-from files import FORMULA, from_cell, to_cell
 from tests.helpers import tiny_bundle
 
 PIECES = ("..", "../", "/", "\\", "\0", "=", "+1", "-1", "@SUM(A1)", "=cmd|' /C calc'!A0", "\t", "\r", "\n", "\x1b[31m",

@@ -12,27 +12,25 @@ COMMANDS = {"prepare", "train", "train_encoder", "latent_stats", "projector", "e
 APART = {"healthygan", "demos", "benchmarks", "recipes", "examples"}         # folders that nothing else imports
 MAY_IMPORT = {                                                   # besides itself
     "op": set(),
-    "version": set(),
-    "ct": {"files", "version"},
-    "evaluation": {"files"},
+    "common": set(),
+    "ct": {"common.files", "common.version"},
+    "evaluation": {"common.files"},
     "distributed": set(),
     "config": set(),
-    "files": set(),
-    "weights": {"files"},
     "model": {"op"},
-    "dataset": {"ct", "distributed", "files"},
-    "gan": {"op", "model", "weights", "files", "ct", "dataset", "distributed", "config", "detect.options",
+    "dataset": {"ct", "distributed", "common.files"},
+    "gan": {"op", "model", "common", "ct", "dataset", "distributed", "config", "detect.options",
             "detect.perceptual", "detect.inpainting"},
-    "detect": {"op", "model", "weights", "files", "ct", "dataset", "distributed", "config", "version"},
-    "bundling": {"config", "dataset", "detect", "distributed", "gan", "model", "weights"},
-    "pacs": {"op", "files", "ct", "detect", "distributed"},
-    "healthygan": {"op", "weights", "files", "ct", "gan", "dataset", "distributed", "config", "evaluation",
+    "detect": {"op", "model", "common", "ct", "dataset", "distributed", "config"},
+    "bundling": {"config", "dataset", "detect", "distributed", "gan", "model", "common"},
+    "pacs": {"op", "common.files", "ct", "detect", "distributed"},
+    "healthygan": {"op", "common", "ct", "gan", "dataset", "distributed", "config", "evaluation",
                    "detect.reconstruct"},
 }
 # Beyond the library: the phantom benchmark stands beside its baselines; the speed benchmark times
 # the trainings' own steps
 ALSO = {"demos": {"benchmarks"}, "benchmarks": {"train", "train_encoder", "healthygan"}}
-PACKAGES = ("op", "ct", "evaluation", "gan", "detect", "pacs")
+PACKAGES = ("common", "op", "ct", "evaluation", "gan", "detect", "pacs")
 # Commands of their own; and a class that the released checkpoint holds
 MAY_USE_ARGPARSE = {"detect/report.py", "detect/released.py", "ct/mask.py", "pacs/__main__.py"}
 
@@ -102,8 +100,9 @@ def test_no_package_knows_the_command_line():
     ("ct/frame.py", "from dataset import SliceDataset", "ct/frame.py imports dataset"),
     ("gan/losses.py", "def f():\n    import detect.bundle", "gan/losses.py imports detect.bundle"),
     ("detect/search.py", "from gan.losses import in_domain", "detect/search.py imports gan.losses"),
+    ("ct/mask.py", "from common.weights import verify", "ct/mask.py imports common.weights"),
     ("evaluation/metrics.py", "import ct.scan", "evaluation/metrics.py imports ct.scan"),
-    ("model.py", "from op.bias_act import bias_act\nimport weights as w", "model.py imports weights"),
+    ("model.py", "from op.bias_act import bias_act\nimport common.weights as w", "model.py imports common.weights"),
     ("train_encoder.py", "from train import Trainer", "train_encoder.py imports train"),
     ("dataset.py", "from tests.helpers import synthetic_head", "dataset.py imports tests.helpers"),
     ("gan/database.py", "import demos.phantom", "gan/database.py imports demos.phantom"),
@@ -112,10 +111,10 @@ def test_no_package_knows_the_command_line():
 ])
 def test_a_wrong_arrow_is_found(tmp_path, name, source, complaint):
     for other in ("op/__init__.py", "ct/scan.py", "gan/losses.py", "detect/bundle.py", "demos/phantom.py", "model.py",
-                  "weights.py", "dataset.py", "train.py", "checkpoint.py", name):
+                  "common/weights.py", "dataset.py", "train.py", "checkpoint.py", name):
         (tmp_path / other).parent.mkdir(exist_ok=True)
         (tmp_path / other).touch()
-    (tmp_path / "train.py").write_text("import json\nimport weights\nfrom ct.scan import Scan\n")
+    (tmp_path / "train.py").write_text("import json\nimport common.weights\nfrom ct.scan import Scan\n")
     (tmp_path / name).write_text(source)
     assert wrong_arrows(tmp_path) == [complaint]
 

@@ -11,6 +11,7 @@ import torch
 
 import latent_stats
 import train_encoder
+from common.weights import CheckpointError
 from ct.window import decode, encode
 from dataset import SliceDataset
 from detect.bundle import load_bundle
@@ -21,7 +22,6 @@ from gan.inpainting import InpaintingTrainer, open_noise, weighted_distance
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot
 from model import Encoder, Generator, ModelConfig
-from weights import CheckpointError
 
 TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16, encoder_noise=True, noise_channels=True,
                    encoder_masks=True, encoder_width=0.5, encoder_code=8)

@@ -16,12 +16,13 @@ from detect.autoencoder import Autoencoder, AutoencoderFit
 from detect.bundle import load_bundle
 from detect.calibration import thresholds
 from detect.codes import encode_slices, fit
-from detect.measure import Votes, scan_score
 from detect.options import StatsConfig
 from detect.pca import PcaFit, PositionPca
 from detect.projection import Projector, project_frame
+from detect.scores import scan_score
 from detect.search import SearchSettings
 from detect.settings import Settings
+from detect.votes import Votes
 from gan.snapshots import load_snapshot, save_snapshot
 from healthygan import model as healthygan_model
 from healthygan.weights import save_model

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from detect import normative
-from detect.measure import SurpriseSettings
 from detect.normative import (
     LEVELS,
     Normal,
@@ -19,6 +18,7 @@ from detect.normative import (
     histogram,
     moments,
 )
+from detect.surprise import SurpriseSettings
 
 N = 16
 BRAIN = torch.ones(3, N, N, dtype=torch.bool)

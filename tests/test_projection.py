@@ -7,9 +7,11 @@ import torch
 
 from ct.window import decode, encode
 from detect.latent import LatentStats
-from detect.measure import MaskSettings, Surprise, Votes, VotesSettings
 from detect.projection import project_frame
+from detect.residual import MaskSettings
 from detect.search import Search, SearchSettings, ramp
+from detect.surprise import Surprise
+from detect.votes import Votes, VotesSettings
 from model import Discriminator, Encoder, Generator, ModelConfig
 
 TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16)

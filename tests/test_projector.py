@@ -9,14 +9,15 @@ from types import SimpleNamespace
 import pytest
 
 import projector
+from common.version import VERSION
 from ct.frame import PreprocessSettings
 from detect import calibration
 from detect.bundle import Bundle, load_bundle
-from detect.measure import MaskSettings, SurpriseSettings
 from detect.projection import Projector
+from detect.residual import MaskSettings
 from detect.search import SearchSettings
 from detect.settings import Settings
-from version import VERSION
+from detect.surprise import SurpriseSettings
 
 CALIBRATED = Settings("inversion", measure="surprise", scoring=SurpriseSettings(pool="peak"), scan_score="top3")
 TRAINED = {"encoder": {"config": {"perceptual": "pixels", "pixels": 3.0, "knee": 0.2, "epochs": 20}}}

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pydicom
 
+from common.files import full_disk_named
+from common.version import VERSION
 from ct.derived import DerivedError
 from ct.dicom_pixels import quote_no_headers
 from detect.dicom_out import key_objects, parametric_map, secondary_capture, seg, sr
 from detect.dicom_out.common import Identity, Result, open_case
-from files import full_disk_named
-from version import VERSION
 
 __all__ = ["Identity", "Result", "build_objects", "dicom_writer", "identity_of", "write_dicom"]
 

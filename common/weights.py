@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from files import replace_text, sha256
+from common.files import replace_text, sha256
 
 SEAL = "sha256"                          # a JSON file's key for the digest of the rest
 SEALED_FROM = 2                          # the format version that came with it

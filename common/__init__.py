@@ -1,0 +1,1 @@
+"""What every other room stands on: whole files, weights with hashes, the version."""

@@ -1,0 +1,138 @@
+"""The residual between a scan and its closest normal, and what the two measures share: evidence, findings, the mask.
+
+A tensor [S, H, W] is always a whole scan: neighbouring slices count, so no measure may be called on a part of one.
+Residuals are in HU, query minus reconstruction: positive where the scan is denser than its closest normal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from config import option
+from detect.reconstruct import Reconstruction
+from op.median import median2d
+
+PAPER_SIZE = 512                # the frame, in pixels, that the paper's pixel counts refer to
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a measure needs to know of a scan, on the CPU; S slices.
+
+    residual  float32 [S, N, N], HU: query minus closest normal in the brain, median-filtered, signed
+    brain     bool [S, N, N]; below_vertex_mm float64 [S]
+    scales    float32 [S, 2, N, N], HU: the residual at the scales of normative.py; None by votes
+    searched  bool [S, N, N]: the part of the brain in which surprises are looked for; the brain by votes
+    votes     int32 [S, N, N] over `steps` steps, two a step at most; None by surprise
+    """
+
+    residual: torch.Tensor
+    brain: torch.Tensor
+    below_vertex_mm: np.ndarray
+    searched: torch.Tensor
+    scales: torch.Tensor | None = None
+    votes: torch.Tensor | None = None
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a measure makes of a scan; S slices.
+
+    anomaly       float32 [S, N, N], signed: votes times residual (HU), or surprise
+    predicted     bool [S, N, N]: what is predicted anomalous
+    mask          bool [S, N, N]: predicted without small components
+    slice_scores  float32 [S]
+    """
+
+    anomaly: torch.Tensor
+    predicted: torch.Tensor
+    mask: torch.Tensor
+    slice_scores: torch.Tensor
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """What only draws the mask: scores, percentiles and flags do not hang on it."""
+
+    surprise_mask: float = option(3.0, "surprise from which a pixel is predicted anomalous (by surprise)")
+    component_at_512: int = option(600, "smaller predicted components are dropped, pixels at 512; scales with area")
+
+    def __post_init__(self):
+        check_range(self, ("surprise_mask", "component_at_512"))
+
+
+# --- residual ---
+
+
+def scale_median_size(frame_size: int, size_at_512: int = 19) -> int:
+    """Side of the median window in a frame of frame_size pixels: the nearest odd number, at least 3.
+
+    It covers the same part of the head as size_at_512 does at 512: 19 at 512, 9 at 256, 5 at 128, 3 at 64.
+    """
+    return max(3, 2 * math.floor(size_at_512 * frame_size / PAPER_SIZE / 2) + 1)
+
+
+def residual(query_hu: torch.Tensor, recon_hu: torch.Tensor, brain: torch.Tensor, median_size: int) -> torch.Tensor:
+    """median((query - reconstruction) * brain) * brain, signed, HU, [S, H, W].
+
+    query_hu, recon_hu float [S, H, W] in HU; brain bool [S, H, W]; median_size odd, in pixels. The median commutes
+    with the sign, so the paper's residual is `.abs()` of this; it is positive where hyperdense.
+    """
+    check_same_shape(query_hu=query_hu, recon_hu=recon_hu, brain=brain)
+    return median2d((query_hu - recon_hu) * brain, median_size) * brain
+
+
+def filtered(found: Reconstruction, brain: torch.Tensor, median_at_512: int) -> torch.Tensor:
+    """residual() of what a method has found, with the window that is right for the frame."""
+    return residual(found.query_hu, found.normal_hu, brain, scale_median_size(brain.shape[-1], median_at_512))
+
+
+# --- mask ---
+
+
+def lesion_mask(predicted: torch.Tensor, frame_size: int, min_component_px_at_512: float = 600) -> torch.Tensor:
+    """predicted (bool [S, H, W]) without its small components, those under min_component_px_at_512 pixels.
+
+    Components are taken slice by slice, as in the paper; pixels that touch at a corner belong together (8-connected).
+    The limit scales with area: frame_size is the side, in pixels, of the frame that predicted lies in.
+    """
+    return without_small(predicted, min_component_px_at_512 * (frame_size / PAPER_SIZE) ** 2)
+
+
+def without_small(mask: torch.Tensor, pixels: float) -> torch.Tensor:
+    """mask (bool [S, H, W]) without its 8-connected components of fewer pixels, slice by slice."""
+    if mask.dtype != torch.bool or mask.ndim != 3:
+        raise ValueError(f"without_small: expected bool [S, H, W], got {mask.dtype} {tuple(mask.shape)}")
+    in_plane = np.zeros((3, 3, 3), dtype=bool)
+    in_plane[1] = True
+    components, _ = ndimage.label(mask.cpu().numpy(), structure=in_plane)
+    keep = np.bincount(components.ravel()) >= pixels
+    keep[0] = False  # the background
+    return torch.from_numpy(keep[components]).to(mask.device)
+
+
+# --- checks ---
+
+
+def check_range(settings, names: Sequence[str]) -> None:
+    for name in names:
+        if not 0 <= getattr(settings, name) < float("inf"):
+            raise ValueError(f"{name} must be at least 0, got {getattr(settings, name):g}")
+
+
+def check_median(settings) -> None:
+    if settings.median_at_512 < 1:
+        raise ValueError(f"median_at_512 must be at least 1, got {settings.median_at_512}")
+
+
+def check_same_shape(**tensors: torch.Tensor) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) != 1:
+        raise ValueError(f"shapes differ: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}")

@@ -1,0 +1,194 @@
+"""How rare the residual is at its place among healthy scans (normative.py): the measure of the shipped models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from config import option
+from detect import normative
+from detect.normative import Normal
+from detect.reconstruct import Reconstruction
+from detect.residual import (
+    PAPER_SIZE,
+    Evidence,
+    Findings,
+    MaskSettings,
+    check_median,
+    check_range,
+    check_same_shape,
+    filtered,
+    lesion_mask,
+    residual,
+    scale_median_size,
+)
+from detect.scores import SLICE_MM
+from op.banded import gaussian_blur
+
+PEAK_AT_512 = 12.0              # standard deviation of the Gaussian of the slice score 'peak', pixels at 512
+POOL_MM = 15.0                  # what 'peak' takes a mean over along the body axis: 3 slices of 5 mm
+
+
+@dataclass(frozen=True)
+class SurpriseSettings:
+    """What a score by surprise hangs on. The defaults are what the benchmarks on real scans recommend."""
+
+    median_at_512: int = option(19, "side of the residual's median filter, pixels at 512; scales with the frame")
+    filter: str = option("hyperdense", "fine scale: the median-filtered residual, a band of it away from bone, or of "
+                                       "that band what is hyperdense", normative.FILTERS)
+    scale: str = option("sides", "scale of the residual; sides: hyperdense at the fine scale, hypodense at the coarse "
+                                "one", normative.COMBINED)
+    hypodense: float = option(0.6, "weight of the surprise of what is hypodense in scale=sides")
+    pool: str = option("peak", "a slice's score: mean over the brain (area), or highest mean about any place (peak)")
+    surprise_above: float = option(2.0, "surprise (-log10 of the share of healthy brain) that a score counts from")
+
+    def __post_init__(self):
+        check_median(self)
+        check_range(self, ("hypodense", "surprise_above"))
+        for name, allowed in (("filter", normative.FILTERS), ("scale", normative.COMBINED), ("pool", SLICE_SCORES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.filter == "hyperdense" and self.scale not in ("sides", "coarse"):
+            raise ValueError(f"filter hyperdense: needs scale sides or coarse, got {self.scale!r}: at its fine scale "
+                             "nothing is hypodense")
+
+
+class Surprise:
+    """How rare the residual is at its place among healthy scans (normative.py)."""
+
+    name: ClassVar[str] = "surprise"
+    Settings: ClassVar[type] = SurpriseSettings
+    marked: ClassVar[str] = "rare in healthy scans"
+
+    def __init__(self, settings: SurpriseSettings | None = None, mask: MaskSettings | None = None,
+                 normal: Normal | None = None):
+        self.settings, self.mask, self.normal = settings or SurpriseSettings(), mask or MaskSettings(), normal
+
+    @property
+    def words(self) -> str:
+        return ("how far the scan differs from its closest normal beyond what healthy scans do at the same place, in "
+                f"powers of ten of rarity {SLICE_SCORES[self.settings.pool].words}")
+
+    def criterion(self) -> str:
+        """When a pixel is marked, to follow 'where the two differ inside the brain,'."""
+        return (f"by more than all but one in {10 ** self.mask.surprise_mask:,.0f} places of healthy brain do, for "
+                "where it lies")
+
+    def check(self) -> None:
+        """ValueError unless scans can be judged."""
+        if self.normal is None:
+            raise ValueError("measure surprise: this model holds no statistics of healthy residuals; make it anew with "
+                             f"latent_stats.py and at least {normative.MIN_SCANS} held-out scans, or use "
+                             "--set measure=votes")
+
+    def watch(self, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> None:
+        """Only the last reconstruction counts."""
+
+    def evidence(self, found: Reconstruction, brain: torch.Tensor, below_vertex_mm: np.ndarray,
+                 watch: None = None) -> Evidence:
+        away, difference = filtered(found, brain, self.settings.median_at_512), found.difference_hu
+        mm = np.asarray(below_vertex_mm)
+        if self.settings.filter == "median":
+            judged = away
+            if found.expected_hu is not None:
+                window = scale_median_size(brain.shape[-1], self.settings.median_at_512)
+                judged = residual(found.query_hu, found.expected_hu, brain, window)
+            return Evidence(away, brain, mm, brain, normative.scales(difference, judged, brain))
+        soft = normative.soft_brain(found.query_hu, brain)
+        scales = normative.band_scales(difference, soft, self.settings.filter == "hyperdense")
+        return Evidence(away, brain, mm, soft, scales)
+
+    def fit(self, healthy: Sequence[Evidence]) -> tuple[Surprise, list[Findings]]:
+        """The measure that healthy scans make, and what is found in each by the statistics of the others.
+
+        Raises ValueError for fewer than normative.MIN_SCANS of them.
+        """
+        normal, surprises = normative.fit_normal([e.scales for e in healthy], [e.searched for e in healthy],
+                                                 [e.below_vertex_mm for e in healthy])
+        fitted = Surprise(self.settings, self.mask, normal)
+        return fitted, [self.findings(surprise, e) for surprise, e in zip(surprises, healthy)]
+
+    def assess(self, seen: Evidence) -> Findings:
+        self.check()
+        return self.findings(self.normal.surprise(seen.scales, seen.searched, seen.below_vertex_mm), seen)
+
+    def findings(self, surprise: torch.Tensor, seen: Evidence) -> Findings:
+        """What signed surprises [S, 2, N, N] of normative.Normal amount to."""
+        s = self.settings
+        combined = normative.combine(surprise, s.scale, s.hypodense)
+        predicted = combined.abs() > self.mask.surprise_mask
+        scores = SLICE_SCORES[s.pool].of(combined, seen.searched, s.surprise_above, seen.below_vertex_mm)
+        return Findings(combined, predicted, lesion_mask(predicted, predicted.shape[-1], self.mask.component_at_512),
+                        scores)
+
+
+# --- scores of slices ---
+
+
+def surprise_scores(surprise: torch.Tensor, brain: torch.Tensor, above: float) -> torch.Tensor:
+    """Mean over the brain of how far the surprise goes beyond `above`, for each slice; 0 without brain. [S]
+
+    surprise [S, H, W], signed (normative.py); brain bool [S, H, W]. What is no rarer than 10^-above counts nothing.
+    """
+    check_same_shape(surprise=surprise, brain=brain)
+    beyond = ((surprise.abs() - above).clamp(min=0) * brain).sum((1, 2), dtype=torch.float64)
+    return (beyond / brain.sum((1, 2)).clamp(min=1)).to(surprise.dtype)
+
+
+def peak_scores(surprise: torch.Tensor, brain: torch.Tensor, above: float, sigma: float,
+                positions_mm: Sequence[float] | None = None) -> torch.Tensor:
+    """Highest mean of how far the surprise goes beyond `above`, to one side, about any pixel of a slice. [S]
+
+    surprise [S, H, W], signed (normative.py); brain bool [S, H, W]. The mean is over a Gaussian of standard deviation
+    sigma pixels in the plane and over POOL_MM along the body axis. A lesion is in one place; what is unusual in a
+    healthy head is scattered, and a sum over the brain counts it all. positions_mm [S], as of pool_along_axis.
+    """
+    check_same_shape(surprise=surprise, brain=brain)
+    highest = []
+    for side in (surprise, -surprise):
+        near = gaussian_blur((side - above).clamp(min=0) * brain, sigma)
+        highest.append(pool_along_axis(near, positions_mm).amax((1, 2)))
+    return torch.maximum(*highest)
+
+
+def pool_along_axis(maps: torch.Tensor, positions_mm: Sequence[float] | None = None) -> torch.Tensor:
+    """Mean of maps [S, H, W] over POOL_MM along the body axis about each slice, [S, H, W].
+
+    A slice stands for the space up to half-way to its neighbours, over gaps, too; the first and the last one for what
+    lies beyond, too. So at 5 mm it is the mean of the slice and its two neighbours. positions_mm [S], monotonic;
+    without them slices are SLICE_MM apart.
+    """
+    mm = SLICE_MM * torch.arange(len(maps), dtype=torch.float64) if positions_mm is None else torch.as_tensor(
+        np.asarray(positions_mm), dtype=torch.float64)
+    steps = mm.diff()
+    if not ((steps > 0).all() or (steps < 0).all()):
+        raise ValueError("pool_along_axis: positions_mm must run steadily up or down; sort the slices by position")
+    if (steps < 0).any():
+        mm = -mm
+    between, beyond = (mm[1:] + mm[:-1]) / 2, torch.tensor([torch.inf], dtype=torch.float64)
+    low, high = torch.cat([-beyond, between]), torch.cat([between, beyond])
+    start, end = mm[:, None] - POOL_MM / 2, mm[:, None] + POOL_MM / 2
+    share = (torch.minimum(high, end) - torch.maximum(low, start)).clamp(min=0) / POOL_MM            # [S, S]
+    return torch.einsum("st,thw->shw", share.to(maps), maps)
+
+
+@dataclass(frozen=True)
+class SliceScore:
+    """A way to score slices by their surprise: of(surprise, searched [S, N, N], above, positions_mm) -> [S]."""
+
+    of: Callable[[torch.Tensor, torch.Tensor, float, np.ndarray], torch.Tensor]
+    words: str
+
+
+def _peak(surprise: torch.Tensor, searched: torch.Tensor, above: float, positions_mm: np.ndarray) -> torch.Tensor:
+    return peak_scores(surprise, searched, above, PEAK_AT_512 * surprise.shape[-1] / PAPER_SIZE, positions_mm)
+
+
+SLICE_SCORES = {
+    "area": SliceScore(lambda surprise, brain, above, _: surprise_scores(surprise, brain, above), "over the brain"),
+    "peak": SliceScore(_peak, "where it is rarest"),
+}
