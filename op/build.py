@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ("-O3", "-shared", "-fPIC", "-std=c11")
+FLAGS = ("-O3", "-shared", "-fPIC", "-std=c11", "-fno-trapping-math")
 COMPILERS = ("cc", "gcc", "clang")
 # cudart is torch's own, already loaded: the current device and its streams are then the same for both
 CUDA_FLAGS = ("-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=shared", "-std=c++17", "-lineinfo", "--split-compile=0")
@@ -34,15 +34,15 @@ class BuildError(RuntimeError):
 
 
 @functools.cache
-def load_c(name: str) -> ctypes.CDLL:
-    """The library compiled from op/csrc/<name>.c, built now if it isn't in the cache. Raises BuildError.
+def load_c(name: str, *flags: str) -> ctypes.CDLL:
+    """The library compiled from op/csrc/<name>.c with these flags besides, built now if it isn't in the cache.
 
-    The compiler is $CC, or the first of cc, gcc and clang on the path.
+    Raises BuildError. The compiler is $CC, or the first of cc, gcc and clang on the path.
     """
     source = SOURCES / f"{name}.c"
     compiler = find_compiler()
     machine_flag, macros = _target(compiler)
-    command = [*compiler, *FLAGS, *machine_flag]
+    command = [*compiler, *FLAGS, *machine_flag, *flags]
     key = hashlib.sha256(b"\0".join([source.read_bytes(), " ".join(command).encode(), macros])).hexdigest()
     library = cache_folder() / f"{name}-{key[:16]}.so"
     try:

@@ -1,9 +1,9 @@
 """What lies between two convolutions of a network, as one pass over the activations where no gradient is asked for.
 
 A CPU spends more time on reading and writing activations than on the convolutions between them. These passes are in C
-(op/csrc/fused.c, compiled at first use), for bfloat16 in channels-last, and round once where PyTorch's separate passes
-round each. The functions return None where they are not for here (gradients, other dtypes and devices, no compiler,
---ops ref); the caller then does it with PyTorch.
+(op/csrc/fused.c, compiled at first use), for bfloat16 and float32 in channels-last, and round once where PyTorch's
+separate passes round each. The functions return None where they are not for here (gradients, other dtypes and devices,
+no compiler, --ops ref); the caller then does it with PyTorch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from op.build import BuildError, load_c
 from op.cuda import is_ref
 
 LANES = 32                      # channels in multiples of these: what the compiler works on at a time
+FLAGS = {torch.bfloat16: (), torch.float32: ("-DFLOAT",)}
 PIECE = 1 << 18                 # elements that are worth a thread
 NHWC = torch.channels_last
 Noise = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None       # as op.styled_act takes it
@@ -37,7 +38,7 @@ def bias_act(x: torch.Tensor, bias: torch.Tensor, slope: float, gain: float) -> 
         return None
     _, channels, rows, columns = x.shape
     bias, out = (bias * gain).to(x.dtype), torch.empty_like(x)
-    _spread(lambda first, last: _library().bias_act(
+    _spread(lambda first, last: _library(x.dtype).bias_act(
         _at(x, first), _at(bias), _at(out, first), (last - first) * rows * columns, channels, gain, slope), x)
     return out
 
@@ -61,7 +62,7 @@ def styled_act(y: torch.Tensor, factor: torch.Tensor, noise: Noise, strength: to
     factor, bias, strength = factor.contiguous(), bias.to(y.dtype), float(strength)
     then = None if then is None else then.to(y.dtype).contiguous()
     out = torch.empty(len(y), channels, rows, columns, dtype=y.dtype, memory_format=NHWC)
-    _spread(lambda first, last: _library().styled(
+    _spread(lambda first, last: _library(y.dtype).styled(
         _at(y, first), _at(factor, first), _at(noise, first if steps[0] else 0), _at(more, first), _at(bias),
         _at(then, first), _at(out, first), last - first, rows, columns, channels, folded, *steps, *more_steps, strength,
         slope), out)
@@ -73,7 +74,7 @@ def scaled_sum(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor |
     if a.shape != b.shape or a.dtype != b.dtype or not (_for_here(a, b) and b.is_contiguous(memory_format=NHWC)):
         return None
     out = torch.empty_like(a)
-    _spread(lambda first, last: _library().scaled_sum(
+    _spread(lambda first, last: _library(a.dtype).scaled_sum(
         _at(a, first), _at(b, first), _at(out, first), (last - first) * a[0].numel(), scale), a)
     return out
 
@@ -87,24 +88,24 @@ def enlarged_beside(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None
 
     def run(first: int, last: int) -> None:
         line = torch.empty(columns * channels)
-        _library().enlarged_beside(_at(x, first), _at(other, first), _at(out, first), _at(line), last - first, rows,
-                                   columns, channels, other.shape[1])
+        _library(x.dtype).enlarged_beside(_at(x, first), _at(other, first), _at(out, first), _at(line), last - first,
+                                          rows, columns, channels, other.shape[1])
 
     _spread(run, out)
     return out
 
 
 def _for_here(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    return (x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.ndim == 4 and x.shape[1] % LANES == 0
+    return (x.dtype in FLAGS and x.device.type == "cpu" and x.ndim == 4 and x.shape[1] % LANES == 0
             and x.numel() > 0 and x.is_contiguous(memory_format=NHWC)
             and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
-            and not is_ref() and not torch.compiler.is_compiling() and _library() is not None)
+            and not is_ref() and not torch.compiler.is_compiling() and _library(x.dtype) is not None)
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     try:
-        library = load_c("fused")
+        library = load_c("fused", *FLAGS[dtype])
     except BuildError:
         return None                                                   # op.median warns of it
     for name, types in SIGNATURES.items():
@@ -125,9 +126,10 @@ def _spread(run: Callable[[int, int], None], x: torch.Tensor) -> None:
     if threads == 1:
         run(0, count)
     else:
-        list(_pool(available).map(run, edges[:-1], edges[1:]))
+        list(pool(available).map(run, edges[:-1], edges[1:]))
 
 
 @functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def pool(threads: int) -> ThreadPoolExecutor:
+    """So many threads, for work in C that lets go of the GIL."""
     return ThreadPoolExecutor(threads, "op.fused")

@@ -73,8 +73,9 @@ class EqualConv2d(nn.Module):
 
     def parts(self, x, count):
         """forward(x) in so many parts of its channels, each in memory of its own."""
-        weight = self.kept(self.weight, x.dtype, lambda: ready(self.weight * self.scale, x.dtype))
-        return [conv2d(x, part, self.stride, self.padding) for part in weight.chunk(count)]
+        weights = self.kept(self.weight, (x.dtype, count), lambda: [
+            ready(part, x.dtype, self.stride == 1) for part in (self.weight * self.scale).chunk(count)])
+        return [conv2d(x, weight, self.stride, self.padding) for weight in weights]
 
 
 class Blur(nn.Module):
@@ -136,9 +137,10 @@ class ModulatedConv2d(nn.Module):
 
         Gives (y, demodulation factor [B, O, 1, 1] or None); y may be folded, as that of op.modulated_conv2d.
         """
-        fold = self.upsample and folding_pays(x, self.weight)
+        fold = self.upsample and folding_pays(x, self.weight[0])
         weight = self.kept(self.weight, (x.dtype, fold), lambda: prepared(
-            self.weight[0] * self.scale, x.dtype, self.demodulate, self.blur.kernel if fold else None))
+            self.weight[0] * self.scale, x.dtype, self.demodulate, self.blur.kernel if fold else None,
+            self.upsample and not fold))
         y, factor = modulated_conv2d(x, weight, style, self.upsample, modulated)
         return (self.blur(y) if self.upsample and not fold else y), factor
 

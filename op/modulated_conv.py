@@ -14,31 +14,35 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from op.conv import ready
+from op import winograd
+from op.conv import Ready, conv2d, ready
 from op.cuda import is_ref
 
 FOLD_FROM = 8                                 # pixels of a side: of smaller ones the weights are most of the work
+FOLD_FROM_FLOAT = 32
 
 
 @dataclass(frozen=True)
 class Weight:
     """Of one modulated convolution, as modulated_conv2d takes it."""
 
-    kernel: torch.Tensor                      # [O, I, k, k], or folded [4 O, I, k, k]
+    kernel: Ready                             # [O, I, k, k], or folded [4 O, I, k, k]
     energy: torch.Tensor | None               # [O, I], float32 or wider, for the demodulation; None without one
     folded: bool = False
 
 
 def prepared(weight: torch.Tensor, dtype: torch.dtype, demodulate: bool = True,
-             upsample: torch.Tensor | None = None) -> Weight:
+             upsample: torch.Tensor | None = None, transposed: bool = False) -> Weight:
     """weight [O, I, k, k], with its gain, for convolutions in dtype; upsample: the filter after it, to be folded in.
+
+    transposed: for a transposed convolution, without that filter.
 
     The energy is computed in float32 (float64 for a double weight) whatever dtype is.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     energy = weight.to(wide).square().sum((2, 3)) if demodulate else None
     kernel = weight if upsample is None else folded(weight, upsample)
-    return Weight(ready(kernel, dtype), energy, upsample is not None)
+    return Weight(ready(kernel, dtype, not transposed), energy, upsample is not None)
 
 
 def folded(weight: torch.Tensor, blur: torch.Tensor) -> torch.Tensor:
@@ -57,10 +61,15 @@ def folded(weight: torch.Tensor, blur: torch.Tensor) -> torch.Tensor:
 
 
 def folding_pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the convolution of x [B, I, H, W] is better folded: in bfloat16 on a CPU with AMX, without gradients."""
-    return (x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] >= FOLD_FROM
-            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-            and not is_ref() and has_matrix_unit())
+    """Whether the transposed convolution of x [B, I, H, W] by weight [O, I, 3, 3] is better folded.
+
+    Without gradients, in bfloat16 on a CPU with AMX, and in float32 where a quarter of the operations is enough.
+    """
+    if x.device.type != "cpu" or is_ref() or torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    if x.dtype == torch.bfloat16:
+        return x.shape[-1] >= FOLD_FROM and has_matrix_unit()
+    return x.shape[-1] >= FOLD_FROM_FLOAT and x.dtype == torch.float32 and winograd.is_for(weight)
 
 
 @functools.cache
@@ -92,9 +101,9 @@ def modulated_conv2d(
     if not modulated:
         x = x * style[:, :, None, None].to(x.dtype)
     if upsample and not weight.folded:
-        y = F.conv_transpose2d(x, weight.kernel.transpose(0, 1), stride=2)
+        y = F.conv_transpose2d(x, weight.kernel.weight.transpose(0, 1), stride=2)
     else:
-        y = F.conv2d(x, weight.kernel, padding=weight.kernel.shape[-1] // 2)
+        y = conv2d(x, weight.kernel, padding=weight.kernel.weight.shape[-1] // 2)
     return y, factor
 
 

@@ -1,0 +1,143 @@
+/* Convolutions of 3 x 3 by Winograd's F(4 x 4, 3 x 3) (Lavin and Gray 2016), float, channels-last, for op/winograd.py.
+ *
+ * A tile of 4 x 4 outputs hangs on 6 x 6 inputs. Transformed, the convolution is a product at each of 36 places: of the
+ * tiles, [tiles, in], and the weights, [in, out]: a quarter of the multiplications. Plain C with vectors of 8 floats.
+ */
+#include <stdint.h>
+#include <string.h>
+
+enum { SIDE = 6, PLACES = SIDE * SIDE, OUT = 4, LANES = 8, ROWS = 6, PANEL = 2 * LANES, GAP = 16 };
+
+typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
+
+static inline vec load(const float *from) {
+    vec v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+static inline void store(float *to, vec v) { memcpy(to, &v, sizeof v); }
+
+/* Six inputs of a row or column, `step` vectors apart, as the interpolation points 0, 1, -1, 2, -2 and infinity see them */
+static inline void inward(const vec *d, int step, vec *v) {
+    vec d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
+    vec even = d4 - 4 * d2, odd = d3 - 4 * d1, close = d4 - d2, apart = 2 * (d3 - d1);
+    v[0] = 4 * d0 - 5 * d2 + d4;
+    v[1] = even + odd;
+    v[2] = even - odd;
+    v[3] = close + apart;
+    v[4] = close - apart;
+    v[5] = 4 * d1 - 5 * d3 + d5;
+}
+
+/* Six products of a row or column, `step` vectors apart, as four outputs */
+static inline void outward(const vec *m, int step, vec *y) {
+    vec m0 = m[0], m1 = m[step], m2 = m[2 * step], m3 = m[3 * step], m4 = m[4 * step], m5 = m[5 * step];
+    vec sum = m1 + m2, difference = m1 - m2, far_sum = m3 + m4, far_difference = m3 - m4;
+    y[0] = m0 + sum + far_sum;
+    y[1] = difference + 2 * far_difference;
+    y[2] = sum + 4 * far_sum;
+    y[3] = difference + 8 * far_difference + m5;
+}
+
+/* The tile whose first output is at row, column of image [rows, columns, in] -> v, its places `apart` floats apart */
+static void transform_tile(const float *image, int64_t rows, int64_t columns, int64_t in, int64_t row, int64_t column,
+                           float *v, int64_t apart) {
+    for (int64_t c = 0; c < in; c += LANES) {
+        vec d[PLACES], half[PLACES];
+        for (int i = 0; i < SIDE; i++)
+            for (int j = 0; j < SIDE; j++) {
+                int64_t r = row + i - 1, k = column + j - 1;
+                int inside = r >= 0 && r < rows && k >= 0 && k < columns;
+                d[SIDE * i + j] = inside ? load(image + (r * columns + k) * in + c) : (vec){0};
+            }
+        for (int j = 0; j < SIDE; j++) {
+            vec t[SIDE];
+            inward(d + j, SIDE, t);
+            for (int i = 0; i < SIDE; i++) half[SIDE * i + j] = t[i];
+        }
+        for (int i = 0; i < SIDE; i++) {
+            vec t[SIDE];
+            inward(half + SIDE * i, 1, t);
+            for (int j = 0; j < SIDE; j++) store(v + (SIDE * i + j) * apart + c, t[j]);
+        }
+    }
+}
+
+static void restore_tile(const float *m, int64_t apart, float *image, int64_t rows, int64_t columns, int64_t out,
+                         int64_t row, int64_t column) {
+    for (int64_t c = 0; c < out; c += LANES) {
+        vec d[PLACES], half[OUT * SIDE];
+        for (int p = 0; p < PLACES; p++) d[p] = load(m + p * apart + c);
+        for (int j = 0; j < SIDE; j++) {
+            vec t[OUT];
+            outward(d + j, SIDE, t);
+            for (int i = 0; i < OUT; i++) half[SIDE * i + j] = t[i];
+        }
+        for (int i = 0; i < OUT && row + i < rows; i++) {
+            vec t[OUT];
+            outward(half + SIDE * i, 1, t);
+            for (int j = 0; j < OUT && column + j < columns; j++)
+                store(image + ((row + i) * columns + column + j) * out + c, t[j]);
+        }
+    }
+}
+
+/* c [count, PANEL] in rows of `width` = a [count, in] times b [in, PANEL]: every sum in the order of `in` */
+static inline __attribute__((always_inline)) void product(int count, const float *a, const float *b, float *c,
+                                                          int64_t in, int64_t width) {
+    vec sum[ROWS][2] = {0};
+    for (int64_t k = 0; k < in; k++, b += PANEL) {
+        vec left = load(b), right = load(b + LANES);
+#pragma GCC unroll 6
+        for (int r = 0; r < count; r++) {
+            vec one = a[r * in + k] - (vec){0};
+            sum[r][0] += one * left;
+            sum[r][1] += one * right;
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < count; r++) {
+        store(c + r * width, sum[r][0]);
+        store(c + r * width + LANES, sum[r][1]);
+    }
+}
+
+static void some(int64_t count, const float *a, const float *b, float *c, int64_t in, int64_t width) {
+    switch (count) {
+        case 1: product(1, a, b, c, in, width); break;
+        case 2: product(2, a, b, c, in, width); break;
+        case 3: product(3, a, b, c, in, width); break;
+        case 4: product(4, a, b, c, in, width); break;
+        case 5: product(5, a, b, c, in, width); break;
+        default: product(ROWS, a, b, c, in, width);
+    }
+}
+
+/* Tiles first to last of out [images, rows, columns, out] = x [images, rows, columns, in], padded by 1, with weights
+ * u [PLACES, out / PANEL, in, PANEL]. A tile's number counts through images, rows and columns of tiles.
+ * room: PLACES * (block * (in + out) + 2 * GAP) floats, for `block` tiles at a time. in in LANES, out in PANELs. */
+void winograd(const float *x, const float *u, float *y, float *room, int64_t rows, int64_t columns, int64_t in,
+              int64_t out, int64_t first, int64_t last, int64_t block) {
+    const int64_t down = (rows + OUT - 1) / OUT, across = (columns + OUT - 1) / OUT;
+    const int64_t v_apart = block * in + GAP, m_apart = block * out + GAP;         /* GAP: not all in one set of a cache */
+    float *v = room, *m = room + PLACES * v_apart;
+    for (int64_t from = first; from < last; from += block) {
+        const int64_t tiles = last - from < block ? last - from : block;
+        for (int64_t t = 0; t < tiles; t++) {
+            int64_t tile = from + t, image = tile / (down * across), place = tile % (down * across);
+            transform_tile(x + image * rows * columns * in, rows, columns, in, place / across * OUT,
+                           place % across * OUT, v + t * in, v_apart);
+        }
+        for (int p = 0; p < PLACES; p++)
+            for (int64_t n = 0; n < out; n += PANEL)
+                for (int64_t t = 0; t < tiles; t += ROWS)
+                    some(tiles - t, v + p * v_apart + t * in, u + (p * out + n) * in, m + p * m_apart + t * out + n, in,
+                         out);
+        for (int64_t t = 0; t < tiles; t++) {
+            int64_t tile = from + t, image = tile / (down * across), place = tile % (down * across);
+            restore_tile(m + t * out, m_apart, y + image * rows * columns * out, rows, columns, out,
+                         place / across * OUT, place % across * OUT);
+        }
+    }
+}

@@ -1,0 +1,138 @@
+"""op/winograd.py is the convolution that PyTorch has, and is used where it is faster."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import Encoder, Generator, ModelConfig
+from op import set_impl, winograd
+from op.build import BuildError
+from op.conv import conv2d, ready
+from op.layers import EqualConv2d
+
+NHWC = torch.channels_last
+
+
+@pytest.fixture(autouse=True)
+def on_avx2(monkeypatch):
+    """A CPU that it is for, whichever this is: the C is plain."""
+    if winograd._library() is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with torch.no_grad():
+        yield
+    set_impl("auto")
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).contiguous(memory_format=NHWC)
+
+
+@pytest.fixture
+def used(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes that conv3x3 was called with."""
+    shapes, conv3x3 = [], winograd.conv3x3
+
+    def watched(x, weight):
+        shapes.append(tuple(x.shape))
+        return conv3x3(x, weight)
+
+    monkeypatch.setattr(winograd, "conv3x3", watched)
+    return shapes
+
+
+@pytest.mark.parametrize("images, into, out, rows, columns", [
+    (1, 8, 16, 1, 1), (2, 8, 32, 4, 4), (3, 24, 16, 5, 7), (1, 16, 48, 9, 3), (5, 40, 16, 12, 17), (2, 192, 192, 8, 8),
+])
+def test_the_same_as_pytorch(images, into, out, rows, columns):
+    x, weight = rand(images, into, rows, columns), rand(out, into, 3, 3, seed=1)
+    expected = F.conv2d(x.double(), weight.double(), padding=1)
+    found = winograd.conv3x3(x, winograd.transformed(weight))
+    assert found.is_contiguous(memory_format=NHWC) and found.dtype == torch.float32
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_a_kernel_of_one_place_moves_the_picture():
+    weight = torch.zeros(16, 8, 3, 3)
+    weight[3, 5, 0, 2] = 2.0                              # what lies above on the right, twice
+    x = torch.arange(8 * 6 * 6.0).reshape(1, 8, 6, 6)
+    found = winograd.conv3x3(x, winograd.transformed(weight))
+    expected = torch.zeros(6, 6)
+    expected[1:, :-1] = 2 * x[0, 5, :-1, 1:]
+    torch.testing.assert_close(found[0, 3], expected, atol=1e-3, rtol=0)
+    assert found[0, [0, 2, 4]].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_bit(monkeypatch, threads):
+    x, weight = rand(3, 8, 13, 10), winograd.transformed(rand(16, 8, 3, 3, seed=1))
+    alone = winograd.conv3x3(x, weight)
+    monkeypatch.setattr(winograd, "TILES", 1)
+    monkeypatch.setattr(winograd, "BLOCK", 7)             # other tiles at a time, too
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert torch.equal(winograd.conv3x3(x, weight), alone)
+
+
+def test_nothing_else_is_written():
+    y = winograd.conv3x3(rand(1, 8, 5, 5), winograd.transformed(rand(16, 8, 3, 3)))
+    assert y.shape == (1, 16, 5, 5) and torch.isfinite(y).all()
+    with pytest.raises(ValueError, match="expected float32 with 8 channels, got torch.float32"):
+        winograd.conv3x3(rand(1, 16, 5, 5), winograd.transformed(rand(16, 8, 3, 3)))
+    with pytest.raises(ValueError, match="got torch.float64"):
+        winograd.conv3x3(rand(1, 8, 5, 5).double(), winograd.transformed(rand(16, 8, 3, 3)))
+
+
+def test_when_it_is_used(used, monkeypatch):
+    x, weight = rand(2, 8, 6, 6), rand(16, 8, 3, 3)
+    conv2d(x, ready(weight, torch.float32), padding=1)
+    assert used == [(2, 8, 6, 6)]
+    conv2d(x, ready(weight, torch.float32), stride=2, padding=1)
+    conv2d(x, ready(weight, torch.float32, plain=False), padding=1)
+    for other in (rand(16, 8, 1, 1), rand(8, 8, 3, 3), rand(16, 4, 3, 3), weight.bfloat16()):
+        assert not winograd.is_for(other)
+    with torch.enable_grad():
+        conv2d(x, ready(weight, torch.float32), padding=1)
+    set_impl("ref")
+    conv2d(x, ready(weight, torch.float32), padding=1)
+    set_impl("auto")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    conv2d(x, ready(weight, torch.float32), padding=1)
+    assert len(used) == 1
+
+
+def test_a_layer_uses_it_for_each_part(used):
+    layer = EqualConv2d(8, 32, 3, padding=1).requires_grad_(False)
+    x = rand(1, 8, 4, 4)
+    whole, parts = layer(x), layer.parts(x, 2)
+    assert len(used) == 3
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+def test_without_a_compiler_pytorch_does_it(monkeypatch):
+    def none(*_):
+        raise BuildError("none")
+
+    monkeypatch.setattr(winograd, "load_c", none)
+    monkeypatch.setattr(winograd, "_library", winograd._library.__wrapped__)
+    assert not winograd.is_for(rand(16, 8, 3, 3))
+
+
+def test_networks_draw_the_same(used, monkeypatch):
+    """With what lies between the convolutions fused, too, and upsampling folded where the picture is large."""
+    monkeypatch.setattr("op.modulated_conv.FOLD_FROM_FLOAT", 8)
+    config = ModelConfig(size=32, style_dim=16, channel_base=512, channel_max=64, n_mlp=2, encoder_noise=True,
+                         noise_channels=True, encoder_masks=True)
+    torch.manual_seed(0)
+    generator, encoder = Generator(config).eval(), Encoder(config).eval()
+    for net in (generator, encoder):
+        for parameter in net.parameters():
+            parameter.requires_grad_(False)
+    images, hidden = torch.rand(2, 3, 32, 32) * 2 - 1, torch.zeros(2, 32, 32, dtype=torch.bool)
+    hidden[:, 8:16, 8:16] = True
+    seen = encoder.masked(images, hidden, torch.zeros_like(hidden))
+    fast = encoder.redraw(seen, generator)
+    assert len(used) > 10
+    set_impl("ref")
+    torch.testing.assert_close(fast, encoder.redraw(seen, generator), atol=1e-4, rtol=1e-4)
