@@ -29,6 +29,8 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor | Ready, stride: int = 1, paddi
         if weight.tiles is not None and stride == padding == 1:
             return winograd.conv3x3(x, weight.tiles)
         weight = weight.weight
+    if torch.is_grad_enabled() and stride == padding == 1 and x.dtype == weight.dtype and winograd.is_for(weight):
+        return winograd.conv2d(x, weight)
     twice = torch.is_grad_enabled() and x.requires_grad and weight.requires_grad
     if twice and x.device.type == "cpu" and weight.shape[2:] == (1, 1) and stride == 1 and not padding:
         return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)

@@ -19,7 +19,7 @@ from op.conv import Ready, conv2d, ready
 from op.cuda import is_ref
 
 FOLD_FROM = 8                                 # pixels of a side: of smaller ones the weights are most of the work
-FOLD_FROM_FLOAT = 32
+FOLD_TILES_FROM = 32                          # of op/winograd.py
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,14 @@ def folded(weight: torch.Tensor, blur: torch.Tensor) -> torch.Tensor:
 def folding_pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the transposed convolution of x [B, I, H, W] by weight [O, I, 3, 3] is better folded.
 
-    Without gradients, in bfloat16 on a CPU with AMX, and in float32 where a quarter of the operations is enough.
+    Without gradients: on a CPU with AMX in bfloat16, and in float32 where a quarter of the operations is enough.
     """
-    if x.device.type != "cpu" or is_ref() or torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if (x.device.type != "cpu" or is_ref()
+            or torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
         return False
     if x.dtype == torch.bfloat16:
         return x.shape[-1] >= FOLD_FROM and has_matrix_unit()
-    return x.shape[-1] >= FOLD_FROM_FLOAT and x.dtype == torch.float32 and winograd.is_for(weight)
+    return x.dtype == torch.float32 and x.shape[-1] >= FOLD_TILES_FROM and winograd.is_for(weight)
 
 
 @functools.cache

@@ -43,15 +43,56 @@ def used(monkeypatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-@pytest.mark.parametrize("images, into, out, rows, columns", [
+SHAPES = pytest.mark.parametrize("images, into, out, rows, columns", [
     (1, 8, 16, 1, 1), (2, 8, 32, 4, 4), (3, 24, 16, 5, 7), (1, 16, 48, 9, 3), (5, 40, 16, 12, 17), (2, 192, 192, 8, 8),
 ])
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, share: float = 2e-5) -> None:
+    assert found.shape == expected.shape and (found - expected).abs().max() < share * expected.abs().max()
+
+
+@SHAPES
 def test_the_same_as_pytorch(images, into, out, rows, columns):
     x, weight = rand(images, into, rows, columns), rand(out, into, 3, 3, seed=1)
     expected = F.conv2d(x.double(), weight.double(), padding=1)
     found = winograd.conv3x3(x, winograd.transformed(weight))
     assert found.is_contiguous(memory_format=NHWC) and found.dtype == torch.float32
-    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+    assert_close(found, expected)
+
+
+@SHAPES
+def test_the_gradient_by_the_weights(images, into, out, rows, columns):
+    x, grad = rand(images, into, rows, columns), rand(images, out, rows, columns, seed=1)
+    assert_close(winograd.weight_gradient(x, grad),
+                 torch.nn.grad.conv2d_weight(x.double(), (out, into, 3, 3), grad.double(), padding=1))
+
+
+def derivatives(conv, x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+    """By x and weight, and the second ones as R1 (by x) and the path length (by an input) take them."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    first = torch.autograd.grad(conv(x, weight).pow(3).sum(), (x, weight), create_graph=True)
+    return [*first, *torch.autograd.grad(sum(one.square().sum() for one in first), (x, weight))]
+
+
+@torch.enable_grad()
+def test_derivatives_of_first_and_second_order(monkeypatch):
+    x, weight = rand(2, 16, 6, 5), 0.1 * rand(32, 16, 3, 3, seed=1)
+    found = derivatives(lambda x, w: conv2d(x, w, padding=1), x, weight)
+    expected = derivatives(lambda x, w: F.conv2d(x, w, padding=1), x.double(), weight.double())
+    for one, other in zip(found, expected):
+        assert_close(one, other, 1e-4)
+
+
+@torch.enable_grad()
+def test_what_needs_no_gradient_gets_none():
+    x, weight = rand(1, 16, 4, 4).requires_grad_(), rand(16, 16, 3, 3)
+    y = conv2d(x, weight, padding=1)
+    assert type(y.grad_fn).__name__ == "_ConvolutionBackward"
+    y.sum().backward()
+    assert_close(x.grad, F.conv_transpose2d(torch.ones(1, 16, 4, 4).double(), weight.double(), padding=1))
+    assert type(conv2d(rand(1, 8, 4, 4), rand(16, 8, 3, 3).requires_grad_(), padding=1).grad_fn).__name__ != \
+        "_ConvolutionBackward"                                # 8 channels: not for the way back
 
 
 def test_a_kernel_of_one_place_moves_the_picture():
@@ -66,13 +107,16 @@ def test_a_kernel_of_one_place_moves_the_picture():
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_change_no_bit(monkeypatch, threads):
+def test_threads_share_the_tiles(monkeypatch, threads):
     x, weight = rand(3, 8, 13, 10), winograd.transformed(rand(16, 8, 3, 3, seed=1))
     alone = winograd.conv3x3(x, weight)
     monkeypatch.setattr(winograd, "TILES", 1)
     monkeypatch.setattr(winograd, "BLOCK", 7)             # other tiles at a time, too
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert torch.equal(winograd.conv3x3(x, weight), alone)
+    grad = rand(3, 16, 13, 10, seed=2)                    # here they add up in another order
+    assert_close(winograd.weight_gradient(x, grad),
+                 torch.nn.grad.conv2d_weight(x.double(), (16, 8, 3, 3), grad.double(), padding=1))
 
 
 def test_nothing_else_is_written():
@@ -92,8 +136,6 @@ def test_when_it_is_used(used, monkeypatch):
     conv2d(x, ready(weight, torch.float32, plain=False), padding=1)
     for other in (rand(16, 8, 1, 1), rand(8, 8, 3, 3), rand(16, 4, 3, 3), weight.bfloat16()):
         assert not winograd.is_for(other)
-    with torch.enable_grad():
-        conv2d(x, ready(weight, torch.float32), padding=1)
     set_impl("ref")
     conv2d(x, ready(weight, torch.float32), padding=1)
     set_impl("auto")
@@ -121,7 +163,7 @@ def test_without_a_compiler_pytorch_does_it(monkeypatch):
 
 def test_networks_draw_the_same(used, monkeypatch):
     """With what lies between the convolutions fused, too, and upsampling folded where the picture is large."""
-    monkeypatch.setattr("op.modulated_conv.FOLD_FROM_FLOAT", 8)
+    monkeypatch.setattr("op.modulated_conv.FOLD_TILES_FROM", 8)
     config = ModelConfig(size=32, style_dim=16, channel_base=512, channel_max=64, n_mlp=2, encoder_noise=True,
                          noise_channels=True, encoder_masks=True)
     torch.manual_seed(0)
@@ -136,3 +178,25 @@ def test_networks_draw_the_same(used, monkeypatch):
     assert len(used) > 10
     set_impl("ref")
     torch.testing.assert_close(fast, encoder.redraw(seen, generator), atol=1e-4, rtol=1e-4)
+
+
+@torch.enable_grad()
+def test_a_generator_learns_the_same(used):
+    """Its gradients, and those of its gradient by the code."""
+    torch.manual_seed(0)
+    generator = Generator(ModelConfig(size=32, style_dim=16, channel_base=512, channel_max=64, n_mlp=2))
+    code, names = torch.randn(2, generator.config.n_latent, 16, requires_grad=True), dict(generator.named_parameters())
+
+    def gradients():
+        image = generator.synthesis(code, generator.noise_maps("const"))
+        slope, = torch.autograd.grad(image.square().sum(), code, create_graph=True)
+        loss = image.pow(3).mean() + slope.square().mean()
+        return torch.autograd.grad(loss, [*names.values()], allow_unused=True)
+
+    fast = gradients()
+    assert any(shape[1:] == (64, 8, 8) for shape in used)
+    set_impl("ref")
+    for name, one, other in zip(names, fast, gradients()):
+        assert (one is None) == (other is None), name
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=2e-4 * float(other.abs().max()), rtol=1e-3, msg=name)

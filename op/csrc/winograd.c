@@ -114,20 +114,26 @@ static void some(int64_t count, const float *a, const float *b, float *c, int64_
     }
 }
 
+/* Where tile `number` begins, counted through images, rows and columns of tiles */
+typedef struct { int64_t image, row, column; } Place;
+
+static Place place_of(int64_t number, int64_t rows, int64_t columns) {
+    int64_t down = (rows + OUT - 1) / OUT, across = (columns + OUT - 1) / OUT, within = number % (down * across);
+    return (Place){number / (down * across), within / across * OUT, within % across * OUT};
+}
+
 /* Tiles first to last of out [images, rows, columns, out] = x [images, rows, columns, in], padded by 1, with weights
  * u [PLACES, out / PANEL, in, PANEL]. A tile's number counts through images, rows and columns of tiles.
  * room: PLACES * (block * (in + out) + 2 * GAP) floats, for `block` tiles at a time. in in LANES, out in PANELs. */
 void winograd(const float *x, const float *u, float *y, float *room, int64_t rows, int64_t columns, int64_t in,
               int64_t out, int64_t first, int64_t last, int64_t block) {
-    const int64_t down = (rows + OUT - 1) / OUT, across = (columns + OUT - 1) / OUT;
     const int64_t v_apart = block * in + GAP, m_apart = block * out + GAP;         /* GAP: not all in one set of a cache */
     float *v = room, *m = room + PLACES * v_apart;
     for (int64_t from = first; from < last; from += block) {
         const int64_t tiles = last - from < block ? last - from : block;
         for (int64_t t = 0; t < tiles; t++) {
-            int64_t tile = from + t, image = tile / (down * across), place = tile % (down * across);
-            transform_tile(x + image * rows * columns * in, rows, columns, in, place / across * OUT,
-                           place % across * OUT, v + t * in, v_apart);
+            Place at = place_of(from + t, rows, columns);
+            transform_tile(x + at.image * rows * columns * in, rows, columns, in, at.row, at.column, v + t * in, v_apart);
         }
         for (int p = 0; p < PLACES; p++)
             for (int64_t n = 0; n < out; n += PANEL)
@@ -135,9 +141,94 @@ void winograd(const float *x, const float *u, float *y, float *room, int64_t row
                     some(tiles - t, v + p * v_apart + t * in, u + (p * out + n) * in, m + p * m_apart + t * out + n, in,
                          out);
         for (int64_t t = 0; t < tiles; t++) {
-            int64_t tile = from + t, image = tile / (down * across), place = tile % (down * across);
-            restore_tile(m + t * out, m_apart, y + image * rows * columns * out, rows, columns, out,
-                         place / across * OUT, place % across * OUT);
+            Place at = place_of(from + t, rows, columns);
+            restore_tile(m + t * out, m_apart, y + at.image * rows * columns * out, rows, columns, out, at.row,
+                         at.column);
         }
+    }
+}
+
+/* ---- The gradient by the weights */
+
+/* Four gradients of a row or column, `step` vectors apart, as the six products see them: outward, transposed */
+static inline void outward_back(const vec *g, int step, vec *z) {
+    vec g0 = g[0], g1 = g[step], g2 = g[2 * step], g3 = g[3 * step];
+    vec even = g0 + g2, odd = g1 + g3, far_even = g0 + 4 * g2, far_odd = 2 * g1 + 8 * g3;
+    z[0] = g0;
+    z[1] = even + odd;
+    z[2] = even - odd;
+    z[3] = far_even + far_odd;
+    z[4] = far_even - far_odd;
+    z[5] = g3;
+}
+
+static void spread_tile(const float *image, int64_t rows, int64_t columns, int64_t out, int64_t row, int64_t column,
+                        float *z, int64_t apart) {
+    for (int64_t c = 0; c < out; c += LANES) {
+        vec g[OUT * OUT], half[SIDE * OUT];
+        for (int i = 0; i < OUT; i++)
+            for (int j = 0; j < OUT; j++)
+                g[OUT * i + j] = row + i < rows && column + j < columns
+                    ? load(image + ((row + i) * columns + column + j) * out + c) : (vec){0};
+        for (int j = 0; j < OUT; j++) {
+            vec t[SIDE];
+            outward_back(g + j, OUT, t);
+            for (int i = 0; i < SIDE; i++) half[OUT * i + j] = t[i];
+        }
+        for (int i = 0; i < SIDE; i++) {
+            vec t[SIDE];
+            outward_back(half + OUT * i, 1, t);
+            for (int j = 0; j < SIDE; j++) store(z + (SIDE * i + j) * apart + c, t[j]);
+        }
+    }
+}
+
+/* c [count, PANEL] in rows of `out` += the sum over tiles of a [tiles, in], of which count are taken, times z [tiles, out],
+ * of which PANEL */
+static inline __attribute__((always_inline)) void outer(int count, const float *a, const float *z, float *c,
+                                                        int64_t tiles, int64_t in, int64_t out) {
+    vec sum[ROWS][2];
+#pragma GCC unroll 6
+    for (int r = 0; r < count; r++) {
+        sum[r][0] = load(c + r * out);
+        sum[r][1] = load(c + r * out + LANES);
+    }
+    for (int64_t t = 0; t < tiles; t++, a += in, z += out) {
+        vec left = load(z), right = load(z + LANES);
+#pragma GCC unroll 6
+        for (int r = 0; r < count; r++) {
+            vec one = a[r] - (vec){0};
+            sum[r][0] += one * left;
+            sum[r][1] += one * right;
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < count; r++) {
+        store(c + r * out, sum[r][0]);
+        store(c + r * out + LANES, sum[r][1]);
+    }
+}
+
+/* Adds to du [PLACES, in, out] what tiles first to last of x [images, rows, columns, in] and of the gradient by the
+ * outputs, g [images, rows, columns, out], say of the weights. room as above. */
+void winograd_weight(const float *x, const float *g, float *du, float *room, int64_t rows, int64_t columns, int64_t in,
+                     int64_t out, int64_t first, int64_t last, int64_t block) {
+    const int64_t v_apart = block * in + GAP, z_apart = block * out + GAP;
+    float *v = room, *z = room + PLACES * v_apart;
+    for (int64_t from = first; from < last; from += block) {
+        const int64_t tiles = last - from < block ? last - from : block;
+        for (int64_t t = 0; t < tiles; t++) {
+            Place at = place_of(from + t, rows, columns);
+            transform_tile(x + at.image * rows * columns * in, rows, columns, in, at.row, at.column, v + t * in, v_apart);
+            spread_tile(g + at.image * rows * columns * out, rows, columns, out, at.row, at.column, z + t * out, z_apart);
+        }
+        for (int p = 0; p < PLACES; p++)
+            for (int64_t n = 0; n < out; n += PANEL) {
+                const float *a = v + p * v_apart, *b = z + p * z_apart + n;
+                float *c = du + p * in * out + n;
+                int64_t i = 0;
+                for (; i + ROWS <= in; i += ROWS) outer(ROWS, a + i, b, c + i * out, tiles, in, out);
+                for (; i + 2 <= in; i += 2) outer(2, a + i, b, c + i * out, tiles, in, out);      /* in is even */
+            }
     }
 }
