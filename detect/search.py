@@ -208,13 +208,15 @@ class _Run:
         for m in self.noise:
             m.requires_grad_(True)
         optimiser = torch.optim.Adam(self.noise, lr=self.settings.lr_noise, betas=(0.9, 0.999))
-        normal = self.image.clone()
+        # As the steps draw it: its difference from itself is then 0, without a slope. Other kernels draw without
+        # gradients, and of what they differ by in the last digit Adam would take the sign for a direction.
+        normal = torch.cat([self._image(chunk).detach() for chunk in self.chunks])
         for step in range(self.settings.steps_noise):
             self._set_rate(optimiser, self.settings.lr_noise, step / self.settings.steps_noise)
             optimiser.zero_grad(set_to_none=True)
             target = torch.where(self.predicted[:, None], normal, self.query)
             for chunk in self.chunks:
-                image = self.generator.synthesis(self.w_plus[chunk], [m[chunk] for m in self.noise])
+                image = self._image(chunk)
                 (image - target[chunk]).abs().mean((1, 2, 3)).sum().backward()
                 self.image[chunk] = image.detach()
             self._step_done()
@@ -225,6 +227,9 @@ class _Run:
     @staticmethod
     def _set_rate(optimiser, peak, t):
         optimiser.param_groups[0]["lr"] = peak * ramp(t)
+
+    def _image(self, chunk: slice) -> torch.Tensor:
+        return self.generator.synthesis(self.w_plus[chunk], [m[chunk] for m in self.noise])
 
     @torch.no_grad()
     def _draw(self):

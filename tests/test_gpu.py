@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import healthygan.train
-import model
 import train
 import train_encoder
 from benchmarks import gpu
@@ -22,7 +21,7 @@ from gan.coding import CodeTrainer
 from gan.inpainting import InpaintingTrainer
 from gan.snapshots import Snapshot
 from model import Discriminator, Generator, ModelConfig
-from op import bias_act, styled_act
+from op import bias_act, layers, styled_act
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
@@ -54,7 +53,7 @@ def test_networks_and_their_gradients_are_those_of_float32_on_the_cpu(device, pr
     """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for op in (styled_act, bias_act):
-        monkeypatch.setattr(model, op.__name__, partial(op, slope=slope))
+        monkeypatch.setattr(layers, op.__name__, partial(op, slope=slope))
     exact, found = by_kind("cpu", torch.float32), by_kind(device, precision)
     errors = {kind: ((found[kind] - exact[kind]).norm() / exact[kind].norm()).item() for kind in exact}
     assert len(errors) == 9 and {kind: error for kind, error in errors.items() if not error <= most} == {}

@@ -41,7 +41,7 @@ def make_bundle(encoder=None):
     generator.to_rgbs[-1].bias.data += encode(torch.full((1, 1), 30.0)).view(1, 3, 1, 1)
     for conv in (generator.conv1, *generator.convs):
         conv.noise.weight.data += 0.3                      # 0 before training: noise would do nothing
-    networks = (generator, discriminator, encoder or Encoder(TINY))
+    networks = (generator, discriminator, encoder or Encoder(TINY).eval().requires_grad_(False))
     for net in (generator, discriminator):
         net.eval().requires_grad_(False)
     codes = torch.nn.functional.leaky_relu(torch.randn(200, TINY.n_latent, TINY.style_dim), 0.2)
@@ -102,6 +102,18 @@ def test_same_in_chunks(bundle, batch):
     assert torch.equal(chunked.votes, whole.votes)                     # neighbours vote across the chunks' edges
     torch.testing.assert_close(chunked.slice_scores, whole.slice_scores, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(chunked.reconstruction, whole.reconstruction, rtol=0, atol=0.01)
+
+
+def test_what_is_to_stay_as_it_is_drawn_stays(bundle, monkeypatch):
+    """Where all is predicted anomalous the noise's target is the drawn normal, whatever kernels draw it elsewhere."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+
+    def everything(query_hu, normal_hu):
+        return torch.ones_like(query_hu, dtype=torch.bool)
+
+    still, moved = (bundle.with_settings(dataclasses.replace(FEW, steps_noise=steps)).closest_normal(
+        tissue(), BRAIN, POSITIONS, everything).normal_hu for steps in (0, 4))
+    torch.testing.assert_close(moved, still, rtol=0, atol=0.01)
 
 
 def test_a_slice_far_from_others_is_on_its_own(bundle):
