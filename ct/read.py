@@ -69,7 +69,7 @@ def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0, ids: str = "
 
 
 def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = 5.0, ids: str = "path") -> list[ScanSource]:
-    """find_scans of one input or several; of several, each id by path begins with its input's name.
+    """find_scans of one input or several; of several, each id by path begins with its input's name, or is it.
 
     Raises ScanError as find_scans does, and where two inputs give the same id.
     """
@@ -77,9 +77,10 @@ def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = 5.0, ids:
         return find_scans(inputs[0], unknown_slice_spacing_mm, ids)
     found = []
     for folder in inputs:
-        before = f"{Path(folder).resolve().name}{SEPARATOR}" if ids == "path" else ""
-        found += [replace(source, scan_id=before + source.scan_id)
-                  for source in find_scans(folder, unknown_slice_spacing_mm, ids)]
+        name, sources = Path(folder).resolve().name, find_scans(folder, unknown_slice_spacing_mm, ids)
+        is_scan = len(sources) == 1 and (Path(folder).is_file() or sources[0].scan_id == name)
+        before = "" if is_scan or ids == "uid" else name + SEPARATOR
+        found += [replace(source, scan_id=before + source.scan_id) for source in sources]
     twice = [scan_id for scan_id, count in Counter(source.scan_id for source in found).items() if count > 1]
     if twice and ids == "path":
         raise ScanError(f"{twice[0]}: two inputs of the same name hold a scan of this id; give the folder above them")

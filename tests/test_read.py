@@ -338,6 +338,18 @@ def test_several_inputs_name_their_scans_after_the_input(tmp_path):
         find_all([tmp_path / "a", tmp_path / "c/a"])
 
 
+def test_inputs_that_are_scans_are_named_once(tmp_path):
+    """They were 'case--case' and 'vol.nii.gz--vol'."""
+    hu = np.zeros((4, 8, 8), np.float32)
+    for folder in ("case", "other/case", "many/one"):
+        write_slice_folder(tmp_path / folder, hu)
+    write_nifti_scan(tmp_path / "vol.nii.gz", hu)
+    ids = [source.scan_id for source in find_all([tmp_path / name for name in ("vol.nii.gz", "case", "many")])]
+    assert ids == ["case", "many--one", "vol"]
+    with pytest.raises(ScanError, match="case: two inputs of the same name"):
+        find_all([tmp_path / "case", tmp_path / "other/case"])
+
+
 def test_ids_by_uid_are_the_same_whatever_the_inputs(tmp_path):
     for k, folder in enumerate("ab"):
         write_dicom_series(tmp_path / folder, CT + k, series=folder)
