@@ -229,8 +229,9 @@ def _values(paths: Sequence[Path], header: nib.Nifti1Header, dtype: np.dtype, sh
         return stored.astype(np.float32)
     intercept = intercept if np.isfinite(intercept) else 0.0
     values = np.empty(stored.shape, np.float32, order="F")                # as stored: other orders take longer
-    for k in range(shape[2]):                         # in double precision, a slice at a time
-        values[:, :, k] = stored[:, :, k] * np.float64(slope) + np.float64(intercept)
+    with np.errstate(invalid="ignore", over="ignore"):      # stored values that are no numbers: the scan's check tells
+        for k in range(shape[2]):                           # in double precision, a slice at a time
+            values[:, :, k] = stored[:, :, k] * np.float64(slope) + np.float64(intercept)
     return values
 
 
