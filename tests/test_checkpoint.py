@@ -3,7 +3,11 @@ import hashlib
 import json
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +27,7 @@ from detect.surprise import SurpriseSettings
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
 from model import Discriminator, Encoder, Generator, ModelConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=128, channel_max=16)
 META = dict(preprocessing={"size": 32}, calibration=None, provenance={"data": "phantoms"})
 
@@ -477,3 +482,11 @@ def test_import_released_command(tmp_path, capsys):
     statistics_file(tmp_path / "s.pkl", std=0, pca_explained_variance=np.zeros((3, 8, 8)))
     assert checkpoint.main([*command, "--overwrite"]) == 2
     assert "s.pkl: variance: every variance must be" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback():
+    """`checkpoint.py show MODEL | head -1`: the pipe is closed before anything is written."""
+    command = [sys.executable, str(ROOT / "checkpoint.py"), "show", str(ROOT / "models" / "heads-128")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == -signal.SIGPIPE
