@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+import distributed
 from common.weights import compact
 from config import option
 from dataset import InfiniteSampler, SliceDataset
@@ -64,11 +65,11 @@ class Autoencoder(Fitted):
     """Trained to take coarse noise off the brain of healthy slices, it takes lesions off, too."""
 
     name, Settings, Fit = "autoencoder", AutoencoderSettings, AutoencoderFit
-    precision = torch.bfloat16                       # fast on the CPU, too
 
     def __init__(self, fitting: AutoencoderFit | None = None, settings: AutoencoderSettings | None = None,
                  device: torch.device | str = "cpu"):
         super().__init__(fitting, settings, device)
+        self.set_precision(distributed.pick_precision("auto", self.device))
         with torch.random.fork_rng():
             torch.manual_seed(self.fitting.seed)
             self.net = UNet(self.fitting.width, self.fitting.depth)

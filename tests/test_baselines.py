@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import distributed
 from benchmarks import baselines
 from benchmarks.baselines import HuFit, HuThresholds, anomaly_map
 from ct.frame import PreprocessSettings, preprocess_scan
@@ -45,6 +46,16 @@ def database(path, slices: dict[str, tuple[np.ndarray, list[float]]]) -> SliceDa
         for name, (hu, below) in slices.items():
             writer.add(ScanRecord.encode(name, hu, np.ones(hu.shape, bool), below), "train", name)
     return SliceDataset(path)
+
+
+@pytest.mark.parametrize("native", [torch.float32, torch.bfloat16])
+def test_the_autoencoder_computes_in_what_the_device_does_natively(native, monkeypatch):
+    """Emulated, as bfloat16 is on a CPU without AMX and AVX512-BF16, a step takes ten times as long."""
+    monkeypatch.setattr(distributed, "pick_precision", lambda flag, device: native)
+    one, seen = Autoencoder(AutoencoderFit(width=8, depth=1)), []
+    one.net.register_forward_hook(lambda net, inputs, output: seen.append(output.dtype))
+    one._denoised(torch.zeros(1, 32, 32))
+    assert seen == [native]
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
