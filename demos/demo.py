@@ -2,8 +2,9 @@
 
     make demo                                  (or: python demos/demo.py)
 
-Makes 3 healthy and 6 abnormal phantoms that the model has never seen, projects them, evaluates the scores against the
-truth, and writes report.html. Goes on where it was stopped. Exit codes: those of the step that failed.
+Makes 3 healthy and 6 abnormal phantoms, projects them with models/head-128, which has seen real heads alone, evaluates
+the scores against the truth, and writes report.html. Goes on where it was stopped. Exit codes: those of the step that
+failed.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def summary(scores: Path, labels: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "models" / "phantom-128", help="model bundle")
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "head-128", help="model bundle")
     parser.add_argument("--out", type=Path, default=ROOT / "demos" / "out", help="folder for everything it writes")
     args = parser.parse_args(argv)
     started, out = time.perf_counter(), args.out.resolve()

@@ -5,7 +5,8 @@ With the networks of an encoder that was trained to draw what is hidden from it 
 surroundings   blocks of the brain are hidden in turn, and every place is drawn without being seen: anatomy without
                lesion, though blurred where no surroundings tell what is there
 reconstruct    where the slice differs from that, smoothed a little, by gate_hu or more, in more than a speck, it is
-               hidden, and drawn from what is around; elsewhere the networks see the slice, and draw it as it is.
+               hidden, what is hypodense as far as it goes on (grow_hu: a large one's faint middle, or its edge), and
+               drawn from what is around; elsewhere the networks see the slice, and draw it as it is.
                Networks that were taught with such holes (train_encoder.py --gated) draw fluid in one of the shape of a
                ventricle or a sulcus, and tissue in one of any other
 grain          what they smooth away of it there comes back; of the rest no more than grain has: a bleed is not grain
@@ -13,7 +14,7 @@ grain          what they smooth away of it there comes back; of the rest no more
 So the closest normal is the same head, as sharp as it is, without what does not belong in it: the order of the paper's
 inversion (code, what is anomalous, detail elsewhere: Lee et al. 2022, Methods) with a code in space in place of W+.
 What is anomalous is judged by what its surroundings call for all the same (`judged`): a hole's shape tells of fluid in
-an infarct, too.
+an infarct, too. What is hidden only since something goes on is not judged: healthy ventricles and sulci do, too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ct.window import BONE_HU, decode, encode
 from detect.inversion import OfEncoder, load_networks
 from detect.normative import smoothed
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
-from detect.residual import without_small
+from detect.residual import with_what_touches, without_small
 from model import Encoder, Generator
 from op.banded import dilated
 
@@ -43,7 +44,9 @@ NEAR = 0.6                                # of the residual that tells whether a
 SPECK = 12                                # what is anomalous in fewer pixels together is a sulcus or grain
 CLIP_HU = 40.0                            # a residual counts as no more than this: one bright pixel is no lesion
 AT_ONCE = 4                               # images whose channels become HU at a time, in a processor's cache
-DETAIL, GRAIN, GRAIN_HU = 2.0, 0.7, 3.0   # what is finer than these Gaussians comes back where all is normal, elsewhere
+DETAIL = 2.0                              # what is finer than this Gaussian comes back where all is normal,
+GROWN, GROWN_HU = 1.2, 5.0                # than this in what grow_hu adds, up to so much,
+GRAIN, GRAIN_HU = 0.7, 3.0                # and than this in all else that is drawn anew
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class InpaintingSettings:
     hidden: int = option(40, "side of the blocks that are hidden in turn, pixels of 128 across the image: what is "
                              "larger is drawn from itself, what is smaller from what is around")
     gate_hu: float = option(8.0, "difference from what its surroundings call for, HU, at which a place is drawn anew")
+    grow_hu: float = option(5.0, "what is connected with a hypodense place that is drawn anew is, too, where it "
+                            "differs by more than this, HU; as gate_hu: nothing is")
     spared: float = option(0.5, "of gate_hu: what is less hypodense than this by itself is not drawn anew with what is "
                                 "around it, as the septum between the ventricles is; 0 draws it, too")
     bright_rim: int = option(3, f"what is hidden around it where it is hyperdense, pixels of {AT}; {AROUND} elsewhere")
@@ -65,6 +70,8 @@ class InpaintingSettings:
             raise ValueError(f"hidden must be from 8 to {AT // 2} pixels, got {self.hidden}")
         if not self.gate_hu > 0:
             raise ValueError(f"gate_hu must be above 0 HU, got {self.gate_hu:g}")
+        if not 0 < self.grow_hu <= self.gate_hu:
+            raise ValueError(f"grow_hu must be above 0 and at most gate_hu, {self.gate_hu:g}, got {self.grow_hu:g}")
         if not 0 <= self.spared < 1:
             raise ValueError(f"spared must be from 0 to below 1, got {self.spared:g}")
         if self.bright_rim < AROUND:
@@ -94,12 +101,12 @@ class Inpainting(OfEncoder):
         with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, soft)):
             kept = bone | (~brain & (query_hu <= self.range_hu[0]))            # and air: the networks draw it badly
             normal_hu = torch.where(kept, query_hu, self.draw(self.seen(hu), hidden, bone))
-            normal_hu += self.detail(query_hu - normal_hu, soft, hidden)
+            normal_hu += self.detail(query_hu - normal_hu, soft, hidden, hidden & ~anomalous)
         if watch:
             watch(query_hu, normal_hu)
         judged_hu = None
         if self.settings.judged == "surroundings":
-            judged_hu = torch.where(anomalous, expected_hu, normal_hu).cpu()
+            judged_hu = torch.where(anomalous, expected_hu, torch.where(hidden, query_hu, normal_hu)).cpu()
         return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds, judged_hu)
 
     def anomalous(self, query_hu: torch.Tensor, soft: torch.Tensor, bone: torch.Tensor
@@ -126,19 +133,27 @@ class Inpainting(OfEncoder):
         unit, gate, clipped = self.size / AT, self.settings.gate_hu, difference_hu.clamp(-CLIP_HU, CLIP_HU)
         smooth = smoothed(clipped, soft, SMOOTH * unit)
         found = without_small(smooth.abs() > gate, SPECK * unit**2)
-        dark = _with_rim(found & (smooth < 0), AROUND * unit)
+        dark = found & (smooth < 0)
         bright = _with_rim(found & (smooth > 0), self.settings.bright_rim * unit)
-        if not self.settings.spared:
-            return dark | bright, dark | bright
-        by_itself = ~soft | (smoothed(clipped, soft, NEAR * unit) < -self.settings.spared * gate)
-        return dark | bright, dark & by_itself | bright
+        whole = _with_rim(with_what_touches(dark, smooth < -self.settings.grow_hu), AROUND * unit)
+        if self.settings.spared:
+            whole &= ~soft | (smoothed(clipped, soft, NEAR * unit) < -self.settings.spared * gate)
+        return bright | _with_rim(dark, AROUND * unit), bright | whole
 
-    def detail(self, difference_hu: torch.Tensor, soft: torch.Tensor, drawn_anew: torch.Tensor) -> torch.Tensor:
-        """What of a slice is too fine for the networks, HU [S, N, N]; difference_hu: the slice less what they drew."""
-        unit, free, hidden = self.size / AT, soft & ~drawn_anew, soft & drawn_anew
-        fine = difference_hu - smoothed(difference_hu, free, DETAIL * unit)
-        grain = (difference_hu - smoothed(difference_hu, hidden, GRAIN * unit)).clamp(-GRAIN_HU, GRAIN_HU)
-        return fine * free + grain * hidden
+    def detail(self, difference_hu: torch.Tensor, soft: torch.Tensor, drawn_anew: torch.Tensor,
+               grown: torch.Tensor) -> torch.Tensor:
+        """What of a slice is too fine for the networks, HU [S, N, N]; difference_hu: the slice less what they drew.
+
+        grown: the part of drawn_anew in which no more than a fainter edge of something hypodense is.
+        """
+        unit, hidden = self.size / AT, soft & drawn_anew
+
+        def finer(where: torch.Tensor, gaussian: float) -> torch.Tensor:
+            return difference_hu - smoothed(difference_hu, where, gaussian * unit)
+
+        grain = torch.where(grown, finer(hidden, GROWN).clamp(-GROWN_HU, GROWN_HU),
+                            finer(hidden, GRAIN).clamp(-GRAIN_HU, GRAIN_HU))
+        return torch.where(hidden, grain, finer(soft & ~drawn_anew, DETAIL)) * soft
 
     @torch.no_grad()
     def draw(self, images: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:

@@ -108,14 +108,29 @@ def lesion_mask(predicted: torch.Tensor, frame_size: int, min_component_px_at_51
 
 def without_small(mask: torch.Tensor, pixels: float) -> torch.Tensor:
     """mask (bool [S, H, W]) without its 8-connected components of fewer pixels, slice by slice."""
-    if mask.dtype != torch.bool or mask.ndim != 3:
-        raise ValueError(f"without_small: expected bool [S, H, W], got {mask.dtype} {tuple(mask.shape)}")
-    in_plane = np.zeros((3, 3, 3), dtype=bool)
-    in_plane[1] = True
-    components, _ = ndimage.label(mask.cpu().numpy(), structure=in_plane)
+    components = _components(mask)
     keep = np.bincount(components.ravel()) >= pixels
     keep[0] = False  # the background
     return torch.from_numpy(keep[components]).to(mask.device)
+
+
+def with_what_touches(seed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The 8-connected components of mask that hold some of seed, slice by slice; both bool [S, H, W]."""
+    check_same_shape(seed=seed, mask=mask)
+    components = _components(mask)
+    keep = np.zeros(components.max(initial=0) + 1, dtype=bool)
+    keep[components[seed.cpu().numpy()]] = True
+    keep[0] = False  # the background
+    return torch.from_numpy(keep[components]).to(mask.device)
+
+
+def _components(mask: torch.Tensor) -> np.ndarray:
+    """Numbers [S, H, W] of the 8-connected components of mask (bool [S, H, W]), slice by slice; 0 is the rest."""
+    if mask.dtype != torch.bool or mask.ndim != 3:
+        raise ValueError(f"components: expected bool [S, H, W], got {mask.dtype} {tuple(mask.shape)}")
+    in_plane = np.zeros((3, 3, 3), dtype=bool)
+    in_plane[1] = True
+    return ndimage.label(mask.cpu().numpy(), structure=in_plane)[0]
 
 
 # --- checks ---

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from detect.residual import Evidence, MaskSettings, lesion_mask, residual, scale_median_size
+from detect.residual import Evidence, MaskSettings, lesion_mask, residual, scale_median_size, with_what_touches
 from detect.scores import SCAN_SCORES, percentile_of, scan_score, thickness_mm, threshold_at_fpr
 from detect.surprise import Surprise, SurpriseSettings, peak_scores, pool_along_axis, surprise_scores
 from detect.votes import VoteCounter, anomaly_map, frame_votes, slice_scores
@@ -186,6 +186,17 @@ def test_components_touch_at_corners():
     predicted[0, 6, 6] = True
     result = lesion_mask(predicted, 512, min_component_px_at_512=8)
     assert result.sum() == 8 and not result[0, 6, 6]
+
+
+def test_what_touches_a_seed_is_whole_and_the_rest_is_not_there():
+    """Two places that touch at a corner are one; neither a place without a seed nor the next slice belongs to it."""
+    mask, seed = torch.zeros(2, 2, 8, 8, dtype=torch.bool)
+    mask[0, 1:3, 1:3] = mask[0, 3, 3] = mask[0, 6, 6] = mask[1, 1:3, 1:3] = True
+    seed[0, 1, 1] = seed[1, 6, 6] = True
+    expected = mask.clone()
+    expected[0, 6, 6] = expected[1] = False
+    assert torch.equal(with_what_touches(seed, mask), expected)
+    assert not with_what_touches(seed, ~mask & mask).any()
 
 
 def test_lesion_mask_of_nothing_and_of_everything():

@@ -255,7 +255,7 @@ def test_around_what_is_bright_more_is_hidden():
     difference[0, 60:70, 60:70], difference[1, 60:70, 60:70] = -30, 30
 
     def rows(spared):
-        one = Filler(InpaintingSettings(spared=spared), *networks(), (0.0, 70.0))
+        one = Filler(InpaintingSettings(spared=spared, grow_hu=8), *networks(), (0.0, 70.0))
         one.size = 128
         return [mask.any(2).sum(1).tolist() for mask in one.gate(difference, torch.ones(2, 128, 128) > 0)]
 
@@ -269,7 +269,7 @@ def test_what_is_not_dark_by_itself_is_spared():
     difference[:, 40:60, 40:50] = difference[:, 40:60, 52:62] = torch.tensor([-20.0, 20.0])[:, None, None]
 
     def gate(spared):
-        one = Filler(InpaintingSettings(gate_hu=8, spared=spared), *networks(), (0.0, 70.0))
+        one = Filler(InpaintingSettings(gate_hu=8, grow_hu=8, spared=spared), *networks(), (0.0, 70.0))
         one.size = 128
         return one.gate(difference, soft)
 
@@ -280,21 +280,53 @@ def test_what_is_not_dark_by_itself_is_spared():
     assert not (hidden & ~whole).any() and torch.equal(hidden[1], whole[1])
 
 
+def test_a_hypodense_place_is_drawn_anew_as_far_as_it_goes_on():
+    """20 HU off in a square, 6 HU in what adjoins it and in a place apart: 8 HU are looked for, and grow over 5."""
+    difference, soft = torch.zeros(2, 128, 128), torch.ones(2, 128, 128, dtype=torch.bool)
+    difference[:, 40:60, 40:60], difference[:, 40:60, 60:80], difference[:, 90:110, 40:80] = -20, -6, -6
+    difference[1] *= -1
+    gate = {}
+    for grow_hu in (8, 5):
+        one = Filler(InpaintingSettings(grow_hu=grow_hu), *networks(), (0.0, 70.0))
+        one.size = 128
+        gate[grow_hu] = one.gate(difference, soft)
+    (found, hidden), (same, grown) = gate[8], gate[5]
+    assert torch.equal(found, same) and not (hidden & ~grown).any()                  # what is judged hangs not on it
+    assert grown[0, 42:58, 40:80].all() and not hidden[0, :, 64:].any()
+    assert not grown[0, 84:].any() and torch.equal(grown[1], hidden[1])
+
+
+def test_what_is_drawn_anew_only_since_it_goes_on_is_not_judged(filler):
+    """Its closest normal is drawn, 6 HU denser, and itself is what it is judged against, as where nothing is found."""
+    hu, brain = torch.full((1, 32, 32), 30.0), torch.ones(1, 32, 32, dtype=torch.bool)
+    hu[:, 8:24, 8:16], hu[:, 8:24, 16:28] = 10, 24
+    filler.from_surroundings = lambda hu, bone: torch.full_like(hu, 30)
+    filler.draw = lambda images, hidden, bone: torch.where(hidden, 30.0, decode(images))
+    found = filler.closest_normal(hu, brain, np.zeros(1))
+    assert torch.allclose(found.normal_hu[:, 10:22, 20:26], torch.tensor(30.0), atol=0.05)
+    assert torch.allclose(found.difference_hu[:, 10:22, 10:14], torch.tensor(-20.0), atol=0.05)
+    assert found.difference_hu[:, 10:22, 20:26].abs().max() == 0
+
+
 def test_grain_comes_back_whole_where_all_is_normal_and_up_to_3_hu_elsewhere():
-    """A pattern of +-6 HU from pixel to pixel, which both Gaussians take for grain, over a shift of 20 HU."""
+    """A pattern of +-6 HU from pixel to pixel, which all Gaussians take for grain, over a shift of 20 HU."""
     fine = 6.0 * (1 - 2 * (torch.arange(128) + torch.arange(128)[:, None]).remainder(2))[None]
     one, soft = Filler(InpaintingSettings(), *networks(), (0.0, 70.0)), torch.ones(1, 128, 128, dtype=torch.bool)
     one.size = 128
     hidden = torch.zeros_like(soft)
     hidden[:, 64:] = True
-    detail = one.detail(fine + 20, soft, hidden)
+    grown = torch.zeros_like(soft)
+    grown[:, :, 64:] = True
+    detail = one.detail(fine + 20, soft, hidden, hidden & grown)
     assert torch.allclose(detail[:, 8:56, 8:120], fine[:, 8:56, 8:120], atol=0.02)
-    assert torch.equal(detail[:, 72:120, 8:120], fine[:, 72:120, 8:120] * 3 / 6)
-    assert not one.detail(fine, ~soft, hidden).any()
+    assert torch.equal(detail[:, 72:120, 8:64], fine[:, 72:120, 8:64] * 3 / 6)
+    assert torch.equal(detail[:, 72:120, 64:120], fine[:, 72:120, 64:120] * 5 / 6)
+    assert not one.detail(fine, ~soft, hidden, grown).any()
 
 
 def test_settings_and_networks_that_do_not_fit_are_refused():
     for changes, said in (({"gate_hu": 0}, "gate_hu must be above 0"), ({"batch": 0}, "batch must be at least 1"),
+                          ({"grow_hu": 9}, "grow_hu must be above 0 and at most gate_hu, 8, got 9"),
                           ({"spared": 1}, "spared must be from 0 to below 1, got 1"),
                           ({"hidden": 7}, "hidden must be from 8 to 64 pixels"), ({"hidden": 65}, "got 65"),
                           ({"bright_rim": 0}, "bright_rim must be at least 1 pixel, got 0")):

@@ -137,8 +137,9 @@ def test_paper(run, tmp_path):
     assert programs(second) == ["train.py", "train_encoder.py"] and "--nproc-per-node=4" in second[0]
 
 
-@pytest.mark.parametrize("name, changes", [("phantom-128", {}), ("head-128", {}),
-                                           ("head-256", {"bright_rim": 1, "judged": "normal", "spared": 0.0})])
+@pytest.mark.parametrize("name, changes", [
+    ("phantom-128", {}), ("head-128", {}),
+    ("head-256", {"bright_rim": 1, "judged": "normal", "spared": 0.0, "grow_hu": 8.0})])
 def test_settings_are_those_of_the_shipped_bundle(name, changes, run, tmp_path):
     """head-256 is of before --gated."""
     (tmp_path / "work").mkdir()
