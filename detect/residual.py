@@ -18,6 +18,7 @@ from config import option
 from detect.reconstruct import Reconstruction
 from op.median import median2d
 
+HALF, HIGH = 0.5, 90            # a component ends where its contrast is half of this percentile of its own
 PAPER_SIZE = 512                # the frame, in pixels, that the paper's pixel counts refer to
 
 
@@ -47,7 +48,7 @@ class Findings:
 
     anomaly       float32 [S, N, N], signed: votes times residual (HU), or surprise
     predicted     bool [S, N, N]: what is predicted anomalous
-    mask          bool [S, N, N]: predicted without small components
+    mask          bool [S, N, N]: predicted without small components, and, by surprise, what those left extend to
     slice_scores  float32 [S]
     """
 
@@ -61,11 +62,13 @@ class Findings:
 class MaskSettings:
     """What only draws the mask: scores, percentiles and flags do not hang on it."""
 
-    surprise_mask: float = option(3.0, "surprise from which a pixel is predicted anomalous (by surprise)")
+    surprise_mask: float = option(2.5, "surprise from which a pixel is predicted anomalous (by surprise)")
     component_at_512: int = option(600, "smaller predicted components are dropped, pixels at 512; scales with area")
+    extent_hu: float = option(8.0, "what is left goes on over all that adjoins it and differs by half as much as it "
+                              "does, and by this, HU, at least; 0: it does not (by surprise)")
 
     def __post_init__(self):
-        check_range(self, ("surprise_mask", "component_at_512"))
+        check_range(self, ("surprise_mask", "component_at_512", "extent_hu"))
 
 
 # --- residual ---
@@ -104,6 +107,22 @@ def lesion_mask(predicted: torch.Tensor, frame_size: int, min_component_px_at_51
     The limit scales with area: frame_size is the side, in pixels, of the frame that predicted lies in.
     """
     return without_small(predicted, min_component_px_at_512 * (frame_size / PAPER_SIZE) ** 2)
+
+
+def to_half(mask: torch.Tensor, residual_hu: torch.Tensor, least_hu: float) -> torch.Tensor:
+    """mask (bool [S, H, W]), its components as far as half of their contrast goes, slice by slice.
+
+    residual_hu float [S, H, W], signed. A component is dense to the side to which its residual adds up; what adjoins
+    it and has half of its contrast to that side, and least_hu at least, belongs to it.
+    """
+    check_same_shape(mask=mask, residual_hu=residual_hu)
+    whole, components = mask.clone(), _components(mask)
+    for number, (place, *_) in enumerate(ndimage.find_objects(components), 1):
+        own = torch.from_numpy(components[place] == number).to(mask.device)
+        away = residual_hu[place] * residual_hu[place][own].sum().sign()
+        least = max(least_hu, HALF * float(np.percentile(away[own].cpu().numpy(), HIGH)))
+        whole[place] |= with_what_touches(own, own | (away > least))
+    return whole
 
 
 def without_small(mask: torch.Tensor, pixels: float) -> torch.Tensor:

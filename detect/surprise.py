@@ -25,6 +25,7 @@ from detect.residual import (
     lesion_mask,
     residual,
     scale_median_size,
+    to_half,
 )
 from detect.scores import SLICE_MM
 from op.banded import gaussian_blur
@@ -75,8 +76,9 @@ class Surprise:
 
     def criterion(self) -> str:
         """When a pixel is marked, to follow 'where the two differ inside the brain,'."""
+        further = ", with what adjoins it and differs half as much" if self.mask.extent_hu else ""
         return (f"by more than all but one in {10 ** self.mask.surprise_mask:,.0f} places of healthy brain do, for "
-                "where it lies")
+                f"where it lies{further}")
 
     def check(self) -> None:
         """ValueError unless scans can be judged."""
@@ -122,8 +124,10 @@ class Surprise:
         combined = normative.combine(surprise, s.scale, s.hypodense)
         predicted = combined.abs() > self.mask.surprise_mask
         scores = SLICE_SCORES[s.pool].of(combined, seen.searched, s.surprise_above, seen.below_vertex_mm)
-        return Findings(combined, predicted, lesion_mask(predicted, predicted.shape[-1], self.mask.component_at_512),
-                        scores)
+        mask = lesion_mask(predicted, predicted.shape[-1], self.mask.component_at_512)
+        if self.mask.extent_hu:
+            mask = to_half(mask, seen.residual, self.mask.extent_hu)
+        return Findings(combined, predicted, mask, scores)
 
 
 # --- scores of slices ---

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from detect.residual import Evidence, MaskSettings, lesion_mask, residual, scale_median_size, with_what_touches
+from detect.residual import Evidence, MaskSettings, lesion_mask, residual, scale_median_size, to_half, with_what_touches
 from detect.scores import SCAN_SCORES, percentile_of, scan_score, thickness_mm, threshold_at_fpr
 from detect.surprise import Surprise, SurpriseSettings, peak_scores, pool_along_axis, surprise_scores
 from detect.votes import VoteCounter, anomaly_map, frame_votes, slice_scores
@@ -205,6 +205,33 @@ def test_lesion_mask_of_nothing_and_of_everything():
     assert torch.equal(lesion_mask(~empty, 512), ~empty)
     with pytest.raises(ValueError, match=r"expected bool \[S, H, W\], got torch.float32"):
         lesion_mask(empty.float(), 512)
+
+
+def test_the_mask_goes_on_to_half_of_its_contrast():
+    """30 HU with 16 around and 10 beside it: what has half of 30 belongs to it, to the same side and in its plane."""
+    residual = torch.zeros(2, 20, 20)
+    residual[:, 4:10, 4:10], residual[:, 5:9, 5:9] = 16, 30
+    residual[:, 4:10, 10:14], residual[:, 14:18, 4:10] = 10, 16
+    mask = torch.zeros(2, 20, 20, dtype=torch.bool)
+    mask[0, 6:8, 6:8] = True
+    expected = mask.clone()
+    expected[0, 4:10, 4:10] = True
+    for side in (1, -1):
+        assert torch.equal(to_half(mask, side * residual, 8.0), expected)
+    assert torch.equal(to_half(mask, residual, 20.0)[0], residual[0] == 30)
+    residual[:, 4:10, 10:14] = -16
+    assert not to_half(mask, residual, 8.0)[:, :, 10:].any()
+
+
+def test_a_mask_by_surprise_goes_on_unless_told_not_to():
+    surprise, residual = torch.zeros(1, 2, 32, 32), torch.zeros(1, 32, 32)
+    surprise[:, :, 8:16, 8:16], residual[:, 6:18, 6:18] = 4, 20
+    brain = torch.ones(1, 32, 32, dtype=torch.bool)
+    seen = Evidence(residual, brain, np.zeros(1), brain)
+    masks = [Surprise(mask=MaskSettings(extent_hu=hu)).findings(surprise, seen) for hu in (0, 8)]
+    assert torch.equal(masks[0].mask, surprise[:, 0] > 0) and torch.equal(masks[1].mask, residual > 0)
+    assert torch.equal(masks[0].slice_scores, masks[1].slice_scores)
+    assert torch.equal(masks[0].predicted, masks[1].predicted)
 
 
 # --- scores ---
