@@ -16,9 +16,11 @@ from scipy import ndimage
 
 from config import option
 from detect.reconstruct import Reconstruction
+from op.banded import dilated
 from op.median import median2d
 
-HALF, HIGH = 0.5, 90            # a component ends where its contrast is half of this percentile of its own
+HALF, HIGH = 0.5, 90            # a component ends where its contrast is half of this percentile of its own,
+REACH_AT_512 = 24               # or so many pixels from it, 10 mm: a hardened beam's rim goes on around the whole brain
 PAPER_SIZE = 512                # the frame, in pixels, that the paper's pixel counts refer to
 
 
@@ -113,15 +115,16 @@ def to_half(mask: torch.Tensor, residual_hu: torch.Tensor, least_hu: float) -> t
     """mask (bool [S, H, W]), its components as far as half of their contrast goes, slice by slice.
 
     residual_hu float [S, H, W], signed. A component is dense to the side to which its residual adds up; what adjoins
-    it and has half of its contrast to that side, and least_hu at least, belongs to it.
+    it and has half of its contrast to that side, and least_hu at least, belongs to it, as far as REACH_AT_512.
     """
     check_same_shape(mask=mask, residual_hu=residual_hu)
     whole, components = mask.clone(), _components(mask)
+    reach = max(1, round(REACH_AT_512 * mask.shape[-1] / PAPER_SIZE))
     for number, (place, *_) in enumerate(ndimage.find_objects(components), 1):
         own = torch.from_numpy(components[place] == number).to(mask.device)
         away = residual_hu[place] * residual_hu[place][own].sum().sign()
         least = max(least_hu, HALF * float(np.percentile(away[own].cpu().numpy(), HIGH)))
-        whole[place] |= with_what_touches(own, own | (away > least))
+        whole[place] |= with_what_touches(own, own | (away > least) & dilated(own, reach))
     return whole
 
 

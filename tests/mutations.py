@@ -166,6 +166,8 @@ MUTANTS = (
            ".clamp(-GRAIN_HU, GRAIN_HU)", "", "tests/test_inpainting.py -k grain"),
     Mutant("the mask goes on over what has less than half of its contrast", "detect/residual.py",
            "HALF * float(", "0.2 * float(", "tests/test_anomaly.py -k goes_on"),
+    Mutant("the mask goes on without end", "detect/residual.py",
+           "(away > least) & dilated(own, reach)", "(away > least)", "tests/test_anomaly.py -k at_most"),
     Mutant("the mask goes on to both sides", "detect/residual.py",
            "residual_hu[place] * residual_hu[place][own].sum().sign()", "residual_hu[place].abs()",
            "tests/test_anomaly.py -k goes_on"),

@@ -209,10 +209,10 @@ def test_lesion_mask_of_nothing_and_of_everything():
 
 def test_the_mask_goes_on_to_half_of_its_contrast():
     """30 HU with 16 around and 10 beside it: what has half of 30 belongs to it, to the same side and in its plane."""
-    residual = torch.zeros(2, 20, 20)
+    residual = torch.zeros(2, 128, 128)
     residual[:, 4:10, 4:10], residual[:, 5:9, 5:9] = 16, 30
-    residual[:, 4:10, 10:14], residual[:, 14:18, 4:10] = 10, 16
-    mask = torch.zeros(2, 20, 20, dtype=torch.bool)
+    residual[:, 4:10, 10:12], residual[:, 11:13, 4:10] = 10, 16
+    mask = torch.zeros(2, 128, 128, dtype=torch.bool)
     mask[0, 6:8, 6:8] = True
     expected = mask.clone()
     expected[0, 4:10, 4:10] = True
@@ -223,10 +223,19 @@ def test_the_mask_goes_on_to_half_of_its_contrast():
     assert not to_half(mask, residual, 8.0)[:, :, 10:].any()
 
 
+@pytest.mark.parametrize("size, reach", [(128, 6), (512, 24)])
+def test_the_mask_goes_on_for_10_mm_at_most(size, reach):
+    residual, mask = torch.full((1, size, size), 20.0), torch.zeros(1, size, size, dtype=torch.bool)
+    mask[0, 50:60, 50:60] = True
+    expected = torch.zeros_like(mask)
+    expected[0, 50 - reach:60 + reach, 50 - reach:60 + reach] = True
+    assert torch.equal(to_half(mask, residual, 8.0), expected)
+
+
 def test_a_mask_by_surprise_goes_on_unless_told_not_to():
-    surprise, residual = torch.zeros(1, 2, 32, 32), torch.zeros(1, 32, 32)
+    surprise, residual = torch.zeros(1, 2, 128, 128), torch.zeros(1, 128, 128)
     surprise[:, :, 8:16, 8:16], residual[:, 6:18, 6:18] = 4, 20
-    brain = torch.ones(1, 32, 32, dtype=torch.bool)
+    brain = torch.ones(1, 128, 128, dtype=torch.bool)
     seen = Evidence(residual, brain, np.zeros(1), brain)
     masks = [Surprise(mask=MaskSettings(extent_hu=hu)).findings(surprise, seen) for hu in (0, 8)]
     assert torch.equal(masks[0].mask, surprise[:, 0] > 0) and torch.equal(masks[1].mask, residual > 0)
