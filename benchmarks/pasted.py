@@ -58,19 +58,24 @@ class Pasted:
 
 
 def paste_each(scan_id: str, hu: np.ndarray, brain: np.ndarray, below_vertex_mm: np.ndarray, side_mm: float,
-               count: int = 1) -> tuple[list[Pasted], list[str]]:
+               count: int = 1, first: int = 1) -> tuple[list[Pasted], list[str]]:
     """`count` lesions of every kind, each in a copy of its own of the scan, and why some found no room.
 
-    Arguments as for paste(). Seeded by kind and scan_id: the same scan gets the same lesions everywhere.
+    Arguments as for paste(). Seeded by kind and scan_id: the same scan gets the same lesions everywhere. A kind's are
+    numbered from 1 as they are drawn, and those from number `first` on are given; one without room keeps its number.
     """
     found, left_out = [], []
-    for number, kind in enumerate(KINDS):
-        rng = np.random.default_rng([number, *scan_id.encode()])
-        for _ in range(count):
+    for seed, kind in enumerate(KINDS):
+        rng = np.random.default_rng([seed, *scan_id.encode()])
+        for number in range(1, first + count):                     # what is drawn depends on what was drawn before
+            lesion, reason = [], []
             try:
-                found.append(Pasted(kind, *paste(hu, brain, below_vertex_mm, kind, side_mm, rng)))
+                lesion = [Pasted(kind, *paste(hu, brain, below_vertex_mm, kind, side_mm, rng))]
             except ValueError as error:
-                left_out.append(f"{scan_id}: {error}")
+                reason = [f"{scan_id}: {error}"]
+            if number >= first:
+                found += lesion
+                left_out += reason
     return found, left_out
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import pasted
-from benchmarks.pasted import KINDS, paste, pixel_mm
+from benchmarks.pasted import KINDS, paste, paste_each, pixel_mm
 
 SIZE, SIDE = 64, 4.0
 MM = np.arange(100.0, -1, -5)
@@ -55,6 +55,42 @@ def test_the_same_seed_pastes_the_same_lesion():
     hu, brain = head()
     one, other = (paste(hu, brain, MM, "epidural", SIDE, np.random.default_rng(7))[0] for _ in range(2))
     assert np.array_equal(one, other)
+
+
+def test_further_lesions_are_those_of_a_longer_list():
+    hu, brain = head()
+    three, left_out = paste_each("head", hu, brain, MM, SIDE, count=3)
+    assert [one.kind for one in three] == [kind for kind in KINDS for _ in range(3)] and not left_out
+    assert not any(np.array_equal(a.hu, b.hu) for i, a in enumerate(three) for b in three[:i])
+    for first, count in ((1, 1), (2, 2), (3, 1)):
+        some, _ = paste_each("head", hu, brain, MM, SIDE, count, first)
+        expected = [one for i, one in enumerate(three) if first <= i % 3 + 1 < first + count]
+        assert all(np.array_equal(a.hu, b.hu) and np.array_equal(a.truth, b.truth) for a, b in zip(some, expected))
+        assert [one.kind for one in some] == [one.kind for one in expected]
+
+
+def test_a_lesion_without_room_keeps_its_number(monkeypatch):
+    """Lesions stand for what they drew; those in `full` find no room, having drawn."""
+    full = set()
+
+    def one_draw(hu, brain, mm, kind, side_mm, rng):
+        drawn = int(rng.integers(10**9))
+        if drawn in full:
+            raise ValueError(f"no room for {kind}")
+        return drawn, None
+
+    def draws(count, first=1):
+        found, left_out = paste_each("head", None, None, None, SIDE, count, first)
+        return [one.hu for one in found], left_out
+
+    monkeypatch.setattr(pasted, "paste", one_draw)
+    three, _ = draws(3)
+    seconds, thirds = three[1::3], three[2::3]
+    full.update(seconds)
+    told = [f"head: no room for {kind}" for kind in KINDS]
+    assert draws(3) == ([drawn for drawn in three if drawn not in full], told)
+    assert draws(2, first=2) == (thirds, told) and draws(1, first=2) == ([], told)
+    assert draws(1, first=3) == (thirds, [])                       # of the second, nobody asked
 
 
 def test_no_room_and_unknown_kinds_are_told():
