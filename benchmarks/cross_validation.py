@@ -2,6 +2,7 @@
 
     python benchmarks/cross_validation.py --fold a.lmdb runs/a --fold b.lmdb runs/b --out runs/cross-validation
     python benchmarks/cross_validation.py --model scans.lmdb models/head-128 --out runs/cross-validation
+    python benchmarks/cross_validation.py --model scans.lmdb models/head-128 --lesions 2:3 --out runs/further
 
 Each --fold is a database and the run of train_encoder.py made from it, with other scans held out in each; a --model is
 a bundle of any method and a database of scans that were held out of its training. A held-out
@@ -10,6 +11,9 @@ told in the statistics of all other held-out scans. Writes table.md, one row a s
 lesion of a kind against the healthy ones, the mean over the haemorrhages, and the AUC of slices with haemorrhage
 against all healthy slices; and changes.md: what each row changes against the row before, with intervals by bootstrap
 over heads, each drawn with all its lesions. Settings are chosen here, so that a test set is needed only once.
+
+A head has the first lesion of each kind that pasted.py draws for it. With --lesions FIRST:LAST it has those of these
+numbers instead: 2:3 are two others of each kind, on which no setting was chosen. Cases are kept whole: memory.
 
 With --residual SHARE the closest normal is as if it missed a healthy head by SHARE of what it does, and held nothing
 of a lesion: how close it would have to come.
@@ -108,8 +112,8 @@ def open_model(data: Path, folder: Path, device: torch.device) -> tuple[SliceDat
     return held_out, bundle.reconstructor
 
 
-def cases_of(held_out: SliceDataset, reconstructor: Reconstructor) -> list[Case]:
-    """All cases of held-out scans."""
+def cases_of(held_out: SliceDataset, reconstructor: Reconstructor, lesions: range) -> list[Case]:
+    """All cases of held-out scans, with the lesions of these numbers of each kind (pasted.paste_each)."""
     def case(scan_id, kind, hu, brain, mm, truth):
         return Case(scan_id, kind, reconstructor.closest_normal(hu, brain, mm), brain, mm, truth)
 
@@ -118,9 +122,10 @@ def cases_of(held_out: SliceDataset, reconstructor: Reconstructor) -> list[Case]
         scan = held_out.scan(s)
         hu, brain, mm = scan["hu"].float(), scan["brain"], scan["below_vertex_mm"].numpy()
         cases.append(case(scan_id, HEALTHY, hu, brain, mm, torch.zeros_like(brain)))
-        lesions, left_out = pasted.paste_each(scan_id, hu.numpy(), brain.numpy(), mm, side_mm)
+        found, left_out = pasted.paste_each(scan_id, hu.numpy(), brain.numpy(), mm, side_mm, len(lesions),
+                                            lesions.start)
         cases += [case(scan_id, one.kind, torch.from_numpy(one.hu), brain, mm, torch.from_numpy(one.truth))
-                  for one in lesions]
+                  for one in found]
         for reason in left_out:
             print(reason, flush=True)
         print(f"{held_out.path.name} {scan_id}", flush=True)
@@ -237,7 +242,7 @@ def benchmark(args: argparse.Namespace) -> None:
     memory.keep_freed()
     device = distributed.pick_device(args.device)
     sources = [*(open_fold(*fold, device) for fold in args.fold), *(open_model(*one, device) for one in args.model)]
-    cases = [case for source in sources for case in cases_of(*source)]
+    cases = [case for source in sources for case in cases_of(*source, args.lesions)]
     heads = [c.scan_id for c in cases if c.kind == HEALTHY]
     if len(set(heads)) < len(heads) or len(heads) < normative.MIN_SCANS:
         raise ValueError(f"--fold and --model: {normative.MIN_SCANS} different held-out scans at least are needed, "
@@ -253,6 +258,15 @@ def benchmark(args: argparse.Namespace) -> None:
     print(texts["table.md"], end="")
 
 
+def numbers(text: str) -> range:
+    """FIRST:LAST of the command line. Always both: a number alone is how many in inversion.py, and is refused here."""
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError("expected FIRST:LAST, counted from 1, such as 2:3 for the second and the "
+                                         f"third lesion of each kind, found {text!r}")
+    return range(int(first), int(last) + 1)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fold", type=Path, nargs=2, metavar=("DATA", "RUN"), action="append", default=[],
@@ -261,6 +275,8 @@ def main(argv: list[str] | None = None) -> int:
                         help="a database of scans held out of a bundle's training, and the bundle")
     parser.add_argument("--out", type=Path, default=Path("runs/cross-validation"),
                         help="folder for table.md and changes.md")
+    parser.add_argument("--lesions", type=numbers, default=range(1, 2), metavar="FIRST:LAST",
+                        help="which lesions of each kind are pasted into each scan, by their number (default 1:1)")
     parser.add_argument("--residual", type=float, default=None, metavar="SHARE",
                         help="as if a healthy head's residual were this share of what it is, and lesions wholly erased")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -9,7 +9,19 @@ import pytest
 import torch
 
 from benchmarks import cross_validation, pasted
-from benchmarks.cross_validation import BAND, HEALTHY, PLAIN, Case, change, closer, compared, figures, main, surprises
+from benchmarks.cross_validation import (
+    BAND,
+    HEALTHY,
+    PLAIN,
+    Case,
+    cases_of,
+    change,
+    closer,
+    compared,
+    figures,
+    main,
+    surprises,
+)
 from ct.frame import PreprocessSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
 from detect.reconstruct import Reconstruction
@@ -123,6 +135,32 @@ def folds(folder):
     return made
 
 
+class Copy:
+    def closest_normal(self, hu, brain, below_vertex_mm):
+        return Reconstruction(hu, hu, {}, {})
+
+
+def test_the_lesions_are_those_of_the_numbers(tmp_path):
+    held_out = SliceDataset(folds(tmp_path)[0][0], "val")
+    side_mm = pasted.pixel_mm(32, PreprocessSettings().standardise.head_fraction)
+    found = cases_of(held_out, Copy(), range(3, 4))
+    for s, scan_id in enumerate(("head0", "head1")):
+        hu, brain = (held_out.scan(s)[name].numpy() for name in ("hu", "brain"))
+        three, _ = pasted.paste_each(scan_id, hu.astype(np.float32), brain, MM, side_mm, 3)
+        third = [one for one in three if one.kind == "intraparenchymal"][2]
+        ill, = (c for c in found if (c.scan_id, c.kind) == (scan_id, "intraparenchymal"))
+        assert np.array_equal(ill.found.query_hu, third.hu) and np.array_equal(ill.truth, third.truth)
+    assert sum(c.kind == HEALTHY for c in found) == 2
+
+
+@pytest.mark.parametrize("text", ["2", "3:2", "0:1", "1:", "a:b", "1:2:3", "-1:2"])
+def test_lesions_are_numbered_from_first_to_last(text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([f"--lesions={text}"])
+    assert stopped.value.code == 2
+    assert "argument --lesions: expected FIRST:LAST, counted from 1, such as 2:3" in capsys.readouterr().err
+
+
 def test_the_command(tmp_path, capsys):
     (a, run_a), (b, run_b) = folds(tmp_path)
     fold = ["--fold", str(a), str(run_a), "--fold", str(b), str(run_b)]
@@ -134,6 +172,8 @@ def test_the_command(tmp_path, capsys):
     assert len(changes) == 2 + len(cross_validation.ROWS) and " to " in changes[-1]
     assert main([*fold, "--out", str(tmp_path / "near"), "--residual", "0.5", "--device", "cpu"]) == 0
     assert (tmp_path / "near" / "table.md").read_text() != (tmp_path / "out" / "table.md").read_text()
+    assert main([*fold, "--out", str(tmp_path / "others"), "--lesions", "2:3", "--device", "cpu"]) == 0
+    assert (tmp_path / "others" / "table.md").read_text() != (tmp_path / "out" / "table.md").read_text()
     capsys.readouterr()
     assert main([*fold, "--out", str(tmp_path / "no"), "--residual", "0"]) == 2
     assert "--residual must be above 0" in capsys.readouterr().err
