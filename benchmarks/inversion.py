@@ -171,7 +171,7 @@ def methods(args: argparse.Namespace, preprocessing: dict) -> dict[str, Reconstr
     device, found = distributed.pick_device(args.device), {}
     for folder in args.model:
         bundle = load_bundle(folder, device)
-        _check_preprocessing(bundle.meta["preprocessing"], preprocessing, f"--model {folder}")
+        check_preprocessing(bundle.meta["preprocessing"], preprocessing, f"--model {folder}")
         found[folder.name] = of(bundle.reconstructor)
         if bundle.settings.method == "inversion":
             alone = bundle.with_settings(bundle.settings.replace(predicted_noise=False))
@@ -182,13 +182,14 @@ def methods(args: argparse.Namespace, preprocessing: dict) -> dict[str, Reconstr
         baseline = baselines.load(path, device)
         if isinstance(baseline, baselines.Unlearnt):
             raise ValueError(f"--baseline {path}: {baseline.name} draws no closest normal; expected pca or dae")
-        _check_preprocessing(baseline.trained_on["data"]["settings"], preprocessing, f"--baseline {path}")
+        check_preprocessing(baseline.trained_on["data"]["settings"], preprocessing, f"--baseline {path}")
         kind = next(kind for kind, cls in baselines.KINDS.items() if type(baseline) is cls)
         found[compare.NAMES[kind]] = of(baseline)
     return found
 
 
-def _check_preprocessing(own: dict | None, database: dict, what: str) -> None:
+def check_preprocessing(own: dict | None, database: dict, what: str) -> None:
+    """ValueError unless a method's slices were prepared as the database's: settings of both, and the method's flag."""
     if own is None or PreprocessSettings.from_json(own) != PreprocessSettings.from_json(database):
         raise ValueError(f"{what}: made for slices prepared in another way than those of --data; give a database with "
                          "the same size, HU range and slab thickness")

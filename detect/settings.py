@@ -81,14 +81,14 @@ class Settings:
             settings = dataclasses.replace(settings, **{group: changed})
         return settings
 
-    def changed(self, texts: Iterable[str]) -> Settings:
-        """replace() by texts KEY=VALUE of the command line's --set. ValueError names the flag."""
+    def changed(self, texts: Iterable[str], flag: str = "--set") -> Settings:
+        """replace() by texts KEY=VALUE of a flag of the command line. ValueError names the flag."""
         if wrong := [text for text in texts if "=" not in text]:
-            raise ValueError(f"--set {wrong[0]}: expected KEY=VALUE")
+            raise ValueError(f"{flag} {wrong[0]}: expected KEY=VALUE")
         try:
             return self.replace(**dict(text.split("=", 1) for text in texts))
         except ValueError as error:
-            raise ValueError(f"--set: {error}") from error
+            raise ValueError(f"{flag}: {error}") from error
 
     def listing(self) -> Iterator[tuple[str, Any, str]]:
         """Every setting that may be replaced: name, value, what it is."""

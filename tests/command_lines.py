@@ -21,7 +21,8 @@ class Parsed(Exception):
 def parse(words: list[str]) -> argparse.Namespace:
     """What `python WORDS...` makes of its arguments.
 
-    Fails the test, with the parser's words, where a file, a flag, a value of it or a key of --set does not exist.
+    Fails the test, with the parser's words, where a file, a flag, a value of it or a key of --set or --row does not
+    exist.
     """
     if words[:2] == ["-m", "torch.distributed.run"]:
         words = words[next(i for i, word in enumerate(words) if word.endswith(".py")):]
@@ -51,9 +52,11 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def check_values(module, args: argparse.Namespace) -> None:
-    """ValueError where a preset's dataclass refuses its flags, or no setting has the key of a --set."""
+    """ValueError where a preset's dataclass refuses its flags, or no setting has the key of a --set or a --row."""
     if hasattr(module, "PRESETS"):
         config.given(args, module.PRESETS[args.preset])
     if changes := getattr(args, "changes", None):
         before = module.SETTINGS[args.preset] if hasattr(module, "SETTINGS") else ["measure=surprise"]
         Settings().changed(before).changed(changes)
+    for row in getattr(args, "mask_rows", ()):
+        Settings().changed(row, "--row")
