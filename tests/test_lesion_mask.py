@@ -176,7 +176,8 @@ def test_the_command(data, model, tmp_path, capsys):
         assert marked < most["healthy_pixels"][place]
 
 
-def test_what_cannot_be_measured(data, model, slices32, tmp_path, capsys):
+def test_what_cannot_be_measured_is_told_before_anything_is(data, model, slices32, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lesion_mask, "evaluate", None)
     command = ["--out", str(tmp_path / "no"), "--device", "cpu"]
 
     def refused(*flags):
