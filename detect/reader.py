@@ -1,0 +1,111 @@
+"""A reader: a network that sees a slice beside what its surroundings call for, and tells what does not belong in it.
+
+How far a healthy slice differs from what its surroundings call for hangs on the place, and the measure knows that
+(normative.py). It hangs on the head as well: wide sulci and ventricles, a rim that the skull's hardened beam makes
+denser, another side that looks the same. The reader is taught to tell these from what does not belong, on healthy
+slices into which random shapes of other densities are drawn (gan/reading.py): no lesion and no label. What it says is
+one more residual, judged by what it says of healthy heads at the same place.
+
+It sees no texture: a shape's grain would tell that it was drawn. That learning to find drawn anomalies finds real ones
+is what Tan et al. 2020 ('Detecting outliers with foreign patch interpolation') and Zavrtanik et al. 2021 ('DRAEM')
+report for other pictures; in DRAEM, too, a network reads the picture beside its reconstruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from detect.normative import smoothed
+from op.conv import conv2d, ready
+from op.layers import Kept
+
+CHANNELS = 6                              # of seen()
+WIDTHS = (48, 64, 96, 128)                # of the shipped reader, from half the frame's resolution on
+GROUPS = 8                                # of channels that are normalised together
+AT, SMOOTH = 128, 0.7                     # Gaussian that takes away the grain, pixels of images of this side
+TOP_HU = 70.0                             # what is denser looks alike: training slices end there
+MIDDLE_HU, UNIT_HU = 30.0, 20.0           # of what it sees
+SCALE = 2.0                               # of log odds, so that normative.FLOOR_HU is a floor for them, too
+AT_ONCE = 4                               # images in the network at a time, in a processor's cache
+RARE = -3.0                               # log odds that training starts from
+
+
+class Conv(nn.Module):
+    """A convolution of k x k, with the size kept."""
+
+    def __init__(self, in_ch: int, out_ch: int, kernel: int):
+        super().__init__()
+        plain = nn.Conv2d(in_ch, out_ch, kernel)
+        self.weight, self.bias, self.padding, self.kept = plain.weight, plain.bias, kernel // 2, Kept()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.kept(self.weight, x.dtype, lambda: ready(self.weight, x.dtype, self.padding == 1))
+        return conv2d(x, weight, padding=self.padding) + self.bias.to(x)[:, None, None]
+
+
+class Block(nn.Module):
+    """Twice a convolution, a normalisation and an activation."""
+
+    def __init__(self, in_ch: int, out_ch: int):
+        super().__init__()
+        self.convs = nn.ModuleList([Conv(in_ch, out_ch, 3), Conv(out_ch, out_ch, 3)])
+        self.norms = nn.ModuleList([nn.GroupNorm(GROUPS, out_ch) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.silu(F.group_norm(conv(x), GROUPS, norm.weight.to(x), norm.bias.to(x)))
+        return x
+
+
+class Reader(nn.Module):
+    """A U-Net on pixels of 2 x 2. widths: channels at each of its resolutions, each half of the one before."""
+
+    def __init__(self, widths: Sequence[int] = WIDTHS):
+        super().__init__()
+        self.widths, self.compute_dtype = tuple(widths), torch.float32
+        self.down = nn.ModuleList(Block(a, b) for a, b in zip((CHANNELS * 4, *widths[:-1]), widths))
+        self.up = nn.ModuleList(Block(below + beside, beside) for below, beside in zip(widths[:0:-1], widths[-2::-1]))
+        self.last = Conv(widths[0], 2 * 4, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.constant_(self.last.bias, RARE)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, 6, N, N] of seen() -> log odds float32 [B, 2, N, N]: too dense to belong there, not dense enough.
+
+        N must be divisible by 2 to the power of the number of widths.
+        """
+        x, beside = F.pixel_unshuffle(images, 2).to(self.compute_dtype), []
+        for depth, block in enumerate(self.down):
+            x = block(F.avg_pool2d(x, 2) if depth else x)
+            beside.append(x)
+        for block, other in zip(self.up, beside[-2::-1]):
+            x = block(torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), other], dim=1))
+        return F.pixel_shuffle(self.last(x).float(), 2)
+
+    @torch.no_grad()
+    def read(self, query_hu: torch.Tensor, expected_hu: torch.Tensor, brain: torch.Tensor, bone: torch.Tensor
+             ) -> torch.Tensor:
+        """What it says of slices, float32 [S, 2, N, N]: above 0 where too dense; below where not dense enough.
+
+        Arguments as of seen(). 0 outside soft brain.
+        """
+        images = seen(query_hu, expected_hu, brain, bone)
+        found = torch.cat([self(part) for part in images.split(AT_ONCE)])
+        return SCALE * torch.stack([found[:, 0], -found[:, 1]], dim=1) * (brain & ~bone)[:, None]
+
+
+def seen(query_hu: torch.Tensor, expected_hu: torch.Tensor, brain: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
+    """What a reader sees, float32 [S, 6, N, N]: slice, other side, difference from the expected, that, bone and brain.
+
+    query_hu [S, N, N]: slices, HU; expected_hu [S, N, N]: what their surroundings call for; brain and bone bool.
+    """
+    soft, unit = brain & ~bone, SMOOTH * query_hu.shape[-1] / AT
+    query_hu, expected_hu = query_hu.clamp(0, TOP_HU), expected_hu.clamp(0, TOP_HU)
+    grainless = torch.where(soft, smoothed(query_hu, soft, unit), query_hu)
+    query, expected = ((hu - MIDDLE_HU) / UNIT_HU for hu in (grainless, expected_hu))
+    difference = smoothed(query_hu - expected_hu, soft, unit) / UNIT_HU
+    return torch.stack([query, query.flip(-1), difference, expected, bone.to(query), brain.to(query)], dim=1)
