@@ -39,11 +39,12 @@ def augmented(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: Path, device: torch.device,
           name: str | None = None, notes: str | dict | None = None, overwrite: bool = False,
-          further: list[tuple[Path, Path]] = (), held_out: Path | None = None) -> Path:
+          further: list[tuple[Path, Path]] = (), held_out: Path | None = None, reader: Path | None = None) -> Path:
     """Write the bundle to `out`. Raises DatasetError, CheckpointError or ValueError, before any work where it can.
 
     further: (database, run) of each --fold. Their networks serve the calibration and are not kept.
     held_out: database that has the scans which `data` holds out, prepared as new scans will be.
+    reader: run of train_reader.py on the same encoder.
     """
     # ---- Set up
     if (out / "model.json").exists() and not overwrite:

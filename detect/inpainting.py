@@ -15,6 +15,7 @@ So the closest normal is the same head, as sharp as it is, without what does not
 inversion (code, what is anomalous, detail elsewhere: Lee et al. 2022, Methods) with a code in space in place of W+.
 What is anomalous is judged by what its surroundings call for all the same (`judged`): a hole's shape tells of fluid in
 an infarct, too. What is hidden only since something goes on is not judged: healthy ventricles and sulci do, too.
+Where the model holds a reader (reader.py), it says besides what it makes of slice and surroundings.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.weights import CheckpointError
+from common.weights import CheckpointError, compact, load_strictly, load_tensors
 from config import option
 from ct.window import BONE_HU, decode, encode
 from detect.inversion import OfEncoder, load_networks
 from detect.normative import smoothed
+from detect.reader import Reader
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
 from detect.residual import with_what_touches, without_small
 from model import Encoder, Generator
@@ -84,11 +86,11 @@ class Inpainting(OfEncoder):
     name, Settings = "inpainting", InpaintingSettings
 
     def __init__(self, settings: InpaintingSettings, generator: Generator, encoder: Encoder,
-                 range_hu: tuple[float, float]):
+                 range_hu: tuple[float, float], reader: Reader | None = None):
         if not encoder.config.encoder_masks:
             raise CheckpointError("method inpainting: needs an encoder that was trained with --hide (train_encoder.py)")
         super().__init__(settings, generator, encoder)
-        self.range_hu = tuple(float(v) for v in range_hu)
+        self.range_hu, self.reader = tuple(float(v) for v in range_hu), reader
 
     def closest_normal(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,
                        watch: Watch | None = None) -> Reconstruction:
@@ -98,6 +100,7 @@ class Inpainting(OfEncoder):
         query_hu, soft, stages = hu.clamp(self.range_hu[0], BONE_HU), brain & ~bone, Stages()
         with stages.stage("surroundings", lambda: error_hu(query_hu, expected_hu, soft)):
             expected_hu, anomalous, hidden = self.anomalous(query_hu, soft, bone)
+            read = self.reader.read(query_hu, expected_hu, brain, bone).cpu() if self.reader else None
         with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, soft)):
             kept = bone | (~brain & (query_hu <= self.range_hu[0]))            # and air: the networks draw it badly
             normal_hu = torch.where(kept, query_hu, self.draw(self.seen(hu), hidden, bone))
@@ -107,7 +110,7 @@ class Inpainting(OfEncoder):
         judged_hu = None
         if self.settings.judged == "surroundings":
             judged_hu = torch.where(anomalous, expected_hu, torch.where(hidden, query_hu, normal_hu)).cpu()
-        return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds, judged_hu)
+        return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds, judged_hu, read)
 
     def anomalous(self, query_hu: torch.Tensor, soft: torch.Tensor, bone: torch.Tensor
                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -165,16 +168,39 @@ class Inpainting(OfEncoder):
         return torch.cat(parts).clamp(*self.range_hu)
 
     def config(self) -> dict[str, Any]:
-        return super().config() | {"range_hu": list(self.range_hu)}
+        reader = {"reader": list(self.reader.widths)} if self.reader else {}
+        return super().config() | {"range_hu": list(self.range_hu)} | reader
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
+        reader = {"reader": compact(self.reader.state_dict(), dtype, "reader")} if self.reader else {}
+        return super().tensors(dtype) | reader
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        super().set_precision(dtype)
+        if self.reader:
+            self.reader.compute_dtype = dtype
 
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any], settings: InpaintingSettings,
              device: torch.device) -> Inpainting:
         config = dict(config)
-        range_hu = config.pop("range_hu", None)
+        range_hu, widths = config.pop("range_hu", None), config.pop("reader", None)
         if not isinstance(range_hu, list) or len(range_hu) != 2:
             raise CheckpointError(f"{folder / 'model.json'}: config: expected range_hu, two HU, got {range_hu!r}")
-        return cls(settings, **load_networks(folder, config, ("generator", "encoder"), device), range_hu=range_hu)
+        reader = None if widths is None else load_reader(folder, widths, device)
+        return cls(settings, **load_networks(folder, config, ("generator", "encoder"), device), range_hu=range_hu,
+                   reader=reader)
+
+
+def load_reader(folder: Path, widths: Any, device: torch.device) -> Reader:
+    """From a bundle's folder, in eval mode and frozen. Raises CheckpointError naming the file."""
+    try:
+        reader = Reader(widths)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / 'model.json'}: config: reader: expected channels, got {widths!r}") from error
+    path = folder / "reader.safetensors"
+    load_strictly(reader, load_tensors(path), path)
+    return reader.eval().requires_grad_(False).to(device)
 
 
 def _with_rim(mask: torch.Tensor, width: float) -> torch.Tensor:

@@ -85,10 +85,12 @@ def soft_brain(query_hu: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ResidualStats:
-    """Healthy residuals at P positions, at both scales, on a grid of n x n places (half the frame).
+    """Healthy residuals at P positions, of K kinds, on a grid of n x n places (half the frame).
+
+    The kinds are the two scales, and where a reader judges, too (reader.py), the two sides of what it says.
 
     positions_mm  [P], mm below the vertex, increasing
-    mean, std     float32 [P, 2, n, n], HU
+    mean, std     float32 [P, K, n, n], HU
     """
 
     positions_mm: torch.Tensor
@@ -96,10 +98,10 @@ class ResidualStats:
     std: torch.Tensor
 
     def __post_init__(self):
-        expected = (len(self.positions_mm), 2)
-        if self.mean.ndim != 4 or self.mean.shape[:2] != expected or self.std.shape != self.mean.shape:
-            raise ValueError(f"residual statistics: expected mean and std [{expected[0]}, 2, n, n] for {expected[0]} "
-                             f"positions, got {list(self.mean.shape)} and {list(self.std.shape)}")
+        count = len(self.positions_mm)
+        if self.mean.ndim != 4 or len(self.mean) != count or self.std.shape != self.mean.shape:
+            raise ValueError(f"residual statistics: expected mean and std [{count}, K, n, n] for {count} positions, "
+                             f"got {list(self.mean.shape)} and {list(self.std.shape)}")
         if not (torch.isfinite(self.std) & (self.std > 0)).all():
             raise ValueError("residual statistics: every std must be finite and above 0")
 
@@ -108,7 +110,7 @@ class ResidualStats:
         """From the moments() of healthy scans. Leave some out by leaving them out of the list."""
         if not moments:
             raise ValueError("residual statistics: at least one healthy scan is needed")
-        count, first, second = _symmetric(torch.stack(list(moments)).sum(0)).unbind(1)      # each (P, 2, n, n)
+        count, first, second = _symmetric(torch.stack(list(moments)).sum(0)).unbind(1)      # each (P, K, n, n)
         sigma = BLUR_AT_512 * frame_size / 512 / 2                                          # on the grid
         overall = [m.sum((2, 3), keepdim=True) for m in (count, first, second)]
         average = overall[1] / overall[0].clamp(min=1e-6)
@@ -120,7 +122,7 @@ class ResidualStats:
         return cls(positions_mm, mean, variance.sqrt().clamp(min=FLOOR_HU))
 
     def z(self, residuals: torch.Tensor, brain: torch.Tensor, below_vertex_mm: Sequence[float]) -> torch.Tensor:
-        """residuals [S, 2, N, N] (of scales()) in healthy standard deviations, signed; 0 outside brain [S, N, N]."""
+        """residuals [S, K, N, N] in healthy standard deviations, signed; 0 outside brain [S, N, N]."""
         mm = torch.as_tensor(np.asarray(below_vertex_mm), dtype=torch.float32)
         step = (mm - self.positions_mm[0]) / SPACING_MM
         low = step.floor().clamp(0, len(self.positions_mm) - 1).long()
@@ -136,7 +138,7 @@ class ResidualStats:
 
 @dataclass(frozen=True)
 class Tails:
-    """How far healthy z reach. z [2, 2, K]: by scale and side (hyperdense, hypodense), that of each of LEVELS."""
+    """How far healthy z reach. z [K, 2, L]: by kind and side (hyperdense, hypodense), that of each of L LEVELS."""
 
     z: torch.Tensor
 
@@ -147,14 +149,14 @@ class Tails:
             raise ValueError("residual statistics: a surprise needs at least two healthy scans")
         share = torch.stack([h / h.sum(-1, keepdim=True).clamp(min=1) for h in histograms]).mean(0)
         beyond = share.flip(-1).cumsum(-1).flip(-1)                       # of the brain at or above a bin's lower edge
-        reached = (beyond[..., None, :] >= 10 ** -LEVELS.double()[:, None]).sum(-1)       # (2, 2, K)
+        reached = (beyond[..., None, :] >= 10 ** -LEVELS.double()[:, None]).sum(-1)       # (K, 2, L)
         return cls((reached * BIN + 1e-3 * torch.arange(len(LEVELS))).float())            # strictly increasing
 
     def surprise(self, z: torch.Tensor) -> torch.Tensor:
-        """z [S, 2, N, N] -> signed surprise [S, 2, N, N], positive where hyperdense."""
+        """z [S, K, N, N] -> signed surprise [S, K, N, N], positive where hyperdense."""
         sides = []
-        for scale in range(len(SCALES)):
-            high, low = (self._one(side * z[:, scale], self.z[scale, i]) for i, side in enumerate((1, -1)))
+        for kind, reached in enumerate(self.z):
+            high, low = (self._one(side * z[:, kind], reached[i]) for i, side in enumerate((1, -1)))
             sides.append(high - low)                         # one of them is 0: z has one sign
         return torch.stack(sides, dim=1)
 
@@ -177,7 +179,13 @@ class Normal:
     tails: Tails
 
     def surprise(self, residuals: torch.Tensor, brain: torch.Tensor, below_vertex_mm: Sequence[float]) -> torch.Tensor:
-        """residuals [S, 2, N, N] of scales(), HU -> signed surprise [S, 2, N, N]; 0 outside brain [S, N, N]."""
+        """residuals [S, K, N, N], HU -> signed surprise [S, K, N, N]; 0 outside brain [S, N, N].
+
+        ValueError for another K than that of the healthy residuals.
+        """
+        if residuals.shape[1] != len(self.tails.z):
+            raise ValueError(f"surprise: the healthy residuals are of {len(self.tails.z)} kinds, these of "
+                             f"{residuals.shape[1]}; calibrate anew (latent_stats.py)")
         return self.tails.surprise(self.stats.z(residuals, brain, below_vertex_mm))
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
@@ -191,6 +199,8 @@ class Normal:
         if missing := [name for name in ("positions_mm", "mean", "std", "tails") if name not in tensors]:
             raise ValueError(f"residual statistics: no {', '.join(missing)}")
         stats = ResidualStats(tensors["positions_mm"], tensors["mean"].float(), tensors["std"].float())
+        if len(tensors["tails"]) != stats.mean.shape[1]:
+            raise ValueError(f"residual statistics: of {stats.mean.shape[1]} kinds, tails of {len(tensors['tails'])}")
         return cls(stats, Tails(tensors["tails"]))
 
 
@@ -198,7 +208,7 @@ def fit_normal(residuals: Sequence[torch.Tensor], brains: Sequence[torch.Tensor]
                below_vertex_mm: Sequence[Sequence[float]]) -> tuple[Normal, list[torch.Tensor]]:
     """The statistics of healthy scans, MIN_SCANS at least, and every scan's own surprise as the others see it.
 
-    residuals: one [S, 2, N, N] of scales() a scan; brains [S, N, N]. These surprises may be compared with a new scan's.
+    residuals: one [S, K, N, N] a scan; brains [S, N, N]. These surprises may be compared with a new scan's.
     """
     normal, by_others = fit_leaving_out(residuals, brains, below_vertex_mm)
     return normal, [other.surprise(r, b, mm) for other, r, b, mm in zip(by_others, residuals, brains, below_vertex_mm)]
@@ -243,17 +253,17 @@ def combine(surprise: torch.Tensor, which: str, hypodense: float = 1.0) -> torch
 
 
 def histogram(z: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
-    """Counts of |z| over the brain by scale and side (hyperdense, hypodense), float64 [2, 2, BINS]; z [S, 2, N, N].
+    """Counts of |z| over the brain by kind and side (hyperdense, hypodense), float64 [K, 2, BINS]; z [S, K, N, N].
 
     The sums over a side fall short of the brain's pixels by those of the other side, which count as 0 here.
     """
     counts = []
-    for scale in range(len(SCALES)):
-        values = z[:, scale][brain].float()
+    for kind in range(z.shape[1]):
+        values = z[:, kind][brain].float()
         for side in (1, -1):
             bins = (side * values / BIN).clamp(0, BINS - 1).long()
             counts.append(torch.bincount(bins, minlength=BINS).double())
-    return torch.stack(counts).unflatten(0, (len(SCALES), 2))
+    return torch.stack(counts).unflatten(0, (-1, 2))
 
 
 def positions(deepest_mm: float) -> torch.Tensor:
@@ -263,16 +273,16 @@ def positions(deepest_mm: float) -> torch.Tensor:
 
 def moments(residuals: torch.Tensor, brain: torch.Tensor, below_vertex_mm: Sequence[float],
             positions_mm: torch.Tensor) -> torch.Tensor:
-    """What one healthy scan adds: sums of 1, r and r^2 over its brain by position and place, [P, 3, 2, n, n].
+    """What one healthy scan adds: sums of 1, r and r^2 over its brain by position and place, [P, 3, K, n, n].
 
-    residuals [S, 2, N, N], HU; brain bool [S, N, N]. A slice counts for the positions about it by a Gaussian of
+    residuals [S, K, N, N], HU; brain bool [S, N, N]. A slice counts for the positions about it by a Gaussian of
     REACH_MM, made to sum to 1 over the slices of the scan, so that a scan is one observation however thin its slices.
     """
     mm = torch.as_tensor(np.asarray(below_vertex_mm), dtype=torch.float32)
     near = torch.exp(-0.5 * ((positions_mm[:, None] - mm) / REACH_MM).square())
     near = near / near.sum(1, keepdim=True).clamp(min=1)                     # beyond the scan's ends it says little
     inside = brain[:, None].to(residuals).expand_as(residuals)
-    sums = torch.stack([inside, residuals * inside, residuals.square() * inside], dim=1)     # (S, 3, 2, N, N)
+    sums = torch.stack([inside, residuals * inside, residuals.square() * inside], dim=1)     # (S, 3, K, N, N)
     grid = F.avg_pool2d(sums.flatten(0, 2).float(), 2).unflatten(0, sums.shape[:3])
     return torch.einsum("ps,smchw->pmchw", near, grid)
 

@@ -43,6 +43,8 @@ class Reconstruction:
     seconds      by stage
     expected_hu  float32 [S, N, N], HU: what the slices are judged against where that is not normal_hu, as in a method
                  that draws an anomalous place only once it knows its shape; None: normal_hu
+    read         float32 [S, 2, N, N]: what a reader says of the slices, in log odds (reader.py): above 0 where too
+                 dense to belong there; below where not dense enough. None without a reader
     """
 
     query_hu: torch.Tensor
@@ -50,6 +52,7 @@ class Reconstruction:
     error_hu: dict[str, float]
     seconds: dict[str, float]
     expected_hu: torch.Tensor | None = None
+    read: torch.Tensor | None = None
 
     @property
     def difference_hu(self) -> torch.Tensor:

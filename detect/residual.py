@@ -30,7 +30,8 @@ class Evidence:
 
     residual  float32 [S, N, N], HU: query minus closest normal in the brain, median-filtered, signed
     brain     bool [S, N, N]; below_vertex_mm float64 [S]
-    scales    float32 [S, 2, N, N], HU: the residual at the scales of normative.py; None by votes
+    scales    float32 [S, 2, N, N], HU: the residual at the scales of normative.py, and [S, 4, N, N] where a reader
+              says something, too; None by votes
     searched  bool [S, N, N]: the part of the brain in which surprises are looked for; the brain by votes
     votes     int32 [S, N, N] over `steps` steps, two a step at most; None by surprise
     """

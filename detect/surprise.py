@@ -46,10 +46,14 @@ class SurpriseSettings:
     hypodense: float = option(0.6, "weight of the surprise of what is hypodense in scale=sides")
     pool: str = option("peak", "a slice's score: mean over the brain (area), or highest mean about any place (peak)")
     surprise_above: float = option(2.0, "surprise (-log10 of the share of healthy brain) that a score counts from")
+    read: float = option(0.5, "weight of the surprise of what a reader says, 0 to 1, where the model holds one; that "
+                              "of the residual has the rest")
 
     def __post_init__(self):
         check_median(self)
         check_range(self, ("hypodense", "surprise_above"))
+        if not 0 <= self.read <= 1:
+            raise ValueError(f"read must be from 0 to 1, got {self.read:g}")
         for name, allowed in (("filter", normative.FILTERS), ("scale", normative.COMBINED), ("pool", SLICE_SCORES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -99,10 +103,13 @@ class Surprise:
             if found.expected_hu is not None:
                 window = scale_median_size(brain.shape[-1], self.settings.median_at_512)
                 judged = residual(found.query_hu, found.expected_hu, brain, window)
-            return Evidence(away, brain, mm, brain, normative.scales(difference, judged, brain))
-        soft = normative.soft_brain(found.query_hu, brain)
-        scales = normative.band_scales(difference, soft, self.settings.filter == "hyperdense")
-        return Evidence(away, brain, mm, soft, scales)
+            searched, scales = brain, normative.scales(difference, judged, brain)
+        else:
+            searched = normative.soft_brain(found.query_hu, brain)
+            scales = normative.band_scales(difference, searched, self.settings.filter == "hyperdense")
+        if found.read is not None:
+            scales = torch.cat([scales, found.read * searched[:, None]], dim=1)
+        return Evidence(away, brain, mm, searched, scales)
 
     def fit(self, healthy: Sequence[Evidence]) -> tuple[Surprise, list[Findings]]:
         """The measure that healthy scans make, and what is found in each by the statistics of the others.
@@ -119,8 +126,10 @@ class Surprise:
         return self.findings(self.normal.surprise(seen.scales, seen.searched, seen.below_vertex_mm), seen)
 
     def findings(self, surprise: torch.Tensor, seen: Evidence) -> Findings:
-        """What signed surprises [S, 2, N, N] of normative.Normal amount to."""
-        s = self.settings
+        """What signed surprises [S, K, N, N] of normative.Normal amount to."""
+        s, kinds = self.settings, len(normative.SCALES)
+        if surprise.shape[1] > kinds:
+            surprise = torch.lerp(surprise[:, :kinds], surprise[:, kinds:], s.read)
         combined = normative.combine(surprise, s.scale, s.hypodense)
         predicted = combined.abs() > self.mask.surprise_mask
         scores = SLICE_SCORES[s.pool].of(combined, seen.searched, s.surprise_above, seen.below_vertex_mm)
