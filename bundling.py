@@ -17,16 +17,17 @@ from detect.bundle import load_bundle, save_bundle
 from detect.calibration import Fold, Trained, calibrate, check_held_out, open_file
 from detect.codes import fit_codes
 from detect.inpainting import Inpainting
-from detect.inversion import NETWORKS, Inversion
+from detect.inversion import Inversion
 from detect.measure import MEASURES
 from detect.options import StatsConfig
+from detect.reader import Reader
 from detect.reconstruct import Reconstructor
 from detect.search import Search
 from detect.settings import Settings
 from gan.augment import random_flip, random_rotation
+from gan.encoding import restore
 from gan.runlog import load_run
 from gan.snapshots import Snapshot
-from model import ModelConfig
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
 OF_ENCODER_RUNS = ("inpainting", "inversion", "search")    # made of a run of train_encoder.py; others bring a file
@@ -39,12 +40,13 @@ def augmented(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: Path, device: torch.device,
           name: str | None = None, notes: str | dict | None = None, overwrite: bool = False,
-          further: list[tuple[Path, Path]] = (), held_out: Path | None = None, reader: Path | None = None) -> Path:
+          further: list[tuple[Path, Path]] = (), held_out: Path | None = None,
+          readers: list[tuple[Path, Path]] = ()) -> Path:
     """Write the bundle to `out`. Raises DatasetError, CheckpointError or ValueError, before any work where it can.
 
     further: (database, run) of each --fold. Their networks serve the calibration and are not kept.
     held_out: database that has the scans which `data` holds out, prepared as new scans will be.
-    reader: run of train_reader.py on the same encoder.
+    readers: (database, run of train_reader.py) of each --reader; the first one is kept.
     """
     # ---- Set up
     if (out / "model.json").exists() and not overwrite:
@@ -60,6 +62,8 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
                else open_file(*source, flag, settings, device) for source, flag in zip(sources, flags)]
     if held_out:
         trained = [dataclasses.replace(trained[0], dataset=other_range(trained[0], held_out), path=held_out)]
+    if readers:
+        trained = [with_reader(trained[0], *one, device) for one in readers]
     if config.calibrate == "val":
         check_held_out(settings, trained)
 
@@ -68,7 +72,7 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
             "provenance": {"name": name or out.name, **trained[0].provenance,
                            "latent_stats": dataclasses.asdict(config), "notes": notes,
                            "versions": {"python": platform.python_version(), "torch": torch.__version__}}}
-    if held_out:
+    if held_out or readers:
         meta["provenance"]["held_out"] = {key: trained[0].dataset.manifest[key] for key in ("digest", "counts")}
     if further:
         meta["provenance"]["folds"] = [{"encoder": one.provenance.get("encoder"),
@@ -92,16 +96,43 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
     return save_bundle(out, first, settings, meta, normal, overwrite=overwrite)
 
 
-def other_range(trained: Trained, path: Path) -> SliceDataset:
-    """The database of --held-out. ValueError unless all scans that it holds out were held out of the training."""
+def other_range(trained: Trained, path: Path, flag: str = "--held-out") -> SliceDataset:
+    """The database of a flag. ValueError unless all scans that it holds out were held out of the training."""
     dataset = SliceDataset(path, "train")
     if unknown := sorted(set(dataset.held_out_ids()) - set(trained.dataset.held_out_ids())):
-        raise ValueError(f"--held-out {path}: holds out {', '.join(unknown)}, which {trained.path} does not: they may "
+        raise ValueError(f"{flag} {path}: holds out {', '.join(unknown)}, which {trained.path} does not: they may "
                          "be among the encoder's training scans")
     if dataset.size != trained.dataset.size:
-        raise ValueError(f"--held-out {path}: slices of {dataset.size} pixels, the encoder was trained on "
+        raise ValueError(f"{flag} {path}: slices of {dataset.size} pixels, the encoder was trained on "
                          f"{trained.dataset.size}; prepare it with that --size")
     return dataset
+
+
+def with_reader(trained: Trained, data: Path, run: Path, device: torch.device) -> Trained:
+    """The same with a --reader, and its database. Raises unless all scans that this holds out are new to both.
+
+    The reader may have been trained on scans that the encoder's database holds out, so its own are what counts.
+    """
+    snapshot = load_run(run, "--reader", "reader", "train_reader.py")
+    dataset = other_range(trained, data, "--reader")
+    encoder = trained.provenance["encoder"]
+    if (snapshot.meta["encoder"]["step"], snapshot.meta["encoder"]["data"]["digest"]) != (
+            encoder["images_seen"], encoder["data_digest"]):
+        raise ValueError(f"--reader {run}: was trained on another run of train_encoder.py than --encoder")
+    if unknown := sorted(set(dataset.held_out_ids()) - set(snapshot.meta["held_out"])):
+        raise ValueError(f"--reader {data} {run}: the database holds out {', '.join(unknown)}, which the reader may "
+                         "have been trained on")
+
+    def make() -> Reconstructor:
+        method, reader = trained.make(), Reader(snapshot.meta["model"]["widths"])
+        snapshot.restore({"reader_ema": reader})
+        method.reader = reader.eval().requires_grad_(False).to(device)
+        return method
+
+    facts = {"images_seen": snapshot.step, "config": snapshot.meta["config"],
+             "data": {key: snapshot.meta["data"][key] for key in ("digest", "counts")}}
+    return dataclasses.replace(trained, dataset=dataset, path=data, make=make,
+                               provenance=trained.provenance | {"reader": facts})
 
 
 def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings: Settings,
@@ -135,17 +166,6 @@ def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings
                       networks["discriminator"])
 
     return Trained(dataset, data, snapshot.meta["model"], provenance(snapshot), make)
-
-
-def restore(snapshot: Snapshot, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-    """The three networks of an encoder run, by their names, in eval mode and frozen."""
-    model = ModelConfig(**snapshot.meta["model"])
-    networks = {name: build(model) for name, build in NETWORKS.items()}
-    averaged = [name for name in networks if f"{name}_ema" in snapshot.weights]       # of a run that keeps an average
-    snapshot.restore({f"{name}_ema" if name in averaged else name: network for name, network in networks.items()})
-    for net in networks.values():
-        net.eval().requires_grad_(False).to(device).compute_dtype = dtype
-    return networks
 
 
 def provenance(snapshot: Snapshot) -> dict[str, Any]:

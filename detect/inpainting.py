@@ -32,12 +32,11 @@ from common.weights import CheckpointError, compact, load_strictly, load_tensors
 from config import option
 from ct.window import BONE_HU, decode, encode
 from detect.inversion import OfEncoder, load_networks
-from detect.normative import smoothed
 from detect.reader import Reader
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
 from detect.residual import with_what_touches, without_small
 from model import Encoder, Generator
-from op.banded import dilated
+from op.banded import dilated, smoothed
 
 AT = 128                                  # lengths below are pixels of images of this side
 CENTRE = 0.8                              # of a hidden block's side: what is drawn there is kept

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from ct.window import BONE_HU
-from op.banded import dilated, gaussian_blur
+from op.banded import dilated, gaussian_blur, smoothed
 
 COARSE_AT_512 = 20.0         # standard deviation of the coarse scale's Gaussian, pixels at 512
 FINE_AT_512, WIDE_AT_512 = 6.0, 40.0         # of the two Gaussians of the fine scale in 'band'
@@ -47,12 +47,6 @@ LEVELS = torch.arange(0.5, 4.51, 0.25)       # surprises whose z is kept; beyond
 MIN_SCANS = 3                # each scan is judged by the statistics of the others, and needs two of them
 HIGHEST = 8.0                # no surprise is higher: nobody has seen so much healthy brain
 BIN, BINS = 0.02, 2500       # of the histograms that the tails come from: z up to 50
-
-
-def smoothed(x: torch.Tensor, inside: torch.Tensor, sigma: float) -> torch.Tensor:
-    """gaussian_blur of x [S, N, N] over the pixels of `inside` alone: what lies outside does not dilute its rim."""
-    weight = inside.to(x)
-    return gaussian_blur(x * weight, sigma) / gaussian_blur(weight, sigma).clamp(min=1e-3) * weight
 
 
 def scales(difference_hu: torch.Tensor, median_hu: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from detect.normative import smoothed
+from op.banded import smoothed
 from op.conv import conv2d, ready
 from op.layers import Kept
 
@@ -103,9 +103,13 @@ def seen(query_hu: torch.Tensor, expected_hu: torch.Tensor, brain: torch.Tensor,
 
     query_hu [S, N, N]: slices, HU; expected_hu [S, N, N]: what their surroundings call for; brain and bone bool.
     """
-    soft, unit = brain & ~bone, SMOOTH * query_hu.shape[-1] / AT
-    query_hu, expected_hu = query_hu.clamp(0, TOP_HU), expected_hu.clamp(0, TOP_HU)
-    grainless = torch.where(soft, smoothed(query_hu, soft, unit), query_hu)
-    query, expected = ((hu - MIDDLE_HU) / UNIT_HU for hu in (grainless, expected_hu))
-    difference = smoothed(query_hu - expected_hu, soft, unit) / UNIT_HU
+    soft, query_hu, expected_hu = brain & ~bone, query_hu.clamp(0, TOP_HU), expected_hu.clamp(0, TOP_HU)
+    query, expected = ((hu - MIDDLE_HU) / UNIT_HU
+                       for hu in (torch.where(soft, grainless(query_hu, soft), query_hu), expected_hu))
+    difference = grainless(query_hu - expected_hu, soft) / UNIT_HU
     return torch.stack([query, query.flip(-1), difference, expected, bone.to(query), brain.to(query)], dim=1)
+
+
+def grainless(hu: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+    """hu [S, N, N] without its grain, in soft brain, bool [S, N, N]; 0 elsewhere."""
+    return smoothed(hu, soft, SMOOTH * hu.shape[-1] / AT)

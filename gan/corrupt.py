@@ -1,6 +1,6 @@
 """Healthy slices with what does not belong in them, for a network that must draw what does.
 
-Three things are done to the brain of a slice, and the training target stays the slice as it was:
+Four things are done to the brain of a slice, and the training target stays the slice as it was:
 
 hiding   blocks of a grid or a chess board, or islands of any shape, are taken away: what is there is drawn from what is
          around it
@@ -10,6 +10,9 @@ shapes   random shapes of another density: a blob, a layer along the skull, flui
          interpolation')
 shading  smooth noise at two scales, so that no local brightness may be trusted (Kascenas et al. 2022, 'Denoising
          autoencoders for unsupervised anomaly detection in brain MRI')
+
+scanner  what differs from scanner to scanner, and is healthy: another calibration, noise, and the rim of the brain,
+         which hardened beams and shared pixels make denser under the skull
 
 What a network trained so is measured on, benchmarks/pasted.py, is drawn by other rules. Lengths are in pixels of an
 image of AT pixels a side, and scale with it.
@@ -25,10 +28,12 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+from op.banded import gaussian_blur, smoothed
+
 AT = 128
 SECOND = 0.35                              # probability of a second shape in an image that has one
 KINDS, SHARES = ("blob", "layer", "fluid", "piece"), (0.42, 0.25, 0.18, 0.15)
-FLUID_HU, TISSUE_HU = 10.0, 28.0           # what is all fluid, and none
+FLUID_HU, TISSUE_HU, MIDDLE_HU = 10.0, 28.0, 30.0        # what is all fluid, and none; of brain
 DARK_RIM = 0.3                             # probability that a blob has a darker rim, as oedema makes it
 CELLS = ((4, 8), (10, 24))                 # of the two scales of shading, per side
 GRID_SHARE = 0.55                          # of the images in which blocks are hidden; islands in the others
@@ -36,6 +41,16 @@ PERIOD, BLOCK = (16, 48), (0.45, 0.8)      # of the grid; side of a block as a p
 CHESS = 0.3                                # of the grids, those with every second block, as on a chess board
 CHESS_PERIOD, CHESS_BLOCK = (24, 72), (0.5, 0.7)
 ISLANDS, LEVEL = (3, 15), (0.0, 1.3)       # islands: smooth noise of so many cells a side, above a level
+HARDLY, HARDLY_SHARE = 0.12, 0.15          # of the shapes that hardly differ, up to so much of what they else would
+OWN_GRAIN, GRAIN, EDGE = 0.6, 1.0, 0.5     # of the shapes that keep the slice's grain, what is finer than one Gaussian;
+#                                            the other takes away the shape's own
+GAIN, SHIFT_HU, NOISE_HU = 0.12, 4.0, 6.0  # of another scanner: largest gain about 30 HU less 1, shift, white noise
+SHADED = 0.6                               # of the slices whose brain a scanner shades
+RIM_HU, RIM_LENGTH = (-5, 12), (2, 10)     # of what it adds under the skull, falling off with depth,
+HARD = 0.35                                # and in this part of them of a harder beam:
+HARD_HU, HARD_LENGTH = (6, 28), (1.2, 4.5)
+SHARED_HU, SHARED = 60.0, (0.6, 1.2, 1.8)      # of what shares pixels with bone, up to so much of one of these
+#                                            Gaussians of the bone
 
 
 def draw_shapes(hu: torch.Tensor, brain: torch.Tensor, p: float, rng: np.random.Generator
@@ -54,6 +69,49 @@ def draw_shapes(hu: torch.Tensor, brain: torch.Tensor, p: float, rng: np.random.
             out[b], share = _draw_one(out[b], inside[b], other, rng)
             changed[b] = np.maximum(changed[b], share)
     return torch.from_numpy(out), torch.from_numpy(changed)
+
+
+def draw_grained(hu: torch.Tensor, soft: torch.Tensor, p: float, rng: np.random.Generator) -> torch.Tensor:
+    """hu float32 [B, N, N] with shapes in soft brain, bool [B, N, N], of which neither grain nor edge gives them away.
+
+    Most of them keep the grain of the slice, and some hardly differ from it: what tells that something was drawn, but
+    not that anything is out of place, then tells nothing.
+    """
+    drawn, changed = draw_shapes(hu, soft, p, rng)
+    hardly, own = (torch.from_numpy(rng.random(len(hu)) < share)[:, None, None] for share in (HARDLY, OWN_GRAIN))
+    less = torch.from_numpy(rng.uniform(0, HARDLY_SHARE, len(hu))).to(hu)[:, None, None]
+    drawn = hu + (drawn - hu) * torch.where(hardly, less, torch.ones_like(less))
+    unit = hu.shape[-1] / AT
+    grain = hu - smoothed(hu, soft, GRAIN * unit)
+    grained = drawn + changed * (smoothed(drawn, soft, EDGE * unit) - drawn + grain)
+    return torch.where(soft, torch.where(own, grained, drawn), hu)
+
+
+def scanner(hu: torch.Tensor, soft: torch.Tensor, bone: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """hu float32 [B, N, N] as other scanners show the same heads: calibration, shading, rim and noise of soft brain."""
+    rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
+    batch, unit = len(hu), hu.shape[-1] / AT
+
+    def each(low: float, high: float, of: float = 1.0) -> torch.Tensor:
+        values = rng.uniform(low, high, batch) * (rng.random(batch) < of)
+        return torch.from_numpy(values).to(hu)[:, None, None]
+
+    rim = torch.stack([_rim(one, unit, rng) for one in soft.numpy()])
+    blurred = torch.stack([gaussian_blur(bone.to(hu), pixels * unit) for pixels in SHARED])
+    shared = blurred[rng.integers(len(SHARED), size=batch), np.arange(batch)]
+    added = shade(each(0, SHARED_HU, 0.4) * shared + rim * each(1, 1, 0.7), soft, SHIFT_HU, generator)
+    noise = torch.randn(hu.shape, generator=generator) * each(0, NOISE_HU, 0.5)
+    other = (hu + added * each(1, 1, SHADED) - MIDDLE_HU) * each(1 - GAIN, 1 + GAIN) + MIDDLE_HU
+    return torch.where(soft, other + each(-SHIFT_HU, SHIFT_HU) + noise, hu)
+
+
+def _rim(soft: np.ndarray, unit: float, rng: np.random.Generator) -> torch.Tensor:
+    """HU [N, N] that a scanner adds under the skull; uneven in half of the slices."""
+    depth = ndimage.distance_transform_edt(soft) / unit
+    of_hu, of_length = (HARD_HU, HARD_LENGTH) if rng.random() < HARD else (RIM_HU, RIM_LENGTH)
+    uneven = 0.4 * _smooth_noise(soft.shape[-1], rng) * (rng.random() < 0.5)
+    return torch.from_numpy((rng.uniform(*of_hu) * np.exp(-depth / rng.uniform(*of_length)) * (1 + uneven) * soft)
+                            .astype(np.float32))
 
 
 def hide(batch: int, size: int, p: float, generator: torch.Generator) -> torch.Tensor:

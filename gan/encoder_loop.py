@@ -1,8 +1,9 @@
-"""The loop of the encoder's training: steps, and after every epoch how well held-out scans are drawn."""
+"""The loops of the encoder's and the reader's training: steps, and after every epoch how well they do."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,11 +11,13 @@ import torch
 import distributed
 from common.weights import CheckpointError
 from dataset import DatasetError, SliceDataset, slice_batches
+from detect.inpainting import Inpainting, InpaintingSettings
 from gan.coding import CodeTrainer
-from gan.encoding import EncoderTrainer
+from gan.encoding import EncoderTrainer, restore
 from gan.inpainting import InpaintingTrainer
+from gan.reading import ReadingTrainer
 from gan.runlog import Run, load_run
-from gan.settings import EncoderConfig
+from gan.settings import EncoderConfig, ReaderConfig
 from model import ModelConfig
 
 
@@ -50,26 +53,74 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
         distributed.check_same_state(trainer.e)
         batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen,
                                 prepare=trainer.prepare)
-        batch, epoch_of = trainer.global_batch, len(dataset)
+        epoch_of = len(dataset)
         distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; GAN at "
                            f"{snapshot.step / 1000:g} kimg; {trainer.e.compute_dtype} on {device}")
 
         # ---- Train
-        done = _done(config, trainer.images_seen / epoch_of, run)
-        while done < 1:
-            before = trainer.images_seen
-            trainer.set_rates(done)
-            full = done * config.epochs >= config.perceptual_epochs
-            run.log.add(batch, **trainer.learn(next(batches), before // batch, full))
-            epochs = trainer.images_seen / epoch_of
-            done = _done(config, epochs, run)
-            due = done >= 1 or before / epoch_of // config.snapshot_epochs < epochs // config.snapshot_epochs
-            if due:
-                quality = trainer.validate(held_out, out, int(epochs)) if distributed.is_main() else {}
-                run.tick(trainer.images_seen, device, epoch=int(epochs), **distributed.gather(quality)[0])
-            run.end_step(trainer.images_seen, snapshot=due)
+        def learn(examples, index, done):
+            return trainer.learn(examples, index, done * config.epochs >= config.perceptual_epochs)
+
+        go_through(config, run, trainer, learn, batches, held_out, epoch_of, out, device)
 
 
-def _done(config: EncoderConfig, epochs: float, run: Run) -> float:
+def go_through(config: EncoderConfig | ReaderConfig, run: Run, trainer: EncoderTrainer | ReadingTrainer,
+               learn: Callable, batches: Iterator, held_out: SliceDataset, epoch_of: int, out: Path,
+               device: torch.device) -> None:
+    """Steps, learn(batch, index, part of the training that is done), until config.epochs or config.hours are over.
+
+    epoch_of: slices of an epoch. At every snapshot held-out scans are looked at.
+    """
+    done = _done(config, trainer.images_seen / epoch_of, run)
+    while done < 1:
+        before = trainer.images_seen
+        trainer.set_rates(done)
+        run.log.add(trainer.global_batch, **learn(next(batches), before // trainer.global_batch, done))
+        epochs = trainer.images_seen / epoch_of
+        done = _done(config, epochs, run)
+        due = done >= 1 or before / epoch_of // config.snapshot_epochs < epochs // config.snapshot_epochs
+        if due:
+            quality = trainer.validate(held_out, out, int(epochs)) if distributed.is_main() else {}
+            run.tick(trainer.images_seen, device, epoch=int(epochs), **distributed.gather(quality)[0])
+        run.end_step(trainer.images_seen, snapshot=due)
+
+
+def _done(config: EncoderConfig | ReaderConfig, epochs: float, run: Run) -> float:
     """Collective. The part of a training that is done, 0 to 1, by epochs or by time, whichever is further."""
     return max(epochs / config.epochs, run.seconds() / (3600 * config.hours) if config.hours else 0.0)
+
+
+def train_reader(config: ReaderConfig, data: Path, encoder: Path, out: Path, device: torch.device,
+                 init: Path | None = None, rollback: bool = False) -> None:
+    """Train a reader on what the networks of an encoder's run make of a database. Raises as train() does."""
+    # ---- Set up
+    snapshot = load_run(encoder, "--encoder", "encoder", "train_encoder.py")
+    first = load_run(init, "--init", "reader", "train_reader.py") if init else None
+    if not snapshot.meta["model"].get("encoder_masks"):
+        raise CheckpointError(f"--encoder {encoder}: its networks do not draw what is hidden from them; train them "
+                              "with --hide")
+    dataset, held_out = SliceDataset(data, "train"), SliceDataset(data, "val", check=False)
+    if dataset.manifest["settings"] != snapshot.meta["data"]["settings"]:
+        raise DatasetError(f"{data}: its slices were prepared in another way than those of --encoder {encoder}; "
+                           "prepare them with the same flags")
+    if unknown := sorted(set(dataset.held_out_ids()) - set(snapshot.meta["held_out"])):
+        raise DatasetError(f"{data}: holds out {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}, which "
+                           f"--encoder {encoder} may have been trained on: hold out scans that it has not seen "
+                           "(prepare.py --split)")
+    networks = restore(snapshot, device, distributed.pick_precision(config.precision, device))
+    method = Inpainting(InpaintingSettings(), networks["generator"], networks["encoder"],
+                        snapshot.meta["data"]["settings"]["standardise"]["hu_clip"])
+    trainer = ReadingTrainer(config, method, device)
+    if first:
+        trainer.start_from(first.weights["reader_ema"])
+    meta = {"kind": "reader", "config": dataclasses.asdict(config), "model": {"widths": list(config.widths())},
+            "data": {key: dataset.manifest[key] for key in ("digest", "counts", "settings")},
+            "held_out": dataset.held_out_ids(), "encoder": {"step": snapshot.step, **snapshot.meta},
+            "init": {"step": first.step, **first.meta} if first else None}
+    with Run(out, meta, trainer, config.seed, rollback) as run:
+        distributed.check_same_state(trainer.reader)
+        batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen,
+                                prepare=trainer.prepare)
+        distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; encoder "
+                           f"at {snapshot.step} images; {trainer.reader.compute_dtype} on {device}")
+        go_through(config, run, trainer, trainer.learn, batches, held_out, len(dataset), out, device)

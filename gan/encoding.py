@@ -17,7 +17,9 @@ from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, r1_penalt
 from gan.runlog import load_optimiser
 from gan.settings import EncoderConfig
 from gan.snapshots import Snapshot
-from model import Discriminator, Encoder, Generator, ModelConfig, build_encoder
+from model import Discriminator, Encoder, Generator, ModelConfig, build_encoder, build_generator
+
+NETWORKS = {"generator": build_generator, "discriminator": Discriminator, "encoder": build_encoder}
 
 
 class EncoderTrainer:
@@ -183,3 +185,14 @@ class EncoderTrainer:
         if len(state["rng"]) == distributed.get_world_size():
             self.rng.set_state(state["rng"][distributed.get_rank()])
         self.images_seen = state["images_seen"]
+
+
+def restore(snapshot: Snapshot, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """The three networks of an encoder run, by their names, in eval mode and frozen."""
+    model = ModelConfig(**snapshot.meta["model"])
+    networks = {name: build(model) for name, build in NETWORKS.items()}
+    averaged = [name for name in networks if f"{name}_ema" in snapshot.weights]       # of a run that keeps an average
+    snapshot.restore({f"{name}_ema" if name in averaged else name: network for name, network in networks.items()})
+    for net in networks.values():
+        net.eval().requires_grad_(False).to(device).compute_dtype = dtype
+    return networks

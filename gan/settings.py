@@ -69,6 +69,41 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ReaderConfig:
+    epochs: float = option(20, "passes over the training slices")
+    hours: float = option(0.0, "end after so long, however many epochs are done, with rates that have fallen as at the "
+                               "end of them; 0: no limit")
+    snapshot_epochs: float = option(1.0, "epochs between snapshots, at which held-out scans are read")
+    batch: int = option(16, "images a step on each rank")
+    lr: float = option(1e-3, "AdamW's learning rate, which falls to a fiftieth along a cosine")
+    warm_up: int = option(1600, "images over which it rises at the start")
+    weight_decay: float = option(1e-3, "AdamW's")
+    ema_images: float = option(5000, "half-life of the averaged weights, which are what is used; at most a twentieth "
+                                     "of the images so far")
+    width: int = option(48, "channels at half the frame's resolution, a multiple of 24; more at each coarser one")
+    depth: int = option(4, "resolutions, each half of the one before, 6 at most")
+    shapes: float = option(0.8, "probability of shapes in a slice")
+    mirrored: bool = option(True, "a second step on each batch, with its mirror images")
+    seed: int = option(0, "seed of everything random")
+    precision: str = option("auto", "bf16 where the device is good at it", ("auto", "bf16", "fp32"))
+    workers: int = option(2, "loader processes a rank; 0 decodes in the main process")
+
+    def __post_init__(self):
+        check_range(self, ("batch", "depth"), 1)
+        check_range(self, ("epochs", "snapshot_epochs", "lr", "ema_images"), 0, above=True)
+        check_range(self, ("hours", "warm_up", "weight_decay", "workers"), 0)
+        check_range(self, ("shapes",), 0, 1)
+        if self.depth > 6:
+            raise ValueError(f"--depth must be at most 6, got {self.depth}")
+        if self.width < 24 or self.width % 24:
+            raise ValueError(f"--width {self.width}: must be a multiple of 24")
+
+    def widths(self) -> tuple[int, ...]:
+        """Channels of a reader at each of its resolutions: 48, 64, 96, 128 and so on."""
+        return tuple(round(self.width * factor) for factor in (1, 4 / 3, 2, 8 / 3, 4, 16 / 3)[:self.depth])
+
+
+@dataclass(frozen=True)
 class EncoderConfig:
     epochs: float = option(65, "passes over the training slices")
     hours: float = option(0.0, "end after so long, however many epochs are done, with rates that have fallen as at the "

@@ -17,6 +17,12 @@ def gaussian_blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
     return rows @ (x @ columns)
 
 
+def smoothed(x: torch.Tensor, inside: torch.Tensor, sigma: float) -> torch.Tensor:
+    """gaussian_blur of x [S, N, N] over the pixels of `inside` alone: what lies outside does not dilute its rim."""
+    weight = inside.to(x)
+    return gaussian_blur(x * weight, sigma) / gaussian_blur(weight, sigma).clamp(min=1e-3) * weight
+
+
 def dilated(mask: torch.Tensor, width: int) -> torch.Tensor:
     """bool [..., H, W], and all within `width` rows and columns of it."""
     rows, columns = (_box(side, width, mask.device) for side in mask.shape[-2:])

@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "help"
-COMMANDS = {"prepare": [], "train": [], "train_encoder": [], "latent_stats": [], "projector": [], "evaluate": [],
-            "evaluate-triage": ["triage"], "checkpoint": []}
+COMMANDS = {"prepare": [], "train": [], "train_encoder": [], "train_reader": [], "latent_stats": [], "projector": [],
+            "evaluate": [], "evaluate-triage": ["triage"], "checkpoint": []}
 MOST_OPTIONS = 20                     # of projector.py; what is rarer goes through --set
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"prepare", "train", "train_encoder", "latent_stats", "projector", "evaluate", "checkpoint"}
+COMMANDS = {"prepare", "train", "train_encoder", "train_reader", "latent_stats", "projector", "evaluate", "checkpoint"}
 APART = {"healthygan", "demos", "benchmarks", "recipes", "examples"}         # folders that nothing else imports
 MAY_IMPORT = {                                                   # besides itself
     "op": set(),
@@ -20,7 +20,7 @@ MAY_IMPORT = {                                                   # besides itsel
     "model": {"op"},
     "dataset": {"ct", "distributed", "common.files"},
     "gan": {"op", "model", "common", "ct", "dataset", "distributed", "config", "detect.options",
-            "detect.perceptual", "detect.inpainting"},
+            "detect.perceptual", "detect.inpainting", "detect.reader"},
     "detect": {"op", "model", "common", "ct", "dataset", "distributed", "config"},
     "bundling": {"config", "dataset", "detect", "distributed", "gan", "model", "common"},
     "pacs": {"op", "common.files", "ct", "detect", "distributed"},

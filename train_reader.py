@@ -1,0 +1,57 @@
+"""Train a reader: it finds, in a slice beside what its surroundings call for, what does not belong there.
+
+    python train_reader.py --data healthy.lmdb --encoder runs/encoder --out runs/reader --preset ct128
+    torchrun --nproc-per-node=8 train_reader.py --data healthy.lmdb --encoder runs/encoder --out runs/reader
+
+It learns on healthy slices into which random shapes of other densities are drawn; no lesion and no label is needed.
+The networks of --encoder, a run of train_encoder.py with --hide, stay as they are. --data may be another database than
+theirs, prepared in the same way: with scans of the scanner that is to be read among its training slices, say, as long
+as no scan that it holds out is one that they were trained on. After every epoch how well the shapes in held-out scans
+are found, and a picture (read-NNN.png: slice, what was changed, what the reader says to both sides). latent_stats.py
+--reader puts it into a model. The same command goes on from the last snapshot. SIGINT, SIGTERM and SIGUSR1 end it with
+a snapshot after the step in progress. Exit codes: 0 done, 2 wrong usage, 4 diverged again after going back to the last
+snapshot (which is kept), 130 or 143 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from config import parse
+from gan.settings import ReaderConfig
+
+PRESETS = {
+    "ct256": ReaderConfig(workers=8, batch=64),
+    "ct128": ReaderConfig(workers=0),
+    "smoke32": ReaderConfig(epochs=2, width=24, depth=2, warm_up=0, workers=0),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    def arguments(parser):
+        parser.add_argument("--data", type=Path, required=True, help="database made by prepare.py")
+        parser.add_argument("--encoder", type=Path, required=True, metavar="RUN",
+                            help="run folder of train_encoder.py, with --hide")
+        parser.add_argument("--init", type=Path, help="run of this command whose averaged weights are the first ones")
+        parser.add_argument("--out", type=Path, default=Path("runs/reader"),
+                            help="run folder; an unfinished run goes on")
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        parser.add_argument("--ops", default="auto", choices=("auto", "ref"), help="ref: no CUDA kernels of our own")
+
+    config, args = parse(__doc__, PRESETS, arguments, argv)
+
+    from gan.encoder_loop import train_reader  # only now: --help needs none of what takes seconds to import
+    from gan.runlog import run_command
+    from op import memory, set_impl
+
+    def work(device, rollback):
+        memory.keep_freed()
+        set_impl(args.ops)
+        train_reader(config, args.data, args.encoder, args.out, device, args.init, rollback)
+
+    return run_command(work, args.device, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
