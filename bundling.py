@@ -65,7 +65,7 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
     if readers:
         trained = [with_reader(trained[0], *one, device) for one in readers]
     if config.calibrate == "val":
-        check_held_out(settings, trained)
+        check_held_out(settings, trained, "--reader" if readers else "--fold")
 
     # ---- Fit, and calibrate on the weights as they will be read back, rounded to float16
     meta = {"preprocessing": trained[0].dataset.manifest["settings"], "calibration": None,

@@ -274,6 +274,13 @@ def test_a_reader_gets_into_a_model(reader_run, encoder_run, slices32, tmp_path,
     assert torch.allclose(bundle.reconstructor.reader.last.bias, average, atol=2e-3)
 
 
+def test_readers_that_hold_the_same_scan_out_are_refused(reader_run, encoder_run, slices32, tmp_path, capsys):
+    flags = ["--data", slices32, "--encoder", encoder_run, "--out", tmp_path / "model", "--preset", "ct128",
+             *(["--reader", slices32, reader_run] * 2)]
+    assert latent_stats.main([str(flag) for flag in flags]) == 2
+    assert f"--reader {slices32}: head2 held out in {slices32} already" in capsys.readouterr().err
+
+
 def test_a_reader_of_another_encoder_or_method_is_refused(reader_run, encoder_run, slices32, gan_run, tmp_path, capsys):
     flags = ["--data", slices32, "--out", tmp_path / "model", "--preset", "ct128", "--reader", slices32, reader_run]
     other = tmp_path / "other"
