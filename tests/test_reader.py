@@ -95,6 +95,16 @@ def test_the_second_side_is_turned_so_that_below_0_is_not_dense_enough():
     assert torch.equal(found, SCALE * torch.tensor([[3.0, -1.0]]).expand(4, 2))
 
 
+def test_bfloat16_says_the_same_but_for_its_rounding():
+    hu, brain, bone = head()
+    network = reader()
+    exact = network.read(hu, hu.flip(0), brain, bone)
+    network.compute_dtype = torch.bfloat16
+    rounded = network.read(hu, hu.flip(0), brain, bone)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
 def test_slices_do_not_hang_on_each_other():
     hu, brain, bone = head()
     network = reader()
