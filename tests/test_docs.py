@@ -89,7 +89,7 @@ def test_commands_are_understood(page):
 
 def test_commands_of_the_readme_s_table_are_understood():
     commands = re.findall(r"^\| `([a-z_]+\.py [^`]+)` \|", text("README.md"), re.M)
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         parse(shlex.split(command))
 
