@@ -431,3 +431,6 @@ def build_generator(config: ModelConfig) -> Generator:
 
 def build_encoder(config: ModelConfig) -> Encoder | SpatialEncoder:
     return (SpatialEncoder if config.code_channels else Encoder)(config)
+
+
+NETWORKS = {"generator": build_generator, "discriminator": Discriminator, "encoder": build_encoder}

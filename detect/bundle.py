@@ -24,7 +24,6 @@ from common.weights import CheckpointError, load_strictly, load_tensors, read_js
 from ct import frame
 from ct.frame import PreprocessSettings
 from detect import measure
-from detect.inversion import NETWORKS
 from detect.latent import LatentStats
 from detect.measure import MEASURES, Measure
 from detect.normative import Normal
@@ -32,7 +31,7 @@ from detect.reconstruct import Reconstructor, method
 from detect.released import STATE_DICTS, read_networks, read_statistics
 from detect.search import Search, SearchSettings
 from detect.settings import Settings
-from model import Discriminator, Encoder, Generator
+from model import NETWORKS, Discriminator, Encoder, Generator
 
 FORMAT_VERSION = 2                             # newer ones are refused; version 1 is read, see upgraded()
 BUNDLE_META = ("preprocessing", "calibration", "provenance")        # required; may be None

@@ -18,9 +18,7 @@ from common.weights import CheckpointError, compact, load_strictly, load_tensors
 from config import option
 from ct.window import decode, encode
 from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
-from model import Discriminator, Encoder, Generator, ModelConfig, build_encoder, build_generator
-
-NETWORKS = {"generator": build_generator, "discriminator": Discriminator, "encoder": build_encoder}
+from model import NETWORKS, Encoder, Generator, ModelConfig
 
 
 @dataclass(frozen=True)

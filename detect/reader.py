@@ -24,7 +24,6 @@ from op.conv import conv2d, ready
 from op.layers import Kept
 
 CHANNELS = 6                              # of seen()
-WIDTHS = (48, 64, 96, 128)                # of the shipped reader, from half the frame's resolution on
 GROUPS = 8                                # of channels that are normalised together
 AT, SMOOTH = 128, 0.7                     # Gaussian that takes away the grain, pixels of images of this side
 TOP_HU = 70.0                             # what is denser looks alike: training slices end there
@@ -64,7 +63,7 @@ class Block(nn.Module):
 class Reader(nn.Module):
     """A U-Net on pixels of 2 x 2. widths: channels at each of its resolutions, each half of the one before."""
 
-    def __init__(self, widths: Sequence[int] = WIDTHS):
+    def __init__(self, widths: Sequence[int]):
         super().__init__()
         self.widths, self.compute_dtype = tuple(widths), torch.float32
         self.down = nn.ModuleList(Block(a, b) for a, b in zip((CHANNELS * 4, *widths[:-1]), widths))

@@ -53,7 +53,6 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
         distributed.check_same_state(trainer.e)
         batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen,
                                 prepare=trainer.prepare)
-        epoch_of = len(dataset)
         distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; GAN at "
                            f"{snapshot.step / 1000:g} kimg; {trainer.e.compute_dtype} on {device}")
 
@@ -61,7 +60,7 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
         def learn(examples, index, done):
             return trainer.learn(examples, index, done * config.epochs >= config.perceptual_epochs)
 
-        go_through(config, run, trainer, learn, batches, held_out, epoch_of, out, device)
+        go_through(config, run, trainer, learn, batches, held_out, len(dataset), out, device)
 
 
 def go_through(config: EncoderConfig | ReaderConfig, run: Run, trainer: EncoderTrainer | ReadingTrainer,
@@ -103,7 +102,7 @@ def train_reader(config: ReaderConfig, data: Path, encoder: Path, out: Path, dev
     if dataset.manifest["settings"] != snapshot.meta["data"]["settings"]:
         raise DatasetError(f"{data}: its slices were prepared in another way than those of --encoder {encoder}; "
                            "prepare them with the same flags")
-    if unknown := sorted(set(dataset.held_out_ids()) - set(snapshot.meta["held_out"])):
+    if unknown := sorted(set(dataset.held_out_ids()) - set(snapshot.meta.get("held_out", ()))):
         raise DatasetError(f"{data}: holds out {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}, which "
                            f"--encoder {encoder} may have been trained on: hold out scans that it has not seen "
                            "(prepare.py --split)")

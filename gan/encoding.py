@@ -17,9 +17,7 @@ from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, r1_penalt
 from gan.runlog import load_optimiser
 from gan.settings import EncoderConfig
 from gan.snapshots import Snapshot
-from model import Discriminator, Encoder, Generator, ModelConfig, build_encoder, build_generator
-
-NETWORKS = {"generator": build_generator, "discriminator": Discriminator, "encoder": build_encoder}
+from model import NETWORKS, Discriminator, Encoder, Generator, ModelConfig, build_encoder
 
 
 class EncoderTrainer:

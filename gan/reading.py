@@ -24,6 +24,7 @@ from ct.picture import save_hu_grid
 from dataset import SliceDataset
 from detect.inpainting import Inpainting
 from detect.reader import Reader, grainless, seen
+from gan.augment import random_flip
 from gan.corrupt import draw_grained, scanner
 from gan.inpainting import bone_of
 from gan.runlog import load_optimiser
@@ -50,8 +51,8 @@ class Examples:
 
     def __call__(self, slices: dict[str, torch.Tensor], rng: torch.Generator) -> dict[str, torch.Tensor]:
         hu, brain = slices["hu"].float().clamp(*self.range_hu), slices["brain"]
-        turned = (torch.rand(len(hu), generator=rng) < 0.5)[:, None, None]
-        hu, brain = (torch.where(turned, t.flip(-1), t) for t in (hu, brain))
+        both = random_flip(torch.stack([hu, brain.float()], dim=1), rng)
+        hu, brain = both[:, 0], both[:, 1] > 0
         bone = bone_of(hu, self.range_hu)
         soft = brain & ~bone
         seed = int(torch.randint(2**31, (), generator=rng))
