@@ -132,8 +132,8 @@ class ReadingTrainer:
             images = self.images(examples)
             found = self.average(images)
             present, counted = targets(examples["change_hu"], examples["brain"] & ~examples["bone"])
-            losses.append(reading_loss(found, present, counted))
-            if (present * counted).any():
+            losses.append(reading_loss(found, present, counted))          # not finite, where found is not
+            if (present * counted).any() and found.isfinite().all():
                 where = counted.expand_as(present) > 0
                 precisions.append(average_precision_score(present[where].cpu(), found[where].cpu()))
             middle = len(found) // 2

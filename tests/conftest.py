@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import train
+import train_encoder
 from ct.frame import PreprocessSettings
 from ct.standardise import StandardiseSettings
 from dataset import ScanRecord, SliceWriter
@@ -93,6 +94,15 @@ def gan_run(train_gan, tmp_path_factory) -> Path:
     """A finished run of 8 steps, never interrupted."""
     out = tmp_path_factory.mktemp("runs") / "gan"
     assert train_gan(out) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def hiding_run(slices32, gan_run, tmp_path_factory) -> Path:
+    """Half an epoch of train_encoder.py with parts of the slices hidden: what a reader is trained beside."""
+    out = tmp_path_factory.mktemp("runs") / "hiding"
+    flags = ["--preset", "smoke32", "--hide", "0.9", "--batch", "4", "--epochs", "0.5", "--encoder-code", "8"]
+    assert train_encoder.main(["--data", str(slices32), "--gan", str(gan_run), "--out", str(out), *flags]) == 0
     return out
 
 

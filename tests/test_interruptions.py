@@ -19,7 +19,8 @@ from torch.distributed import TCPStore
 
 import train
 import train_encoder
-from gan import encoding, training
+import train_reader
+from gan import encoding, reading, training
 from gan.snapshots import load_snapshot, snapshot_steps
 from healthygan import train as healthygan_train
 from tests import processes
@@ -42,7 +43,7 @@ def assert_same_run(ours: Path, reference: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The three commands, and runs of them that were never interrupted
+# The four commands, and runs of them that were never interrupted
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
@@ -53,13 +54,14 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def flags(gan_flags, slices32, gan_run, images) -> dict[str, list]:
+def flags(gan_flags, slices32, gan_run, hiding_run, images) -> dict[str, list]:
     """By command: arguments but --out. Ticks, snapshots and ADA's intervals of 4 steps do not coincide with step 3."""
     same = ["--device", "cpu", "--precision", "fp32", "--preset", "smoke32"]
     return {
         "train": gan_flags,
         "train_encoder": ["--data", slices32, "--gan", gan_run, *same, "--batch", 4, "--epochs", 2,
                           "--perceptual-epochs", 0.5, "--r1-every", 2],
+        "train_reader": ["--data", slices32, "--encoder", hiding_run, *same, "--batch", 4],
         "healthygan.train": ["--data", images, *same, "--iterations", 8, "--tick", 4, "--choose", 4, "--snapshot", 4],
     }
 
@@ -68,29 +70,30 @@ def flags(gan_flags, slices32, gan_run, images) -> dict[str, list]:
 def whole_runs(flags, gan_run, tmp_path_factory) -> dict[str, Path]:
     """Eight steps of each, never interrupted."""
     runs = {"train": gan_run}
-    for command in ("train_encoder", "healthygan.train"):
+    for command in ("train_encoder", "train_reader", "healthygan.train"):
         runs[command] = tmp_path_factory.mktemp("runs") / command
         assert MAIN[command]([*map(str, flags[command]), "--out", str(runs[command])]) == 0
     return runs
 
 
 MAIN: dict[str, Callable] = {"train": train.main, "train_encoder": train_encoder.main,
-                             "healthygan.train": healthygan_train.main}
-TRAINERS = {"train": training.Trainer, "train_encoder": encoding.EncoderTrainer,
-            "healthygan.train": healthygan_train.Trainer}
+                             "train_reader": train_reader.main, "healthygan.train": healthygan_train.main}
+STEPS = {"train": (training.Trainer, "step"), "train_encoder": (encoding.EncoderTrainer, "step"),
+         "train_reader": (reading.ReadingTrainer, "learn"), "healthygan.train": (healthygan_train.Trainer, "step")}
 
 
 @pytest.fixture
 def during_step(monkeypatch):
     """during_step(command, number, act): act() in the middle of that step (from 1) of the process."""
     def install(command: str, number: int, act: Callable[[], None]) -> None:
-        count, step = iter(range(1, 10**6)), TRAINERS[command].step
+        trainer, name = STEPS[command]
+        count, step = iter(range(1, 10**6)), getattr(trainer, name)
 
         def watched(self, *args, **kwargs):
             if next(count) == number:
                 act()
             return step(self, *args, **kwargs)
-        monkeypatch.setattr(TRAINERS[command], "step", watched)
+        monkeypatch.setattr(trainer, name, watched)
     return install
 
 
@@ -193,12 +196,13 @@ def steps_of(run: Path) -> list[int]:
 # 4: divergence
 
 # Calls of the losses below, from 0, that lie in the second half of a run: after its first snapshot, before its last
-POISON = {"train": 5, "train_encoder": 4, "healthygan.train": 3}
+POISON = {"train": 5, "train_encoder": 4, "train_reader": 10, "healthygan.train": 3}
 
 
 def poisoned(monkeypatch, command: str, calls: range) -> None:
     """Make a loss NaN at these of its calls (from 0)."""
     module, name = {"train": (training, "d_logistic"), "train_encoder": (encoding, "d_logistic"),
+                    "train_reader": (reading, "reading_loss"),
                     "healthygan.train": (healthygan_train.losses, "identity")}[command]
     loss, count = getattr(module, name), iter(range(10**6))
     monkeypatch.setattr(module, name, lambda *a: loss(*a) * (torch.nan if next(count) in calls else 1))

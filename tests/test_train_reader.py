@@ -22,6 +22,7 @@ from gan.reading import Examples, reading_loss, targets
 from gan.settings import ReaderConfig
 from gan.snapshots import load_snapshot
 from op.banded import dilated
+from tests import processes
 
 RANGE = (-20.0, 100.0)
 
@@ -127,27 +128,19 @@ def test_the_loss_by_hand():
 
 # ---- Its training
 
-@pytest.fixture(scope="module")
-def encoder_run(gan_run, slices32, tmp_path_factory):
-    out = tmp_path_factory.mktemp("encoder")
-    flags = ["--preset", "smoke32", "--hide", "0.9", "--batch", "4", "--epochs", "0.5", "--encoder-code", "8"]
-    assert train_encoder.main(["--data", str(slices32), "--gan", str(gan_run), "--out", str(out), *flags]) == 0
-    return out
-
-
 def run(slices, encoder, out, *flags) -> int:
     command = ["--data", slices, "--encoder", encoder, "--out", out, "--preset", "smoke32", "--batch", 4, *flags]
     return train_reader.main([str(word) for word in command])
 
 
 @pytest.fixture(scope="module")
-def reader_run(encoder_run, slices32, tmp_path_factory):
+def reader_run(hiding_run, slices32, tmp_path_factory):
     out = tmp_path_factory.mktemp("reader")
-    assert run(slices32, encoder_run, out) == 0
+    assert run(slices32, hiding_run, out) == 0
     return out
 
 
-def test_a_run_goes_on_as_if_it_had_not_been_stopped(reader_run, encoder_run, slices32, tmp_path, monkeypatch):
+def test_a_run_goes_on_as_if_it_had_not_been_stopped(reader_run, hiding_run, slices32, tmp_path, monkeypatch):
     whole = load_snapshot(reader_run)
     assert whole.step == 32 and whole.meta["kind"] == "reader"
     assert {"reader", "reader_ema"} == set(whole.weights)
@@ -160,10 +153,10 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(reader_run, encoder_run, sl
         return learn(self, *args)
 
     monkeypatch.setattr(reading.ReadingTrainer, "learn", three)
-    assert run(slices32, encoder_run, tmp_path) == 130
+    assert run(slices32, hiding_run, tmp_path) == 130
     monkeypatch.setattr(reading.ReadingTrainer, "learn", learn)
     assert load_snapshot(tmp_path).step == 16
-    assert run(slices32, encoder_run, tmp_path) == 0
+    assert run(slices32, hiding_run, tmp_path) == 0
     again = load_snapshot(tmp_path)
     for name, weights in whole.weights.items():
         for key, value in weights.items():
@@ -174,15 +167,15 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(reader_run, encoder_run, sl
     assert (tmp_path / "read-002.png").is_file()
 
 
-def test_the_average_follows_the_weights_and_only_the_reader_learns(reader_run, encoder_run):
+def test_the_average_follows_the_weights_and_only_the_reader_learns(reader_run, hiding_run):
     found = load_snapshot(reader_run)
     last = {name: found.weights[name]["last.weight"] for name in ("reader", "reader_ema")}
     assert 0 < last["reader_ema"].abs().sum() and not torch.equal(last["reader"], last["reader_ema"])
-    assert found.meta["encoder"]["step"] == load_snapshot(encoder_run).step
+    assert found.meta["encoder"]["step"] == load_snapshot(hiding_run).step
 
 
-def test_the_loss_falls_on_slices_seen_again_and_again(reader_run, encoder_run, slices32):
-    networks = restore(load_snapshot(encoder_run), torch.device("cpu"), torch.float32)
+def test_the_loss_falls_on_slices_seen_again_and_again(reader_run, hiding_run, slices32):
+    networks = restore(load_snapshot(hiding_run), torch.device("cpu"), torch.float32)
     method = Inpainting(InpaintingSettings(), networks["generator"], networks["encoder"], RANGE)
     config = ReaderConfig(batch=4, width=24, depth=2, precision="fp32", warm_up=0, lr=5e-3)
     trainer, data = reading.ReadingTrainer(config, method, torch.device("cpu")), SliceDataset(slices32, "train")
@@ -227,10 +220,39 @@ def test_the_rate_rises_and_falls():
     assert rates == pytest.approx([0.1, 1.0, 0.51, 0.02])
 
 
-def test_another_run_gives_the_first_weights(reader_run, encoder_run, slices32, tmp_path):
-    assert run(slices32, encoder_run, tmp_path, "--init", reader_run, "--epochs", 0.25, "--lr", 1e-9) == 0
+def test_another_run_gives_the_first_weights(reader_run, hiding_run, slices32, tmp_path):
+    assert run(slices32, hiding_run, tmp_path, "--init", reader_run, "--epochs", 0.25, "--lr", 1e-9) == 0
     mine, first = (load_snapshot(folder).weights["reader_ema"] for folder in (tmp_path, reader_run))
     assert all(torch.allclose(mine[key], first[key], atol=1e-6) for key in first)
+
+
+def test_two_ranks_train_one_reader_and_one_goes_on(slices32, hiding_run, tmp_path):
+    flags = ["--data", slices32, "--encoder", hiding_run, "--out", tmp_path / "run", "--preset", "smoke32", "--device",
+             "cpu", "--precision", "fp32", "--batch", 2]
+    ranks = processes.start_ranks("train_reader", [*flags, "--epochs", 1], tmp_path / "log")
+    assert processes.codes(ranks) == [0, 0]
+    both = load_snapshot(tmp_path / "run")
+    assert both.step == both.state["images_seen"] == 16                  # 4 images a step
+    assert train_reader.main([*map(str, flags), "--epochs", "1.125"]) == 0
+    assert load_snapshot(tmp_path / "run").step == 18
+
+
+def test_a_run_of_so_many_hours_ends_by_the_clock(slices32, hiding_run, tmp_path, capsys):
+    hours = ("--epochs", 1000, "--hours", 0.5 / 3600)
+    assert run(slices32, hiding_run, tmp_path, *hours) == 0
+    step = load_snapshot(tmp_path).step
+    assert 0 < step < 16000 and "val_ap" in (tmp_path / "stats.jsonl").read_text()
+    assert run(slices32, hiding_run, tmp_path, *hours) == 0
+    assert load_snapshot(tmp_path).step == step
+
+
+def test_runs_of_other_commands_are_refused(slices32, hiding_run, gan_run, reader_run, tmp_path, capsys):
+    for encoder, flags, said in (
+            (gan_run, (), "--encoder"), (reader_run, (), "not a run of train_encoder.py (kind 'reader')"),
+            (hiding_run, ("--init", hiding_run), "not a run of train_reader.py (kind 'encoder')")):
+        assert run(slices32, encoder, tmp_path / "run", *flags) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("flags", "words"), ((("--width", 20), "--width 20: must be a multiple of 24"),
@@ -250,11 +272,11 @@ def test_an_encoder_that_draws_nothing_hidden_is_refused(gan_run, slices32, tmp_
 
 
 @pytest.mark.parametrize("held_out", (["another"], None))             # None: an older run does not say
-def test_a_database_that_holds_out_what_the_encoder_may_have_seen_is_refused(held_out, encoder_run, slices32, tmp_path,
+def test_a_database_that_holds_out_what_the_encoder_may_have_seen_is_refused(held_out, hiding_run, slices32, tmp_path,
                                                                              capsys):
     copy = tmp_path / "encoder"
-    shutil.copytree(encoder_run, copy)
-    snapshot = load_snapshot(encoder_run)
+    shutil.copytree(hiding_run, copy)
+    snapshot = load_snapshot(hiding_run)
     path = copy / snapshot.path.name / "meta.json"
     content = json.loads(path.read_text())
     del content["meta"]["held_out"]
@@ -267,8 +289,8 @@ def test_a_database_that_holds_out_what_the_encoder_may_have_seen_is_refused(hel
 
 # ---- Into a model
 
-def test_a_reader_gets_into_a_model(reader_run, encoder_run, slices32, tmp_path, capsys):
-    flags = ["--data", slices32, "--encoder", encoder_run, "--out", tmp_path / "model", "--preset", "ct128",
+def test_a_reader_gets_into_a_model(reader_run, hiding_run, slices32, tmp_path, capsys):
+    flags = ["--data", slices32, "--encoder", hiding_run, "--out", tmp_path / "model", "--preset", "ct128",
              "--calibrate", "none", "--set", "measure=votes", "scan_score=mean", "--reader", slices32, reader_run]
     assert latent_stats.main([str(flag) for flag in flags]) == 0
     bundle = load_bundle(tmp_path / "model")
@@ -278,20 +300,20 @@ def test_a_reader_gets_into_a_model(reader_run, encoder_run, slices32, tmp_path,
     assert torch.allclose(bundle.reconstructor.reader.last.bias, average, atol=2e-3)
 
 
-def test_readers_that_hold_the_same_scan_out_are_refused(reader_run, encoder_run, slices32, tmp_path, capsys):
-    flags = ["--data", slices32, "--encoder", encoder_run, "--out", tmp_path / "model", "--preset", "ct128",
+def test_readers_that_hold_the_same_scan_out_are_refused(reader_run, hiding_run, slices32, tmp_path, capsys):
+    flags = ["--data", slices32, "--encoder", hiding_run, "--out", tmp_path / "model", "--preset", "ct128",
              *(["--reader", slices32, reader_run] * 2)]
     assert latent_stats.main([str(flag) for flag in flags]) == 2
     assert f"--reader {slices32}: head2 held out in {slices32} already" in capsys.readouterr().err
 
 
-def test_a_reader_of_another_encoder_or_method_is_refused(reader_run, encoder_run, slices32, gan_run, tmp_path, capsys):
+def test_a_reader_of_another_encoder_or_method_is_refused(reader_run, hiding_run, slices32, gan_run, tmp_path, capsys):
     flags = ["--data", slices32, "--out", tmp_path / "model", "--preset", "ct128", "--reader", slices32, reader_run]
     other = tmp_path / "other"
-    shutil.copytree(encoder_run, other)
+    shutil.copytree(hiding_run, other)
     more = ["--preset", "smoke32", "--hide", "0.9", "--batch", "4", "--epochs", "0.75", "--encoder-code", "8"]
     assert train_encoder.main(["--data", str(slices32), "--gan", str(gan_run), "--out", str(other), *more]) == 0
     assert latent_stats.main([str(flag) for flag in (*flags, "--encoder", other)]) == 2
     assert "another run of train_encoder.py" in capsys.readouterr().err
-    assert latent_stats.main([str(flag) for flag in (*flags, "--encoder", encoder_run, "--set", "method=search")]) == 2
+    assert latent_stats.main([str(flag) for flag in (*flags, "--encoder", hiding_run, "--set", "method=search")]) == 2
     assert "--reader: for method=inpainting" in capsys.readouterr().err
