@@ -60,7 +60,8 @@ LEAST_TRUTH = 5              # pixels of a lesion in a slice that counts as one 
 BATCH = 16
 RESAMPLES, LEVEL = 2000, 0.95
 
-PLAIN = SurpriseSettings(filter="median", scale="both", hypodense=1.0, pool="area", surprise_above=2.5)
+PLAIN = SurpriseSettings(filter="median", scale="both", hypodense=1.0, pool="area", surprise_above=2.5,
+                         read=0.0)
 BAND = dataclasses.replace(PLAIN, filter="band")
 PEAK = dataclasses.replace(BAND, pool="peak", surprise_above=2.0)
 # The residual itself, in HU, is the first row; each other one changes one thing of the row before.
@@ -72,7 +73,8 @@ ROWS = {                                       # what a slice scores, and how sl
     "hyperdense fine, hypodense coarse": (dataclasses.replace(PEAK, scale="sides"), "mean"),
     "hypodense weighs 0.6": (dataclasses.replace(PEAK, scale="sides", hypodense=0.6), "mean"),
     "three highest slices": (dataclasses.replace(PEAK, scale="sides", hypodense=0.6), "top3"),
-    "of the fine scale what is hyperdense": (SurpriseSettings(), "top3"),
+    "of the fine scale what is hyperdense": (SurpriseSettings(read=0.0), "top3"),
+    "with what a reader says": (SurpriseSettings(), "top3"),                               # of models that hold one
 }
 
 
@@ -150,7 +152,7 @@ def closer(cases: list[Case], share: float) -> list[Case]:
     def one(case: Case) -> Case:
         own, query_hu = healthy[case.scan_id], case.found.query_hu
         residual = share * own.difference_hu + query_hu - own.query_hu
-        found = dataclasses.replace(case.found, normal_hu=query_hu - residual, expected_hu=None)
+        found = dataclasses.replace(case.found, normal_hu=query_hu - residual, expected_hu=None, read=None)
         return dataclasses.replace(case, found=found)
 
     return [one(case) for case in cases]
@@ -212,15 +214,16 @@ def change(before: dict, after: dict, seed: int = 0) -> dict[str, tuple[float, f
 def tables(cases: list[Case]) -> tuple[str, str]:
     """AUC, a line per row of ROWS, and what each row changes against the one before with its interval: Markdown."""
     plain, scores = "residual, HU, mean over the brain", {}
-    for filtering in dict.fromkeys(settings.filter for settings, _ in ROWS.values()):         # one at a time: memory
-        of_filter = {name: settings for name, (settings, _) in ROWS.items() if settings.filter == filtering}
+    row_of = {name: row for name, row in ROWS.items() if not row[0].read or cases[0].found.read is not None}
+    for filtering in dict.fromkeys(settings.filter for settings, _ in row_of.values()):       # one at a time: memory
+        of_filter = {name: settings for name, (settings, _) in row_of.items() if settings.filter == filtering}
         found, seen = surprises(cases, next(iter(of_filter.values())))
         for name, settings in of_filter.items():
             scores[name] = [Surprise(settings).findings(*pair).slice_scores for pair in zip(found, seen)]
         if filtering == PLAIN.filter:
             scores[plain] = [e.residual.abs().sum((1, 2)) / e.brain.sum((1, 2)).clamp(min=1) for e in seen]
         del found, seen
-    rows = {plain: (scores[plain], "mean"), **{name: (scores[name], how) for name, (_, how) in ROWS.items()}}
+    rows = {plain: (scores[plain], "mean"), **{name: (scores[name], how) for name, (_, how) in row_of.items()}}
     pairs = {name: compared(cases, *row) for name, row in rows.items()}
     found = {name: figures(one) for name, one in pairs.items()}
     columns, names = ("haemorrhage", "slices", *pasted.KINDS), list(rows)
@@ -247,6 +250,8 @@ def benchmark(args: argparse.Namespace) -> None:
     if len(set(heads)) < len(heads) or len(heads) < normative.MIN_SCANS:
         raise ValueError(f"--fold and --model: {normative.MIN_SCANS} different held-out scans at least are needed, "
                          f"found {', '.join(heads)}")
+    if len({c.found.read is None for c in cases}) > 1:
+        raise ValueError("--model: some hold a reader and others none; give models of one kind")
     if args.residual is not None:
         if not 0 < args.residual < float("inf"):
             raise ValueError(f"--residual must be above 0, got {args.residual:g}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from common.files import replace_text, sha256
@@ -43,6 +43,14 @@ def compact(state: Mapping[str, torch.Tensor], dtype: torch.dtype, network: str)
         stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
         found[name] = stored if stored.isfinite().all() else tensor
     return found
+
+
+def save_tensors(state: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file of portable tensors, which others may read as they may any new file.
+
+    safetensors' own save_file lets nobody but its writer read it: a model in a shared folder would be of no use.
+    """
+    Path(path).write_bytes(save(dict(state), metadata))
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

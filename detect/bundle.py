@@ -15,12 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 import distributed
 from common.files import replacing, sha256
 from common.version import VERSION
-from common.weights import CheckpointError, load_strictly, load_tensors, read_json, to_json, verify, write_json
+from common.weights import (
+    CheckpointError,
+    load_strictly,
+    load_tensors,
+    read_json,
+    save_tensors,
+    to_json,
+    verify,
+    write_json,
+)
 from ct import frame
 from ct.frame import PreprocessSettings
 from detect import measure
@@ -113,7 +121,7 @@ def save_bundle(folder: str | Path, reconstructor: Reconstructor, settings: Sett
     for name, content in tensors.items():
         path = folder / f"{name}.safetensors"
         with replacing(path, sum(tensor.nbytes for tensor in content.values())) as writing:
-            save_file(content, writing)
+            save_tensors(content, writing)
         files[path.name] = sha256(path)
     content = dict(meta) | dict(format_version=FORMAT_VERSION, settings=settings.to_json(), versions=versions(),
                                 config=reconstructor.config(), files=files)

@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from common.weights import CheckpointError, load_tensors, portable
+from common.weights import CheckpointError, load_tensors, portable, save_tensors
 from dataset import SliceDataset
 from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
 
@@ -99,7 +98,7 @@ class Fitted(Reconstructor):
     def save(self, path: Path) -> None:
         """One safetensors file: what was learnt, and method, settings and what it was fitted to as its metadata."""
         meta = {"method": self.name, "config": json.dumps(self.config()), "trained_on": json.dumps(self.trained_on)}
-        save_file(portable(self.state()), path, metadata=meta)
+        save_tensors(portable(self.state()), path, metadata=meta)
 
     @classmethod
     def from_training(cls, path: Path, device: torch.device) -> tuple[Fitted, dict[str, Any]]:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from common.files import flush, full_disk_named, require_space, sha256
@@ -29,6 +28,7 @@ from common.weights import (
     load_tensors,
     portable,
     read_json,
+    save_tensors,
     verify,
     write_json,
 )
@@ -83,7 +83,7 @@ def save_snapshot(run: str | Path, step: int, modules: Mapping[str, nn.Module], 
     with full_disk_named(final, needed):
         writing.mkdir()
         for name, module in modules.items():
-            save_file(portable(module.state_dict()), writing / f"{name}.safetensors")
+            save_tensors(portable(module.state_dict()), writing / f"{name}.safetensors")
         torch.save(dict(state), writing / "state.pt")
         files = {path.name: sha256(path) for path in sorted(writing.iterdir())}
         content = dict(format_version=FORMAT_VERSION, step=step, milestone=milestone, files=files, meta=dict(meta))

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from common.files import sha256
-from common.weights import CheckpointError
+from common.weights import CheckpointError, save_tensors
 from config import exit_code
 from healthygan.data import ImageSettings
 from healthygan.model import RUNNING_STATISTICS, Generator, ModelConfig
@@ -50,7 +50,7 @@ def save_model(folder: Path, generator: Generator, meta: dict, dtype: torch.dtyp
         raise CheckpointError(f"{folder}: {broken[0]} is not finite in {dtype}: it diverged; use an earlier snapshot")
     folder.mkdir(parents=True, exist_ok=True)
     weights, writing = folder / "generator.safetensors", folder / ".writing"
-    save_file(state, writing)
+    save_tensors(state, writing)
     digest = sha256(writing)
     writing.replace(weights)
     writing.write_text(json.dumps({"format": FORMAT, **meta, "sha256": digest}, indent=1) + "\n", encoding="utf-8")

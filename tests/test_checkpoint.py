@@ -173,6 +173,19 @@ def test_bundle_round_trip(tmp_path, bundle_parts):
     assert bundle.settings == Settings("search") and bundle.meta["versions"] == versions()
 
 
+def test_a_group_may_read_what_one_of_it_has_written(tmp_path, bundle_parts):
+    """Runs and bundles in a shared folder, as umask says."""
+    before = os.umask(0o027)
+    try:
+        save(tmp_path / "m", *bundle_parts)
+        save_one(tmp_path / "run", 1)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: 0o640 for path in files}
+    assert sum(path.suffix == ".safetensors" for path in files) >= 4
+
+
 def test_half_precision_is_close_and_half_the_size(tmp_path, bundle_parts):
     parts, latent = bundle_parts
     half = save(tmp_path / "half", parts, latent)
