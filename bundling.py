@@ -148,10 +148,11 @@ def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings
                          f"{run} was trained on, {snapshot.meta['data'][key]}; give that one: another's held-out scans "
                          "may be among the encoder's training scans")
     for first, what in (("gan", "GAN"), ("init", "run of --init")):
-        earlier = snapshot.meta.get(first)
-        if earlier and earlier["data"]["digest"] != snapshot.meta["data"]["digest"]:
-            print(f"warning: {run}: its {what} was trained on another database: if held-out scans were among its "
-                  "training scans, the healthy scores come out too low")
+        earlier, held_out = snapshot.meta.get(first), set(dataset.held_out_ids())
+        if earlier and (earlier["data"]["digest"] != snapshot.meta["data"]["digest"]
+                        or held_out - set(earlier.get("held_out", held_out))):
+            print(f"warning: {run}: its {what} was trained on another database, or another part of it: if held-out "
+                  "scans were among its training scans, the healthy scores come out too low")
 
     def make() -> Reconstructor:
         networks = restore(snapshot, device, distributed.pick_precision(config.precision, device))

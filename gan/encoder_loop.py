@@ -16,7 +16,7 @@ from gan.coding import CodeTrainer
 from gan.encoding import EncoderTrainer, restore
 from gan.inpainting import InpaintingTrainer
 from gan.reading import ReadingTrainer
-from gan.runlog import Run, load_run
+from gan.runlog import Run, load_run, tell_of_seen
 from gan.settings import EncoderConfig, ReaderConfig
 from model import ModelConfig
 
@@ -40,6 +40,9 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
     if dataset.size != snapshot.meta["model"]["size"]:
         raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices, the GAN in {gan} draws "
                            f"{snapshot.meta['model']['size']}: prepare it with that --size")
+    for flag, folder, one in (("--gan", gan, snapshot), ("--init", init, first)):
+        if one:
+            tell_of_seen(dataset, flag, folder, one)
     objective = CodeTrainer if config.code_channels else InpaintingTrainer if config.hide else EncoderTrainer
     trainer = objective(config, snapshot, device, vgg16, lpips)
     if first:
@@ -106,6 +109,8 @@ def train_reader(config: ReaderConfig, data: Path, encoder: Path, out: Path, dev
         raise DatasetError(f"{data}: holds out {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}, which "
                            f"--encoder {encoder} may have been trained on: hold out scans that it has not seen "
                            "(prepare.py --split)")
+    if first:
+        tell_of_seen(dataset, "--init", init, first)
     networks = restore(snapshot, device, distributed.pick_precision(config.precision, device))
     method = Inpainting(InpaintingSettings(), networks["generator"], networks["encoder"],
                         snapshot.meta["data"]["settings"]["standardise"]["hu_clip"])

@@ -31,6 +31,7 @@ import torch
 import distributed
 from common.files import replace_text
 from common.weights import CheckpointError
+from dataset import SliceDataset
 from gan.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_steps
 
 # SIGUSR1 is what SLURM is asked to send before a time limit. Exit codes are the shell's, 128 + signal, of the first two
@@ -258,6 +259,20 @@ def load_run(folder: Path, flag: str, kind: str, command: str) -> Snapshot:
     return snapshot
 
 
+def tell_of_seen(dataset: SliceDataset, flag: str, folder: Path, snapshot: Snapshot) -> None:
+    """Print a warning where held-out scans of a database may have been trained on by the run of a flag.
+
+    A run knows what it held out, not by name what it was trained on: scans of another database it has not seen.
+    """
+    held_out = snapshot.meta.get("held_out")
+    if held_out is None:
+        return
+    if seen := sorted(set(dataset.held_out_ids()) - set(held_out)):
+        distributed.print0(f"warning: {flag} {folder} did not hold out {', '.join(seen[:3])}"
+                           f"{' ...' if len(seen) > 3 else ''}, which {dataset.path} holds out. If it was trained on "
+                           "them, what is calibrated or measured on them says too much")
+
+
 def load_optimiser(optimiser: torch.optim.Optimizer, state: dict) -> None:
     """Take the moments of a saved state, but keep the learning rate and the like: those are today's flags."""
     optimiser.load_state_dict({**state, "param_groups": optimiser.state_dict()["param_groups"]})
@@ -275,9 +290,10 @@ def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> Sna
     snapshot = load_snapshot(out) if snapshot_steps(out) else None
     if snapshot is not None:
         for key in [key for key in meta if key != "config"]:               # in order: the kind first
-            if snapshot.meta.get(key) != json.loads(json.dumps(meta[key])):
+            now = json.loads(json.dumps(meta[key]))
+            if snapshot.meta.get(key, now) != now:                         # an older run may not say it
                 raise CheckpointError(
-                    f"{out}: the run there has another {key} ({snapshot.meta.get(key)}, now {meta[key]}); go on with "
+                    f"{out}: the run there has another {key} ({snapshot.meta[key]}, now {meta[key]}); go on with "
                     "the same flags and database, or choose another --out")
         snapshot.restore(modules)
     if distributed.is_main():

@@ -271,20 +271,44 @@ def test_an_encoder_that_draws_nothing_hidden_is_refused(gan_run, slices32, tmp_
     assert "train them with --hide" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("held_out", (["another"], None))             # None: an older run does not say
-def test_a_database_that_holds_out_what_the_encoder_may_have_seen_is_refused(held_out, hiding_run, slices32, tmp_path,
-                                                                             capsys):
-    copy = tmp_path / "encoder"
-    shutil.copytree(hiding_run, copy)
-    snapshot = load_snapshot(hiding_run)
-    path = copy / snapshot.path.name / "meta.json"
+def with_held_out(run, held_out, copy):
+    """A copy of a run that says it held these scans out; None: an older run, which does not say."""
+    shutil.copytree(run, copy)
+    path = copy / load_snapshot(run).path.name / "meta.json"
     content = json.loads(path.read_text())
     del content["meta"]["held_out"]
     if held_out:
         content["meta"]["held_out"] = held_out
     write_json(path, {key: value for key, value in content.items() if key != "digest"})
-    assert run(slices32, copy, tmp_path / "r") == 2
+    return copy
+
+
+@pytest.mark.parametrize("held_out", (["another"], None))
+def test_a_database_that_holds_out_what_the_encoder_may_have_seen_is_refused(held_out, hiding_run, slices32, tmp_path,
+                                                                             capsys):
+    assert run(slices32, with_held_out(hiding_run, held_out, tmp_path / "encoder"), tmp_path / "r") == 2
     assert "hold out scans that it has not seen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("held_out", "told"), ((["another"], True), (["another", "head2"], False), (None, False)))
+def test_first_weights_that_may_have_seen_what_is_held_out_are_told_of(held_out, told, hiding_run, reader_run, gan_run,
+                                                                       slices32, tmp_path, capsys):
+    def warned(flag):
+        return f"warning: {flag} {tmp_path}/first did not hold out head2, which {slices32}" in capsys.readouterr().out
+
+    with_held_out(reader_run, held_out, tmp_path / "first")
+    assert run(slices32, hiding_run, tmp_path / "r", "--init", tmp_path / "first", "--epochs", 0.25) == 0
+    assert warned("--init") == told
+    shutil.rmtree(tmp_path / "first")
+    with_held_out(gan_run, held_out, tmp_path / "first")
+    flags = ["--preset", "smoke32", "--hide", "0.9", "--batch", "4", "--epochs", "0.25", "--encoder-code", "8"]
+    data = ["--data", str(slices32), "--gan", str(tmp_path / "first"), "--out", str(tmp_path / "e")]
+    assert train_encoder.main([*data, *flags]) == 0
+    assert warned("--gan") == told
+    made = ["--data", slices32, "--encoder", tmp_path / "e", "--out", tmp_path / "m", "--preset", "ct128",
+            "--calibrate", "none", "--set", "measure=votes", "scan_score=mean"]
+    assert latent_stats.main([str(flag) for flag in made]) == 0
+    assert ("its GAN was trained on another database, or another part of it" in capsys.readouterr().out) == told
 
 
 # ---- Into a model
