@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,12 @@ def augmented(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: Path, device: torch.device,
           name: str | None = None, notes: str | dict | None = None, overwrite: bool = False,
           further: list[tuple[Path, Path]] = (), held_out: Path | None = None,
-          readers: list[tuple[Path, Path]] = ()) -> Path:
+          readers: list[Path] = ()) -> Path:
     """Write the bundle to `out`. Raises DatasetError, CheckpointError or ValueError, before any work where it can.
 
     further: (database, run) of each --fold. Their networks serve the calibration and are not kept.
     held_out: database that has the scans which `data` holds out, prepared as new scans will be.
-    readers: (database, run of train_reader.py) of each --reader; the first one is kept.
+    readers: runs of train_reader.py; each calibrates by the scans that it has not seen, and the first one is kept.
     """
     # ---- Set up
     if (out / "model.json").exists() and not overwrite:
@@ -63,20 +64,22 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
     if held_out:
         trained = [dataclasses.replace(trained[0], dataset=other_range(trained[0], held_out), path=held_out)]
     if readers:
-        trained = [with_reader(trained[0], *one, device) for one in readers]
+        trained = with_readers(trained[0], readers, device)
     if config.calibrate == "val":
-        check_held_out(settings, trained, "--reader" if readers else "--fold")
+        check_held_out(settings, trained)
 
     # ---- Fit, and calibrate on the weights as they will be read back, rounded to float16
     meta = {"preprocessing": trained[0].dataset.manifest["settings"], "calibration": None,
             "provenance": {"name": name or out.name, **trained[0].provenance,
                            "latent_stats": dataclasses.asdict(config), "notes": notes,
                            "versions": {"python": platform.python_version(), "torch": torch.__version__}}}
-    if held_out or readers:
+    if held_out:
         meta["provenance"]["held_out"] = {key: trained[0].dataset.manifest[key] for key in ("digest", "counts")}
     if further:
         meta["provenance"]["folds"] = [{"encoder": one.provenance.get("encoder"),
-                                        "held_out": len(one.dataset.held_out_ids())} for one in trained]
+                                        "held_out": len(one.held_out_ids())} for one in trained]
+    if len(readers) > 1:
+        meta["provenance"]["readers"] = [one.provenance["reader"] for one in trained]
     with tempfile.TemporaryDirectory() as folder:
         folds, first = [], None
         for i, one in enumerate(trained):
@@ -85,7 +88,7 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
             if config.calibrate == "val":
                 path = save_bundle(Path(folder) / str(i), reconstructor, settings, meta)
                 folds.append(Fold(load_bundle(path, device, config.precision).reconstructor,
-                                  SliceDataset(one.path, "val", check=False)))
+                                  SliceDataset(one.path, "val", check=False, scans=one.scans)))
         normal = None
         if folds:
             measure = MEASURES[settings.measure](settings.scoring, settings.mask)
@@ -96,43 +99,53 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
     return save_bundle(out, first, settings, meta, normal, overwrite=overwrite)
 
 
-def other_range(trained: Trained, path: Path, flag: str = "--held-out") -> SliceDataset:
-    """The database of a flag. ValueError unless all scans that it holds out were held out of the training."""
+def other_range(trained: Trained, path: Path) -> SliceDataset:
+    """The database of --held-out. ValueError unless all scans that it holds out were held out of the training."""
     dataset = SliceDataset(path, "train")
     if unknown := sorted(set(dataset.held_out_ids()) - set(trained.dataset.held_out_ids())):
-        raise ValueError(f"{flag} {path}: holds out {', '.join(unknown)}, which {trained.path} does not: they may "
+        raise ValueError(f"--held-out {path}: holds out {', '.join(unknown)}, which {trained.path} does not: they may "
                          "be among the encoder's training scans")
     if dataset.size != trained.dataset.size:
-        raise ValueError(f"{flag} {path}: slices of {dataset.size} pixels, the encoder was trained on "
+        raise ValueError(f"--held-out {path}: slices of {dataset.size} pixels, the encoder was trained on "
                          f"{trained.dataset.size}; prepare it with that --size")
     return dataset
 
 
-def with_reader(trained: Trained, data: Path, run: Path, device: torch.device) -> Trained:
-    """The same with a --reader, and its database. Raises unless all scans that this holds out are new to both.
+def with_readers(trained: Trained, runs: list[Path], device: torch.device) -> list[Trained]:
+    """The same with each --reader, and the held-out scans that it has not seen: each scan with one. Else ValueError."""
+    every, named = [with_reader(trained, run, device) for run in runs], ", ".join(map(str, runs))
+    if twice := sorted(scan for scan, times in Counter(s for one in every for s in one.scans).items() if times > 1):
+        raise ValueError(f"--reader {named}: {', '.join(twice)} held out by more than one of them; give readers of "
+                         "different folds (train_reader.py --fold)")
+    if seen := sorted(set(trained.held_out_ids()).difference(*(one.scans for one in every))):
+        raise ValueError(f"--reader {named}: may all have been trained on {', '.join(seen)}, which "
+                         "are to calibrate; give the readers of all folds (train_reader.py --fold)")
+    return every
 
-    The reader may have been trained on scans that the encoder's database holds out, so its own are what counts.
-    """
+
+def with_reader(trained: Trained, run: Path, device: torch.device) -> Trained:
     snapshot = load_run(run, "--reader", "reader", "train_reader.py")
-    dataset = other_range(trained, data, "--reader")
     encoder = trained.provenance["encoder"]
     if (snapshot.meta["encoder"]["step"], snapshot.meta["encoder"]["data"]["digest"]) != (
             encoder["images_seen"], encoder["data_digest"]):
         raise ValueError(f"--reader {run}: was trained on another run of train_encoder.py than --encoder")
-    if unknown := sorted(set(dataset.held_out_ids()) - set(snapshot.meta["held_out"])):
-        raise ValueError(f"--reader {data} {run}: the database holds out {', '.join(unknown)}, which the reader may "
-                         "have been trained on")
+    scans = [one for one in trained.held_out_ids() if one in snapshot.meta["held_out"]]
 
     def make() -> Reconstructor:
-        method, reader = trained.make(), Reader(snapshot.meta["model"]["widths"])
-        snapshot.restore({"reader_ema": reader})
-        method.reader = reader.eval().requires_grad_(False).to(device)
+        method = trained.make()
+        method.reader = reader_of(snapshot, device)
         return method
 
-    facts = {"images_seen": snapshot.step, "config": snapshot.meta["config"],
+    facts = {"images_seen": snapshot.step, "config": snapshot.meta["config"], "held_out": len(scans),
              "data": {key: snapshot.meta["data"][key] for key in ("digest", "counts")}}
-    return dataclasses.replace(trained, dataset=dataset, path=data, make=make,
-                               provenance=trained.provenance | {"reader": facts})
+    return dataclasses.replace(trained, scans=scans, make=make, provenance=trained.provenance | {"reader": facts})
+
+
+def reader_of(snapshot: Snapshot, device: torch.device) -> Reader:
+    """The averaged reader of a run of train_reader.py."""
+    reader = Reader(snapshot.meta["model"]["widths"])
+    snapshot.restore({"reader_ema": reader})
+    return reader.eval().requires_grad_(False).to(device)
 
 
 def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings: Settings,

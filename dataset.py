@@ -21,7 +21,7 @@ import signal
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -342,17 +342,20 @@ class SliceDataset(Dataset):
     scan_ids   the scans of this split; the `scan` of a slice counts in this list
     manifest   the database's manifest
 
-    The whole file is read once on opening (check=False: only its length is looked at), so that damage shows
-    before training starts. It may be pickled and forked: every process opens the file at its own first read.
+    scans: ids; of the split these scans alone. The whole file is read once on opening (check=False: only its length is
+    looked at), so that damage shows before training starts. It may be pickled and forked: every process opens the file
+    at its own first read.
     """
 
-    def __init__(self, path: str | os.PathLike, split: str = "train", check: bool = True):
+    def __init__(self, path: str | os.PathLike, split: str = "train", check: bool = True,
+                 scans: Collection[str] | None = None):
         if split not in (*SPLITS, "all"):
             raise DatasetError(f"split must be 'train', 'val' or 'all', got '{split}'")
         self.path = Path(path)
         check_seal(self.path, whole=check)
         self.manifest = read_manifest(self.path)
-        self._scans = [scan for scan in self.manifest["scans"] if split in ("all", scan["split"])]
+        self._scans = [scan for scan in self.manifest["scans"]
+                       if split in ("all", scan["split"]) and (scans is None or scan["scan_id"] in scans)]
         if not any(scan["slices"] for scan in self._scans):
             raise DatasetError(f"{self.path}: no slices in split '{split}' ({self.manifest['counts']}): "
                                "prepare it with more scans, or another --val-fraction or --split")
@@ -436,10 +439,10 @@ def image_batches(slices: SliceDataset, batch: int, seed: int, workers: int, sta
         yield found["hu"]
 
 
-def slice_batches(slices: SliceDataset, batch: int, seed: int, workers: int, start: int = 0,
+def slice_batches(slices: Dataset, batch: int, seed: int, workers: int, start: int = 0,
                   keys: tuple[str, ...] = ("hu", "brain"), prepare: Prepare | None = None
                   ) -> Iterator[dict[str, torch.Tensor]]:
-    """The same with more of what SliceDataset holds of a slice.
+    """The same with more of what SliceDataset holds of a slice; slices may be several of them in a ConcatDataset.
 
     prepare  what the loader's processes make of a batch: from it, and random numbers that hang on the seed and its
              place in the stream alone, so that a run that goes on meets the same batches, however many processes
@@ -459,7 +462,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 class _Parts(Dataset):
-    def __init__(self, slices: SliceDataset, keys: tuple[str, ...]):
+    def __init__(self, slices: Dataset, keys: tuple[str, ...]):
         self.slices, self.keys = slices, keys
 
     def __len__(self) -> int:

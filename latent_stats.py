@@ -76,9 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         add("--fold", type=Path, nargs=2, metavar=("DATA", "RUN"), action="append", default=[],
             help="a further run and its database, with other scans held out: they join the calibration; may be given "
                  "several times")
-        add("--reader", type=Path, nargs=2, metavar=("DATA", "RUN"), action="append", default=[],
-            help="a run of train_reader.py, and a database that holds the same scans out, prepared as new scans are to "
-                 "be; given several times, each calibrates by the scans that it has not seen, and the first is kept")
+        add("--reader", type=Path, metavar="RUN", action="append", default=[],
+            help="a run of train_reader.py; given several times (its --fold), each calibrates by the held-out scans "
+                 "that it has not seen, and the first is kept")
         add("--held-out", type=Path, metavar="DATA",
             help="a database with the same scans held out and prepared as new scans are to be: with all HU, say, where "
                  "training slices were cut to a range")
@@ -112,9 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             data = ensure_database(data, args.encoder, load_snapshot(args.encoder).meta["model"]["size"])
         if args.held_out and args.fold:
             raise ValueError("--held-out and --fold: give one of them")
-        if args.reader and (args.held_out or args.fold or settings.method != "inpainting"):
-            raise ValueError("--reader: for method=inpainting, and without --held-out and --fold: it names the "
-                             "database whose held-out scans calibrate")
+        if args.reader and (args.fold or settings.method != "inpainting"):
+            raise ValueError("--reader: for method=inpainting, and without --fold")
         folder = build(config, settings, data, args.encoder, args.out, device, args.name, notes, args.overwrite,
                        args.fold, args.held_out, args.reader)
     except (OSError, ValueError) as error:

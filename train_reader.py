@@ -5,8 +5,9 @@
 
 It learns on healthy slices into which random shapes of other densities are drawn; no lesion and no label is needed.
 The networks of --encoder, a run of train_encoder.py with --hide, stay as they are. --data may be another database than
-theirs, prepared in the same way: with scans of the scanner that is to be read among its training slices, say, as long
-as no scan that it holds out is one that they were trained on. After every epoch how well the shapes in held-out scans
+theirs, prepared in the same way, as long as no scan that it holds out is one that they were trained on. A reader finds
+more in scans of a scanner that it knows: where only held-out scans are of it, --fold 1:3, 2:3 and 3:3 make three
+readers, and each calibrates by those that it has not seen. After every epoch how well the shapes in held-out scans
 are found, and a picture (read-NNN.png: slice, what was changed, what the reader says to both sides). latent_stats.py
 --reader puts it into a model. The same command goes on from the last snapshot. SIGINT, SIGTERM and SIGUSR1 end it with
 a snapshot after the step in progress. Exit codes: 0 done, 2 wrong usage, 4 diverged again after going back to the last
@@ -19,7 +20,7 @@ import sys
 from pathlib import Path
 
 from config import parse
-from gan.settings import ReaderConfig
+from gan.settings import EveryNth, ReaderConfig
 
 PRESETS = {
     "ct256": ReaderConfig(workers=8, batch=64),
@@ -34,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--encoder", type=Path, required=True, metavar="RUN",
                             help="run folder of train_encoder.py, with --hide")
         parser.add_argument("--init", type=Path, help="run of this command whose averaged weights are the first ones")
+        parser.add_argument("--fold", type=EveryNth.parse, metavar="K:N",
+                            help="learn from the scans that --data holds out, too, in half of what it sees, but for "
+                                 "every N-th of them from the K-th on, and hold those out")
         parser.add_argument("--out", type=Path, default=Path("runs/reader"),
                             help="run folder; an unfinished run goes on")
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -48,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     def work(device, rollback):
         memory.keep_freed()
         set_impl(args.ops)
-        train_reader(config, args.data, args.encoder, args.out, device, args.init, rollback)
+        train_reader(config, args.data, args.encoder, args.out, device, args.init, args.fold, rollback)
 
     return run_command(work, args.device, args.out)
 

@@ -83,6 +83,13 @@ def refuse_other_data(meta: dict, model: Path, data: SliceDataset, flag: str) ->
                          f"trained on {trained_on[:12]}; give that database")
 
 
+def refuse_taught(meta: dict, model: Path, mend: str) -> None:
+    """ValueError for a model whose reader has learnt from some of the scans that calibrate it, as those of folds do."""
+    if "readers" in (meta["provenance"] or {}):
+        raise ValueError(f"--model {model}: its reader has learnt from healthy scans that calibrate it, and would find "
+                         f"too little in them; {mend}")
+
+
 def project(scans: Path, model: Path, out: Path, device: str, flags: Sequence[str] = (), name: str = "") -> dict:
     """Runs projector.py over a folder of scans; returns its run.json. It skips what it has finished before.
 

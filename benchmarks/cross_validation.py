@@ -3,14 +3,16 @@
     python benchmarks/cross_validation.py --fold a.lmdb runs/a --fold b.lmdb runs/b --out runs/cross-validation
     python benchmarks/cross_validation.py --model scans.lmdb models/head-128 --out runs/cross-validation
     python benchmarks/cross_validation.py --model scans.lmdb models/head-128 --lesions 2:3 --out runs/further
+    python benchmarks/cross_validation.py --model scans.lmdb models/head-128 --reader runs/reader-1 --reader ...
 
 Each --fold is a database and the run of train_encoder.py made from it, with other scans held out in each; a --model is
-a bundle of any method and a database of scans that were held out of its training. A held-out
-scan, as it is and with each lesion of pasted.py in it, is reconstructed by its own fold's encoder; its residuals are
-told in the statistics of all other held-out scans. Writes table.md, one row a setting of ROWS: AUC of scans with a
-lesion of a kind against the healthy ones, the mean over the haemorrhages, and the AUC of slices with haemorrhage
-against all healthy slices; and changes.md: what each row changes against the row before, with intervals by bootstrap
-over heads, each drawn with all its lesions. Settings are chosen here, so that a test set is needed only once.
+a bundle of any method and a database of scans that were held out of its training; with --reader, runs of
+train_reader.py in its folds, each reads the scans that it has held out. A held-out scan, as it is and with each lesion
+of pasted.py in it, is reconstructed by its own fold's encoder; its residuals are told in the statistics of all other
+held-out scans. Writes table.md, one row a setting of ROWS: AUC of scans with a lesion of a kind against the healthy
+ones, the mean over the haemorrhages, and the AUC of slices with haemorrhage against all healthy slices; and changes.md:
+what each row changes against the row before, with intervals by bootstrap over heads, each drawn with all its lesions.
+Settings are chosen here, so that a test set is needed only once.
 
 A head has the first lesion of each kind that pasted.py draws for it. With --lesions FIRST:LAST it has those of these
 numbers instead: 2:3 are two others of each kind, on which no setting was chosen. Cases are kept whole: memory.
@@ -27,6 +29,7 @@ Exit codes: 0 done, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import sys
 from dataclasses import dataclass
@@ -39,7 +42,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
 import distributed  # noqa: E402
-from benchmarks import pasted  # noqa: E402
+from benchmarks import compare, pasted  # noqa: E402
+from bundling import reader_of  # noqa: E402
 from config import exit_code  # noqa: E402
 from ct.settings import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
@@ -106,12 +110,31 @@ def open_fold(data: Path, run: Path, device: torch.device) -> tuple[SliceDataset
     return held_out, inversion
 
 
-def open_model(data: Path, folder: Path, device: torch.device) -> tuple[SliceDataset, Reconstructor]:
-    """The same of a --model."""
+def open_model(data: Path, folder: Path, device: torch.device, other_readers: bool = False
+               ) -> tuple[SliceDataset, Reconstructor]:
+    """The same of a --model. other_readers: its own reader will not be asked."""
     bundle, held_out = load_bundle(folder, device), SliceDataset(data, "val")
+    if not other_readers:
+        compare.refuse_taught(bundle.meta, folder, "give the readers of all folds with --reader")
     if PreprocessSettings.from_json(held_out.manifest["settings"]) != bundle.preprocessing:
         raise ValueError(f"--model {data} {folder}: made for slices prepared in another way than those of the database")
     return held_out, bundle.reconstructor
+
+
+def open_readers(data: Path, folder: Path, runs: list[Path], device: torch.device
+                 ) -> list[tuple[SliceDataset, Reconstructor]]:
+    """The same of a --model with each --reader, and the scans that this one has not seen."""
+    held_out, reconstructor = open_model(data, folder, device, other_readers=True)
+    if reconstructor.name != "inpainting":
+        raise ValueError(f"--reader: is for models of method inpainting, {folder} is of {reconstructor.name}")
+    found = []
+    for run in runs:
+        snapshot = load_run(run, "--reader", "reader", "train_reader.py")
+        one = copy.copy(reconstructor)
+        one.reader = reader_of(snapshot, device)
+        found.append((SliceDataset(data, "val", check=False,
+                                   scans=set(held_out.scan_ids) & set(snapshot.meta["held_out"])), one))
+    return found
 
 
 def cases_of(held_out: SliceDataset, reconstructor: Reconstructor, lesions: range) -> list[Case]:
@@ -244,7 +267,11 @@ def benchmark(args: argparse.Namespace) -> None:
     """Raises OSError, and ValueError where there are too few scans or files do not fit."""
     memory.keep_freed()
     device = distributed.pick_device(args.device)
-    sources = [*(open_fold(*fold, device) for fold in args.fold), *(open_model(*one, device) for one in args.model)]
+    if args.reader and (args.fold or len(args.model) != 1):
+        raise ValueError("--reader: give it with one --model, and without --fold")
+    sources = [*(open_fold(*fold, device) for fold in args.fold), *(
+        open_readers(*args.model[0], args.reader, device) if args.reader else
+        [open_model(*one, device) for one in args.model])]
     cases = [case for source in sources for case in cases_of(*source, args.lesions)]
     heads = [c.scan_id for c in cases if c.kind == HEALTHY]
     if len(set(heads)) < len(heads) or len(heads) < normative.MIN_SCANS:
@@ -278,6 +305,9 @@ def main(argv: list[str] | None = None) -> int:
                         help="a database and the run of train_encoder.py made from it; may be given several times")
     parser.add_argument("--model", type=Path, nargs=2, metavar=("DATA", "BUNDLE"), action="append", default=[],
                         help="a database of scans held out of a bundle's training, and the bundle")
+    parser.add_argument("--reader", type=Path, action="append", default=[], metavar="RUN",
+                        help="a run of train_reader.py that reads, of the --model's scans, those that it has held out; "
+                             "may be given several times")
     parser.add_argument("--out", type=Path, default=Path("runs/cross-validation"),
                         help="folder for table.md and changes.md")
     parser.add_argument("--lesions", type=numbers, default=range(1, 2), metavar="FIRST:LAST",

@@ -28,6 +28,7 @@ from detect.measure import MEASURES  # noqa: E402
 def recalibrate(args: argparse.Namespace) -> int:
     """Writes the bundle; returns the exit code. Raises ValueError, CheckpointError and DatasetError."""
     bundle, held_out = load_bundle(args.model, distributed.pick_device(args.device)), SliceDataset(args.data, "val")
+    compare.refuse_taught(bundle.meta, args.model, "make it anew with latent_stats.py and all its --reader")
     bundle = bundle.with_settings(bundle.settings.changed(args.changes))
     if held_out.size != bundle.reconstructor.size:
         raise ValueError(f"--data {args.data}: slices of {held_out.size} pixels, --model {args.model} takes "

@@ -42,6 +42,7 @@ class Trained:
     networks    JSON: what folds must have in common
     provenance  where the weights come from, JSON
     make        makes the method; takes a while where statistics are fitted
+    scans       held-out scans that this training has not seen, where that is not all of them
     """
 
     dataset: SliceDataset
@@ -49,6 +50,11 @@ class Trained:
     networks: dict[str, Any]
     provenance: dict[str, Any]
     make: Callable[[], Reconstructor]
+    scans: Sequence[str] | None = None
+
+    def held_out_ids(self) -> list[str]:
+        """The scans that calibrate."""
+        return self.dataset.held_out_ids() if self.scans is None else list(self.scans)
 
 
 def open_file(data: Path, path: Path, flag: str, settings: Settings, device: torch.device) -> Trained:
@@ -66,24 +72,21 @@ def open_file(data: Path, path: Path, flag: str, settings: Settings, device: tor
                    lambda: reconstructor.with_settings(settings.reconstruction))
 
 
-def check_held_out(settings: Settings, trained: list[Trained], flag: str = "--fold") -> None:
-    """ValueError unless every database holds scans out, none twice, and enough of them for surprises.
-
-    flag: of the command line, by which further ones are given.
-    """
+def check_held_out(settings: Settings, trained: list[Trained]) -> None:
+    """ValueError unless every database holds scans out, none twice, and enough of them for surprises."""
     seen: dict[str, Path] = {}
     for one in trained:
-        held_out = one.dataset.held_out_ids()
+        held_out = one.held_out_ids()
         if not held_out:
             raise ValueError(f"--data {one.path}: no held-out scans to calibrate on; prepare it with a --val-fraction "
                              "above 0, or pass --calibrate none")
         if twice := [scan_id for scan_id in held_out if scan_id in seen]:
-            raise ValueError(f"{flag} {one.path}: {', '.join(twice)} held out in {seen[twice[0]]} already: folds hold "
+            raise ValueError(f"--fold {one.path}: {', '.join(twice)} held out in {seen[twice[0]]} already: folds hold "
                              "different scans out (prepare.py --split)")
         seen |= dict.fromkeys(held_out, one.path)
         if one.networks != trained[0].networks or (
                 one.dataset.manifest["settings"] != trained[0].dataset.manifest["settings"]):
-            raise ValueError(f"{flag} {one.path}: its networks or preprocessing are not those of --encoder: the "
+            raise ValueError(f"--fold {one.path}: its networks or preprocessing are not those of --encoder: the "
                              "residuals would not be alike")
     if settings.measure == "surprise" and len(seen) < normative.MIN_SCANS:
         raise ValueError(f"measure=surprise: needs {normative.MIN_SCANS} held-out healthy scans, {trained[0].path} has "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch.utils.data import ConcatDataset
 
 import distributed
 from common.weights import CheckpointError
@@ -17,7 +18,7 @@ from gan.encoding import EncoderTrainer, restore
 from gan.inpainting import InpaintingTrainer
 from gan.reading import ReadingTrainer
 from gan.runlog import Run, load_run, tell_of_seen
-from gan.settings import EncoderConfig, ReaderConfig
+from gan.settings import EncoderConfig, EveryNth, ReaderConfig
 from model import ModelConfig
 
 
@@ -42,7 +43,7 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
                            f"{snapshot.meta['model']['size']}: prepare it with that --size")
     for flag, folder, one in (("--gan", gan, snapshot), ("--init", init, first)):
         if one:
-            tell_of_seen(dataset, flag, folder, one)
+            tell_of_seen(dataset.held_out_ids(), flag, folder, one)
     objective = CodeTrainer if config.code_channels else InpaintingTrainer if config.hide else EncoderTrainer
     trainer = objective(config, snapshot, device, vgg16, lpips)
     if first:
@@ -93,15 +94,19 @@ def _done(config: EncoderConfig | ReaderConfig, epochs: float, run: Run) -> floa
 
 
 def train_reader(config: ReaderConfig, data: Path, encoder: Path, out: Path, device: torch.device,
-                 init: Path | None = None, rollback: bool = False) -> None:
-    """Train a reader on what the networks of an encoder's run make of a database. Raises as train() does."""
+                 init: Path | None = None, fold: EveryNth | None = None, rollback: bool = False) -> None:
+    """Train a reader on what the networks of an encoder's run make of a database. Raises as train() does.
+
+    fold: of the scans that the database holds out only those of the fold are held out; half of what the reader sees
+    are slices of the others.
+    """
     # ---- Set up
     snapshot = load_run(encoder, "--encoder", "encoder", "train_encoder.py")
     first = load_run(init, "--init", "reader", "train_reader.py") if init else None
     if not snapshot.meta["model"].get("encoder_masks"):
         raise CheckpointError(f"--encoder {encoder}: its networks do not draw what is hidden from them; train them "
                               "with --hide")
-    dataset, held_out = SliceDataset(data, "train"), SliceDataset(data, "val", check=False)
+    dataset = SliceDataset(data, "train")
     if dataset.manifest["settings"] != snapshot.meta["data"]["settings"]:
         raise DatasetError(f"{data}: its slices were prepared in another way than those of --encoder {encoder}; "
                            "prepare them with the same flags")
@@ -109,8 +114,10 @@ def train_reader(config: ReaderConfig, data: Path, encoder: Path, out: Path, dev
         raise DatasetError(f"{data}: holds out {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}, which "
                            f"--encoder {encoder} may have been trained on: hold out scans that it has not seen "
                            "(prepare.py --split)")
+    held_out, others = in_folds(dataset, fold)
+    slices = ConcatDataset([dataset, *[others] * max(1, round(len(dataset) / len(others)))] if others else [dataset])
     if first:
-        tell_of_seen(dataset, "--init", init, first)
+        tell_of_seen(held_out.scan_ids, "--init", init, first)
     networks = restore(snapshot, device, distributed.pick_precision(config.precision, device))
     method = Inpainting(InpaintingSettings(), networks["generator"], networks["encoder"],
                         snapshot.meta["data"]["settings"]["standardise"]["hu_clip"])
@@ -119,12 +126,24 @@ def train_reader(config: ReaderConfig, data: Path, encoder: Path, out: Path, dev
         trainer.start_from(first.weights["reader_ema"])
     meta = {"kind": "reader", "config": dataclasses.asdict(config), "model": {"widths": list(config.widths())},
             "data": {key: dataset.manifest[key] for key in ("digest", "counts", "settings")},
-            "held_out": dataset.held_out_ids(), "encoder": {"step": snapshot.step, **snapshot.meta},
+            "held_out": held_out.scan_ids, "encoder": {"step": snapshot.step, **snapshot.meta},
             "init": {"step": first.step, **first.meta} if first else None}
     with Run(out, meta, trainer, config.seed, rollback) as run:
         distributed.check_same_state(trainer.reader)
-        batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen,
+        batches = slice_batches(slices, config.batch, run.seed, config.workers, trainer.images_seen,
                                 prepare=trainer.prepare)
-        distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; encoder "
-                           f"at {snapshot.step} images; {trainer.reader.compute_dtype} on {device}")
-        go_through(config, run, trainer, trainer.learn, batches, held_out, len(dataset), out, device)
+        further = f" and again and again the {len(others)} of {len(others.scan_ids)} others" if others else ""
+        distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans{further}, {len(held_out)} held "
+                           f"out; encoder at {snapshot.step} images; {trainer.reader.compute_dtype} on {device}")
+        go_through(config, run, trainer, trainer.learn, batches, held_out, len(slices), out, device)
+
+
+def in_folds(dataset: SliceDataset, fold: EveryNth | None) -> tuple[SliceDataset, SliceDataset | None]:
+    """What a database holds out, with a fold that fold's part of it alone, and the other scans that it holds out."""
+    scans = dataset.held_out_ids()
+    if not fold:
+        return SliceDataset(dataset.path, "val", check=False), None
+    here = fold.of(scans)
+    if not 0 < len(here) < len(scans):
+        raise DatasetError(f"--fold {fold}: {dataset.path} holds {len(scans)} scans out, too few")
+    return tuple(SliceDataset(dataset.path, "val", check=False, scans=part) for part in (here, set(scans) - set(here)))

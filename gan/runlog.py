@@ -22,7 +22,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -31,7 +31,6 @@ import torch
 import distributed
 from common.files import replace_text
 from common.weights import CheckpointError
-from dataset import SliceDataset
 from gan.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_steps
 
 # SIGUSR1 is what SLURM is asked to send before a time limit. Exit codes are the shell's, 128 + signal, of the first two
@@ -259,18 +258,15 @@ def load_run(folder: Path, flag: str, kind: str, command: str) -> Snapshot:
     return snapshot
 
 
-def tell_of_seen(dataset: SliceDataset, flag: str, folder: Path, snapshot: Snapshot) -> None:
-    """Print a warning where held-out scans of a database may have been trained on by the run of a flag.
+def tell_of_seen(held_out: Collection[str], flag: str, folder: Path, snapshot: Snapshot) -> None:
+    """Print a warning where scans that are held out now may have been trained on by the run of a flag.
 
     A run knows what it held out, not by name what it was trained on: scans of another database it has not seen.
     """
-    held_out = snapshot.meta.get("held_out")
-    if held_out is None:
-        return
-    if seen := sorted(set(dataset.held_out_ids()) - set(held_out)):
+    if seen := sorted(set(held_out) - set(snapshot.meta.get("held_out", held_out))):
         distributed.print0(f"warning: {flag} {folder} did not hold out {', '.join(seen[:3])}"
-                           f"{' ...' if len(seen) > 3 else ''}, which {dataset.path} holds out. If it was trained on "
-                           "them, what is calibrated or measured on them says too much")
+                           f"{' ...' if len(seen) > 3 else ''}, held out now. If it was trained on them, what is "
+                           "calibrated or measured on them says too much")
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, state: dict) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +103,27 @@ class ReaderConfig:
     def widths(self) -> tuple[int, ...]:
         """Channels of a reader at each of its resolutions: 48, 64, 96, 128 and so on."""
         return tuple(round(self.width * factor) for factor in (1, 4 / 3, 2, 8 / 3, 4, 16 / 3)[:self.depth])
+
+
+@dataclass(frozen=True)
+class EveryNth:
+    """Of a list every parts-th, from the number-th on, counted from 1: a fold of `parts`; K:N on a command line."""
+
+    number: int
+    parts: int
+
+    @classmethod
+    def parse(cls, text: str) -> EveryNth:
+        number, _, parts = text.partition(":")
+        if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts) >= 2):
+            raise ArgumentTypeError(f"expected K:N, such as 1:3 for the first of three folds, found {text!r}")
+        return cls(int(number), int(parts))
+
+    def of(self, scan_ids: Sequence[str]) -> list[str]:
+        return list(scan_ids[self.number - 1::self.parts])
+
+    def __str__(self) -> str:
+        return f"{self.number}:{self.parts}"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,17 +13,22 @@ import torch
 import latent_stats
 import train_encoder
 import train_reader
+from benchmarks import cross_validation, recalibrate
 from common.weights import write_json
-from dataset import SliceDataset
+from ct.frame import PreprocessSettings
+from ct.standardise import StandardiseSettings
+from dataset import ScanRecord, SliceDataset, SliceWriter
 from detect.bundle import load_bundle
 from detect.inpainting import Inpainting, InpaintingSettings
-from gan import corrupt, reading
+from detect.reader import Reader
+from gan import corrupt, encoder_loop, reading
 from gan.encoding import restore
 from gan.reading import Examples, reading_loss, targets
 from gan.settings import ReaderConfig
 from gan.snapshots import load_snapshot
 from op.banded import dilated
 from tests import processes
+from tests.helpers import synthetic_head
 
 RANGE = (-20.0, 100.0)
 
@@ -294,7 +300,7 @@ def test_a_database_that_holds_out_what_the_encoder_may_have_seen_is_refused(hel
 def test_first_weights_that_may_have_seen_what_is_held_out_are_told_of(held_out, told, hiding_run, reader_run, gan_run,
                                                                        slices32, tmp_path, capsys):
     def warned(flag):
-        return f"warning: {flag} {tmp_path}/first did not hold out head2, which {slices32}" in capsys.readouterr().out
+        return f"warning: {flag} {tmp_path}/first did not hold out head2, held out now" in capsys.readouterr().out
 
     with_held_out(reader_run, held_out, tmp_path / "first")
     assert run(slices32, hiding_run, tmp_path / "r", "--init", tmp_path / "first", "--epochs", 0.25) == 0
@@ -311,11 +317,105 @@ def test_first_weights_that_may_have_seen_what_is_held_out_are_told_of(held_out,
     assert ("its GAN was trained on another database, or another part of it" in capsys.readouterr().out) == told
 
 
+# ---- In folds
+
+@pytest.fixture(scope="module")
+def in_thirds(gan_run, tmp_path_factory):
+    """(database, encoder, readers): a scan to train on and three that are held out, each by one of three readers."""
+    folder = tmp_path_factory.mktemp("folds")
+    data = folder / "four.lmdb"
+    with SliceWriter(data, PreprocessSettings(StandardiseSettings(size=32)).to_json()) as writer:
+        for seed, split in enumerate(("train", "val", "val", "val")):
+            hu, brain = synthetic_head(slices=12, size=32, spacing_mm=(10.0, 7.0, 7.0), angle_deg=5 * seed, seed=seed)
+            shown = np.flatnonzero(brain.any((1, 2)))[:4 + seed]
+            record = ScanRecord.encode(f"head{seed}", hu[shown].clip(-20, 180), brain[shown],
+                                       10.0 * (shown.max() - shown))
+            writer.add(record, split, f"patient{seed}")
+    flags = ["--preset", "smoke32", "--hide", "0.9", "--batch", "4", "--epochs", "1", "--encoder-code", "8"]
+    assert train_encoder.main(["--data", str(data), "--gan", str(gan_run), "--out", str(folder / "encoder"), *flags]
+                              ) == 0
+    readers = [folder / f"reader-{number}" for number in (1, 2, 3)]
+    for number, out in enumerate(readers, 1):
+        assert run(data, folder / "encoder", out, "--fold", f"{number}:3", "--epochs", 0.5) == 0
+    return data, folder / "encoder", readers
+
+
+def test_a_fold_learns_from_what_others_hold_out_in_half_of_what_it_sees(in_thirds, tmp_path, monkeypatch, capsys):
+    data, encoder, readers = in_thirds
+    assert [load_snapshot(one).meta["held_out"] for one in readers] == [["head1"], ["head2"], ["head3"]]
+    shown = []
+    batches = encoder_loop.slice_batches
+
+    def watched(slices, *args, **kwargs):
+        shown.append(Counter(slices.datasets[d].scan_ids[slices.datasets[d][i]["scan"]]
+                             for d in range(len(slices.datasets)) for i in range(len(slices.datasets[d]))))
+        return batches(slices, *args, **kwargs)
+
+    monkeypatch.setattr(encoder_loop, "slice_batches", watched)
+    assert run(data, encoder, tmp_path / "a", "--fold", "3:3", "--epochs", 0.1) == 0
+    assert shown == [{"head0": 4, "head1": 5, "head2": 6}]               # 11 slices once: no fewer than the 4
+    few = SliceDataset(data, "val", scans=["head1"])
+    assert len(few) == 5 and few.scan_ids == ["head1"]
+    assert "4 slices of 1 scans and again and again the 11 of 2 others, 7 held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("fold", "words"), (("0:3", "expected K:N"), ("4:3", "expected K:N"), ("1:1", "expected K:N"),
+                                             ("1", "expected K:N"), ("a:b", "expected K:N")))
+def test_a_fold_that_is_none_is_refused(fold, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("none.lmdb", "none", "none", "--fold", fold)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_fold_of_too_few_scans_is_refused(hiding_run, slices32, tmp_path, capsys):
+    assert run(slices32, hiding_run, tmp_path / "r", "--fold", "1:3") == 2
+    assert "holds 1 scans out, too few" in capsys.readouterr().err
+
+
+def test_each_reader_calibrates_by_what_it_has_not_seen(in_thirds, tmp_path, capsys, monkeypatch):
+    data, encoder, readers = in_thirds
+    asked, read = [], Reader.read
+
+    def watched(self, query_hu, *args):
+        asked.append((len(query_hu), float(self.last.bias.sum())))
+        return read(self, query_hu, *args)
+
+    monkeypatch.setattr(Reader, "read", watched)
+    flags = ["--data", data, "--encoder", encoder, "--preset", "ct128",
+             *(flag for one in readers for flag in ("--reader", one))]
+    assert latent_stats.main([*map(str, flags), "--out", str(tmp_path / "m")]) == 0
+    biases = [float(load_snapshot(one).weights["reader_ema"]["last.bias"].half().float().sum()) for one in readers]
+    assert asked == [(slices, pytest.approx(bias)) for slices, bias in zip((5, 6, 7), biases)]
+    meta = load_bundle(tmp_path / "m").meta
+    assert meta["calibration"]["scans"] == 3
+    assert [one["held_out"] for one in meta["provenance"]["readers"]] == [1, 1, 1]
+    assert meta["provenance"]["reader"] == meta["provenance"]["readers"][0]
+    assert "head" not in json.dumps(meta["provenance"])
+    assert latent_stats.main([*map(str, flags[:-2]), "--out", str(tmp_path / "two")]) == 2
+    assert "may all have been trained on head3, which are to calibrate" in capsys.readouterr().err
+
+
+def test_benchmarks_on_what_a_reader_has_learnt_from_are_refused(in_thirds, tmp_path, capsys):
+    data, encoder, readers = in_thirds
+    given = [str(flag) for one in readers for flag in ("--reader", one)]
+    flags = ["--data", str(data), "--encoder", str(encoder), "--preset", "ct128", *given, "--out", str(tmp_path / "m")]
+    assert latent_stats.main(flags) == 0
+    model, out = ["--model", str(data), str(tmp_path / "m")], ["--out", str(tmp_path / "cv")]
+    assert cross_validation.main([*model, *out]) == 2
+    assert "has learnt from healthy scans that calibrate it" in capsys.readouterr().err
+    assert cross_validation.main([*model, *out, *given]) == 0
+    assert "with what a reader says" in (tmp_path / "cv" / "table.md").read_text()
+    assert cross_validation.main([*out, *given]) == 2
+    assert "give it with one --model" in capsys.readouterr().err
+    assert recalibrate.main(["--model", str(tmp_path / "m"), "--data", str(data), "--out", str(tmp_path / "n")]) == 2
+    assert "has learnt from healthy scans that calibrate it" in capsys.readouterr().err
+
+
 # ---- Into a model
 
 def test_a_reader_gets_into_a_model(reader_run, hiding_run, slices32, tmp_path, capsys):
     flags = ["--data", slices32, "--encoder", hiding_run, "--out", tmp_path / "model", "--preset", "ct128",
-             "--calibrate", "none", "--set", "measure=votes", "scan_score=mean", "--reader", slices32, reader_run]
+             "--calibrate", "none", "--set", "measure=votes", "scan_score=mean", "--reader", reader_run]
     assert latent_stats.main([str(flag) for flag in flags]) == 0
     bundle = load_bundle(tmp_path / "model")
     assert bundle.reconstructor.reader.widths == (24, 32)
@@ -326,13 +426,13 @@ def test_a_reader_gets_into_a_model(reader_run, hiding_run, slices32, tmp_path, 
 
 def test_readers_that_hold_the_same_scan_out_are_refused(reader_run, hiding_run, slices32, tmp_path, capsys):
     flags = ["--data", slices32, "--encoder", hiding_run, "--out", tmp_path / "model", "--preset", "ct128",
-             *(["--reader", slices32, reader_run] * 2)]
+             *(["--reader", reader_run] * 2)]
     assert latent_stats.main([str(flag) for flag in flags]) == 2
-    assert f"--reader {slices32}: head2 held out in {slices32} already" in capsys.readouterr().err
+    assert f"--reader {reader_run}, {reader_run}: head2 held out by more than one" in capsys.readouterr().err
 
 
 def test_a_reader_of_another_encoder_or_method_is_refused(reader_run, hiding_run, slices32, gan_run, tmp_path, capsys):
-    flags = ["--data", slices32, "--out", tmp_path / "model", "--preset", "ct128", "--reader", slices32, reader_run]
+    flags = ["--data", slices32, "--out", tmp_path / "model", "--preset", "ct128", "--reader", reader_run]
     other = tmp_path / "other"
     shutil.copytree(hiding_run, other)
     more = ["--preset", "smoke32", "--hide", "0.9", "--batch", "4", "--epochs", "0.75", "--encoder-code", "8"]
