@@ -12,7 +12,8 @@ Dice     2 |mask and truth| / (|mask| + |truth|) of a scan with a lesion, all it
 healthy  pixels marked in a scan without one, the mean over scans; and in how many scans any are
 
 Where the held-out scans are those that calibrate the bundle, each is part of what it is judged by, and a new head may
-have more marked in it. Writes table.md and figures.json. The brain mask has a benchmark of its own, mask.py.
+have more marked in it; a reader that comes of folds has learnt from most of them. Writes table.md and figures.json.
+The brain mask has a benchmark of its own, mask.py.
 
 Exit codes: 0 done, 2 wrong usage.
 """

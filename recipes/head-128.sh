@@ -1,15 +1,16 @@
 #!/bin/sh
 # models/head-128 and its tables: loose slices of many people and the slices of PHE-SICH-CT-IDS far from any bleed train,
-# all healthy scans of CT-ICH are held out and calibrate.
+# all healthy scans of CT-ICH are held out and calibrate. A reader learns from all that trains, then three from two thirds
+# of the held-out scans each, too: each calibrates by the third that it has not seen, and the first is kept.
 #
 # usage: sh recipes/head-128.sh CT_ICH PHE_SICH LOOSE [WORK]
 #
 # CT_ICH, PHE_SICH and LOOSE are folders as docs/DATA.md describes them ('Folders of the two benchmarks', 'Loose
 # slices'). WORK (default runs/head-128) gets everything: the tables of slices and splits, slices.lmdb (HU 0..70, as loose
-# slices have them), scans.lmdb (HU -20..100, as new scans are seen), gan/, encoder/, model/, inversion/table.md,
-# cross-validation/table.md, ct-ich/table.md and phe-sich/table.md. Paths are relative to the repository. Started again,
-# it goes on where it stopped. On one CPU core two or three hours of training, and the benchmarks. Another interpreter:
-# PYTHON=python3 sh recipes/...
+# slices have them), scans.lmdb (HU -20..100, as new scans are seen), gan/, encoder/, reader/, reader-1/ to reader-3/,
+# model/, inversion/table.md, cross-validation/table.md, ct-ich/table.md and phe-sich/table.md. Paths are relative to the
+# repository. Started again, it goes on where it stopped. On one CPU core two or three hours of training, three more for
+# the readers, and the benchmarks. Another interpreter: PYTHON=python3 sh recipes/...
 # models/head-256, on a GPU in ten minutes of training: SIZE=256 sh recipes/head-128.sh ... (work in runs/head-256). Not yet
 # run as written: its model.json says how its training differed.
 # Read the tables of the test scans once, at the end: choices are made by cross-validation and benchmarks/inversion.py.
@@ -39,12 +40,20 @@ start=
 # shellcheck disable=SC2086
 "$python" train.py --data "$work/slices.lmdb" --out "$work/gan" --preset "ct$size" $start
 "$python" train_encoder.py --data "$work/slices.lmdb" --gan "$work/gan" --out "$work/encoder" --preset "ct$size"
+"$python" train_reader.py --data "$work/slices.lmdb" --encoder "$work/encoder" --out "$work/reader" \
+    --preset "ct$size" --epochs 10
+set --                                                       # from here on: --reader RUN of each fold
+for fold in 1 2 3; do
+    "$python" train_reader.py --data "$work/slices.lmdb" --encoder "$work/encoder" --init "$work/reader" \
+        --fold $fold:3 --out "$work/reader-$fold" --preset "ct$size" --epochs 0.6
+    set -- "$@" --reader "$work/reader-$fold"
+done
 [ -e "$work/model/model.json" ] ||
-    "$python" latent_stats.py --data "$work/slices.lmdb" --encoder "$work/encoder" --held-out "$work/scans.lmdb" \
+    "$python" latent_stats.py --data "$work/slices.lmdb" --encoder "$work/encoder" --held-out "$work/scans.lmdb" "$@" \
         --out "$work/model" --name "head-$size" --preset "ct$size"
 
 "$python" benchmarks/inversion.py --data "$work/scans.lmdb" --model "$work/model" --out "$work/inversion"
-"$python" benchmarks/cross_validation.py --model "$work/scans.lmdb" "$work/model" --out "$work/cross-validation"
+"$python" benchmarks/cross_validation.py --model "$work/scans.lmdb" "$work/model" "$@" --out "$work/cross-validation"
 "$python" benchmarks/ct_ich.py --data "$ct_ich" --database "$work/scans.lmdb" --model "$work/model" \
     --out "$work/ct-ich"
 "$python" benchmarks/phe_sich.py --data "$phe_sich" --database "$work/scans.lmdb" --model "$work/model" \

@@ -84,13 +84,18 @@ def test_head(run, tmp_path):
     work.mkdir()
     commands = run("head-128.sh", "a", "b", "c", str(work))
     assert programs(commands) == ["recipes/ct_ich_tables.py", "prepare.py", "prepare.py", "train.py",
-                                  "train_encoder.py", "latent_stats.py", *(f"benchmarks/{name}.py" for name in (
+                                  "train_encoder.py", *["train_reader.py"] * 4, "latent_stats.py",
+                                  *(f"benchmarks/{name}.py" for name in (
                                       "inversion", "cross_validation", "ct_ich", "phe_sich"))]
     args = [parse(command) for command in commands]
     assert [one.scans for one in args[1:3]] == [["a/train", "b/scans", "c"], ["a/train", "b/scans"]]
     assert all(one.bone_apart and one.split == f"{work}/all.csv" for one in args[1:3])
-    assert str(args[3].data) == str(args[4].data) == str(args[5].data) == f"{work}/slices.lmdb"
-    assert str(args[5].held_out) == f"{work}/scans.lmdb"
+    assert {str(one.data) for one in args[3:10]} == {f"{work}/slices.lmdb"}
+    readers = [work / f"reader-{number}" for number in (1, 2, 3)]
+    assert [(str(one.fold), one.out) for one in args[6:9]] == list(zip(("1:3", "2:3", "3:3"), readers))
+    assert args[5].fold is None and all(one.init == args[5].out for one in args[6:9])
+    assert args[9].reader == args[11].reader == readers
+    assert str(args[9].held_out) == f"{work}/scans.lmdb"
     assert programs(run("head-128.sh", "a", "b", "c", str(work))) == [
         name for name in programs(commands) if name not in ("prepare.py", "latent_stats.py")]
 
