@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -34,11 +35,10 @@ LIBRARIES = ("numpy", "scipy", "scikit-learn", "matplotlib")             # that 
 
 
 def write(out: Path, stem: str, report: dict, table: str) -> None:
-    """<stem>.json and <stem>.md in the folder, and the table on the terminal."""
+    """<stem>.json and <stem>.md in the folder."""
     (out / f"{stem}.json").write_text(json.dumps(report, indent=2, allow_nan=False, default=os.fspath)
                                      + "\n", encoding="utf-8")
     (out / f"{stem}.md").write_text(table, encoding="utf-8")
-    print(table, end="")
 
 
 def provenance(args) -> dict:
@@ -113,9 +113,11 @@ def evaluate(args) -> None:
     report["table"] = table(report)
     args.out.mkdir(parents=True, exist_ok=True)
     plot_curves(units, report, args.out)
-    write(args.out, "metrics", report, markdown(**report["table"]))
+    text = markdown(**report["table"])
+    write(args.out, "metrics", report, text)
     if args.report:
         write_report(args.scores.parent, args.report, read_json(args.out / "metrics.json"))
+    print(text, end="")                                   # last: a pipe may be closed by now
 
 
 def simulate_worklist(args) -> None:
@@ -134,7 +136,9 @@ def simulate_worklist(args) -> None:
     report |= {"load": asdict(settings), "left_out": units.left_out, "counted_worst": units.counted_worst,
                **provenance(args)}
     args.out.mkdir(parents=True, exist_ok=True)
-    write(args.out, "triage", report, triage.markdown(report))
+    text = triage.markdown(report)
+    write(args.out, "triage", report, text)
+    print(text, end="")
 
 
 def _share(text: str) -> float:
@@ -256,4 +260,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)         # `evaluate.py ... | head` ends as any such pipe does
     sys.exit(main())

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import subprocess
+import sys
 
 import nibabel
 import numpy as np
@@ -310,6 +313,16 @@ def run(results, *extra, out="metrics"):
                           "--bootstrap", "100", *map(str, extra)])
     path = base / out / "metrics.json"
     return code, json.loads(path.read_text()) if path.is_file() else None
+
+
+def test_who_leaves_early_gets_no_traceback_and_all_files(results):
+    """`evaluate.py ... | head -1`: the pipe is closed before anything is written."""
+    command = [sys.executable, evaluate.__file__, str(results / "scores.csv"), str(results.parent / "labels.csv"),
+               "--out", str(results.parent / "m"), "--bootstrap", "10"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == -signal.SIGPIPE
+    assert {"metrics.json", "metrics.md"} <= {path.name for path in (results.parent / "m").iterdir()}
 
 
 def test_command_end_to_end(results, capsys):
