@@ -16,6 +16,7 @@ snapshot (which is kept), 130 or 143 stopped by a signal.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -29,13 +30,22 @@ PRESETS = {
 }
 
 
+def fold(text: str) -> EveryNth:
+    """K:N of --fold."""
+    try:
+        return EveryNth(*map(int, text.split(":")))
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected K:N, such as 1:3 for the first of three folds, found {text!r}"
+                                         ) from None
+
+
 def main(argv: list[str] | None = None) -> int:
     def arguments(parser):
         parser.add_argument("--data", type=Path, required=True, help="database made by prepare.py")
         parser.add_argument("--encoder", type=Path, required=True, metavar="RUN",
                             help="run folder of train_encoder.py, with --hide")
         parser.add_argument("--init", type=Path, help="run of this command whose averaged weights are the first ones")
-        parser.add_argument("--fold", type=EveryNth.parse, metavar="K:N",
+        parser.add_argument("--fold", type=fold, metavar="K:N",
                             help="learn from the scans that --data holds out, too, in half of what it sees, but for "
                                  "every N-th of them from the K-th on, and hold those out")
         parser.add_argument("--out", type=Path, default=Path("runs/reader"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,17 +106,14 @@ class ReaderConfig:
 
 @dataclass(frozen=True)
 class EveryNth:
-    """Of a list every parts-th, from the number-th on, counted from 1: a fold of `parts`; K:N on a command line."""
+    """Of a list every parts-th, from the number-th on, counted from 1: one fold of several."""
 
     number: int
     parts: int
 
-    @classmethod
-    def parse(cls, text: str) -> EveryNth:
-        number, _, parts = text.partition(":")
-        if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts) >= 2):
-            raise ArgumentTypeError(f"expected K:N, such as 1:3 for the first of three folds, found {text!r}")
-        return cls(int(number), int(parts))
+    def __post_init__(self):
+        if not 1 <= self.number <= self.parts or self.parts < 2:
+            raise ValueError(f"fold {self}: there is none")
 
     def of(self, scan_ids: Sequence[str]) -> list[str]:
         return list(scan_ids[self.number - 1::self.parts])

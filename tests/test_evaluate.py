@@ -318,7 +318,7 @@ def run(results, *extra, out="metrics"):
 def test_who_leaves_early_gets_no_traceback_and_all_files(results):
     """`evaluate.py ... | head -1`: the pipe is closed before anything is written."""
     command = [sys.executable, evaluate.__file__, str(results / "scores.csv"), str(results.parent / "labels.csv"),
-               "--out", str(results.parent / "m"), "--bootstrap", "10"]
+               "--out", str(results.parent / "m"), "--bootstrap", "100"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == -signal.SIGPIPE
