@@ -344,6 +344,17 @@ MUTANTS = (
     Mutant("a reader of another encoder is taken", "bundling.py",
            'encoder["images_seen"], encoder["data_digest"]):', 'encoder["images_seen"], None):',
            "tests/test_train_reader.py -k gets_into"),
+    Mutant("a fold's reader learns from its own fold", "gan/encoder_loop.py",
+           "for part in (here, set(scans) - set(here)))", "for part in (here, set(scans)))",
+           "tests/test_train_reader.py -k half_of_what"),
+    Mutant("a reader calibrates by what it has learnt from", "bundling.py",
+           'if one in snapshot.meta["held_out"]]', "if True]", "tests/test_train_reader.py -k calibrates_by"),
+    Mutant("nobody is told what first weights have seen", "gan/runlog.py",
+           'snapshot.meta.get("held_out", held_out))', "held_out)", "tests/test_train_reader.py -k first_weights"),
+    Mutant("weights that only their writer may read", "common/weights.py",
+           "Path(path).write_bytes(save(dict(state), metadata))",
+           "Path(path).write_bytes(save(dict(state), metadata)); Path(path).chmod(0o600)",
+           "tests/test_checkpoint.py -k group"),
 )
 
 
