@@ -75,6 +75,9 @@ def go_through(config: EncoderConfig | ReaderConfig, run: Run, trainer: EncoderT
     epoch_of: slices of an epoch. At every snapshot held-out scans are looked at.
     """
     done = _done(config, trainer.images_seen / epoch_of, run)
+    if run.resumed:
+        distributed.print0(f"Resuming at {trainer.images_seen} images, after {run.seconds() / 3600:.2f} hours"
+                           + (": the training is over" if done >= 1 else ""))
     while done < 1:
         before = trainer.images_seen
         trainer.set_rates(done)

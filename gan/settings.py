@@ -72,8 +72,8 @@ class TrainConfig:
 @dataclass(frozen=True)
 class ReaderConfig:
     epochs: float = option(20, "passes over the training slices")
-    hours: float = option(0.0, "end after so long, however many epochs are done, with rates that have fallen as at the "
-                               "end of them; 0: no limit")
+    hours: float = option(0.0, "end after so long, all sessions together, however many epochs are done, with rates "
+                               "that have fallen as at the end of them; 0: no limit")
     snapshot_epochs: float = option(1.0, "epochs between snapshots, at which held-out scans are read")
     batch: int = option(16, "images a step on each rank")
     lr: float = option(1e-3, "AdamW's learning rate, which falls to a fiftieth along a cosine")
@@ -125,8 +125,8 @@ class EveryNth:
 @dataclass(frozen=True)
 class EncoderConfig:
     epochs: float = option(65, "passes over the training slices")
-    hours: float = option(0.0, "end after so long, however many epochs are done, with rates that have fallen as at the "
-                               "end of them; 0: no limit")
+    hours: float = option(0.0, "end after so long, all sessions together, however many epochs are done, with rates "
+                               "that have fallen as at the end of them; 0: no limit")
     snapshot_epochs: float = option(1.0, "epochs between snapshots, at which held-out scans are drawn")
     perceptual_epochs: float = option(5, "of these, first with the perceptual loss alone")
     batch: int = option(8, "images a step on each rank")

@@ -248,8 +248,10 @@ def test_a_run_of_so_many_hours_ends_by_the_clock(slices32, hiding_run, tmp_path
     assert run(slices32, hiding_run, tmp_path, *hours) == 0
     step = load_snapshot(tmp_path).step
     assert 0 < step < 16000 and "val_ap" in (tmp_path / "stats.jsonl").read_text()
+    assert "Resuming" not in capsys.readouterr().out
     assert run(slices32, hiding_run, tmp_path, *hours) == 0
     assert load_snapshot(tmp_path).step == step
+    assert f"Resuming at {step} images, after 0.00 hours: the training is over" in capsys.readouterr().out
 
 
 def test_runs_of_other_commands_are_refused(slices32, hiding_run, gan_run, reader_run, tmp_path, capsys):
