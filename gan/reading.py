@@ -74,6 +74,7 @@ class ReadingTrainer:
             network.compute_dtype = distributed.pick_precision(config.precision, device)
         self.optimiser = torch.optim.AdamW(self.reader.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         self.images_seen = 0                                      # over all ranks
+        self.held_out: list | None = None                         # of validate()
 
     @property
     def global_batch(self) -> int:
@@ -124,12 +125,9 @@ class ReadingTrainer:
     @torch.no_grad()
     def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:
         """Loss and average precision by pixel of the average on held-out slices with shapes; a picture of some."""
-        generator, losses, precisions, rows = torch.Generator().manual_seed(0), [], [], []
-        for s in range(len(dataset.scan_ids)):
-            examples = self.prepare({key: value[::4] for key, value in dataset.scan(s).items()
-                                     if key in ("hu", "brain")}, generator)
-            examples = {name: t.to(self.device) for name, t in examples.items()}
-            images = self.images(examples)
+        self.held_out = self.held_out or self._examples(dataset)          # they and their surroundings stay the same
+        losses, precisions, rows = [], [], []
+        for examples, images in self.held_out:
             found = self.average(images)
             present, counted = targets(examples["change_hu"], examples["brain"] & ~examples["bone"])
             losses.append(reading_loss(found, present, counted))          # not finite, where found is not
@@ -142,6 +140,16 @@ class ReadingTrainer:
         save_hu_grid(out / f"read-{epoch:03d}.png", torch.stack(rows).numpy(), columns=8)
         return {"val_loss": torch.stack(losses).mean().item(),
                 "val_ap": float(np.mean(precisions)) if precisions else 0.0}
+
+    def _examples(self, dataset: SliceDataset) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        """Every fourth slice of each scan with what is drawn into it, and what the reader sees of it."""
+        generator, found = torch.Generator().manual_seed(0), []
+        for s in range(len(dataset.scan_ids)):
+            examples = self.prepare({key: value[::4] for key, value in dataset.scan(s).items()
+                                     if key in ("hu", "brain")}, generator)
+            examples = {name: t.to(self.device) for name, t in examples.items()}
+            found.append((examples, self.images(examples)))
+        return found
 
     def modules(self) -> dict[str, torch.nn.Module]:
         return {"reader": self.reader, "reader_ema": self.average}
