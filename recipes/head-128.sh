@@ -50,7 +50,7 @@ for fold in 1 2 3; do
 done
 [ -e "$work/model/model.json" ] ||
     "$python" latent_stats.py --data "$work/slices.lmdb" --encoder "$work/encoder" --held-out "$work/scans.lmdb" "$@" \
-        --out "$work/model" --name "head-$size" --preset "ct$size"
+        --out "$work/model" --name "head-$size" --preset "ct$size" --set hypodense=0.65
 
 "$python" benchmarks/inversion.py --data "$work/scans.lmdb" --model "$work/model" --out "$work/inversion"
 "$python" benchmarks/cross_validation.py --model "$work/scans.lmdb" "$work/model" "$@" --out "$work/cross-validation"
