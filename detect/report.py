@@ -442,7 +442,8 @@ def write_report(results: Path, out: Path, evaluation: dict | None = None, megab
             facts=facts(run, hashes), panels=PANELS, full_hu=RESIDUAL_FULL_HU,
             settings={k: v for k, v in run.items() if k != "calibration"},
             score_words=f"{measure.words}, {SCAN_SCORES[chosen.scan_score].words}",
-            criterion=measure.criterion(), marked=measure.marked)
+            criterion=measure.criterion(), marked=measure.marked,
+            read=getattr(chosen.scoring, "read", 0) if (run["model"] or {}).get("reader") else 0)
 
     # 2 kB for what is yet to be said about pictures that did not fit or could not be read.
     add_pictures(entries, calibration, int(megabytes * 1e6) - len(render().encode()) - 2000)

@@ -77,6 +77,18 @@ def text_of(page: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", body)).split())
 
 
+@pytest.mark.parametrize(("model", "read", "said"), (
+    ({"reader": {"images_seen": 9}}, 0.4, True), ({"name": "a"}, 0.4, False), (None, 0.4, False),
+    ({"reader": {"images_seen": 9}}, 0.0, False)))
+def test_a_reader_that_has_a_say_is_named(model, read, said, results, tmp_path):
+    folder = results()
+    settings = {"method": "inpainting", "measure": "surprise", "scoring": {"read": read}, "scan_score": "mean"}
+    run = RUN | {"calibration": CALIBRATION, "settings": settings, "model": model}
+    (folder / "run.json").write_text(json.dumps(run))
+    page = report.write_report(folder, tmp_path / "page.html").read_text()
+    assert ("has 40 % of the say in it" in page) == said and page.count("of the say") == said
+
+
 def test_every_scan_with_its_slices_in_order_and_pictures_that_open(results):
     scans = scans_in(page_of(results()))
     assert list(scans) == ["a", "b", "c"]
