@@ -83,11 +83,12 @@ def refuse_other_data(meta: dict, model: Path, data: SliceDataset, flag: str) ->
                          f"trained on {trained_on[:12]}; give that database")
 
 
-def refuse_taught(meta: dict, model: Path, mend: str) -> None:
-    """ValueError for a model whose reader has learnt from some of the scans that calibrate it, as those of folds do."""
-    if "readers" in (meta["provenance"] or {}):
-        raise ValueError(f"--model {model}: its reader has learnt from healthy scans that calibrate it, and would find "
-                         f"too little in them; {mend}")
+def is_taught(meta: dict) -> bool:
+    """Whether a model's reader has learnt from some of the scans that calibrate it, as those of folds have.
+
+    It would find too little in them.
+    """
+    return "readers" in (meta["provenance"] or {})
 
 
 def project(scans: Path, model: Path, out: Path, device: str, flags: Sequence[str] = (), name: str = "") -> dict:

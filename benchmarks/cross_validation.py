@@ -7,7 +7,8 @@
 
 Each --fold is a database and the run of train_encoder.py made from it, with other scans held out in each; a --model is
 a bundle of any method and a database of scans that were held out of its training; with --reader, runs of
-train_reader.py in its folds, each reads the scans that it has held out. A held-out scan, as it is and with each lesion
+train_reader.py in its folds, each reads the scans that it has held out. Without --reader a reader that has learnt from
+some of the scans is left out. A held-out scan, as it is and with each lesion
 of pasted.py in it, is reconstructed by its own fold's encoder; its residuals are told in the statistics of all other
 held-out scans. Writes table.md, one row a setting of ROWS: AUC of scans with a lesion of a kind against the healthy
 ones, the mean over the haemorrhages, and the AUC of slices with haemorrhage against all healthy slices; and changes.md:
@@ -112,12 +113,11 @@ def open_fold(data: Path, run: Path, device: torch.device) -> tuple[SliceDataset
     return held_out, inversion
 
 
-def open_model(data: Path, folder: Path, device: torch.device, other_readers: bool = False
-               ) -> tuple[SliceDataset, Reconstructor]:
-    """The same of a --model. other_readers: its own reader will not be asked."""
+def open_model(data: Path, folder: Path, device: torch.device) -> tuple[SliceDataset, Reconstructor]:
+    """The same of a --model, without a reader that has learnt from some of the scans."""
     bundle, held_out = load_bundle(folder, device), SliceDataset(data, "val")
-    if not other_readers:
-        compare.refuse_taught(bundle.meta, folder, "give the readers of all folds with --reader")
+    if compare.is_taught(bundle.meta):
+        bundle.reconstructor.reader = None
     if PreprocessSettings.from_json(held_out.manifest["settings"]) != bundle.preprocessing:
         raise ValueError(f"--model {data} {folder}: made for slices prepared in another way than those of the database")
     return held_out, bundle.reconstructor
@@ -126,7 +126,7 @@ def open_model(data: Path, folder: Path, device: torch.device, other_readers: bo
 def open_readers(data: Path, folder: Path, runs: list[Path], device: torch.device
                  ) -> list[tuple[SliceDataset, Reconstructor]]:
     """The same of a --model with each --reader, and the scans that this one has not seen."""
-    held_out, reconstructor = open_model(data, folder, device, other_readers=True)
+    held_out, reconstructor = open_model(data, folder, device)
     if reconstructor.name != "inpainting":
         raise ValueError(f"--reader: is for models of method inpainting, {folder} is of {reconstructor.name}")
     found = []

@@ -397,20 +397,26 @@ def test_each_reader_calibrates_by_what_it_has_not_seen(in_thirds, tmp_path, cap
     assert "may all have been trained on head3, which are to calibrate" in capsys.readouterr().err
 
 
-def test_benchmarks_on_what_a_reader_has_learnt_from_are_refused(in_thirds, tmp_path, capsys):
+def test_benchmarks_on_what_a_reader_has_learnt_from_leave_it_out(in_thirds, tmp_path, capsys):
     data, encoder, readers = in_thirds
     given = [str(flag) for one in readers for flag in ("--reader", one)]
     flags = ["--data", str(data), "--encoder", str(encoder), "--preset", "ct128", *given, "--out", str(tmp_path / "m")]
     assert latent_stats.main(flags) == 0
     model, out = ["--model", str(data), str(tmp_path / "m")], ["--out", str(tmp_path / "cv")]
-    assert cross_validation.main([*model, *out]) == 2
-    assert "has learnt from healthy scans that calibrate it" in capsys.readouterr().err
-    assert cross_validation.main([*model, *out, *given]) == 0
-    assert "with what a reader says" in (tmp_path / "cv" / "table.md").read_text()
+    tables = []
+    for flags in ([], given):
+        assert cross_validation.main([*model, *out, *flags]) == 0
+        tables.append((tmp_path / "cv" / "table.md").read_text())
+    assert "reader" not in tables[0] and "with what a reader says" in tables[1] and tables[1].startswith(tables[0])
+    capsys.readouterr()
     assert cross_validation.main([*out, *given]) == 2
     assert "give it with one --model" in capsys.readouterr().err
-    assert recalibrate.main(["--model", str(tmp_path / "m"), "--data", str(data), "--out", str(tmp_path / "n")]) == 2
-    assert "has learnt from healthy scans that calibrate it" in capsys.readouterr().err
+    anew = ["--model", str(tmp_path / "m"), "--data", str(data), "--out", str(tmp_path / "n")]
+    assert recalibrate.main(anew) == 2
+    assert "leave it out with --set read=0" in capsys.readouterr().err
+    assert recalibrate.main([*anew, "--set", "read=0"]) == 0
+    without = load_bundle(tmp_path / "n")
+    assert without.reconstructor.reader is None and not {"reader", "readers"} & without.meta["provenance"].keys()
 
 
 # ---- Into a model
