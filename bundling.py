@@ -124,11 +124,7 @@ def with_readers(trained: Trained, runs: list[Path], device: torch.device) -> li
 
 
 def with_reader(trained: Trained, run: Path, device: torch.device) -> Trained:
-    snapshot = load_run(run, "--reader", "reader", "train_reader.py")
-    encoder = trained.provenance["encoder"]
-    if (snapshot.meta["encoder"]["step"], snapshot.meta["encoder"]["data"]["digest"]) != (
-            encoder["images_seen"], encoder["data_digest"]):
-        raise ValueError(f"--reader {run}: was trained on another run of train_encoder.py than --encoder")
+    snapshot = load_reader(run, trained.provenance["encoder"])
     scans = [one for one in trained.held_out_ids() if one in snapshot.meta["held_out"]]
 
     def make() -> Reconstructor:
@@ -139,6 +135,16 @@ def with_reader(trained: Trained, run: Path, device: torch.device) -> Trained:
     facts = {"images_seen": snapshot.step, "config": snapshot.meta["config"], "held_out": len(scans),
              "data": {key: snapshot.meta["data"][key] for key in ("digest", "counts")}}
     return dataclasses.replace(trained, scans=scans, make=make, provenance=trained.provenance | {"reader": facts})
+
+
+def load_reader(run: Path, encoder: dict[str, Any]) -> Snapshot:
+    """A run of --reader. ValueError unless it was trained beside this encoder, as a bundle's provenance has it."""
+    snapshot = load_run(run, "--reader", "reader", "train_reader.py")
+    if (snapshot.meta["encoder"]["step"], snapshot.meta["encoder"]["data"]["digest"]) != (
+            encoder["images_seen"], encoder["data_digest"]):
+        raise ValueError(f"--reader {run}: was trained on another run of train_encoder.py than the encoder that "
+                         "it is to read beside")
+    return snapshot
 
 
 def reader_of(snapshot: Snapshot, device: torch.device) -> Reader:

@@ -8,12 +8,12 @@
 Each --fold is a database and the run of train_encoder.py made from it, with other scans held out in each; a --model is
 a bundle of any method and a database of scans that were held out of its training; with --reader, runs of
 train_reader.py in its folds, each reads the scans that it has held out. Without --reader a reader that has learnt from
-some of the scans is left out. A held-out scan, as it is and with each lesion
-of pasted.py in it, is reconstructed by its own fold's encoder; its residuals are told in the statistics of all other
-held-out scans. Writes table.md, one row a setting of ROWS: AUC of scans with a lesion of a kind against the healthy
-ones, the mean over the haemorrhages, and the AUC of slices with haemorrhage against all healthy slices; and changes.md:
-what each row changes against the row before, with intervals by bootstrap over heads, each drawn with all its lesions.
-Settings are chosen here, so that a test set is needed only once.
+some of the scans is left out. A held-out scan, as it is and with each lesion of pasted.py in it, is reconstructed by
+its own fold's encoder; its residuals are told in the statistics of all other held-out scans. Writes table.md, one row a
+setting of ROWS: AUC of scans with a lesion of a kind against the healthy ones, the mean over the haemorrhages, and the
+AUC of slices with haemorrhage against all healthy slices; and changes.md: what each row changes against the row before,
+with intervals by bootstrap over heads, each drawn with all its lesions. Settings are chosen here, so that a test set is
+needed only once.
 
 A head has the first lesion of each kind that pasted.py draws for it. With --lesions FIRST:LAST it has those of these
 numbers instead: 2:3 are two others of each kind, on which no setting was chosen. Cases are kept whole: memory.
@@ -44,12 +44,12 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 import distributed  # noqa: E402
 from benchmarks import compare, pasted  # noqa: E402
-from bundling import reader_of  # noqa: E402
+from bundling import load_reader, reader_of  # noqa: E402
 from config import exit_code  # noqa: E402
 from ct.settings import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect import normative  # noqa: E402
-from detect.bundle import load_bundle  # noqa: E402
+from detect.bundle import load_bundle, read_bundle_meta  # noqa: E402
 from detect.inversion import Inversion, InversionSettings  # noqa: E402
 from detect.reconstruct import Reconstruction, Reconstructor  # noqa: E402
 from detect.residual import Evidence  # noqa: E402
@@ -65,8 +65,7 @@ LEAST_TRUTH = 5              # pixels of a lesion in a slice that counts as one 
 BATCH = 16
 RESAMPLES, LEVEL = 2000, 0.95
 
-PLAIN = SurpriseSettings(filter="median", scale="both", hypodense=1.0, pool="area", surprise_above=2.5,
-                         read=0.0)
+PLAIN = SurpriseSettings(filter="median", scale="both", hypodense=1.0, pool="area", surprise_above=2.5, read=0.0)
 BAND = dataclasses.replace(PLAIN, filter="band")
 PEAK = dataclasses.replace(BAND, pool="peak", surprise_above=2.0)
 # The residual itself, in HU, is the first row; each other one changes one thing of the row before.
@@ -129,9 +128,9 @@ def open_readers(data: Path, folder: Path, runs: list[Path], device: torch.devic
     held_out, reconstructor = open_model(data, folder, device)
     if reconstructor.name != "inpainting":
         raise ValueError(f"--reader: is for models of method inpainting, {folder} is of {reconstructor.name}")
-    found = []
+    found, encoder = [], read_bundle_meta(folder)[0]["provenance"]["encoder"]
     for run in runs:
-        snapshot = load_run(run, "--reader", "reader", "train_reader.py")
+        snapshot = load_reader(run, encoder)
         one = copy.copy(reconstructor)
         one.reader = reader_of(snapshot, device)
         found.append((SliceDataset(data, "val", check=False,

@@ -397,7 +397,7 @@ def test_each_reader_calibrates_by_what_it_has_not_seen(in_thirds, tmp_path, cap
     assert "may all have been trained on head3, which are to calibrate" in capsys.readouterr().err
 
 
-def test_benchmarks_on_what_a_reader_has_learnt_from_leave_it_out(in_thirds, tmp_path, capsys):
+def test_benchmarks_on_what_a_reader_has_learnt_from_leave_it_out(in_thirds, reader_run, tmp_path, capsys):
     data, encoder, readers = in_thirds
     given = [str(flag) for one in readers for flag in ("--reader", one)]
     flags = ["--data", str(data), "--encoder", str(encoder), "--preset", "ct128", *given, "--out", str(tmp_path / "m")]
@@ -409,6 +409,8 @@ def test_benchmarks_on_what_a_reader_has_learnt_from_leave_it_out(in_thirds, tmp
         tables.append((tmp_path / "cv" / "table.md").read_text())
     assert "reader" not in tables[0] and "with what a reader says" in tables[1] and tables[1].startswith(tables[0])
     capsys.readouterr()
+    assert cross_validation.main([*model, *out, "--reader", str(reader_run)]) == 2
+    assert "was trained on another run of train_encoder.py" in capsys.readouterr().err
     assert cross_validation.main([*out, *given]) == 2
     assert "give it with one --model" in capsys.readouterr().err
     anew = ["--model", str(tmp_path / "m"), "--data", str(data), "--out", str(tmp_path / "n")]
