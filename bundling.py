@@ -17,8 +17,6 @@ from dataset import SliceDataset
 from detect.bundle import load_bundle, save_bundle
 from detect.calibration import Fold, Trained, calibrate, check_held_out, open_file
 from detect.codes import fit_codes
-from detect.inpainting import Inpainting
-from detect.inversion import Inversion
 from detect.measure import MEASURES
 from detect.options import StatsConfig
 from detect.reader import Reader
@@ -26,12 +24,13 @@ from detect.reconstruct import Reconstructor
 from detect.search import Search
 from detect.settings import Settings
 from gan.augment import random_flip, random_rotation
-from gan.encoding import restore
+from gan.encoding import method_of, restore
 from gan.runlog import load_run
 from gan.snapshots import Snapshot
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
-OF_ENCODER_RUNS = ("inpainting", "inversion", "search")    # made of a run of train_encoder.py; others bring a file
+WITH_READER = ("inpainting", "inversion")                  # methods that a reader can read beside
+OF_ENCODER_RUNS = (*WITH_READER, "search")                 # made of a run of train_encoder.py; others bring a file
 
 
 def augmented(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
@@ -174,12 +173,10 @@ def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings
                   "scans were among its training scans, the healthy scores come out too low")
 
     def make() -> Reconstructor:
-        networks = restore(snapshot, device, distributed.pick_precision(config.precision, device))
-        if settings.method == "inpainting":
-            range_hu = snapshot.meta["data"]["settings"]["standardise"]["hu_clip"]
-            return Inpainting(settings.reconstruction, networks["generator"], networks["encoder"], range_hu)
-        if settings.method == "inversion":
-            return Inversion(settings.reconstruction, networks["generator"], networks["encoder"])
+        dtype = distributed.pick_precision(config.precision, device)
+        if settings.method in WITH_READER:
+            return method_of(snapshot, settings.reconstruction, device, dtype)
+        networks = restore(snapshot, device, dtype)
         rng = torch.Generator().manual_seed(config.seed)
         latent = fit_codes(networks["encoder"], dataset, config, config.batch, lambda images: augmented(images, rng))
         return Search(settings.reconstruction, networks["generator"], networks["encoder"], latent.to(device),

@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     config, args = parse(__doc__, PRESETS, arguments, argv)
 
     import distributed  # only now: --help needs none of what takes seconds to import
-    from bundling import OF_ENCODER_RUNS, build
+    from bundling import OF_ENCODER_RUNS, WITH_READER, build
     from detect.settings import Settings
     from gan.database import ensure_database
     from gan.snapshots import load_snapshot
@@ -112,8 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             data = ensure_database(data, args.encoder, load_snapshot(args.encoder).meta["model"]["size"])
         if args.held_out and args.fold:
             raise ValueError("--held-out and --fold: give one of them")
-        if args.reader and (args.fold or settings.method != "inpainting"):
-            raise ValueError("--reader: for method=inpainting, and without --fold")
+        if args.reader and (args.fold or settings.method not in WITH_READER):
+            raise ValueError(f"--reader: for method={' or '.join(WITH_READER)}, and without --fold")
         folder = build(config, settings, data, args.encoder, args.out, device, args.name, notes, args.overwrite,
                        args.fold, args.held_out, args.reader)
     except (OSError, ValueError) as error:

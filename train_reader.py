@@ -4,14 +4,15 @@
     torchrun --nproc-per-node=8 train_reader.py --data healthy.lmdb --encoder runs/encoder --out runs/reader
 
 It learns on healthy slices into which random shapes of other densities are drawn; no lesion and no label is needed.
-The networks of --encoder, a run of train_encoder.py with --hide, stay as they are. --data may be another database than
-theirs, prepared in the same way, as long as no scan that it holds out is one that they were trained on. A reader finds
-more in scans of a scanner that it knows: where only held-out scans are of it, --fold 1:3, 2:3 and 3:3 make three
-readers, and each calibrates by those that it has not seen. After every epoch how well the shapes in held-out scans
-are found, and a picture (read-NNN.png: slice, what was changed, what the reader says to both sides). latent_stats.py
---reader puts it into a model. The same command goes on from the last snapshot. SIGINT, SIGTERM and SIGUSR1 end it with
-a snapshot after the step in progress. Exit codes: 0 done, 2 wrong usage, 4 diverged again after going back to the last
-snapshot (which is kept), 130 or 143 stopped by a signal.
+The networks of --encoder, a run of train_encoder.py, stay as they are: with --hide they draw what surroundings call
+for, without it the closest normal, and the reader sees a slice beside that. --data may be another database than theirs,
+prepared in the same way, as long as no scan that it holds out is one that they were trained on. A reader finds more in
+scans of a scanner that it knows: where only held-out scans are of it, --fold 1:3, 2:3 and 3:3 make three readers, and
+each calibrates by those that it has not seen. After every epoch how well the shapes in held-out scans are found, and a
+picture (read-NNN.png: slice, what was changed, what the reader says to both sides). latent_stats.py --reader puts it
+into a model. The same command goes on from the last snapshot. SIGINT, SIGTERM and SIGUSR1 end it with a snapshot after
+the step in progress. Exit codes: 0 done, 2 wrong usage, 4 diverged again after going back to the last snapshot (which
+is kept), 130 or 143 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     def arguments(parser):
         parser.add_argument("--data", type=Path, required=True, help="database made by prepare.py")
         parser.add_argument("--encoder", type=Path, required=True, metavar="RUN",
-                            help="run folder of train_encoder.py, with --hide")
+                            help="run folder of train_encoder.py")
         parser.add_argument("--init", type=Path, help="run of this command whose averaged weights are the first ones")
         parser.add_argument("--fold", type=fold, metavar="K:N",
                             help="learn from the scans that --data holds out, too, in half of what it sees, but for "

@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 import distributed  # noqa: E402
 from benchmarks import compare, pasted  # noqa: E402
-from bundling import load_reader, reader_of  # noqa: E402
+from bundling import WITH_READER, load_reader, reader_of  # noqa: E402
 from config import exit_code  # noqa: E402
 from ct.settings import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
@@ -126,8 +126,9 @@ def open_readers(data: Path, folder: Path, runs: list[Path], device: torch.devic
                  ) -> list[tuple[SliceDataset, Reconstructor]]:
     """The same of a --model with each --reader, and the scans that this one has not seen."""
     held_out, reconstructor = open_model(data, folder, device)
-    if reconstructor.name != "inpainting":
-        raise ValueError(f"--reader: is for models of method inpainting, {folder} is of {reconstructor.name}")
+    if reconstructor.name not in WITH_READER:
+        raise ValueError(f"--reader: is for models of method {' or '.join(WITH_READER)}, {folder} is of "
+                         f"{reconstructor.name}")
     found, encoder = [], read_bundle_meta(folder)[0]["provenance"]["encoder"]
     for run in runs:
         snapshot = load_reader(run, encoder)
@@ -135,6 +136,8 @@ def open_readers(data: Path, folder: Path, runs: list[Path], device: torch.devic
         one.reader = reader_of(snapshot, device)
         found.append((SliceDataset(data, "val", check=False,
                                    scans=set(held_out.scan_ids) & set(snapshot.meta["held_out"])), one))
+    if seen := sorted(set(held_out.scan_ids).difference(*(part.scan_ids for part, _ in found))):
+        print(f"left out, since no --reader has held them out: {', '.join(seen)}")
     return found
 
 
@@ -273,11 +276,11 @@ def benchmark(args: argparse.Namespace) -> None:
     sources = [*(open_fold(*fold, device) for fold in args.fold), *(
         open_readers(*args.model[0], args.reader, device) if args.reader else
         [open_model(*one, device) for one in args.model])]
-    cases = [case for source in sources for case in cases_of(*source, args.lesions)]
-    heads = [c.scan_id for c in cases if c.kind == HEALTHY]
+    heads = [scan_id for scans, _ in sources for scan_id in scans.scan_ids]
     if len(set(heads)) < len(heads) or len(heads) < normative.MIN_SCANS:
         raise ValueError(f"--fold and --model: {normative.MIN_SCANS} different held-out scans at least are needed, "
                          f"found {', '.join(heads)}")
+    cases = [case for source in sources for case in cases_of(*source, args.lesions)]
     if len({c.found.read is None for c in cases}) > 1:
         raise ValueError("--model: some hold a reader and others none; give models of one kind")
     if args.residual is not None:

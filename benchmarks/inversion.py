@@ -42,7 +42,8 @@ from config import exit_code  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.bundle import load_bundle  # noqa: E402
-from detect.inpainting import Inpainting, bone_mask  # noqa: E402
+from detect.inpainting import Inpainting  # noqa: E402
+from detect.inversion import bone_mask  # noqa: E402
 from detect.reconstruct import Reconstructor  # noqa: E402
 from op import memory  # noqa: E402
 

@@ -72,7 +72,11 @@ class Bundle:
         if settings.method == self.settings.method:
             reconstructor = self.reconstructor.with_settings(settings.reconstruction)
         else:
-            reconstructor = _load_method(self.folder, self.meta, settings, self.reconstructor.device)
+            try:
+                reconstructor = _load_method(self.folder, self.meta, settings, self.reconstructor.device)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.folder}: is a model of method {self.settings.method} and does not hold "
+                                      f"what {settings.method} needs; give one that does ({error})") from error
             reconstructor.set_precision(self.reconstructor.precision)
         fitted = MEASURES[settings.measure](settings.scoring, settings.mask, self.measure.normal)
         return replace(self, reconstructor=reconstructor, measure=fitted, settings=settings)

@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.weights import CheckpointError, compact, load_strictly, load_tensors
+from common.weights import CheckpointError
 from config import option
 from ct.window import BONE_HU, decode, encode
-from detect.inversion import OfEncoder, load_networks
+from detect.inversion import OfEncoder, bone_mask
 from detect.reader import Reader
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
 from detect.residual import with_what_touches, without_small
@@ -88,8 +88,8 @@ class Inpainting(OfEncoder):
                  range_hu: tuple[float, float], reader: Reader | None = None):
         if not encoder.config.encoder_masks:
             raise CheckpointError("method inpainting: needs an encoder that was trained with --hide (train_encoder.py)")
-        super().__init__(settings, generator, encoder)
-        self.range_hu, self.reader = tuple(float(v) for v in range_hu), reader
+        super().__init__(settings, generator, encoder, reader)
+        self.range_hu = tuple(float(v) for v in range_hu)
 
     def closest_normal(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,
                        watch: Watch | None = None) -> Reconstruction:
@@ -99,7 +99,7 @@ class Inpainting(OfEncoder):
         query_hu, soft, stages = hu.clamp(self.range_hu[0], BONE_HU), brain & ~bone, Stages()
         with stages.stage("surroundings", lambda: error_hu(query_hu, expected_hu, soft)):
             expected_hu, anomalous, hidden = self.anomalous(query_hu, soft, bone)
-            read = self.reader.read(query_hu, expected_hu, brain, bone).cpu() if self.reader else None
+            read = self.read(query_hu, expected_hu, brain, bone)
         with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, soft)):
             kept = bone | (~brain & (query_hu <= self.range_hu[0]))            # and air: the networks draw it badly
             normal_hu = torch.where(kept, query_hu, self.draw(self.seen(hu), hidden, bone))
@@ -116,6 +116,9 @@ class Inpainting(OfEncoder):
         """Slices [S, N, N] as their surroundings call for, HU, and what gate() gives of their difference from that."""
         expected_hu = self.from_surroundings(query_hu, bone)
         return expected_hu, *self.gate(query_hu - expected_hu, soft)
+
+    def expected(self, hu: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
+        return self.from_surroundings(hu.clamp(*self.range_hu), bone)
 
     def from_surroundings(self, hu: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
         """Slices [S, N, N], HU, every place drawn while it and what is next to it are hidden; bone as it is."""
@@ -167,52 +170,21 @@ class Inpainting(OfEncoder):
         return torch.cat(parts).clamp(*self.range_hu)
 
     def config(self) -> dict[str, Any]:
-        reader = {"reader": list(self.reader.widths)} if self.reader else {}
-        return super().config() | {"range_hu": list(self.range_hu)} | reader
-
-    def tensors(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
-        reader = {"reader": compact(self.reader.state_dict(), dtype, "reader")} if self.reader else {}
-        return super().tensors(dtype) | reader
-
-    def set_precision(self, dtype: torch.dtype) -> None:
-        super().set_precision(dtype)
-        if self.reader:
-            self.reader.compute_dtype = dtype
+        return super().config() | {"range_hu": list(self.range_hu)}
 
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any], settings: InpaintingSettings,
              device: torch.device) -> Inpainting:
         config = dict(config)
-        range_hu, widths = config.pop("range_hu", None), config.pop("reader", None)
+        range_hu = config.pop("range_hu", None)
         if not isinstance(range_hu, list) or len(range_hu) != 2:
             raise CheckpointError(f"{folder / 'model.json'}: config: expected range_hu, two HU, got {range_hu!r}")
-        reader = None if widths is None else load_reader(folder, widths, device)
-        return cls(settings, **load_networks(folder, config, ("generator", "encoder"), device), range_hu=range_hu,
-                   reader=reader)
-
-
-def load_reader(folder: Path, widths: Any, device: torch.device) -> Reader:
-    """From a bundle's folder, in eval mode and frozen. Raises CheckpointError naming the file."""
-    try:
-        reader = Reader(widths)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / 'model.json'}: config: reader: expected channels, got {widths!r}") from error
-    path = folder / "reader.safetensors"
-    load_strictly(reader, load_tensors(path), path)
-    return reader.eval().requires_grad_(False).to(device)
+        return cls(settings, **cls.networks(folder, config, device), range_hu=range_hu)
 
 
 def _with_rim(mask: torch.Tensor, width: float) -> torch.Tensor:
     """bool [S, N, N], and what is next to it, `width` pixels or one at least: a square's side to each side."""
     return dilated(mask, max(1, round(width)))
-
-
-def bone_mask(hu: torch.Tensor) -> torch.Tensor:
-    """Bone, metal and calcifications of slices [S, N, N], HU, bool: what is denser than blood can be.
-
-    Slices that were clipped below BONE_HU, as loose ones are, do not tell the two apart: all that was is bone.
-    """
-    return hu >= min(BONE_HU, float(hu.max()) - 0.5)
 
 
 def blocks(size: int, side: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

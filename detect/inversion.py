@@ -2,10 +2,12 @@
 
 The encoder was shown healthy slices with coarse noise in them and asked for the slices without (train_encoder.py
 --coarse --noise), so one pass leaves lesions out and draws sulci and ventricles that no code holds.
+Where the model holds a reader (reader.py), it says besides what it makes of the slice beside that.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +18,8 @@ import torch
 
 from common.weights import CheckpointError, compact, load_strictly, load_tensors
 from config import option
-from ct.window import decode, encode
+from ct.window import BONE_HU, decode, encode
+from detect.reader import Reader, config_of, load_reader
 from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
 from model import NETWORKS, Encoder, Generator, ModelConfig
 
@@ -32,22 +35,40 @@ class InversionSettings:
 
 
 class OfEncoder(Reconstructor):
-    """What methods share that are made of a generator and an encoder of one run."""
+    """What methods share that are made of a generator and an encoder of one run, and may hold a reader."""
 
-    def __init__(self, settings: Any, generator: Generator, encoder: Encoder):
-        self.settings, self.generator, self.encoder = settings, generator, encoder
+    def __init__(self, settings: Any, generator: Generator, encoder: Encoder, reader: Reader | None = None):
+        self.settings, self.generator, self.encoder, self.reader = settings, generator, encoder, reader
         self.size, self.device = generator.config.size, generator.input.input.device
 
+    @abstractmethod
+    def expected(self, hu: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
+        """What a reader sees slices beside, HU: hu float32 [S, N, N] and bone bool -> float32 [S, N, N]."""
+
+    def read(self, query_hu: torch.Tensor, expected_hu: torch.Tensor, brain: torch.Tensor, bone: torch.Tensor
+             ) -> torch.Tensor | None:
+        """What the reader says, on the CPU; None without one."""
+        return self.reader.read(query_hu, expected_hu, brain, bone).cpu() if self.reader else None
+
     def config(self) -> dict[str, Any]:
-        return asdict(self.encoder.config)
+        return asdict(self.encoder.config) | ({"reader": config_of(self.reader)} if self.reader else {})
 
     def tensors(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
-        return compact_networks({"generator": self.generator, "encoder": self.encoder}, dtype)
+        reader = {"reader": compact(self.reader.state_dict(), dtype, "reader")} if self.reader else {}
+        return compact_networks({"generator": self.generator, "encoder": self.encoder}, dtype) | reader
 
     def set_precision(self, dtype: torch.dtype) -> None:
         super().set_precision(dtype)
-        for network in (self.generator, self.encoder):
+        for network in filter(None, (self.generator, self.encoder, self.reader)):
             network.compute_dtype = dtype
+
+    @staticmethod
+    def networks(folder: Path, config: Mapping[str, Any], device: torch.device) -> dict[str, torch.nn.Module | None]:
+        """Generator, encoder and reader, None without one, from a bundle's folder. Raises CheckpointError."""
+        config = dict(config)
+        reader = config.pop("reader", None)
+        return {**load_networks(folder, config, ("generator", "encoder"), device),
+                "reader": None if reader is None else load_reader(folder, reader, device)}
 
 
 class Inversion(OfEncoder):
@@ -60,9 +81,13 @@ class Inversion(OfEncoder):
         query_hu, brain = decode(query), brain.to(self.device)     # what the windows can show: it can draw no more
         with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, brain)):
             normal_hu = decode(self.invert(query))
+            read = self.read(query_hu, normal_hu, brain, bone_mask(query_hu))
         if watch:
             watch(query_hu, normal_hu)
-        return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds)
+        return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds, read=read)
+
+    def expected(self, hu: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
+        return decode(self.invert(encode(hu)))
 
     @torch.no_grad()
     def invert(self, query: torch.Tensor) -> torch.Tensor:
@@ -76,7 +101,15 @@ class Inversion(OfEncoder):
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any], settings: InversionSettings,
              device: torch.device) -> Inversion:
-        return cls(settings, **load_networks(folder, config, ("generator", "encoder"), device))
+        return cls(settings, **cls.networks(folder, config, device))
+
+
+def bone_mask(hu: torch.Tensor) -> torch.Tensor:
+    """Bone, metal and calcifications of slices [S, N, N], HU, bool: what is denser than blood can be.
+
+    Slices that were clipped below BONE_HU, as loose ones are, do not tell the two apart: all that was is bone.
+    """
+    return hu >= min(BONE_HU, float(hu.max()) - 0.5)
 
 
 def draw(generator: Generator, w_plus: torch.Tensor, noise: list[torch.Tensor], batch: int) -> torch.Tensor:

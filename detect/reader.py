@@ -14,11 +14,14 @@ report for other pictures; in DRAEM, too, a network reads the picture beside its
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.weights import CheckpointError, load_strictly, load_tensors
 from op.banded import smoothed
 from op.conv import conv2d, ready
 from op.layers import Kept
@@ -31,6 +34,7 @@ MIDDLE_HU, UNIT_HU = 30.0, 20.0           # of what it sees
 SCALE = 2.0                               # of log odds, so that normative.FLOOR_HU is a floor for them, too
 AT_ONCE = 4                               # images in the network at a time, in a processor's cache
 RARE = -3.0                               # log odds that training starts from
+VERSION = 2                               # of what is made of the network's output; 1 was without middle()
 
 
 class Conv(nn.Module):
@@ -90,11 +94,13 @@ class Reader(nn.Module):
              ) -> torch.Tensor:
         """What it says of slices, float32 [S, 2, N, N]: above 0 where too dense; below where not dense enough.
 
-        Arguments as of seen(). 0 outside soft brain.
+        Beyond what it says of half of the slice's soft brain: where a bleed is bright and large, it comes to doubt all
+        that is in the slice (its normalisations see the whole). Arguments as of seen(). 0 outside soft brain.
         """
-        images = seen(query_hu, expected_hu, brain, bone)
+        images, soft = seen(query_hu, expected_hu, brain, bone), brain & ~bone
         found = torch.cat([self(part) for part in images.split(AT_ONCE)])
-        return SCALE * torch.stack([found[:, 0], -found[:, 1]], dim=1) * (brain & ~bone)[:, None]
+        found = found - middle(found, soft)[..., None, None]
+        return SCALE * torch.stack([found[:, 0], -found[:, 1]], dim=1) * soft[:, None]
 
 
 def seen(query_hu: torch.Tensor, expected_hu: torch.Tensor, brain: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
@@ -109,6 +115,33 @@ def seen(query_hu: torch.Tensor, expected_hu: torch.Tensor, brain: torch.Tensor,
     return torch.stack([query, query.flip(-1), difference, expected, bone.to(query), brain.to(query)], dim=1)
 
 
+def middle(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Median of values [S, K, N, N] over a part of each slice, bool [S, N, N]: [S, K]; 0 where it is empty."""
+    values = values.movedim(1, -1)
+    return torch.stack([of[part].median(0).values if part.any() else of.new_zeros(of.shape[-1])
+                        for of, part in zip(values, where)])
+
+
 def grainless(hu: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
     """hu [S, N, N] without its grain, in soft brain, bool [S, N, N]; 0 elsewhere."""
     return smoothed(hu, soft, SMOOTH * hu.shape[-1] / AT)
+
+
+def config_of(reader: Reader) -> dict[str, Any]:
+    """What a bundle's config says of it."""
+    return {"widths": list(reader.widths), "version": VERSION}
+
+
+def load_reader(folder: Path, config: Any, device: torch.device) -> Reader:
+    """By config_of() from a bundle's folder, in eval mode and frozen. Raises CheckpointError naming the file."""
+    where = f"{folder / 'model.json'}: config: reader"
+    if not isinstance(config, dict) or config.get("version") != VERSION:
+        raise CheckpointError(f"{where}: of another version than this program's, {VERSION}: healthy scans would be "
+                              "judged otherwise; make the bundle anew with latent_stats.py --reader")
+    try:
+        reader = Reader(config.get("widths"))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{where}: expected channels as widths, got {config!r}") from error
+    path = folder / "reader.safetensors"
+    load_strictly(reader, load_tensors(path), path)
+    return reader.eval().requires_grad_(False).to(device)

@@ -67,8 +67,9 @@ class MaskSettings:
 
     surprise_mask: float = option(2.5, "surprise from which a pixel is predicted anomalous (by surprise)")
     component_at_512: int = option(600, "smaller predicted components are dropped, pixels at 512; scales with area")
-    extent_hu: float = option(8.0, "what is left goes on over all that adjoins it and differs by half as much as it "
-                              "does, and by this, HU, at least; 0: it does not (by surprise)")
+    extent_hu: float = option(8.0, "what is left ends where the difference is half of its highest, and goes on over "
+                              "all that adjoins it and differs by that and by this, HU, at least; 0: neither (by "
+                              "surprise)")
 
     def __post_init__(self):
         check_range(self, ("surprise_mask", "component_at_512", "extent_hu"))
@@ -116,16 +117,18 @@ def to_half(mask: torch.Tensor, residual_hu: torch.Tensor, least_hu: float) -> t
     """mask (bool [S, H, W]), its components as far as half of their contrast goes, slice by slice.
 
     residual_hu float [S, H, W], signed. A component is dense to the side to which its residual adds up; what adjoins
-    it and has half of its contrast to that side, and least_hu at least, belongs to it, as far as REACH_AT_512.
+    it and has half of its contrast to that side, and least_hu at least, belongs to it, as far as REACH_AT_512. What in
+    it has less than half, to either side, does not: what is anomalous beside a bleed is its shine.
     """
     check_same_shape(mask=mask, residual_hu=residual_hu)
-    whole, components = mask.clone(), _components(mask)
+    whole, components = torch.zeros_like(mask), _components(mask)
     reach = max(1, round(REACH_AT_512 * mask.shape[-1] / PAPER_SIZE))
     for number, (place, *_) in enumerate(ndimage.find_objects(components), 1):
         own = torch.from_numpy(components[place] == number).to(mask.device)
         away = residual_hu[place] * residual_hu[place][own].sum().sign()
-        least = max(least_hu, HALF * float(np.percentile(away[own].cpu().numpy(), HIGH)))
-        whole[place] |= with_what_touches(own, own | (away > least) & dilated(own, reach))
+        half = HALF * float(np.percentile(away[own].cpu().numpy(), HIGH))
+        core = own & (away.abs() >= half)
+        whole[place] |= with_what_touches(core, core | (away > max(least_hu, half)) & dilated(own, reach))
     return whole
 
 

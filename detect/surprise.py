@@ -46,7 +46,7 @@ class SurpriseSettings:
     hypodense: float = option(0.6, "weight of the surprise of what is hypodense in scale=sides")
     pool: str = option("peak", "a slice's score: mean over the brain (area), or highest mean about any place (peak)")
     surprise_above: float = option(2.0, "surprise (-log10 of the share of healthy brain) that a score counts from")
-    read: float = option(0.4, "weight of the surprise of what a reader says, 0 to 1, where the model holds one; that "
+    read: float = option(0.6, "weight of the surprise of what a reader says, 0 to 1, where the model holds one; that "
                               "of the residual has the rest")
 
     def __post_init__(self):
@@ -80,7 +80,7 @@ class Surprise:
 
     def criterion(self) -> str:
         """When a pixel is marked, to follow 'where the two differ inside the brain,'."""
-        further = ", with what adjoins it and differs half as much" if self.mask.extent_hu else ""
+        further = ", as far as half of that difference goes" if self.mask.extent_hu else ""
         return (f"by more than all but one in {10 ** self.mask.surprise_mask:,.0f} places of healthy brain do, for "
                 f"where it lies{further}")
 

@@ -12,9 +12,10 @@ from torch.utils.data import ConcatDataset
 import distributed
 from common.weights import CheckpointError
 from dataset import DatasetError, SliceDataset, slice_batches
-from detect.inpainting import Inpainting, InpaintingSettings
+from detect.inpainting import InpaintingSettings
+from detect.inversion import InversionSettings
 from gan.coding import CodeTrainer
-from gan.encoding import EncoderTrainer, restore
+from gan.encoding import EncoderTrainer, method_of
 from gan.inpainting import InpaintingTrainer
 from gan.reading import ReadingTrainer
 from gan.runlog import Run, load_run, tell_of_seen
@@ -106,9 +107,6 @@ def train_reader(config: ReaderConfig, data: Path, encoder: Path, out: Path, dev
     # ---- Set up
     snapshot = load_run(encoder, "--encoder", "encoder", "train_encoder.py")
     first = load_run(init, "--init", "reader", "train_reader.py") if init else None
-    if not snapshot.meta["model"].get("encoder_masks"):
-        raise CheckpointError(f"--encoder {encoder}: its networks do not draw what is hidden from them; train them "
-                              "with --hide")
     dataset = SliceDataset(data, "train")
     if dataset.manifest["settings"] != snapshot.meta["data"]["settings"]:
         raise DatasetError(f"{data}: its slices were prepared in another way than those of --encoder {encoder}; "
@@ -121,10 +119,9 @@ def train_reader(config: ReaderConfig, data: Path, encoder: Path, out: Path, dev
     slices = ConcatDataset([dataset, *[others] * max(1, round(len(dataset) / len(others)))] if others else [dataset])
     if first:
         tell_of_seen(held_out.scan_ids, "--init", init, first)
-    networks = restore(snapshot, device, distributed.pick_precision(config.precision, device))
-    method = Inpainting(InpaintingSettings(), networks["generator"], networks["encoder"],
-                        snapshot.meta["data"]["settings"]["standardise"]["hu_clip"])
-    trainer = ReadingTrainer(config, method, device)
+    settings = InpaintingSettings() if snapshot.meta["model"].get("encoder_masks") else InversionSettings()
+    method = method_of(snapshot, settings, device, distributed.pick_precision(config.precision, device))
+    trainer = ReadingTrainer(config, method, snapshot.meta["data"]["settings"]["standardise"]["hu_clip"], device)
     if first:
         trainer.start_from(first.weights["reader_ema"])
     meta = {"kind": "reader", "config": dataclasses.asdict(config), "model": {"widths": list(config.widths())},

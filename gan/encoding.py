@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ import distributed
 from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import SliceDataset
+from detect.inpainting import Inpainting
+from detect.inversion import Inversion, OfEncoder
 from detect.perceptual import build_perceptual
 from gan.augment import coarse_noise, erase, random_flip, random_rotation
 from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
@@ -194,3 +197,12 @@ def restore(snapshot: Snapshot, device: torch.device, dtype: torch.dtype) -> dic
     for net in networks.values():
         net.eval().requires_grad_(False).to(device).compute_dtype = dtype
     return networks
+
+
+def method_of(snapshot: Snapshot, settings: Any, device: torch.device, dtype: torch.dtype) -> OfEncoder:
+    """The networks of an encoder run as the method whose settings these are, inpainting's or inversion's."""
+    networks = restore(snapshot, device, dtype)
+    generator, encoder = networks["generator"], networks["encoder"]
+    if isinstance(settings, Inversion.Settings):
+        return Inversion(settings, generator, encoder)
+    return Inpainting(settings, generator, encoder, snapshot.meta["data"]["settings"]["standardise"]["hu_clip"])

@@ -4,7 +4,8 @@ Random shapes of other densities are drawn into healthy slices (gan/corrupt.py),
 is no lesion among them and no label. What scanners do to a whole head, and what a shape's drawing leaves behind, are in
 slices with and without shapes alike, so that neither tells anything.
 
-What surroundings call for is drawn by a generator and an encoder that stay as they are, for each slice as it is shown.
+What surroundings call for is drawn by a generator and an encoder that stay as they are, for each slice as it is shown;
+by those of an encoder that was trained against noise, its closest normal is (detect/inversion.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sklearn.metrics import average_precision_score
 import distributed
 from ct.picture import save_hu_grid
 from dataset import SliceDataset
-from detect.inpainting import Inpainting
+from detect.inversion import OfEncoder
 from detect.reader import Reader, grainless, seen
 from gan.augment import random_flip
 from gan.corrupt import draw_grained, scanner
@@ -64,9 +65,9 @@ class Examples:
 class ReadingTrainer:
     """A reader, its running average and its optimiser, with a method whose networks stay as they are."""
 
-    def __init__(self, config: ReaderConfig, method: Inpainting, device: torch.device):
+    def __init__(self, config: ReaderConfig, method: OfEncoder, range_hu: tuple[float, float], device: torch.device):
         self.config, self.method, self.device = config, method, device
-        self.prepare = Examples(config, method.range_hu)
+        self.prepare = Examples(config, range_hu)
         torch.manual_seed(config.seed)                            # the same weights on every rank
         self.reader = Reader(config.widths()).to(device)
         self.average = copy.deepcopy(self.reader).requires_grad_(False)
@@ -113,7 +114,7 @@ class ReadingTrainer:
     def images(self, examples: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the reader sees of examples, [B, 6, N, N]."""
         query, brain, bone = (examples[name] for name in ("query_hu", "brain", "bone"))
-        return seen(query, self.method.from_surroundings(query.clamp(*self.method.range_hu), bone), brain, bone)
+        return seen(query, self.method.expected(query, bone), brain, bone)
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -219,6 +219,11 @@ def test_the_mask_goes_on_to_half_of_its_contrast():
     for side in (1, -1):
         assert torch.equal(to_half(mask, side * residual, 8.0), expected)
     assert torch.equal(to_half(mask, residual, 20.0)[0], residual[0] == 30)
+    shine = torch.zeros_like(mask)
+    shine[0, 2:11, 2:10] = True                                  # what is around it is anomalous, and hardly differs
+    for side in (1, -1):
+        assert torch.equal(to_half(shine, side * residual, 8.0), expected)
+    assert torch.equal(to_half(shine, 0 * residual, 8.0), shine)               # without any contrast it stays
     residual[:, 4:10, 10:14] = -16
     assert not to_half(mask, residual, 8.0)[:, :, 10:].any()
 

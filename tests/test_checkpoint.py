@@ -220,8 +220,15 @@ def test_a_bundle_holds_only_the_files_that_its_method_uses(tmp_path, bundle_par
         "encoder.safetensors", "generator.safetensors", "model.json", "notes.safetensors"]
     bundle = load_bundle(tmp_path)
     assert bundle.settings.method == "inversion"
-    with pytest.raises(CheckpointError, match="latent.safetensors: no such file"):
+    with pytest.raises(CheckpointError, match="is a model of method inversion and does not hold what search needs; "
+                                              "give one that does .*latent.safetensors: no such file"):
         bundle.with_settings(Settings("search", SearchSettings(perceptual="pixels")))
+
+
+def test_the_published_search_needs_a_model_that_was_made_for_it():
+    bundle = load_bundle(Path(__file__).resolve().parents[1] / "models" / "head-128")
+    with pytest.raises(CheckpointError, match="head-128: is a model of method inpainting and does not hold what"):
+        bundle.with_settings(bundle.published())
 
 
 def version_1(folder, parts, latent, projection):

@@ -20,7 +20,7 @@ MAY_IMPORT = {                                                   # besides itsel
     "model": {"op"},
     "dataset": {"ct", "distributed", "common.files"},
     "gan": {"op", "model", "common", "ct", "dataset", "distributed", "config", "detect.options",
-            "detect.perceptual", "detect.inpainting", "detect.reader"},
+            "detect.perceptual", "detect.inpainting", "detect.inversion", "detect.reader"},
     "detect": {"op", "model", "common", "ct", "dataset", "distributed", "config"},
     "bundling": {"config", "dataset", "detect", "distributed", "gan", "model", "common"},
     "pacs": {"op", "common.files", "ct", "detect", "distributed"},

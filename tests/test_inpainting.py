@@ -15,7 +15,8 @@ from common.weights import CheckpointError
 from ct.window import decode, encode
 from dataset import SliceDataset
 from detect.bundle import load_bundle
-from detect.inpainting import Inpainting, InpaintingSettings, blocks, bone_mask
+from detect.inpainting import Inpainting, InpaintingSettings, blocks
+from detect.inversion import bone_mask
 from gan import corrupt
 from gan.corrupt import hide
 from gan.inpainting import InpaintingTrainer, open_noise, weighted_distance
