@@ -43,8 +43,9 @@ class Reconstruction:
     seconds      by stage
     expected_hu  float32 [S, N, N], HU: what the slices are judged against where that is not normal_hu, as in a method
                  that draws an anomalous place only once it knows its shape; None: normal_hu
-    read         float32 [S, 2, N, N]: what a reader says of the slices, in log odds (reader.py): above 0 where too
-                 dense to belong there; below where not dense enough. None without a reader
+    read         float32 [S, 2, N, N]: what a reader says of the slices, in log odds beyond those of half of a slice
+                 (reader.py): above 0 where too dense to belong there; below where not dense enough. None without a
+                 reader
     """
 
     query_hu: torch.Tensor
