@@ -112,9 +112,14 @@ def test_the_table_says_what_was_not_measured():
 # ---- The rows, with tiny sizes
 
 def test_the_generator_rows():
-    fp32, bf16 = speed.generator_rows(1, TINY, batch=2)
+    fp32, bf16 = speed.generator_rows(1, TINY, batch=2, precisions=("fp32", "bf16"))
     assert fp32.ours > 0 and bf16.reference == fp32.reference and set(bf16.samples) == {REFERENCE, "bf16"}
     assert fp32.floor > 0 and fp32.met == (fp32.ratio >= 4)
+
+
+def test_what_a_cpu_only_emulates_is_not_measured():
+    fp32, bf16 = speed.generator_rows(1, TINY, batch=2, precisions=("fp32",))
+    assert fp32.ours > 0 and bf16.ours is None and bf16.note == speed.EMULATED and bf16.goal == "12x"
 
 
 def test_the_median_row_counts_all_planes():
@@ -134,8 +139,11 @@ def test_the_training_row_runs_every_phase_and_judges_by_both_goals():
 
 
 def test_the_encoders_row():
-    row = speed.encoder_row(1, model=dataclasses.replace(TINY, fold=2))
+    tiny = dataclasses.replace(TINY, fold=2)
+    row = speed.encoder_row(1, model=tiny, precisions=("fp32", "bf16"))
     assert row.ours > 0 and row.reference > 0 and len(row.samples["bf16"]) == 1
+    row = speed.encoder_row(1, model=tiny, precisions=("fp32",))
+    assert row.ours > 0 and row.reference is None and list(row.samples) == ["fp32"]
 
 
 def test_the_projection_row():
@@ -334,6 +342,24 @@ def test_a_run_that_fails_and_wrong_flags_exit_2(stand_in, tmp_path, capsys):
     for flags in ([str(tmp_path / "absent")], [str(tmp_path), "--times", "0"]):
         with pytest.raises(SystemExit):
             cohort.main(flags)
+
+
+def test_the_rows_of_a_scan(monkeypatch, tmp_path):
+    figures = {"fp32": {"seconds": 5.0, "peak_gb": 2.0, "error_hu": 1.0, "score": 4.0},
+               "bf16": {"seconds": 4.0, "peak_gb": 3.5, "error_hu": 1.5, "score": 3.0}}
+    maps = {"fp32": 10.0, "bf16": 12.0}
+    monkeypatch.setattr(speed, "project_scan", lambda scan, model, out, precision, flags: figures[precision])
+    monkeypatch.setattr(speed, "load_maps", lambda out: {
+        "brain": np.array([1, 1, 0]), "reconstruction": np.array([0, 0, 50]) + maps[out.name.split("-")[0]]})
+    time_row, memory, error, score = speed.scan_rows(2, tmp_path / "mine", slices=2, precisions=("fp32", "bf16"))
+    assert (time_row.reference, time_row.ours, time_row.met) == (5, 4, True)
+    assert time_row.samples == {"fp32": [5, 5], "bf16": [4, 4]}
+    assert (memory.reference, memory.ours, memory.met) == (2, 3.5, False)
+    assert (error.reference, error.ours) == (1, 1.5) and "differ by 2 HU" in error.note
+    assert (score.reference, score.ours) == (4, 3)
+    time_row, memory, error, score = speed.scan_rows(1, tmp_path / "mine", slices=2, precisions=("fp32",))
+    assert (time_row.reference, time_row.ours, memory.reference, memory.ours) == (None, 5, None, 2)
+    assert "reference" not in time_row.note and error.ours is score.ours is None and error.note == speed.EMULATED
 
 
 def test_the_cohorts_rows(stand_in):
