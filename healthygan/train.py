@@ -372,7 +372,7 @@ def train(config: TrainConfig, data: TrainingData, out: Path, device: torch.devi
     trainer = Trainer(config, device)
     facts = data.facts()
     meta = {"kind": "healthygan", "config": dataclasses.asdict(config),
-            "model": dataclasses.asdict(config.model()), "data": facts}
+            "model": dataclasses.asdict(config.model()), "data": facts, "digest": data.digest()}
     with Run(out, meta, trainer, config.seed, rollback) as run:
         chooser = None
         if distributed.is_main():

@@ -22,7 +22,7 @@ from ct.window import encode
 from dataset import DatasetError
 from healthygan import test as healthygan_test
 from healthygan import train, trivial, weights
-from healthygan.data import ImageSettings, read_slices
+from healthygan.data import ImageSettings, load_training, read_slices
 from healthygan.model import Generator, ModelConfig, Translation
 from healthygan.reconstruct import Translator, TranslatorSettings
 from healthygan.scoring import aucp, difference, unit_scores
@@ -93,6 +93,25 @@ def test_resumed_equals_uninterrupted(finished, run_train, tmp_path):
             torch.testing.assert_close(resumed[key], whole[key], rtol=0, atol=0)
     for step in (15, 20):
         assert stats(tmp_path)[step]["wasserstein"] == stats(finished)[step]["wasserstein"]
+
+
+@pytest.mark.parametrize("flags", [("--seed", 1), ("--val-fraction", 0.5)])
+def test_a_run_does_not_go_on_with_other_images_kept_aside(finished, run_train, tmp_path, capsys, flags):
+    shutil.copytree(finished, tmp_path / "run")                   # the threshold would be of images it was trained on
+    before = (tmp_path / "run/best/model.json").read_bytes()
+    assert run_train(tmp_path / "run", "--iterations", 25, *flags) == 2
+    assert "the run there has another d" in capsys.readouterr().err
+    assert (tmp_path / "run/best/model.json").read_bytes() == before
+
+
+def test_the_digest_tells_sets_apart_by_names_pixels_and_what_is_kept_aside(xrays):
+    def digest(seed=0, healthy="train/healthy"):
+        settings = ImageSettings("images", 32)
+        return load_training([xrays / healthy], [xrays / "train/mixed"], settings, 0.25, seed).digest()
+
+    assert digest() == digest() and digest().keys() == {"healthy", "mixed", "held_out"}
+    assert digest(seed=1)["held_out"] != digest()["held_out"] and digest(seed=1)["mixed"] == digest()["mixed"]
+    assert digest(healthy="test/healthy")["healthy"] != digest()["healthy"]
 
 
 def test_the_generator_with_the_highest_aucp_is_kept_with_its_threshold(finished, xrays):
