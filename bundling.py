@@ -25,7 +25,7 @@ from detect.search import Search
 from detect.settings import Settings
 from gan.augment import random_flip, random_rotation
 from gan.encoding import method_of, restore
-from gan.runlog import load_run
+from gan.runlog import lineage, load_run, not_held_out, tell_of_seen
 from gan.snapshots import Snapshot
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
@@ -124,7 +124,9 @@ def with_readers(trained: Trained, runs: list[Path], device: torch.device) -> li
 
 def with_reader(trained: Trained, run: Path, device: torch.device) -> Trained:
     snapshot = load_reader(run, trained.provenance["encoder"])
-    scans = [one for one in trained.held_out_ids() if one in snapshot.meta["held_out"]]
+    seen = not_held_out(trained.held_out_ids(), snapshot.meta, elsewhere=False)
+    scans = [one for one in trained.held_out_ids() if one not in seen]
+    tell_of_seen(scans, "--reader", run, snapshot)
 
     def make() -> Reconstructor:
         method = trained.make()
@@ -165,12 +167,10 @@ def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings
         raise ValueError(f"{named}: its {key} {dataset.manifest[key]} is not that of the database which the encoder in "
                          f"{run} was trained on, {snapshot.meta['data'][key]}; give that one: another's held-out scans "
                          "may be among the encoder's training scans")
-    for first, what in (("gan", "GAN"), ("init", "run of --init")):
-        earlier, held_out = snapshot.meta.get(first), set(dataset.held_out_ids())
-        if earlier and (earlier["data"]["digest"] != snapshot.meta["data"]["digest"]
-                        or held_out - set(earlier.get("held_out", held_out))):
-            print(f"warning: {run}: its {what} was trained on another database, or another part of it: if held-out "
-                  "scans were among its training scans, the healthy scores come out too low")
+    if (any(one["data"]["digest"] != snapshot.meta["data"]["digest"] for one in lineage(snapshot.meta))
+            or not_held_out(dataset.held_out_ids(), snapshot.meta)):
+        print(f"warning: {run}: its GAN, or a run of --init, was trained on another database, or another part of it: "
+              "if held-out scans were among its training scans, the healthy scores come out too low")
 
     def make() -> Reconstructor:
         dtype = distributed.pick_precision(config.precision, device)

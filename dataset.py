@@ -340,6 +340,7 @@ class SliceDataset(Dataset):
     scan(s)    dict(hu int16 [S, N, N], brain bool [S, N, N], below_vertex_mm float64 [S]): one whole scan,
                inferior to superior
     scan_ids   the scans of this split; the `scan` of a slice counts in this list
+    patients   whose these are, a patient of each
     manifest   the database's manifest
 
     scans: ids; of the split these scans alone. The whole file is read once on opening (check=False: only its length is
@@ -360,6 +361,7 @@ class SliceDataset(Dataset):
             raise DatasetError(f"{self.path}: no slices in split '{split}' ({self.manifest['counts']}): "
                                "prepare it with more scans, or another --val-fraction or --split")
         self.scan_ids = [scan["scan_id"] for scan in self._scans]
+        self.patients = [scan["patient"] for scan in self._scans]
         self._records = np.array([(s, scan["first"] + i) for s, scan in enumerate(self._scans)
                                   for i in range(len(scan["slices"]))])              # [len, 2]: scan, record
 

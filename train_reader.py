@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--init", type=Path, help="run of this command whose averaged weights are the first ones")
         parser.add_argument("--fold", type=fold, metavar="K:N",
                             help="learn from the scans that --data holds out, too, in half of what it sees, but for "
-                                 "every N-th of them from the K-th on, and hold those out")
+                                 "those of every N-th patient from the K-th on, and hold those out")
         parser.add_argument("--out", type=Path, default=Path("runs/reader"),
                             help="run folder; an unfinished run goes on")
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

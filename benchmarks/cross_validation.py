@@ -55,7 +55,7 @@ from detect.reconstruct import Reconstruction, Reconstructor  # noqa: E402
 from detect.residual import Evidence  # noqa: E402
 from detect.scores import scan_score  # noqa: E402
 from detect.surprise import Surprise, SurpriseSettings  # noqa: E402
-from gan.runlog import load_run  # noqa: E402
+from gan.runlog import load_run, not_held_out  # noqa: E402
 from model import Encoder, Generator, ModelConfig  # noqa: E402
 from op import memory  # noqa: E402
 
@@ -86,7 +86,10 @@ ROWS = {                                       # what a slice scores, and how sl
 
 @dataclass(frozen=True)
 class Case:
-    """A held-out scan, as it is or with a lesion, and its reconstruction; truth bool [S, N, N]."""
+    """A held-out scan, as it is or with a lesion, and its reconstruction; truth bool [S, N, N].
+
+    patient: whose head it is, and so by whom it is not judged; "": nobody else's.
+    """
 
     scan_id: str
     kind: str
@@ -94,6 +97,7 @@ class Case:
     brain: torch.Tensor
     below_vertex_mm: np.ndarray
     truth: torch.Tensor
+    patient: str = ""
 
 
 def open_fold(data: Path, run: Path, device: torch.device) -> tuple[SliceDataset, Reconstructor]:
@@ -134,8 +138,8 @@ def open_readers(data: Path, folder: Path, runs: list[Path], device: torch.devic
         snapshot = load_reader(run, encoder)
         one = copy.copy(reconstructor)
         one.reader = reader_of(snapshot, device)
-        found.append((SliceDataset(data, "val", check=False,
-                                   scans=set(held_out.scan_ids) & set(snapshot.meta["held_out"])), one))
+        seen = not_held_out(held_out.scan_ids, snapshot.meta, elsewhere=False)
+        found.append((SliceDataset(data, "val", check=False, scans=set(held_out.scan_ids) - set(seen)), one))
     if seen := sorted(set(held_out.scan_ids).difference(*(part.scan_ids for part, _ in found))):
         print(f"left out, since no --reader has held them out: {', '.join(seen)}")
     return found
@@ -143,18 +147,18 @@ def open_readers(data: Path, folder: Path, runs: list[Path], device: torch.devic
 
 def cases_of(held_out: SliceDataset, reconstructor: Reconstructor, lesions: range) -> list[Case]:
     """All cases of held-out scans, with the lesions of these numbers of each kind (pasted.paste_each)."""
-    def case(scan_id, kind, hu, brain, mm, truth):
-        return Case(scan_id, kind, reconstructor.closest_normal(hu, brain, mm), brain, mm, truth)
+    def case(kind, hu, truth):
+        return Case(scan_id, kind, reconstructor.closest_normal(hu, brain, mm), brain, mm, truth,
+                    held_out.patients[s])
 
     cases, side_mm = [], pasted.pixel_mm(held_out.size, held_out.manifest["settings"]["standardise"]["head_fraction"])
     for s, scan_id in enumerate(held_out.scan_ids):
         scan = held_out.scan(s)
         hu, brain, mm = scan["hu"].float(), scan["brain"], scan["below_vertex_mm"].numpy()
-        cases.append(case(scan_id, HEALTHY, hu, brain, mm, torch.zeros_like(brain)))
+        cases.append(case(HEALTHY, hu, torch.zeros_like(brain)))
         found, left_out = pasted.paste_each(scan_id, hu.numpy(), brain.numpy(), mm, side_mm, len(lesions),
                                             lesions.start)
-        cases += [case(scan_id, one.kind, torch.from_numpy(one.hu), brain, mm, torch.from_numpy(one.truth))
-                  for one in found]
+        cases += [case(one.kind, torch.from_numpy(one.hu), torch.from_numpy(one.truth)) for one in found]
         for reason in left_out:
             print(reason, flush=True)
         print(f"{held_out.path.name} {scan_id}", flush=True)
@@ -162,12 +166,13 @@ def cases_of(held_out: SliceDataset, reconstructor: Reconstructor, lesions: rang
 
 
 def surprises(cases: list[Case], settings: SurpriseSettings) -> tuple[list[torch.Tensor], list[Evidence]]:
-    """Signed surprise [S, 2, N, N] of every case by the statistics of the other heads, and its evidence."""
+    """Signed surprise [S, 2, N, N] of every case by the statistics of other patients' heads, and its evidence."""
     measure = Surprise(settings)
     seen = [measure.evidence(c.found, c.brain, c.below_vertex_mm) for c in cases]
     healthy = [(c, one) for c, one in zip(cases, seen) if c.kind == HEALTHY]
     _, by_others = normative.fit_leaving_out([e.scales for _, e in healthy], [e.searched for _, e in healthy],
-                                             [c.below_vertex_mm for c, _ in healthy])
+                                             [c.below_vertex_mm for c, _ in healthy],
+                                             [c.patient or c.scan_id for c, _ in healthy])
     normal = {c.scan_id: one for (c, _), one in zip(healthy, by_others)}
     return [normal[c.scan_id].surprise(e.scales, e.searched, c.below_vertex_mm) for c, e in zip(cases, seen)], seen
 

@@ -1,6 +1,7 @@
 """Calibration on held-out healthy scans, for any method and measure: what turns a score into a percentile and a flag.
 
-Every scan is reconstructed by networks that have not seen it, and judged by what the other scans make of the measure.
+Every scan is reconstructed by networks that have not seen it, and judged by what other patients' scans make of the
+measure.
 """
 
 from __future__ import annotations
@@ -88,9 +89,11 @@ def check_held_out(settings: Settings, trained: list[Trained]) -> None:
                 one.dataset.manifest["settings"] != trained[0].dataset.manifest["settings"]):
             raise ValueError(f"--fold {one.path}: its networks or preprocessing are not those of --encoder: the "
                              "residuals would not be alike")
-    if settings.measure == "surprise" and len(seen) < normative.MIN_SCANS:
-        raise ValueError(f"measure=surprise: needs {normative.MIN_SCANS} held-out healthy scans, {trained[0].path} has "
-                         f"{len(seen)}; prepare it with a larger --val-fraction, or use measure=votes")
+    people = {scan["patient"] for one in trained for scan in one.dataset.manifest["scans"] if scan["scan_id"] in seen}
+    if settings.measure == "surprise" and len(people) < normative.MIN_SCANS:
+        raise ValueError(f"measure=surprise: needs held-out healthy scans of {normative.MIN_SCANS} patients, "
+                         f"{trained[0].path} has those of {len(people)}; prepare it with a larger --val-fraction, or "
+                         "use measure=votes")
 
 
 def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None] = print
@@ -109,6 +112,7 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
     and the measure that these scans make. Raises ValueError where they are too few for it.
     """
     seen: list[Evidence] = []
+    patients = [patient for fold in folds for patient in fold.held_out.patients]
     errors: list[dict[str, float]] = []
     brain_hu: list[float] = []
     for fold in folds:
@@ -122,7 +126,7 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
             brain_hu.append(median_hu(scan["hu"], brain))
             log(f"{scan_id}: {len(mm)} slices, {sum(found.seconds.values()):.0f} s, error in HU "
                 + ", ".join(f"{stage} {error:.2f}" for stage, error in found.error_hu.items()))
-    fitted, findings = measure.fit(seen)
+    fitted, findings = measure.fit(seen, patients)
     scores = [one.slice_scores for one in findings]
     facts = summary([one.below_vertex_mm.tolist() for one in seen], scores, errors, brain_hu)
     for how, values in facts["scan_scores"].items():

@@ -199,31 +199,35 @@ class Normal:
 
 
 def fit_normal(residuals: Sequence[torch.Tensor], brains: Sequence[torch.Tensor],
-               below_vertex_mm: Sequence[Sequence[float]]) -> tuple[Normal, list[torch.Tensor]]:
-    """The statistics of healthy scans, MIN_SCANS at least, and every scan's own surprise as the others see it.
+               below_vertex_mm: Sequence[Sequence[float]], patients: Sequence[str] | None = None
+               ) -> tuple[Normal, list[torch.Tensor]]:
+    """The statistics of healthy scans, and every scan's own surprise as those of other patients see it.
 
-    residuals: one [S, K, N, N] a scan; brains [S, N, N]. These surprises may be compared with a new scan's.
+    residuals: one [S, K, N, N] a scan; brains [S, N, N]; patients: whose scans these are, None: each of another one,
+    MIN_SCANS at least. These surprises may be compared with a new scan's.
     """
-    normal, by_others = fit_leaving_out(residuals, brains, below_vertex_mm)
+    normal, by_others = fit_leaving_out(residuals, brains, below_vertex_mm, patients)
     return normal, [other.surprise(r, b, mm) for other, r, b, mm in zip(by_others, residuals, brains, below_vertex_mm)]
 
 
 def fit_leaving_out(residuals: Sequence[torch.Tensor], brains: Sequence[torch.Tensor],
-                    below_vertex_mm: Sequence[Sequence[float]]) -> tuple[Normal, list[Normal]]:
-    """The statistics of healthy scans, and for every scan those of the others. Arguments as of fit_normal.
+                    below_vertex_mm: Sequence[Sequence[float]], patients: Sequence[str] | None = None
+                    ) -> tuple[Normal, list[Normal]]:
+    """The statistics of healthy scans, and for every scan those of the other patients. Arguments as of fit_normal.
 
-    A scan that helped to make the mean would look less unusual than a new one does, so its z comes from the other
-    scans' statistics, and its surprise from the tails of the other scans' z.
+    A scan that helped to make the mean would look less unusual than a new one does, and so would another of the same
+    head. So its z comes from the other patients' statistics, and its surprise from the tails of their z.
     """
-    if len(residuals) < MIN_SCANS:
-        raise ValueError(f"residual statistics: at least {MIN_SCANS} healthy scans are needed, found {len(residuals)}: "
-                         "each is judged by the statistics of the others")
+    patients = list(range(len(residuals))) if patients is None else patients
+    if (count := len(set(patients))) < MIN_SCANS:
+        raise ValueError(f"residual statistics: healthy scans of at least {MIN_SCANS} patients are needed, found "
+                         f"{count}: each is judged by the statistics of the others")
     size = brains[0].shape[-1]
     places = positions(max(float(np.max(mm)) for mm in below_vertex_mm))
     sums = [moments(r, b, mm, places) for r, b, mm in zip(residuals, brains, below_vertex_mm)]
 
     def others(items: Sequence, left_out: int) -> list:
-        return [item for i, item in enumerate(items) if i != left_out]
+        return [item for item, patient in zip(items, patients, strict=True) if patient != patients[left_out]]
 
     stats = [ResidualStats.fit(others(sums, i), places, size) for i in range(len(sums))]
     histograms = [histogram(one.z(r, b, mm), b) for one, r, b, mm in zip(stats, residuals, brains, below_vertex_mm)]

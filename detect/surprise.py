@@ -111,13 +111,15 @@ class Surprise:
             scales = torch.cat([scales, found.read * searched[:, None]], dim=1)
         return Evidence(away, brain, mm, searched, scales)
 
-    def fit(self, healthy: Sequence[Evidence]) -> tuple[Surprise, list[Findings]]:
-        """The measure that healthy scans make, and what is found in each by the statistics of the others.
+    def fit(self, healthy: Sequence[Evidence], patients: Sequence[str] | None = None
+            ) -> tuple[Surprise, list[Findings]]:
+        """The measure that healthy scans make, and what is found in each by the statistics of the other patients.
 
-        Raises ValueError for fewer than normative.MIN_SCANS of them.
+        patients: whose scans these are; None: each of another one. Raises ValueError for fewer than
+        normative.MIN_SCANS of them.
         """
         normal, surprises = normative.fit_normal([e.scales for e in healthy], [e.searched for e in healthy],
-                                                 [e.below_vertex_mm for e in healthy])
+                                                 [e.below_vertex_mm for e in healthy], patients)
         fitted = Surprise(self.settings, self.mask, normal)
         return fitted, [self.findings(surprise, e) for surprise, e in zip(surprises, healthy)]
 

@@ -73,7 +73,7 @@ class Votes:
         return Evidence(away, brain, np.asarray(below_vertex_mm), brain, votes=watch.counter.votes.cpu(),
                         steps=watch.counter.steps)
 
-    def fit(self, healthy: Sequence[Evidence]) -> tuple[Votes, list[Findings]]:
+    def fit(self, healthy: Sequence[Evidence], patients: Sequence[str] | None = None) -> tuple[Votes, list[Findings]]:
         """The measure that healthy scans make, and what it finds in each of them: votes have nothing to learn."""
         return self, [self.assess(one) for one in healthy]
 

@@ -140,10 +140,12 @@ def train_reader(config: ReaderConfig, data: Path, encoder: Path, out: Path, dev
 
 def in_folds(dataset: SliceDataset, fold: EveryNth | None) -> tuple[SliceDataset, SliceDataset | None]:
     """What a database holds out, with a fold that fold's part of it alone, and the other scans that it holds out."""
-    scans = dataset.held_out_ids()
+    held_out = SliceDataset(dataset.path, "val", check=False)
     if not fold:
-        return SliceDataset(dataset.path, "val", check=False), None
-    here = fold.of(scans)
-    if not 0 < len(here) < len(scans):
-        raise DatasetError(f"--fold {fold}: {dataset.path} holds {len(scans)} scans out, too few")
-    return tuple(SliceDataset(dataset.path, "val", check=False, scans=part) for part in (here, set(scans) - set(here)))
+        return held_out, None
+    here = fold.of(held_out.scan_ids, held_out.patients)
+    if not 0 < len(here) < len(held_out.scan_ids):
+        raise DatasetError(f"--fold {fold}: {dataset.path} holds scans of {len(set(held_out.patients))} patients out, "
+                           "too few")
+    return tuple(SliceDataset(dataset.path, "val", check=False, scans=part)
+                 for part in (here, set(held_out.scan_ids) - set(here)))

@@ -11,7 +11,7 @@
 
     exit_code = run_command(work, "auto", out)
 
-A run that is killed goes on from its last snapshot as if nothing had happened, to the bit: statistics, too.
+A run that is killed goes on from its last snapshot as if nothing had happened, on CPUs to the bit: statistics, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -258,15 +258,31 @@ def load_run(folder: Path, flag: str, kind: str, command: str) -> Snapshot:
     return snapshot
 
 
-def tell_of_seen(held_out: Collection[str], flag: str, folder: Path, snapshot: Snapshot) -> None:
-    """Print a warning where scans that are held out now may have been trained on by the run of a flag.
+def lineage(meta: dict) -> Iterator[dict]:
+    """The meta of a run and of all whose weights its first ones come from, through --init and --gan."""
+    yield meta
+    for flag in ("init", "gan"):
+        if meta.get(flag):
+            yield from lineage(meta[flag])
 
-    A run knows what it held out, not by name what it was trained on: scans of another database it has not seen.
+
+def not_held_out(scans: Collection[str], meta: dict, elsewhere: bool = True) -> list[str]:
+    """Of scans those that a run, or one that it began with, did not hold out: it may have been trained on them.
+
+    A run knows what it held out, not by name what it was trained on. elsewhere: count also runs that the first one
+    began with and that were trained on another database, which may never have held these scans. A run that does not
+    say, an older one, held them out.
     """
-    if seen := sorted(set(held_out) - set(snapshot.meta.get("held_out", held_out))):
-        distributed.print0(f"warning: {flag} {folder} did not hold out {', '.join(seen[:3])}"
-                           f"{' ...' if len(seen) > 3 else ''}, held out now. If it was trained on them, what is "
-                           "calibrated or measured on them says too much")
+    runs = [one for one in lineage(meta) if elsewhere or one["data"]["digest"] == meta["data"]["digest"]]
+    return sorted({scan for one in runs for scan in set(scans) - set(one.get("held_out", scans))})
+
+
+def tell_of_seen(held_out: Collection[str], flag: str, folder: Path, snapshot: Snapshot) -> None:
+    """Print a warning where scans that are held out now may have been trained on by the run of a flag."""
+    if seen := not_held_out(held_out, snapshot.meta):
+        distributed.print0(f"warning: {flag} {folder}, or a run that it began with, did not hold out "
+                           f"{', '.join(seen[:3])}{' ...' if len(seen) > 3 else ''}, held out now. If one of them was "
+                           "trained on these, what is calibrated or measured on them says too much")
 
 
 def load_optimiser(optimiser: torch.optim.Optimizer, state: dict) -> None:

@@ -106,7 +106,7 @@ class ReaderConfig:
 
 @dataclass(frozen=True)
 class EveryNth:
-    """Of a list every parts-th, from the number-th on, counted from 1: one fold of several."""
+    """Of patients every parts-th, from the number-th on, counted from 1: one fold of several."""
 
     number: int
     parts: int
@@ -115,8 +115,10 @@ class EveryNth:
         if not 1 <= self.number <= self.parts or self.parts < 2:
             raise ValueError(f"fold {self}: there is none")
 
-    def of(self, scan_ids: Sequence[str]) -> list[str]:
-        return list(scan_ids[self.number - 1::self.parts])
+    def of(self, scan_ids: Sequence[str], patients: Sequence[str]) -> list[str]:
+        """The scans of every parts-th patient, in the order in which patients first come."""
+        found = set(list(dict.fromkeys(patients))[self.number - 1::self.parts])
+        return [scan for scan, patient in zip(scan_ids, patients, strict=True) if patient in found]
 
     def __str__(self) -> str:
         return f"{self.number}:{self.parts}"

@@ -35,7 +35,7 @@ SETTINGS = PREPROCESSING.to_json()
 PLAIN = ("filter=median", "scale=both", "pool=area", "surprise_above=0.5")      # few pixels: no peaks, no bands
 
 
-def write_slices(path, held_out=(5,)):
+def write_slices(path, held_out=(5,), patients=range(6)):
     """Six scans of five slices, 0 to 20 mm below the vertex; those numbered in held_out are the val split."""
     rng = np.random.default_rng(0)
     brain = np.zeros((5, 32, 32), bool)
@@ -44,7 +44,7 @@ def write_slices(path, held_out=(5,)):
         for s in range(6):
             hu = np.where(brain, 30 + 5 * rng.standard_normal(brain.shape), -20).astype(np.float32)
             record = ScanRecord.encode(f"head{s}", hu, brain, np.arange(20.0, -1, -5))
-            writer.add(record, "val" if s in held_out else "train", f"patient{s}")
+            writer.add(record, "val" if s in held_out else "train", f"patient{patients[s]}")
     return path
 
 
@@ -280,6 +280,18 @@ def test_presets():
 
 # ---- surprise
 
+def test_a_patients_other_scan_does_not_judge_his_first(tmp_path):
+    scores = []
+    for name, patients in (("own", range(6)), ("shared", (0, 1, 2, 3, 4, 2))):
+        data = write_slices(tmp_path / f"{name}.lmdb", held_out=(2, 3, 4, 5), patients=patients)
+        run = write_run(tmp_path / name, SliceDataset(data).manifest)
+        assert command(data, run, tmp_path / f"{name}-model", "--set", "measure=surprise", "surprise_above=0", *PLAIN,
+                       "steps_noise=0", "--components", "2", "--passes", "4") == 0
+        found = load_bundle(tmp_path / f"{name}-model").meta["calibration"]["slice_scores"]
+        scores.append([[one["score"] for one in found if one["scan"] == scan] for scan in range(4)])
+    assert not any(own == shared for own, shared in zip(*scores))      # others by the tails, which come of all
+
+
 def test_surprise_is_calibrated_on_the_others(tmp_path):
     data = write_slices(tmp_path / "healthy.lmdb", held_out=(2, 3, 4, 5))
     run = write_run(tmp_path / "encoder", SliceDataset(data).manifest)
@@ -307,7 +319,7 @@ def test_surprise_is_calibrated_on_the_others(tmp_path):
 def test_surprise_needs_three_scans(inputs, tmp_path, capsys):
     assert command(*inputs, tmp_path / "mine", "--set", "measure=surprise") == 2
     error = capsys.readouterr().err
-    assert "measure=surprise: needs 3 held-out healthy scans" in error and "has 1" in error
+    assert "measure=surprise: needs held-out healthy scans of 3 patients" in error and "has those of 1" in error
 
 
 # ---- folds

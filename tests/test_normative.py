@@ -35,6 +35,20 @@ def fitted(residuals) -> ResidualStats:
     return ResidualStats.fit([moments(r, BRAIN, MM, places) for r in residuals], places, N)
 
 
+def test_a_scan_is_judged_by_other_patients_alone():
+    """Of five scans the first and the last are one head's."""
+    scans = healthy(5)
+    scans[4] = scans[0] + 0.1
+    brains, mm = [BRAIN] * 5, [MM] * 5
+    _, others = normative.fit_leaving_out(scans, brains, mm, ["A", "B", "C", "D", "A"])
+    assert all(torch.equal(others[i].stats.mean, fitted(scans[1:4]).mean) for i in (0, 4))
+    assert torch.equal(others[1].stats.mean, fitted([scans[i] for i in (0, 2, 3, 4)]).mean)
+    apart, siblings = (fit_normal(scans, brains, mm, of)[1][0].abs().mean() for of in (["A", "B", "C", "D", "A"], None))
+    assert apart > siblings                                      # the same head once more would hide what is odd
+    with pytest.raises(ValueError, match="3 patients are needed, found 2"):
+        fit_normal(scans, brains, mm, ["A", "B", "A", "B", "A"])
+
+
 def test_blur_keeps_a_constant_inside_and_the_sum_of_a_point():
     point = torch.zeros(1, 15, 15)
     point[0, 7, 7] = 1
@@ -127,7 +141,7 @@ def test_no_scan_is_told_by_its_own_statistics():
 
 
 def test_too_few_scans_are_refused():
-    with pytest.raises(ValueError, match="at least 3 healthy scans.*found 2"):
+    with pytest.raises(ValueError, match="at least 3 patients.*found 2"):
         fit_normal(healthy(2), [BRAIN] * 2, [MM] * 2)
 
 

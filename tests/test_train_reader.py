@@ -25,7 +25,8 @@ from detect.reader import Reader
 from gan import corrupt, encoder_loop, reading
 from gan.encoding import method_of
 from gan.reading import Examples, reading_loss, targets
-from gan.settings import ReaderConfig
+from gan.runlog import not_held_out
+from gan.settings import EveryNth, ReaderConfig
 from gan.snapshots import load_snapshot
 from op.banded import dilated
 from tests import processes
@@ -290,7 +291,8 @@ def test_a_database_that_holds_out_what_the_encoder_may_have_seen_is_refused(hel
 def test_first_weights_that_may_have_seen_what_is_held_out_are_told_of(held_out, told, hiding_run, reader_run, gan_run,
                                                                        slices32, tmp_path, capsys):
     def warned(flag):
-        return f"warning: {flag} {tmp_path}/first did not hold out head2, held out now" in capsys.readouterr().out
+        return (f"warning: {flag} {tmp_path}/first, or a run that it began with, did not hold out head2, held out now"
+                in capsys.readouterr().out)
 
     with_held_out(reader_run, held_out, tmp_path / "first")
     assert run(slices32, hiding_run, tmp_path / "r", "--init", tmp_path / "first", "--epochs", 0.25) == 0
@@ -304,7 +306,24 @@ def test_first_weights_that_may_have_seen_what_is_held_out_are_told_of(held_out,
     made = ["--data", slices32, "--encoder", tmp_path / "e", "--out", tmp_path / "m", "--preset", "ct128",
             "--calibrate", "none", "--set", "measure=votes", "scan_score=mean"]
     assert latent_stats.main([str(flag) for flag in made]) == 0
-    assert ("its GAN was trained on another database, or another part of it" in capsys.readouterr().out) == told
+    assert ("its GAN, or a run of --init, was trained on another database, or another part of it"
+            in capsys.readouterr().out) == told
+
+
+def test_what_a_run_began_with_counts_through_any_number_of_runs():
+    """C began with B, and B with A."""
+    def meta(held_out, digest="here", **of):
+        return {"data": {"digest": digest}} | ({"held_out": held_out} if held_out else {}) | of
+
+    a, older = meta(["one", "three"]), meta(None)
+    b = meta(["one", "two"], init=a)
+    c = meta(["one", "two", "three"], init=b, gan=older | {"init": meta(["one"], "elsewhere")})
+    scans = ["one", "two", "three"]
+    assert not_held_out(scans, a) == ["two"] and not_held_out(scans, older) == []
+    assert not_held_out(scans, b) == ["three", "two"] and not_held_out(["one"], b) == []
+    assert not_held_out(["one", "three"], c) == ["three"]
+    d = meta(scans, init=meta(None), gan=meta(["one"], "elsewhere"))
+    assert not_held_out(scans, d) == ["three", "two"] and not_held_out(scans, d, elsewhere=False) == []
 
 
 # ---- In folds
@@ -357,9 +376,16 @@ def test_a_fold_that_is_none_is_refused(fold, words, capsys):
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
+def test_folds_are_of_patients():
+    """A patient's other scan would teach the reader that calibrates by the first."""
+    scans, patients = ["a", "b", "c", "d", "e"], ["P", "Q", "P", "R", "Q"]
+    assert [EveryNth(number, 2).of(scans, patients) for number in (1, 2)] == [["a", "c", "d"], ["b", "e"]]
+    assert EveryNth(3, 3).of(scans, scans) == ["c"]
+
+
 def test_a_fold_of_too_few_scans_is_refused(hiding_run, slices32, tmp_path, capsys):
     assert run(slices32, hiding_run, tmp_path / "r", "--fold", "1:3") == 2
-    assert "holds 1 scans out, too few" in capsys.readouterr().err
+    assert "holds scans of 1 patients out, too few" in capsys.readouterr().err
 
 
 def test_each_reader_calibrates_by_what_it_has_not_seen(in_thirds, tmp_path, capsys, monkeypatch):
@@ -382,6 +408,12 @@ def test_each_reader_calibrates_by_what_it_has_not_seen(in_thirds, tmp_path, cap
     assert meta["provenance"]["reader"] == meta["provenance"]["readers"][0]
     assert "head" not in json.dumps(meta["provenance"])
     assert latent_stats.main([*map(str, flags[:-2]), "--out", str(tmp_path / "two")]) == 2
+    assert "may all have been trained on head3, which are to calibrate" in capsys.readouterr().err
+    assert run(data, encoder, tmp_path / "again", "--fold", "3:3", "--init", readers[0], "--epochs", 0.1) == 0
+    assert "did not hold out head3" in capsys.readouterr().out
+    assert run(data, encoder, tmp_path / "third", "--fold", "3:3", "--init", tmp_path / "again", "--epochs", 0.1) == 0
+    assert "did not hold out head3" in capsys.readouterr().out
+    assert latent_stats.main([*map(str, flags[:-1]), str(tmp_path / "third"), "--out", str(tmp_path / "three")]) == 2
     assert "may all have been trained on head3, which are to calibrate" in capsys.readouterr().err
 
 
