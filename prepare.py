@@ -111,8 +111,10 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         return prepare(args)
-    except (DatasetError, ScanError) as error:
+    except (DatasetError, ScanError, OSError) as error:
         p.exit(2, f"prepare.py: {error}\n")
+    except KeyboardInterrupt:
+        p.exit(130, f"prepare.py: stopped; {args.out} is not written\n")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ PRESETS = {
 def main(argv: list[str] | None = None) -> int:
     def arguments(parser):
         parser.add_argument("--data", "--data_path", type=Path, required=True,
-                            help="database made by prepare.py, or a folder of scans (prepared on the fly)")
+                            help="database made by prepare.py, or a folder of scans (one process prepares it)")
         parser.add_argument("--out", type=Path, default=Path("runs/gan"), help="run folder; an unfinished run goes on")
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         parser.add_argument("--ops", default="auto", choices=("auto", "ref"), help="ref: no CUDA kernels of our own")

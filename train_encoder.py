@@ -48,7 +48,7 @@ PRESETS = {
 def main(argv: list[str] | None = None) -> int:
     def arguments(parser):
         parser.add_argument("--data", "--data_path", type=Path, required=True,
-                            help="database made by prepare.py, or a folder of scans (prepared on the fly)")
+                            help="database made by prepare.py, or a folder of scans (one process prepares it)")
         parser.add_argument("--gan", type=Path, required=True, help="run folder of train.py")
         parser.add_argument("--init", type=Path, help="run of this command whose networks are the first weights")
         parser.add_argument("--out", type=Path, default=Path("runs/encoder"),

@@ -344,15 +344,18 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
 
 
 def ensure_database(data: Path, out: Path, size: int) -> Path:
-    """Collective. `data` itself if it is a database; a folder of scans is prepared first, into out/data.lmdb.
+    """`data` itself if it is a database; a folder of scans is prepared first, into out/data.lmdb.
 
-    An existing out/data.lmdb is taken as it is (a run that goes on must not see other slices).
+    An existing out/data.lmdb is taken as it is (a run that goes on must not see other slices). Raises DatasetError for
+    a folder under torchrun: the other ranks would wait longer for the first one than they may.
     """
     if not data.is_dir():
         return data
     database = out / "data.lmdb"
-    if distributed.is_main() and not database.exists():
+    if not database.exists():
+        if distributed.get_world_size() > 1:
+            raise DatasetError(f"--data {data}: several processes do not prepare a folder of scans; prepare it first: "
+                               f"python prepare.py {data} --size {size} --out healthy.lmdb")
         out.mkdir(parents=True, exist_ok=True)
         build_lmdb([data], database, PreprocessSettings(StandardiseSettings(size=size)))
-    distributed.barrier()
     return database

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import distributed
 import prepare
 from ct.frame import PreprocessSettings, preprocess_scan
 from ct.read import find_scans, read_scan
@@ -264,6 +265,29 @@ def test_a_folder_to_train_on_is_prepared_once(folder, database, tmp_path):
     before = made.stat().st_mtime_ns
     assert made == tmp_path / "run" / "data.lmdb" and len(SliceDataset(made, "all").scan_ids) == 3
     assert ensure_database(folder, tmp_path / "run", 32).stat().st_mtime_ns == before
+
+
+def test_several_processes_do_not_prepare_a_folder(folder, tmp_path, monkeypatch):
+    """Those that wait for the first one give up after half an hour."""
+    made = ensure_database(folder, tmp_path / "run", 32)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    with pytest.raises(DatasetError, match=f"python prepare.py {folder} --size 32 --out healthy.lmdb"):
+        ensure_database(folder, tmp_path / "other", 32)
+    assert not (tmp_path / "other").exists()
+    assert ensure_database(folder, tmp_path / "run", 32) == made
+
+
+@pytest.mark.parametrize("error, code, message", [
+    (OSError(28, "No space left on device"), 2, "No space left"), (KeyboardInterrupt(), 130, "is not written")])
+def test_a_full_disk_and_an_interruption_end_without_a_traceback(folder, tmp_path, monkeypatch, capsys, error, code,
+                                                                  message):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(database_module, "build_lmdb", fail)
+    with pytest.raises(SystemExit) as stop:
+        prepare.main([str(folder), "--out", str(tmp_path / "x.lmdb")])
+    assert stop.value.code == code and message in capsys.readouterr().err
 
 
 def test_missing_and_empty_folders_and_repeated_scans_are_refused(folder, tmp_path, capsys):
