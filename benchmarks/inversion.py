@@ -164,7 +164,8 @@ def of(reconstructor: Reconstructor) -> Reconstruct:
 
 def from_surroundings(inpainting: Inpainting) -> Reconstruct:
     """The first stage of inpainting alone."""
-    return lambda hu, brain, below_vertex_mm: inpainting.from_surroundings(hu, bone_mask(hu))
+    return lambda hu, brain, below_vertex_mm: inpainting.from_surroundings(
+        *(part.to(inpainting.device) for part in (hu, bone_mask(hu))))
 
 
 def methods(args: argparse.Namespace, preprocessing: dict) -> dict[str, Reconstruct]:

@@ -2,12 +2,13 @@
 # The two runs of HealthyGAN in healthygan/README.md: chest X-rays (models/healthygan-cxr-128) and head CT.
 #
 # usage: sh recipes/healthygan.sh cxr DATA [WORK]
-#        sh recipes/healthygan.sh ct BLEEDS LOOSE SCANS CT_ICH [WORK]
+#        sh recipes/healthygan.sh ct BLEEDS LOOSE SLICES SCANS CT_ICH [WORK]
 #
 # DATA holds train/healthy, train/mixed, test/healthy and test/diseased. BLEEDS and LOOSE are databases of 128 pixels by
 # prepare.py --hu-clip 0 70 --bone-apart: the slices of PHE-SICH-CT-IDS with a bleed, and loose slices (900 were drawn).
-# SCANS is scans.lmdb of recipes/head-128.sh, whose held-out scans calibrate; CT_ICH the folder of that benchmark. WORK
-# (default runs/healthygan-cxr, runs/healthygan-ct) gets sets, run and figures. Paths are relative to the repository.
+# SLICES and SCANS are slices.lmdb and scans.lmdb of recipes/head-128.sh: the scans that both hold out calibrate, and none
+# of them may be in BLEEDS or LOOSE. CT_ICH is the folder of that benchmark. WORK (default runs/healthygan-cxr,
+# runs/healthygan-ct) gets sets, run and figures. Paths are relative to the repository.
 # Started again, it goes on where it stopped. Minutes on a GPU. Another interpreter: PYTHON=python3 sh recipes/...
 # The runs were interrupted twice and went on, by this schedule. Read the test's figures once, at the end.
 
@@ -33,19 +34,20 @@ cxr)
     "$python" -m healthygan.trivial --data "$data"
     ;;
 ct)
-    [ $# -ge 5 ] || usage
+    [ $# -ge 6 ] || usage
     bleeds=$2
     loose=$3
-    scans=$4
-    ct_ich=$5
-    work=${6:-runs/healthygan-ct}
+    slices=$4
+    scans=$5
+    ct_ich=$6
+    work=${7:-runs/healthygan-ct}
     mkdir -p "$work"
     [ -e "$work/worse.lmdb" ] ||                          # of the two it is put in place last
         "$python" -m healthygan.sets halves --data "$bleeds" --mixed "$work/worse.lmdb" --healthy "$work/better.lmdb"
     train --mixed "$work/worse.lmdb" "$work/worse.lmdb" "$loose" --healthy "$work/better.lmdb" "$work/better.lmdb" \
         "$loose" --seed 1 --shift 4 --translate-first 2125 --iterations 5683 --decay-iterations 1485
     [ -e "$work/model/model.json" ] ||
-        "$python" latent_stats.py --data "$loose" --encoder "$work/run" --held-out "$scans" --out "$work/model" \
+        "$python" latent_stats.py --data "$slices" --encoder "$work/run" --held-out "$scans" --out "$work/model" \
             --name healthygan-ct-128 --preset ct128 --set method=healthygan
     "$python" benchmarks/inversion.py --data "$scans" --model "$work/model" --scans 10 --out "$work/inversion"
     "$python" benchmarks/cross_validation.py --model "$scans" "$work/model" --out "$work/cross-validation"

@@ -35,6 +35,20 @@ def held_out():
     return HeldOut("head", torch.from_numpy(hu), torch.from_numpy(brain), MM)
 
 
+def test_surroundings_are_drawn_where_the_networks_are():
+    """A GPU's part is played by a device that holds no numbers."""
+    class Networks:
+        device = torch.device("meta")
+
+        @staticmethod
+        def from_surroundings(hu, bone):
+            assert hu.device == bone.device == Networks.device and bone.dtype == torch.bool
+            return torch.ones(hu.shape)
+
+    hu, brain = square()
+    assert (inversion.from_surroundings(Networks())(hu, brain, MM) == 1).all()
+
+
 def test_error_counts_in_the_brain_alone():
     query, brain = square()
     normal = torch.where(brain, query - 2, query + 500)

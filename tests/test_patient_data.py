@@ -105,3 +105,11 @@ def test_the_search_finds_what_is_packed(tmp_path):
         (tmp_path / name).write_bytes(content)
     found = leaks(tmp_path, *UIDS)
     assert [line.split(":")[0] for line in found] == ["a.csv", "b.nii.gz", "c.html", "d.png", "e.json", "secret.txt"]
+
+
+def test_what_git_ignores_gets_into_no_image():
+    """A pattern without a slash is for any depth in .gitignore, and for the root alone in .dockerignore."""
+    ignored, left_out = ((MODEL.parents[1] / name).read_text().split("\n") for name in (".gitignore", ".dockerignore"))
+    patterns = [line.rstrip("/") for line in ignored if line and not line.startswith("#")]
+    assert {"runs", "datasets", "*.dcm", "demos/out"} < set(patterns)
+    assert not {one if "/" in one else f"**/{one}" for one in patterns} - set(left_out)

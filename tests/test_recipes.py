@@ -111,11 +111,12 @@ def test_heads(run, tmp_path):
 
 def test_healthygan(run, tmp_path):
     """A run's schedule fits its length: copying, the whole t, the mask, and the falling rate after all of them."""
-    work, (bleeds, loose, scans) = str(tmp_path / "work"), ("bleeds.lmdb", "loose.lmdb", "scans.lmdb")
+    work = str(tmp_path / "work")
+    bleeds, loose, slices, scans = (f"{name}.lmdb" for name in ("bleeds", "loose", "slices", "scans"))
     of_xrays = run("healthygan.sh", "cxr", "data", work)
     assert [command[1] for command in of_xrays] == ["healthygan.train", "healthygan.test", "benchmarks.xray_map",
                                                     "healthygan.trivial"]
-    of_ct = run("healthygan.sh", "ct", bleeds, loose, scans, "ct-ich", work)
+    of_ct = run("healthygan.sh", "ct", bleeds, loose, slices, scans, "ct-ich", work)
     assert [command[1] for command in of_ct[:2]] == ["healthygan.sets", "healthygan.train"]
     assert programs(of_ct[2:]) == ["latent_stats.py", *(f"benchmarks/{name}.py" for name in (
         "inversion", "cross_validation", "ct_ich"))]
@@ -125,7 +126,9 @@ def test_healthygan(run, tmp_path):
     halves = ct[0]
     assert ct[1].mixed == [halves.mixed] * 2 + [Path(loose)] and ct[1].healthy == [halves.healthy] * 2 + [Path(loose)]
     assert str(ct[2].held_out) == scans == str(ct[5].database) and ct[5].beside == [ct[2].out]
-    assert all(run("healthygan.sh", *wrong, code=2) == [] for wrong in ((), ("cxr",), ("ct", bleeds, loose, scans)))
+    assert str(ct[2].data) == slices                              # holds out what scans.lmdb does; loose.lmdb nothing
+    wrong = ((), ("cxr",), ("ct", bleeds, loose, slices, scans))
+    assert all(run("healthygan.sh", *one, code=2) == [] for one in wrong)
 
 
 def test_paper(run, tmp_path):
