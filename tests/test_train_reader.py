@@ -321,7 +321,7 @@ def test_what_a_run_began_with_counts_through_any_number_of_runs():
     scans = ["one", "two", "three"]
     assert not_held_out(scans, a) == ["two"] and not_held_out(scans, older) == []
     assert not_held_out(scans, b) == ["three", "two"] and not_held_out(["one"], b) == []
-    assert not_held_out(["one", "three"], c) == ["three"]
+    assert not_held_out(scans, c) == ["three", "two"] and not_held_out(["one", "three"], c) == ["three"]
     d = meta(scans, init=meta(None), gan=meta(["one"], "elsewhere"))
     assert not_held_out(scans, d) == ["three", "two"] and not_held_out(scans, d, elsewhere=False) == []
 
@@ -381,6 +381,15 @@ def test_folds_are_of_patients():
     scans, patients = ["a", "b", "c", "d", "e"], ["P", "Q", "P", "R", "Q"]
     assert [EveryNth(number, 2).of(scans, patients) for number in (1, 2)] == [["a", "c", "d"], ["b", "e"]]
     assert EveryNth(3, 3).of(scans, scans) == ["c"]
+
+
+def test_no_fold_shares_a_patient_with_what_it_learns_from(in_thirds, monkeypatch):
+    dataset = SliceDataset(in_thirds[0], "train")
+    for scan in dataset.manifest["scans"]:
+        scan["patient"] = {"head2": "patient1"}.get(scan["scan_id"], scan["patient"])
+    monkeypatch.setattr("dataset.read_manifest", lambda path: dataset.manifest)
+    found = [[part.scan_ids for part in encoder_loop.in_folds(dataset, EveryNth(n, 2))] for n in (1, 2)]
+    assert found == [[["head1", "head2"], ["head3"]], [["head3"], ["head1", "head2"]]]
 
 
 def test_a_fold_of_too_few_scans_is_refused(hiding_run, slices32, tmp_path, capsys):
