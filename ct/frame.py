@@ -47,19 +47,23 @@ class Preprocessed:
     def maps_to_scan(self, maps: np.ndarray, fill: float = 0.0) -> np.ndarray:
         """Maps [K, N, N] of the kept slices in the scan's own geometry, [S, H, W]: frame to pixels, slabs to slices.
 
-        float32, or bool of bool. `fill` is what slices that were not kept and pixels outside the frame get.
+        float32, or bool of bool. `fill` is what slices that were not kept or are in no slab and pixels outside the
+        frame get.
         """
         frame = self.standardised.frame
         full = np.full((len(self.kept), frame.size, frame.size), fill, bool if maps.dtype == bool else np.float32)
         full[self.kept] = maps
-        return self.slabs.from_slabs(from_frame(full, frame, fill=fill))
+        found = self.slabs.from_slabs(from_frame(full, frame, fill=fill))
+        if not self.slabs.covered.all():
+            found[~self.slabs.covered] = fill
+        return found
 
     def values_to_scan(self, values: np.ndarray) -> np.ndarray:
         """One value per slab [T] as one per slice of the scan [S]; bool of bool."""
         return self.slabs.from_slabs(values[:, None, None])[:, 0, 0]
 
     def scores_to_scan(self, scores: np.ndarray) -> np.ndarray:
-        """Scores [K] of the kept slices, float32 [S] per slice of the scan; 0 where a slice was not kept."""
+        """Scores [K] of the kept slices, float32 [S] per slice of the scan; 0 where it was not projected."""
         full = np.zeros(len(self.kept), np.float32)
         full[self.kept] = scores
         return self.values_to_scan(full) * self.values_to_scan(self.kept)

@@ -15,19 +15,26 @@ class Slabs:
 
     scan         the scan to work on; scan.position_mm is each slab's own mean position
     position_mm  float64 [S], of the original slices
+    made_of      bool [T, S]: which of them each slab is made of
     averaged     whether slabs were made; if not, scan is the original and T = S
     """
 
     scan: Scan
     position_mm: np.ndarray
+    made_of: np.ndarray
     averaged: bool
+
+    @property
+    def covered(self) -> np.ndarray:
+        """Which of the original slices are part of a slab, bool [S]."""
+        return self.made_of.any(axis=0)
 
     def from_slabs(self, maps: np.ndarray) -> np.ndarray:
         """Maps of the slabs, [T, H, W], for the original slices, [S, H, W].
 
         Numbers are interpolated linearly between slab positions (floats keep their dtype, integers become
-        float32); bool takes the nearest slab. Slices beyond the outermost slab positions take that slab's map.
-        Raises ValueError if there is not one map a slab.
+        float32); bool takes the nearest slab, and is False for slices in no slab. Slices beyond the outermost slab
+        positions take that slab's map. Raises ValueError if there is not one map a slab.
         """
         centres = self.scan.position_mm
         if len(maps) != len(centres):
@@ -36,7 +43,7 @@ class Slabs:
             return maps
         place = np.interp(self.position_mm, centres, np.arange(len(centres)))
         if maps.dtype == bool:
-            return maps[np.rint(place).astype(int)]
+            return maps[np.rint(place).astype(int)] & self.covered.reshape(-1, 1, 1)
         if not np.issubdtype(maps.dtype, np.floating):
             maps = maps.astype(np.float32)
         below = np.floor(place).astype(int)
@@ -48,40 +55,70 @@ class Slabs:
 def to_slabs(scan: Scan, slab_mm: float = 5.0, thin_mm: float = 4.0) -> Slabs:
     """Averages slices into slabs of slab_mm if their median spacing is below thin_mm; else leaves them as they are.
 
-    A slice reaches halfway to its neighbours and counts in a slab by its overlap with it, so uneven spacing keeps
-    its millimetres. Slabs are counted from the top, where position is measured from; what is left at the bottom is
-    a slab of its own if it is at least half as thick. Where slices are missing there is no slab: one is kept only
-    if slices cover half of what they cover in the fullest. A brain mask that came with the scan is averaged
-    likewise and cut at a half.
+    A slice that is thin_mm or more from both its neighbours is a slab of its own, as in series whose base is thin and
+    whose upper slices are thick. The others reach halfway to their neighbours and count in a slab by their overlap with
+    it, so uneven spacing keeps its millimetres. Slabs are counted from the top, where position is measured from; what
+    is left at the bottom is a slab of its own if it is at least half as thick. Where slices are missing there is no
+    slab. A brain mask that came with the scan is averaged likewise and cut at a half.
 
     Raises ScanError if slab_mm is not above zero.
     """
     if not slab_mm > 0:
         raise ScanError(f"{scan.scan_id}: --slab-mm must be above 0, got {slab_mm}")
-    if len(scan.hu) == 1 or scan.slice_spacing_mm >= thin_mm or scan.slice_spacing_mm >= slab_mm:
-        return Slabs(scan, scan.position_mm, averaged=False)
-    weights = _overlaps(scan.position_mm, slab_mm)                   # [T, S], rows add up to 1
+    count = len(scan.hu)
+    if count == 1 or scan.slice_spacing_mm >= thin_mm or scan.slice_spacing_mm >= slab_mm:
+        return Slabs(scan, scan.position_mm, np.eye(count, dtype=bool), averaged=False)
+    shares = _shares(scan.position_mm, slab_mm, thin_mm)
+    weights = shares / shares.sum(axis=1, keepdims=True)
     brain = None if scan.brain is None else _average(weights, scan.brain) >= 0.5
     slabs = replace(scan, hu=_average(weights, scan.hu), position_mm=weights @ scan.position_mm, brain=brain)
-    return Slabs(slabs, scan.position_mm, averaged=True)
+    return Slabs(slabs, scan.position_mm, shares > 1e-6, averaged=True)
 
 
-def _overlaps(position_mm: np.ndarray, slab_mm: float) -> np.ndarray:
-    """The share of each slice in each slab, float64 [T, S], inferior to superior."""
-    low, high = _extents(position_mm)
+def _shares(position_mm: np.ndarray, slab_mm: float, thin_mm: float) -> np.ndarray:
+    """How much of each slice is in each slab, float64 [T, S], inferior to superior: mm, or 1 of a thick slice."""
+    steps = np.diff(position_mm)
+    nearest = np.minimum(np.append(np.inf, steps), np.append(steps, np.inf))         # [S], to the nearer neighbour
+    low, high = _extents(position_mm, nearest)
+    thick, rows, s = nearest >= thin_mm, [], 0
+    while s < len(position_mm):
+        end = s + 1
+        while not thick[s] and end < len(position_mm) and not thick[end]:
+            end += 1
+        part = np.ones((1, 1)) if thick[s] else _overlaps(low[s:end], high[s:end], slab_mm, bottom=s == 0)
+        rows.append(np.pad(part, ((0, 0), (s, len(position_mm) - end))))
+        s = end
+    return np.concatenate(rows)
+
+
+def _overlaps(low: np.ndarray, high: np.ndarray, slab_mm: float, bottom: bool) -> np.ndarray:
+    """mm of each slice in each slab, float64 [T, S], of slices that reach from low to high, mm.
+
+    A slab is kept if slices cover half of what they cover in the fullest, or if one is in no other. What is left below
+    the lowest falls off at the scan's bottom; elsewhere it is part of the lowest.
+    """
     count = max(1, int((high[-1] - low[0]) / slab_mm + 0.5))
     tops = high[-1] - slab_mm * np.arange(count)[::-1, None]
-    overlap = np.clip(np.minimum(high, tops) - np.maximum(low, tops - slab_mm), 0, None)
+    bottoms = tops - slab_mm
+    if not bottom:
+        bottoms[0] = min(bottoms[0], low[0])
+    overlap = np.clip(np.minimum(high, tops) - np.maximum(low, bottoms), 0, None)
     covered = overlap.sum(axis=1)
-    overlap = overlap[covered >= covered.max() / 2 - 1e-6]
-    return overlap / overlap.sum(axis=1, keepdims=True)
+    kept = covered >= covered.max() / 2 - 1e-6
+    for slice_mm in overlap.T:
+        if slice_mm.any() and not slice_mm[kept].any():
+            kept[slice_mm.argmax()] = True
+    return overlap[kept]
 
 
-def _extents(position_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper end of each slice, mm; no slice is taken for thicker than 1.5 times the median spacing."""
-    step = np.diff(position_mm)
-    half = np.minimum(step, 1.5 * np.median(step)) / 2
-    return position_mm - np.append(half[:1], half), position_mm + np.append(half, half[-1:])
+def _extents(position_mm: np.ndarray, nearest_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper end of each slice, mm: halfway to its neighbours, but no farther than as if the one were 1.5
+    times as far as the nearer one, nearest_mm [S]; at the scan's ends as far as on the other side.
+    """
+    half = np.diff(position_mm) / 2
+    below, above = np.append(half[:1], half), np.append(half, half[-1:])
+    most = 1.5 * nearest_mm / 2
+    return position_mm - np.minimum(below, most), position_mm + np.minimum(above, most)
 
 
 def _average(weights: np.ndarray, volume: np.ndarray) -> np.ndarray:

@@ -138,18 +138,13 @@ class _Job:
     left_out: frozenset[int]
 
 
-def listed_slabs(slabs: Slabs, selected: frozenset[int], slab_mm: float) -> np.ndarray:
-    """bool [T]: the slabs that no other than the selected slices of their scan reach into."""
+def listed_slabs(slabs: Slabs, selected: frozenset[int]) -> np.ndarray:
+    """bool [T]: the slabs that are made of no other than the selected slices of their scan."""
     count = len(slabs.position_mm)
     if max(selected) >= count:
         raise ScanError(f"{slabs.scan.scan_id}: --slices names slice {max(selected)}, the scan has {count} "
                         "(0 is the most inferior)")
-    listed = np.isin(np.arange(count), list(selected))
-    if not slabs.averaged:
-        return listed
-    reach = (slab_mm + float(np.median(np.diff(slabs.position_mm)))) / 2
-    touching = np.abs(slabs.scan.position_mm[:, None] - slabs.position_mm) < reach - 1e-6       # [T, S]
-    return ~(touching & ~listed).any(1)
+    return ~slabs.made_of[:, ~np.isin(np.arange(count), list(selected))].any(1)
 
 
 def _encode(job: _Job) -> ScanRecord:
@@ -159,7 +154,7 @@ def _encode(job: _Job) -> ScanRecord:
     done = preprocess_scan(scan, job.settings)
     kept = done.kept
     if job.selected is not None or job.left_out:
-        kept = kept & listed_slabs(done.slabs, _chosen(job, len(done.slabs.position_mm)), job.settings.slab_mm)
+        kept = kept & listed_slabs(done.slabs, _chosen(job, len(done.slabs.position_mm)))
     if not kept.any():
         raise ScanError(f"{scan.scan_id}: none of the slices that --slices and --leave-out choose shows enough brain")
     shown, frame = np.flatnonzero(kept), done.standardised

@@ -91,18 +91,18 @@ def test_a_slab_counts_as_listed_only_if_all_its_slices_are():
     scan, _ = synthetic_scan(slices=60, spacing_mm=(2.5, 2.4, 2.4))
     slabs = to_slabs(scan, slab_mm=5.0, thin_mm=4.0)
     assert len(slabs.scan.hu) == 30                                     # two slices of 2.5 mm a slab
-    listed = listed_slabs(slabs, frozenset({0, 1, 2, 5, 6, 7}), slab_mm=5.0)
+    listed = listed_slabs(slabs, frozenset({0, 1, 2, 5, 6, 7}))
     assert np.flatnonzero(listed).tolist() == [0, 3]
     with pytest.raises(ScanError, match="names slice 60, the scan has 60"):
-        listed_slabs(slabs, frozenset({60}), slab_mm=5.0)
+        listed_slabs(slabs, frozenset({60}))
 
 
 def test_a_slice_that_two_slabs_share_must_be_listed_for_both():
     scan, _ = synthetic_scan(slices=10, size=8, spacing_mm=(2.0, 2.4, 2.4))
     slabs = to_slabs(scan, slab_mm=5.0, thin_mm=4.0)                    # slice 2 lies in the slabs 0 and 1
     assert len(slabs.scan.hu) == 4
-    assert listed_slabs(slabs, frozenset({0, 1, 2}), slab_mm=5.0).tolist() == [True, False, False, False]
-    assert not listed_slabs(slabs, frozenset({0, 1, 3, 4}), slab_mm=5.0).any()
+    assert listed_slabs(slabs, frozenset({0, 1, 2})).tolist() == [True, False, False, False]
+    assert not listed_slabs(slabs, frozenset({0, 1, 3, 4})).any()
 
 
 # ---- the split

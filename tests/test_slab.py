@@ -36,11 +36,13 @@ def test_overlap_weights_hand_computed():
 
 
 def test_uneven_spacing_weighs_by_millimetres():
-    # slices reach -0.5..0.5, 0.5..1.5, 1.5..2.75 and 3.75..5.25: a gap counts as 1.5 times the median step at most
-    slabs = to_slabs(_scan([0, 0, 0, 100], [0, 1, 2, 4.5]), slab_mm=6.0)
-    np.testing.assert_allclose(slabs.scan.hu[:, 0, 0], [100 * 1.5 / (1.5 + 1.25 + 1 + 1)], rtol=1e-6)
-    slabs = to_slabs(_scan([0, 0, 0, 100], [0, 1, 2, 4.5]), slab_mm=5.0)              # the lowest 0.75 mm fall off
-    np.testing.assert_allclose(slabs.scan.hu[:, 0, 0], [100 * 1.5 / (1.5 + 1.25 + 1 + 0.25)], rtol=1e-6)
+    # slices reach -0.5..0.5, 0.5..1.5, 1.5..2.75 and 3.25..5.75: no farther than as if the one neighbour were 1.5 times
+    # as far as the other
+    slabs = to_slabs(_scan([0, 0, 0, 100], [0, 1, 2, 4.5]), slab_mm=6.0)              # the lowest 0.25 mm fall off
+    np.testing.assert_allclose(slabs.scan.hu[:, 0, 0], [100 * 2.5 / (2.5 + 1.25 + 1 + 0.75)], rtol=1e-6)
+    slabs = to_slabs(_scan([0, 0, 0, 100], [0, 1, 2, 4.5]), slab_mm=5.0)              # and 1.25 mm
+    np.testing.assert_allclose(slabs.scan.hu[:, 0, 0], [100 * 2.5 / (2.5 + 1.25 + 0.75)], rtol=1e-6)
+    assert slabs.covered.tolist() == [False, True, True, True]
 
 
 def test_gap_of_missing_slices_makes_no_slab():
@@ -50,8 +52,54 @@ def test_gap_of_missing_slices_makes_no_slab():
     assert (np.diff(slabs.scan.position_mm) > 0).all()
 
 
-def test_scattered_slices_still_give_slabs():
-    assert len(to_slabs(_scan([1, 1, 1, 1], [0, 0.5, 1, 30])).scan.hu) >= 1
+def test_a_slice_far_from_all_others_is_a_slab_of_its_own():
+    slabs = to_slabs(_scan([1, 1, 1, 7], [0, 0.5, 1, 30]))
+    np.testing.assert_allclose(slabs.scan.hu[:, 0, 0], [1, 7], rtol=1e-6)
+    np.testing.assert_allclose(slabs.scan.position_mm, [(0.5 * 0.5 + 0.625 * 1) / 1.625, 30])
+
+
+@pytest.mark.parametrize("fine, coarse", [(1.25, 5.0), (0.625, 5.0), (2.0, 6.0), (2.5, 7.5), (3.75, 8.0), (3.75, 10.0)])
+def test_thick_slices_above_thin_ones_stay_as_they_are(fine, coarse):
+    """As many old protocols have them: a thin base and thick slices above. Each shows its own number."""
+    base = np.arange(0, 40, fine)
+    positions = np.concatenate([base, base[-1] + coarse * np.arange(1, 10)])
+    values = np.where(np.arange(len(positions)) < len(base), 1.0, 100.0 + np.arange(len(positions)))
+    slabs = to_slabs(_scan(values, positions))
+    shown = slabs.scan.hu[:, 0, 0]
+    assert shown[-9:].tolist() == values[-9:].tolist()
+    np.testing.assert_allclose(shown[:-9], 1.0, rtol=1e-6)
+    np.testing.assert_array_equal(slabs.scan.position_mm[-9:], positions[-9:])
+    assert 7 <= len(shown) - 9 <= 9 and (np.diff(slabs.scan.position_mm) > 0).all()
+    np.testing.assert_allclose(slabs.from_slabs(slabs.scan.hu)[-9:, 0, 0], values[-9:])
+
+
+def test_fine_and_finer_slices_keep_their_millimetres():
+    """Ten slices 0.5 mm apart below eight 3 mm apart, which reach up to 30 mm."""
+    positions = np.concatenate([0.5 * np.arange(10), 4.5 + 3.0 * np.arange(1, 9)])
+    slabs = to_slabs(_scan(np.where(positions < 5, 0, positions), positions))
+    np.testing.assert_allclose(slabs.scan.hu[-2:, 0, 0], [(1 * 25.5 + 3 * 22.5 + 1 * 19.5) / 5,
+                                                          (3 * 28.5 + 2 * 25.5) / 5], rtol=1e-6)
+    assert len(slabs.scan.hu) == 6 and slabs.covered.all()
+
+
+def test_every_slice_is_in_a_slab_but_for_less_than_half_a_slab_at_the_bottom():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        steps = np.concatenate([np.full(rng.integers(1, 30), rng.choice([0.6, 1, 1.25, 2.5, 3.75, 5, 7, 10]))
+                                for _ in range(3)])
+        steps[rng.integers(len(steps))] *= rng.integers(1, 8)                          # or slices are missing
+        positions = np.concatenate([[0], np.cumsum(steps)])
+        slabs = to_slabs(_scan(np.zeros(len(positions)), positions))
+        assert (np.diff(slabs.scan.position_mm) > 0).all()
+        lost = np.flatnonzero(~slabs.covered)
+        assert lost.tolist() == list(range(len(lost))) and (not len(lost) or positions[lost[-1]] < 2.5)
+
+
+def test_a_slice_in_no_slab_is_not_said_to_be_seen():
+    slabs = to_slabs(_scan(np.zeros(52), np.arange(52.0)))                             # two of 52 mm are left over
+    assert slabs.covered.tolist() == [False] * 2 + [True] * 50 and len(slabs.scan.hu) == 10
+    back = slabs.from_slabs(np.ones((10, 2, 3), bool))
+    assert not back[:2].any() and back[2:].all()
 
 
 def test_maps_go_back_linearly_and_bool_to_the_nearest():
