@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 
 import projector
+from ct.scan import Scan
 from demos.anatomy import build_head
 from demos.phantom import code_hash
 from demos.scanner import SIZE, Setup, acquire
+from detect import Projector, load_bundle
 from tests.writers import make_uid, write_dicom_series
 
 MODEL = Path(__file__).resolve().parents[1] / "models" / "phantom-128"
@@ -196,6 +198,20 @@ def test_the_slices_know_their_place(slices, truth):
     at = np.argmax([float(one["score"]) for one in slices])
     assert holding.min() - 1 <= at <= holding.max() + 1
     assert all(one["projected"] == "1" for one in slices[holding.min():holding.max() + 1])
+
+
+def test_the_same_head_with_a_thin_base_scores_as_much(phantom, truth, row):
+    """Of 17 slices 5 mm apart the lowest eight four times, 1.25 mm apart: half of the ball lies in thick ones."""
+    thin = 8
+    hu = np.concatenate([np.repeat(phantom["bleed"][:thin], 4, axis=0), phantom["bleed"][thin:]])
+    fine = np.repeat(POSITION_MM[:thin], 4) + np.tile([-1.875, -0.625, 0.625, 1.875], thin)
+    scan = Scan("hybrid", hu.astype(np.float32), np.concatenate([fine, POSITION_MM[thin:]]),
+                pixel_spacing_mm=SPACING_MM[1:])
+    found = Projector(load_bundle(MODEL, "cpu", "fp32"))(scan)
+    assert truth.mask[thin:].sum() > 0.4 * truth.mask.sum() and len(found.working.slabs.scan.hu) == 17
+    assert found.score == pytest.approx(float(row["score"]), rel=0.02)
+    both = found.mask[4 * thin:] & truth.mask[thin:]
+    assert 2 * both.sum() / (found.mask[4 * thin:].sum() + truth.mask[thin:].sum()) > 0.8
 
 
 def test_a_healthy_head_is_not_flagged_and_wrong_hu_are_noted(others):
