@@ -22,6 +22,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,18 @@ def own_threshold(path: Path) -> tuple[float | None, str]:
     return calibration["threshold"][how], source
 
 
+def maps_folder(args, scan_id: str) -> Path:
+    """Where projector.py put a scan's maps, with or without --part. Raises InputError for an id that is no folder's."""
+    from detect.folder import find_result_folder
+    from evaluation.cohort import InputError
+
+    try:
+        return find_result_folder(args.maps, scan_id)
+    except ValueError as error:
+        raise InputError(f"{args.labels} and --maps {args.maps}: {error}; correct the id, or leave the scan out with "
+                         "--where") from error
+
+
 def evaluate(args) -> None:
     from detect.report import read_json, write_report
     from evaluation import metrics
@@ -97,7 +110,7 @@ def evaluate(args) -> None:
         units["slice"] = slice_units(args, labels, not_chosen)
     report = {level: level_figures(u, *thresholds[level], args) for level, u in units.items()}
     if args.masks:
-        report["pixel"] = pixel_figures(units["scan"], args)
+        report["pixel"] = pixel_figures(units["scan"], args, partial(maps_folder, args))
     if args.compare:
         other = join(read_scores(args.compare), labels, args.missing, not_chosen)
         if other.keys != units["scan"].keys:

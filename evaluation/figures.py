@@ -5,6 +5,7 @@ args: the settings of evaluate.py (level, bootstrap, seed, prevalence, missing, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -85,17 +86,18 @@ def level_figures(units: Units, threshold: float | None, source: str, args) -> d
 # ----------------------------------------------------------------------------------------------------------
 # Masks
 
-def pixel_figures(units: Units, args) -> dict:
+def pixel_figures(units: Units, args, folder_of: Callable[[str], Path]) -> dict:
     """Dice by scan (where the truth is not empty), pooled Dice and pixel AP. A scan labelled 0 has an empty
-    truth."""
+    truth. folder_of: the folder with the maps of a scan, by its id."""
     tally, absent = metrics.PixelTally(), []
     positions = slice_positions(args.maps / "slices.csv")
     for (scan_id,), label in zip(units.keys, units.labels):
-        if not (args.maps / scan_id / "mask.nii.gz").is_file():
+        folder = folder_of(scan_id)
+        if not (folder / "mask.nii.gz").is_file():
             absent.append(f"{scan_id} (no map)")
             continue
-        predicted, affine = read_volume(args.maps / scan_id / "mask.nii.gz")
-        anomaly, _ = read_volume(args.maps / scan_id / "anomaly.nii.gz")
+        predicted, affine = read_volume(folder / "mask.nii.gz")
+        anomaly, _ = read_volume(folder / "anomaly.nii.gz")
         found = read_truth(args.masks, scan_id, predicted.shape, affine, args.mask_gaps, positions.get(scan_id))
         if found is None and label == 1:
             absent.append(f"{scan_id} (no truth)")

@@ -301,6 +301,8 @@ MUTANTS = (
            "patient=scan_labels[k[:1]].patient", "patient=str(k)", "tests/test_evaluate.py -k command_end_to_end"),
     Mutant("pixels ranked by minus the map", "evaluation/figures.py",
            "anomaly[counted])", "-anomaly[counted])", "tests/test_evaluate.py -k masks"),
+    Mutant("maps of a run in parts not found", "evaluate.py",
+           "find_result_folder(args.maps, scan_id)", "args.maps / scan_id", "tests/test_evaluate.py -k in_parts"),
     Mutant("a category against all scans but the healthy", "evaluation/figures.py",
            "| (units.labels == 0)", "| (units.labels == 1)", "tests/test_evaluate.py -k command_end_to_end"),
     Mutant("worklist reads the lowest score first", "evaluation/triage.py",

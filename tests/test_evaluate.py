@@ -18,6 +18,7 @@ from sklearn.metrics import average_precision_score
 import evaluate
 from ct.scan import Scan
 from ct.write import write_nifti
+from detect.folder import result_folder
 from evaluation import cohort, metrics, triage
 from evaluation.cohort import InputError, read_truth, read_volume, slice_positions
 from evaluation.figures import NO_THRESHOLD
@@ -470,6 +471,31 @@ def test_masks_nifti_and_pictures(results):
     assert report["pixel"]["dice_by_scan"]["c"] == pytest.approx(4 / 6)
     (base / "masks" / "a.nii.gz").unlink()
     assert run(results, "--masks", base / "masks", "--mask-gaps", "empty", out="none")[0] == 2
+
+
+def test_maps_of_a_run_in_parts_are_found(results, capsys):
+    """projector.py --part puts them into folders by hash of the id; both kinds may lie beside each other."""
+    truth, predicted = np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4, 5), np.uint8)
+    truth[1, 0, :4], predicted[1, 0, 2:4], predicted[2, 3, :2] = 1, 1, 1      # 4 and 4 pixels, 2 in common
+    for name in "abcdef":
+        found = name in "abc"
+        folder = result_folder(results, name, by_hash=name != "b")
+        display_to_nifti(predicted * found, folder / "mask.nii.gz")
+        display_to_nifti(predicted * 1.0 * found, folder / "anomaly.nii.gz")
+        if found:
+            display_to_nifti(truth, results.parent / "masks" / f"{name}.nii.gz")
+    code, report = run(results, "--masks", results.parent / "masks")
+    assert code == 0 and report["pixel"]["dice_by_scan"] == {"a": 0.5, "b": 0.5, "c": 0.5}
+    assert (report["pixel"]["scans"], report["pixel"]["left_out"]) == (6, 0)
+
+
+def test_an_id_that_is_no_folders_name_is_exit_2(results, capsys):
+    write_csv(results / "scores.csv", "scan_id,score,status", [["../a", 1, "ok"], ["b", 2, "ok"]])
+    write_csv(results.parent / "labels.csv", "scan_id,label", [["../a", 0], ["b", 1]])
+    (results.parent / "masks").mkdir()
+    assert run(results, "--masks", results.parent / "masks")[0] == 2
+    error = capsys.readouterr().err
+    assert "'../a' cannot" in error and "--maps" in error and "labels.csv" in error
 
 
 def test_pictures_of_an_unevenly_spaced_scan_go_where_its_slices_lie(results):
