@@ -78,16 +78,25 @@ def own_threshold(path: Path) -> tuple[float | None, str]:
     return calibration["threshold"][how], source
 
 
-def maps_folder(args, scan_id: str) -> Path:
-    """Where projector.py put a scan's maps, with or without --part. Raises InputError for an id that is no folder's."""
-    from detect.folder import find_result_folder
+def find_maps(args, scan_id: str) -> tuple[Path, bool]:
+    """Where projector.py put a scan's maps, with or without --part, and whether the stack was put upright (ct.read).
+
+    Then its slices count from the head's lower end, while its maps lie where the input did, the other way round. The
+    note says so; maps without a result.json are taken as they lie. Raises InputError for an id that is no folder's.
+    """
+    from ct.whole_head import UPSIDE_DOWN
+    from detect.folder import find_result_folder, read_result
     from evaluation.cohort import InputError
 
     try:
-        return find_result_folder(args.maps, scan_id)
+        folder = find_result_folder(args.maps, scan_id)
     except ValueError as error:
         raise InputError(f"{args.labels} and --maps {args.maps}: {error}; correct the id, or leave the scan out with "
                          "--where") from error
+    result = read_result(folder)
+    if result is None and (folder / "result.json").exists():
+        raise InputError(f"{folder / 'result.json'}: cannot be read as JSON; project the scan again")
+    return folder, result is not None and UPSIDE_DOWN in result["scan"].get("notes", "").split(" | ")
 
 
 def evaluate(args) -> None:
@@ -110,7 +119,7 @@ def evaluate(args) -> None:
         units["slice"] = slice_units(args, labels, not_chosen)
     report = {level: level_figures(u, *thresholds[level], args) for level, u in units.items()}
     if args.masks:
-        report["pixel"] = pixel_figures(units["scan"], args, partial(maps_folder, args))
+        report["pixel"] = pixel_figures(units["scan"], args, partial(find_maps, args))
     if args.compare:
         other = join(read_scores(args.compare), labels, args.missing, not_chosen)
         if other.keys != units["scan"].keys:
@@ -202,7 +211,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--slices", type=Path, help="slices.csv of projector.py: scan_id, slice, score")
     add("--slice-labels", type=Path, help="scan_id, slice (from 0, inferior to superior), label, [types]")
-    add("--masks", type=Path, help="truth masks: <scan_id>.nii.gz or <scan_id>/NN.png (NN: slice from 0)")
+    add("--masks", type=Path, help="truth masks: <scan_id>.nii.gz or <scan_id>/NN.png (NN: slice as in "
+        "slices.csv, from 0)")
     add("--maps", type=Path, help="<scan_id>/mask.nii.gz, anomaly.nii.gz (default: the folder of scores.csv)")
     add("--mask-gaps", choices=("error", "empty", "skip"), default="error",
         help="slices without a PNG in a truth folder: refuse, nothing there, or not counted (default error)")

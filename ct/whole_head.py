@@ -31,6 +31,9 @@ MIDDLE = 0.7                    # slices with more than this share of the larges
 MIN_ENCLOSED = 0.55             # of their border at least: half the skull may be taken out, ribs close less
 REACH_MM = 5.0                  # from the brain's border to the bone
 CUT = 0.45                      # of the largest area: a scan whose outermost slice shows more ends in the brain
+# The note on a stack that was put right. evaluate.py knows such scans by it, also in results that lie there already
+UPSIDE_DOWN = ("upside down: the slices ran from the vertex to the base and were put in reverse order; whether left "
+               "and right are right cannot be seen")
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,8 @@ def upright(scan: Scan) -> Scan:
     above = 1.0 if above is None else above           # cut off within the brain: as wide as there
     if below is None or below >= SMALL or above - below < APART:
         return scan
-    note = ("upside down: the slices ran from the vertex to the base and were put in reverse order; whether left and "
-            "right are right cannot be seen")
     turned = scan.upended()
-    return replace(turned, notes=(*turned.notes, note))
+    return replace(turned, notes=(*turned.notes, UPSIDE_DOWN))
 
 
 def check_head(scan: Scan, brain: np.ndarray) -> tuple[str, ...]:

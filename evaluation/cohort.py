@@ -198,13 +198,15 @@ def slice_positions(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.ndarray, gaps: str,
-               position_mm: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray] | None:
+               position_mm: np.ndarray | None = None,
+               upended: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
     """Truth bool [S, H, W] in the geometry of a predicted map of shape `like`, and which slices count, bool [S].
 
     <scan_id>.nii.gz, or <scan_id>/NN.png where NN is the scan's slice from 0. position_mm: where the scan's slices
     lie; a map of unevenly spaced ones is resampled to even steps from the first to the last (ct.write), and each of
-    its slices then has the mask of the slice nearest to it. Without it, NN counts the map's slices. None if there is
-    neither. Raises InputError.
+    its slices then has the mask of the slice nearest to it. Without it, NN counts the map's slices. upended: the stack
+    came upside down: NN counts from the head's lower end, and the map, which lies as the stack came, ends with that.
+    None if there is neither. Raises InputError.
     """
     path = folder / f"{scan_id}.nii.gz"
     if path.is_file():
@@ -231,6 +233,7 @@ def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.nda
     if position_mm is not None:
         even = np.linspace(position_mm[0], position_mm[-1], like[0])
         nearest = count - 1 - np.abs(even[:, None] - position_mm[::-1]).argmin(axis=1)        # half way: the upper
+    nearest = nearest[::-1] if upended else nearest
     return masks[nearest], given[nearest] | (gaps == "empty")
 
 

@@ -86,19 +86,21 @@ def level_figures(units: Units, threshold: float | None, source: str, args) -> d
 # ----------------------------------------------------------------------------------------------------------
 # Masks
 
-def pixel_figures(units: Units, args, folder_of: Callable[[str], Path]) -> dict:
+def pixel_figures(units: Units, args, maps_of: Callable[[str], tuple[Path, bool]]) -> dict:
     """Dice by scan (where the truth is not empty), pooled Dice and pixel AP. A scan labelled 0 has an empty
-    truth. folder_of: the folder with the maps of a scan, by its id."""
+    truth. maps_of: by a scan's id, the folder with its maps, and whether these run the other way than its slices
+    (read_truth)."""
     tally, absent = metrics.PixelTally(), []
     positions = slice_positions(args.maps / "slices.csv")
     for (scan_id,), label in zip(units.keys, units.labels):
-        folder = folder_of(scan_id)
+        folder, upended = maps_of(scan_id)
         if not (folder / "mask.nii.gz").is_file():
             absent.append(f"{scan_id} (no map)")
             continue
         predicted, affine = read_volume(folder / "mask.nii.gz")
         anomaly, _ = read_volume(folder / "anomaly.nii.gz")
-        found = read_truth(args.masks, scan_id, predicted.shape, affine, args.mask_gaps, positions.get(scan_id))
+        found = read_truth(args.masks, scan_id, predicted.shape, affine, args.mask_gaps, positions.get(scan_id),
+                           upended)
         if found is None and label == 1:
             absent.append(f"{scan_id} (no truth)")
             continue

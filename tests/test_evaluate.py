@@ -16,6 +16,7 @@ from scipy.stats import norm
 from sklearn.metrics import average_precision_score
 
 import evaluate
+from ct.read import find_scans, read_scan
 from ct.scan import Scan
 from ct.write import write_nifti
 from detect.folder import result_folder
@@ -23,6 +24,8 @@ from evaluation import cohort, metrics, triage
 from evaluation.cohort import InputError, read_truth, read_volume, slice_positions
 from evaluation.figures import NO_THRESHOLD
 from evaluation.metrics import Undefined
+from tests.helpers import synthetic_head
+from tests.writers import write_dicom_series, write_nifti_scan, write_slice_folder
 
 SCORES = np.array([0.9, 0.8, 0.4, 0.7, 0.3, 0.2])
 LABELS = np.array([1, 1, 1, 0, 0, 0])                                        # 8 of 9 pairs ranked right
@@ -523,6 +526,54 @@ def test_pictures_of_an_unevenly_spaced_scan_go_where_its_slices_lie(results):
         read_truth(folder.parent, "a", mask[0].shape, mask[1], "error", position)
     report = run(results, "--masks", folder.parent, "--mask-gaps", "skip", "--missing", "exclude")[1]
     assert report["pixel"]["dice_by_scan"] == {"a": 1.0}
+
+
+def written(reader, folder, hu):
+    """The scan that is read of these slices, written in this format; uneven: DICOM, the last slice 10 mm off, not 5."""
+    spacing = (5.0, 2.4, 2.4)
+    if reader == "slices":
+        write_slice_folder(folder / "a", hu, slice_spacing_mm=5.0, pixel_spacing_mm=2.4)
+    elif reader == "nifti":
+        folder.mkdir()
+        write_nifti_scan(folder / "a.nii.gz", hu, spacing, axes="RAS")
+    else:
+        position_mm = np.arange(len(hu)) * 5.0
+        position_mm[-1] += 5.0 * (reader == "uneven")
+        write_dicom_series(folder / "a", hu, spacing, position_mm)
+    return read_scan(find_scans(folder)[0])
+
+
+@pytest.mark.parametrize("came", ("upright", "upside down"))
+@pytest.mark.parametrize("reader", ("dicom", "uneven", "nifti", "slices"))
+def test_pictures_of_a_stack_that_was_put_upright_lie_on_their_slices(results, reader, came):
+    """NN is the slice of slices.csv, from the head's lower end; the maps lie as the input did."""
+    hu = synthetic_head()[0]
+    scan = written(reader, results.parent / "scans", hu if came == "upright" else hu[::-1])
+    turned = [note for note in scan.notes if note.startswith("upside down")]
+    assert len(scan.hu) == 24 and len(turned) == (came == "upside down")
+    mask = np.zeros(scan.hu.shape, bool)
+    mask[20, 30:40, 30:50], mask[21, 30:35, 30:50] = True, True
+    folder = results / "a"
+    folder.mkdir()
+    write_nifti(folder / "mask.nii.gz", mask, scan)
+    write_nifti(folder / "anomaly.nii.gz", mask.astype(np.float32), scan)
+    (folder / "result.json").write_text(json.dumps({"scan": {"notes": " | ".join([*scan.notes, "another"])}}))
+    write_csv(results / "slices.csv", "scan_id,slice,position_mm", [["a", *p] for p in enumerate(scan.position_mm)])
+    (results.parent / "masks" / "a").mkdir(parents=True)
+    for k in (20, 21, 22):
+        Image.fromarray(mask[k].astype(np.uint8) * 255).save(results.parent / "masks" / "a" / f"{k}.png")
+    for gaps in ("empty", "skip"):
+        code, report = run(results, "--masks", results.parent / "masks", "--mask-gaps", gaps, "--missing", "exclude")
+        assert code == 0 and report["pixel"]["dice_by_scan"] == {"a": 1.0}
+        assert report["pixel"]["pixel_average_precision"] == 1.0
+
+
+def test_a_damaged_result_beside_maps_is_exit_2(results, capsys):
+    display_to_nifti(np.zeros((3, 4, 5), np.uint8), results / "a" / "mask.nii.gz")
+    (results / "a" / "result.json").write_text('{"scan": ')
+    (results.parent / "masks").mkdir()
+    assert run(results, "--masks", results.parent / "masks", "--missing", "exclude")[0] == 2
+    assert "result.json: cannot be read as JSON; project the scan again" in capsys.readouterr().err
 
 
 def test_triage_command(results):
