@@ -30,7 +30,7 @@ from common.files import sha256
 from evaluation.settings import TriageSettings
 
 if TYPE_CHECKING:                         # what takes seconds to import, functions import: --help needs none of it
-    from evaluation.cohort import Key, Label, Units
+    from evaluation.cohort import Key, Label, Score, Units
 
 LIBRARIES = ("numpy", "scipy", "scikit-learn", "matplotlib")             # that figures hang on
 
@@ -50,14 +50,19 @@ def provenance(args) -> dict:
 # ----------------------------------------------------------------------------------------------------------
 # Commands
 
-def slice_units(args, scan_labels: dict[Key, Label], not_chosen: set[Key]) -> Units:
-    """Slices of the labelled scans, clustered by patient; what belongs to other scans is left out and counted."""
-    from evaluation.cohort import join, read_labels, read_scores
+def slice_units(args, scan_scores: dict[Key, Score], scan_labels: dict[Key, Label], not_chosen: set[Key]) -> Units:
+    """Slices of the labelled scans, clustered by patient; what belongs to other scans is left out and counted.
+
+    A slice has no more of a score than its scan: none where that failed, is unreliable or is not there.
+    """
+    from evaluation.cohort import UNSCORED, join, read_labels, read_scores
 
     every_label, _ = read_labels(args.slice_labels, by_slice=True)
     labels = {k: replace(label, patient=scan_labels[k[:1]].patient) for k, label in every_label.items()
               if k[:1] in scan_labels}
-    scores = read_scores(args.slices, by_slice=True)
+    own = read_scores(args.slices, by_slice=True)
+    scores = {k: scan_scores[k[:1]] if scan_scores.get(k[:1]) in UNSCORED else score for k, score in own.items()
+              if k[:1] in scan_scores or k not in labels}
     units = join(scores, labels, args.missing, {k for k in scores if k[:1] in not_chosen}, "slices")
     if len(labels) < len(every_label):
         others = {"labelled, of scans without a scan label": len(every_label) - len(labels)}
@@ -116,7 +121,7 @@ def evaluate(args) -> None:
     if args.threshold_from:
         thresholds["scan"] = threshold_from(args.threshold_from, args.fpr, args.missing, units["scan"].keys)
     if args.slices:
-        units["slice"] = slice_units(args, labels, not_chosen)
+        units["slice"] = slice_units(args, scores, labels, not_chosen)
     report = {level: level_figures(u, *thresholds[level], args) for level, u in units.items()}
     if args.masks:
         report["pixel"] = pixel_figures(units["scan"], args, partial(find_maps, args))
@@ -200,8 +205,8 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--where", type=_condition, action="append", default=[], metavar="COLUMN=VALUE",
                         help="use only these rows of the labels, e.g. split=test; may be repeated")
     parser.add_argument("--missing", choices=("error", "exclude", "worst"), default="error",
-                        help="scans that failed, have no score or no label: refuse; leave out and count; or "
-                             "count as ranked wrongly, the worst case (no label: left out) (default error)")
+                        help="scans that failed, are unreliable, have no score or no label: refuse; leave out and "
+                             "count; or count as ranked wrongly, the worst case (no label: left out) (default error)")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

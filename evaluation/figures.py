@@ -169,7 +169,8 @@ def table(report: dict) -> dict[str, list]:
             rows += level_rows(level, f)
             notes += [f"{level}s left out: {count} ({why})" for why, count in f["left_out"].items()]
             if f["counted_worst"]:
-                notes.append(f"{level}s without a score, counted as ranked wrongly: {f['counted_worst']}")
+                notes.append(f"{level}s that failed, are unreliable or have no score, counted as ranked wrongly: "
+                             f"{f['counted_worst']}")
             if f["abnormal_without_category"]:
                 notes.append(f"abnormal {level}s without a category: {f['abnormal_without_category']}")
             if "threshold" in f["at_threshold"]:

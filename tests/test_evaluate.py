@@ -197,7 +197,7 @@ def label(value, *types, patient="p"):
 
 
 def test_missing_scans_are_refused_excluded_or_counted_worst():
-    scores = {("a",): 3.0, ("b",): 1.0, ("failed",): None, ("stray",): 9.0}
+    scores = {("a",): 3.0, ("b",): 1.0, ("failed",): "failed", ("stray",): 9.0}
     labels = {("a",): label(1), ("b",): label(0), ("failed",): label(1), ("absent",): label(0)}
     with pytest.raises(cohort.InputError) as error:
         cohort.join(scores, labels, "error")
@@ -371,6 +371,28 @@ def test_missing_scan_is_exit_2_unless_allowed(results, capsys):
     code, report = run(results, "--missing", "exclude")
     assert code == 0 and report["scan"]["left_out"] == {"failed": 1}
     assert "scans left out: 1 (failed)" in (results.parent / "metrics" / "metrics.md").read_text()
+
+
+def test_scans_not_to_be_trusted_count_by_name_and_take_their_slices_with_them(results, capsys):
+    """b is unreliable, d failed and has no slices, f is not in scores.csv; slices of a, c and e remain."""
+    status = {"b": "unreliable", "d": "failed"}
+    write_csv(results / "scores.csv", "scan_id,score,status",
+              [[n, "" if n == "d" else s, status.get(n, "ok")] for n, s in zip("abcde", SCORES)])
+    write_csv(results / "slices.csv", "scan_id,slice,score",
+              [[n, k, s * (k + 1)] for n, s in zip("abcdef", SCORES) for k in range(3) if n != "d"])
+    flags = ["--slices", results / "slices.csv", "--slice-labels", results.parent / "slice_labels.csv"]
+    assert run(results, *flags) == (2, None)
+    assert "1 scans failed (d); 1 scans unreliable (b); 1 scans labelled without a score (f)" in capsys.readouterr().err
+    code, report = run(results, *flags, "--missing", "exclude")
+    assert code == 0 and (report["scan"]["n"], report["slice"]["n"]) == (3, 9)
+    assert report["scan"]["left_out"] == {"failed": 1, "unreliable": 1, "labelled without a score": 1}
+    assert report["slice"]["left_out"] == {"unreliable": 3, "labelled without a score": 6}
+    # Abnormal a2 2.7 and c2 1.2; normal a0 0.9, a1 1.8, c0 0.4, c1 0.8, e0 0.3, e1 0.6, e2 0.9: 13 of 14 ranked right
+    assert report["slice"]["auc"] == pytest.approx(13 / 14)
+    table = (results.parent / "metrics" / "metrics.md").read_text()
+    assert "scans left out: 1 (unreliable)" in table and "slices left out: 3 (unreliable)" in table
+    report = run(results, *flags, "--missing", "worst")[1]
+    assert (report["scan"]["counted_worst"], report["slice"]["counted_worst"]) == (3, 9)
 
 
 def test_threshold_comes_from_other_data(results, capsys):
