@@ -22,6 +22,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ from common.files import sha256
 from evaluation.settings import TriageSettings
 
 if TYPE_CHECKING:                         # what takes seconds to import, functions import: --help needs none of it
-    from evaluation.cohort import Key, Label, Units
+    from evaluation.cohort import Key, Label, Score, Units
 
 LIBRARIES = ("numpy", "scipy", "scikit-learn", "matplotlib")             # that figures hang on
 
@@ -49,14 +50,19 @@ def provenance(args) -> dict:
 # ----------------------------------------------------------------------------------------------------------
 # Commands
 
-def slice_units(args, scan_labels: dict[Key, Label], not_chosen: set[Key]) -> Units:
-    """Slices of the labelled scans, clustered by patient; what belongs to other scans is left out and counted."""
-    from evaluation.cohort import join, read_labels, read_scores
+def slice_units(args, scan_scores: dict[Key, Score], scan_labels: dict[Key, Label], not_chosen: set[Key]) -> Units:
+    """Slices of the labelled scans, clustered by patient; what belongs to other scans is left out and counted.
+
+    A slice has no more of a score than its scan: none where that failed, is unreliable or is not there.
+    """
+    from evaluation.cohort import UNSCORED, join, read_labels, read_scores
 
     every_label, _ = read_labels(args.slice_labels, by_slice=True)
     labels = {k: replace(label, patient=scan_labels[k[:1]].patient) for k, label in every_label.items()
               if k[:1] in scan_labels}
-    scores = read_scores(args.slices, by_slice=True)
+    own = read_scores(args.slices, by_slice=True)
+    scores = {k: scan_scores[k[:1]] if scan_scores.get(k[:1]) in UNSCORED else score for k, score in own.items()
+              if k[:1] in scan_scores or k not in labels}
     units = join(scores, labels, args.missing, {k for k in scores if k[:1] in not_chosen}, "slices")
     if len(labels) < len(every_label):
         others = {"labelled, of scans without a scan label": len(every_label) - len(labels)}
@@ -77,6 +83,27 @@ def own_threshold(path: Path) -> tuple[float | None, str]:
     return calibration["threshold"][how], source
 
 
+def find_maps(args, scan_id: str) -> tuple[Path, bool]:
+    """Where projector.py put a scan's maps, with or without --part, and whether the stack was put upright (ct.read).
+
+    Then its slices count from the head's lower end, while its maps lie where the input did, the other way round. The
+    note says so; maps without a result.json are taken as they lie. Raises InputError for an id that is no folder's.
+    """
+    from ct.whole_head import UPSIDE_DOWN
+    from detect.folder import find_result_folder, read_result
+    from evaluation.cohort import InputError
+
+    try:
+        folder = find_result_folder(args.maps, scan_id)
+    except ValueError as error:
+        raise InputError(f"{args.labels} and --maps {args.maps}: {error}; correct the id, or leave the scan out with "
+                         "--where") from error
+    result = read_result(folder)
+    if result is None and (folder / "result.json").exists():
+        raise InputError(f"{folder / 'result.json'}: cannot be read as JSON; project the scan again")
+    return folder, result is not None and UPSIDE_DOWN in result["scan"].get("notes", "").split(" | ")
+
+
 def evaluate(args) -> None:
     from detect.report import read_json, write_report
     from evaluation import metrics
@@ -94,10 +121,10 @@ def evaluate(args) -> None:
     if args.threshold_from:
         thresholds["scan"] = threshold_from(args.threshold_from, args.fpr, args.missing, units["scan"].keys)
     if args.slices:
-        units["slice"] = slice_units(args, labels, not_chosen)
+        units["slice"] = slice_units(args, scores, labels, not_chosen)
     report = {level: level_figures(u, *thresholds[level], args) for level, u in units.items()}
     if args.masks:
-        report["pixel"] = pixel_figures(units["scan"], args)
+        report["pixel"] = pixel_figures(units["scan"], args, partial(find_maps, args))
     if args.compare:
         other = join(read_scores(args.compare), labels, args.missing, not_chosen)
         if other.keys != units["scan"].keys:
@@ -178,8 +205,8 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--where", type=_condition, action="append", default=[], metavar="COLUMN=VALUE",
                         help="use only these rows of the labels, e.g. split=test; may be repeated")
     parser.add_argument("--missing", choices=("error", "exclude", "worst"), default="error",
-                        help="scans that failed, have no score or no label: refuse; leave out and count; or "
-                             "count as ranked wrongly, the worst case (no label: left out) (default error)")
+                        help="scans that failed, are unreliable, have no score or no label: refuse; leave out and "
+                             "count; or count as ranked wrongly, the worst case (no label: left out) (default error)")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -189,7 +216,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--slices", type=Path, help="slices.csv of projector.py: scan_id, slice, score")
     add("--slice-labels", type=Path, help="scan_id, slice (from 0, inferior to superior), label, [types]")
-    add("--masks", type=Path, help="truth masks: <scan_id>.nii.gz or <scan_id>/NN.png (NN: slice from 0)")
+    add("--masks", type=Path, help="truth masks: <scan_id>.nii.gz or <scan_id>/NN.png (NN: slice as in "
+        "slices.csv, from 0)")
     add("--maps", type=Path, help="<scan_id>/mask.nii.gz, anomaly.nii.gz (default: the folder of scores.csv)")
     add("--mask-gaps", choices=("error", "empty", "skip"), default="error",
         help="slices without a PNG in a truth folder: refuse, nothing there, or not counted (default error)")

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import ndimage as ndi
 
 from ct.brain import bone_threshold
+from ct.limits import SLICE_MM
 from ct.plausible import AIR_BELOW
 from ct.scan import Scan, ScanError
 
@@ -31,6 +32,9 @@ MIDDLE = 0.7                    # slices with more than this share of the larges
 MIN_ENCLOSED = 0.55             # of their border at least: half the skull may be taken out, ribs close less
 REACH_MM = 5.0                  # from the brain's border to the bone
 CUT = 0.45                      # of the largest area: a scan whose outermost slice shows more ends in the brain
+# The note on a stack that was put right. evaluate.py knows such scans by it, also in results that lie there already
+UPSIDE_DOWN = ("upside down: the slices ran from the vertex to the base and were put in reverse order; whether left "
+               "and right are right cannot be seen")
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,8 @@ def upright(scan: Scan) -> Scan:
     above = 1.0 if above is None else above           # cut off within the brain: as wide as there
     if below is None or below >= SMALL or above - below < APART:
         return scan
-    note = ("upside down: the slices ran from the vertex to the base and were put in reverse order; whether left and "
-            "right are right cannot be seen")
     turned = scan.upended()
-    return replace(turned, notes=(*turned.notes, note))
+    return replace(turned, notes=(*turned.notes, UPSIDE_DOWN))
 
 
 def check_head(scan: Scan, brain: np.ndarray) -> tuple[str, ...]:
@@ -82,7 +84,7 @@ def check_head(scan: Scan, brain: np.ndarray) -> tuple[str, ...]:
         raise ScanError(f"no head: what might be a brain is {height:.0f} mm high, expected at least "
                         f"{MIN_HEIGHT_MM:.0f} mm (another part of the body?)")
     if scan.pixel_spacing_mm is not None and scan.brain is None:
-        volume = float(areas.sum() * np.prod(scan.pixel_spacing_mm) * scan.slice_spacing_mm / 1000)
+        volume = float(areas @ _thickness_mm(scan) * np.prod(scan.pixel_spacing_mm) / 1000)
         if volume > BRAIN_ML[1] or (volume < BRAIN_ML[0] and not base and not vertex):
             raise ScanError(f"no head of this size: the inside of the skull is {volume:.0f} ml, expected "
                             f"{BRAIN_ML[0]:.0f} to {BRAIN_ML[1]:.0f} (spacings wrong, or the size of a template?)")
@@ -110,12 +112,30 @@ def _enclosed(scan: Scan, brain: np.ndarray, slices: np.ndarray) -> float:
     return near / max(border, 1)
 
 
+def _heights_mm(scan: Scan) -> np.ndarray:
+    """Of the slices above the lowest, [S]; a gap wider than slices of a head CT ever are counts as one of these."""
+    return np.append(0.0, np.cumsum(np.minimum(np.diff(scan.position_mm), SLICE_MM[1])))
+
+
+def _thickness_mm(scan: Scan) -> np.ndarray:
+    """Of each slice, [S]: it reaches half way to both neighbours; the outermost reach as far out as in."""
+    return np.gradient(_heights_mm(scan)) if len(scan.hu) > 1 else np.array([scan.slice_spacing_mm])
+
+
+def _at_even_steps(scan: Scan, step_mm: float) -> np.ndarray:
+    """The number of the slice that is nearest at every step from the lowest to the highest; half way: the lower."""
+    heights = _heights_mm(scan)
+    count = int(heights[-1] / step_mm + 0.01) + 1          # headers round: a last step may be short by a hundredth
+    return np.searchsorted((heights[1:] + heights[:-1]) / 2, step_mm * np.arange(count))
+
+
 def profile(scan: Scan) -> Profile:
-    """Areas of a coarse copy of the scan; every few slices are averaged into one."""
+    """Areas of a coarse copy of the scan: at even steps the nearest slice, and of it every few pixels."""
     row_mm, column_mm = scan.pixel_spacing_mm or (TYPICAL_FIELD_MM / max(scan.hu.shape[1:]),) * 2
     strides = [max(1, round(COARSE_MM / mm)) for mm in (row_mm, column_mm)]
-    every = max(1, round(COARSE_MM / scan.slice_spacing_mm))
-    hu = np.clip(scan.hu[::every, ::strides[0], ::strides[1]], -500, 500)
+    step_mm = max(1, round(COARSE_MM / scan.slice_spacing_mm)) * scan.slice_spacing_mm
+    taken, of_step = np.unique(_at_even_steps(scan, step_mm), return_inverse=True)
+    hu = np.clip(scan.hu[:, ::strides[0], ::strides[1]][taken], -500, 500)
     pixel_mm = float(np.sqrt(row_mm * strides[0] * column_mm * strides[1]))
     tissue = ndi.binary_opening(hu > max(AIR_BELOW, scan.saturation_hu[0] + 12), np.ones((1, 3, 3)))
     bone = hu >= bone_threshold(scan)
@@ -126,11 +146,11 @@ def profile(scan: Scan) -> Profile:
     areas = np.array([_largest(image) for image in inside])
     labels, count = ndi.label(tissue)
     if not areas.any() or not count:
-        return Profile(areas, np.zeros(len(hu)), every * scan.slice_spacing_mm)
+        return Profile(areas[of_step], np.zeros(len(of_step)), step_mm)
     middle = int(areas.argmax())
     head = labels == np.bincount(labels[middle][inside[middle]], minlength=count + 1)[1:].argmax() + 1
     outline = np.array([ndi.binary_fill_holes(image).sum() for image in head])
-    return Profile(areas, outline, every * scan.slice_spacing_mm)
+    return Profile(areas[of_step], outline[of_step], step_mm)
 
 
 def ends(found: Profile) -> tuple[float | None, float | None]:

@@ -107,16 +107,22 @@ class Calibration:
 # Reading
 
 def read_results(results: Path, most: int = MOST_SCANS) -> tuple[list[Entry], dict, Counter]:
-    """The first `most` scans of scores.csv in its order; run.json; how many others there are: total, flagged, failed.
+    """The first `most` scans of scores.csv in its order; run.json; how many others there are: total, flagged, and by
+    status where that is not 'ok'.
 
     Raises ReportError.
     """
     path, ids, others = results / "scores.csv", set(), Counter()
 
     def is_shown(row: dict[str, str]) -> bool:
+        if row["status"] not in ("ok", "unreliable", "failed"):
+            raise ReportError(f"{path}: {row['scan_id']} has status {row['status']!r}; expected 'ok', 'unreliable' or "
+                              "'failed'; run projector.py again")
         ids.add(row["scan_id"])
         if len(ids) > most:
-            others.update(total=1, flagged=row["flagged"] == "1", failed=row["status"] != "ok")
+            others.update(total=1, flagged=row["flagged"] == "1")
+            if row["status"] != "ok":
+                others[row["status"]] += 1
         return len(ids) <= most
 
     entries = [_entry(path, row) for row in read_table(path, SCAN_COLUMNS, ReportError, keep=is_shown)]
@@ -310,8 +316,8 @@ def unshown(entries: list[Entry], others: Counter) -> list[str]:
     if not others["total"]:
         return []
     return [f"This page shows the {len(entries)} scans with the highest scores of {len(entries) + others['total']}; of "
-            f"the others {others['flagged'] or 'none'} are flagged and {others['failed'] or 'none'} failed. scores.csv "
-            "lists all of them."]
+            f"the others {others['flagged'] or 'none'} are flagged, {others['unreliable'] or 'none'} unreliable and "
+            f"{others['failed'] or 'none'} failed. scores.csv lists all of them."]
 
 
 def where(entries: list[Entry], calibration: Calibration) -> list[str]:

@@ -16,6 +16,8 @@ from common.files import read_table as read_rows
 from evaluation.metrics import empirical_threshold
 
 Key = tuple                                # (scan_id,) or (scan_id, slice)
+Score = float | str                        # or, where there is none that counts, why: one of UNSCORED
+UNSCORED = ("failed", "unreliable")        # status of a scan in scores.csv other than 'ok'
 
 
 class InputError(ValueError):
@@ -39,7 +41,7 @@ class Units:
     types: list[tuple[str, ...]]
     clusters: np.ndarray                   # [n], the patient
     left_out: dict[str, int]               # why -> how many
-    counted_worst: int                     # labelled, without a score, counted as ranked wrongly
+    counted_worst: int                     # labelled, without a score that counts, counted as ranked wrongly
 
     def where(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scores, labels and clusters of the chosen ones, a bool [n]."""
@@ -77,17 +79,17 @@ def seconds_by_scan(path: Path) -> dict[str, float]:
     return {row["scan_id"]: _finite(path, row, "seconds") for row in read_table(path, ("scan_id", "seconds"))}
 
 
-def read_scores(path: Path, by_slice: bool = False) -> dict[Key, float | None]:
-    """Score by key; None for a scan whose status is 'failed' or 'unreliable' (slices have none). Raises InputError."""
+def read_scores(path: Path, by_slice: bool = False) -> dict[Key, Score]:
+    """Score by key; of a scan whose status is one of UNSCORED, that (slices have none). Raises InputError."""
     scores = {}
     columns = ("scan_id", "slice", "score") if by_slice else ("scan_id", "score", "status")
     for row in read_table(path, columns):
         key = _key(path, row, by_slice, scores)
         status = "ok" if by_slice else row["status"]
-        if status not in ("ok", "failed", "unreliable"):
+        if status not in ("ok", *UNSCORED):
             raise InputError(f"{path}, line {row.line}: {name(key)} has status {status!r}; expected 'ok' or 'failed' "
                              "or 'unreliable'")
-        scores[key] = None if status != "ok" else _finite(path, row, "score")
+        scores[key] = status if status in UNSCORED else _finite(path, row, "score")
     return scores
 
 
@@ -124,17 +126,17 @@ def read_labels(path: Path, where: Iterable[str] = (),
     return labels, not_chosen
 
 
-def join(scores: dict[Key, float | None], labels: dict[Key, Label], missing: str,
+def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
          not_chosen: Iterable[Key] = (), what: str = "scans") -> Units:
     """Scores and labels by key.
 
-    missing: what to do when a unit has no score (failed or absent) or no label: 'error' (InputError),
-    'exclude', or 'worst': without a score it counts as ranked wrongly, below all if abnormal, above all if
-    normal; without a label it can only be excluded. What was done is counted in the result. not_chosen:
+    missing: what to do when a unit has no score (failed or absent), none to be trusted (unreliable) or no label:
+    'error' (InputError), 'exclude', or 'worst': without a score it counts as ranked wrongly, below all if abnormal,
+    above all if normal; without a label it can only be excluded. What was done is counted in the result. not_chosen:
     scored keys left out on purpose.
     """
     not_chosen = set(not_chosen)
-    faults = {"failed": [k for k in labels if k in scores and scores[k] is None],
+    faults = {**{why: [k for k in labels if scores.get(k) == why] for why in UNSCORED},
               "labelled without a score": [k for k in labels if k not in scores],
               "scored without a label": [k for k in scores if k not in labels and k not in not_chosen]}
     faults = {why: keys for why, keys in faults.items() if keys}
@@ -142,20 +144,19 @@ def join(scores: dict[Key, float | None], labels: dict[Key, Label], missing: str
         told = "; ".join(f"{len(keys)} {what} {why} ({_some(keys)})" for why, keys in faults.items())
         raise InputError(f"scores and labels do not match: {told}. Mend the files, choose rows of the labels "
                          "with --where COLUMN=VALUE, or say --missing exclude or --missing worst")
-    finite = [scores[k] for k in labels if scores.get(k) is not None]
+    finite = {k: scores[k] for k in labels if k in scores and scores[k] not in UNSCORED}
     if not finite:
         raise InputError(f"none of the labelled {what} has a score")
-    worst = {1: min(finite) - 1, 0: max(finite) + 1}
-    kept = [k for k in labels if missing == "worst" or scores.get(k) is not None]
-    lacking = [k for k in kept if scores.get(k) is None]
+    worst = {1: min(finite.values()) - 1, 0: max(finite.values()) + 1}
+    kept = [k for k in labels if missing == "worst" or k in finite]
     left_out = {why: len(keys) for why, keys in faults.items()
                 if missing == "exclude" or why == "scored without a label"}
     if not_chosen & scores.keys():
         left_out["not chosen"] = len(not_chosen & scores.keys())
-    values = [worst[labels[k].label] if scores.get(k) is None else scores[k] for k in kept]
+    values = [finite.get(k, worst[labels[k].label]) for k in kept]
     return Units(kept, np.array(values, np.float64), np.array([labels[k].label for k in kept], np.int64),
                  [labels[k].types for k in kept], np.array([labels[k].patient for k in kept]), left_out,
-                 len(lacking))
+                 len(kept) - len(finite))
 
 
 def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: list[Key]) -> tuple[float, str]:
@@ -198,13 +199,15 @@ def slice_positions(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.ndarray, gaps: str,
-               position_mm: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray] | None:
+               position_mm: np.ndarray | None = None,
+               upended: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
     """Truth bool [S, H, W] in the geometry of a predicted map of shape `like`, and which slices count, bool [S].
 
     <scan_id>.nii.gz, or <scan_id>/NN.png where NN is the scan's slice from 0. position_mm: where the scan's slices
     lie; a map of unevenly spaced ones is resampled to even steps from the first to the last (ct.write), and each of
-    its slices then has the mask of the slice nearest to it. Without it, NN counts the map's slices. None if there is
-    neither. Raises InputError.
+    its slices then has the mask of the slice nearest to it. Without it, NN counts the map's slices. upended: the stack
+    came upside down: NN counts from the head's lower end, and the map, which lies as the stack came, ends with that.
+    None if there is neither. Raises InputError.
     """
     path = folder / f"{scan_id}.nii.gz"
     if path.is_file():
@@ -231,6 +234,7 @@ def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.nda
     if position_mm is not None:
         even = np.linspace(position_mm[0], position_mm[-1], like[0])
         nearest = count - 1 - np.abs(even[:, None] - position_mm[::-1]).argmin(axis=1)        # half way: the upper
+    nearest = nearest[::-1] if upended else nearest
     return masks[nearest], given[nearest] | (gaps == "empty")
 
 

@@ -5,6 +5,7 @@ args: the settings of evaluate.py (level, bootstrap, seed, prevalence, missing, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -85,18 +86,21 @@ def level_figures(units: Units, threshold: float | None, source: str, args) -> d
 # ----------------------------------------------------------------------------------------------------------
 # Masks
 
-def pixel_figures(units: Units, args) -> dict:
+def pixel_figures(units: Units, args, maps_of: Callable[[str], tuple[Path, bool]]) -> dict:
     """Dice by scan (where the truth is not empty), pooled Dice and pixel AP. A scan labelled 0 has an empty
-    truth."""
+    truth. maps_of: by a scan's id, the folder with its maps, and whether these run the other way than its slices
+    (read_truth)."""
     tally, absent = metrics.PixelTally(), []
     positions = slice_positions(args.maps / "slices.csv")
     for (scan_id,), label in zip(units.keys, units.labels):
-        if not (args.maps / scan_id / "mask.nii.gz").is_file():
+        folder, upended = maps_of(scan_id)
+        if not (folder / "mask.nii.gz").is_file():
             absent.append(f"{scan_id} (no map)")
             continue
-        predicted, affine = read_volume(args.maps / scan_id / "mask.nii.gz")
-        anomaly, _ = read_volume(args.maps / scan_id / "anomaly.nii.gz")
-        found = read_truth(args.masks, scan_id, predicted.shape, affine, args.mask_gaps, positions.get(scan_id))
+        predicted, affine = read_volume(folder / "mask.nii.gz")
+        anomaly, _ = read_volume(folder / "anomaly.nii.gz")
+        found = read_truth(args.masks, scan_id, predicted.shape, affine, args.mask_gaps, positions.get(scan_id),
+                           upended)
         if found is None and label == 1:
             absent.append(f"{scan_id} (no truth)")
             continue
@@ -165,7 +169,8 @@ def table(report: dict) -> dict[str, list]:
             rows += level_rows(level, f)
             notes += [f"{level}s left out: {count} ({why})" for why, count in f["left_out"].items()]
             if f["counted_worst"]:
-                notes.append(f"{level}s without a score, counted as ranked wrongly: {f['counted_worst']}")
+                notes.append(f"{level}s that failed, are unreliable or have no score, counted as ranked wrongly: "
+                             f"{f['counted_worst']}")
             if f["abnormal_without_category"]:
                 notes.append(f"abnormal {level}s without a category: {f['abnormal_without_category']}")
             if "threshold" in f["at_threshold"]:

@@ -16,12 +16,16 @@ from scipy.stats import norm
 from sklearn.metrics import average_precision_score
 
 import evaluate
+from ct.read import find_scans, read_scan
 from ct.scan import Scan
 from ct.write import write_nifti
+from detect.folder import result_folder
 from evaluation import cohort, metrics, triage
 from evaluation.cohort import InputError, read_truth, read_volume, slice_positions
 from evaluation.figures import NO_THRESHOLD
 from evaluation.metrics import Undefined
+from tests.helpers import synthetic_head
+from tests.writers import write_dicom_series, write_nifti_scan, write_slice_folder
 
 SCORES = np.array([0.9, 0.8, 0.4, 0.7, 0.3, 0.2])
 LABELS = np.array([1, 1, 1, 0, 0, 0])                                        # 8 of 9 pairs ranked right
@@ -193,7 +197,7 @@ def label(value, *types, patient="p"):
 
 
 def test_missing_scans_are_refused_excluded_or_counted_worst():
-    scores = {("a",): 3.0, ("b",): 1.0, ("failed",): None, ("stray",): 9.0}
+    scores = {("a",): 3.0, ("b",): 1.0, ("failed",): "failed", ("stray",): 9.0}
     labels = {("a",): label(1), ("b",): label(0), ("failed",): label(1), ("absent",): label(0)}
     with pytest.raises(cohort.InputError) as error:
         cohort.join(scores, labels, "error")
@@ -369,6 +373,28 @@ def test_missing_scan_is_exit_2_unless_allowed(results, capsys):
     assert "scans left out: 1 (failed)" in (results.parent / "metrics" / "metrics.md").read_text()
 
 
+def test_scans_not_to_be_trusted_count_by_name_and_take_their_slices_with_them(results, capsys):
+    """b is unreliable, d failed and has no slices, f is not in scores.csv; slices of a, c and e remain."""
+    status = {"b": "unreliable", "d": "failed"}
+    write_csv(results / "scores.csv", "scan_id,score,status",
+              [[n, "" if n == "d" else s, status.get(n, "ok")] for n, s in zip("abcde", SCORES)])
+    write_csv(results / "slices.csv", "scan_id,slice,score",
+              [[n, k, s * (k + 1)] for n, s in zip("abcdef", SCORES) for k in range(3) if n != "d"])
+    flags = ["--slices", results / "slices.csv", "--slice-labels", results.parent / "slice_labels.csv"]
+    assert run(results, *flags) == (2, None)
+    assert "1 scans failed (d); 1 scans unreliable (b); 1 scans labelled without a score (f)" in capsys.readouterr().err
+    code, report = run(results, *flags, "--missing", "exclude")
+    assert code == 0 and (report["scan"]["n"], report["slice"]["n"]) == (3, 9)
+    assert report["scan"]["left_out"] == {"failed": 1, "unreliable": 1, "labelled without a score": 1}
+    assert report["slice"]["left_out"] == {"unreliable": 3, "labelled without a score": 6}
+    # Abnormal a2 2.7 and c2 1.2; normal a0 0.9, a1 1.8, c0 0.4, c1 0.8, e0 0.3, e1 0.6, e2 0.9: 13 of 14 ranked right
+    assert report["slice"]["auc"] == pytest.approx(13 / 14)
+    table = (results.parent / "metrics" / "metrics.md").read_text()
+    assert "scans left out: 1 (unreliable)" in table and "slices left out: 3 (unreliable)" in table
+    report = run(results, *flags, "--missing", "worst")[1]
+    assert (report["scan"]["counted_worst"], report["slice"]["counted_worst"]) == (3, 9)
+
+
 def test_threshold_comes_from_other_data(results, capsys):
     other = write_csv(results.parent / "healthy.csv", "scan_id,score,status",
                       [[f"h{i}", i / 20, "ok"] for i in range(20)])          # 0 .. 0.95
@@ -472,6 +498,31 @@ def test_masks_nifti_and_pictures(results):
     assert run(results, "--masks", base / "masks", "--mask-gaps", "empty", out="none")[0] == 2
 
 
+def test_maps_of_a_run_in_parts_are_found(results, capsys):
+    """projector.py --part puts them into folders by hash of the id; both kinds may lie beside each other."""
+    truth, predicted = np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4, 5), np.uint8)
+    truth[1, 0, :4], predicted[1, 0, 2:4], predicted[2, 3, :2] = 1, 1, 1      # 4 and 4 pixels, 2 in common
+    for name in "abcdef":
+        found = name in "abc"
+        folder = result_folder(results, name, by_hash=name != "b")
+        display_to_nifti(predicted * found, folder / "mask.nii.gz")
+        display_to_nifti(predicted * 1.0 * found, folder / "anomaly.nii.gz")
+        if found:
+            display_to_nifti(truth, results.parent / "masks" / f"{name}.nii.gz")
+    code, report = run(results, "--masks", results.parent / "masks")
+    assert code == 0 and report["pixel"]["dice_by_scan"] == {"a": 0.5, "b": 0.5, "c": 0.5}
+    assert (report["pixel"]["scans"], report["pixel"]["left_out"]) == (6, 0)
+
+
+def test_an_id_that_is_no_folders_name_is_exit_2(results, capsys):
+    write_csv(results / "scores.csv", "scan_id,score,status", [["../a", 1, "ok"], ["b", 2, "ok"]])
+    write_csv(results.parent / "labels.csv", "scan_id,label", [["../a", 0], ["b", 1]])
+    (results.parent / "masks").mkdir()
+    assert run(results, "--masks", results.parent / "masks")[0] == 2
+    error = capsys.readouterr().err
+    assert "'../a' cannot" in error and "--maps" in error and "labels.csv" in error
+
+
 def test_pictures_of_an_unevenly_spaced_scan_go_where_its_slices_lie(results):
     """Slices 0 to 2 are 5 mm apart, the others 10 mm: the map, of even steps, has two slices for each of the others."""
     position, truth = np.array([0.0, 5, 10, 20, 30]), np.zeros((5, 4, 5), bool)
@@ -497,6 +548,54 @@ def test_pictures_of_an_unevenly_spaced_scan_go_where_its_slices_lie(results):
         read_truth(folder.parent, "a", mask[0].shape, mask[1], "error", position)
     report = run(results, "--masks", folder.parent, "--mask-gaps", "skip", "--missing", "exclude")[1]
     assert report["pixel"]["dice_by_scan"] == {"a": 1.0}
+
+
+def written(reader, folder, hu):
+    """The scan that is read of these slices, written in this format; uneven: DICOM, the last slice 10 mm off, not 5."""
+    spacing = (5.0, 2.4, 2.4)
+    if reader == "slices":
+        write_slice_folder(folder / "a", hu, slice_spacing_mm=5.0, pixel_spacing_mm=2.4)
+    elif reader == "nifti":
+        folder.mkdir()
+        write_nifti_scan(folder / "a.nii.gz", hu, spacing, axes="RAS")
+    else:
+        position_mm = np.arange(len(hu)) * 5.0
+        position_mm[-1] += 5.0 * (reader == "uneven")
+        write_dicom_series(folder / "a", hu, spacing, position_mm)
+    return read_scan(find_scans(folder)[0])
+
+
+@pytest.mark.parametrize("came", ("upright", "upside down"))
+@pytest.mark.parametrize("reader", ("dicom", "uneven", "nifti", "slices"))
+def test_pictures_of_a_stack_that_was_put_upright_lie_on_their_slices(results, reader, came):
+    """NN is the slice of slices.csv, from the head's lower end; the maps lie as the input did."""
+    hu = synthetic_head()[0]
+    scan = written(reader, results.parent / "scans", hu if came == "upright" else hu[::-1])
+    turned = [note for note in scan.notes if note.startswith("upside down")]
+    assert len(scan.hu) == 24 and len(turned) == (came == "upside down")
+    mask = np.zeros(scan.hu.shape, bool)
+    mask[20, 30:40, 30:50], mask[21, 30:35, 30:50] = True, True
+    folder = results / "a"
+    folder.mkdir()
+    write_nifti(folder / "mask.nii.gz", mask, scan)
+    write_nifti(folder / "anomaly.nii.gz", mask.astype(np.float32), scan)
+    (folder / "result.json").write_text(json.dumps({"scan": {"notes": " | ".join([*scan.notes, "another"])}}))
+    write_csv(results / "slices.csv", "scan_id,slice,position_mm", [["a", *p] for p in enumerate(scan.position_mm)])
+    (results.parent / "masks" / "a").mkdir(parents=True)
+    for k in (20, 21, 22):
+        Image.fromarray(mask[k].astype(np.uint8) * 255).save(results.parent / "masks" / "a" / f"{k}.png")
+    for gaps in ("empty", "skip"):
+        code, report = run(results, "--masks", results.parent / "masks", "--mask-gaps", gaps, "--missing", "exclude")
+        assert code == 0 and report["pixel"]["dice_by_scan"] == {"a": 1.0}
+        assert report["pixel"]["pixel_average_precision"] == 1.0
+
+
+def test_a_damaged_result_beside_maps_is_exit_2(results, capsys):
+    display_to_nifti(np.zeros((3, 4, 5), np.uint8), results / "a" / "mask.nii.gz")
+    (results / "a" / "result.json").write_text('{"scan": ')
+    (results.parent / "masks").mkdir()
+    assert run(results, "--masks", results.parent / "masks", "--missing", "exclude")[0] == 2
+    assert "result.json: cannot be read as JSON; project the scan again" in capsys.readouterr().err
 
 
 def test_triage_command(results):

@@ -188,6 +188,7 @@ def test_large_pictures_are_reduced_and_panels_keep_their_shape(tmp_path):
     ("scores.csv", "a,5.0", "a,", "status 'ok' and no score"),
     ("scores.csv", "a,5.0", "a,nan", "score must be a number, found 'nan'"),
     ("scores.csv", "scan_id", "scan", "has no scan_id"),
+    ("scores.csv", "failed,", "done,", "c has status 'done'; expected 'ok', 'unreliable' or 'failed'"),
     ("slices.csv", "b,98", "stranger,98", "stranger is not in scores.csv"),
     ("slices.csv", "b,98,40", "b,98,", "b has a slice without number, position or score"),
     ("run.json", '"weights_sha256"', '"weights"', "has no weights_sha256"),
@@ -200,6 +201,18 @@ def test_an_unfit_results_folder_is_refused(results, capsys, name, old, new, mes
     assert report.main([str(folder)]) == 2
     told = capsys.readouterr().err
     assert name in told and message in told and not (folder / "report.html").exists()
+
+
+def test_scans_beyond_the_page_count_by_their_status(results):
+    folder = results(failed="cd")
+    lines = (folder / "scores.csv").read_text().splitlines()
+    lines[3:3] = ["e,9.0,,,unreliable,too much,4,4,5.5,12.3,"]
+    (folder / "scores.csv").write_text("\n".join(lines) + "\n")
+    entries, _, others = report.read_results(folder, most=1)
+    assert [entry.scan_id for entry in entries] == ["a"]
+    assert others == {"total": 4, "flagged": 0, "unreliable": 1, "failed": 2}
+    (sentence,) = report.unshown(entries, others)
+    assert "of the others none are flagged, 1 unreliable and 2 failed. scores.csv" in sentence
 
 
 def test_a_folder_without_results_is_refused(tmp_path, capsys):

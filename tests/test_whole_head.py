@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ct.scan import Scan, ScanError
-from ct.whole_head import check_head, ends, profile, upright
-from tests.helpers import synthetic_scan
+from ct.whole_head import _thickness_mm, check_head, ends, profile, upright
+from tests.helpers import synthetic_head, synthetic_scan
 
 SPACING = (5.0, 2.4, 2.4)
 
@@ -35,6 +35,55 @@ def test_the_outline_shrinks_towards_the_vertex():
     scan, _ = synthetic_scan(spacing_mm=SPACING)
     below, above = ends(profile(scan))
     assert below is None and 0 < above < 0.5                         # the scan starts within the brain
+
+
+def unevenly(low_mm, high_mm, slices):
+    """A head of slices 5 mm apart and, between these heights above the middle of the brain, 1.25 mm; and its brain."""
+    hu, brain = synthetic_head(slices=slices, spacing_mm=(1.25, 2.4, 2.4))
+    z = 75.0 - 1.25 * np.arange(slices)[::-1]
+    kept = ((z >= low_mm) & (z <= high_mm)) | (np.arange(slices)[::-1] % 4 == 0)
+    scan = Scan("uneven", hu[kept], z[kept], (2.4, 2.4))
+    assert scan.slice_spacing_mm == 5.0
+    return scan, brain[kept]
+
+
+def test_a_stack_is_put_right_whatever_its_slices_distances():
+    """Where they are closer at the vertex than elsewhere, 15 mm are more slices there."""
+    scan, _ = unevenly(50.0, 62.0, slices=96)
+    assert upright(scan) is scan
+    turned = upright(Scan("uneven", scan.hu[::-1].copy(), -scan.position_mm[::-1], (2.4, 2.4)))
+    np.testing.assert_array_equal(turned.hu, scan.hu)
+    np.testing.assert_array_equal(turned.position_mm, scan.position_mm)
+
+
+@pytest.mark.parametrize("step_mm, position_mm, nearest", [
+    (5.0, [0, 5, 10, 20, 30, 35, 40, 45], [0, 1, 2, 2, 3, 3, 4, 5, 6, 7]),         # half way: the lower
+    (3.0, [0, 1, 2, 3, 4, 5, 6, 10, 14, 18], [0, 3, 6, 7, 7, 8, 9]),               # at 0, 3, 6, 9, 12, 15 and 18 mm
+    (6.0, np.arange(8) * 6.0, [0, 1, 2, 3, 4, 5, 6, 7]),
+    (3.0, np.arange(8) * 1.5 - 7.7, [0, 2, 4, 6]),
+    (5.0, [0, 5, 10, 15, 20, 25, 30, 1e12], [0, 1, 2, 3, 4, 5, 6, 6, 6, 6, 7, 7, 7]),      # a gap counts as 30 mm
+])
+def test_a_profile_has_even_steps(step_mm, position_mm, nearest):
+    scan, _ = synthetic_scan(spacing_mm=SPACING, slices=30)
+    hu = scan.hu[12:12 + len(position_mm)]
+    found = profile(replace(scan, hu=hu, position_mm=np.array(position_mm, float)))
+    expected = profile(replace(scan, hu=hu[nearest], position_mm=5.0 * np.arange(len(nearest))))
+    assert found.step_mm == step_mm and expected.inside.all()
+    np.testing.assert_array_equal(found.inside, expected.inside)
+    np.testing.assert_array_equal(found.outline, expected.outline)
+
+
+def test_each_slice_counts_with_its_own_thickness():
+    def thickness(*position_mm):
+        return _thickness_mm(Scan("a", np.zeros((len(position_mm), 2, 2), np.float32), np.array(position_mm))).tolist()
+
+    assert thickness(0.0, 5.0, 10.0, 20.0, 30.0) == [5, 5, 7.5, 10, 10]
+    assert thickness(0.0, 5.0, 1e12) == [5, 17.5, 30] and thickness(7.0) == [5]
+    scan, brain = unevenly(-17.5, 17.5, slices=165)
+    assert brain.sum() * 2.4 * 2.4 * 5.0 / 1000 > 2300               # ml, were all of them 5 mm apart: no head's
+    assert check_head(scan, brain) == ()
+    with pytest.raises(ScanError, match="the inside of the skull is 257. ml"):       # 1143 ml, pixels 2.25 as large
+        check_head(replace(scan, pixel_spacing_mm=(3.6, 3.6)), brain)
 
 
 def test_a_whole_head_has_no_reservations():
