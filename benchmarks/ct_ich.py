@@ -42,7 +42,7 @@ from ct.frame import PreprocessSettings  # noqa: E402
 from ct.read import ScanSource, find_scans  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from evaluation import metrics  # noqa: E402
-from evaluation.cohort import InputError, Key, Label, read_labels, read_scores, read_table, seconds_by_scan  # noqa: E402
+from evaluation.cohort import InputError, Label, read_labels, read_scores, read_table, seconds_by_scan  # noqa: E402
 from evaluation.metrics import Undefined, defined  # noqa: E402
 
 ROWS = {OURS: (), "published": ("--preset", "published")}            # further flags of projector.py
@@ -137,7 +137,7 @@ def measured(folder: Path, sources: list[ScanSource], preprocessing: PreprocessS
 def projected(folder: Path) -> dict[str, dict]:
     """What projector.py wrote, by scan: slices [S], score and seconds; or reason, where it failed."""
     by_slice: dict[str, list[float]] = {}
-    scores: dict[Key, float | None] = read_scores(folder / "slices.csv", by_slice=True)
+    scores = read_scores(folder / "slices.csv", by_slice=True)
     for scan_id, number in sorted(scores):
         by_slice.setdefault(scan_id, []).append(scores[scan_id, number])
     rows, seconds = read_table(folder / "scores.csv", ("scan_id", "score", "status", "reason")), seconds_by_scan(
