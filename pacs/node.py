@@ -70,7 +70,7 @@ class Node:
         return time.monotonic() - self._ticked > STUCK_S
 
     def run(self) -> None:
-        """Until stopping is set; Orthanc being away only makes it wait."""
+        """Until stopping is set; Orthanc being away only makes it wait. Raises OrthancRefused."""
         pause = BACKOFF_S[0]
         while not self.stopping.is_set():
             self._ticked = time.monotonic()
@@ -146,7 +146,10 @@ class Node:
     # ---- one series
 
     def do(self, series_id: str) -> None:
-        """Fetch, project and store one waiting series, and write down what came of it. Raises OrthancAway."""
+        """Fetch, project and store one waiting series, and write down what came of it.
+
+        Raises OrthancAway, and OrthancRefused where the node is not allowed what it needs; the series then waits on.
+        """
         row = self.state.rows[series_id]
         started = time.perf_counter()
         try:
@@ -154,8 +157,8 @@ class Node:
         except ScanError as error:
             result = {"state": REFUSED, "reason": str(error)}
         except OrthancRefused as error:
-            if error.status in (401, 403):
-                raise OrthancAway(str(error)) from error
+            if error.status in (401, 403):            # true of every series, and mended by people alone
+                raise
             gone = error.status == 404
             result = {"state": REFUSED if gone else FAILED,
                       "reason": "deleted from Orthanc before it was read" if gone else str(error)}

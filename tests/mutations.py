@@ -378,6 +378,9 @@ MUTANTS = (
            "Path(path).write_bytes(save(dict(state), metadata))",
            "Path(path).write_bytes(save(dict(state), metadata)); Path(path).chmod(0o600)",
            "tests/test_checkpoint.py -k group"),
+    # ---- pacs/
+    Mutant("a user who may not store is waited for", "pacs/node.py",
+           "if error.status in (401, 403):", "if error.status == 401:", "tests/test_pacs.py -k may_not_do_it"),
 )
 
 

@@ -16,8 +16,9 @@ from threading import Thread
 import numpy as np
 import pytest
 
+from pacs.__main__ import main
 from pacs.node import Node
-from pacs.orthanc import Change, Orthanc, OrthancAway, OrthancRefused
+from pacs.orthanc import Change, Orthanc, OrthancAway, OrthancRefused, orthanc_id
 from pacs.server import page, serve, worklist
 from pacs.state import State, StateError
 from tests.pacs_process import IDENTITY, project
@@ -364,6 +365,82 @@ def test_a_change_log_that_starts_anew_is_read_from_its_beginning(tmp_path):
     node.orthanc.log = log_of("d")
     node.follow()
     assert node.state.waiting()[-1] == "c" and "d" in node.state.waiting() and node.state.sequence == 1
+
+
+class Archive(FakeOrthanc):
+    """Also holds a study of each series of the log; `turned_down` may raise for a request: its verb and id."""
+
+    def __init__(self, folder, *ids, slices=4):
+        super().__init__(log_of(*ids))
+        self.files = {id: sorted(write_study(folder, number, slices).iterdir()) for number, id in enumerate(ids)}
+        self.fetched, self.stored = [], set()
+
+    def turned_down(self, verb, what):
+        pass
+
+    def system(self):
+        self.turned_down("system", None)
+        return {"Name": "fake"}
+
+    def series(self, series_id):
+        instances = [f"{series_id}/{number}" for number in range(len(self.files[series_id]))]
+        return super().series(series_id) | {"Instances": instances}
+
+    def fetch(self, instance_id, path):
+        self.fetched.append(instance_id)
+        self.turned_down("fetch", instance_id)
+        series_id, number = instance_id.split("/")
+        shutil.copy(self.files[series_id][int(number)], path)
+
+    def store(self, path):
+        self.turned_down("store", path.name)
+        self.stored.add(orthanc_id(path))
+
+    def delete(self, instance_id):
+        self.turned_down("delete", instance_id)
+        self.stored.discard(instance_id)
+
+
+def at_once(scan):
+    """The stub's projection, without its pause."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.sleep", lambda s: None)
+        return project(scan)
+
+
+def archive_node(folder, archive, run=at_once, **more):
+    return Node(archive, State(folder / "state", {"model": "stub", "phi": True}), run, IDENTITY, **more)
+
+
+def states(node):
+    return {id: row["state"] for id, row in node.state.rows.items()}
+
+
+@pytest.mark.parametrize("verb", ["fetch", "store"])
+def test_a_user_who_may_not_do_it_ends_the_program_and_keeps_the_queue(tmp_path, verb, monkeypatch, capsys):
+    archive, tries = Archive(tmp_path, "S1", "S2"), []
+
+    def denied(asked, what):
+        if asked == verb:
+            tries.append(what)
+            if len(tries) > 1:
+                raise SystemExit("tried again")
+            raise OrthancRefused("POST http://fake/instances: not allowed (403); set ORTHANC_USER", 403)
+    archive.turned_down = denied
+    stub = type("Stub", (), {"__call__": lambda self, scan: at_once(scan), "key": lambda self: {"model": "stub"}})()
+    for name, made in (("Orthanc", lambda *_: archive), ("Projector", lambda bundle: stub), ("load_bundle", print),
+                       ("identity_of", lambda projector: IDENTITY), ("set_impl", print),
+                       ("memory.keep_freed", print), ("signal.signal", print)):
+        monkeypatch.setattr(f"pacs.__main__.{name}", made)
+    asked = ["--model", "m", "--orthanc", "http://fake", "--state", str(tmp_path / "state"), "--port", "0"]
+    assert main([*asked, "--device", "cpu"]) == 2
+    assert "error: POST http://fake/instances: not allowed (403)" in capsys.readouterr().err
+    archive.turned_down = lambda *_: None
+    node = archive_node(tmp_path, archive)
+    assert states(node) == {"S1": "waiting", "S2": "waiting"} and not list(node.state.work.iterdir())
+    while node.step():
+        pass
+    assert states(node) == {"S1": "done", "S2": "done"}
 
 
 def test_state_of_another_model_or_node_is_refused(tmp_path):
