@@ -18,6 +18,9 @@ from pacs.state import DONE, FAILED, REFUSED, WAITING, State
 STAGES = ("fetch", "project", "write", "store")
 PAGE = 100                                            # changes asked for at a time
 BACKOFF_S = (1.0, 60.0)                               # first and longest pause while Orthanc is away
+TRIES = 5                                             # of a series that Orthanc does not serve while it is there
+RETRY_S = (60.0, 3600.0)                              # first and longest pause between them
+TRYING = ("tries", "since", "reason")                 # in the row of a series between its tries
 STUCK_S = 1800.0                                      # no scan takes as long
 
 
@@ -28,6 +31,7 @@ class Metrics:
         self.outcomes: Counter[str] = Counter({DONE: 0, REFUSED: 0, FAILED: 0})
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self.runs: Counter[str] = Counter(dict.fromkeys(STAGES, 0))
+        self.put_back = 0
         self.orthanc_up = True
 
     def text(self, waiting: int) -> str:
@@ -39,6 +43,8 @@ class Metrics:
                  "# HELP cn_stylegan_scans_total CT series finished since the start.",
                  "# TYPE cn_stylegan_scans_total counter"]
         lines += [f'cn_stylegan_scans_total{{outcome="{name}"}} {count}' for name, count in self.outcomes.items()]
+        lines += ["# HELP cn_stylegan_put_back_total CT series put behind the others, to be tried again.",
+                  "# TYPE cn_stylegan_put_back_total counter", f"cn_stylegan_put_back_total {self.put_back}"]
         lines += ["# HELP cn_stylegan_stage_seconds Seconds spent on CT series by stage.",
                   "# TYPE cn_stylegan_stage_seconds summary"]
         for stage in STAGES:
@@ -62,6 +68,7 @@ class Node:
         self.metrics = Metrics()
         self.stopping = threading.Event()
         self.in_work: str | None = None
+        self._not_before: dict[str, float] = {}       # of series that have been tried, on the clock of time.monotonic
         self._ticked = time.monotonic()
 
     @property
@@ -92,14 +99,15 @@ class Node:
     def step(self) -> bool:
         """Read what there is room for, and do one series; False where there is nothing more to do now."""
         more = self.follow()
-        waiting = self.state.waiting()
-        if waiting:
-            self.in_work = waiting[0]
+        now = time.monotonic()
+        due = [series_id for series_id in self.state.waiting() if self._not_before.get(series_id, now) <= now]
+        if due:
+            self.in_work = due[0]
             try:
-                self.do(waiting[0])
+                self.do(due[0])
             finally:
                 self.in_work = None
-        return bool(waiting) or more
+        return bool(due) or more
 
     # ---- the change log
 
@@ -108,7 +116,7 @@ class Node:
         if self.orthanc.last_change() < self.state.sequence:
             print("Orthanc's change log starts anew: read from its beginning", flush=True)
             self.state.advance(0)
-        while (room := self.queue - len(self.state.waiting())) > 0:
+        while (room := self.queue - self._untried()) > 0:
             changes, last, all_read = self.orthanc.changes(self.state.sequence, PAGE)
             for change in changes:
                 if change.kind == "StableSeries":
@@ -120,6 +128,10 @@ class Node:
             if all_read:
                 return False
         return True
+
+    def _untried(self) -> int:
+        """Series that wait for the first time: those that are tried again keep no room from others."""
+        return sum("tries" not in self.state.rows[series_id] for series_id in self.state.waiting())
 
     def _announce(self, sequence: int, series_id: str) -> bool:
         """Whether the series is one to project, and is now waiting. Our own results are no CT series."""
@@ -136,6 +148,7 @@ class Node:
         instances = sorted(series["Instances"])
         if earlier.get("instances") == instances and earlier["state"] != WAITING:
             return False                              # announced again without a new image: after Orthanc's restart
+        self._not_before.pop(series_id, None)
         self.state.put(series_id, {
             "state": WAITING, "sequence": sequence, "instances": instances, "announced": _now(),
             "study_uid": study["MainDicomTags"].get("StudyInstanceUID", ""),
@@ -162,7 +175,12 @@ class Node:
             gone = error.status == 404
             result = {"state": REFUSED if gone else FAILED,
                       "reason": "deleted from Orthanc before it was read" if gone else str(error)}
-        except (OrthancAway, KeyboardInterrupt, SystemExit):
+        except OrthancAway as error:
+            self.orthanc.system()                     # raises where it is away for every series
+            result = self._put_back(series_id, row, str(error))
+            if result is None:
+                return
+        except (KeyboardInterrupt, SystemExit):
             raise
         except Exception as error:                    # a series that breaks us must not stop the others
             traceback.print_tb(error.__traceback__)   # without the message: a decoder's may quote patient data
@@ -170,10 +188,30 @@ class Node:
         finally:
             self.state.clear_work()
         self.metrics.outcomes[result["state"]] += 1
+        self._not_before.pop(series_id, None)
         result |= {"finished": _now(), "seconds": time.perf_counter() - started}
-        self.state.put(series_id, self.state.rows[series_id] | result)
+        row = {key: value for key, value in self.state.rows[series_id].items() if key not in TRYING}
+        self.state.put(series_id, row | result)
         said = result.get("reason") or f"score {result['score']:.3f}"
         print(f"{series_id}: {result['state']}, {said}", flush=True)
+
+    def _put_back(self, series_id: str, row: dict, why: str) -> dict | None:
+        """Behind all that wait, to be tried again after a pause; or, after TRIES, the result: failed.
+
+        Only if meanwhile another series got through: else it may be Orthanc's storage that fails every series, which
+        a night's scans should outlast.
+        """
+        tries, since = row.get("tries", 0) + 1, row.get("since") or _now()
+        if tries >= TRIES and any(other["state"] == DONE and other["finished"] >= since
+                                  for other in self.state.rows.values()):
+            return {"state": FAILED, "reason": f"given up after {tries} tries: {why}"}
+        self.metrics.put_back += 1
+        self._not_before[series_id] = time.monotonic() + min(RETRY_S[0] * 2 ** (tries - 1), RETRY_S[1])
+        self.state.put(series_id, self.state.rows[series_id] | {
+            "tries": tries, "since": since, "reason": f"try {tries} failed, another will follow: {why}",
+            "sequence": max(self.state.rows[other]["sequence"] for other in self.state.waiting())})
+        print(f"{series_id}: put behind the others, try {tries} failed: {why}", flush=True)
+        return None
 
     def _project(self, series_id: str, row: dict) -> dict:
         work = self.state.clear_work()

@@ -381,6 +381,18 @@ MUTANTS = (
     # ---- pacs/
     Mutant("a user who may not store is waited for", "pacs/node.py",
            "if error.status in (401, 403):", "if error.status == 401:", "tests/test_pacs.py -k may_not_do_it"),
+    Mutant("one series that Orthanc does not serve is waited for", "pacs/node.py",
+           "result = self._put_back(series_id, row, str(error))", "raise", "tests/test_pacs.py -k does_not_serve"),
+    Mutant("a storage that serves no series fails them all", "pacs/node.py",
+           "tries >= TRIES and any(", "tries >= TRIES or any(", "tests/test_pacs.py -k serves_none"),
+    Mutant("Orthanc being away is a try of the series in work", "pacs/node.py",
+           "self.orthanc.system()                     # raises", "pass  # raises",
+           "tests/test_pacs.py -k away_as_a_whole"),
+    Mutant("a series put back keeps its place", "pacs/node.py",
+           'max(self.state.rows[other]["sequence"]', 'min(self.state.rows[other]["sequence"]',
+           "tests/test_pacs.py -k does_not_serve"),
+    Mutant("a series that is tried again keeps room", "pacs/node.py",
+           'sum("tries" not in', 'sum("" not in', "tests/test_pacs.py -k does_not_serve"),
 )
 
 

@@ -443,6 +443,67 @@ def test_a_user_who_may_not_do_it_ends_the_program_and_keeps_the_queue(tmp_path,
     assert states(node) == {"S1": "done", "S2": "done"}
 
 
+def one_answers_500(archive, which, verb="fetch"):
+    def turned_down(asked, what):
+        if asked == verb and what.startswith(which):
+            raise OrthancAway(f"http://fake/{what}: 500 Internal Server Error")
+    archive.turned_down = turned_down
+
+
+def test_a_series_that_orthanc_does_not_serve_lets_the_others_go_first_and_fails_in_the_end(tmp_path, monkeypatch):
+    archive = Archive(tmp_path, "S1", "S2", "S3")
+    one_answers_500(archive, "S1/2")
+    monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
+    node = archive_node(tmp_path, archive, queue=3)
+    node.step()
+    assert states(node) == dict.fromkeys(("S1", "S2", "S3"), "waiting") and node.state.waiting() == ["S2", "S3", "S1"]
+    assert "try 1 failed, another will follow: http://fake/S1/2: 500" in page(node, "http://fake")
+    archive.files["S4"] = archive.files["S3"]
+    archive.log = log_of("S1", "S2", "S3", "S4")
+    node.follow()
+    assert node.state.waiting() == ["S2", "S3", "S1", "S4"]          # it keeps no room from others, nor its place
+    node.state.close()
+    again = archive_node(tmp_path, archive)                          # tries outlast the process
+    while again.step():
+        pass
+    assert states(again) == {"S1": "failed", "S2": "done", "S3": "done", "S4": "done"}
+    assert again.state.rows["S1"]["reason"] == "given up after 5 tries: http://fake/S1/2: 500 Internal Server Error"
+    assert archive.fetched.count("S1/2") == 5 and again.metrics.put_back == 3
+    assert "cn_stylegan_put_back_total 3" in again.metrics.text(0)
+
+
+def test_a_series_is_not_failed_for_a_storage_that_serves_none(tmp_path, monkeypatch):
+    archive = Archive(tmp_path, "S1", "S2")
+    one_answers_500(archive, "S")
+    node = archive_node(tmp_path, archive)
+    for _ in range(3):
+        node.step()
+    assert archive.fetched == ["S1/0", "S2/0"]                       # a pause before each further try
+    monkeypatch.setattr("pacs.node.time.monotonic", lambda: 1e12)
+    monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
+    for _ in range(18):
+        node.step()
+    assert len(archive.fetched) == 20 and states(node) == {"S1": "waiting", "S2": "waiting"}
+    archive.turned_down = lambda *_: None                            # mended
+    while node.step():
+        pass
+    assert states(node) == {"S1": "done", "S2": "done"} and not node.state.rows["S1"].get("reason")
+
+
+def test_orthanc_away_as_a_whole_is_no_try_of_a_series(tmp_path):
+    archive = Archive(tmp_path, "S1")
+
+    def away(asked, what):
+        if asked in ("fetch", "system"):
+            raise OrthancAway("refused")
+    archive.turned_down = away
+    node = archive_node(tmp_path, archive)
+    for _ in range(6):
+        with pytest.raises(OrthancAway):
+            node.step()
+    assert "tries" not in node.state.rows["S1"] and node.metrics.put_back == 0
+
+
 def test_state_of_another_model_or_node_is_refused(tmp_path):
     state = State(tmp_path, {"weights": "a"})
     with pytest.raises(StateError, match="in use by another node"):
