@@ -21,6 +21,7 @@ BACKOFF_S = (1.0, 60.0)                               # first and longest pause 
 TRIES = 5                                             # of a series that Orthanc does not serve while it is there
 RETRY_S = (60.0, 3600.0)                              # first and longest pause between them
 TRYING = ("tries", "since", "reason")                 # in the row of a series between its tries
+STILL_THERE = "results of fewer images are still in the archive: it does not let them be deleted"
 STUCK_S = 1800.0                                      # no scan takes as long
 
 
@@ -107,6 +108,7 @@ class Node:
                 self.do(due[0])
             finally:
                 self.in_work = None
+        self.withdraw()
         return bool(due) or more
 
     # ---- the change log
@@ -194,6 +196,27 @@ class Node:
         self.state.put(series_id, row | result)
         said = result.get("reason") or f"score {result['score']:.3f}"
         print(f"{series_id}: {result['state']}, {said}", flush=True)
+
+    def withdraw(self) -> None:
+        """Delete what a refused or failed series had as results when it had fewer images, and forget it.
+
+        Forgotten when all is gone: whatever comes in between, the next step goes on, after a kill, too.
+        """
+        for series_id, row in self.state.rows.items():
+            if row["state"] not in (REFUSED, FAILED) or not row["objects"]:
+                continue
+            try:
+                for instance in row["objects"]:
+                    self.orthanc.delete(instance)
+            except (OrthancAway, OrthancRefused) as error:
+                if isinstance(error, OrthancRefused) and error.status in (401, 403):
+                    raise
+                self.orthanc.system()                 # raises where it is away
+                if row.get("notes") != [STILL_THERE]:
+                    print(f"{series_id}: {STILL_THERE}; trying again: {error}", flush=True)
+                    self.state.put(series_id, row | {"notes": [STILL_THERE]})
+            else:
+                self.state.put(series_id, row | {"objects": [], "notes": []})
 
     def _put_back(self, series_id: str, row: dict, why: str) -> dict | None:
         """Behind all that wait, to be tried again after a pause; or, after TRIES, the result: failed.

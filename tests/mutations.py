@@ -393,6 +393,14 @@ MUTANTS = (
            "tests/test_pacs.py -k does_not_serve"),
     Mutant("a series that is tried again keeps room", "pacs/node.py",
            'sum("tries" not in', 'sum("" not in', "tests/test_pacs.py -k does_not_serve"),
+    Mutant("a refused series keeps the results of its part", "pacs/node.py",
+           'if row["state"] not in (REFUSED, FAILED) or', 'if row["state"] not in (FAILED,) or',
+           "tests/test_pacs.py -k results_of_a_part"),
+    Mutant("results in the archive are forgotten before they are gone", "pacs/node.py",
+           'result |= {"finished"', 'result |= {"objects": result.get("objects", []), "finished"',
+           "tests/test_pacs.py -k results_of_a_part"),
+    Mutant("results that cannot be deleted are not told of", "pacs/node.py",
+           'row | {"notes": [STILL_THERE]}', 'row', "tests/test_pacs.py -k cannot_be_deleted"),
 )
 
 

@@ -16,6 +16,7 @@ from threading import Thread
 import numpy as np
 import pytest
 
+from ct.scan import ScanError
 from pacs.__main__ import main
 from pacs.node import Node
 from pacs.orthanc import Change, Orthanc, OrthancAway, OrthancRefused, orthanc_id
@@ -502,6 +503,64 @@ def test_orthanc_away_as_a_whole_is_no_try_of_a_series(tmp_path):
         with pytest.raises(OrthancAway):
             node.step()
     assert "tries" not in node.state.rows["S1"] and node.metrics.put_back == 0
+
+
+def more_images(archive, folder, series_id):
+    """Another image of the series, and Orthanc's word of it."""
+    whole = sorted(write_study(folder / "more", 0, len(archive.files[series_id]) + 1).iterdir())
+    archive.files[series_id] = whole
+    archive.log = archive.log + [Change(len(archive.log) + 1, "StableSeries", series_id)]
+
+
+@pytest.mark.parametrize("outcome, error", [("refused", ScanError("no head")), ("failed", RuntimeError("broken"))])
+def test_results_of_a_part_go_when_the_whole_is_refused_or_fails(tmp_path, outcome, error):
+    def only_four(scan):
+        if len(scan.hu) > 4:
+            raise error
+        return at_once(scan)
+    archive = Archive(tmp_path, "S1", "S2")
+    node = archive_node(tmp_path, archive, only_four)
+    while node.step():
+        pass
+    kept, others = (set(node.state.rows[series_id]["objects"]) for series_id in ("S1", "S2"))
+    assert len(kept) == 7 and archive.stored == kept | others
+    more_images(archive, tmp_path, "S1")
+
+    deleted = []
+
+    def away_after_three(asked, what):                               # Orthanc goes in the middle
+        deleted.append(what) if asked == "delete" else None
+        if asked in ("delete", "system") and len(deleted) > 3:
+            raise OrthancAway("refused")
+    archive.turned_down = away_after_three
+    with pytest.raises(OrthancAway):
+        node.step()
+    assert states(node) == {"S1": outcome, "S2": "done"} and len(archive.stored - others) == 4
+    node.state.close()
+    archive.turned_down = lambda *_: None
+    again = archive_node(tmp_path, archive, only_four)               # as after a kill
+    again.step()
+    assert archive.stored == others and again.state.rows["S1"]["objects"] == []
+    assert states(again) == {"S1": outcome, "S2": "done"}
+
+
+def test_results_that_cannot_be_deleted_are_told_of_and_keep_nobody(tmp_path, capsys):
+    def only_four(scan):
+        if len(scan.hu) > 4:
+            raise ScanError("no head")
+        return at_once(scan)
+    archive = Archive(tmp_path, "S1")
+    node = archive_node(tmp_path, archive, only_four)
+    node.step()
+    more_images(archive, tmp_path, "S1")
+    one_answers_500(archive, "", "delete")
+    for _ in range(3):
+        node.step()
+    assert "still in the archive" in page(node, "http://fake") and len(archive.stored) == 7
+    assert capsys.readouterr().out.count("still in the archive") == 1
+    archive.turned_down = lambda *_: None
+    node.step()
+    assert "still in the archive" not in page(node, "http://fake") and not archive.stored
 
 
 def test_state_of_another_model_or_node_is_refused(tmp_path):
