@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+from common.files import FullDiskError, full_disk_named
 from ct.read import find_scans, read_scan
 from ct.scan import Scan, ScanError
 from detect.dicom_out import Identity, write_dicom
@@ -17,7 +18,7 @@ from pacs.state import DONE, FAILED, REFUSED, WAITING, State
 
 STAGES = ("fetch", "project", "write", "store")
 PAGE = 100                                            # changes asked for at a time
-BACKOFF_S = (1.0, 60.0)                               # first and longest pause while Orthanc is away
+BACKOFF_S = (1.0, 60.0)                               # first and longest pause while Orthanc is away or the disk full
 TRIES = 5                                             # of a series that Orthanc does not serve while it is there
 RETRY_S = (60.0, 3600.0)                              # first and longest pause between them
 TRYING = ("tries", "since", "reason")                 # in the row of a series between its tries
@@ -34,6 +35,7 @@ class Metrics:
         self.runs: Counter[str] = Counter(dict.fromkeys(STAGES, 0))
         self.put_back = 0
         self.orthanc_up = True
+        self.disk_full = False
 
     def text(self, waiting: int) -> str:
         """Prometheus' text format, version 0.0.4."""
@@ -41,6 +43,8 @@ class Metrics:
                  "# TYPE cn_stylegan_queue_length gauge", f"cn_stylegan_queue_length {waiting}",
                  "# HELP cn_stylegan_orthanc_up Whether Orthanc answered last.",
                  "# TYPE cn_stylegan_orthanc_up gauge", f"cn_stylegan_orthanc_up {int(self.orthanc_up)}",
+                 "# HELP cn_stylegan_disk_full Whether the node waits for room on its disk.",
+                 "# TYPE cn_stylegan_disk_full gauge", f"cn_stylegan_disk_full {int(self.disk_full)}",
                  "# HELP cn_stylegan_scans_total CT series finished since the start.",
                  "# TYPE cn_stylegan_scans_total counter"]
         lines += [f'cn_stylegan_scans_total{{outcome="{name}"}} {count}' for name, count in self.outcomes.items()]
@@ -70,6 +74,7 @@ class Node:
         self.stopping = threading.Event()
         self.in_work: str | None = None
         self._not_before: dict[str, float] = {}       # of series that have been tried, on the clock of time.monotonic
+        self._no_room: set[str] = set()               # series that found the disk full when they were last tried
         self._ticked = time.monotonic()
 
     @property
@@ -78,24 +83,31 @@ class Node:
         return time.monotonic() - self._ticked > STUCK_S
 
     def run(self) -> None:
-        """Until stopping is set; Orthanc being away only makes it wait. Raises OrthancRefused."""
+        """Until stopping is set; Orthanc being away or a full disk only makes it wait. Raises OrthancRefused."""
         pause = BACKOFF_S[0]
         while not self.stopping.is_set():
             self._ticked = time.monotonic()
             try:
-                busy = self.step()
-            except OrthancAway as error:
-                if self.metrics.orthanc_up:
-                    print(f"Orthanc is away, trying again: {error}", flush=True)
-                self.metrics.orthanc_up = False
+                with full_disk_named(self.state.work):
+                    busy = self.step()
+            except (OrthancAway, FullDiskError) as error:
+                away = isinstance(error, OrthancAway)
+                self._take_down(not away, not away or bool(self._no_room), error)
                 self.stopping.wait(pause)
                 pause = min(2 * pause, BACKOFF_S[1])
                 continue
-            if not self.metrics.orthanc_up:
-                print("Orthanc is back", flush=True)
-            self.metrics.orthanc_up, pause = True, BACKOFF_S[0]
+            self._take_down(True, bool(self._no_room))
+            pause = BACKOFF_S[0]
             if not busy:
                 self.stopping.wait(self.poll_s)
+
+    def _take_down(self, orthanc_up: bool, disk_full: bool, why: Exception | None = None) -> None:
+        """What the node waits for, for the page and the metrics; said where it is new."""
+        if orthanc_up != self.metrics.orthanc_up:
+            print("Orthanc is back" if orthanc_up else f"Orthanc is away, trying again: {why}", flush=True)
+        if disk_full != self.metrics.disk_full:
+            print(f"trying again: {why}" if disk_full else "there is room on the disk again", flush=True)
+        self.metrics.orthanc_up, self.metrics.disk_full = orthanc_up, disk_full
 
     def step(self) -> bool:
         """Read what there is room for, and do one series; False where there is nothing more to do now."""
@@ -163,12 +175,18 @@ class Node:
     def do(self, series_id: str) -> None:
         """Fetch, project and store one waiting series, and write down what came of it.
 
-        Raises OrthancAway, and OrthancRefused where the node is not allowed what it needs; the series then waits on.
+        Raises OrthancAway, FullDiskError, and OrthancRefused where the node is not allowed what it needs; the series
+        then waits on.
         """
         row = self.state.rows[series_id]
         started = time.perf_counter()
         try:
-            result = self._project(series_id, row)
+            with full_disk_named(self.state.work):
+                result = self._project(series_id, row)
+        except FullDiskError:                         # there may be room for another, and later for this one
+            self._not_before[series_id] = time.monotonic() + RETRY_S[0]
+            self._no_room.add(series_id)
+            raise
         except ScanError as error:
             result = {"state": REFUSED, "reason": str(error)}
         except OrthancRefused as error:
@@ -181,6 +199,7 @@ class Node:
             self.orthanc.system()                     # raises where it is away for every series
             result = self._put_back(series_id, row, str(error))
             if result is None:
+                self._no_room.discard(series_id)
                 return
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -191,6 +210,7 @@ class Node:
             self.state.clear_work()
         self.metrics.outcomes[result["state"]] += 1
         self._not_before.pop(series_id, None)
+        self._no_room.discard(series_id)
         result |= {"finished": _now(), "seconds": time.perf_counter() - started}
         row = {key: value for key, value in self.state.rows[series_id].items() if key not in TRYING}
         self.state.put(series_id, row | result)

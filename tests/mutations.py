@@ -401,6 +401,15 @@ MUTANTS = (
            "tests/test_pacs.py -k results_of_a_part"),
     Mutant("results that cannot be deleted are not told of", "pacs/node.py",
            'row | {"notes": [STILL_THERE]}', 'row', "tests/test_pacs.py -k cannot_be_deleted"),
+    Mutant("a full disk fails the series in work", "pacs/node.py",
+           "with full_disk_named(self.state.work):\n                result",
+           "if True:\n                result", "tests/test_pacs.py -k full_disk"),
+    Mutant("the page is silent of a full disk", "pacs/node.py",
+           "self._take_down(True, bool(self._no_room))", "self._take_down(True, False)",
+           "tests/test_pacs.py -k full_disk"),
+    Mutant("a full disk ends the node", "pacs/node.py",
+           "except (OrthancAway, FullDiskError) as error:", "except OrthancAway as error:",
+           "tests/test_pacs.py -k cannot_be_written_down"),
 )
 
 

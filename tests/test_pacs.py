@@ -1,5 +1,6 @@
 """The PACS node against the real Orthanc on loopback (Debian package orthanc), and its parts without one."""
 
+import errno
 import json
 import random
 import shutil
@@ -16,6 +17,7 @@ from threading import Thread
 import numpy as np
 import pytest
 
+from common.files import FullDiskError
 from ct.scan import ScanError
 from pacs.__main__ import main
 from pacs.node import Node
@@ -561,6 +563,58 @@ def test_results_that_cannot_be_deleted_are_told_of_and_keep_nobody(tmp_path, ca
     archive.turned_down = lambda *_: None
     node.step()
     assert "still in the archive" not in page(node, "http://fake") and not archive.stored
+
+
+def test_a_full_disk_is_waited_for_and_said(tmp_path, monkeypatch, capsys):
+    archive = Archive(tmp_path, "large", "small")
+
+    def full(asked, what):
+        if asked == "fetch" and what.startswith("large"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    archive.turned_down = full
+    node = archive_node(tmp_path, archive, poll_s=0.01)
+    monkeypatch.setattr("pacs.node.BACKOFF_S", (0.01, 0.01))
+    monkeypatch.setattr("pacs.node.RETRY_S", (3600, 3600))
+    loop = Thread(target=node.run)
+    loop.start()
+    try:
+        wait_for(lambda: node.metrics.outcomes["done"] == 1)         # what needs less room goes on
+        ticked = node._ticked
+        wait_for(lambda: node._ticked > ticked)                      # the loop has come round since
+        assert states(node) == {"large": "waiting", "small": "done"} and node.metrics.disk_full
+        assert "folder is full: make room" in page(node, "http://fake") and node.metrics.orthanc_up
+        assert "cn_stylegan_disk_full 1" in node.metrics.text(1)
+        archive.turned_down = lambda *_: None
+        node._not_before.clear()                                     # as if its pause were over
+        wait_for(lambda: node.metrics.outcomes["done"] == 2 and not node.metrics.disk_full)
+    finally:
+        node.stopping.set()
+        loop.join(60)
+    assert "folder is full" not in page(node, "http://fake")
+    said = capsys.readouterr().out
+    assert "trying again: [Errno 28] the disk is full" in said and "there is room on the disk again" in said
+
+
+def test_a_result_that_cannot_be_written_down_is_made_again(tmp_path, monkeypatch):
+    archive = Archive(tmp_path, "S1")
+    node = archive_node(tmp_path, archive, poll_s=0.01)
+    monkeypatch.setattr("pacs.node.BACKOFF_S", (0.01, 0.01))
+    put, asked = node.state.put, []
+
+    def full_once(series_id, row):
+        asked.append(row["state"])
+        if row["state"] == "done" and asked.count("done") == 1:
+            raise FullDiskError(node.state.work)
+        put(series_id, row)
+    monkeypatch.setattr(node.state, "put", full_once)
+    loop = Thread(target=node.run)
+    loop.start()
+    try:
+        wait_for(lambda: states(node).get("S1") == "done" or not loop.is_alive())
+    finally:
+        node.stopping.set()
+        loop.join(60)
+    assert asked.count("done") == 2 and archive.stored == set(node.state.rows["S1"]["objects"])
 
 
 def test_state_of_another_model_or_node_is_refused(tmp_path):
