@@ -208,12 +208,12 @@ class Node:
             result = {"state": FAILED, "reason": f"{type(error).__name__}; where it came from is in the node's log"}
         finally:
             self.state.clear_work()
-        self.metrics.outcomes[result["state"]] += 1
-        self._not_before.pop(series_id, None)
-        self._no_room.discard(series_id)
         result |= {"finished": _now(), "seconds": time.perf_counter() - started}
         row = {key: value for key, value in self.state.rows[series_id].items() if key not in TRYING}
         self.state.put(series_id, row | result)
+        self.metrics.outcomes[result["state"]] += 1
+        self._not_before.pop(series_id, None)
+        self._no_room.discard(series_id)
         said = result.get("reason") or f"score {result['score']:.3f}"
         print(f"{series_id}: {result['state']}, {said}", flush=True)
 

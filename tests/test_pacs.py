@@ -614,7 +614,8 @@ def test_a_result_that_cannot_be_written_down_is_made_again(tmp_path, monkeypatc
     finally:
         node.stopping.set()
         loop.join(60)
-    assert asked.count("done") == 2 and archive.stored == set(node.state.rows["S1"]["objects"])
+    assert node.metrics.outcomes["done"] == 1 and asked.count("done") == 2
+    assert archive.stored == set(node.state.rows["S1"]["objects"])
 
 
 def test_state_of_another_model_or_node_is_refused(tmp_path):
