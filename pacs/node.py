@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+from common.files import FullDiskError, full_disk_named
 from ct.read import find_scans, read_scan
 from ct.scan import Scan, ScanError
 from detect.dicom_out import Identity, write_dicom
@@ -17,7 +18,11 @@ from pacs.state import DONE, FAILED, REFUSED, WAITING, State
 
 STAGES = ("fetch", "project", "write", "store")
 PAGE = 100                                            # changes asked for at a time
-BACKOFF_S = (1.0, 60.0)                               # first and longest pause while Orthanc is away
+BACKOFF_S = (1.0, 60.0)                               # first and longest pause while Orthanc is away or the disk full
+TRIES = 5                                             # of a series that Orthanc does not serve while it is there
+RETRY_S = (60.0, 3600.0)                              # first and longest pause between them
+TRYING = ("tries", "since", "reason")                 # in the row of a series between its tries
+STILL_THERE = "results of fewer images are still in the archive: it does not let them be deleted"
 STUCK_S = 1800.0                                      # no scan takes as long
 
 
@@ -28,7 +33,9 @@ class Metrics:
         self.outcomes: Counter[str] = Counter({DONE: 0, REFUSED: 0, FAILED: 0})
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self.runs: Counter[str] = Counter(dict.fromkeys(STAGES, 0))
+        self.put_back = 0
         self.orthanc_up = True
+        self.disk_full = False
 
     def text(self, waiting: int) -> str:
         """Prometheus' text format, version 0.0.4."""
@@ -36,9 +43,13 @@ class Metrics:
                  "# TYPE cn_stylegan_queue_length gauge", f"cn_stylegan_queue_length {waiting}",
                  "# HELP cn_stylegan_orthanc_up Whether Orthanc answered last.",
                  "# TYPE cn_stylegan_orthanc_up gauge", f"cn_stylegan_orthanc_up {int(self.orthanc_up)}",
+                 "# HELP cn_stylegan_disk_full Whether the node waits for room on its disk.",
+                 "# TYPE cn_stylegan_disk_full gauge", f"cn_stylegan_disk_full {int(self.disk_full)}",
                  "# HELP cn_stylegan_scans_total CT series finished since the start.",
                  "# TYPE cn_stylegan_scans_total counter"]
         lines += [f'cn_stylegan_scans_total{{outcome="{name}"}} {count}' for name, count in self.outcomes.items()]
+        lines += ["# HELP cn_stylegan_put_back_total CT series put behind the others, to be tried again.",
+                  "# TYPE cn_stylegan_put_back_total counter", f"cn_stylegan_put_back_total {self.put_back}"]
         lines += ["# HELP cn_stylegan_stage_seconds Seconds spent on CT series by stage.",
                   "# TYPE cn_stylegan_stage_seconds summary"]
         for stage in STAGES:
@@ -62,6 +73,8 @@ class Node:
         self.metrics = Metrics()
         self.stopping = threading.Event()
         self.in_work: str | None = None
+        self._not_before: dict[str, float] = {}       # of series that have been tried, on the clock of time.monotonic
+        self._no_room: set[str] = set()               # series that found the disk full when they were last tried
         self._ticked = time.monotonic()
 
     @property
@@ -70,36 +83,45 @@ class Node:
         return time.monotonic() - self._ticked > STUCK_S
 
     def run(self) -> None:
-        """Until stopping is set; Orthanc being away only makes it wait."""
+        """Until stopping is set; Orthanc being away or a full disk only makes it wait. Raises OrthancRefused."""
         pause = BACKOFF_S[0]
         while not self.stopping.is_set():
             self._ticked = time.monotonic()
             try:
-                busy = self.step()
-            except OrthancAway as error:
-                if self.metrics.orthanc_up:
-                    print(f"Orthanc is away, trying again: {error}", flush=True)
-                self.metrics.orthanc_up = False
+                with full_disk_named(self.state.work):
+                    busy = self.step()
+            except (OrthancAway, FullDiskError) as error:
+                away = isinstance(error, OrthancAway)
+                self._take_down(not away, not away or bool(self._no_room), error)
                 self.stopping.wait(pause)
                 pause = min(2 * pause, BACKOFF_S[1])
                 continue
-            if not self.metrics.orthanc_up:
-                print("Orthanc is back", flush=True)
-            self.metrics.orthanc_up, pause = True, BACKOFF_S[0]
+            self._take_down(True, bool(self._no_room))
+            pause = BACKOFF_S[0]
             if not busy:
                 self.stopping.wait(self.poll_s)
+
+    def _take_down(self, orthanc_up: bool, disk_full: bool, why: Exception | None = None) -> None:
+        """What the node waits for, for the page and the metrics; said where it is new."""
+        if orthanc_up != self.metrics.orthanc_up:
+            print("Orthanc is back" if orthanc_up else f"Orthanc is away, trying again: {why}", flush=True)
+        if disk_full != self.metrics.disk_full:
+            print(f"trying again: {why}" if disk_full else "there is room on the disk again", flush=True)
+        self.metrics.orthanc_up, self.metrics.disk_full = orthanc_up, disk_full
 
     def step(self) -> bool:
         """Read what there is room for, and do one series; False where there is nothing more to do now."""
         more = self.follow()
-        waiting = self.state.waiting()
-        if waiting:
-            self.in_work = waiting[0]
+        now = time.monotonic()
+        due = [series_id for series_id in self.state.waiting() if self._not_before.get(series_id, now) <= now]
+        if due:
+            self.in_work = due[0]
             try:
-                self.do(waiting[0])
+                self.do(due[0])
             finally:
                 self.in_work = None
-        return bool(waiting) or more
+        self.withdraw()
+        return bool(due) or more
 
     # ---- the change log
 
@@ -108,7 +130,7 @@ class Node:
         if self.orthanc.last_change() < self.state.sequence:
             print("Orthanc's change log starts anew: read from its beginning", flush=True)
             self.state.advance(0)
-        while (room := self.queue - len(self.state.waiting())) > 0:
+        while (room := self.queue - self._untried()) > 0:
             changes, last, all_read = self.orthanc.changes(self.state.sequence, PAGE)
             for change in changes:
                 if change.kind == "StableSeries":
@@ -120,6 +142,10 @@ class Node:
             if all_read:
                 return False
         return True
+
+    def _untried(self) -> int:
+        """Series that wait for the first time: those that are tried again keep no room from others."""
+        return sum("tries" not in self.state.rows[series_id] for series_id in self.state.waiting())
 
     def _announce(self, sequence: int, series_id: str) -> bool:
         """Whether the series is one to project, and is now waiting. Our own results are no CT series."""
@@ -136,6 +162,7 @@ class Node:
         instances = sorted(series["Instances"])
         if earlier.get("instances") == instances and earlier["state"] != WAITING:
             return False                              # announced again without a new image: after Orthanc's restart
+        self._not_before.pop(series_id, None)
         self.state.put(series_id, {
             "state": WAITING, "sequence": sequence, "instances": instances, "announced": _now(),
             "study_uid": study["MainDicomTags"].get("StudyInstanceUID", ""),
@@ -146,31 +173,88 @@ class Node:
     # ---- one series
 
     def do(self, series_id: str) -> None:
-        """Fetch, project and store one waiting series, and write down what came of it. Raises OrthancAway."""
+        """Fetch, project and store one waiting series, and write down what came of it.
+
+        Raises OrthancAway, FullDiskError, and OrthancRefused where the node is not allowed what it needs; the series
+        then waits on.
+        """
         row = self.state.rows[series_id]
         started = time.perf_counter()
         try:
-            result = self._project(series_id, row)
+            with full_disk_named(self.state.work):
+                result = self._project(series_id, row)
+        except FullDiskError:                         # there may be room for another, and later for this one
+            self._not_before[series_id] = time.monotonic() + RETRY_S[0]
+            self._no_room.add(series_id)
+            raise
         except ScanError as error:
             result = {"state": REFUSED, "reason": str(error)}
         except OrthancRefused as error:
-            if error.status in (401, 403):
-                raise OrthancAway(str(error)) from error
+            if error.status in (401, 403):            # true of every series, and mended by people alone
+                raise
             gone = error.status == 404
             result = {"state": REFUSED if gone else FAILED,
                       "reason": "deleted from Orthanc before it was read" if gone else str(error)}
-        except (OrthancAway, KeyboardInterrupt, SystemExit):
+        except OrthancAway as error:
+            self.orthanc.system()                     # raises where it is away for every series
+            result = self._put_back(series_id, row, str(error))
+            if result is None:
+                self._no_room.discard(series_id)
+                return
+        except (KeyboardInterrupt, SystemExit):
             raise
         except Exception as error:                    # a series that breaks us must not stop the others
             traceback.print_tb(error.__traceback__)   # without the message: a decoder's may quote patient data
             result = {"state": FAILED, "reason": f"{type(error).__name__}; where it came from is in the node's log"}
         finally:
             self.state.clear_work()
-        self.metrics.outcomes[result["state"]] += 1
         result |= {"finished": _now(), "seconds": time.perf_counter() - started}
-        self.state.put(series_id, self.state.rows[series_id] | result)
+        row = {key: value for key, value in self.state.rows[series_id].items() if key not in TRYING}
+        self.state.put(series_id, row | result)
+        self.metrics.outcomes[result["state"]] += 1
+        self._not_before.pop(series_id, None)
+        self._no_room.discard(series_id)
         said = result.get("reason") or f"score {result['score']:.3f}"
         print(f"{series_id}: {result['state']}, {said}", flush=True)
+
+    def withdraw(self) -> None:
+        """Delete what a refused or failed series had as results when it had fewer images, and forget it.
+
+        Forgotten when all is gone: whatever comes in between, the next step goes on, after a kill, too.
+        """
+        for series_id, row in self.state.rows.items():
+            if row["state"] not in (REFUSED, FAILED) or not row["objects"]:
+                continue
+            try:
+                for instance in row["objects"]:
+                    self.orthanc.delete(instance)
+            except (OrthancAway, OrthancRefused) as error:
+                if isinstance(error, OrthancRefused) and error.status in (401, 403):
+                    raise
+                self.orthanc.system()                 # raises where it is away
+                if row.get("notes") != [STILL_THERE]:
+                    print(f"{series_id}: {STILL_THERE}; trying again: {error}", flush=True)
+                    self.state.put(series_id, row | {"notes": [STILL_THERE]})
+            else:
+                self.state.put(series_id, row | {"objects": [], "notes": []})
+
+    def _put_back(self, series_id: str, row: dict, why: str) -> dict | None:
+        """Behind all that wait, to be tried again after a pause; or, after TRIES, the result: failed.
+
+        Only if meanwhile another series got through: else it may be Orthanc's storage that fails every series, which
+        a night's scans should outlast.
+        """
+        tries, since = row.get("tries", 0) + 1, row.get("since") or _now()
+        if tries >= TRIES and any(other["state"] == DONE and other["finished"] >= since
+                                  for other in self.state.rows.values()):
+            return {"state": FAILED, "reason": f"given up after {tries} tries: {why}"}
+        self.metrics.put_back += 1
+        self._not_before[series_id] = time.monotonic() + min(RETRY_S[0] * 2 ** (tries - 1), RETRY_S[1])
+        self.state.put(series_id, self.state.rows[series_id] | {
+            "tries": tries, "since": since, "reason": f"try {tries} failed, another will follow: {why}",
+            "sequence": max(self.state.rows[other]["sequence"] for other in self.state.waiting())})
+        print(f"{series_id}: put behind the others, try {tries} failed: {why}", flush=True)
+        return None
 
     def _project(self, series_id: str, row: dict) -> dict:
         work = self.state.clear_work()

@@ -119,8 +119,9 @@ class Orthanc:
         except urllib.error.HTTPError as error:
             with error:
                 if error.code in (401, 403):
-                    raise OrthancRefused(f"{self.url}: not allowed in ({error.code}); set ORTHANC_USER and "
-                                         "ORTHANC_PASSWORD to a user of the server", error.code) from error
+                    raise OrthancRefused(f"{request.get_method()} {self.url}{path}: not allowed ({error.code}); set "
+                                         "ORTHANC_USER and ORTHANC_PASSWORD to a user of the server who may read, "
+                                         "store and delete", error.code) from error
                 if error.code < 500 and error.code not in (408, 429):
                     raise OrthancRefused(f"{self.url}{path}: {error.code} {error.reason}", error.code) from error
                 raise OrthancAway(f"{self.url}{path}: {error.code} {error.reason}") from error

@@ -38,7 +38,8 @@ def page(node: Node, link: str) -> str:
                               trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     return environment.get_template("worklist.html.jinja").render(
         rows=worklist(node), model=node.identity.name, weights=node.identity.weights_hash[:12],
-        orthanc=link, up=node.metrics.orthanc_up, refresh=REFRESH_S)
+        orthanc=link, up=node.metrics.orthanc_up, disk_full=node.metrics.disk_full,
+        refresh=REFRESH_S)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -51,9 +51,9 @@ class State:
         self.advance(self.sequence)
 
     def waiting(self) -> list[str]:
-        """Ids of the series that wait, in the order in which they were announced."""
+        """Ids of the series that wait, in the order in which they were announced or, once tried, put back."""
         return sorted((id for id, row in self.rows.items() if row["state"] == WAITING),
-                      key=lambda id: self.rows[id]["sequence"])
+                      key=lambda id: (self.rows[id]["sequence"], self.rows[id].get("tries", 0)))
 
     def put(self, series_id: str, row: dict) -> None:
         """Write a series' row down for good."""

@@ -1,5 +1,6 @@
 """The PACS node against the real Orthanc on loopback (Debian package orthanc), and its parts without one."""
 
+import errno
 import json
 import random
 import shutil
@@ -16,8 +17,11 @@ from threading import Thread
 import numpy as np
 import pytest
 
+from common.files import FullDiskError
+from ct.scan import ScanError
+from pacs.__main__ import main
 from pacs.node import Node
-from pacs.orthanc import Change, Orthanc, OrthancAway, OrthancRefused
+from pacs.orthanc import Change, Orthanc, OrthancAway, OrthancRefused, orthanc_id
 from pacs.server import page, serve, worklist
 from pacs.state import State, StateError
 from tests.pacs_process import IDENTITY, project
@@ -364,6 +368,254 @@ def test_a_change_log_that_starts_anew_is_read_from_its_beginning(tmp_path):
     node.orthanc.log = log_of("d")
     node.follow()
     assert node.state.waiting()[-1] == "c" and "d" in node.state.waiting() and node.state.sequence == 1
+
+
+class Archive(FakeOrthanc):
+    """Also holds a study of each series of the log; `turned_down` may raise for a request: its verb and id."""
+
+    def __init__(self, folder, *ids, slices=4):
+        super().__init__(log_of(*ids))
+        self.files = {id: sorted(write_study(folder, number, slices).iterdir()) for number, id in enumerate(ids)}
+        self.fetched, self.stored = [], set()
+
+    def turned_down(self, verb, what):
+        pass
+
+    def system(self):
+        self.turned_down("system", None)
+        return {"Name": "fake"}
+
+    def series(self, series_id):
+        instances = [f"{series_id}/{number}" for number in range(len(self.files[series_id]))]
+        return super().series(series_id) | {"Instances": instances}
+
+    def fetch(self, instance_id, path):
+        self.fetched.append(instance_id)
+        self.turned_down("fetch", instance_id)
+        series_id, number = instance_id.split("/")
+        shutil.copy(self.files[series_id][int(number)], path)
+
+    def store(self, path):
+        self.turned_down("store", path.name)
+        self.stored.add(orthanc_id(path))
+
+    def delete(self, instance_id):
+        self.turned_down("delete", instance_id)
+        self.stored.discard(instance_id)
+
+
+def at_once(scan):
+    """The stub's projection, without its pause."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.sleep", lambda s: None)
+        return project(scan)
+
+
+def archive_node(folder, archive, run=at_once, **more):
+    return Node(archive, State(folder / "state", {"model": "stub", "phi": True}), run, IDENTITY, **more)
+
+
+def states(node):
+    return {id: row["state"] for id, row in node.state.rows.items()}
+
+
+@pytest.mark.parametrize("verb", ["fetch", "store"])
+def test_a_user_who_may_not_do_it_ends_the_program_and_keeps_the_queue(tmp_path, verb, monkeypatch, capsys):
+    archive, tries = Archive(tmp_path, "S1", "S2"), []
+
+    def denied(asked, what):
+        if asked == verb:
+            tries.append(what)
+            if len(tries) > 1:
+                raise SystemExit("tried again")
+            raise OrthancRefused("POST http://fake/instances: not allowed (403); set ORTHANC_USER", 403)
+    archive.turned_down = denied
+    stub = type("Stub", (), {"__call__": lambda self, scan: at_once(scan), "key": lambda self: {"model": "stub"}})()
+    for name, made in (("Orthanc", lambda *_: archive), ("Projector", lambda bundle: stub), ("load_bundle", print),
+                       ("identity_of", lambda projector: IDENTITY), ("set_impl", print),
+                       ("memory.keep_freed", print), ("signal.signal", print)):
+        monkeypatch.setattr(f"pacs.__main__.{name}", made)
+    asked = ["--model", "m", "--orthanc", "http://fake", "--state", str(tmp_path / "state"), "--port", "0"]
+    assert main([*asked, "--device", "cpu"]) == 2
+    assert "error: POST http://fake/instances: not allowed (403)" in capsys.readouterr().err
+    archive.turned_down = lambda *_: None
+    node = archive_node(tmp_path, archive)
+    assert states(node) == {"S1": "waiting", "S2": "waiting"} and not list(node.state.work.iterdir())
+    while node.step():
+        pass
+    assert states(node) == {"S1": "done", "S2": "done"}
+
+
+def one_answers_500(archive, which, verb="fetch"):
+    def turned_down(asked, what):
+        if asked == verb and what.startswith(which):
+            raise OrthancAway(f"http://fake/{what}: 500 Internal Server Error")
+    archive.turned_down = turned_down
+
+
+def test_a_series_that_orthanc_does_not_serve_lets_the_others_go_first_and_fails_in_the_end(tmp_path, monkeypatch):
+    archive = Archive(tmp_path, "S1", "S2", "S3")
+    one_answers_500(archive, "S1/2")
+    monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
+    node = archive_node(tmp_path, archive, queue=3)
+    node.step()
+    assert states(node) == dict.fromkeys(("S1", "S2", "S3"), "waiting") and node.state.waiting() == ["S2", "S3", "S1"]
+    assert "try 1 failed, another will follow: http://fake/S1/2: 500" in page(node, "http://fake")
+    archive.files["S4"] = archive.files["S3"]
+    archive.log = log_of("S1", "S2", "S3", "S4")
+    node.follow()
+    assert node.state.waiting() == ["S2", "S3", "S1", "S4"]          # it keeps no room from others, nor its place
+    node.state.close()
+    again = archive_node(tmp_path, archive)                          # tries outlast the process
+    while again.step():
+        pass
+    assert states(again) == {"S1": "failed", "S2": "done", "S3": "done", "S4": "done"}
+    assert again.state.rows["S1"]["reason"] == "given up after 5 tries: http://fake/S1/2: 500 Internal Server Error"
+    assert archive.fetched.count("S1/2") == 5 and again.metrics.put_back == 3
+    assert "cn_stylegan_put_back_total 3" in again.metrics.text(0)
+
+
+def test_a_series_is_not_failed_for_a_storage_that_serves_none(tmp_path, monkeypatch):
+    archive = Archive(tmp_path, "S1", "S2")
+    one_answers_500(archive, "S")
+    node = archive_node(tmp_path, archive)
+    for _ in range(3):
+        node.step()
+    assert archive.fetched == ["S1/0", "S2/0"]                       # a pause before each further try
+    monkeypatch.setattr("pacs.node.time.monotonic", lambda: 1e12)
+    monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
+    for _ in range(18):
+        node.step()
+    assert len(archive.fetched) == 20 and states(node) == {"S1": "waiting", "S2": "waiting"}
+    archive.turned_down = lambda *_: None                            # mended
+    while node.step():
+        pass
+    assert states(node) == {"S1": "done", "S2": "done"} and not node.state.rows["S1"].get("reason")
+
+
+def test_orthanc_away_as_a_whole_is_no_try_of_a_series(tmp_path):
+    archive = Archive(tmp_path, "S1")
+
+    def away(asked, what):
+        if asked in ("fetch", "system"):
+            raise OrthancAway("refused")
+    archive.turned_down = away
+    node = archive_node(tmp_path, archive)
+    for _ in range(6):
+        with pytest.raises(OrthancAway):
+            node.step()
+    assert "tries" not in node.state.rows["S1"] and node.metrics.put_back == 0
+
+
+def more_images(archive, folder, series_id):
+    """Another image of the series, and Orthanc's word of it."""
+    whole = sorted(write_study(folder / "more", 0, len(archive.files[series_id]) + 1).iterdir())
+    archive.files[series_id] = whole
+    archive.log = archive.log + [Change(len(archive.log) + 1, "StableSeries", series_id)]
+
+
+@pytest.mark.parametrize("outcome, error", [("refused", ScanError("no head")), ("failed", RuntimeError("broken"))])
+def test_results_of_a_part_go_when_the_whole_is_refused_or_fails(tmp_path, outcome, error):
+    def only_four(scan):
+        if len(scan.hu) > 4:
+            raise error
+        return at_once(scan)
+    archive = Archive(tmp_path, "S1", "S2")
+    node = archive_node(tmp_path, archive, only_four)
+    while node.step():
+        pass
+    kept, others = (set(node.state.rows[series_id]["objects"]) for series_id in ("S1", "S2"))
+    assert len(kept) == 7 and archive.stored == kept | others
+    more_images(archive, tmp_path, "S1")
+
+    deleted = []
+
+    def away_after_three(asked, what):                               # Orthanc goes in the middle
+        deleted.append(what) if asked == "delete" else None
+        if asked in ("delete", "system") and len(deleted) > 3:
+            raise OrthancAway("refused")
+    archive.turned_down = away_after_three
+    with pytest.raises(OrthancAway):
+        node.step()
+    assert states(node) == {"S1": outcome, "S2": "done"} and len(archive.stored - others) == 4
+    node.state.close()
+    archive.turned_down = lambda *_: None
+    again = archive_node(tmp_path, archive, only_four)               # as after a kill
+    again.step()
+    assert archive.stored == others and again.state.rows["S1"]["objects"] == []
+    assert states(again) == {"S1": outcome, "S2": "done"}
+
+
+def test_results_that_cannot_be_deleted_are_told_of_and_keep_nobody(tmp_path, capsys):
+    def only_four(scan):
+        if len(scan.hu) > 4:
+            raise ScanError("no head")
+        return at_once(scan)
+    archive = Archive(tmp_path, "S1")
+    node = archive_node(tmp_path, archive, only_four)
+    node.step()
+    more_images(archive, tmp_path, "S1")
+    one_answers_500(archive, "", "delete")
+    for _ in range(3):
+        node.step()
+    assert "still in the archive" in page(node, "http://fake") and len(archive.stored) == 7
+    assert capsys.readouterr().out.count("still in the archive") == 1
+    archive.turned_down = lambda *_: None
+    node.step()
+    assert "still in the archive" not in page(node, "http://fake") and not archive.stored
+
+
+def test_a_full_disk_is_waited_for_and_said(tmp_path, monkeypatch, capsys):
+    archive = Archive(tmp_path, "large", "small")
+
+    def full(asked, what):
+        if asked == "fetch" and what.startswith("large"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    archive.turned_down = full
+    node = archive_node(tmp_path, archive, poll_s=0.01)
+    monkeypatch.setattr("pacs.node.BACKOFF_S", (0.01, 0.01))
+    monkeypatch.setattr("pacs.node.RETRY_S", (3600, 3600))
+    loop = Thread(target=node.run)
+    loop.start()
+    try:
+        wait_for(lambda: node.metrics.outcomes["done"] == 1)         # what needs less room goes on
+        ticked = node._ticked
+        wait_for(lambda: node._ticked > ticked)                      # the loop has come round since
+        assert states(node) == {"large": "waiting", "small": "done"} and node.metrics.disk_full
+        assert "folder is full: make room" in page(node, "http://fake") and node.metrics.orthanc_up
+        assert "cn_stylegan_disk_full 1" in node.metrics.text(1)
+        archive.turned_down = lambda *_: None
+        node._not_before.clear()                                     # as if its pause were over
+        wait_for(lambda: node.metrics.outcomes["done"] == 2 and not node.metrics.disk_full)
+    finally:
+        node.stopping.set()
+        loop.join(60)
+    assert "folder is full" not in page(node, "http://fake")
+    said = capsys.readouterr().out
+    assert "trying again: [Errno 28] the disk is full" in said and "there is room on the disk again" in said
+
+
+def test_a_result_that_cannot_be_written_down_is_made_again(tmp_path, monkeypatch):
+    archive = Archive(tmp_path, "S1")
+    node = archive_node(tmp_path, archive, poll_s=0.01)
+    monkeypatch.setattr("pacs.node.BACKOFF_S", (0.01, 0.01))
+    put, asked = node.state.put, []
+
+    def full_once(series_id, row):
+        asked.append(row["state"])
+        if row["state"] == "done" and asked.count("done") == 1:
+            raise FullDiskError(node.state.work)
+        put(series_id, row)
+    monkeypatch.setattr(node.state, "put", full_once)
+    loop = Thread(target=node.run)
+    loop.start()
+    try:
+        wait_for(lambda: states(node).get("S1") == "done" or not loop.is_alive())
+    finally:
+        node.stopping.set()
+        loop.join(60)
+    assert node.metrics.outcomes["done"] == 1 and asked.count("done") == 2
+    assert archive.stored == set(node.state.rows["S1"]["objects"])
 
 
 def test_state_of_another_model_or_node_is_refused(tmp_path):
