@@ -3,6 +3,7 @@
     OUT/SCAN/             a scan's results, written elsewhere and moved here whole; its result.json tells what with
     OUT/scans/ab/SCAN/    with --part, for very many scans: 256 folders by hash of the name
     OUT/.work/            claims on scans (detect.claims), and what is being written
+    OUT/.parts/           what each run, or part of one, set out to do: so that a merge misses what never began
 
 A scan is finished when its result.json holds the key of the projector and the fingerprint of its files. A failed scan
 has one, too, with the reason, and is tried again by the next run. Tables are made from these files alone.
@@ -10,19 +11,21 @@ has one, too, with the reason, and is tried again by the next run. Tables are ma
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import tempfile
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 
-from common.files import FullDiskError, full_disk_named, replacing_folder, write_table
+from common.files import FullDiskError, full_disk_named, remove_abandoned, replace_text, replacing_folder, write_table
 from ct.read import ScanSource, open_scan
 from ct.scan import Scan, ScanError
 from detect.claims import STALE_S, Claims
@@ -30,7 +33,8 @@ from detect.outputs import OUTPUTS, SCORE_COLUMNS, SLICE_COLUMNS, Writer, scan_r
 from detect.pipeline import overlapped
 from detect.projection import Projector
 
-WORK, BY_HASH = ".work", "scans"
+WORK, BY_HASH, PARTS = ".work", "scans", ".parts"
+NAMED = 5                        # parts and scans that are absent, the others are counted
 LARGE_BYTES = 1 << 28            # of HU in float32, 256 slices of 512 x 512: such a scan is alone in memory
 
 
@@ -54,7 +58,7 @@ class Result:
 
 def result_folder(out: Path, scan_id: str, by_hash: bool = False) -> Path:
     """Where a scan's results go. Raises ValueError for an id that would lead elsewhere."""
-    if Path(scan_id).name != scan_id or scan_id in ("", ".", "..", WORK, BY_HASH) or "\0" in scan_id:
+    if Path(scan_id).name != scan_id or scan_id in ("", ".", "..", WORK, BY_HASH, PARTS) or "\0" in scan_id:
         raise ValueError(f"a scan's id becomes the name of a folder; {scan_id!r} cannot")
     shard = hashlib.sha256(scan_id.encode("utf-8", "surrogateescape")).hexdigest()[:2]
     return out / BY_HASH / shard / scan_id if by_hash else out / scan_id
@@ -276,14 +280,60 @@ def write_tables(out: Path, results: list[Result]) -> None:
     write_table(out / "seconds.csv", ("scan_id", "seconds"), [r.scan for r in by_id if r.ok])
 
 
+def note_part(out: Path, inputs: Iterable[Path], found: list[ScanSource], number: int, count: int) -> None:
+    """Leave word of what a run sets out to do, before it does: part `number` of `count` of what was found in `inputs`.
+
+    A whole run is part 0 of 1.
+    """
+    where, ids = sorted(str(path.resolve()) for path in inputs), [source.scan_id for source in found]
+    (out / PARTS).mkdir(exist_ok=True)
+    note = {"part": number, "of": count, "found": _digest(ids), "scans": ids[number::count]}
+    replace_text(out / PARTS / f"{_digest(where)[:16]}-{number}-of-{count}.json", json.dumps(note) + "\n")
+
+
+def absent(out: Path, results: list[Result]) -> list[str]:
+    """What runs set out to do and is not among the results, in words: parts that never began, scans without a result.
+
+    For each set of inputs the last run counts, whole or in parts: it knew which scans there are. Of runs that
+    left no word, as before there was any, nothing is missed. Raises ValueError for a note that cannot be read.
+    """
+    notes = defaultdict(list)
+    for path in sorted((out / PARTS).glob("*.json")):
+        try:
+            notes[path.name.partition("-")[0]].append((path.stat().st_mtime_ns, json.loads(path.read_text("utf-8"))))
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged; remove it, and start the part that it is named after again") from error
+    done, words = {result.scan["scan_id"] for result in results}, []
+    for dated in notes.values():
+        _, last = max(dated, key=lambda pair: pair[0])
+        run = [note for _, note in dated if (note["of"], note["found"]) == (last["of"], last["found"])]
+        if gone := sorted(set(range(last["of"])) - {note["part"] for note in run}):
+            named = _some([f"{number}/{last['of']}" for number in gone])
+            words.append(f"{len(gone)} of {last['of']} parts never began, or saw other scans than the last one: start "
+                         f"them again, --part {named}")
+        if left := [scan_id for note in run for scan_id in note["scans"] if scan_id not in done]:
+            words.append(f"{len(left)} scans have no result: {_some(left)}; start their runs again")
+    return words
+
+
+def _digest(words: list[str]) -> str:
+    return hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
 def remove_leftovers(out: Path) -> None:
     """What runs that were killed had begun to write. Nothing while any run is at work."""
     work = out / WORK
     leftovers = [*work.glob("*.writing"), *work.glob("*.old")]
     if {path for path in work.iterdir() if not path.name.startswith(".")} == set(leftovers):
         for path in leftovers:
-            if time.time() - path.stat().st_mtime > STALE_S:
-                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):               # another run removes it, too
+                if time.time() - path.stat().st_mtime > STALE_S:
+                    shutil.rmtree(path, ignore_errors=True)
+        remove_abandoned(out, ".*.writing", STALE_S)
 
 
 # ---------------------------------------------------------------------------------------------------------------

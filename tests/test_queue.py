@@ -23,9 +23,22 @@ import pytest
 
 import projector
 from ct.read import find_scans
+from ct.scan import ScanSource
 from detect import Projector, folder, load_bundle
 from detect.claims import Claims
-from detect.folder import OUTPUTS, WORK, collect_all, find_result_folder, project_one, read_result
+from detect.folder import (
+    OUTPUTS,
+    PARTS,
+    WORK,
+    Result,
+    absent,
+    collect_all,
+    find_result_folder,
+    note_part,
+    project_one,
+    read_result,
+    remove_leftovers,
+)
 from detect.report import read_results, unshown
 from tests import processes
 from tests.helpers import synthetic_head, tiny_bundle
@@ -116,6 +129,52 @@ def test_parts_and_a_merge_give_the_same_tables(scans, model, whole, tmp_path, c
     assert report["scans"] == 3 and report["failed"] == 1 and (out / "report.html").is_file()
 
 
+def test_merge_names_the_part_that_never_began_and_the_scans_without_a_result(scans, model, whole, tmp_path, capsys):
+    """It made tables of half of the scans, and said that all was well."""
+    out = tmp_path / "out"
+
+    def merged() -> tuple[int, str]:
+        return projector.main(["merge", str(out)]), capsys.readouterr().err
+
+    assert projector.main(flags(scans, model, out, "--part", "0/2")) == 0
+    code, said = merged()
+    assert code == 3 and "1 of 2 parts never began" in said and "--part 1/2" in said
+    assert len((out / "scores.csv").read_text().splitlines()) == 3       # what there is, is in the tables
+    assert projector.main(flags(scans, model, out, "--part", "1/2")) == 3
+    assert merged() == (3, "")                                           # for the scan that is broken
+    assert tables(out) == tables(whole)
+    place = find_result_folder(out, "scan-001")
+    place.rename(tmp_path / "aside")                                     # as if part 1 had been killed before it
+    code, said = merged()
+    assert code == 3 and said == "not in the tables: 1 scans have no result: scan-001; start their runs again\n"
+    (tmp_path / "aside").rename(place)
+    (out / PARTS / next(iter(os.listdir(out / PARTS)))).write_text("{")
+    code, said = merged()
+    assert code == 2 and "damaged; remove it" in said
+
+
+def test_the_last_run_on_the_same_inputs_says_what_there_is(tmp_path):
+    def noted(*runs: tuple[str, str, int, int]) -> list[str]:
+        shutil.rmtree(tmp_path / PARTS, ignore_errors=True)
+        for k, (inputs, ids, number, count) in enumerate(runs):
+            note_part(tmp_path, [Path(inputs)], [ScanSource(one, "nifti", ()) for one in ids], number, count)
+            for path in (tmp_path / PARTS).iterdir():
+                if path.stat().st_mtime > 1e6:
+                    os.utime(path, (k, k))
+        done = [Result(tmp_path, {"scan_id": one, "status": "ok"}, {}, {}) for one in "ab"]
+        return absent(tmp_path, done)
+
+    assert noted() == []                                                 # of a version that left no word
+    assert noted(("x", "ab", 0, 2), ("x", "ab", 1, 2)) == noted(("x", "ab", 0, 1)) == []
+    never = "1 of 2 parts never began, or saw other scans than the last one: start them again, --part "
+    assert noted(("x", "ab", 1, 2)) == [never + "0/2"]
+    assert noted(("x", "ab", 1, 2), ("x", "ab", 0, 1)) == []             # a whole run has done all
+    assert noted(("x", "a", 0, 2), ("x", "ab", 1, 2)) == [never + "0/2"]          # a scan has come between them
+    assert noted(("x", "a", 0, 2), ("x", "a", 1, 2), ("x", "ab", 0, 2), ("x", "ab", 1, 2)) == []
+    lost = "1 scans have no result: c; start their runs again"
+    assert noted(("x", "ab", 0, 1), ("y", "bc", 1, 2)) == [never + "0/2", lost]    # other inputs, another array
+
+
 def test_a_page_shows_the_first_scans_and_counts_the_others(whole):
     entries, _, others = read_results(whole, most=2)
     assert len(entries) == 2 and all(entry.ok and entry.slices and entry.overlays for entry in entries)
@@ -196,6 +255,27 @@ def test_ranks_need_no_process_group(scans, model, whole, tmp_path):
         assert processes.codes([run]) == [code]
         assert (out / "scores.csv").exists() == (rank == 0)
     assert tables(out) == tables(whole)
+
+
+def test_leftovers_are_removed_when_they_are_old_and_nobody_is_at_work(tmp_path):
+    work = tmp_path / WORK
+
+    def begin() -> None:
+        for path in (tmp_path / ".scores.csv.0a.writing", work / "0b.writing" / "map", work / "0c.old" / "map"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            for old in (path, path.parent):
+                if old != tmp_path and old != work:
+                    os.utime(old, (0, 0))
+
+    begin()
+    (tmp_path / ".scores.csv.0d.writing").touch()                        # a living run writes it
+    with Claims(work).hold("scan"):
+        remove_leftovers(tmp_path)
+        assert (tmp_path / ".scores.csv.0a.writing").exists() and (work / "0b.writing").exists()
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".scores.csv.0d.writing", WORK]
+    assert not [name for name in os.listdir(work) if not name.startswith(".")]
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.soak)])
