@@ -19,7 +19,8 @@ SCANS is a folder that is searched for DICOM series, NIfTI files and folders of 
 A scan is named after its place under SCANS; with --ids uid by a hash of its series UID or, without one, of its files,
 wherever they lie. A rerun skips finished scans; runs into one folder share the work, and the last to finish writes the
 tables.
-Exit codes: 0 done, 2 wrong usage, 3 some scans failed (rows with a reason) or, of merge, are absent (named).
+Exit codes: 0 done, 2 wrong usage, 3 some scans failed (rows with a reason) or, of merge, are absent (named),
+130 stopped by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP: temporary files are removed, and the same command goes on.
 Not a medical device: for research only.
 """
 
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.files import replace_text
+from common.stopping import Terminated, orderly_end
 from common.version import VERSION
 from ct.settings import PreprocessSettings
 
@@ -233,7 +235,7 @@ def project(args: argparse.Namespace, projector: Projector, writers: dict[str, W
             if tables and time.perf_counter() - written > TABLES_EVERY_S:
                 tables()
                 written = time.perf_counter()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         if tables:
             tables()
         raise
@@ -266,6 +268,7 @@ def share_out(args: argparse.Namespace, projector: Projector, writers: dict[str,
         project(args, projector, writers, sources, numbers, tables)
 
 
+@orderly_end()
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["merge"]:
@@ -327,9 +330,9 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stop:
         print("stopped; the same command goes on with the scans that are left", file=sys.stderr)
-        return 130
+        return stop.code if isinstance(stop, Terminated) else 130
     finally:
         torch.set_num_threads(threads)                       # whoever calls main() from Python keeps theirs
     return exit_code(results)

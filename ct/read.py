@@ -48,8 +48,10 @@ def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0, ids: str = "
     ids: 'path', from the scan's place under the folder (several series in one folder add a hash of their UID); 'uid',
     from the series UID or the files' content, wherever they lie. An id by uid stays whatever other scans come; one by
     path, unless a second series comes to the same folder: then both have new ones, so that none means another scan.
+    What killed runs have left of archives in the temporary folder is removed.
     Raises ScanError where the folder does not exist or holds nothing of the kind.
     """
+    archive.remove_abandoned()
     folder = Path(folder)
     if ids not in IDS:
         raise ValueError(f"ids must be one of {', '.join(IDS)}, got {ids!r}")
