@@ -1,7 +1,8 @@
 """A folder of scans projected into a folder of results, which is the queue: no run waits for another, or talks to it.
 
     OUT/SCAN/             a scan's results, written elsewhere and moved here whole; its result.json tells what with
-    OUT/scans/ab/SCAN/    with --part, for very many scans: 256 folders by hash of the name
+    OUT/scans/ab/SCAN/    with --part, for very many scans: 256 folders by hash of the name. A scan that has results
+                          keeps its place, whichever way the next run goes
     OUT/.work/            claims on scans (detect.claims), and what is being written
     OUT/.parts/           what each run, or part of one, set out to do: so that a merge misses what never began
 
@@ -64,10 +65,21 @@ def result_folder(out: Path, scan_id: str, by_hash: bool = False) -> Path:
     return out / BY_HASH / shard / scan_id if by_hash else out / scan_id
 
 
-def find_result_folder(out: Path, scan_id: str) -> Path:
-    """Where a scan's results are, however they were made."""
-    by_hash = result_folder(out, scan_id, by_hash=True)
-    return by_hash if by_hash.is_dir() else result_folder(out, scan_id)
+def find_result_folder(out: Path, scan_id: str, by_hash: bool = False) -> Path:
+    """Where a scan's results are, whichever way they were made; where by_hash puts them if there are none.
+
+    Raises ValueError where there are two, as earlier versions made with and without --part.
+    """
+    places = [result_folder(out, scan_id, way) for way in (by_hash, not by_hash)]
+    found = [place for place in places if (place / "result.json").is_file()]
+    if len(found) > 1:
+        raise _twice(scan_id, *found)
+    return (found or places)[0]
+
+
+def _twice(scan_id: str, one: Path, other: Path) -> ValueError:
+    return ValueError(f"{scan_id}: has two results, {one} and {other}; remove one of these folders (their result.json "
+                      "tells what each was made with)")
 
 
 def read_result(folder: Path) -> dict | None:
@@ -115,11 +127,13 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
 
     def read(numbered: tuple[int, ScanSource]) -> Job | None:
         number, source = numbered
-        place = result_folder(out, source.scan_id, by_hash)
         made = {"key": key, "files": fingerprint(source), "outputs": sorted(writers)}
 
+        def place() -> Path:                         # another run may have given it one before we had the claim
+            return find_result_folder(out, source.scan_id, by_hash)
+
         def is_finished() -> bool:
-            earlier = read_result(place)
+            earlier = read_result(place())
             return bool(earlier) and earlier["scan"]["status"] != "failed" and made.items() <= earlier.items()
 
         outcome = "finished before, skipped"
@@ -129,7 +143,7 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
                     waiting.append(numbered)
                     outcome = "another run has it"
                 elif not is_finished():              # another run may have finished it before we had the claim
-                    job = Job(projector, source, place, out / WORK, made, writers, held)
+                    job = Job(projector, source, place(), out / WORK, made, writers, held)
                     job.read()
                     job.number, job.held = number, held.pop_all()
                     return job
@@ -254,13 +268,21 @@ def collect(out: Path, sources: list[ScanSource], key: dict) -> tuple[list[Resul
 
 
 def collect_all(out: Path) -> list[Result]:
-    """Every result below a folder of results. Raises ValueError where they were made with different settings."""
+    """Every result below a folder of results.
+
+    Raises ValueError where they were made with different settings, or a scan has two.
+    """
     folders = [*out.iterdir(), *(out / BY_HASH).glob("??/*")]
     results = [result for folder in folders if (result := _result(folder))]
     for result in results[1:]:
         if result.key != results[0].key:
             raise ValueError(f"{out}: {result.folder.name} was made with another model, other settings or another "
                              f"version of this program than {results[0].folder.name}; project it again (--overwrite)")
+    by_id: dict[str, Result] = {}
+    for result in results:
+        first = by_id.setdefault(result.scan["scan_id"], result)
+        if first is not result:
+            raise _twice(result.scan["scan_id"], first.folder, result.folder)
     return results
 
 

@@ -153,6 +153,83 @@ def test_merge_names_the_part_that_never_began_and_the_scans_without_a_result(sc
     assert code == 2 and "damaged; remove it" in said
 
 
+@pytest.fixture
+def two(scans, tmp_path) -> Path:
+    """Two of the scans, which can be read."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for name in ("scan-000.nii", "scan-001.nii"):
+        os.link(scans / name, folder / name)
+    return folder
+
+
+def made(capsys) -> int:
+    """How many scans have been projected since it was asked."""
+    return capsys.readouterr().out.count(": score")
+
+
+def test_parts_after_a_whole_run_find_its_results(two, model, tmp_path, capsys):
+    """They projected all again beside them, and each scan had two rows."""
+    out = tmp_path / "out"
+    assert projector.main(flags(two, model, out)) == 0 and made(capsys) == 2
+    before = tables(out)
+    for number in (0, 1):
+        assert projector.main(flags(two, model, out, "--part", f"{number}/2")) == 0
+    assert made(capsys) == 0 and not (out / "scans").exists()
+    assert projector.main(["merge", str(out)]) == 0 and tables(out) == before
+
+
+def test_a_whole_run_after_parts_replaces_their_results(two, model, tmp_path, capsys):
+    """It wrote beside them, read theirs, and never made a table."""
+    out, other = tmp_path / "out", ("--overwrite", "--set", "threshold_hu=3")
+    for number in (0, 1):
+        assert projector.main(flags(two, model, out, "--part", f"{number}/2")) == 0
+    assert projector.main(["merge", str(out)]) == 0 and made(capsys) == 2
+    first = tables(out)
+    assert projector.main(flags(two, model, out)) == 0                   # finished: a part's are a whole run's
+    assert made(capsys) == 0 and tables(out) == first
+    assert projector.main(flags(two, model, out, *other)) == 0 and made(capsys) == 2
+    second = tables(out)
+    assert second != first and not (out / "scan-000").exists()
+    assert projector.main(["merge", str(out)]) == 0 and tables(out) == second
+    assert projector.main(flags(two, model, tmp_path / "alone", *other)) == 0
+    assert second == tables(tmp_path / "alone")
+
+
+def test_a_place_that_another_run_chose_meanwhile_is_taken(two, model, tmp_path, monkeypatch):
+    """A part has just finished the scan that a whole run then gets the claim on."""
+    source, hold, out = find_scans(two)[0], Claims.hold, tmp_path / "out"
+    one = Projector(load_bundle(model, precision="fp32"))
+
+    def finished_first(self, name):
+        monkeypatch.setattr(Claims, "hold", hold)
+        assert len(list(folder.project_all(one, [source], out, by_hash=True))) == 1
+        return hold(self, name)
+    monkeypatch.setattr(Claims, "hold", finished_first)
+    list(folder.project_all(one, [source], out))
+    assert find_result_folder(out, source.scan_id).parent.parent == out / "scans" and not (out / "scan-000").exists()
+
+
+def test_two_results_of_one_scan_are_named(two, model, tmp_path, capsys):
+    """As earlier versions made them."""
+    out = tmp_path / "out"
+    assert projector.main(flags(two, model, out)) == 0
+    before = tables(out)
+    shutil.copytree(out / "scan-001", folder.result_folder(out, "scan-001", by_hash=True))
+    capsys.readouterr()
+    for command in (["merge", str(out)], flags(two, model, out), flags(two, model, out, "--part", "0/1")):
+        assert projector.main(command) == 2
+        said = capsys.readouterr().err
+        assert "scan-001: has two results" in said and "remove one of these folders" in said
+    assert tables(out) == before                                         # refused before anything is written
+    shutil.rmtree(out / "scan-001")
+    assert projector.main(["merge", str(out)]) == 0
+    shutil.copytree(out / "scan-000", out / "scan-000 (copy)")
+    assert projector.main(["merge", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "scan-000: has two results" in said and "scan-000 (copy)" in said
+
+
 def test_the_last_run_on_the_same_inputs_says_what_there_is(tmp_path):
     def noted(*runs: tuple[str, str, int, int]) -> list[str]:
         shutil.rmtree(tmp_path / PARTS, ignore_errors=True)
