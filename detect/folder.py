@@ -60,7 +60,8 @@ class Result:
 def result_folder(out: Path, scan_id: str, by_hash: bool = False) -> Path:
     """Where a scan's results go. Raises ValueError for an id that would lead elsewhere."""
     if Path(scan_id).name != scan_id or scan_id in ("", ".", "..", WORK, BY_HASH, PARTS) or "\0" in scan_id:
-        raise ValueError(f"a scan's id becomes the name of a folder; {scan_id!r} cannot")
+        raise ValueError(f"a scan's id becomes the name of a folder; {scan_id!r} cannot: give the scan another id "
+                         "(ct.read.find_scans does)")
     shard = hashlib.sha256(scan_id.encode("utf-8", "surrogateescape")).hexdigest()[:2]
     return out / BY_HASH / shard / scan_id if by_hash else out / scan_id
 

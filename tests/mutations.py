@@ -239,6 +239,8 @@ MUTANTS = (
            "if first is not result:", "if False:", "tests/test_queue.py -k are_named"),
     Mutant("a second result is passed over", "detect/folder.py",
            "if len(found) > 1:", "if False:", "tests/test_queue.py -k are_named"),
+    Mutant("a scan in a folder called scans has an id that cannot be", "ct/read.py",
+           "if odd or name in RESERVED", "if odd", "tests/test_read.py -k no_id"),
     Mutant("large scans are two at a time", "detect/pipeline.py",
            "if is_large(job):", "if False:", "tests/test_pipeline.py -k large"),
     Mutant("two processes may each hold a large scan", "detect/pipeline.py",
