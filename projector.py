@@ -280,7 +280,15 @@ def main(argv: list[str] | None = None) -> int:
 
     import distributed
     from ct.read import find_all
-    from detect.folder import collect, make_writable, note_part, refuse_other_results, remove_leftovers, write_tables
+    from detect.folder import (
+        collect,
+        make_writable,
+        note_part,
+        refuse_other_files,
+        refuse_other_results,
+        remove_leftovers,
+        write_tables,
+    )
     from detect.processes import suitable
 
     threads = torch.get_num_threads()
@@ -292,6 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.part:
             print(f"part {number} of {count} of {len(found)} scans; all of them: --part 0/1", flush=True)
         make_writable(args.out)
+        refuse_other_files(args.out, sources, bool(args.part))
         if not args.overwrite:
             refuse_other_results(args.out, sources, projector.key())
         note_part(args.out, args.scans, found, number, count)

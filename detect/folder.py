@@ -116,7 +116,8 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
     While the networks have a scan, the next one is read and the one before written (detect/pipeline.py). Those that
     another run has are tried again at the end, in case it has died. writers: what is written, by name; other ones,
     another result. numbers: which of the sources, all by default; the next is asked for when it can be read. Of scans
-    that are too large to be two in memory, runs on this machine have one at a time. Raises FullDiskError.
+    that are too large to be two in memory, runs on this machine have one at a time. Raises
+    FullDiskError, and ValueError where a scan's results would take the place of anything else.
     """
     claims, key = Claims(out / WORK), projector.key()
     pending: Iterable[tuple[int, ScanSource]] = ((number, sources[number]) for number in (
@@ -144,6 +145,7 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
                     waiting.append(numbered)
                     outcome = "another run has it"
                 elif not is_finished():              # another run may have finished it before we had the claim
+                    _refuse_others(place())
                     job = Job(projector, source, place(), out / WORK, made, writers, held)
                     job.read()
                     job.number, job.held = number, held.pop_all()
@@ -370,6 +372,18 @@ def make_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def refuse_other_files(out: Path, sources: list[ScanSource], by_hash: bool) -> None:
+    """ValueError if a scan's folder of results would replace anything but results, such as the scan itself."""
+    for source in sources:
+        _refuse_others(find_result_folder(out, source.scan_id, by_hash))
+
+
+def _refuse_others(place: Path) -> None:
+    if place.exists() and not (place / "result.json").is_file() and (not place.is_dir() or any(place.iterdir())):
+        raise ValueError(f"{place}: results would take the place of what is there, which this program has not made (is "
+                         "it the scan itself?); choose another --out")
 
 
 def refuse_other_results(out: Path, sources: list[ScanSource], key: dict) -> None:

@@ -443,6 +443,22 @@ def test_a_full_disk_ends_the_run_and_keeps_the_results(scans, model, whole, tmp
     assert before == {name: (out / "scan-000" / name).read_bytes() for name in before}
 
 
+def test_results_never_take_the_place_of_the_scans(model, tmp_path, capsys):
+    """--out with the folder of the scans: each was replaced by its results, and gone."""
+    hu, _ = synthetic_head(slices=6, size=48, spacing_mm=(20.0, 4.8, 4.8))
+    for name in ("one", "two"):
+        write_dicom_series(tmp_path / "scans" / name, hu, (20.0, 4.8, 4.8), series=name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.dcm")}
+    for more in ((), ("--overwrite",)):
+        assert projector.main(flags(tmp_path / "scans", model, tmp_path / "scans", *more)) == 2
+        assert "one: results would take the place of what is there" in capsys.readouterr().err
+    one = Projector(load_bundle(model, precision="fp32"))
+    with pytest.raises(ValueError, match="one: results would take the place"):
+        list(folder.project_all(one, find_scans(tmp_path / "scans"), tmp_path / "scans"))
+    assert projector.main(flags(tmp_path / "scans", model, tmp_path / "scans", "--part", "0/2")) == 0
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_scan_is_replaced_whole(scans, tmp_path):
     """A failed one leaves nothing of an earlier result, which would be taken for its own."""
     class Failing:
