@@ -9,7 +9,8 @@ upright and scaled. Slices with too little brain are left out. The file is compl
 A folder whose scan.json says "loose": true holds single slices of many people (ct/loose.py): each is prepared for
 itself and goes into training, never into statistics by position, calibration or validation.
 
-Exit codes: 0 all done; 2 wrong usage or nothing to write; 3 some scans failed (named, the rest done).
+Exit codes: 0 all done; 2 wrong usage or nothing to write; 3 some scans failed (named, the rest done); 130 stopped by
+Ctrl-C, 143 by SIGTERM, 129 by SIGHUP (nothing is written, temporary files are removed).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import sys
 from pathlib import Path
 
+from common.stopping import Terminated, orderly_end
 from ct.settings import PreprocessSettings, StandardiseSettings
 
 
@@ -101,6 +103,7 @@ def prepare(args: argparse.Namespace) -> int:
     return 3 if manifest["failed"] else 0
 
 
+@orderly_end()
 def main(argv: list[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
@@ -113,8 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         return prepare(args)
     except (DatasetError, ScanError, OSError) as error:
         p.exit(2, f"prepare.py: {error}\n")
-    except KeyboardInterrupt:
-        p.exit(130, f"prepare.py: stopped; {args.out} is not written\n")
+    except (KeyboardInterrupt, Terminated) as stop:
+        p.exit(stop.code if isinstance(stop, Terminated) else 130, f"prepare.py: stopped; {args.out} is not written\n")
 
 
 if __name__ == "__main__":

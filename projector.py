@@ -19,7 +19,8 @@ SCANS is a folder that is searched for DICOM series, NIfTI files and folders of 
 A scan is named after its place under SCANS; with --ids uid by a hash of its series UID or, without one, of its files,
 wherever they lie. A rerun skips finished scans; runs into one folder share the work, and the last to finish writes the
 tables.
-Exit codes: 0 done, 2 wrong usage, 3 some scans failed (rows with a reason).
+Exit codes: 0 done, 2 wrong usage, 3 some scans failed (rows with a reason) or, of merge, are absent (named),
+130 stopped by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP: temporary files are removed, and the same command goes on.
 Not a medical device: for research only.
 """
 
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.files import replace_text
+from common.stopping import Terminated, orderly_end
 from common.version import VERSION
 from ct.settings import PreprocessSettings
 
@@ -90,21 +92,25 @@ def write_all(out: Path, results: list[Result], report: dict, seconds: float) ->
 def merge(argv: list[str]) -> int:
     """The command `projector.py merge OUT`."""
     parser = argparse.ArgumentParser(prog="projector.py merge", description="Tables and report of a folder of results, "
-                                     "from the results of all parts that are in it.")
+                                     "from the results of all parts that are in it. Parts that never began and scans "
+                                     "without a result are named (exit code 3).")
     parser.add_argument("out", type=Path, help="results folder")
     out = parser.parse_args(argv).out
-    from detect.folder import collect_all
+    from detect.folder import absent, collect_all
 
     try:
         if not (out / "run.json").is_file():
             raise ValueError(f"{out}: no run.json; give a folder of results of projector.py")
         results = collect_all(out)
+        missed = absent(out, results)
         report = json.loads((out / "run.json").read_text(encoding="utf-8"))
         write_all(out, results, report, sum(r.scan["seconds"] for r in results if r.ok))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return exit_code(results)
+    for words in missed:
+        print(f"not in the tables: {words}", file=sys.stderr)
+    return 3 if missed else exit_code(results)
 
 
 def exit_code(results: list[Result]) -> int:
@@ -229,7 +235,7 @@ def project(args: argparse.Namespace, projector: Projector, writers: dict[str, W
             if tables and time.perf_counter() - written > TABLES_EVERY_S:
                 tables()
                 written = time.perf_counter()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         if tables:
             tables()
         raise
@@ -262,6 +268,7 @@ def share_out(args: argparse.Namespace, projector: Projector, writers: dict[str,
         project(args, projector, writers, sources, numbers, tables)
 
 
+@orderly_end()
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["merge"]:
@@ -273,19 +280,30 @@ def main(argv: list[str] | None = None) -> int:
 
     import distributed
     from ct.read import find_all
-    from detect.folder import collect, make_writable, refuse_other_results, remove_leftovers, write_tables
+    from detect.folder import (
+        collect,
+        make_writable,
+        note_part,
+        refuse_other_files,
+        refuse_other_results,
+        remove_leftovers,
+        write_tables,
+    )
     from detect.processes import suitable
 
     threads = torch.get_num_threads()
     try:
         projector, writers = build(args)
-        sources = find_all(args.scans, args.unknown_slice_spacing_mm, args.ids)
+        found = find_all(args.scans, args.unknown_slice_spacing_mm, args.ids)
+        number, count = args.part or (0, 1)
+        sources = found[number::count]
         if args.part:
-            print(f"part {args.part[0]} of {args.part[1]} of {len(sources)} scans; all of them: --part 0/1", flush=True)
-            sources = sources[args.part[0]::args.part[1]]
+            print(f"part {number} of {count} of {len(found)} scans; all of them: --part 0/1", flush=True)
         make_writable(args.out)
+        refuse_other_files(args.out, sources, bool(args.part))
         if not args.overwrite:
             refuse_other_results(args.out, sources, projector.key())
+        note_part(args.out, args.scans, found, number, count)
         rank, ranks = distributed.launched()
         if ranks > 1 and args.jobs:
             raise ValueError("--jobs: torchrun has started processes already; give one of the two")
@@ -313,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
                   f"tables. Should it be gone: run this again, or projector.py merge {args.out}", flush=True)
             return 0
         if args.part:
-            print(f"part {args.part[0]} of {args.part[1]}: {len(results)} scans are done; when all parts are: "
+            print(f"part {number} of {count}: {len(results)} scans are done; when all parts are: "
                   f"projector.py merge {args.out}", flush=True)
         else:
             write_all(args.out, results, report, time.perf_counter() - started)
@@ -321,9 +339,9 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stop:
         print("stopped; the same command goes on with the scans that are left", file=sys.stderr)
-        return 130
+        return stop.code if isinstance(stop, Terminated) else 130
     finally:
         torch.set_num_threads(threads)                       # whoever calls main() from Python keeps theirs
     return exit_code(results)

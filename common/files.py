@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import glob
 import hashlib
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")          # text that begins so is no formula behind an apostrophe
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
+ABANDONED_S = 3600.0             # who has written nothing to a file for so long was killed at it
 
 
 class FullDiskError(OSError):
@@ -33,9 +36,11 @@ class FullDiskError(OSError):
 def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
     """A place beside `path` to write a file at; it becomes `path` when the block has ended well, and else is removed.
 
-    Nobody sees half a file, and a power cut leaves the old or the new one. needed: as in full_disk_named.
+    Nobody sees half a file, and a power cut leaves the old or the new one. Of several processes that write it at once
+    the last one's stays: each has a place of its own. needed: as in full_disk_named.
     """
-    writing = path.with_name(f".{path.name}.writing")
+    remove_abandoned(path.parent, f".{glob.escape(path.name)}*.writing")
+    writing = path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing")
     try:
         with full_disk_named(path, needed):
             yield writing
@@ -64,6 +69,14 @@ def replacing_folder(path: Path, work: Path) -> Iterator[Path]:
     finally:
         for leftover in (writing, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path, pattern: str, age_s: float = ABANDONED_S) -> None:
+    """Remove the files of this pattern to which nobody has written for `age_s` seconds: killed processes began them."""
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):                  # moved to its place, or removed by another
+            if path.is_file() and time.time() - path.stat().st_mtime > age_s:
+                path.unlink()
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
+import os
 import shutil
+import socket
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from common.stopping import orderly_end
 from ct.limits import check_ratio
 from ct.scan import ScanError
 
@@ -17,6 +24,8 @@ SUFFIX, MAGIC = ".zip", b"PK\x03\x04"
 MAX_BYTES = 20 * 2**30           # unpacked; the longest head CT series are 1 to 2 GB
 MAX_FILES = 50_000
 SPARE_BYTES = 2**30              # left free on the disk
+PREFIX = "cn-stylegan-"          # of the temporary folders; then eight digits for the machine
+ABANDONED_S = 7 * 86400.0        # an unlocked folder of another machine, or from before a restart, is as old at least
 
 
 def claims(path: Path, head: bytes) -> bool:
@@ -28,10 +37,11 @@ def claims(path: Path, head: bytes) -> bool:
 def unpacked(path: Path, only: Collection[str] | None = None) -> Iterator[Path]:
     """A temporary folder with the archive's files, or `only` those of these names; removed in the end.
 
+    SIGTERM is such an end, too (common/stopping.py): the files are patients'. After SIGKILL, remove_abandoned does it.
     Raises ScanError where the archive is damaged or encrypted, has a path that leads out of the folder, or unpacks to
     more than the bounds or the disk allow.
     """
-    with tempfile.TemporaryDirectory(prefix="scan-") as folder:
+    with orderly_end(), _folder() as folder:
         try:
             with zipfile.ZipFile(path) as archive:
                 members = [m for m in archive.infolist() if not m.is_dir() and (only is None or m.filename in only)]
@@ -47,6 +57,61 @@ def unpacked(path: Path, only: Collection[str] | None = None) -> Iterator[Path]:
             raise ScanError(f"{path.name}: cannot be unpacked ({type(error).__name__}): it is damaged, encrypted or "
                             "packed by a method other than deflate; unpack it yourself") from error
         yield Path(folder)
+
+
+@contextmanager
+def _folder() -> Iterator[str]:
+    """A temporary folder that others can see to be in use: it is locked for as long as this process lives."""
+    handle = None
+    while handle is None:
+        folder = tempfile.mkdtemp(prefix=f"{PREFIX}{_machine()}-")
+        handle = _locked(folder)                      # None: another run has removed it before it was locked
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _locked(folder: str) -> int | None:
+    """A handle of a folder, locked but on file systems that know no locks; None if the folder is there no more."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    if os.path.isdir(folder):
+        return handle
+    os.close(handle)
+    return None
+
+
+def remove_abandoned() -> None:
+    """Remove what killed runs of this user have left unpacked in the temporary folder; never what a living one uses.
+
+    The system lets go of a folder's lock when its process dies. Some file systems do not pass on the locks of other
+    machines: what comes from one must be old, too. Where there are no locks nothing is removed.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):            # gone, another user's, or in use
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                facts, is_here = os.fstat(handle), folder.name.startswith(f"{PREFIX}{_machine()}-")
+                if facts.st_uid == os.geteuid() and (is_here or time.time() - facts.st_mtime > ABANDONED_S):
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def _machine() -> str:
+    """This machine since its last start, of whose processes alone a lock is known to tell: containers share it."""
+    try:
+        name = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")
+    except OSError:
+        name = socket.gethostname()
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def _check(path: Path, members: list[zipfile.ZipInfo], free: int) -> None:

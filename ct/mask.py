@@ -29,6 +29,7 @@ from ct.scan import Scan, ScanError
 from ct.write import write_nifti
 
 NAME = "CN-StyleGAN brain mask"
+SUFFIXES = (".nii.gz", ".dcm")            # of a mask; the second with --dicom
 SERIES_NUMBER = 6                         # last digit; those of a projection's objects (detect/dicom_out) come before
 
 
@@ -57,13 +58,17 @@ def main(argv: list[str] | None = None) -> int:
     failed = 0
     try:
         sources = find_scans(args.scans)
+        written = {args.out.resolve() / (source.scan_id + suffix) for source in sources for suffix in SUFFIXES}
+        if scans := sorted(written & {path.resolve() for source in sources for path in source.files}):
+            raise ValueError(f"--out {args.out}: {scans[0].name} there is a scan, and a mask would take its place; "
+                             "choose another folder")
         args.out.mkdir(parents=True, exist_ok=True)
         for source in sources:
             try:
                 with open_scan(source) as scan:
                     mask = brain_mask(scan)
                     dicom = args.dicom and scan.source == "dicom"
-                    path = args.out / (source.scan_id + (".dcm" if dicom else ".nii.gz"))
+                    path = args.out / (source.scan_id + SUFFIXES[dicom])
                     if dicom:
                         write_dicom_mask(path, mask, scan, phi=not args.no_phi)
                     else:

@@ -30,6 +30,8 @@ HEAD_BYTES = 600                                      # of a file, for claims
 IDS = ("path", "uid")
 SEPARATOR = "--"                                      # of folders in an id
 LONGEST_ID = 120                                      # bytes: ids become folder names
+# What else lies in a folder of results, in which each id is the name of a folder
+RESERVED = {"scans", ".work", ".parts", "run.json", "scores.csv", "slices.csv", "seconds.csv", "report.html"}
 MAPS = {"reconstruction.nii.gz", "residual.nii.gz", "anomaly.nii.gz"}
 
 
@@ -48,8 +50,11 @@ def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0, ids: str = "
     ids: 'path', from the scan's place under the folder (several series in one folder add a hash of their UID); 'uid',
     from the series UID or the files' content, wherever they lie. An id by uid stays whatever other scans come; one by
     path, unless a second series comes to the same folder: then both have new ones, so that none means another scan.
+    What else lies in a folder of results is no id: a scan in a folder called scans is scans-HASH.
+    What killed runs have left of archives in the temporary folder is removed.
     Raises ScanError where the folder does not exist or holds nothing of the kind.
     """
+    archive.remove_abandoned()
     folder = Path(folder)
     if ids not in IDS:
         raise ValueError(f"ids must be one of {', '.join(IDS)}, got {ids!r}")
@@ -78,7 +83,7 @@ def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = 5.0, ids:
     found = []
     for folder in inputs:
         name, sources = Path(folder).resolve().name, find_scans(folder, unknown_slice_spacing_mm, ids)
-        is_scan = len(sources) == 1 and (Path(folder).is_file() or sources[0].scan_id == name)
+        is_scan = len(sources) == 1 and (Path(folder).is_file() or sources[0].scan_id in (name, _hashed(name, ())))
         before = "" if is_scan or ids == "uid" else name + SEPARATOR
         found += [replace(source, scan_id=before + source.scan_id) for source in sources]
     twice = [scan_id for scan_id, count in Counter(source.scan_id for source in found).items() if count > 1]
@@ -267,9 +272,13 @@ def _id(found: Found, root: Path, ids: str) -> str:
     top = root if root.is_dir() else root.parent
     parts = found.anchor.relative_to(top).parts if found.anchor.is_relative_to(top) else (found.anchor.name,)
     name = printable(SEPARATOR.join(parts) or top.name or "scan") + (f"-{found.suffix}" if found.suffix else "")
-    if any(SEPARATOR in part or part != part.strip("-") for part in parts) or len(name.encode()) > LONGEST_ID:
-        name = f"{name.encode()[:LONGEST_ID].decode(errors='ignore')}-{_short(str(parts))}"
-    return name
+    odd = any(SEPARATOR in part or part != part.strip("-") for part in parts) or len(name.encode()) > LONGEST_ID
+    return _hashed(name, parts) if odd or name in RESERVED else name
+
+
+def _hashed(name: str, parts: tuple[str, ...]) -> str:
+    """An id that could be taken for another, is too long or reserved: cut, and with a hash of the scan's place."""
+    return f"{name.encode()[:LONGEST_ID].decode(errors='ignore')}-{_short(str(parts))}"
 
 
 def _short(text: str, length: int = 8) -> str:

@@ -1,8 +1,10 @@
 """A folder of scans projected into a folder of results, which is the queue: no run waits for another, or talks to it.
 
     OUT/SCAN/             a scan's results, written elsewhere and moved here whole; its result.json tells what with
-    OUT/scans/ab/SCAN/    with --part, for very many scans: 256 folders by hash of the name
+    OUT/scans/ab/SCAN/    with --part, for very many scans: 256 folders by hash of the name. A scan that has results
+                          keeps its place, whichever way the next run goes
     OUT/.work/            claims on scans (detect.claims), and what is being written
+    OUT/.parts/           what each run, or part of one, set out to do: so that a merge misses what never began
 
 A scan is finished when its result.json holds the key of the projector and the fingerprint of its files. A failed scan
 has one, too, with the reason, and is tried again by the next run. Tables are made from these files alone.
@@ -10,19 +12,21 @@ has one, too, with the reason, and is tried again by the next run. Tables are ma
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import tempfile
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 
-from common.files import FullDiskError, full_disk_named, replacing_folder, write_table
+from common.files import FullDiskError, full_disk_named, remove_abandoned, replace_text, replacing_folder, write_table
 from ct.read import ScanSource, open_scan
 from ct.scan import Scan, ScanError
 from detect.claims import STALE_S, Claims
@@ -30,7 +34,8 @@ from detect.outputs import OUTPUTS, SCORE_COLUMNS, SLICE_COLUMNS, Writer, scan_r
 from detect.pipeline import overlapped
 from detect.projection import Projector
 
-WORK, BY_HASH = ".work", "scans"
+WORK, BY_HASH, PARTS = ".work", "scans", ".parts"
+NAMED = 5                        # parts and scans that are absent, the others are counted
 LARGE_BYTES = 1 << 28            # of HU in float32, 256 slices of 512 x 512: such a scan is alone in memory
 
 
@@ -54,16 +59,28 @@ class Result:
 
 def result_folder(out: Path, scan_id: str, by_hash: bool = False) -> Path:
     """Where a scan's results go. Raises ValueError for an id that would lead elsewhere."""
-    if Path(scan_id).name != scan_id or scan_id in ("", ".", "..", WORK, BY_HASH) or "\0" in scan_id:
-        raise ValueError(f"a scan's id becomes the name of a folder; {scan_id!r} cannot")
+    if Path(scan_id).name != scan_id or scan_id in ("", ".", "..", WORK, BY_HASH, PARTS) or "\0" in scan_id:
+        raise ValueError(f"a scan's id becomes the name of a folder; {scan_id!r} cannot: give the scan another id "
+                         "(ct.read.find_scans does)")
     shard = hashlib.sha256(scan_id.encode("utf-8", "surrogateescape")).hexdigest()[:2]
     return out / BY_HASH / shard / scan_id if by_hash else out / scan_id
 
 
-def find_result_folder(out: Path, scan_id: str) -> Path:
-    """Where a scan's results are, however they were made."""
-    by_hash = result_folder(out, scan_id, by_hash=True)
-    return by_hash if by_hash.is_dir() else result_folder(out, scan_id)
+def find_result_folder(out: Path, scan_id: str, by_hash: bool = False) -> Path:
+    """Where a scan's results are, whichever way they were made; where by_hash puts them if there are none.
+
+    Raises ValueError where there are two, as earlier versions made with and without --part.
+    """
+    places = [result_folder(out, scan_id, way) for way in (by_hash, not by_hash)]
+    found = [place for place in places if (place / "result.json").is_file()]
+    if len(found) > 1:
+        raise _twice(scan_id, *found)
+    return (found or places)[0]
+
+
+def _twice(scan_id: str, one: Path, other: Path) -> ValueError:
+    return ValueError(f"{scan_id}: has two results, {one} and {other}; remove one of these folders (their result.json "
+                      "tells what each was made with)")
 
 
 def read_result(folder: Path) -> dict | None:
@@ -99,7 +116,8 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
     While the networks have a scan, the next one is read and the one before written (detect/pipeline.py). Those that
     another run has are tried again at the end, in case it has died. writers: what is written, by name; other ones,
     another result. numbers: which of the sources, all by default; the next is asked for when it can be read. Of scans
-    that are too large to be two in memory, runs on this machine have one at a time. Raises FullDiskError.
+    that are too large to be two in memory, runs on this machine have one at a time. Raises
+    FullDiskError, and ValueError where a scan's results would take the place of anything else.
     """
     claims, key = Claims(out / WORK), projector.key()
     pending: Iterable[tuple[int, ScanSource]] = ((number, sources[number]) for number in (
@@ -111,11 +129,13 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
 
     def read(numbered: tuple[int, ScanSource]) -> Job | None:
         number, source = numbered
-        place = result_folder(out, source.scan_id, by_hash)
         made = {"key": key, "files": fingerprint(source), "outputs": sorted(writers)}
 
+        def place() -> Path:                         # another run may have given it one before we had the claim
+            return find_result_folder(out, source.scan_id, by_hash)
+
         def is_finished() -> bool:
-            earlier = read_result(place)
+            earlier = read_result(place())
             return bool(earlier) and earlier["scan"]["status"] != "failed" and made.items() <= earlier.items()
 
         outcome = "finished before, skipped"
@@ -125,7 +145,8 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
                     waiting.append(numbered)
                     outcome = "another run has it"
                 elif not is_finished():              # another run may have finished it before we had the claim
-                    job = Job(projector, source, place, out / WORK, made, writers, held)
+                    _refuse_others(place())
+                    job = Job(projector, source, place(), out / WORK, made, writers, held)
                     job.read()
                     job.number, job.held = number, held.pop_all()
                     return job
@@ -250,13 +271,21 @@ def collect(out: Path, sources: list[ScanSource], key: dict) -> tuple[list[Resul
 
 
 def collect_all(out: Path) -> list[Result]:
-    """Every result below a folder of results. Raises ValueError where they were made with different settings."""
+    """Every result below a folder of results.
+
+    Raises ValueError where they were made with different settings, or a scan has two.
+    """
     folders = [*out.iterdir(), *(out / BY_HASH).glob("??/*")]
     results = [result for folder in folders if (result := _result(folder))]
     for result in results[1:]:
         if result.key != results[0].key:
             raise ValueError(f"{out}: {result.folder.name} was made with another model, other settings or another "
                              f"version of this program than {results[0].folder.name}; project it again (--overwrite)")
+    by_id: dict[str, Result] = {}
+    for result in results:
+        first = by_id.setdefault(result.scan["scan_id"], result)
+        if first is not result:
+            raise _twice(result.scan["scan_id"], first.folder, result.folder)
     return results
 
 
@@ -276,14 +305,60 @@ def write_tables(out: Path, results: list[Result]) -> None:
     write_table(out / "seconds.csv", ("scan_id", "seconds"), [r.scan for r in by_id if r.ok])
 
 
+def note_part(out: Path, inputs: Iterable[Path], found: list[ScanSource], number: int, count: int) -> None:
+    """Leave word of what a run sets out to do, before it does: part `number` of `count` of what was found in `inputs`.
+
+    A whole run is part 0 of 1.
+    """
+    where, ids = sorted(str(path.resolve()) for path in inputs), [source.scan_id for source in found]
+    (out / PARTS).mkdir(exist_ok=True)
+    note = {"part": number, "of": count, "found": _digest(ids), "scans": ids[number::count]}
+    replace_text(out / PARTS / f"{_digest(where)[:16]}-{number}-of-{count}.json", json.dumps(note) + "\n")
+
+
+def absent(out: Path, results: list[Result]) -> list[str]:
+    """What runs set out to do and is not among the results, in words: parts that never began, scans without a result.
+
+    For each set of inputs the last run counts, whole or in parts: it knew which scans there are. Of runs that
+    left no word, as before there was any, nothing is missed. Raises ValueError for a note that cannot be read.
+    """
+    notes = defaultdict(list)
+    for path in sorted((out / PARTS).glob("*.json")):
+        try:
+            notes[path.name.partition("-")[0]].append((path.stat().st_mtime_ns, json.loads(path.read_text("utf-8"))))
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged; remove it, and start the part that it is named after again") from error
+    done, words = {result.scan["scan_id"] for result in results}, []
+    for dated in notes.values():
+        _, last = max(dated, key=lambda pair: pair[0])
+        run = [note for _, note in dated if (note["of"], note["found"]) == (last["of"], last["found"])]
+        if gone := sorted(set(range(last["of"])) - {note["part"] for note in run}):
+            named = _some([f"{number}/{last['of']}" for number in gone])
+            words.append(f"{len(gone)} of {last['of']} parts never began, or saw other scans than the last one: start "
+                         f"them again, --part {named}")
+        if left := [scan_id for note in run for scan_id in note["scans"] if scan_id not in done]:
+            words.append(f"{len(left)} scans have no result: {_some(left)}; start their runs again")
+    return words
+
+
+def _digest(words: list[str]) -> str:
+    return hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
 def remove_leftovers(out: Path) -> None:
     """What runs that were killed had begun to write. Nothing while any run is at work."""
     work = out / WORK
     leftovers = [*work.glob("*.writing"), *work.glob("*.old")]
     if {path for path in work.iterdir() if not path.name.startswith(".")} == set(leftovers):
         for path in leftovers:
-            if time.time() - path.stat().st_mtime > STALE_S:
-                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):               # another run removes it, too
+                if time.time() - path.stat().st_mtime > STALE_S:
+                    shutil.rmtree(path, ignore_errors=True)
+        remove_abandoned(out, ".*.writing", STALE_S)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -297,6 +372,18 @@ def make_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def refuse_other_files(out: Path, sources: list[ScanSource], by_hash: bool) -> None:
+    """ValueError if a scan's folder of results would replace anything but results, such as the scan itself."""
+    for source in sources:
+        _refuse_others(find_result_folder(out, source.scan_id, by_hash))
+
+
+def _refuse_others(place: Path) -> None:
+    if place.exists() and not (place / "result.json").is_file() and (not place.is_dir() or any(place.iterdir())):
+        raise ValueError(f"{place}: results would take the place of what is there, which this program has not made (is "
+                         "it the scan itself?); choose another --out")
 
 
 def refuse_other_results(out: Path, sources: list[ScanSource], key: dict) -> None:

@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
+from common.stopping import orderly_end
 from ct.limits import free_memory
 
 BYTES = 3e9                      # of memory that a process may take, scans of usual size
@@ -47,7 +48,8 @@ def shared(processes: int, count: int, work: Callable[..., None], *args) -> Iter
     """Runs work(*args, turns) in processes - 1 new ones, and gives this one the same turns, of `count`.
 
     At the end of the block the others are waited for, and turns.died tells how many have not ended well: what they left
-    undone is for the caller to find. Where the block raises, they are stopped. They never outlive this process.
+    undone is for the caller to find. Where the block raises, they are stopped: with SIGTERM, so that they clean up, as
+    they do when this process dies. They do not outlive it but for that.
     """
     context = multiprocessing.get_context("spawn")                    # threads and a fork do not go together
     turns = Turns(count, context)
@@ -67,7 +69,7 @@ def shared(processes: int, count: int, work: Callable[..., None], *args) -> Iter
 
 
 def _run(parent: int, work: Callable[..., None], *args) -> None:
-    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() == parent:                                        # it may have died before that call
-        with contextlib.suppress(KeyboardInterrupt):                  # Ctrl-C reaches all; the first process tells
+    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
+    with orderly_end(), contextlib.suppress(KeyboardInterrupt):       # Ctrl-C reaches all; the first process tells
+        if os.getppid() == parent:                                    # it may have died before that call
             work(*args)

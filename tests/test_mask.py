@@ -14,7 +14,7 @@ from ct.brain import brain_mask
 from ct.read import find_scans, read_scan
 from tests.helpers import synthetic_head
 from tests.test_dicom_out import complete, frames_by_source
-from tests.writers import write_dicom_series
+from tests.writers import write_dicom_series, write_nifti_scan
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,16 @@ def test_dicom_segmentation_on_the_source_frames(scans, tmp_path, flags, patient
 def test_wrong_usage(tmp_path, capsys):
     assert mask.main([str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
     assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_a_mask_never_takes_the_place_of_its_scan(tmp_path, capsys):
+    """--out with the folder of the scans: the scan was gone."""
+    hu, _ = synthetic_head(slices=14, size=64, spacing_mm=(10.0, 3.6, 3.6))
+    path = write_nifti_scan(tmp_path / "head.nii.gz", hu)
+    before = path.read_bytes()
+    assert mask.main([str(path), "--out", str(tmp_path)]) == 2
+    assert "head.nii.gz there is a scan" in capsys.readouterr().err and path.read_bytes() == before
+    assert mask.main([str(path), "--out", str(tmp_path / "masks")]) in (0, 3)
 
 
 def test_a_write_hides_headers_and_no_other_threads_warnings(monkeypatch, tmp_path, caplog):

@@ -100,6 +100,42 @@ def test_a_killed_process_takes_the_others_with_it(tmp_path):
     wait_for(lambda: not any(runs(pid) for pid in pids()))
 
 
+def take_and_clean_up(folder: Path, numbers) -> None:
+    """take, with a file that is removed in the end, as what a zip was unpacked to is."""
+    kept = folder / f"kept-{os.getpid()}"
+    kept.touch()
+    try:
+        take(folder, numbers)
+    finally:
+        kept.unlink()
+
+
+def clean_up(folder: Path) -> None:
+    with processes.shared(2, 6000, take_and_clean_up, folder) as numbers:
+        take_and_clean_up(folder, numbers)
+
+
+def kept(folder: Path) -> list[Path]:
+    return list(folder.glob("kept-*"))
+
+
+def test_those_that_are_stopped_clean_up(tmp_path):
+    """They were ended on the spot: what they had unpacked stayed in the temporary folder."""
+    with pytest.raises(KeyboardInterrupt), processes.shared(2, 10**6, take_and_clean_up, tmp_path):
+        wait_for(lambda: kept(tmp_path))
+        raise KeyboardInterrupt
+    assert not kept(tmp_path)
+
+
+def test_those_whose_first_is_killed_clean_up(tmp_path):
+    first = multiprocessing.get_context("spawn").Process(target=clean_up, args=(tmp_path,))
+    first.start()
+    wait_for(lambda: len(kept(tmp_path)) == 2)
+    first.kill()
+    first.join()
+    wait_for(lambda: [path.name for path in kept(tmp_path)] == [f"kept-{first.pid}"])    # that of SIGKILL's own
+
+
 def runs(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

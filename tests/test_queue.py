@@ -23,9 +23,22 @@ import pytest
 
 import projector
 from ct.read import find_scans
+from ct.scan import ScanSource
 from detect import Projector, folder, load_bundle
 from detect.claims import Claims
-from detect.folder import OUTPUTS, WORK, collect_all, find_result_folder, project_one, read_result
+from detect.folder import (
+    OUTPUTS,
+    PARTS,
+    WORK,
+    Result,
+    absent,
+    collect_all,
+    find_result_folder,
+    note_part,
+    project_one,
+    read_result,
+    remove_leftovers,
+)
 from detect.report import read_results, unshown
 from tests import processes
 from tests.helpers import synthetic_head, tiny_bundle
@@ -116,6 +129,129 @@ def test_parts_and_a_merge_give_the_same_tables(scans, model, whole, tmp_path, c
     assert report["scans"] == 3 and report["failed"] == 1 and (out / "report.html").is_file()
 
 
+def test_merge_names_the_part_that_never_began_and_the_scans_without_a_result(scans, model, whole, tmp_path, capsys):
+    """It made tables of half of the scans, and said that all was well."""
+    out = tmp_path / "out"
+
+    def merged() -> tuple[int, str]:
+        return projector.main(["merge", str(out)]), capsys.readouterr().err
+
+    assert projector.main(flags(scans, model, out, "--part", "0/2")) == 0
+    code, said = merged()
+    assert code == 3 and "1 of 2 parts never began" in said and "--part 1/2" in said
+    assert len((out / "scores.csv").read_text().splitlines()) == 3       # what there is, is in the tables
+    assert projector.main(flags(scans, model, out, "--part", "1/2")) == 3
+    assert merged() == (3, "")                                           # for the scan that is broken
+    assert tables(out) == tables(whole)
+    place = find_result_folder(out, "scan-001")
+    place.rename(tmp_path / "aside")                                     # as if part 1 had been killed before it
+    code, said = merged()
+    assert code == 3 and said == "not in the tables: 1 scans have no result: scan-001; start their runs again\n"
+    (tmp_path / "aside").rename(place)
+    (out / PARTS / next(iter(os.listdir(out / PARTS)))).write_text("{")
+    code, said = merged()
+    assert code == 2 and "damaged; remove it" in said
+
+
+@pytest.fixture
+def two(scans, tmp_path) -> Path:
+    """Two of the scans, which can be read."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for name in ("scan-000.nii", "scan-001.nii"):
+        os.link(scans / name, folder / name)
+    return folder
+
+
+def made(capsys) -> int:
+    """How many scans have been projected since it was asked."""
+    return capsys.readouterr().out.count(": score")
+
+
+def test_parts_after_a_whole_run_find_its_results(two, model, tmp_path, capsys):
+    """They projected all again beside them, and each scan had two rows."""
+    out = tmp_path / "out"
+    assert projector.main(flags(two, model, out)) == 0 and made(capsys) == 2
+    before = tables(out)
+    for number in (0, 1):
+        assert projector.main(flags(two, model, out, "--part", f"{number}/2")) == 0
+    assert made(capsys) == 0 and not (out / "scans").exists()
+    assert projector.main(["merge", str(out)]) == 0 and tables(out) == before
+
+
+def test_a_whole_run_after_parts_replaces_their_results(two, model, tmp_path, capsys):
+    """It wrote beside them, read theirs, and never made a table."""
+    out, other = tmp_path / "out", ("--overwrite", "--set", "threshold_hu=3")
+    for number in (0, 1):
+        assert projector.main(flags(two, model, out, "--part", f"{number}/2")) == 0
+    assert projector.main(["merge", str(out)]) == 0 and made(capsys) == 2
+    first = tables(out)
+    assert projector.main(flags(two, model, out)) == 0                   # finished: a part's are a whole run's
+    assert made(capsys) == 0 and tables(out) == first
+    assert projector.main(flags(two, model, out, *other)) == 0 and made(capsys) == 2
+    second = tables(out)
+    assert second != first and not (out / "scan-000").exists()
+    assert projector.main(["merge", str(out)]) == 0 and tables(out) == second
+    assert projector.main(flags(two, model, tmp_path / "alone", *other)) == 0
+    assert second == tables(tmp_path / "alone")
+
+
+def test_a_place_that_another_run_chose_meanwhile_is_taken(two, model, tmp_path, monkeypatch):
+    """A part has just finished the scan that a whole run then gets the claim on."""
+    source, hold, out = find_scans(two)[0], Claims.hold, tmp_path / "out"
+    one = Projector(load_bundle(model, precision="fp32"))
+
+    def finished_first(self, name):
+        monkeypatch.setattr(Claims, "hold", hold)
+        assert len(list(folder.project_all(one, [source], out, by_hash=True))) == 1
+        return hold(self, name)
+    monkeypatch.setattr(Claims, "hold", finished_first)
+    list(folder.project_all(one, [source], out))
+    assert find_result_folder(out, source.scan_id).parent.parent == out / "scans" and not (out / "scan-000").exists()
+
+
+def test_two_results_of_one_scan_are_named(two, model, tmp_path, capsys):
+    """As earlier versions made them."""
+    out = tmp_path / "out"
+    assert projector.main(flags(two, model, out)) == 0
+    before = tables(out)
+    shutil.copytree(out / "scan-001", folder.result_folder(out, "scan-001", by_hash=True))
+    capsys.readouterr()
+    for command in (["merge", str(out)], flags(two, model, out), flags(two, model, out, "--part", "0/1")):
+        assert projector.main(command) == 2
+        said = capsys.readouterr().err
+        assert "scan-001: has two results" in said and "remove one of these folders" in said
+    assert tables(out) == before                                         # refused before anything is written
+    shutil.rmtree(out / "scan-001")
+    assert projector.main(["merge", str(out)]) == 0
+    shutil.copytree(out / "scan-000", out / "scan-000 (copy)")
+    assert projector.main(["merge", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "scan-000: has two results" in said and "scan-000 (copy)" in said
+
+
+def test_the_last_run_on_the_same_inputs_says_what_there_is(tmp_path):
+    def noted(*runs: tuple[str, str, int, int]) -> list[str]:
+        shutil.rmtree(tmp_path / PARTS, ignore_errors=True)
+        for k, (inputs, ids, number, count) in enumerate(runs):
+            note_part(tmp_path, [Path(inputs)], [ScanSource(one, "nifti", ()) for one in ids], number, count)
+            for path in (tmp_path / PARTS).iterdir():
+                if path.stat().st_mtime > 1e6:
+                    os.utime(path, (k, k))
+        done = [Result(tmp_path, {"scan_id": one, "status": "ok"}, {}, {}) for one in "ab"]
+        return absent(tmp_path, done)
+
+    assert noted() == []                                                 # of a version that left no word
+    assert noted(("x", "ab", 0, 2), ("x", "ab", 1, 2)) == noted(("x", "ab", 0, 1)) == []
+    never = "1 of 2 parts never began, or saw other scans than the last one: start them again, --part "
+    assert noted(("x", "ab", 1, 2)) == [never + "0/2"]
+    assert noted(("x", "ab", 1, 2), ("x", "ab", 0, 1)) == []             # a whole run has done all
+    assert noted(("x", "a", 0, 2), ("x", "ab", 1, 2)) == [never + "0/2"]          # a scan has come between them
+    assert noted(("x", "a", 0, 2), ("x", "a", 1, 2), ("x", "ab", 0, 2), ("x", "ab", 1, 2)) == []
+    lost = "1 scans have no result: c; start their runs again"
+    assert noted(("x", "ab", 0, 1), ("y", "bc", 1, 2)) == [never + "0/2", lost]    # other inputs, another array
+
+
 def test_a_page_shows_the_first_scans_and_counts_the_others(whole):
     entries, _, others = read_results(whole, most=2)
     assert len(entries) == 2 and all(entry.ok and entry.slices and entry.overlays for entry in entries)
@@ -196,6 +332,27 @@ def test_ranks_need_no_process_group(scans, model, whole, tmp_path):
         assert processes.codes([run]) == [code]
         assert (out / "scores.csv").exists() == (rank == 0)
     assert tables(out) == tables(whole)
+
+
+def test_leftovers_are_removed_when_they_are_old_and_nobody_is_at_work(tmp_path):
+    work = tmp_path / WORK
+
+    def begin() -> None:
+        for path in (tmp_path / ".scores.csv.0a.writing", work / "0b.writing" / "map", work / "0c.old" / "map"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            for old in (path, path.parent):
+                if old != tmp_path and old != work:
+                    os.utime(old, (0, 0))
+
+    begin()
+    (tmp_path / ".scores.csv.0d.writing").touch()                        # a living run writes it
+    with Claims(work).hold("scan"):
+        remove_leftovers(tmp_path)
+        assert (tmp_path / ".scores.csv.0a.writing").exists() and (work / "0b.writing").exists()
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".scores.csv.0d.writing", WORK]
+    assert not [name for name in os.listdir(work) if not name.startswith(".")]
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.soak)])
@@ -284,6 +441,22 @@ def test_a_full_disk_ends_the_run_and_keeps_the_results(scans, model, whole, tmp
     assert projector.main(flags(scans, model, out, "--set", "threshold_hu=6", "--overwrite")) == 2
     assert "the disk is full" in capsys.readouterr().err
     assert before == {name: (out / "scan-000" / name).read_bytes() for name in before}
+
+
+def test_results_never_take_the_place_of_the_scans(model, tmp_path, capsys):
+    """--out with the folder of the scans: each was replaced by its results, and gone."""
+    hu, _ = synthetic_head(slices=6, size=48, spacing_mm=(20.0, 4.8, 4.8))
+    for name in ("one", "two"):
+        write_dicom_series(tmp_path / "scans" / name, hu, (20.0, 4.8, 4.8), series=name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.dcm")}
+    for more in ((), ("--overwrite",)):
+        assert projector.main(flags(tmp_path / "scans", model, tmp_path / "scans", *more)) == 2
+        assert "one: results would take the place of what is there" in capsys.readouterr().err
+    one = Projector(load_bundle(model, precision="fp32"))
+    with pytest.raises(ValueError, match="one: results would take the place"):
+        list(folder.project_all(one, find_scans(tmp_path / "scans"), tmp_path / "scans"))
+    assert projector.main(flags(tmp_path / "scans", model, tmp_path / "scans", "--part", "0/2")) == 0
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_scan_is_replaced_whole(scans, tmp_path):

@@ -1,6 +1,7 @@
 """Finding scans, and folders of slices."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -8,8 +9,9 @@ import pydicom
 import pytest
 from PIL import Image
 
-from ct.read import find_all, find_scans, read_scan
+from ct.read import RESERVED, find_all, find_scans, read_scan
 from ct.scan import ScanError
+from detect.folder import BY_HASH, PARTS, WORK, result_folder
 from tests.writers import (
     make_uid,
     write_dicom_series,
@@ -348,6 +350,25 @@ def test_inputs_that_are_scans_are_named_once(tmp_path):
     assert ids == ["case", "many--one", "vol"]
     with pytest.raises(ScanError, match="case: two inputs of the same name"):
         find_all([tmp_path / "case", tmp_path / "other/case"])
+
+
+def test_what_else_lies_in_a_folder_of_results_is_no_id(tmp_path):
+    """A scan right in a folder called scans, as in the README, ended the run."""
+    inside = {WORK, BY_HASH, PARTS, "run.json", "scores.csv", "slices.csv", "seconds.csv", "report.html"}
+    assert inside == RESERVED
+    write_dicom_series(tmp_path / "scans", CT)
+    found = {ids(tmp_path / "scans")[0], ids(tmp_path)[0]}
+    assert all(re.fullmatch("scans-[0-9a-f]{8}", one) for one in found) and len(found) == 2
+    write_slice_folder(tmp_path / "case", HU)
+    several = find_all([tmp_path / "case", tmp_path / "scans"])
+    assert [one.scan_id for one in several] == ["case", *ids(tmp_path / "scans")]
+    write_slice_folder(tmp_path / "many" / "run.json", HU)
+    write_nifti_scan(tmp_path / "many" / "report.html.nii", CT)
+    write_dicom_series(tmp_path / "many" / "scans" / "scans", CT)
+    several = ids(tmp_path / "many")
+    assert [re.sub("-[0-9a-f]{8}$", "-HASH", one) for one in several] == [
+        "report.html-HASH", "run.json-HASH", "scans--scans"]
+    assert all(result_folder(tmp_path, one).parent == tmp_path for one in {*found, *several})
 
 
 def test_ids_by_uid_are_the_same_whatever_the_inputs(tmp_path):

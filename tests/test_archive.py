@@ -1,0 +1,101 @@
+"""ct/archive.py: what a zip was unpacked to does not outlive the run, however that ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from common.stopping import Terminated
+from ct import archive
+from ct.read import find_scans
+from ct.scan import ScanError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def packed(tmp_path, monkeypatch) -> Path:
+    """A zip of one file; the temporary folder is tmp_path/tmp."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    with zipfile.ZipFile(tmp_path / "one.zip", "w") as file:
+        file.writestr("folder/file.dcm", b"Secret^Name")
+    return tmp_path / "one.zip"
+
+
+def test_sigterm_removes_what_was_unpacked(packed):
+    with pytest.raises(Terminated), archive.unpacked(packed) as folder:
+        assert (folder / "folder" / "file.dcm").is_file()
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL        # or the tests would end here
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert os.listdir(packed.parent / "tmp") == []
+
+
+def test_the_next_search_removes_what_a_killed_run_has_unpacked_and_nothing_of_a_living_one(packed):
+    code = ("import os, signal, sys; from pathlib import Path; from ct import archive\n"
+            "with archive.unpacked(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)")
+    tmp = packed.parent / "tmp"
+    subprocess.run([sys.executable, "-c", code, packed], cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp)})
+    left, = tmp.iterdir()
+    assert (left / "folder" / "file.dcm").is_file()
+    (tmp / "scan-of-somebody").mkdir()
+    with archive.unpacked(packed) as folder:
+        with pytest.raises(ScanError):
+            find_scans(packed.parent / "nothing")
+        assert sorted(path.name for path in tmp.iterdir()) == sorted([folder.name, "scan-of-somebody"])
+        assert (folder / "folder" / "file.dcm").is_file()
+    assert os.listdir(tmp) == ["scan-of-somebody"]
+
+
+def test_what_another_machine_has_unpacked_must_be_old_and_without_a_lock(packed):
+    """Its locks may not be seen here."""
+    folder = packed.parent / "tmp" / f"{archive.PREFIX}0123abcd-x"
+    folder.mkdir()
+    archive.remove_abandoned()
+    assert folder.exists()
+    os.utime(folder, (time.time() - 8 * 86400,) * 2)
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    archive.remove_abandoned()
+    assert folder.exists()
+    os.close(handle)
+    archive.remove_abandoned()
+    assert not folder.exists()
+
+
+def test_what_another_user_has_unpacked_and_links_are_left_alone(packed, monkeypatch):
+    tmp = packed.parent / "tmp"
+    mine = f"{archive.PREFIX}{archive._machine()}-"
+    (packed.parent / "elsewhere").mkdir()
+    (tmp / f"{mine}link").symlink_to(packed.parent / "elsewhere")
+    (tmp / f"{mine}folder").mkdir()
+    user = os.geteuid()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: user + 1)
+        archive.remove_abandoned()
+    assert len(os.listdir(tmp)) == 2
+    archive.remove_abandoned()
+    assert os.listdir(tmp) == [f"{mine}link"] and (packed.parent / "elsewhere").is_dir()
+
+
+def test_a_folder_that_is_removed_before_it_is_locked_is_made_anew(packed, monkeypatch):
+    make, made = tempfile.mkdtemp, []
+
+    def removed_at_first(**how):
+        made.append(make(**how))
+        if len(made) == 1:
+            archive.remove_abandoned()
+        return made[-1]
+    monkeypatch.setattr(tempfile, "mkdtemp", removed_at_first)
+    with archive.unpacked(packed) as folder:
+        assert str(folder) == made[1] and (folder / "folder" / "file.dcm").is_file()
+    assert os.listdir(packed.parent / "tmp") == []

@@ -1,0 +1,38 @@
+"""common/files.py: files that several processes write at once, and what killed ones leave."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from common.files import ABANDONED_S, remove_abandoned, replace_text, replacing
+
+
+def test_two_that_write_one_file_at_once_both_end_well(tmp_path):
+    """They shared a place to write at: the second found it gone, and its run ended."""
+    path = tmp_path / "run.json"
+    with replacing(path) as first:
+        first.write_text("first")
+        with replacing(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first" and os.listdir(tmp_path) == ["run.json"]
+
+
+def test_what_a_killed_process_began_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    names = ("run.json", "run.json.0a", "run.json.0b", "scores.csv.0c")
+    begun = {name: tmp_path / f".{name}.writing" for name in names}
+    for name, path in begun.items():
+        path.write_text(name)
+        age_s = ABANDONED_S + (-60 if name == "run.json.0b" else 60)
+        os.utime(path, (time.time() - age_s,) * 2)
+    replace_text(tmp_path / "run.json", "{}")
+    assert sorted(os.listdir(tmp_path)) == [".run.json.0b.writing", ".scores.csv.0c.writing", "run.json"]
+    remove_abandoned(tmp_path, ".*.writing", 60)
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_two_may_remove_the_same_leftovers(tmp_path, monkeypatch):
+    monkeypatch.setattr(type(tmp_path), "glob", lambda self, pattern: [tmp_path / "gone", tmp_path])
+    remove_abandoned(tmp_path, "*", -1)
+    assert tmp_path.is_dir()                                             # folders are left alone
