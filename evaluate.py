@@ -90,11 +90,13 @@ def find_maps(args, scan_id: str) -> tuple[Path, bool]:
     note says so; maps without a result.json are taken as they lie. Raises InputError for an id that is no folder's.
     """
     from ct.whole_head import UPSIDE_DOWN
-    from detect.folder import find_result_folder, read_result
+    from detect.folder import find_result_folder, read_result, result_folder
     from evaluation.cohort import InputError
 
     try:
         folder = find_result_folder(args.maps, scan_id)
+        if not folder.is_dir():                                   # without a result.json nothing else tells where
+            folder = result_folder(args.maps, scan_id, by_hash=True)
     except ValueError as error:
         raise InputError(f"{args.labels} and --maps {args.maps}: {error}; correct the id, or leave the scan out with "
                          "--where") from error

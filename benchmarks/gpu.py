@@ -20,7 +20,6 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from benchmarks.measure import (
     medians,
     operations,
     phase,
+    plain_ops,
     rate,
     seconds_to_start,
     side_by_side,
@@ -50,21 +50,11 @@ from detect.search import Search, SearchSettings
 from detect.votes import Votes
 from gan import training
 from model import Discriminator, Encoder, Generator, ModelConfig
-from op import bias_act, binomial_kernel, set_impl, styled_act, upfirdn2d
+from op import bias_act, binomial_kernel, styled_act, upfirdn2d
 from op.median import median2d
 
 ADA_P = 0.5                                  # all augmentations at work, as late in a training
 LEAST_S = 15                                 # a row is not begun with less of the time limit left
-
-
-@contextmanager
-def plain_ops() -> Iterator[None]:
-    """Every op in its plain PyTorch form, for the reference."""
-    set_impl("ref")
-    try:
-        yield
-    finally:
-        set_impl("auto")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from op import memory
+from op.cuda import set_impl
 
 REFERENCE = "reference"                     # the variant the others are compared with
 NOT_MEASURED = "not measured"
@@ -81,6 +82,16 @@ def side_by_side(
     return seconds
 
 
+@contextmanager
+def plain_ops() -> Iterator[None]:
+    """Every op in its plain PyTorch form, for the reference."""
+    set_impl("ref")
+    try:
+        yield
+    finally:
+        set_impl("auto")
+
+
 def seconds_to_start(run: Callable[[], object], device: torch.device, calls: int) -> float:
     """Until a call has returned, what it started still at work: nothing takes less while the device is idle."""
     _wait(device)
@@ -127,8 +138,11 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def operations(run: Callable[[], object]) -> int:
-    """Floating-point operations of convolutions and matrix products in one call."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations of convolutions and matrix products in one call, as plain PyTorch does them.
+
+    What kernels of our own do is not counted, and some do with fewer (op/winograd.py) or more (op/modulated_conv.py).
+    """
+    with plain_ops(), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 

@@ -22,6 +22,7 @@ from benchmarks.reference import ReferenceDiscriminator, ReferenceGenerator
 from detect.search import SearchSettings
 from model import Discriminator, Generator, ModelConfig
 from op import memory
+from op.conv import conv2d
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=64, channel_multiplier=1, channel_max=8)
@@ -95,6 +96,14 @@ def test_the_average_step_counts_every_phase_as_often_as_it_comes():
     assert gpu.average_step({"plain": 1.0, "path": 5.0, "all": 21.0}, config) == 1 + 4 / 4 + 16 / 16
     without = dataclasses.replace(config, path_every=0, r1_every=0)
     assert gpu.average_step({"plain": 1.0, "path": 1.0, "all": 1.0}, without) == 1
+
+
+def test_operations_of_a_convolution_count_whatever_kernel_does_it():
+    """On a CPU with AVX2 a kernel of our own does it, of which the counter knows nothing."""
+    x, weight = torch.ones(1, 16, 8, 8, requires_grad=True), torch.ones(16, 16, 3, 3, requires_grad=True)
+    once = 2 * 9 * 16 * 16 * 8 * 8
+    assert operations(lambda: conv2d(x, weight, padding=1)) == once
+    assert operations(lambda: conv2d(x, weight, padding=1).sum().backward()) == 3 * once
 
 
 def test_operations_of_a_product():

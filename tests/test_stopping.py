@@ -19,6 +19,15 @@ from tests.writers import write_dicom_series
 TERM, HUP = signal.SIGTERM, signal.SIGHUP
 
 
+@pytest.fixture(autouse=True)
+def default_signals():
+    """As a program is started from a terminal; under nohup SIGHUP is ignored, and stays so."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (TERM, HUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number, code", [(TERM, 143), (HUP, 129)])
 def test_a_signal_raises_once_and_is_as_before_in_the_end(number, code):
     cleaned = False
