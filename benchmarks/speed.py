@@ -151,12 +151,11 @@ def scan_rows(repeats: int, model: Path = MODELS / "head-128", slices: int = 24,
     middle, best = {p: medians(measured) for p, measured in samples.items()}, precisions[-1]
     ours, plain = middle[best], middle["fp32"] if best != "fp32" else {}
     what = " ".join((model.name, *flags))
-    note, reference = f"{slices} slices of an ellipsoid head, {what}, a process of its own, start to end", ""
-    if plain:
-        reference = "reference: ours in fp32"
+    note = f"{slices} slices of an ellipsoid head, {what}, a process of its own, start to end"
+    reference = "reference: ours in fp32" if plain else ""
     rows = [
         Row(f"cpu projector.py, {what}", "s", "under 60 s", plain.get("seconds"), ours["seconds"], None,
-            ours["seconds"] < 60, "; ".join(filter(None, (note, reference))),
+            ours["seconds"] < 60, f"{note}; {reference}" if plain else note,
             {p: s["seconds"] for p, s in samples.items()}),
         Row(f"cpu projector.py, {what}, memory", "GB", "under 3 GB", plain.get("peak_gb"), ours["peak_gb"], None,
             ours["peak_gb"] < 3, reference, {p: s["peak_gb"] for p, s in samples.items()}),
