@@ -6,6 +6,7 @@
 #       -v /path/to/scans:/scans:ro -v "$PWD/results:/results" \
 #       cn-stylegan projector.py /scans --model models/head-128 --out /results
 #
+# --read-only needs --tmpfs /tmp:exec beside it: compiled ops and what is being written lie there.
 # For training add --ipc=host: the loader's processes hand over slices in shared memory.
 
 # CUDA 13.0 is what the locked torch is built for. Ubuntu 24.04 has Python 3.12, which the lock covers.

@@ -15,12 +15,13 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/installed
+TWO := --numprocesses 2 --dist loadfile      # of the tests; a file's share what they set up
 
 .PHONY: test mutants fuzz soak test-lowest audit demo bench bench-gpu venv lock clean
 
 test: venv
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 mutants: venv
 	$(BIN)/python tests/mutations.py
@@ -37,7 +38,7 @@ test-lowest:
 	$$tool/bin/uv venv --quiet --clear --python $(PYTHON) .venv-lowest && \
 	$$tool/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
 		--requirement pyproject.toml --extra test --extra demos
-	.venv-lowest/bin/python -m pytest
+	.venv-lowest/bin/python -m pytest $(TWO)
 
 # --strict: a package that no database knows is an error, not a pass
 audit: venv

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from detect.autoencoder import Autoencoder  # noqa: E402
 from detect.fitted import Fitted  # noqa: E402
 from detect.pca import PcaSettings, PositionPca  # noqa: E402
 from detect.residual import residual, scale_median_size  # noqa: E402
-from detect.scores import SCAN_SCORES, scan_score  # noqa: E402
+from detect.scores import SCAN_SCORES, scan_score, thickness_mm  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -129,15 +129,19 @@ def slice_scores(maps: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
 class ScoredScan:
     """A scan's map in its own geometry, [S, H, W] in HU, and its slices' scores [S], 0 where not shown.
 
-    shown  bool [S]: the slices that preprocessing kept
+    shown         bool [S]: the slices that preprocessing kept
+    kept_scores   [K]: of the slices or slabs that were looked at, and
+    thickness_mm  [K]: what each of them stands for. Each slice of a slab has that slab's score, and they would count several times
     """
 
     anomaly: np.ndarray
     slice_scores: np.ndarray
     shown: np.ndarray
+    kept_scores: torch.Tensor
+    thickness_mm: Sequence[float]
 
     def scan_score(self, how: str) -> float:
-        return scan_score(torch.from_numpy(self.slice_scores[self.shown]), how)
+        return scan_score(self.kept_scores, how, self.thickness_mm)
 
 
 def kept_slices(pre: Preprocessed) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
@@ -148,7 +152,8 @@ def kept_slices(pre: Preprocessed) -> tuple[torch.Tensor, torch.Tensor, np.ndarr
 
 def to_scan(pre: Preprocessed, maps: torch.Tensor, scores: torch.Tensor) -> ScoredScan:
     """Maps [S, N, N] and scores [S] of the kept slices, taken back to the scan."""
-    return ScoredScan(pre.maps_to_scan(maps.numpy()), pre.scores_to_scan(scores.numpy()), pre.values_to_scan(pre.kept))
+    return ScoredScan(pre.maps_to_scan(maps.numpy()), pre.scores_to_scan(scores.numpy()), pre.values_to_scan(pre.kept),
+                      scores, thickness_mm(pre.kept_slices()[2]))
 
 
 def score_scan(baseline: Fitted, pre: Preprocessed) -> ScoredScan:

@@ -75,7 +75,8 @@ def held_gb(pid: int) -> tuple[float, float]:
     """
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+        children = [child for path in Path(f"/proc/{pid}/task").glob("*/children")       # of whichever thread
+                    for child in path.read_text(encoding="ascii").split()]
     except (FileNotFoundError, ProcessLookupError):
         return 0.0, 0.0
     found = dict(line.split(":", 1) for line in status.splitlines() if line.startswith(("VmRSS", "VmHWM")))

@@ -53,7 +53,7 @@ from detect.bundle import load_bundle, read_bundle_meta  # noqa: E402
 from detect.inversion import Inversion, InversionSettings  # noqa: E402
 from detect.reconstruct import Reconstruction, Reconstructor  # noqa: E402
 from detect.residual import Evidence  # noqa: E402
-from detect.scores import scan_score  # noqa: E402
+from detect.scores import scan_score, thickness_mm  # noqa: E402
 from detect.surprise import Surprise, SurpriseSettings  # noqa: E402
 from gan.runlog import load_run, not_held_out  # noqa: E402
 from model import Encoder, Generator, ModelConfig  # noqa: E402
@@ -210,7 +210,7 @@ def compared(cases: list[Case], scores: list[torch.Tensor], how: str) -> dict[st
     (won, of), each [heads, heads]; a tie is half won. scores: slice scores [S] of every case.
     """
     heads = sorted({c.scan_id for c in cases})
-    scans = [np.array([scan_score(one, how)]) for one in scores]
+    scans = [np.array([scan_score(one, how, thickness_mm(c.below_vertex_mm))]) for c, one in zip(cases, scores)]
     slices = [one[c.truth.sum((1, 2)) >= LEAST_TRUTH].numpy() if c.kind != HEALTHY else one.numpy()
               for c, one in zip(cases, scores)]
 

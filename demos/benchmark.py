@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 from benchmarks import compare  # noqa: E402
 from benchmarks.compare import Method, Progress, say  # noqa: E402
+from common.files import sha256  # noqa: E402
 from config import RESUMES, exit_code  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from ct.picture import RESIDUAL_FULL_HU, overlay_panels  # noqa: E402
@@ -83,10 +84,11 @@ def project(folder: Path, model: Path, device: str) -> dict:
 # One scan: everything the figures need, in a few numbers
 
 def measure(source: ScanSource, folder: Path, preprocessing: PreprocessSettings, methods: dict[str, Method],
-            ours: dict[Key, float]) -> dict[str, np.ndarray]:
+            ours: dict[Key, float], own: str) -> dict[str, np.ndarray]:
     """One scan's counts and scores: truth_mm2 [S], shown [S], and for each method levels, slices [S] and seconds.
 
-    ours: the projector's slice scores. Raises ValueError where the brain masks of methods differ.
+    ours: the projector's slice scores; own: how it makes a scan's of them, and so the others. Raises ValueError where
+    the brain masks of methods differ.
     """
     scan_id, results = source.scan_id, folder / "results" / source.scan_id
     done = compare.run_methods(source, results, preprocessing, methods)
@@ -102,17 +104,17 @@ def measure(source: ScanSource, folder: Path, preprocessing: PreprocessSettings,
              f"{OURS}_slices": np.array([ours[scan_id, i] for i in range(len(brain))])}
     for name, scored in done.scored.items():
         found |= {f"{name}_levels": count_levels(scored.anomaly, truth, brain), f"{name}_slices": scored.slice_scores,
-                  f"{name}_seconds": done.seconds[name]}
+                  f"{name}_score": scored.scan_score(own), f"{name}_seconds": done.seconds[name]}
     return found
 
 
 def measure_all(folder: Path, chosen: list[Case], run: dict, methods: dict[str, Method],
                 key: str) -> tuple[Cohort, dict[str, str]]:
-    """measure() of every scan, read from measures/ID.npz where it was made with the same key.
+    """measure() of every scan, read from measures/ID.npz where it was made with the same key and the same projection.
 
     Also returns why scans are left out: id -> the projector's reason.
     """
-    preprocessing = PreprocessSettings.from_json(run["preprocessing"])
+    preprocessing, own = PreprocessSettings.from_json(run["preprocessing"]), run["settings"]["scan_score"]
     projected = {row["scan_id"]: row for row in read_table(folder / "results" / "scores.csv", ("scan_id", "status"))}
     failed = {c.scan_id: projected[c.scan_id]["reason"] for c in chosen if projected[c.scan_id]["status"] != "ok"}
     ours = read_scores(folder / "results" / "slices.csv", by_slice=True)
@@ -121,9 +123,10 @@ def measure_all(folder: Path, chosen: list[Case], run: dict, methods: dict[str, 
     done = [case for case in chosen if case.scan_id not in failed]
     measures, progress = [], Progress("measures", len(done))
     for case in done:
+        maps = (folder / "results" / case.scan_id / f"{name}.nii.gz" for name in ("anomaly", "mask"))
         kept, fresh = compare.remembered(
-            folder / "measures" / f"{case.scan_id}.npz", key,
-            lambda: measure(sources[case.scan_id], folder, preprocessing, methods, ours))  # noqa: B023 - called at once
+            folder / "measures" / f"{case.scan_id}.npz", compare.key_of(key, own, *map(sha256, maps)),
+            lambda: measure(sources[case.scan_id], folder, preprocessing, methods, ours, own))  # noqa: B023 - at once
         score = float(projected[case.scan_id]["score"])
         measures.append(kept | {f"{OURS}_score": score, f"{OURS}_seconds": seconds[case.scan_id]})
         progress.line(case.scan_id, fresh)

@@ -14,12 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks.compare import OURS, SIGNIFICANT, differs, name_of, shown
-from detect.scores import scan_score
 from evaluation import metrics
 from evaluation.metrics import Undefined, defined
 
@@ -77,15 +75,9 @@ def pixel_ap(measures: list[dict], method: str) -> float:
     return metrics.average_precision(level, truth, counts[truth, level])
 
 
-def pooled_score(measured: dict, method: str, how: str) -> float:
-    return scan_score(torch.from_numpy(np.asarray(measured[f"{method}_slices"])[measured["shown"]]), how)
-
-
-def scan_scores(cohort: Cohort, method: str, how: str) -> np.ndarray:
-    """A score a scan [n]. Ours is the projector's own, whatever `how` says."""
-    if method == OURS:
-        return np.array([m["ours_score"] for m in cohort.measures])
-    return np.array([pooled_score(m, method, how) for m in cohort.measures])
+def scan_scores(cohort: Cohort, method: str) -> np.ndarray:
+    """A score a scan [n]."""
+    return np.array([float(m[f"{method}_score"]) for m in cohort.measures])
 
 
 def slice_units(cohort: Cohort, method: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -113,9 +105,9 @@ def mean_dice(cohort: Cohort, dice: Callable[[dict], float], large_only: bool) -
     return float(np.mean(each))
 
 
-def method_figures(cohort: Cohort, method: str, how: str, level: int) -> dict:
-    """All figures of one method on a cohort: scan scores pooled by `how`, the binary map cut at `level`."""
-    scores, slices = scan_scores(cohort, method, how), slice_units(cohort, method)
+def method_figures(cohort: Cohort, method: str, level: int) -> dict:
+    """All figures of one method on a cohort, the binary map cut at `level`."""
+    scores, slices = scan_scores(cohort, method), slice_units(cohort, method)
 
     def dice(measured: dict) -> float:
         return dice_curve(measured[f"{method}_levels"], measured["truth_pixels"])[level]
@@ -138,18 +130,18 @@ def shipped_dice(measured: dict) -> float:
 def report(cohort: Cohort, methods: list[str], how: str, surprise_mask: float) -> dict:
     """The figures of metrics.json; methods begins with ours.
 
-    how: slice scores become a scan's. surprise_mask: of the binary maps.
+    how: slice scores became a scan's. surprise_mask: of the binary maps.
     """
     kinds = list(dict.fromkeys(case.kind for case in cohort.cases if case.kind))
     level = round(surprise_mask / STEP)
-    scores = {method: scan_scores(cohort, method, how) for method in methods}
+    scores = {method: scan_scores(cohort, method) for method in methods}
     result = {"scan_score": how, "surprise_mask": surprise_mask,
               "shipped_mask_dice": defined(mean_dice, cohort, shipped_dice, True), "methods": {}}
     for method in methods:
         result["methods"][method] = {
             "seconds_a_scan": float(np.mean([m[f"{method}_seconds"] for m in cohort.measures])),
-            "all": method_figures(cohort, method, how, level),
-            "kinds": {kind: method_figures(cohort.of({kind, None}), method, how, level) for kind in kinds}}
+            "all": method_figures(cohort, method, level),
+            "kinds": {kind: method_figures(cohort.of({kind, None}), method, level) for kind in kinds}}
     ours, tests = scores[OURS], {}
     for method in methods[1:]:
         of = {None: np.ones(len(cohort.cases), bool)} | {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from dataset import ScanRecord, SliceWriter
 from tests.helpers import synthetic_head
 
 LOCAL = (None, "", "localhost", socket.gethostname(), "127.0.0.1", "::1", "0.0.0.0", "::")
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 THREADS = torch.get_num_threads()
 refused: list[str] = []                          # addresses beyond this machine that a test has tried to reach
 

@@ -235,6 +235,18 @@ def test_a_scans_map_lies_in_its_own_geometry(data):
     assert scored.scan_score("max") == scored.slice_scores.max() > 0
 
 
+@pytest.mark.parametrize("slices, spacing_mm", [(28, 5.0), (112, 1.25)])
+def test_thin_slices_count_as_the_slab_that_they_make(slices, spacing_mm):
+    """One of 5 mm at 3, two at 0: 15 mm of them have a mean of 1, whatever the scan's own slices."""
+    scan = synthetic_scan(slices=slices, size=48, spacing_mm=(spacing_mm, 4.8, 4.8))[0]
+    pre = preprocess_scan(scan, PreprocessSettings(StandardiseSettings(size=32)))
+    hu = baselines.kept_slices(pre)[0]
+    scores = torch.zeros(len(hu))
+    scores[len(hu) // 2] = 3.0
+    scored = baselines.to_scan(pre, torch.zeros_like(hu), scores)
+    assert len(scored.slice_scores) == slices and scored.scan_score("top3") == pytest.approx(1)
+
+
 # ---- the command
 
 def test_fit_and_score_write_what_evaluate_reads(slices32, tmp_path):

@@ -127,6 +127,17 @@ def test_slices_of_a_patient_belong_together():
     assert ct_ich.bootstrap(*repeated[1]) == pytest.approx(ct_ich.bootstrap(*repeated[0]))
 
 
+def test_a_paired_test_of_slices_counts_patients():
+    def units(n):
+        rng = np.random.default_rng(0)
+        labels, patients = np.tile([0, 1], 12), np.repeat(np.arange(6), 4)
+        return [(np.repeat(labels + rng.normal(0, 1, 24), n), np.repeat(labels, n), np.repeat(patients, n))
+                for _ in range(2)]
+
+    one, ten = (ct_ich.against_ours(*units(n)) for n in (1, 10))
+    assert 0 < one < 1 and ten == pytest.approx(one)
+
+
 # ---- what is refused
 
 def test_tables_and_folders_must_match(data, tmp_path):

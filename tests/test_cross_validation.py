@@ -73,6 +73,15 @@ def test_no_case_is_told_by_its_own_head():
     assert torch.allclose(own[0], own[5])                         # the same head with a lesion is told as it is
 
 
+def test_no_case_is_told_by_another_scan_of_its_patient(monkeypatch):
+    told, fit = [], cross_validation.normative.fit_leaving_out
+    monkeypatch.setattr(cross_validation.normative, "fit_leaving_out",
+                        lambda *args: told.append(args[-1]) or fit(*args))
+    patients = ("ann", "ann", "", "bob", "")
+    surprises([dataclasses.replace(c, patient=name) for c, name in zip(cohort(), patients)], BAND)
+    assert told == [["ann", "ann", "head2", "bob", "head4"]]
+
+
 def test_figures_by_hand():
     cases = cohort()
     scores = [torch.tensor([0.1, 0.2, 0.0, 0, 0, 0, 0, 0, 0]) for _ in range(5)]

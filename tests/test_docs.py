@@ -11,7 +11,7 @@ import pytest
 from tests.command_lines import parse
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "demos/README.md", "healthygan/README.md",
+PAGES = ["README.md", "SECURITY.md", "demos/README.md", "healthygan/README.md", "models/README.md",
          *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 MOST_BYTES = 12_000                  # of README.md
 SUFFIXES = (".py", ".sh", ".sbatch", ".yaml", ".toml", ".lock")          # of files that are named, not of results

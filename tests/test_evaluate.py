@@ -124,6 +124,30 @@ def test_copies_of_a_unit_add_no_certainty_when_clustered():
     assert np.ptp(boot[1]) < 0.6 * np.ptp(boot[0])
 
 
+def of_scans_with_both(rng, scans=20, slices=6):
+    """Two scores of slices, of which half are abnormal and those of a scan all higher or lower; labels, scans."""
+    labels, clusters = np.tile([0, 1], scans * slices // 2), np.repeat(np.arange(scans), slices)
+    shared = 2 * rng.normal(0, 1, scans)[clusters] + 0.7 * labels
+    return *(shared + 0.5 * rng.normal(0, 1, scans * slices) for _ in range(2)), labels, clusters
+
+
+def test_scans_that_hold_slices_of_both_classes():
+    """Obuchowski's variance against what the AUCs of cohorts that are drawn vary by."""
+    rng = np.random.default_rng(3)
+    found = [metrics._delong_covariance([a, b], labels, clusters)
+             for a, b, labels, clusters in (of_scans_with_both(rng) for _ in range(300))]
+    told = np.mean([covariance for _, covariance in found], axis=0)
+    assert told == pytest.approx(np.cov(np.transpose([areas for areas, _ in found])), rel=0.25)
+
+
+def test_a_paired_test_of_copies_is_that_of_the_units():
+    a, b, labels, clusters = of_scans_with_both(np.random.default_rng(4))
+    p = metrics.delong_paired_test(a, b, labels, clusters)
+    copies = [np.repeat(column, 4) for column in (a, b, labels, clusters)]
+    assert metrics.delong_paired_test(*copies) == pytest.approx(p)
+    assert metrics.delong_paired_test(*copies[:3]) < 0.5 * p                     # as if all were independent
+
+
 def test_average_precision():
     # By score: hit, hit, miss, hit, ...: (1 + 1 + 3/4) / 3
     assert metrics.average_precision(SCORES, LABELS) == pytest.approx((1 + 1 + 0.75) / 3)

@@ -36,7 +36,7 @@ def measured(values, truth, slices=(0.0,), truth_mm2=None, shown=None, score=0.0
         "truth_mm2": np.zeros(len(slices)) if truth_mm2 is None else np.asarray(truth_mm2, float),
         "shown": np.ones(len(slices), bool) if shown is None else np.asarray(shown, bool),
         "truth_pixels": truth.sum() + outside, "voxel_ml": 1.0, "mask_pixels": 4, "mask_hits": 1,
-        f"{OURS}_score": score, f"{OURS}_seconds": 2.0, "hu_seconds": 1.0}
+        f"{OURS}_score": score, "hu_score": score, f"{OURS}_seconds": 2.0, "hu_seconds": 1.0}
 
 
 # ---- figures of pixels
@@ -84,7 +84,7 @@ def small() -> Cohort:
         values = np.where(truth, 10.0, 1.0)
         m = measured(values, truth, slices=[5.0 if case.kind else 1.0, 0.5],
                      truth_mm2=[100 * (case.kind is not None), 0], score=float(10 - number))
-        found.append(m | ({"hu_slices": np.array([0.2, 0.2])} if number == 0 else {}))
+        found.append(m | ({"hu_slices": np.array([0.2, 0.2]), "hu_score": 0.2} if number == 0 else {}))
     return Cohort(cases, found)
 
 
@@ -238,6 +238,14 @@ def test_every_stage_going_on_and_another_mask(patched, healthy, tmp_path, capsy
     assert json.loads((out / "metrics.json").read_text()) == found
 
     monkeypatch.setattr(benchmark, "measure", own, raising=False)
+    maps = out / "test" / "results" / "emergency-0001"               # a scan that was projected anew is
+    scan = read_scan(find_scans(out / "test" / "scans")[0])
+    for name in ("anomaly", "mask"):
+        write_nifti(maps / f"{name}.nii.gz", np.zeros(scan.hu.shape, np.float32), scan)
+        before, found = found, json.loads((out / "metrics.json").read_text()) if (
+            benchmark.main(command(healthy, out)) == 0) else None
+        assert found["shipped_mask_dice" if name == "mask" else "methods"] != before[
+            "shipped_mask_dice" if name == "mask" else "methods"]
     (out / "test" / "measures" / "emergency-0001.npz").unlink()
     brain = out / "test" / "results" / "emergency-0001" / "brain.nii.gz"
     scan = read_scan(find_scans(out / "test" / "scans")[0])

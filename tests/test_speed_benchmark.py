@@ -345,6 +345,14 @@ def test_a_cohorts_memory_is_told_by_tenths_of_its_scans(stand_in, capsys):
     assert "4 scans on" in capsys.readouterr().out
 
 
+def test_memory_counts_what_a_thread_has_started():
+    """The decoder of ct/apart.py may be started by the thread that reads."""
+    child = "import time; held = bytearray(200_000_000); held[::4096] = bytes(len(held[::4096])); time.sleep(0.5)"
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    thread = f"import threading; t = threading.Thread(target=exec, args=({start!r},)); t.start(); t.join()"
+    assert cohort.watched([sys.executable, "-c", thread]).peak_gb > 0.18
+
+
 def test_a_run_that_fails_and_wrong_flags_exit_2(stand_in, tmp_path, capsys):
     (stand_in / "projector.py").write_text("raise SystemExit('nothing to do')")
     assert cohort.main([str(tmp_path)]) == 2 and "nothing to do" in capsys.readouterr().err
