@@ -131,7 +131,7 @@ class ScoredScan:
 
     shown         bool [S]: the slices that preprocessing kept
     kept_scores   [K]: of the slices or slabs that were looked at, and
-    thickness_mm  [K]: what each of them stands for. Each slice of a slab has that slab's score, and they would count several times
+    thickness_mm  [K]: what each of them stands for. Slices of a slab have that slab's score, and would count each
     """
 
     anomaly: np.ndarray
