@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.nn.functional as F
 
-from op import build
-from op.between import styled_act
+from op import build, fused, winograd
+from op.between import enlarged_beside, scaled_sum, styled_act
 from op.bias_act import SQRT2, bias_act
 from op.median import median2d
 from op.upfirdn2d import binomial_kernel, upfirdn2d
@@ -29,6 +30,7 @@ LAYOUTS = ("contiguous", "channels_last", "strided")
 # Largest error allowed, as a part of the largest value: some 16 to 20 units of rounding in half precision, where the
 # second derivative of a square holds about as many roundings one after the other, and more in float32 and float64
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+WINOGRAD_TOLERANCE = 1e-4                                # it subtracts large numbers, twice for a second derivative
 # The cases of the networks (4 x 4 kernel), their gradients' paddings, and odd ones
 RESAMPLINGS = (
     (4, 1, 1, (1, 1)), (4, 1, 1, (2, 2)), (4, 2, 1, (2, 1)), (4, 1, 2, (1, 1)), (4, 1, 2, (-1, 3, 2, -2)),
@@ -43,7 +45,8 @@ def main() -> int:
     for name, finding, works in checks():
         print(f"{name:24} {finding}", flush=True)
         healthy &= works is not False
-    print("all that is there works" if healthy else "NOT well: see above; --ops ref runs without the CUDA kernels")
+    print("all that is there works" if healthy else
+          "NOT well: see above; --ops ref runs without the kernels, but for a CPU's median")
     return 0 if healthy else 1
 
 
@@ -64,6 +67,10 @@ def machine() -> dict[str, str]:
 def checks() -> Iterator[tuple[str, str, bool | None]]:
     """Everything that can be checked here: (name, what was found, whether it works or None if it isn't there)."""
     yield "median, C", *_attempt(lambda: check_median(torch.device("cpu"), torch.float32, "cpu"))
+    for dtype in fused.FLAGS:
+        kind = str(dtype).removeprefix("torch.")
+        yield f"fused {kind}, C", *_attempt(lambda t=dtype: check_fused(t))
+    yield "winograd, C", *_attempt(check_winograd)
     if not torch.cuda.is_available():
         for name in KERNELS:
             yield f"{name}, CUDA", "not checked: torch sees no GPU", None
@@ -117,6 +124,60 @@ def check_median(device: torch.device, dtype: torch.dtype, impl: str) -> dict[st
             found = median2d(lay_out(x.to(device), layout), size, impl, border).cpu()
             wrong[layout] += 2 * (found != reference).sum().item()
     return wrong
+
+
+@torch.no_grad()
+def check_fused(dtype: torch.dtype) -> dict[str, float]:
+    """Every pass of op/fused.py, with noise of every kind. Raises BuildError: without it all would be PyTorch's."""
+    build.load_c("fused", *fused.FLAGS[dtype])
+    seeds = itertools.count()
+
+    def some(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return lay_out(_random(*shape, seed=next(seeds)).to(dtype), "channels_last")
+
+    y, factor, then = some(3, 64, 7, 6), some(3, 64, 1, 1), some(3, 64, 1, 1)
+    strength, bias = some(1, dtype=torch.float32), some(64, dtype=torch.float32)
+    maps = {str(kind): some(*kind, 7, 6, dtype=torch.float32) for kind in ((1, 1), (3, 1), (1, 64), (3, 64))}
+    maps["of two"] = some(3, 64, 7, 6), some(1, 1, 7, 6, dtype=torch.float32)
+    passes = {f"styled_act, noise {kind}": (fused.styled_act, styled_act, (y, factor, noise, strength, bias, 0.2, then))
+              for kind, noise in maps.items()}
+    passes["styled_act, folded"] = fused.styled_act, styled_act, (some(3, 256, 7, 6), factor, None, strength, bias, 0.2,
+                                                                  None)
+    passes["bias_act"] = fused.bias_act, bias_act, (y, bias, 0.2, SQRT2)
+    passes["scaled_sum"] = fused.scaled_sum, scaled_sum, (y, some(3, 64, 7, 6), 0.5)
+    passes["enlarged_beside"] = fused.enlarged_beside, _enlarged_beside, (y, some(3, 32, 14, 12))
+    errors = {}
+    for name, (ours, reference, inputs) in passes.items():
+        found = ours(*inputs)
+        if found is None:
+            raise RuntimeError(f"{name}: left to PyTorch, although the library is built")
+        errors[name] = _error(found, reference(*map(_doubled, inputs)))
+    return _in_tolerances(errors, dtype)
+
+
+def _enlarged_beside(x, other):
+    return enlarged_beside(x, other, binomial_kernel(gain=4))
+
+
+def _doubled(x):
+    """x in doubles, of which op/fused.py does none; tuples of tensors too."""
+    if isinstance(x, tuple):
+        return tuple(map(_doubled, x))
+    return x.double() if isinstance(x, torch.Tensor) else x
+
+
+def check_winograd() -> dict[str, float]:
+    """Right on every CPU, although used on those with AVX2 alone. Raises BuildError."""
+    build.load_c("winograd", *winograd.FLAGS)
+    errors: dict[str, float] = {}
+    for images, into, out, rows, columns in ((2, 16, 32, 9, 7), (1, 64, 16, 33, 18), (3, 16, 16, 1, 1)):
+        inputs = {"x": _random(images, into, rows, columns).float(), "weight": _random(out, into, 3, 3, seed=1).float()}
+        compare(errors, "channels_last", _convolved, inputs)
+    return {part: error / WINOGRAD_TOLERANCE for part, error in errors.items()}
+
+
+def _convolved(x, weight):
+    return winograd.conv2d(x, weight) if x.dtype == torch.float32 else F.conv2d(x, weight, padding=1)
 
 
 def check_bias_act(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -201,9 +262,12 @@ def compare(worst: dict[str, float], layout: str, function: Callable[..., torch.
     kinds = ("gradient",) if orders == 1 else ("differentiable gradient", "second gradient")
     parts = ["output", *(f"{kind} by {name}" for kind in kinds for name in inputs)]
     for part, ours, true in zip(parts, *results, strict=True):
-        error = ((ours.cpu().double() - true).abs().max() / true.abs().max().clamp(min=1e-30)).item()
         name = f"{part}, {layout}"
-        worst[name] = max(worst.get(name, 0.0), error, key=_above)
+        worst[name] = max(worst.get(name, 0.0), _error(ours, true), key=_above)
+
+
+def _error(ours: torch.Tensor, true: torch.Tensor) -> float:
+    return ((ours.cpu().double() - true).abs().max() / true.abs().max().clamp(min=1e-30)).item()
 
 
 def gradients(function: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor], orders: int

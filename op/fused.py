@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -106,8 +107,9 @@ def _for_here(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     try:
         library = load_c("fused", *FLAGS[dtype])
-    except BuildError:
-        return None                                                   # op.median warns of it
+    except BuildError as error:
+        warnings.warn(f"what lies between convolutions runs in PyTorch, slower: {error}", stacklevel=2)
+        return None
     for name, types in SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, None

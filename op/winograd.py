@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,7 @@ from op.cuda import is_ref
 from op.fused import pool
 
 NHWC = torch.channels_last
+FLAGS = ("-ffp-contract=fast",)  # a product and a sum in one instruction
 TILE = 4                        # outputs of a side, from TILE + 2 inputs
 PLACES = (TILE + 2) ** 2
 LANES, PANEL, GAP = 8, 16, 16   # as winograd.c has them: input channels in LANES, output channels in PANELs
@@ -158,9 +160,10 @@ def _spread(run: Callable[..., None], shape: torch.Size, out: int) -> None:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     try:
-        library = load_c("winograd", "-ffp-contract=fast")            # a product and a sum in one instruction
-    except BuildError:
-        return None                                                   # op.median warns of it
+        library = load_c("winograd", *FLAGS)
+    except BuildError as error:
+        warnings.warn(f"convolutions of 3 x 3 run in PyTorch, slower: {error}", stacklevel=2)
+        return None
     for function in (library.winograd, library.winograd_weight):
         function.argtypes, function.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 7, None
     return library

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import op
-from op import bias_act, binomial_kernel, build, doctor, styled, upfirdn2d
+from op import bias_act, binomial_kernel, build, doctor, fused, styled, upfirdn2d, winograd
 from op.bias_act import _bias_act_cuda
 from op.cuda import _as_c, choose, launch
 from op.median import median2d
@@ -469,3 +469,31 @@ def test_the_doctor_finds_a_kernel_that_disagrees(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "median2d", lambda x, size, impl, border: x + (impl == "ref"))
     assert doctor.main() == 1
     assert "median, C                DISAGREES" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line, module, name", [
+    ("fused float32, C", fused, "scaled_sum"), ("fused bfloat16, C", fused, "styled_act"),
+    ("winograd, C", winograd, "conv3x3"),
+])
+def test_the_doctor_finds_c_that_disagrees_or_does_not_build(line, module, name, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    def finding() -> str:
+        text, works = {name: (text, works) for name, text, works in doctor.checks()}[line]
+        assert works == text.startswith("ok")
+        return text
+
+    assert finding().startswith("ok")
+    right = getattr(module, name)
+
+    def wrong(*args):
+        found = right(*args)
+        return None if found is None else found * 1.2
+
+    monkeypatch.setattr(module, name, wrong)
+    assert finding().startswith("DISAGREES")
+    fails = tmp_path / "cc"
+    fails.write_text('#!/bin/sh\ncase "$*" in *-dM*) exit 0;; esac; echo "internal compiler error" >&2; exit 1\n')
+    fails.chmod(0o755)
+    monkeypatch.setenv("CC", str(fails))
+    monkeypatch.setattr(build, "load_c", build.load_c.__wrapped__)
+    assert finding().startswith("FAILED") and "internal compiler error" in finding()

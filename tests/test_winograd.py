@@ -159,7 +159,8 @@ def test_without_a_compiler_pytorch_does_it(monkeypatch):
 
     monkeypatch.setattr(winograd, "load_c", none)
     monkeypatch.setattr(winograd, "_library", winograd._library.__wrapped__)
-    assert not winograd.is_for(rand(16, 8, 3, 3))
+    with pytest.warns(UserWarning, match="run in PyTorch, slower: none"):
+        assert not winograd.is_for(rand(16, 8, 3, 3))
 
 
 def test_networks_draw_the_same(used, monkeypatch):
