@@ -30,6 +30,7 @@ def dilated(mask: torch.Tensor, width: int) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)                             # kept for callers that take gradients, too
 def _gaussian(side: int, sigma: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The filter along an axis as a matrix [side, side], symmetric; its taps, to three sigma, sum to 1."""
     radius = max(1, round(3 * sigma))
@@ -40,6 +41,7 @@ def _gaussian(side: int, sigma: float, dtype: torch.dtype, device: torch.device)
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _box(side: int, width: int, device: torch.device) -> torch.Tensor:
     return (_apart(side) <= width).float().to(device)
 

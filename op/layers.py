@@ -33,6 +33,8 @@ class Kept:
         """make(), or what it gave for the same `how`."""
         if torch.is_grad_enabled() or parameter.requires_grad or torch.compiler.is_compiling():
             return make()
+        if parameter.is_inference():                     # made in torch.inference_mode(): has no version
+            return make()
         key = parameter.data_ptr(), parameter._version, how
         if self.found[0] != key:
             self.found = key, make()

@@ -20,6 +20,15 @@ def test_gaussian_is_the_convolution_with_its_taps(sigma):
     torch.testing.assert_close(gaussian_blur(x, sigma), expected, atol=1e-12, rtol=0)
 
 
+def test_matrices_made_in_inference_mode_serve_gradients_later():
+    x = torch.ones(1, 9, 11)
+    with torch.inference_mode():
+        expected = gaussian_blur(x, 1.7)
+    x.requires_grad_()
+    gaussian_blur(x, 1.7).sum().backward()
+    torch.testing.assert_close(x.grad, expected)                          # symmetric
+
+
 @pytest.mark.parametrize("width", [1, 3, 40])
 def test_dilation_is_the_maximum_about_each_place(width):
     mask = torch.rand(3, 19, 26, generator=torch.Generator().manual_seed(0)) > 0.98

@@ -352,6 +352,21 @@ def test_what_is_made_of_weights_is_made_anew_when_they_change(network, frozen):
         torch.testing.assert_close(after, run())
 
 
+@pytest.mark.parametrize("network", [Generator, Encoder])
+def test_networks_made_and_used_in_inference_mode(network):
+    """Their weights have no versions, by which a change would be seen."""
+    given = rand(4, 8) if network is Generator else rand(4, 3, 32, 32)
+    results = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            net = build(network).requires_grad_(False)
+            for _ in range(2):
+                results.append(net.synthesis(given, "const") if network is Generator else net(given))
+                for parameter in net.parameters():
+                    parameter.mul_(1.1)
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+
+
 def test_with_a_matrix_unit_the_generator_folds_and_comes_to_the_same(monkeypatch):
     """In bfloat16, every layer from 8 pixels on, where no gradient is asked for."""
     net, codes = build(Generator).requires_grad_(False), rand(4, 8)
