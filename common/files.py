@@ -62,13 +62,22 @@ def replacing_folder(path: Path, work: Path) -> Iterator[Path]:
             for file in [*writing.rglob("*"), writing]:
                 flush(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            path.rename(old)
-        writing.rename(path)
+        put_in_place(writing, path, old)
         flush(path.parent)
     finally:
         for leftover in (writing, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def put_in_place(writing: Path, path: Path, old: Path) -> None:
+    """Rename the folder `writing` to `path`, and what was there to `old`; it comes back if that is broken off."""
+    try:
+        if path.exists():
+            path.rename(old)
+        writing.rename(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
 
 
 def remove_abandoned(folder: Path, pattern: str, age_s: float = ABANDONED_S) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.files import flush, full_disk_named, require_space, sha256
+from common.files import flush, full_disk_named, put_in_place, require_space, sha256
 from common.weights import (
     CheckpointError,
     load_strictly,
@@ -91,11 +91,10 @@ def save_snapshot(run: str | Path, step: int, modules: Mapping[str, nn.Module], 
         for path in [*writing.iterdir(), writing]:
             flush(path)
 
-    if final.exists():
-        final.rename(run / f".{final.name}.replaced")
-    writing.rename(final)
+    replaced = run / f".{final.name}.replaced"
+    put_in_place(writing, final, replaced)
     flush(run)
-    shutil.rmtree(run / f".{final.name}.replaced", ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     _prune(run, keep)
     return final
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
-from common.files import ABANDONED_S, remove_abandoned, replace_text, replacing
+import pytest
+
+from common.files import ABANDONED_S, remove_abandoned, replace_text, replacing, replacing_folder
 
 
 def test_two_that_write_one_file_at_once_both_end_well(tmp_path):
@@ -30,6 +33,27 @@ def test_what_a_killed_process_began_is_removed_and_what_a_living_one_writes_is_
     assert sorted(os.listdir(tmp_path)) == [".run.json.0b.writing", ".scores.csv.0c.writing", "run.json"]
     remove_abandoned(tmp_path, ".*.writing", 60)
     assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_a_folder_whose_replacing_breaks_off_is_as_it_was(tmp_path, monkeypatch):
+    """It was moved aside, and removed with what was to come in its place."""
+    place, rename = tmp_path / "scan", Path.rename
+    place.mkdir()
+    (place / "result.json").write_text("old")
+
+    def stopped(path, to):
+        if path.suffix == ".writing":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt), replacing_folder(place, tmp_path / "work") as folder:
+        (folder / "result.json").write_text("new")
+    assert (place / "result.json").read_text() == "old" and os.listdir(tmp_path / "work") == []
+    monkeypatch.undo()
+    with replacing_folder(place, tmp_path / "work") as folder:
+        (folder / "result.json").write_text("new")
+    assert (place / "result.json").read_text() == "new" and os.listdir(tmp_path / "work") == []
 
 
 def test_two_may_remove_the_same_leftovers(tmp_path, monkeypatch):
