@@ -59,8 +59,13 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; the model was made without it") from error
+    except OSError as error:                              # a folder, or not for this user
+        raise CheckpointError(f"{path}: cannot be read ({error}); give a safetensors file") from error
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a safetensors file ({error}); fetch or write it again") from error
+    except TypeError as error:                            # torch's, with its own stack in the message
+        raise CheckpointError(f"{path}: has a tensor of a shape that torch cannot hold; fetch or write it "
+                              "again") from error
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path) -> None:
@@ -109,8 +114,13 @@ def _laid_out(value: Any, line: str) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """A JSON file, replaced in one move, with a SHA-256 of its own content by which read_json finds a changed bit."""
-    content = json.loads(to_json({key: value for key, value in content.items() if key != SEAL}, path.parent))
-    replace_text(path, to_json(content | {SEAL: _digest(content)}, path.parent))
+    replace_text(path, sealed(content, path.parent))
+
+
+def sealed(content: Mapping[str, Any], folder: Path) -> str:
+    """The text of such a file in `folder`. Raises CheckpointError as to_json does."""
+    content = json.loads(to_json({key: value for key, value in content.items() if key != SEAL}, folder))
+    return to_json(content | {SEAL: _digest(content)}, folder)
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -123,7 +133,9 @@ def read_json(path: Path, mend: str, newest: int) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file: {mend}") from error
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}): {mend}") from error
+    except (ValueError, RecursionError) as error:         # RecursionError: lists in lists in lists
         raise CheckpointError(f"{path}: not readable as JSON ({error}): {mend}") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if not isinstance(version, int):

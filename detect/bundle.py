@@ -7,8 +7,8 @@ paper's released files become one with import_released.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import distributed
-from common.files import replacing, sha256
+from common.files import flush, replacing, sha256
 from common.version import VERSION
 from common.weights import (
     CheckpointError,
@@ -25,9 +25,9 @@ from common.weights import (
     load_tensors,
     read_json,
     save_tensors,
+    sealed,
     to_json,
     verify,
-    write_json,
 )
 from ct import frame
 from ct.frame import PreprocessSettings
@@ -102,8 +102,9 @@ def versions() -> dict[str, Any]:
 
 def save_bundle(folder: str | Path, reconstructor: Reconstructor, settings: Settings, meta: Mapping[str, Any],
                 normal: Normal | None = None, dtype: torch.dtype = torch.float16, overwrite: bool = False) -> Path:
-    """Write a model bundle; model.json comes last, so a bundle with one is whole.
+    """Write a model bundle. One that is there stays until all is written; then the files are moved, model.json last.
 
+    load_bundle refuses a bundle whose move was broken off: its hashes are others.
     Weights and principal components are stored in dtype; a tensor with values beyond its range, or not a
     float, stays as it is. meta needs the keys BUNDLE_META. normal: of healthy residuals; None where nothing was
     calibrated. Raises CheckpointError for weights that are not finite, parts that do not fit together, and a folder
@@ -120,27 +121,30 @@ def save_bundle(folder: str | Path, reconstructor: Reconstructor, settings: Sett
         tensors["normal"] = normal.to_tensors()
 
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_bundle(folder)
-    files = {}
-    for name, content in tensors.items():
-        path = folder / f"{name}.safetensors"
-        with replacing(path, sum(tensor.nbytes for tensor in content.values())) as writing:
+    earlier, files = _files_of_bundle(folder), {}
+    with contextlib.ExitStack() as places:                # what comes first is moved last
+        model_json = places.enter_context(replacing(folder / "model.json"))
+        for name, content in tensors.items():
+            path = folder / f"{name}.safetensors"
+            writing = places.enter_context(replacing(path, sum(tensor.nbytes for tensor in content.values())))
             save_tensors(content, writing)
-        files[path.name] = sha256(path)
-    content = dict(meta) | dict(format_version=FORMAT_VERSION, settings=settings.to_json(), versions=versions(),
-                                config=reconstructor.config(), files=files)
-    write_json(folder / "model.json", content)
+            flush(writing)
+            files[path.name] = sha256(writing)
+        content = dict(meta) | dict(format_version=FORMAT_VERSION, settings=settings.to_json(), versions=versions(),
+                                    config=reconstructor.config(), files=files)
+        model_json.write_text(sealed(content, folder), encoding="utf-8")
+    for name in earlier - files.keys():
+        (folder / name).unlink(missing_ok=True)
     return folder
 
 
-def _remove_bundle(folder: Path) -> None:
-    """Remove an earlier bundle, and nothing else that may lie in the folder."""
-    path = folder / "model.json"
-    if path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8")).get("files", {})
-        path.unlink()
-        for name in earlier:
-            (folder / Path(name).name).unlink(missing_ok=True)
+def _files_of_bundle(folder: Path) -> set[str]:
+    """Names of the files of the bundle in `folder`; none where its model.json is not there, or cannot be read."""
+    try:
+        content = read_json(folder / "model.json", "", FORMAT_VERSION)
+    except CheckpointError:
+        return set()
+    return {Path(name).name for name in content.get("files") or ()}
 
 
 def read_bundle_meta(folder: str | Path) -> tuple[dict[str, Any], str]:

@@ -1,4 +1,5 @@
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 import checkpoint
-from common.weights import CheckpointError, to_json, write_json
+from common.weights import CheckpointError, load_tensors, read_json, save_tensors, to_json, write_json
 from detect.bundle import load_bundle, load_released, read_bundle_meta, save_bundle, versions
 from detect.inversion import Inversion, InversionSettings
 from detect.latent import LatentStats
@@ -113,6 +114,23 @@ def test_a_step_saved_again_replaces_the_first(tmp_path):
     save_one(tmp_path, 1, value=2)
     assert load_snapshot(tmp_path).weights["net"]["weight"][0, 0] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["snapshot-00000001"]
+
+
+def test_a_step_whose_saving_again_breaks_off_stays(tmp_path, monkeypatch):
+    """Between the two moves."""
+    save_one(tmp_path, 1, value=1)
+    rename = Path.rename
+
+    def stopped(path, to):
+        if path.suffix == ".writing":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", stopped)
+        save_one(tmp_path, 1, value=2)
+    with pytest.warns(UserWarning, match="half-written"):
+        assert load_snapshot(tmp_path).weights["net"]["weight"][0, 0] == 1
 
 
 def test_a_run_killed_while_saving_keeps_the_snapshot_before(tmp_path, monkeypatch):
@@ -223,6 +241,68 @@ def test_a_bundle_holds_only_the_files_that_its_method_uses(tmp_path, bundle_par
     with pytest.raises(CheckpointError, match="is a model of method inversion and does not hold what search needs; "
                                               "give one that does .*latent.safetensors: no such file"):
         bundle.with_settings(Settings("search", SearchSettings(perceptual="pixels")))
+
+
+def test_a_bundle_stays_until_another_is_written(tmp_path, bundle_parts, monkeypatch):
+    """The earlier one was removed first: a full disk or a stop left neither."""
+    parts, latent = bundle_parts
+    save(tmp_path, parts, latent)
+    (tmp_path / "notes").touch()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    written = []
+
+    def full(state, path):
+        written.append(path)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_tensors(state, path)
+
+    monkeypatch.setattr("detect.bundle.save_tensors", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        save(tmp_path, networks(seed=1), latent, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+
+    def stopped(*_):                                       # between the moves: mixed, and known to be
+        raise KeyboardInterrupt
+
+    replace = os.replace
+    moves = iter([replace, replace, stopped])
+    monkeypatch.setattr(os, "replace", lambda *paths: next(moves, stopped)(*paths))
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, networks(seed=1), latent, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == sorted(before)
+    with pytest.raises(CheckpointError, match="not the file the bundle was made with"):
+        load_bundle(tmp_path)
+    monkeypatch.undo()
+    save(tmp_path, parts, latent, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format_version": 99}', "[" * 100_000])
+def test_a_damaged_bundle_can_be_overwritten(tmp_path, bundle_parts, content):
+    (tmp_path / "model.json").write_text(content)
+    save(tmp_path, *bundle_parts, overwrite=True)
+    load_bundle(tmp_path)
+
+
+def test_what_is_no_file_of_a_bundle_is_named(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    header = b'{"a":{"dtype":"F32","shape":[0,9223372036854775808],"data_offsets":[0,0]}}'
+    (tmp_path / "shape.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    (tmp_path / "folder").mkdir()
+    for read, name, told in (
+        (read_meta, "deep.json", "not readable as JSON .*: fetch it again"),
+        (read_meta, "folder", "cannot be read .*: fetch it again"),
+        (load_tensors, "shape.safetensors", "has a tensor of a shape that torch cannot hold; fetch"),
+        (load_tensors, "folder", "cannot be read .*; give a safetensors file"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{name}: {told}"):
+            read(tmp_path / name)
+
+
+def read_meta(path):
+    return read_json(path, "fetch it again", 2)
 
 
 def test_the_published_search_needs_a_model_that_was_made_for_it():
