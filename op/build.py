@@ -127,9 +127,13 @@ def _cuda_key(name: str, flags: list[str], version: bytes) -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept; it may not exist yet."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "cn-stylegan"
+    """Where compiled libraries are kept; it may not exist yet. Raises BuildError where there is no home folder."""
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return Path(root) / "cn-stylegan"
+    try:
+        return Path.home() / ".cache" / "cn-stylegan"
+    except RuntimeError as error:                         # no HOME, and a user that the system does not know
+        raise BuildError("no home folder to keep compiled libraries in; set XDG_CACHE_HOME to a folder") from error
 
 
 def _target(compiler: list[str]) -> tuple[list[str], bytes]:

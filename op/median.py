@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+from op.banded import dilated
 from op.build import BuildError, load_c
 from op.cuda import DTYPES, NAMESPACE, choose, launch
 
@@ -124,7 +125,8 @@ def _median_cuda_double(plane: torch.Tensor, size: int, border: str) -> torch.Te
     """As _median_double. A zero border has a rank too, and is laid round the plane before ranking."""
     margin = size // 2
     padded = F.pad(plane[None], (margin,) * 4, mode=BORDERS[border])[0]
-    return _by_rank(padded, lambda ranks: _median_cuda(ranks, size, border)[:, margin:-margin, margin:-margin])
+    median = _by_rank(padded, lambda ranks: _median_cuda(ranks, size, border)[:, margin:-margin, margin:-margin])
+    return median.masked_fill(dilated(plane.isnan(), margin), torch.nan)              # whose ranks are numbers
 
 
 # --- the others: padded float [P, H + size - 1, W + size - 1] -> [P, H, W] ---

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ctypes
 
-MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8   # mallopt's names for them (malloc.h)
-# Where glibc's own adaptation ends; 0: its own number of arenas
-GLIBC = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20, ARENA_MAX: 0}
-KEEP = {MMAP_THRESHOLD: (1 << 31) - 1, TRIM_THRESHOLD: -1, ARENA_MAX: 1}
+# mallopt's names for them (malloc.h)
+MMAP_THRESHOLD, MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX = -3, -4, -1, -8
+# Where glibc's own adaptation ends; how many blocks it maps; 0: its own number of arenas
+GLIBC = {MMAP_THRESHOLD: 32 << 20, MMAP_MAX: 65536, TRIM_THRESHOLD: 64 << 20, ARENA_MAX: 0}
+# No block is mapped. A threshold above all blocks would do the same, but glibc before 2.35 refuses one over 32 MB
+KEEP = {MMAP_MAX: 0, TRIM_THRESHOLD: -1, ARENA_MAX: 1}
 
 
 def keep_freed(keep: bool = True) -> bool:

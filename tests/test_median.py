@@ -142,6 +142,24 @@ def test_cpu_impl_refuses_another_device():
         median2d(STEPS.to("meta"), 3, "cpu")
 
 
+def test_on_a_gpu_the_median_of_doubles_with_nan_is_nan(monkeypatch):
+    """Their kernel sees ranks, which are numbers; here the reference is in its place."""
+    def reference(planes, size, border):
+        margin = size // 2
+        padded = torch.nn.functional.pad(planes[None], (margin,) * 4, mode=median.BORDERS[border])[0]
+        return median._median_ref(padded, size)
+
+    x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    x[0, 3, 4] = x[1, 0, 0] = x[1, 8, 5] = torch.nan
+    x[0, 7, 7] = torch.inf
+    as_doubles = median._median_cuda
+    monkeypatch.setattr(median, "_median_cuda", reference)
+    for size, border in ((3, "zero"), (3, "replicate"), (7, "replicate")):
+        expected = reference(x, size, border)
+        assert expected.isnan().any() and not expected.isnan().all()
+        assert torch.equal(as_doubles(x, size, border).nan_to_num(99), expected.nan_to_num(99))
+
+
 # --- the build ---
 
 
@@ -206,3 +224,14 @@ def test_cache_folder_that_cannot_be_written(fresh_build, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(blocked))
     with pytest.raises(build.BuildError, match="Set XDG_CACHE_HOME"):
         median2d(STEPS, 3, "cpu")
+
+
+def test_a_user_without_a_home_folder(fresh_build, monkeypatch):
+    """As in a container that is run as a number: no HOME, and no entry among the users."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(build.BuildError, match="no home folder.*set XDG_CACHE_HOME"):
+        median2d(STEPS, 3, "cpu")
+    with pytest.warns(UserWarning, match="runs on scipy.*no home folder"):
+        assert torch.equal(median2d(STEPS, 3), median2d(STEPS, 3, "ref"))
