@@ -30,6 +30,7 @@ from gan.augment import random_flip, random_rotation
 from gan.corrupt import draw_shapes, hide
 from gan.encoding import EncoderTrainer
 from gan.losses import frozen, g_nonsaturating
+from gan.quality import error_hu, means
 from gan.settings import EncoderConfig
 from model import Generator
 
@@ -123,7 +124,11 @@ class InpaintingTrainer(EncoderTrainer):
 
     @torch.no_grad()
     def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:
-        """HU error in the brain of held-out scans, where it is hidden and where nothing is; a grid of both as PNG."""
+        """HU error in the brain of held-out scans, where it is hidden and where nothing is; a grid of both as PNG.
+
+        A scan whose brain happens to be hidden nowhere counts for the second alone; without any other the first is
+        left out.
+        """
         generator, seen, hidden_from, rows = torch.Generator().manual_seed(0), [], [], []
         for s in range(len(dataset.scan_ids)):
             scan = dataset.scan(s)
@@ -133,13 +138,12 @@ class InpaintingTrainer(EncoderTrainer):
             inside, masks = brain & ~bone, (torch.zeros_like(hidden), hidden)
             whole, parts = (decode(self.draw(*(t.to(self.device) for t in (encode(hu), mask, bone))).cpu())
                             for mask in masks)
-            seen.append((whole - hu).abs()[inside].mean())
-            hidden_from.append((parts - hu).abs()[inside & hidden].mean())
+            seen += error_hu(whole, hu, inside)
+            hidden_from += error_hu(parts, hu, inside & hidden)
             middle = len(hu) // 2
             rows += [hu[middle], torch.where(hidden & ~bone, 0.0, hu)[middle], parts[middle], whole[middle]]
         save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.stack(rows).numpy(), columns=8)
-        return {"val_error_hu": torch.stack(seen).mean().item(),
-                "val_hidden_hu": torch.stack(hidden_from).mean().item()}
+        return means({"val_error_hu": seen, "val_hidden_hu": hidden_from})
 
 
 def bone_of(hu: torch.Tensor, range_hu: tuple[float, float]) -> torch.Tensor:

@@ -16,6 +16,8 @@ from gan.runlog import Run
 from gan.settings import TrainConfig
 from gan.training import Trainer
 
+MOST_HELD_OUT = 1024                     # held-out slices that samples are held against: at 512 pixels 0.5 GB
+
 
 def train(config: TrainConfig, data: Path, out: Path, device: torch.device, inception: Path | None = None,
           rollback: bool = False) -> None:
@@ -40,13 +42,13 @@ def train(config: TrainConfig, data: Path, out: Path, device: torch.device, ince
         batches = image_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen)
         quality = Quality(held_out, dataset, inception, device) if distributed.is_main() else None
         if quality and not run.resumed:
-            save_hu_grid(out / "real.png", quality.val_hu[:: max(1, len(held_out) // 32)][:32].numpy())
+            save_hu_grid(out / "real.png", quality.val_hu[:: max(1, len(quality.val_hu) // 32)][:32].numpy())
         distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; "
                            f"{trainer.world} x {config.batch} images a step in {trainer.g.compute_dtype} on {device}")
 
         # ---- Train
         while trainer.images_seen < config.kimg * 1000:
-            before = trainer.images_seen
+            before, swd = trainer.images_seen, None
             real = encode(next(batches).to(device, non_blocking=True).float())
             run.log.add(trainer.global_batch, **trainer.step(real, before // trainer.global_batch))
             done = trainer.images_seen >= config.kimg * 1000
@@ -58,19 +60,25 @@ def train(config: TrainConfig, data: Path, out: Path, device: torch.device, ince
                 extra = {"ada_p": trainer.ada.p, "r_t": trainer.ada.r_t} if trainer.ada else {}
                 if due(config.grid_kimg):
                     extra |= distributed.gather(quality.measure(trainer, out) if quality else None)[0]
+                    swd = extra["swd"]
                 run.tick(trainer.images_seen, device, **extra)
-            run.end_step(trainer.images_seen, snapshot=due(config.snapshot_kimg))
+            run.end_step(trainer.images_seen, due(config.snapshot_kimg), distance=swd)
 
 
 class Quality:
-    """What is measured on samples now and then, on rank 0: distances to real slices, and a grid to look at."""
+    """What is measured on samples now and then, on rank 0: distances to real slices, and a grid to look at.
+
+    val_hu: evenly spaced held-out slices, int16 [M, N, N], all of them up to MOST_HELD_OUT.
+    """
 
     def __init__(self, held_out: SliceDataset, train_slices: SliceDataset, inception: Path | None, device):
-        self.val_hu = torch.stack([held_out[i]["hu"] for i in range(len(held_out))]).float()
+        count = min(len(held_out), MOST_HELD_OUT)
+        self.val_hu = torch.stack([held_out[i * len(held_out) // count]["hu"] for i in range(count)])
         self.features = InceptionFeatures(inception, device) if inception else None
         if self.features:
             pick = range(0, len(train_slices), max(1, len(train_slices) // 2048))
-            self.real = self.features(encode(torch.stack([train_slices[i]["hu"] for i in pick]).float()))
+            hu = torch.stack([train_slices[i]["hu"] for i in pick])
+            self.real = torch.cat([self.features(encode(part.float())) for part in hu.split(32)])
 
     @torch.no_grad()
     def measure(self, trainer: Trainer, out: Path) -> dict[str, float]:
@@ -78,10 +86,16 @@ class Quality:
         count = max(32, len(self.val_hu), len(self.real) if self.features else 0)
         generator = torch.Generator().manual_seed(trainer.config.seed)
         z = torch.randn(count, trainer.config.style_dim, generator=generator)
-        images = torch.cat([trainer.g_ema(part.to(trainer.device), noise="const").cpu() for part in z.split(32)])
-        samples = decode(images)
+        samples, features = [], []
+        for part in z.split(32):                       # of the images themselves, three times as large, none is kept
+            images = trainer.g_ema(part.to(trainer.device), noise="const").cpu()
+            if 32 * len(samples) < max(32, len(self.val_hu)):
+                samples.append(decode(images))
+            if self.features:
+                features.append(self.features(images))
+        samples = torch.cat(samples)
         save_hu_grid(out / f"samples-{trainer.images_seen // 1000:06d}.png", samples[:32].numpy())
         result = {"swd": sliced_wasserstein(self.val_hu, samples[: len(self.val_hu)])}
         if self.features:
-            result["fid"] = frechet_distance(self.real, self.features(images))
+            result["fid"] = frechet_distance(self.real, torch.cat(features))
         return result

@@ -42,6 +42,22 @@ def laplacian_pyramid(hu: torch.Tensor, smallest: int = 16) -> list[torch.Tensor
     return [*levels, x[:, 0]]
 
 
+def error_hu(drawn: torch.Tensor, hu: torch.Tensor, where: torch.Tensor) -> list[torch.Tensor]:
+    """Mean absolute difference of drawn and hu [B, N, N] where bool [B, N, N] says, in a list; none if that is nowhere.
+
+    What isn't finite in a drawing counts wherever it is: the training has diverged.
+    """
+    error = (drawn - hu).abs()
+    if not error.isfinite().all():
+        return [error.sum()]
+    return [error[where].mean()] if where.any() else []
+
+
+def means(lists: dict[str, list[torch.Tensor]]) -> dict[str, float]:
+    """The mean of each list under its name; a name without values is left out, as the mean of nothing is NaN."""
+    return {name: torch.stack(values).mean().item() for name, values in lists.items() if values}
+
+
 def _patches(x: torch.Tensor, places: torch.Tensor, patch: int) -> torch.Tensor:
     """The patches of x [M, N, N] at places [M, P] of the top left corners: [M * P, patch * patch]."""
     columns = x.shape[-1] - patch + 1

@@ -106,25 +106,28 @@ class Run:
         if not all(math.isfinite(value) for value in row.values()):
             raise FloatingPointError(f"training diverged at step {step}: {row}")
 
-    def end_step(self, step: int, snapshot: bool) -> None:
+    def end_step(self, step: int, snapshot: bool, distance: float | None = None) -> None:
         """Collective. Write a snapshot when one is due, or before raising Stopped when a signal has come to any rank.
+
+        distance: of what is drawn to what should be, where it was measured at this step: the snapshot with the least
+        is kept besides the last ones.
 
         Raises FloatingPointError instead of writing weights that are not finite.
         """
         number = distributed.all_reduce_max(self.signal)
         if snapshot or number:
-            self._save(step)
+            self._save(step, distance)
         if number:
             raise Stopped(number)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, distance: float | None) -> None:
         modules = self.trainer.modules()
         if not all(p.isfinite().all() for module in modules.values() for p in module.parameters()):
             raise FloatingPointError(f"training diverged at step {step}: weights are not finite")
         state = {**self.trainer.state(), "log": self.log.state(), "rollbacks": self.rollbacks,
                  "seconds": self.seconds()}
         if distributed.is_main():
-            save_snapshot(self.out, step, modules, state, self.meta)
+            save_snapshot(self.out, step, modules, state, self.meta, distance=distance)
         distributed.barrier()
 
 
@@ -234,7 +237,8 @@ def run_command(work: Callable[[torch.device, bool], None], device: str, out: Pa
         work(chosen, True)                             # not in the handler: its traceback keeps the first go in memory
         return 0
     except FloatingPointError as error:
-        print(f"error: {error}\nThe last good snapshot is kept in {out}.", file=sys.stderr)
+        kept = f"The last good snapshot is kept in {out}." if snapshot_steps(out) else f"{out} holds no snapshot yet."
+        print(f"error: {error}\n{kept}", file=sys.stderr)
         return 4
     except Stopped as stopped:
         distributed.print0(str(stopped), file=sys.stderr)
@@ -307,6 +311,10 @@ def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> Sna
                 raise CheckpointError(
                     f"{out}: the run there has another {key} ({snapshot.meta[key]}, now {meta[key]}); go on with "
                     "the same flags and database, or choose another --out")
+        if gone := sorted(set(snapshot.meta.get("config", {})) - set(meta["config"])):
+            raise CheckpointError(
+                f"{out}: the run there was started by an older version, with settings that this one does not know "
+                f"({', '.join(gone)}); go on with that version, or choose another --out")
         snapshot.restore(modules)
     if distributed.is_main():
         replace_text(out / "config.json", json.dumps(meta, indent=2) + "\n")

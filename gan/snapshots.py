@@ -62,13 +62,14 @@ def snapshot_steps(run: str | Path) -> list[int]:
 
 
 def save_snapshot(run: str | Path, step: int, modules: Mapping[str, nn.Module], state: Mapping[str, Any],
-                  meta: Mapping[str, Any], keep: int = 2, milestone: bool = False) -> Path:
-    """Write a snapshot atomically, then drop all but the newest `keep` and the milestones. Returns its folder.
+                  meta: Mapping[str, Any], keep: int = 2, distance: float | None = None) -> Path:
+    """Write a snapshot atomically, then drop all but the newest `keep` and the best. Returns its folder.
 
     modules  networks by name; each becomes NAME.safetensors
     state    tensors, numbers, strings, None, and dicts, lists and tuples of these; anything else is refused,
              so that it can be read back without unpickling code
     meta     anything JSON can hold
+    distance how far what the run draws is from what it should draw; the snapshot with the least is the best
 
     Raises OSError, naming the space needed, when the disk is full; the snapshots that are there stay whole.
     """
@@ -86,7 +87,7 @@ def save_snapshot(run: str | Path, step: int, modules: Mapping[str, nn.Module], 
             save_tensors(portable(module.state_dict()), writing / f"{name}.safetensors")
         torch.save(dict(state), writing / "state.pt")
         files = {path.name: sha256(path) for path in sorted(writing.iterdir())}
-        content = dict(format_version=FORMAT_VERSION, step=step, milestone=milestone, files=files, meta=dict(meta))
+        content = dict(format_version=FORMAT_VERSION, step=step, distance=distance, files=files, meta=dict(meta))
         write_json(writing / "meta.json", content)
         for path in [*writing.iterdir(), writing]:
             flush(path)
@@ -134,14 +135,20 @@ def _read_snapshot(folder: Path) -> Snapshot:
 
 
 def _prune(run: Path, keep: int) -> None:
-    for step in snapshot_steps(run)[:-max(keep, 1)]:
+    steps = snapshot_steps(run)
+    measured = {step: distance for step in steps if (distance := _distance(_snapshot_path(run, step))) is not None}
+    kept = {*steps[-max(keep, 1):], *sorted(measured, key=measured.get)[:1]}
+    for step in set(steps) - kept:       # in one move first: a run killed here leaves no half of a snapshot
         folder = _snapshot_path(run, step)
-        try:
-            milestone = read_json(folder / "meta.json", "damaged", FORMAT_VERSION)["milestone"]
-        except CheckpointError:
-            milestone = False
-        if not milestone:                # in one move first: a run killed here leaves no half of a snapshot
-            shutil.rmtree(folder.rename(run / f".{folder.name}.replaced"))
+        shutil.rmtree(folder.rename(run / f".{folder.name}.replaced"))
+
+
+def _distance(folder: Path) -> float | None:
+    """Of a snapshot; None where it was not measured, or meta.json is damaged."""
+    try:
+        return read_json(folder / "meta.json", "damaged", FORMAT_VERSION).get("distance")
+    except CheckpointError:
+        return None
 
 
 def _snapshot_path(run: Path, step: int) -> Path:

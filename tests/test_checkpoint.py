@@ -100,13 +100,22 @@ def test_snapshot_round_trip(tmp_path):
         snapshot.restore({"net": nn.Linear(4, 2)})
 
 
-def test_last_two_and_milestones_are_kept(tmp_path):
-    for step in range(1, 6):
-        save_one(tmp_path, step, value=step, milestone=step == 2)
+def test_the_last_two_and_the_best_are_kept(tmp_path):
+    for step, distance in ((1, 9.0), (2, 3.0), (3, None), (4, 3.5), (5, None)):
+        save_one(tmp_path, step, value=step, distance=distance)
     assert snapshot_steps(tmp_path) == [2, 4, 5]
     assert load_snapshot(tmp_path, 2).weights["net"]["weight"][0, 0] == 2
     with pytest.raises(CheckpointError, match=r"no snapshot of step 3; there are \[2, 4, 5\]"):
         load_snapshot(tmp_path, 3)
+    (tmp_path / "snapshot-00000002/meta.json").write_text("{")
+    save_one(tmp_path, 6)
+    assert snapshot_steps(tmp_path) == [4, 5, 6]                          # of what can be read
+
+
+def test_without_a_measure_the_last_two_are_kept(tmp_path):
+    for step in range(1, 5):
+        save_one(tmp_path, step)
+    assert snapshot_steps(tmp_path) == [3, 4]
 
 
 def test_a_step_saved_again_replaces_the_first(tmp_path):

@@ -17,7 +17,7 @@ from dataset import SliceDataset
 from detect.bundle import load_bundle
 from detect.inpainting import Inpainting, InpaintingSettings, blocks
 from detect.inversion import bone_mask
-from gan import corrupt
+from gan import corrupt, inpainting
 from gan.corrupt import hide
 from gan.inpainting import InpaintingTrainer, open_noise, weighted_distance
 from gan.settings import EncoderConfig
@@ -162,6 +162,16 @@ def test_the_adversary_sees_what_was_drawn(gan_run, slices32):
     stats = one.learn(batch, 1, full=True)
     assert {"distance", "adversarial", "loss_d"} <= stats.keys()
     assert any(not torch.equal(p, before[name]) for name, p in one.d.named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_held_out_brain_that_is_hidden_nowhere_counts_for_what_is_seen_alone(gan_run, slices32, tmp_path, monkeypatch):
+    one, held_out = trainer(gan_run), SliceDataset(slices32, "val")
+    both = one.validate(held_out, tmp_path, 0)
+    monkeypatch.setattr(inpainting, "hide", lambda count, size, *_: torch.zeros(count, size, size, dtype=torch.bool))
+    assert one.validate(held_out, tmp_path, 0) == {"val_error_hu": both["val_error_hu"]}
+    one.draw = lambda images, hidden, bone: images * torch.nan
+    assert np.isnan(list(one.validate(held_out, tmp_path, 0).values())).all()
 
 
 # ---- From a scan to its closest normal

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gan.quality import frechet_distance, laplacian_pyramid, sliced_wasserstein
+from ct.window import decode
+from gan import loop
+from gan.quality import error_hu, frechet_distance, laplacian_pyramid, means, sliced_wasserstein
 from op import binomial_kernel, upfirdn2d
 
 
@@ -73,3 +76,43 @@ def test_frechet_distance_of_gaussians_by_formula():
     assert frechet_distance(corners, corners) == pytest.approx(0, abs=1e-6)
     mixing = torch.tensor([[2.0, 1], [1, 2]])                # symmetric: the covariance is 4/3 of its square
     assert frechet_distance(corners, corners @ mixing) == pytest.approx(4 / 3 * (2 + 10 - 2 * 4), rel=1e-6)
+
+
+def test_the_mean_of_nothing_is_left_out_and_what_is_not_finite_is_not():
+    hu, where = torch.zeros(1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.bool)
+    assert means({"all": error_hu(hu + 3, hu, ~where), "none": error_hu(hu + 3, hu, where)}) == {"all": 3.0}
+    drawn = torch.tensor([[[math.nan, 0.0], [0.0, 0.0]]])
+    assert math.isnan(means({"none": error_hu(drawn, hu, where)})["none"])
+
+
+class Held:
+    """Held-out slices whose HU are their numbers, and no others are read."""
+
+    def __init__(self, count: int):
+        self.count, self.read = count, []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict:
+        self.read.append(i)
+        return {"hu": torch.full((32, 32), i, dtype=torch.int16)}
+
+
+@pytest.mark.parametrize(("count", "expected"), [(40, list(range(40))), (200, list(range(0, 200, 2)))])
+def test_of_many_held_out_slices_evenly_spaced_ones_are_measured(count, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, "MOST_HELD_OUT", 100)
+    drawn = []
+
+    def draw(z, noise):
+        drawn.append(torch.rand(len(z), 3, 32, 32, generator=torch.Generator().manual_seed(len(drawn))) * 2 - 1)
+        return drawn[-1]
+
+    held_out = Held(count)
+    quality = loop.Quality(held_out, None, None, "cpu")
+    assert held_out.read == expected and quality.val_hu.dtype == torch.int16
+    trainer = SimpleNamespace(config=SimpleNamespace(seed=0, style_dim=8), g_ema=draw, device="cpu", images_seen=0)
+    found = quality.measure(trainer, tmp_path)
+    samples = decode(torch.cat(drawn))
+    assert len(samples) == len(expected)
+    assert found == {"swd": sliced_wasserstein(quality.val_hu.float(), samples)}
