@@ -151,7 +151,7 @@ def read_images(folder: Path, settings: ImageSettings) -> Pictures:
 
     with ThreadPoolExecutor() as pool:
         read = list(pool.map(attempt, paths))
-    names = [path.relative_to(folder.parent).with_suffix("").as_posix() for path in paths]
+    names = [_without_suffix(path.relative_to(folder.parent)) for path in paths]
     unreadable = {name: got for name, got in zip(names, read) if isinstance(got, str)}
     kept = [i for i, got in enumerate(read) if not isinstance(got, str)]
     if not kept:
@@ -164,6 +164,11 @@ def read_images(folder: Path, settings: ImageSettings) -> Pictures:
         warnings.warn(f"{folder}: its brightest pixel has {100 * brightest / FULL:.1f} % of white; for 12 bits stored "
                       f"in 16 give --white-16bit 4095 (now {settings.white_16bit})", stacklevel=2)
     return Pictures(settings, pixels, kept_names, kept_names, unreadable)
+
+
+def _without_suffix(path: Path) -> str:
+    """An image's name: only a suffix that images have is left out, since a name may hold dots."""
+    return (path.with_suffix("") if path.suffix.lower() in SUFFIXES else path).as_posix()
 
 
 def stack(images: Sequence[np.ndarray]) -> np.ndarray:
@@ -307,7 +312,7 @@ def split_by_patient(names: Sequence[str], fraction: float, seed: int, patients:
     patient = {name: name for name in names}
     if patients is not None:
         rows = read_table(patients, ("image", "patient"), DatasetError)
-        listed = {Path(row["image"]).with_suffix("").as_posix(): row["patient"] for row in rows}
+        listed = {_without_suffix(Path(row["image"])): row["patient"] for row in rows}
         if missing := [name for name in names if name not in listed]:
             raise DatasetError(f"{patients}: no patient for {len(missing)} images, the first: {missing[0]}")
         patient = {name: listed[name] for name in names}

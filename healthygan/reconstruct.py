@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from common.weights import CheckpointError, compact, load_tensors
 from config import option
-from ct.window import decode, encode
+from ct.window import WINDOWS_HU, decode, encode
 from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
 from healthygan.data import shrink
 from healthygan.model import Generator, ModelConfig
@@ -50,7 +50,8 @@ class Translator(Reconstructor):
         small = shrink(hu.float().clamp(*self.range_hu), self.model.size).round()         # its databases hold whole HU
         with stages.stage("reconstruct", lambda: error_hu(query, normal, brain)):
             parts = encode(small).to(self.device).split(self.settings.batch)
-            change = decode(torch.cat([self.generator(x).y.float().cpu() for x in parts])) - small
+            healthy = decode(torch.cat([self.generator(x).y.float().cpu() for x in parts]))
+            change = healthy - small.clamp(*WINDOWS_HU[-1])                               # the widest ends what it sees
             change = F.interpolate(change[:, None], size=hu.shape[1:], mode="bilinear", align_corners=False)[:, 0]
             normal = query + change
         if watch:

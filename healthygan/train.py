@@ -31,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a script from anywhere
 
 import distributed
-from config import option, parse
+from config import check_range, option, parse
 from dataset import DatasetError
 from evaluation import metrics
 from gan.runlog import Run, load_optimiser, run_command
@@ -73,9 +73,8 @@ class TrainConfig:
     indecision: float = option(1.0, "the indecision's part in --mask; 0: size alone, and the mask can change its mind")
     # Optimisation
     lr: float = option(1e-4, "Adam's learning rate; betas are 0.5 and 0.999")
-    lr_decay: str = option("linear", "over the last --decay-iterations, to 0; 'none' in effect as the released code",
-                           ("linear", "none"))
-    decay_iterations: int = option(100_000, "see --lr-decay")
+    decay: float = option(0.25, "last part of the iterations over which the rate falls evenly to 0; 0, none, is in "
+                                "effect as the released code")
     critic_steps: int = option(2, "steps of the critic for one of the generator")
     ema_iterations: float = option(1000, "half-life of the averaged generator; 0: the generator itself is kept")
     ema_rampup: float = option(0.05, "the half-life is at most this part of the iterations so far")
@@ -97,29 +96,26 @@ class TrainConfig:
     snapshot: int = option(5000, "iterations between snapshots")
 
     def __post_init__(self):
-        for name in ("iterations", "batch", "critic_steps", "tick", "choose", "snapshot"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("val_fraction", "crop_top", "choose_after", "mask_rampup"):
+        check_range(self, ("iterations", "batch", "critic_steps", "tick", "choose", "snapshot"), 1)
+        check_range(self, ("lr",), 0, above=True)
+        check_range(self, ("penalty", "identity", "reconstruction", "mask", "indecision", "copy_first",
+                           "translate_first", "ema_iterations", "ema_rampup", "shift"), 0)
+        check_range(self, ("decay",), 0, 1)
+        check_range(self, ("white_16bit",), 1, 65535)
+        for name in ("val_fraction", "crop_top", "choose_after", "mask_rampup", "fpr"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.copy_first < self.iterations:
-            raise ValueError(f"--copy-first must lie in [0, --iterations), got {self.copy_first}")
-        for name in ("translate_first", "indecision", "shift"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
-        if not 1 <= self.white_16bit <= 65535:
-            raise ValueError(f"--white-16bit must lie in 1..65535, got {self.white_16bit}")
+        if self.copy_first + self.translate_first >= self.iterations:
+            raise ValueError(f"--copy-first {self.copy_first} and --translate-first {self.translate_first} leave "
+                             f"nothing of --iterations {self.iterations}: together they must be less")
         self.model()
 
     def model(self) -> ModelConfig:
         return ModelConfig(self.size, self.width, self.blocks, self.critic_width, self.critic_max, self.critic_layers)
 
     def learning_rate(self, iteration: int) -> float:
-        """The rate of step `iteration`, from 0: constant, then straight down to lr / decay_iterations."""
-        if self.lr_decay == "none":
-            return self.lr
-        return self.lr * min(1.0, (self.iterations - iteration) / max(1, self.decay_iterations))
+        """The rate of step `iteration`, from 0: constant, then straight down to 0, which comes after the last step."""
+        return self.lr * min(1.0, (self.iterations - iteration) / max(1, round(self.decay * self.iterations)))
 
     def mask_weight(self, iteration: int) -> float:
         """The weight of the mask's term at step `iteration`, from 0."""
@@ -131,14 +127,14 @@ class TrainConfig:
 PRESETS = {
     "full256": TrainConfig(),
     # As released: full width, no averaged generator, a rate that in effect never falls, no images kept aside
-    "faithful": TrainConfig(lr_decay="none", ema_iterations=0, val_fraction=0, precision="fp32"),
+    "faithful": TrainConfig(decay=0, ema_iterations=0, val_fraction=0, precision="fp32"),
     # Narrow and short, some 20 minutes on one CPU core with bf16. So few steps need an identity that weighs more than
     # the published 1, and a start on the right side of the mask (healthygan/README.md)
     "cpu128": TrainConfig(size=128, width=16, blocks=4, critic_width=24, critic_max=256, iterations=750, batch=8,
-                          lr=4e-4, identity=100, seed=3, decay_iterations=250, ema_iterations=100, tick=50, choose=125,
+                          lr=4e-4, identity=100, seed=3, decay=1 / 3, ema_iterations=100, tick=50, choose=125,
                           snapshot=125),
     "smoke32": TrainConfig(size=32, width=8, blocks=2, critic_width=8, critic_max=32, critic_layers=4, iterations=20,
-                           batch=4, decay_iterations=5, ema_iterations=5, val_fraction=0.25, fpr=0.25, tick=5,
+                           batch=4, ema_iterations=5, val_fraction=0.25, fpr=0.25, tick=5,
                            choose=10, snapshot=10),
 }
 

@@ -28,7 +28,7 @@ cxr)
     [ $# -ge 2 ] || usage
     data=$2
     work=${3:-runs/healthygan-cxr}
-    train --data "$data" --seed 3 --shift 8 --translate-first 2204 --iterations 5906 --decay-iterations 1390
+    train --data "$data" --seed 3 --shift 8 --translate-first 2204 --iterations 5906 --decay 0.23535
     "$python" -m healthygan.test --data "$data" --model "$work/run" --out "$work/test"
     "$python" -m benchmarks.xray_map --data "$data" --model "$work/run" --out "$work/xray-map"
     "$python" -m healthygan.trivial --data "$data"
@@ -45,7 +45,7 @@ ct)
     [ -e "$work/worse.lmdb" ] ||                          # of the two it is put in place last
         "$python" -m healthygan.sets halves --data "$bleeds" --mixed "$work/worse.lmdb" --healthy "$work/better.lmdb"
     train --mixed "$work/worse.lmdb" "$work/worse.lmdb" "$loose" --healthy "$work/better.lmdb" "$work/better.lmdb" \
-        "$loose" --seed 1 --shift 4 --translate-first 2125 --iterations 5683 --decay-iterations 1485
+        "$loose" --seed 1 --shift 4 --translate-first 2125 --iterations 5683 --decay 0.26131
     [ -e "$work/model/model.json" ] ||
         "$python" latent_stats.py --data "$slices" --encoder "$work/run" --held-out "$scans" --out "$work/model" \
             --name healthygan-ct-128 --preset ct128 --set method=healthygan

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
-from common.weights import CheckpointError
+from common.weights import SEAL, CheckpointError, write_json
 from ct.window import encode
 from dataset import DatasetError
 from healthygan import test as healthygan_test
@@ -84,7 +84,7 @@ def test_a_run_writes_what_it_promises(finished):
 
 
 def test_resumed_equals_uninterrupted(finished, run_train, tmp_path):
-    run_train(tmp_path, "--iterations", 10, "--lr-decay", "none")  # the rate is constant up to step 15 in both
+    run_train(tmp_path, "--iterations", 10, "--decay", 0)  # the rate is constant up to step 15 in both
     assert run_train(tmp_path) == 0
     for name in ("generator", "generator_ema", "critic"):
         whole, resumed = (load_file(run / f"snapshot-00000020/{name}.safetensors") for run in (finished, tmp_path))
@@ -129,7 +129,7 @@ def test_no_label_or_test_image_can_reach_the_training(run_train, finished, xray
     alone = tmp_path / "alone"
     shutil.copytree(xrays / "train", alone / "train")
     assert train.main(["--data", str(alone), "--out", str(tmp_path / "run"), "--preset", "smoke32", "--device", "cpu",
-                       "--precision", "fp32", "--iterations", "10", "--lr-decay", "none"]) == 0
+                       "--precision", "fp32", "--iterations", "10", "--decay", "0"]) == 0
     assert stats(tmp_path / "run")[10]["aucp"] == stats(finished)[10]["aucp"]
 
 
@@ -149,7 +149,9 @@ def test_step_order_and_learning_rate():
     assert "g_identity" in trainer.step(a, b)
     assert not torch.equal(before[0], next(trainer.g.parameters()))
     assert [config.learning_rate(i) for i in (0, 15, 16, 19)] == pytest.approx([1e-4, 1e-4, 8e-5, 2e-5])
-    assert dataclasses.replace(config, lr_decay="none").learning_rate(19) == 1e-4
+    assert dataclasses.replace(config, decay=0).learning_rate(19) == 1e-4
+    short = dataclasses.replace(train.PRESETS["full256"], iterations=5000)        # a part of whatever length there is
+    assert [short.learning_rate(i) for i in (0, 3750, 4375)] == pytest.approx([1e-4, 1e-4, 5e-5])
 
 
 def test_the_masks_weight_rises():
@@ -249,7 +251,7 @@ def test_the_critics_gradient_is_that_of_its_loss():
 def test_the_faithful_preset_is_the_released_one():
     config = train.PRESETS["faithful"]
     assert (config.size, config.batch, config.iterations, config.lr) == (256, 16, 400_000, 1e-4)
-    assert config.lr_decay == "none" and config.ema_iterations == 0 and config.model() == train.ModelConfig()
+    assert config.decay == 0 and config.ema_iterations == 0 and config.model() == train.ModelConfig()
     trainer = train.Trainer(dataclasses.replace(train.PRESETS["smoke32"], ema_iterations=0), torch.device("cpu"))
     assert trainer.best is trainer.g and trainer.modules().keys() == {"generator", "critic"}
 
@@ -268,7 +270,7 @@ def test_a_collapsed_mask_is_reported_with_what_to_change(mean, side, change):
 
 
 def test_a_diverged_run_ends_with_4(run_train, tmp_path, capsys):
-    assert run_train(tmp_path, "--penalty", "inf", "--ema-iterations", 0) == 4
+    assert run_train(tmp_path, "--lr", "1e30", "--ema-iterations", 0) == 4
     assert "diverged" in capsys.readouterr().err
 
 
@@ -360,6 +362,18 @@ def test_what_a_shrunk_slice_changes_by_is_added_to_the_whole_one():
     torch.testing.assert_close(found.normal_hu[1], torch.full((128, 128), 50.0), rtol=0, atol=1e-3)
 
 
+def test_a_generator_that_changes_nothing_changes_nothing_beyond_its_windows_either():
+    class Same(Generator):
+        def forward(self, x):
+            return Translation(x, torch.zeros_like(x[:, :1]), x)
+
+    translator = Translator(TranslatorSettings(), Same(4, 1), ModelConfig(size=64), 64, (-100.0, 300.0), "cpu")
+    hu = torch.full((1, 64, 64), 30.0)
+    hu[0, 5:9], hu[0, 20:24] = 250, -80
+    found = translator.closest_normal(hu, torch.ones_like(hu, dtype=torch.bool), np.array([50.0]))
+    torch.testing.assert_close(found.normal_hu, found.query_hu, rtol=0, atol=1e-3)
+
+
 def test_released_weights_can_be_tested(xrays, tmp_path):
     state = Generator().state_dict()
     state |= {"main.1.running_mean": torch.zeros(64), "main.1.num_batches_tracked": torch.tensor(3)}
@@ -418,11 +432,13 @@ def test_train_names_what_is_missing(flags, message, tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("flag", ["--batch=0", "--size=30", "--critic-layers=7", "--val-fraction=1",
                                   "--white-16bit=0", "--copy-first=20", "--mask-rampup=1", "--translate-first=-1",
-                                  "--indecision=-1", "--shift=-1"])
-def test_train_refuses_values_that_cannot_be_meant(flag, xrays):
+                                  "--indecision=-1", "--shift=-1", "--fpr=5", "--fpr=nan", "--lr=nan", "--penalty=-1",
+                                  "--identity=nan", "--indecision=nan", "--decay=2", "--ema-iterations=-1",
+                                  "--translate-first=20", "--reconstruction=-1", "--mask=inf"])
+def test_train_refuses_values_that_cannot_be_meant(flag, xrays, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--data", str(xrays), "--preset", "smoke32", flag])
-    assert stop.value.code == 2
+    assert stop.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err
 
 
 def test_test_names_what_is_wrong(finished, xrays, slices32, tmp_path, capsys):
@@ -449,6 +465,16 @@ def test_a_run_with_other_data_is_not_gone_on_with(finished, slices32, tmp_path,
         assert train.main(["--healthy", str(slices32), "--mixed", str(slices32), "--out", str(copy), "--preset",
                            "smoke32", "--device", "cpu"]) == 2
     assert "the run there has another data" in capsys.readouterr().err
+
+
+def test_a_run_of_an_older_version_with_other_settings_is_not_gone_on_with(finished, run_train, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for folder in tmp_path.glob("snapshot-*"):
+        content = json.loads((folder / "meta.json").read_text())
+        content["meta"]["config"]["decay_iterations"] = 5
+        write_json(folder / "meta.json", {key: value for key, value in content.items() if key != SEAL})
+    assert run_train(tmp_path) == 2
+    assert "older version, with settings that this one does not know (decay_iterations)" in capsys.readouterr().err
 
 
 def test_scripts_run_from_their_folder():

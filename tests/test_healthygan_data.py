@@ -113,6 +113,9 @@ def test_a_patient_is_held_out_whole(tmp_path):
     assert split_by_patient(names, 0.5, 0, table) == (kept, held_out) != split_by_patient(names, 0.5, 2, table)
     with pytest.raises(DatasetError, match="0.9 keeps all 4 healthy images .* lower it"):
         split_by_patient(names, 0.9, 0, table)
+    dotted = ["healthy/scan.001", "healthy/scan.002"]
+    table.write_text("image,patient\nhealthy/scan.001,a\nhealthy/scan.002.png,b\n")
+    assert sorted(sum(split_by_patient(dotted, 0.5, 0, table), [])) == [0, 1]
     table.write_text("image,patient\nhealthy/0.png,0\n")
     with pytest.raises(DatasetError, match="no patient for 7 images, the first: healthy/1"):
         split_by_patient(names, 0.5, 0, table)

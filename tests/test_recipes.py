@@ -122,7 +122,7 @@ def test_healthygan(run, tmp_path):
         "inversion", "cross_validation", "ct_ich"))]
     xrays, ct = ([parse(command) for command in commands] for commands in (of_xrays, of_ct))
     for train in (xrays[0], ct[1]):
-        assert train.copy_first + train.translate_first < train.iterations - train.decay_iterations
+        assert train.copy_first + train.translate_first < train.iterations * (1 - train.decay)
     halves = ct[0]
     assert ct[1].mixed == [halves.mixed] * 2 + [Path(loose)] and ct[1].healthy == [halves.healthy] * 2 + [Path(loose)]
     assert str(ct[2].held_out) == scans == str(ct[5].database) and ct[5].beside == [ct[2].out]
