@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     from bundling import OF_ENCODER_RUNS, WITH_READER, build
     from detect.settings import Settings
     from gan.database import ensure_database
-    from gan.snapshots import load_snapshot
+    from gan.runlog import load_run
     from op import memory, set_impl
 
     try:
@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = Settings().changed(SETTINGS[args.preset]).changed(args.changes)
         notes, device, data = read_notes(args.provenance), distributed.pick_device(args.device), args.data
         if settings.method in OF_ENCODER_RUNS:                      # the encoder's own database, where it made one
-            data = ensure_database(data, args.encoder, load_snapshot(args.encoder).meta["model"]["size"])
+            run = load_run(args.encoder, "--encoder", "encoder", "train_encoder.py")
+            data = ensure_database(data, args.encoder, run.meta["model"]["size"])
         if args.held_out and args.fold:
             raise ValueError("--held-out and --fold: give one of them")
         if args.reader and (args.fold or settings.method not in WITH_READER):

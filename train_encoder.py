@@ -62,14 +62,13 @@ def main(argv: list[str] | None = None) -> int:
 
     from gan.database import ensure_database  # only now: --help needs none of what takes seconds to import
     from gan.encoder_loop import train
-    from gan.runlog import run_command
-    from gan.snapshots import load_snapshot
+    from gan.runlog import load_run, run_command
     from op import memory, set_impl
 
     def work(device, rollback):
         memory.keep_freed()
         set_impl(args.ops)
-        size = load_snapshot(args.gan).meta["model"]["size"]
+        size = load_run(args.gan, "--gan", "gan", "train.py").meta["model"]["size"]
         data = ensure_database(args.data, args.out, size)
         train(config, data, args.gan, args.out, device, args.vgg16, args.lpips, args.init, rollback)
 

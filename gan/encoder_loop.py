@@ -61,6 +61,10 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
         distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; GAN at "
                            f"{snapshot.step / 1000:g} kimg; {trainer.e.compute_dtype} on {device}")
 
+        if config.perceptual_epochs >= config.epochs:
+            distributed.print0(f"No adversary in this run: --epochs {config.epochs:g} end before or with its "
+                               f"--perceptual-epochs {config.perceptual_epochs:g}, in which there is none")
+
         # ---- Train
         def learn(examples, index, done):
             return trainer.learn(examples, index, done * config.epochs >= config.perceptual_epochs)
@@ -111,6 +115,9 @@ def train_reader(config: ReaderConfig, data: Path, encoder: Path, out: Path, dev
     if dataset.manifest["settings"] != snapshot.meta["data"]["settings"]:
         raise DatasetError(f"{data}: its slices were prepared in another way than those of --encoder {encoder}; "
                            "prepare them with the same flags")
+    if dataset.size % 2**config.depth:
+        raise ValueError(f"--depth {config.depth}: slices of {dataset.size} x {dataset.size} pixels cannot be halved "
+                         "so often; give a smaller one")
     if unknown := sorted(set(dataset.held_out_ids()) - set(snapshot.meta.get("held_out", ()))):
         raise DatasetError(f"{data}: holds out {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}, which "
                            f"--encoder {encoder} may have been trained on: hold out scans that it has not seen "

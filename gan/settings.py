@@ -54,10 +54,12 @@ class TrainConfig:
     snapshot_kimg: float = option(40, "between snapshots")
 
     def __post_init__(self):
-        check_range(self, ("batch", "accumulate", "path_shrink"), 1)
-        check_range(self, ("kimg", "lr", "ada_kimg", "tick_kimg", "grid_kimg", "snapshot_kimg"), 0, above=True)
+        check_range(self, ("style_dim", "channel_base", "channel_max", "batch", "accumulate", "path_shrink"), 1)
+        check_range(self, ("channel_multiplier", "kimg", "lr", "ada_kimg", "tick_kimg", "grid_kimg", "snapshot_kimg"),
+                    0, above=True)
         check_range(self, ("r1_gamma", "r1_every", "path_weight", "path_every", "ema_kimg", "ema_rampup", "workers"), 0)
         check_range(self, ("path_decay", "mixing", "ada_cutout"), 0, 1)
+        check_range(self, ("ada_target",), -2, 1)                  # of a mean sign; below -1 the probability always rises
         if self.batch % self.accumulate:
             raise ValueError(f"--batch {self.batch} must be divisible by --accumulate {self.accumulate}")
 

@@ -40,6 +40,12 @@ def read(*argv):
     ({"lr": float("nan")}, "--lr must be above 0, got nan"),
     ({"kimg": float("inf")}, "--kimg must be above 0, got inf"),
     ({"r1_every": -1}, "--r1-every must be at least 0, got -1"),
+    ({"style_dim": 0}, "--style-dim must be at least 1, got 0"),
+    ({"channel_base": 0}, "--channel-base must be at least 1, got 0"),
+    ({"channel_max": -1}, "--channel-max must be at least 1, got -1"),
+    ({"channel_multiplier": float("inf")}, "--channel-multiplier must be above 0, got inf"),
+    ({"ada_target": 60}, "--ada-target must be at least -2 and at most 1, got 60"),
+    ({"ada_target": float("nan")}, "--ada-target must be at least -2 and at most 1, got nan"),
 ])
 def test_a_training_that_cannot_be_meant_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):

@@ -149,6 +149,10 @@ def test_refuses_a_run_of_another_kind(inputs, tmp_path, capsys):
     run = write_run(tmp_path / "gan", SliceDataset(inputs[0]).manifest, kind="gan")
     code, message = refused(capsys, inputs[0], run, tmp_path / "mine")
     assert code == 2 and "--encoder" in message and "train_encoder.py" in message
+    run = tmp_path / "reader"                                  # its meta know nothing of a size
+    save_snapshot(run, 1, {}, {}, {"kind": "reader", "model": {"widths": [24]}})
+    code, message = refused(capsys, inputs[0], run, tmp_path / "mine")
+    assert code == 2 and "--encoder" in message and "train_encoder.py" in message
 
 
 def test_refuses_another_database(inputs, tmp_path, capsys):

@@ -16,7 +16,7 @@ from ct.window import decode, encode
 from gan.augment import coarse_noise, erase, random_rotation
 from gan.encoding import EncoderTrainer
 from gan.settings import EncoderConfig
-from gan.snapshots import load_snapshot, snapshot_steps
+from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
 from tests.helpers import GradientRecorder
 
 FLAGS = ["--preset", "smoke32", "--device", "cpu", "--precision", "fp32", "--batch", "4", "--epochs", "2",
@@ -112,6 +112,10 @@ def test_what_cannot_be_trained_exits_2(slices32, gan_run, encoder_run, tmp_path
     assert "--vgg16 FILE" in capsys.readouterr().err
     assert run_encoder(slices32, encoder_run, tmp_path) == 2
     assert "not a run of train.py (kind 'encoder')" in capsys.readouterr().err
+    reader = tmp_path / "reader"                               # its meta know nothing of a size
+    save_snapshot(reader, 1, {}, {}, {"kind": "reader", "model": {"widths": [24]}})
+    assert run_encoder(slices32, reader, tmp_path) == 2
+    assert "--gan" in (said := capsys.readouterr().err) and "not a run of train.py (kind 'reader')" in said
     assert run_encoder(slices32, tmp_path / "absent", tmp_path) == 2
     assert "no snapshot here" in capsys.readouterr().err
     assert run_encoder(slices32, gan_run, gan_run) == 2
@@ -280,6 +284,12 @@ def test_rates_fall_evenly_over_the_last_part(gan_run):
 def test_decay_is_a_part():
     with pytest.raises(ValueError, match="--decay must be at least 0 and at most 1"):
         EncoderConfig(decay=2)
+
+
+@pytest.mark.parametrize(("epochs", "told"), [(0.5, True), (0.6, False)])
+def test_a_run_without_an_adversary_says_so(epochs, told, slices32, gan_run, tmp_path, capsys):
+    assert run_encoder(slices32, gan_run, tmp_path, "--epochs", epochs, "--perceptual-epochs", 0.5) == 0
+    assert ("No adversary in this run: --epochs 0.5" in capsys.readouterr().out) == told
 
 
 # ---- Predicted noise, and another run's weights

@@ -268,6 +268,12 @@ def test_a_network_that_cannot_be_is_refused(flags, words, tmp_path, capsys):
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
+def test_slices_that_cannot_be_halved_so_often_are_refused(slices32, hiding_run, tmp_path, capsys):
+    assert run(slices32, hiding_run, tmp_path / "run", "--depth", 6) == 2
+    assert "--depth 6: slices of 32 x 32 pixels cannot be halved" in capsys.readouterr().err
+    assert run(slices32, hiding_run, tmp_path / "run", "--depth", 5, "--epochs", 0.1) == 0
+
+
 def with_held_out(run, held_out, copy):
     """A copy of a run that says it held these scans out; None: an older run, which does not say."""
     shutil.copytree(run, copy)
