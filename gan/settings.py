@@ -59,7 +59,7 @@ class TrainConfig:
                     0, above=True)
         check_range(self, ("r1_gamma", "r1_every", "path_weight", "path_every", "ema_kimg", "ema_rampup", "workers"), 0)
         check_range(self, ("path_decay", "mixing", "ada_cutout"), 0, 1)
-        check_range(self, ("ada_target",), -2, 1)                  # of a mean sign; below -1 the probability always rises
+        check_range(self, ("ada_target",), -2, 1)            # of a mean sign; below -1 the probability always rises
         if self.batch % self.accumulate:
             raise ValueError(f"--batch {self.batch} must be divisible by --accumulate {self.accumulate}")
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 import distributed
 import train
-from gan import training
+from gan import loop, training
 from gan.snapshots import load_snapshot, snapshot_steps
 from gan.training import lazy_adam
 from tests.helpers import GradientRecorder, assert_identical, without_clock
@@ -84,6 +84,13 @@ def test_a_finished_run_has_nothing_to_do(train_gan, half):
     before = rows(half)
     assert train_gan(half, "--kimg", 0.016) == 0
     assert rows(half) == before
+
+
+def test_the_best_snapshot_is_kept_besides_the_last_two(train_gan, tmp_path, monkeypatch):
+    distances = iter((2.0, 1.0, 4.0, 5.0, 3.0, 6.0, 7.0, 8.0))
+    monkeypatch.setattr(loop, "sliced_wasserstein", lambda *_: next(distances))
+    assert train_gan(tmp_path, "--tick-kimg", 0.004, "--grid-kimg", 0.004, "--snapshot-kimg", 0.004) == 0
+    assert snapshot_steps(tmp_path) == [8, 28, 32]
 
 
 @pytest.mark.parametrize("flags, noticed", [((), 24), (("--tick-kimg", 1, "--snapshot-kimg", 0.004), 20)])
