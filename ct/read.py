@@ -233,13 +233,15 @@ def _moved(found, move: Callable[[Path], Path]):
 
 
 def _content(paths: tuple[Path, ...]) -> str:
-    """What identifies files wherever they lie: their sizes and beginnings; of one that cannot be read, its name."""
+    """What identifies files wherever they lie: all that is in them; of one that cannot be read, its name.
+
+    A part would not do: two patients' volumes can begin with the same air.
+    """
     digest = hashlib.sha256()
     for path in paths:
         try:
-            digest.update(str(path.stat().st_size).encode())
             with open(path, "rb") as file:
-                digest.update(file.read(65536))
+                digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError:
             digest.update(path.name.encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -380,3 +380,18 @@ def test_ids_by_uid_are_the_same_whatever_the_inputs(tmp_path):
     with pytest.raises(ScanError, match=f"{ids[0]}: this scan is in two inputs") as error:
         find_all([tmp_path, tmp_path / "a", tmp_path / "b"], ids="uid")
     assert "same name" not in str(error.value)
+
+
+def test_ids_by_uid_hang_on_all_that_is_in_a_file(tmp_path):
+    """Volumes of one size that began with the same 64 KiB of air had one id, and the second's results replaced the
+    first's."""
+    hu = np.full((12, 80, 80), -1000, np.float32)
+    for k, folder in enumerate("ab"):
+        hu[8:, 20:60, 20:60] = 30 + k
+        (tmp_path / folder).mkdir()
+        write_nifti_scan(tmp_path / folder / "scan.nii", hu)
+    first, second = ((tmp_path / folder / "scan.nii").read_bytes() for folder in "ab")
+    assert len(first) == len(second) and first[:65536] == second[:65536]
+    found = find_all([tmp_path / "a", tmp_path / "b"], ids="uid")
+    assert len({source.scan_id for source in found}) == 2
+    assert [source.scan_id for source in find_scans(tmp_path, ids="uid")] == [source.scan_id for source in found]
