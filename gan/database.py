@@ -260,7 +260,8 @@ def _check_all_used(folders: Sequence[PathLike], remaining: Sequence[ScanSource]
                     slices_csv: PathLike | None) -> None:
     """DatasetError for a folder of which --slices names nothing: it was given to be used."""
     for folder in folders:
-        mine, used = ([s for s in some if s.files[0].is_relative_to(folder)] for some in (remaining, sources))
+        whole = Path(folder).resolve()                    # as find_scans has it
+        mine, used = ([s for s in some if s.files[0].is_relative_to(whole)] for some in (remaining, sources))
         if mine and not used:
             raise DatasetError(f"{folder}: --slices {slices_csv} names none of its {len(mine)} scans; leave it out. If "
                                'these are loose slices, its scan.json must say "loose": true (docs/DATA.md)')

@@ -191,12 +191,15 @@ def test_given_split_patients_and_slices_are_followed(folder, tmp_path):
     assert manifest["settings"]["standardise"]["hu_clip"] == (0.0, 80.0)
 
 
-def test_a_folder_of_which_nothing_would_be_used_is_refused(folder, tmp_path):
+def test_a_folder_of_which_nothing_would_be_used_is_refused(folder, tmp_path, monkeypatch):
     """A folder of loose slices without its scan.json once left a training without two thirds of its slices."""
     shutil.copytree(folder / "three", tmp_path / "more" / "four")
     slices = write_csv(tmp_path / "slices.csv", "scan_id,slice", "one,6", "two,8")
-    with pytest.raises(DatasetError, match=r"more: --slices .* names none of its 1 scans; .*\"loose\": true"):
-        build_lmdb([folder, tmp_path / "more"], tmp_path / "x.lmdb", SETTINGS, slices_csv=slices)
+    (tmp_path / "linked").symlink_to(tmp_path / "more")
+    monkeypatch.chdir(tmp_path)
+    for more in (tmp_path / "more", tmp_path / "linked", "more"):
+        with pytest.raises(DatasetError, match=rf"{more}: --slices .* names none of its 1 scans; .*\"loose\": true"):
+            build_lmdb([folder, more], tmp_path / "x.lmdb", SETTINGS, slices_csv=slices)
     assert not (tmp_path / "x.lmdb").exists()
 
 
