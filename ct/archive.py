@@ -35,7 +35,7 @@ def claims(path: Path, head: bytes) -> bool:
 
 @contextmanager
 def unpacked(path: Path, only: Collection[str] | None = None) -> Iterator[Path]:
-    """A temporary folder with the archive's files, or `only` those of these names; removed in the end.
+    """A temporary folder with the archive's files, or `only` those of these paths in it; removed in the end.
 
     SIGTERM is such an end, too (common/stopping.py): the files are patients'. After SIGKILL, remove_abandoned does it.
     Raises ScanError where the archive is damaged or encrypted, has a path that leads out of the folder, or unpacks to
@@ -44,7 +44,7 @@ def unpacked(path: Path, only: Collection[str] | None = None) -> Iterator[Path]:
     with orderly_end(), _folder() as folder:
         try:
             with zipfile.ZipFile(path) as archive:
-                members = [m for m in archive.infolist() if not m.is_dir() and (only is None or m.filename in only)]
+                members = [m for m in archive.infolist() if not m.is_dir() and (only is None or _place(m) in only)]
                 _check(path, members, shutil.disk_usage(folder).free)
                 for member in members:
                     target = Path(folder, member.filename)
@@ -112,6 +112,11 @@ def _machine() -> str:
     except OSError:
         name = socket.gethostname()
     return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+def _place(member: zipfile.ZipInfo) -> str:
+    """Where a member lies once it is unpacked: some programs write './head/1.dcm' or 'head//1.dcm'."""
+    return PurePosixPath(member.filename).as_posix()
 
 
 def _check(path: Path, members: list[zipfile.ZipInfo], free: int) -> None:

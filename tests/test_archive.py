@@ -12,12 +12,14 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.stopping import Terminated
 from ct import archive
-from ct.read import find_scans
+from ct.read import find_scans, read_scan
 from ct.scan import ScanError
+from tests.writers import write_dicom_series
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +40,18 @@ def test_sigterm_removes_what_was_unpacked(packed):
         assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL        # or the tests would end here
         os.kill(os.getpid(), signal.SIGTERM)
     assert os.listdir(packed.parent / "tmp") == []
+
+
+@pytest.mark.parametrize("prefix", ["./head/", "head//", "head/./"])
+def test_a_zip_whose_paths_are_written_otherwise_can_be_read(tmp_path, prefix):
+    hu = np.random.default_rng(0).integers(-1000, 600, (6, 10, 8)).astype(np.float32)
+    with zipfile.ZipFile(tmp_path / "one.zip", "w") as file:
+        for path in write_dicom_series(tmp_path / "series", hu).iterdir():
+            file.writestr(zipfile.ZipInfo(prefix + path.name), path.read_bytes())
+    with zipfile.ZipFile(tmp_path / "one.zip") as file:
+        assert all(name.startswith(prefix) for name in file.namelist())
+    source, = find_scans(tmp_path / "one.zip")
+    np.testing.assert_array_equal(read_scan(source).hu, hu)
 
 
 def test_the_next_search_removes_what_a_killed_run_has_unpacked_and_nothing_of_a_living_one(packed):
