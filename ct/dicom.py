@@ -192,13 +192,18 @@ def _has_contrast(ds: pydicom.Dataset) -> bool:
 
 
 def _padding(ds: pydicom.Dataset, bits: int, signed: bool) -> tuple[int, int] | None:
-    """Stored values, inclusive, that mean: not measured; as the pixels are stored, whatever the VR says."""
+    """Stored values, inclusive, that mean: not measured; as the pixels are stored, whatever the VR says.
+
+    None where there are none, or where one has more bits than the pixels: no pixel has it, and cut to their bits it
+    could mean tissue.
+    """
     value, limit = ds.get("PixelPaddingValue"), ds.get("PixelPaddingRangeLimit")
     if value is None:
         return None
     pair = np.array([int(value), int(value if limit is None else limit)])
-    low, high = sorted(stored_values(pair, bits, signed).tolist())
-    return low, high
+    stored = stored_values(pair, bits, signed)
+    fits = ((pair & 0xFFFF) >> bits == 0) | (stored == stored_values(pair, 16, signed))       # the VR has 16 bits
+    return (int(stored.min()), int(stored.max())) if fits.all() else None
 
 
 def stored_values(raw: np.ndarray, bits: int, signed: bool) -> np.ndarray:
@@ -257,8 +262,9 @@ def read(source: ScanSource) -> Scan:
     frames = [frame for frame in frames if not frame.left_out]
     notes = list(source.options.get("notes", ())) + ([f"left out: {describe_left_out(out)}"] if out else [])
     if len(frames) < MIN_SLICES:
-        raise ScanError(f"{len(frames)} axial CT slices, at least {MIN_SLICES} are needed"
-                        + (f" (left out: {describe_left_out(out)})" if out else ""))
+        raise ScanError(f"{min(source.paths).name} and what belongs to it: {len(frames)} axial CT slices, at least "
+                        f"{MIN_SLICES} are needed" + (f" (left out: {describe_left_out(out)})" if out else "")
+                        + "; give the whole series of axial slices, as the scanner made it")
     _check_alike(frames)
     notes += _remarks(frames)
 
@@ -268,9 +274,10 @@ def read(source: ScanSource) -> Scan:
     normal /= np.linalg.norm(normal)
     position = stack.origins @ normal
     order = np.argsort(position, kind="stable")
-    order = order[_drop_duplicates(hu[order], position[order], notes)]
+    order = order[_drop_duplicates(hu[order], position[order], [frames[k].path.name for k in order], notes)]
     if len(order) < MIN_SLICES:
-        raise ScanError(f"axial CT slices at {len(order)} different positions, at least {MIN_SLICES} are needed")
+        raise ScanError(f"{min(source.paths).name} and what belongs to it: axial CT slices at {len(order)} different "
+                        f"positions, at least {MIN_SLICES} are needed; give the whole series")
     check_slice_spacing(frames[0].path.name, float(np.median(np.diff(position[order]))))
     notes += spacing_notes(position[order])
     spacing = (float(np.linalg.norm(stack.row_step)), float(np.linalg.norm(stack.column_step)))
@@ -284,9 +291,11 @@ def _check_alike(frames: list[Frame]) -> None:
     for frame in frames:
         name = frame.path.name
         if frame.spacing is None or min(frame.spacing) <= 0:
-            raise ScanError(f"{name} has no valid PixelSpacing")
+            raise ScanError(f"{name} has no valid PixelSpacing, so its size is unknown; export the series again with "
+                            "it, or leave this image out")
         if frame.rescale is None or frame.rescale[0] == 0:
-            raise ScanError(f"{name} has no valid RescaleSlope and RescaleIntercept, so its HU are unknown")
+            raise ScanError(f"{name} has no valid RescaleSlope and RescaleIntercept, so its HU are unknown; export the "
+                            "series again with them, or leave this image out")
         if frame.size != first.size:
             raise ScanError(f"{name} has {frame.size} rows and columns, {first.path.name} has {first.size}; "
                             "put the images of different size in folders and series of their own")
@@ -332,7 +341,7 @@ def _read_pixels(frames: list[Frame], notes: list[str]) -> list[np.ndarray]:
         for k in indices:
             if frames[k].index >= len(pixels) or pixels[frames[k].index].shape != frames[k].size:
                 raise ScanError(f"{path.name}: its pixels are not of the size that Rows, Columns and "
-                                "NumberOfFrames say")
+                                "NumberOfFrames say; export the series again")
             stored[k] = pixels[frames[k].index]
     if relabelled:
         notes.append(f"transfer syntax says compressed, the pixels are not: {relabelled} files read as they are")
@@ -365,8 +374,8 @@ def _to_hu(frames: list[Frame], stored: list[np.ndarray], notes: list[str]) -> n
     if not like_a_head(shares) and any(frame.monochrome1 for frame in frames):
         rescale(inverted=True)
         if not like_a_head(tissue_shares(hu)):
-            raise ScanError("MONOCHROME1, and neither the stored values nor their inverse look like HU of a head in "
-                            "air; convert the series to MONOCHROME2")
+            raise ScanError(f"{frames[0].path.name} and the other slices: MONOCHROME1, and neither the stored values "
+                            "nor their inverse look like HU of a head in air; convert the series to MONOCHROME2")
         notes.append("MONOCHROME1 with inverted stored values: inverted back")
     elif not like_a_head(shares):
         raise ScanError(f"the values do not look like HU of a head in air: {describe(shares)}, in "
@@ -401,17 +410,18 @@ def _to_display(hu: np.ndarray, frames: list[Frame]) -> tuple[np.ndarray, SliceS
     return np.ascontiguousarray(hu), stack
 
 
-def _drop_duplicates(hu: np.ndarray, position: np.ndarray, notes: list[str]) -> list[int]:
-    """Indices of the slices to keep, of slices sorted by position."""
-    keep, different = [0], 0
+def _drop_duplicates(hu: np.ndarray, position: np.ndarray, names: list[str], notes: list[str]) -> list[int]:
+    """Indices of the slices to keep, of slices sorted by position. ScanError names the first two that differ."""
+    keep, different = [0], []
     for k in range(1, len(hu)):
         if position[k] - position[keep[-1]] > SAME_PLACE_MM:
             keep.append(k)
         elif not np.array_equal(hu[k], hu[keep[-1]]):
-            different += 1
+            different.append(f"{names[k]} and {names[keep[-1]]}")
     if different:
-        raise ScanError(f"slices that lie where another, different slice lies: {different} (two acquisitions or "
-                        "reconstructions in one series, or two patients?); put each in a series of its own")
+        raise ScanError(f"slices that lie where another, different slice lies: {len(different)}, the first "
+                        f"{different[0]} (two acquisitions or reconstructions in one series, or two patients?); put "
+                        "each in a series of its own")
     if len(keep) < len(hu):
         notes.append(f"duplicate slices dropped: {len(hu) - len(keep)}")
     return keep

@@ -301,7 +301,7 @@ def _agree(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> bool:
 def _check_hu(path: Path, hu: np.ndarray) -> tuple[np.ndarray, list[str]]:
     finite = np.isfinite(hu)
     if not finite.any():
-        raise ScanError(f"{path.name}: holds no finite value")
+        raise ScanError(f"{path.name}: holds no finite value; export the scan again")
     low, high = (float(end(hu, where=finite, initial=start)) for end, start in ((np.min, np.inf), (np.max, -np.inf)))
     if low >= 0 or high - low <= 50:
         raise ScanError(f"{path.name}: this NIfTI doesn't look like HU: its values are {low:g}..{high:g}, but air is "

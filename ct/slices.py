@@ -253,7 +253,7 @@ def read(source: ScanSource) -> Scan:
     if spacing is None:
         spacing = float(source.options["unknown_slice_spacing_mm"])
         if spacing <= 0:
-            raise ScanError("slice spacing unknown; write slice_spacing_mm in scan.json or give "
+            raise ScanError(f"{SCAN_JSON}: slice spacing unknown; write slice_spacing_mm there or give "
                             "--unknown-slice-spacing-mm a number above 0")
         notes = (f"slice spacing unknown, {spacing:g} mm assumed (--unknown-slice-spacing-mm)", *notes)
     check_slice_spacing(SCAN_JSON, spacing)
@@ -289,7 +289,7 @@ def _read_pictures(pictures: list[Path], spec: SliceSpec) -> np.ndarray:
                 check_pixel_spacing(SCAN_JSON, spec.pixel_spacing_mm, pixels.shape[:2])
         if pixels.shape[:2] != hu.shape[1:]:
             raise ScanError(f"{path.name}: {pixels.shape[1]}x{pixels.shape[0]} pixels, but {pictures[0].name} has "
-                            f"{hu.shape[2]}x{hu.shape[1]}")
+                            f"{hu.shape[2]}x{hu.shape[1]}; export all slices of a scan in one size")
         brightest = max(brightest, int(pixels.max())) if full > 255 else 65535
         hu[k] = _pixels_to_hu(path, pixels, outside, full, spec)
     if brightest <= TWELVE_BITS:
@@ -344,7 +344,8 @@ def _read_mask(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         raise ScanError(f"{path.name}: cannot be read as a NumPy array ({error})") from error
     if mask.shape != shape:
-        raise ScanError(f"{path.name}: the mask is {list(mask.shape)}, the slices are {list(shape)} [S, H, W]")
+        raise ScanError(f"{path.name}: the mask is {list(mask.shape)}, the slices are {list(shape)} [S, H, W]; make it "
+                        "anew, or delete it to have the brain found")
     if not mask.any():
         raise ScanError(f"{path.name}: the mask is empty; delete it to have the brain found")
     return mask != 0

@@ -90,6 +90,31 @@ def test_negative_padding_in_implicit_vr(tmp_path):
     assert (scan.hu[:, 0, 0] == -1024).all() and (scan.hu[:, 1:] == hu[:, 1:]).all()
 
 
+@pytest.mark.parametrize("padding, is_padding", [(63536, False), (2096, True), (4095, True)])
+def test_padding_that_the_stored_bits_cannot_hold_is_none(tmp_path, padding, is_padding):
+    """63536, left from 16 bits, was 2096 in the lowest 12: bone of 1072 HU became air."""
+    def edit(ds, k):
+        ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 12, 11, 0
+        ds.add_new("PixelPaddingValue", "US", padding)
+    hu = HU.copy()
+    hu[:, 0, 0] = padding % 4096 - 1024
+    scan = read_only(write_dicom_series(tmp_path / "case", hu, edit=edit))
+    assert (scan.hu[:, 0, 0] == (-1024 if is_padding else 1072)).all()
+    np.testing.assert_array_equal(scan.hu[:, 1:], hu[:, 1:])
+
+
+@pytest.mark.parametrize("vr, padding", [("US", 63536), ("SS", -2000), ("US", 2096)])
+def test_negative_padding_of_12_bits_whatever_its_vr(tmp_path, vr, padding):
+    """-2000 as a whole, or its lowest 12 bits."""
+    def edit(ds, k):
+        ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 12, 11, 1
+        ds.add_new("PixelPaddingValue", vr, padding)
+    hu = HU.copy()
+    hu[:, 0, 0] = -2000
+    scan = read_only(write_dicom_series(tmp_path / "case", hu, intercept=0, edit=edit))
+    assert (scan.hu[:, 0, 0] == -1024).all() and (scan.hu[:, 1:] == hu[:, 1:]).all()
+
+
 @pytest.mark.parametrize("stored_inverted", [False, True])
 def test_monochrome1(tmp_path, stored_inverted):
     hu, _ = synthetic_head(slices=4, size=32, spacing_mm=(5, 7, 7), noise=0)
@@ -152,7 +177,8 @@ def test_left_out_with_counts(tmp_path, edit, words):
     np.testing.assert_array_equal(scan.hu, HU[2:])
     assert scan.notes == (f"left out: 2 {words}",)
     folder = write_dicom_series(tmp_path / "few", HU, series="few", study="few", edit=on(range(4), edit))
-    with pytest.raises(ScanError, match=re.escape(f"2 axial CT slices, at least 3 are needed (left out: 4 {words})")):
+    with pytest.raises(ScanError, match=re.escape(
+            f"000.dcm and what belongs to it: 2 axial CT slices, at least 3 are needed (left out: 4 {words}); give")):
         read_only(folder)
 
 
@@ -178,7 +204,8 @@ def test_two_different_slices_at_one_place_are_refused(tmp_path):
     folder = write_dicom_series(tmp_path / "case", HU)
     write_dicom_series(folder, HU[:3] + 1, name=lambda k: f"second{k}.dcm",
                        edit=lambda ds, k: setattr(ds, "SOPInstanceUID", make_uid("second", k)))
-    with pytest.raises(ScanError, match="another, different slice lies: 3"):
+    with pytest.raises(ScanError, match="another, different slice lies: 3, the first second0.dcm and 000.dcm .*"
+                                        "put each in a series of its own"):
         read_only(folder)
 
 
@@ -200,8 +227,8 @@ def test_two_spacings_are_no_gap():
 
 
 @pytest.mark.parametrize("edit, words", [
-    (lambda ds, k: delattr(ds, "RescaleSlope"), "RescaleSlope"),
-    (lambda ds, k: delattr(ds, "PixelSpacing"), "PixelSpacing"),
+    (lambda ds, k: delattr(ds, "RescaleSlope"), "002.dcm has no valid RescaleSlope .*; export the series again"),
+    (lambda ds, k: delattr(ds, "PixelSpacing"), "002.dcm has no valid PixelSpacing.*; export the series again"),
     (setting(PixelSpacing=[0.7, 0.7]), "two reconstructions"),
     (setting(ImageOrientationPatient=[1, 0, 0, 0, 0.94, -0.3412]), "at an angle"),
     (setting(Rows=8, Columns=10), "rows and columns"),
