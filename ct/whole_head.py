@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import ndimage as ndi
 
-from ct.brain import bone_threshold
+from ct.brain import bone_threshold, estimate_pixel_mm
 from ct.limits import SLICE_MM
 from ct.plausible import AIR_BELOW
 from ct.scan import Scan, ScanError
@@ -32,6 +32,7 @@ MIDDLE = 0.7                    # slices with more than this share of the larges
 MIN_ENCLOSED = 0.55             # of their border at least: half the skull may be taken out, ribs close less
 REACH_MM = 5.0                  # from the brain's border to the bone
 CUT = 0.45                      # of the largest area: a scan whose outermost slice shows more ends in the brain
+AT_EDGE_MM, CUT_OFF_MM = 1.5, 40.0  # a brain that lies so near to the picture's edge over more than so much is cut off
 # The note on a stack that was put right. evaluate.py knows such scans by it, also in results that lie there already
 UPSIDE_DOWN = ("upside down: the slices ran from the vertex to the base and were put in reverse order; whether left "
                "and right are right cannot be seen")
@@ -59,7 +60,7 @@ def upright(scan: Scan) -> Scan:
 
 
 def check_head(scan: Scan, brain: np.ndarray) -> tuple[str, ...]:
-    """Why a percentile would mean little: notes on a scan that ends below the vertex, and on unusual HU.
+    """Why a percentile would mean little: notes on a brain that the scan does not show whole, and on unusual HU.
 
     scan and its brain mask, bool [S, H, W], at working thickness. Without the skull base positions are still measured
     from the vertex, and nothing is said. Raises ScanError for what is no head: a brain that no skull surrounds, of a
@@ -94,7 +95,30 @@ def check_head(scan: Scan, brain: np.ndarray) -> tuple[str, ...]:
                      f"{USUAL_BRAIN_HU[1]:.0f}: is the HU scale right?")
     if vertex:
         notes.append("partial head: ends below the vertex; positions unknown")
+    if _at_edge_mm(scan, brain) > CUT_OFF_MM:
+        notes.append("partial head: the picture's edge cuts off the brain; sizes and places unknown")
     return tuple(notes)
+
+
+def _at_edge_mm(scan: Scan, brain: np.ndarray) -> float:
+    """The longest stretch over which the brain, bool [S, H, W], lies at the edge of what a slice shows.
+
+    That is the picture's edge, or padding beyond it: the same air on all slices. A whole brain has bone and skin there.
+    Where a picture was cut to the size of the brain, this touches the edges, each for 20 to 30 mm.
+    """
+    air = (np.ptp(scan.hu, axis=0) == 0) & (scan.hu[0] <= max(AIR_BELOW, scan.saturation_hu[0]))
+    labels, _ = ndi.label(np.pad(air, 1, constant_values=True))
+    outside = labels == labels[0, 0]
+    typical = scan.pixel_spacing_mm or (TYPICAL_FIELD_MM / max(scan.hu.shape[1:]),) * 2
+    reach = [2 * max(1, round(AT_EDGE_MM / mm)) + 1 for mm in typical]
+    near = ndi.binary_dilation(outside, np.ones(reach))[1:-1, 1:-1]
+    stretches = [piece for image in brain[(brain & near).any(axis=(1, 2))]
+                 for piece in ndi.find_objects(ndi.label(image & near)[0])]
+    if not stretches:
+        return 0.0
+    row_mm, column_mm = scan.pixel_spacing_mm or (estimate_pixel_mm(scan),) * 2
+    return max(float(np.hypot((rows.stop - rows.start) * row_mm, (columns.stop - columns.start) * column_mm))
+               for rows, columns in stretches)
 
 
 def _enclosed(scan: Scan, brain: np.ndarray, slices: np.ndarray) -> float:
@@ -154,20 +178,22 @@ def profile(scan: Scan) -> Profile:
 
 
 def ends(found: Profile) -> tuple[float | None, float | None]:
-    """How large the head's outline still is beyond the lower and the upper end of the skull's inside, of its largest.
+    """How large the outline still is beyond the lower and the upper end of the skull's inside, of the head's largest.
 
-    None where the scan ends before the inside does.
+    Above 1 where the shoulders are in the scan. None where the scan ends before the inside does.
     """
     inside, outline = found.inside, found.outline
     middle, largest = int(inside.argmax()), inside.max(initial=0)
     count = max(1, round(BEYOND_MM / found.step_mm))
 
-    def beyond(areas: np.ndarray, outlines: np.ndarray) -> float | None:
-        ended = np.flatnonzero(areas < ENDED * largest)
-        return None if not len(ended) else float(outlines[ended[0]:ended[0] + count].mean() / outline.max())
-
     if not largest or not outline.any():
         return None, None
+    head = outline[inside >= ENDED * largest].max()         # of the scan it may be the shoulders that are the largest
+
+    def beyond(areas: np.ndarray, outlines: np.ndarray) -> float | None:
+        ended = np.flatnonzero(areas < ENDED * largest)
+        return None if not len(ended) else float(outlines[ended[0]:ended[0] + count].mean() / head)
+
     return beyond(inside[middle::-1], outline[middle::-1]), beyond(inside[middle:], outline[middle:])
 
 

@@ -37,6 +37,32 @@ def test_the_outline_shrinks_towards_the_vertex():
     assert below is None and 0 < above < 0.5                         # the scan starts within the brain
 
 
+def with_shoulders(scan):
+    """The scan, its lowest 60 mm in a neck, above 100 mm more of it and 50 mm of shoulders, three times the head."""
+    rows, columns = ((np.arange(n) - (n - 1) / 2) * 2.4 for n in scan.hu.shape[1:])
+    neck, shoulders = (np.hypot(rows[:, None] / high, columns / wide) <= 1 for high, wide in ((65, 65), (110, 185)))
+    below = np.where([shoulders] * 10 + [neck] * 20, np.float32(40), np.float32(-1000))
+    hu = np.concatenate([below, scan.hu])
+    hu[30:42][neck & (hu[30:42] < -500)] = 40
+    return replace(scan, hu=hu, position_mm=5.0 * np.arange(len(hu)))
+
+
+@pytest.mark.parametrize("cut", [0, 6, 10])
+def test_shoulders_do_not_turn_a_head(cut):
+    """A neck scan that ended within the brain was turned: its neck is small beside the shoulders."""
+    whole = with_shoulders(synthetic_scan(spacing_mm=SPACING, slices=30, size=160)[0])
+    count = len(whole.hu) - cut
+    scan = replace(whole, hu=whole.hu[:count], position_mm=whole.position_mm[:count])
+    below, above = ends(profile(scan))
+    assert below > 0.6 and (above is None if cut else above < 0.5)
+    assert upright(scan) is scan
+    turned = upright(reverse(scan))
+    if cut:                                                          # reversed it begins within the brain: no telling
+        assert turned.notes == ()
+    else:
+        np.testing.assert_array_equal(turned.hu, scan.hu)
+
+
 def unevenly(low_mm, high_mm, slices):
     """A head of slices 5 mm apart and, between these heights above the middle of the brain, 1.25 mm; and its brain."""
     hu, brain = synthetic_head(slices=slices, spacing_mm=(1.25, 2.4, 2.4))
@@ -99,6 +125,30 @@ def test_parts_of_a_head_are_noted():
     assert len(check_head(slab, brain[12:18])) == 1
     top = replace(scan, hu=scan.hu[14:], position_mm=scan.position_mm[14:])
     assert check_head(top, brain[14:]) == ()                         # measured from the vertex, which is there
+
+
+CUT_OFF = "partial head: the picture's edge cuts off the brain; sizes and places unknown"
+
+
+@pytest.mark.parametrize("spacing_mm", [(2.4, 2.4), None])
+def test_a_brain_that_the_pictures_edge_cuts_off_is_noted(spacing_mm):
+    """By the picture's edge or, padded again, by a field of view within it; not one that only touches the edge."""
+    scan, brain = synthetic_scan(spacing_mm=SPACING, slices=30)
+    scan = replace(scan, hu=np.maximum(scan.hu, -1000), pixel_spacing_mm=spacing_mm)
+
+    def notes(rows, columns, padded=False):
+        part = (slice(None), slice(*rows), slice(*columns))
+        hu = scan.hu[part]
+        if padded:
+            hu = np.full_like(scan.hu, -1000)
+            hu[part] = scan.hu[part]
+        return check_head(replace(scan, hu=hu), brain & (hu > -500) if padded else brain[part])
+
+    rows, columns = (np.flatnonzero(brain.any((0, axis)))[[0, -1]] + (0, 1) for axis in (2, 1))
+    assert notes((0, 96), (0, 96)) == notes((0, 96), (0, 96), padded=True) == ()
+    assert notes(rows, columns) == ()
+    for cut in ((rows[0] + 8, 96), (0, 96)), ((0, rows[1] - 8), (0, 96)), ((0, 96), (columns[0] + 8, 96)):
+        assert notes(*cut) == notes(*cut, padded=True) == (CUT_OFF,)
 
 
 def test_a_skull_with_a_part_taken_out_stays_in():
