@@ -28,6 +28,15 @@ from pacs.server import serve
 from pacs.state import State
 
 
+class NoPhi(argparse.Action):
+    """Of projector.py; here it would hide the results."""
+
+    def __call__(self, parser, *_) -> None:
+        parser.error("--no-phi: Orthanc would file results without a PatientID under a patient of their own, where "
+                     "nobody who opens the CT sees them, and they would stay when its study is deleted; leave it out: "
+                     "the archive holds the patient data already. For results to give away: projector.py --no-phi")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pacs", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,13 +51,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--queue", type=int, default=32, help="series that may wait, the rest stays in the log (default: %(default)s)")
     add("--poll-s", type=float, default=5.0, help="seconds between looks at the change log (default: %(default)g)")
     add("--timeout-s", type=float, default=30.0, help="seconds to wait for Orthanc's answers (default: %(default)g)")
-    add("--no-phi", action="store_true", help="copy no patient data to the results: they join the study by UID alone")
+    add("--since", default="beginning", choices=("beginning", "now"), help="of Orthanc's change log: where a new "
+        "--state starts; now passes over what is in the archive already (default: %(default)s)")
+    add("--days", type=float, default=7.0, help="of finished series that the pages show, the older ones are counted "
+        "(default: %(default)g)")
+    add("--no-phi", action=NoPhi, nargs=0, help=argparse.SUPPRESS)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--ops", default="auto", choices=("auto", "ref"), help="ref: no CUDA kernels of our own (default: %(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"),
         help="of the networks (default: bf16 where the device is good at it)")
     args = parser.parse_args(argv)
-    for flag in ("queue", "poll_s", "timeout_s"):
+    for flag in ("queue", "poll_s", "timeout_s", "days"):
         if not getattr(args, flag) > 0:
             parser.error(f"--{flag.replace('_', '-')} must be above 0, got {getattr(args, flag):g}")
     return args
@@ -62,10 +75,10 @@ def main(argv: list[str] | None = None) -> int:
         memory.keep_freed()
         set_impl(args.ops)
         projector = Projector(load_bundle(args.model, distributed.pick_device(args.device), args.precision))
-        state = State(args.state, projector.key() | {"phi": not args.no_phi})
+        state = State(args.state, projector.key() | {"phi": True})       # as earlier versions wrote it down
         node = Node(orthanc, state, projector, identity_of(projector), queue=args.queue, poll_s=args.poll_s,
-                    phi=not args.no_phi)
-        server = serve(node, args.host, args.port, args.link)
+                    from_now=args.since == "now")
+        server = serve(node, args.host, args.port, args.link, args.days)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+import pydicom
+
 from common.files import FullDiskError, full_disk_named
 from ct.read import find_scans, read_scan
 from ct.scan import Scan, ScanError
 from detect.dicom_out import Identity, write_dicom
-from pacs.orthanc import Orthanc, OrthancAway, OrthancRefused, orthanc_id
-from pacs.state import DONE, FAILED, REFUSED, WAITING, State
+from pacs.orthanc import ID, Orthanc, OrthancAway, OrthancRefused
+from pacs.state import DONE, FAILED, REFUSED, WAITING, State, digest
 
 STAGES = ("fetch", "project", "write", "store")
 PAGE = 100                                            # changes asked for at a time
@@ -64,12 +66,13 @@ class Node:
     project   Scan -> detect.Projection; raises ScanError for a scan that it refuses
     identity  of the model, for the objects and their UIDs
     queue     series that may wait; while so many do, the change log is left alone
+    from_now  with a state that is new, pass over what the change log holds already
     """
 
     def __init__(self, orthanc: Orthanc, state: State, project: Callable[[Scan], object], identity: Identity, *,
-                 queue: int = 32, poll_s: float = 5.0, phi: bool = True):
+                 queue: int = 32, poll_s: float = 5.0, from_now: bool = False):
         self.orthanc, self.state, self.project, self.identity = orthanc, state, project, identity
-        self.queue, self.poll_s, self.phi = queue, poll_s, phi
+        self.queue, self.poll_s, self.from_now = queue, poll_s, from_now
         self.metrics = Metrics()
         self.stopping = threading.Event()
         self.in_work: str | None = None
@@ -127,21 +130,77 @@ class Node:
 
     def follow(self) -> bool:
         """Write new stable CT series down as waiting, as far as the queue has room; whether the log has more."""
-        if self.orthanc.last_change() < self.state.sequence:
-            print("Orthanc's change log starts anew: read from its beginning", flush=True)
-            self.state.advance(0)
+        self._find_place()
+        settled = self._settled()                     # before the log is read: what it says of them comes first
         while (room := self.queue - self._untried()) > 0:
             changes, last, all_read = self.orthanc.changes(self.state.sequence, PAGE)
+            self.state.date = max([self.state.date, *(change.date for change in changes)])
+            self._arrive({change.id for change in changes if change.kind == "NewInstance"})
             for change in changes:
                 if change.kind == "StableSeries":
                     if room == 0:
                         return True
                     room -= self._announce(change.sequence, change.id)
+                    self.state.arriving.discard(change.id)
                     self.state.advance(change.sequence)
             self.state.advance(max(last, self.state.sequence))
             if all_read:
-                return False
+                return self._announce_settled(settled)
         return True
+
+    def _find_place(self) -> None:
+        """Where to read on: where a new state begins, and at the beginning of a log that is another one than before.
+
+        A newest entry below our place does not tell: entries go with what is deleted. That it is younger does.
+        """
+        newest = self.orthanc.last_change()
+        if self.state.sequence is None:
+            from_now = self.from_now and newest is not None
+            self.state.date = newest.date if from_now else ""
+            self.state.advance(newest.sequence if from_now else 0)
+        elif newest and newest.sequence < self.state.sequence and newest.date > self.state.date:
+            print("Orthanc's change log starts anew: read from its beginning", flush=True)
+            self.state.advance(0)
+
+    def _arrive(self, instances: set[str]) -> None:
+        """Note the CT series of new instances: Orthanc calls none stable that it was restarted before.
+
+        One request for each series, whose answer names the others of its instances.
+        """
+        while instances:
+            instance = instances.pop()
+            series = self._ct_series(self.orthanc.series_of, instance)
+            if series:
+                instances -= set(series["Instances"])
+                self.state.arriving.add(series["ID"])
+
+    def _settled(self) -> set[str]:
+        """Those of the arriving series that are stable; what has been deleted is arriving no longer."""
+        series = {series_id: self._ct_series(self.orthanc.series, series_id) for series_id in self.state.arriving}
+        self.state.arriving = {series_id for series_id, found in series.items() if found}
+        return {series_id for series_id in self.state.arriving if series[series_id]["IsStable"]}
+
+    def _announce_settled(self, settled: set[str]) -> bool:
+        """Announce those that the log has not called stable either, as far as there is room; whether there are more."""
+        for series_id in sorted(settled & self.state.arriving):
+            if self._untried() >= self.queue:
+                return True
+            self._announce(self.state.sequence, series_id)
+            self.state.arriving.discard(series_id)
+            self.state.advance(self.state.sequence)
+        return False
+
+    def _ct_series(self, ask: Callable[[str], dict], known: str) -> dict | None:
+        """Orthanc's answer; None for what is no CT, as our own results, deleted since, or has no id of Orthanc's."""
+        if not _is_id(known):
+            return None
+        try:
+            series = ask(known)
+        except OrthancRefused as error:
+            if error.status == 404:
+                return None
+            raise
+        return series if series["MainDicomTags"].get("Modality") == "CT" and _is_id(series["ID"]) else None
 
     def _untried(self) -> int:
         """Series that wait for the first time: those that are tried again keep no room from others."""
@@ -149,10 +208,10 @@ class Node:
 
     def _announce(self, sequence: int, series_id: str) -> bool:
         """Whether the series is one to project, and is now waiting. Our own results are no CT series."""
+        series = self._ct_series(self.orthanc.series, series_id)
+        if series is None:
+            return False
         try:
-            series = self.orthanc.series(series_id)
-            if series["MainDicomTags"].get("Modality") != "CT":
-                return False
             study = self.orthanc.study(series["ParentStudy"])
         except OrthancRefused as error:
             if error.status == 404:                   # deleted since
@@ -160,15 +219,32 @@ class Node:
             raise
         earlier = self.state.rows.get(series_id, {})
         instances = sorted(series["Instances"])
-        if earlier.get("instances") == instances and earlier["state"] != WAITING:
-            return False                              # announced again without a new image: after Orthanc's restart
+        if earlier.get("digest") == digest(instances) and self._stays(earlier, sequence):
+            return False
         self._not_before.pop(series_id, None)
         self.state.put(series_id, {
-            "state": WAITING, "sequence": sequence, "instances": instances, "announced": _now(),
-            "study_uid": study["MainDicomTags"].get("StudyInstanceUID", ""),
+            "state": WAITING, "sequence": sequence, "change": sequence, "instances": instances,
+            "images": len(instances), "announced": _now(),
+            "study": series["ParentStudy"], "study_uid": study["MainDicomTags"].get("StudyInstanceUID", ""),
             "series_uid": series["MainDicomTags"].get("SeriesInstanceUID", ""),
             "objects": earlier.get("objects", [])})
         return True
+
+    def _stays(self, row: dict, sequence: int) -> bool:
+        """Whether a finished series, announced without a new image, stays: not if it was deleted and sent again.
+
+        Of one that is done, the last result tells; one without results is known by the change that announced it.
+        """
+        if row["state"] != DONE:
+            return row.get("change", row["sequence"]) == sequence                # the log is read again
+        last = row["objects"][-1]
+        return not ID.fullmatch(last) and bool(self._in_orthanc(row, last))      # an earlier version's are made anew
+
+    def _in_orthanc(self, row: dict, name: str) -> list[str]:
+        """Orthanc's ids of a result of a series, where it is there: usually one."""
+        if ID.fullmatch(name):                        # so earlier versions wrote results down, and no study
+            return [name]
+        return self.orthanc.find(name, row.get("study", ""))
 
     # ---- one series
 
@@ -190,7 +266,7 @@ class Node:
         except ScanError as error:
             result = {"state": REFUSED, "reason": str(error)}
         except OrthancRefused as error:
-            if error.status in (401, 403):            # true of every series, and mended by people alone
+            if error.for_all:
                 raise
             gone = error.status == 404
             result = {"state": REFUSED if gone else FAILED,
@@ -226,10 +302,10 @@ class Node:
             if row["state"] not in (REFUSED, FAILED) or not row["objects"]:
                 continue
             try:
-                for instance in row["objects"]:
+                for instance in [found for name in row["objects"] for found in self._in_orthanc(row, name)]:
                     self.orthanc.delete(instance)
             except (OrthancAway, OrthancRefused) as error:
-                if isinstance(error, OrthancRefused) and error.status in (401, 403):
+                if isinstance(error, OrthancRefused) and error.for_all:
                     raise
                 self.orthanc.system()                 # raises where it is away
                 if row.get("notes") != [STILL_THERE]:
@@ -269,14 +345,14 @@ class Node:
                 raise ScanError(f"{series_id}: {len(sources)} scans in one series; put each in a series of its own")
             result = self.project(read_scan(sources[0]))
         with _Timed(self.metrics, "write"):
-            paths = write_dicom(work / "results", result, self.identity, phi=self.phi)
+            paths = write_dicom(work / "results", result, self.identity)
         with _Timed(self.metrics, "store"):
-            objects = [orthanc_id(path) for path in paths]
+            objects = [str(pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID) for path in paths]
             outdated = set(row["objects"]) - set(objects)           # of the series as it was before more images came
             self.state.put(series_id, row | {"objects": sorted(outdated | set(objects))})       # before any is there
-            for path in paths:                                      # in this order: the report and key objects last
-                self.orthanc.store(path)
-            for instance in outdated:
+            stored = {self.orthanc.store(path) for path in paths}   # in this order: the report and key objects last
+            gone = {instance for name in outdated for instance in self._in_orthanc(row, name)}
+            for instance in gone - stored:
                 self.orthanc.delete(instance)
         return {"state": DONE, "score": float(result.score), "percentile": result.percentile,
                 "flagged": None if result.flagged is None else bool(result.flagged), "threshold": result.threshold,
@@ -297,6 +373,14 @@ class _Timed:
         if kind is None:
             self.metrics.seconds[self.stage] += time.perf_counter() - self.started
             self.metrics.runs[self.stage] += 1
+
+
+def _is_id(text: str) -> bool:
+    """Whether it has the form of Orthanc's ids; said where not. A server could name any file as a series' id."""
+    if ID.fullmatch(text):
+        return True
+    print(f"passed over: {text[:50]!r} is no id of Orthanc's", flush=True)
+    return False
 
 
 def _now() -> str:

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
+import re
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
-import pydicom
-
-
-def orthanc_id(path: Path) -> str:
-    """The id that Orthanc gives an instance's file: SHA-1 of what identifies it, in groups of eight."""
-    ds = pydicom.dcmread(path, stop_before_pixels=True)
-    words = (str(ds.get(keyword) or "").strip() for keyword in ("PatientID", "StudyInstanceUID", "SeriesInstanceUID",
-                                                                "SOPInstanceUID"))
-    digest = hashlib.sha1("|".join(words).encode(), usedforsecurity=False).hexdigest()
-    return "-".join(digest[i:i + 8] for i in range(0, 40, 8))
+ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{8}){4}")       # of a patient, study, series or instance: a hash
+SERIES = {"ID": str, "MainDicomTags": dict, "Instances": list, "ParentStudy": str, "IsStable": bool}
 
 
 class OrthancAway(Exception):
@@ -36,6 +28,18 @@ class OrthancRefused(Exception):
         super().__init__(message)
         self.status = status
 
+    @property
+    def for_all(self) -> bool:
+        """Whether it is true of every request, and mended by people alone: missing rights, another address."""
+        return self.status in (401, 403) or 300 <= self.status < 400
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """urllib would make a GET of a POST, and send the credentials to whatever address is named."""
+
+    def redirect_request(self, *_) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class Change:
@@ -44,6 +48,12 @@ class Change:
     sequence: int
     kind: str                                    # such as StableSeries
     id: str
+    date: str                                    # of the server's clock: YYYYMMDDThhmmss
+
+    @classmethod
+    def of(cls, entry: Any, url: str) -> Change:
+        entry = _checked(entry, {"Seq": int, "ChangeType": str, "ID": str, "Date": str}, url)
+        return cls(entry["Seq"], entry["ChangeType"], entry["ID"], entry["Date"])
 
 
 class Orthanc:
@@ -65,28 +75,52 @@ class Orthanc:
         if user is not None:
             token = base64.b64encode(f"{user}:{password or ''}".encode()).decode()
             self._headers["Authorization"] = f"Basic {token}"
-        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open     # a PACS is never behind one
+        no_proxy = urllib.request.ProxyHandler({})                                         # a PACS is never behind one
+        self._open = urllib.request.build_opener(no_proxy, _NoRedirects).open
 
     def system(self) -> dict:
         """Name, version and so on of the server."""
-        return self._json("/system")
+        return self._json("/system", {})
 
     def changes(self, since: int, limit: int) -> tuple[list[Change], int, bool]:
         """Entries of the change log after `since`; the last entry looked at; whether that is all for now."""
-        page = self._json(f"/changes?since={since}&limit={limit}")
-        changes = [Change(int(c["Seq"]), c["ChangeType"], c["ID"]) for c in page["Changes"]]
-        return changes, int(page["Last"]), bool(page["Done"])
+        path = f"/changes?since={since}&limit={limit}"
+        page = self._json(path, {"Changes": list, "Last": int, "Done": bool})
+        return [Change.of(entry, self.url + path) for entry in page["Changes"]], page["Last"], page["Done"]
 
-    def last_change(self) -> int:
-        """Number of the newest entry of the change log; 0 for an empty one."""
-        return int(self._json("/changes?last")["Last"])
+    def last_change(self) -> Change | None:
+        """The newest entry of the change log; None for an empty one. Entries go with what they are of."""
+        path = "/changes?last"
+        entries = self._json(path, {"Changes": list})["Changes"]
+        return Change.of(entries[-1], self.url + path) if entries else None
 
     def series(self, series_id: str) -> dict:
-        """MainDicomTags, Instances and ParentStudy of a series."""
-        return self._json(f"/series/{series_id}")
+        """ID, MainDicomTags, Instances, ParentStudy and IsStable of a series."""
+        return self._json(f"/series/{series_id}", SERIES)
+
+    def series_of(self, instance_id: str) -> dict:
+        """As series(), of an instance."""
+        return self._json(f"/instances/{instance_id}/series", SERIES)
 
     def study(self, study_id: str) -> dict:
-        return self._json(f"/studies/{study_id}")
+        return self._json(f"/studies/{study_id}", {"MainDicomTags": dict})
+
+    def find(self, uid: str, study_id: str) -> list[str]:
+        """Orthanc's ids of the instances with this SOP Instance UID in a study, of which it names one by its own id.
+
+        Asked, not computed: they are hashes of the PatientID, too, as Orthanc decodes and trims it.
+        """
+        found = []
+        for match in self._json("/tools/lookup", list, uid.encode()):
+            match = _checked(match, {"ID": str, "Type": str}, f"{self.url}/tools/lookup")
+            try:
+                if match["Type"] == "Instance" and self._json(
+                        f"/instances/{match['ID']}/study", {"ID": str})["ID"] == study_id:
+                    found.append(match["ID"])
+            except OrthancRefused as error:           # deleted in between
+                if error.status != 404:
+                    raise
+        return found
 
     def fetch(self, instance_id: str, path: Path) -> None:
         """An instance's file."""
@@ -94,7 +128,7 @@ class Orthanc:
 
     def store(self, path: Path) -> str:
         """Store a file; gives its Orthanc id. A file that is there already stays as it is."""
-        return json.loads(self._request("/instances", path.read_bytes()))["ID"]
+        return self._json("/instances", {"ID": str}, path.read_bytes())["ID"]
 
     def delete(self, instance_id: str) -> None:
         """Delete an instance; one that is gone already is no error."""
@@ -104,11 +138,13 @@ class Orthanc:
             if error.status != 404:
                 raise
 
-    def _json(self, path: str) -> Any:
+    def _json(self, path: str, expected: type | dict[str, type], body: bytes | None = None) -> Any:
+        answer = self._request(path, body)
         try:
-            return json.loads(self._request(path))
+            answer = json.loads(answer)
         except ValueError as error:
             raise OrthancAway(f"{self.url}{path}: the answer is no JSON; is this Orthanc?") from error
+        return _checked(answer, expected, self.url + path)
 
     def _request(self, path: str, body: bytes | None = None, method: str | None = None) -> bytes:
         headers = self._headers | ({"Content-Type": "application/dicom"} if body is not None else {})
@@ -122,9 +158,29 @@ class Orthanc:
                     raise OrthancRefused(f"{request.get_method()} {self.url}{path}: not allowed ({error.code}); set "
                                          "ORTHANC_USER and ORTHANC_PASSWORD to a user of the server who may read, "
                                          "store and delete", error.code) from error
+                if 300 <= error.code < 400:
+                    raise OrthancRefused(f"{self.url}{path}: redirects to {_target(error, path)}; give --orthanc that "
+                                         "address", error.code) from error
                 if error.code < 500 and error.code not in (408, 429):
                     raise OrthancRefused(f"{self.url}{path}: {error.code} {error.reason}", error.code) from error
                 raise OrthancAway(f"{self.url}{path}: {error.code} {error.reason}") from error
         except (OSError, HTTPException) as error:                        # URLError and time-outs are OSErrors
             reason = getattr(error, "reason", None) or error
             raise OrthancAway(f"{self.url}{path}: {reason or type(error).__name__}") from error
+
+
+def _checked(answer: Any, expected: type | dict[str, type], url: str) -> Any:
+    """The answer, if it is of this type, or an object with such members; else raises OrthancAway."""
+    if isinstance(expected, dict):
+        right = isinstance(answer, dict) and all(isinstance(answer.get(key), kind) for key, kind in expected.items())
+    else:
+        right = isinstance(answer, expected)
+    if not right:
+        raise OrthancAway(f"{url}: the answer is not as Orthanc's; is this Orthanc?")
+    return answer
+
+
+def _target(error: urllib.error.HTTPError, path: str) -> str:
+    """Where a redirect of `path` leads, as a base URL; without its query, which may hold secrets."""
+    target = urlsplit(urljoin(error.url, error.headers.get("Location", "")))
+    return f"{target.scheme}://{target.netloc.rpartition('@')[2]}{target.path}".removesuffix(path.split("?")[0])

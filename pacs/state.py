@@ -1,6 +1,7 @@
 """What the node remembers on disk, so that it may be killed at any moment.
 
-    state.json           the last entry of Orthanc's change log that is dealt with, and the model in use
+    state.json           the last entry of Orthanc's change log that is dealt with, the series that had new images and
+                         were not stable by then, and the model in use
     series/ID.json       one per CT series, named after Orthanc's id: waiting, done, refused or failed
     work/                files of the series in work; emptied at every start
 
@@ -12,6 +13,7 @@ same UIDs. No file but those in work/ holds patient data.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +21,11 @@ from pathlib import Path
 from common.files import replace_text
 
 WAITING, DONE, REFUSED, FAILED = "waiting", "done", "refused", "failed"
+
+
+def digest(instances: list[str]) -> str:
+    """What a finished row keeps of its sorted instances: a SHA-256, since there may be hundreds."""
+    return hashlib.sha256("\n".join(instances).encode()).hexdigest()
 
 
 class StateError(ValueError):
@@ -41,12 +48,14 @@ class State:
             raise StateError(f"--state {folder}: in use by another node; give each its own folder") from error
         except OSError as error:
             raise StateError(f"--state {folder}: cannot be written ({error.strerror}); choose another") from error
-        known = self._read(self.folder / "state.json") or {"sequence": 0, "model": model}
+        known = self._read(self.folder / "state.json") or {"sequence": None, "model": model}
         if known["model"] != model:
             raise StateError(f"--state {folder}: belongs to another model or other settings; choose another folder")
-        self.sequence: int = known["sequence"]
+        self.sequence: int | None = known["sequence"]         # None before the log was ever looked at
+        self.date: str = known.get("date", "")                # of the newest entry read, by Orthanc's clock; this
+        self.arriving = set(known.get("arriving", ()))        # and these, series' ids, are written with `sequence`
         self.model = model
-        self.rows: dict[str, dict] = {path.stem: self._read(path) for path in self._series.glob("*.json")}
+        self.rows: dict[str, dict] = {path.stem: _brief(self._read(path)) for path in self._series.glob("*.json")}
         self.clear_work()
         self.advance(self.sequence)
 
@@ -56,14 +65,16 @@ class State:
                       key=lambda id: (self.rows[id]["sequence"], self.rows[id].get("tries", 0)))
 
     def put(self, series_id: str, row: dict) -> None:
-        """Write a series' row down for good."""
+        """Write a series' row down for good; `instances` of one that is finished become their `digest`."""
+        row = _brief(row)
         replace_text(self._series / f"{series_id}.json", json.dumps(row))
         self.rows = self.rows | {series_id: row}              # a new dict: the server reads from another thread
 
-    def advance(self, sequence: int) -> None:
-        """Changes up to `sequence` are dealt with."""
+    def advance(self, sequence: int | None) -> None:
+        """Changes up to `sequence` are dealt with, but for the series that are arriving."""
         self.sequence = sequence
-        replace_text(self.folder / "state.json", json.dumps({"sequence": sequence, "model": self.model}))
+        replace_text(self.folder / "state.json", json.dumps(
+            {"sequence": sequence, "date": self.date, "arriving": sorted(self.arriving), "model": self.model}))
 
     def clear_work(self) -> Path:
         """An empty work folder."""
@@ -83,3 +94,9 @@ class State:
         except ValueError as error:
             raise StateError(f"{path}: damaged; delete it, and the series it stands for is looked at again when "
                              "Orthanc announces it") from error
+
+
+def _brief(row: dict) -> dict:
+    if row["state"] == WAITING or "instances" not in row:
+        return row
+    return {key: value for key, value in row.items() if key != "instances"} | {"digest": digest(row["instances"])}

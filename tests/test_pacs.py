@@ -1,6 +1,7 @@
 """The PACS node against the real Orthanc on loopback (Debian package orthanc), and its parts without one."""
 
 import errno
+import hashlib
 import json
 import random
 import shutil
@@ -10,18 +11,22 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import numpy as np
+import pydicom
 import pytest
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
 
 from common.files import FullDiskError
 from ct.scan import ScanError
 from pacs.__main__ import main
 from pacs.node import Node
-from pacs.orthanc import Change, Orthanc, OrthancAway, OrthancRefused, orthanc_id
+from pacs.orthanc import Change, Orthanc, OrthancAway, OrthancRefused
 from pacs.server import page, serve, worklist
 from pacs.state import State, StateError
 from tests.pacs_process import IDENTITY, project
@@ -31,6 +36,25 @@ from tests.writers import write_dicom_series
 BINARY = shutil.which("Orthanc") or shutil.which("Orthanc", path="/usr/sbin")
 needs_orthanc = pytest.mark.skipif(BINARY is None, reason="Orthanc is not installed (Debian package orthanc)")
 ROOT = Path(__file__).resolve().parent.parent
+
+
+PATIENT_IDS = (b"ID 1", b" ID1", b"DEPT\\1234", b"ID1\xa0", b"ID1\r\n")          # what hospitals send; Latin-1
+
+
+def dashed(text: str) -> str:
+    """SHA-1 as Orthanc writes it."""
+    digest = hashlib.sha1(text.encode()).hexdigest()
+    return "-".join(digest[i:i + 8] for i in range(0, 40, 8))
+
+
+def orthanc_id(path: Path) -> str:
+    """The id that Orthanc 1.10 gives an instance's file."""
+    ds = pydicom.dcmread(path, stop_before_pixels=True)
+    patient = ds.get_item("PatientID").value.decode("latin-1").rstrip(" \0")
+    return dashed("|".join((patient, ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SOPInstanceUID)))
+
+
+S1, S2, S3, S4 = map(dashed, "1234")                                  # ids of series
 
 
 def free_port() -> int:
@@ -104,7 +128,8 @@ def orthanc(tmp_path):
     server.stop()
 
 
-def write_study(folder: Path, number: int, slices: int = 4, marked: int = 300, **more) -> Path:
+def write_study(folder: Path, number: int, slices: int = 4, marked: int = 300, patient: bytes | None = None,
+                **more) -> Path:
     hu = np.full((slices, 24, 24), -1000.0)
     hu[:, 1:23, 1:23], hu[:, 2:22, 2:22] = 1000, 30                   # air, skull, brain
     brain = hu[:, 2:22, 2:22].reshape(-1)
@@ -114,6 +139,10 @@ def write_study(folder: Path, number: int, slices: int = 4, marked: int = 300, *
     def edit(ds, k):
         complete(ds, k)
         ds.PatientID, ds.PatientName = f"ID{number}", f"SECRET{number}"
+        if patient is not None:
+            ds.SpecificCharacterSet = "ISO_IR 100"
+            value = patient + b" " * (len(patient) % 2)
+            ds[0x00100020] = RawDataElement(Tag(0x00100020), "LO", len(value), value, 0, False, True)
     return write_dicom_series(folder / f"study{number}", hu, study=f"study{number}", series=f"series{number}",
                               edit=edit, **more)
 
@@ -172,7 +201,7 @@ def test_a_failure_costs_one_series_and_quotes_nothing(tmp_path, orthanc, capfd)
     (_, row), = node.state.rows.items()
     assert row["state"] == "failed" and row["reason"].startswith("RuntimeError")
     out = capfd.readouterr()
-    assert "SECRET1" not in out.out + out.err + json.dumps(worklist(node)) and "in broken" in out.err
+    assert "SECRET1" not in out.out + out.err + json.dumps(worklist(node)[0]) and "in broken" in out.err
 
 
 @needs_orthanc
@@ -188,10 +217,60 @@ def test_more_images_of_a_series_replace_its_results(tmp_path, orthanc):
     def again():
         node.step()
         row = next(iter(node.state.rows.values()))
-        return row["state"] == "done" and row["finished"] and len(row["instances"]) == 6
+        return row["state"] == "done" and row["finished"] and row["images"] == 6
     wait_for(again)
     row = next(iter(node.state.rows.values()))
     assert not set(first["objects"]) & set(row["objects"])
+    study, = (orthanc.get(f"/studies/{s}") for s in orthanc.get("/studies"))
+    assert orthanc.results(study) == ["KO 1", "OT 1", "OT 3", "SEG 1", "SR 1"]
+
+
+@needs_orthanc
+@pytest.mark.parametrize("patient", PATIENT_IDS)
+def test_outdated_results_go_whatever_the_patient_id(tmp_path, orthanc, patient):
+    folder = write_study(tmp_path, 1, slices=6, patient=patient)
+    late = sorted(folder.iterdir())[-1].rename(tmp_path / "late.dcm")
+    orthanc.send(folder)
+    node = node_of(orthanc, tmp_path / "state", at_once)
+    until_idle(node, 1)
+    assert orthanc.client.store(late) == orthanc_id(late)             # the fake one's ids are the real one's
+    wait_for(lambda: node.step() or next(iter(node.state.rows.values()))["images"] == 6
+             and not node.state.waiting())
+    study, = (orthanc.get(f"/studies/{s}") for s in orthanc.get("/studies"))
+    assert orthanc.results(study) == ["KO 1", "OT 1", "OT 3", "SEG 1", "SR 1"]
+
+
+@needs_orthanc
+def test_series_that_orthanc_was_restarted_before_it_called_stable(tmp_path):
+    server = Server(tmp_path / "orthanc", StableAge=3)
+    try:
+        node = node_of(server, tmp_path / "state", at_once)
+        whole = write_study(tmp_path, 1)
+        part = sorted(write_study(tmp_path, 2, slices=6).iterdir())
+        for path in part[:4]:
+            server.client.store(path)
+        until_idle(node, 1)
+        server.send(whole)
+        for path in part[4:]:
+            server.client.store(path)
+        server.stop()
+        server.start()
+        wait_for(lambda: node.step() or sorted(row["images"] for row in node.state.rows.values()
+                                               if row["state"] == "done") == [4, 6])
+    finally:
+        server.stop()
+
+
+@needs_orthanc
+def test_a_study_that_was_deleted_and_sent_again_is_done_again(tmp_path, orthanc):
+    folder = write_study(tmp_path, 1)
+    orthanc.send(folder)
+    node = node_of(orthanc, tmp_path / "state", at_once)
+    until_idle(node, 1)
+    study, = orthanc.get("/studies")
+    orthanc.client._request(f"/studies/{study}", method="DELETE")
+    orthanc.send(folder)
+    wait_for(lambda: node.step() or node.metrics.outcomes["done"] == 2)
     study, = (orthanc.get(f"/studies/{s}") for s in orthanc.get("/studies"))
     assert orthanc.results(study) == ["KO 1", "OT 1", "OT 3", "SEG 1", "SR 1"]
 
@@ -202,7 +281,7 @@ def test_no_patient_data_but_in_orthanc(tmp_path, orthanc, capfd):
     node = node_of(orthanc, tmp_path / "state")
     until_idle(node, 1)
     said = capfd.readouterr()
-    text = said.out + said.err + page(node, orthanc.url) + json.dumps(worklist(node))
+    text = said.out + said.err + page(node, orthanc.url) + json.dumps(worklist(node)[0])
     text += "".join(path.read_text() for path in (tmp_path / "state").rglob("*") if path.is_file())
     assert len(MARKERS) >= 12 and "SECRET7" not in text and "ID7" not in text
 
@@ -310,6 +389,68 @@ def test_what_is_worth_another_try(broken_server):
         Orthanc(f"http://127.0.0.1:{free_port()}").system()
 
 
+@pytest.fixture
+def answering():
+    """A server that answers everything with its .status, .headers and .body; .asked: method and headers."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            server.asked.append((self.command, dict(self.headers)))
+            self.send_response(server.status)
+            for name, value in server.headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(server.body)))
+            self.end_headers()
+            self.wfile.write(server.body)
+
+        do_POST = do_DELETE = do_GET
+
+        def log_message(self, *_):
+            pass
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.status, server.headers, server.body, server.asked = 200, {}, b"", []
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(tmp_path, answering, status):
+    answering.status, answering.headers = status, {"Location": answering.url + "/orthanc/changes?token=secret-word"}
+    client = Orthanc(answering.url, "node", "secret-word")
+    node = Node(client, State(tmp_path / "state", {}), project, IDENTITY)
+    with pytest.raises(OrthancRefused, match=f"redirects to {answering.url}/orthanc; give --orthanc that") as error:
+        node.run()
+    assert error.value.for_all and "secret-word" not in str(error.value)
+    (tmp_path / "x").write_bytes(b"x")
+    for request in (lambda: client.store(tmp_path / "x"), lambda: client.delete(S1)):
+        with pytest.raises(OrthancRefused, match="redirects to"):
+            request()
+    assert [method for method, _ in answering.asked] == ["GET", "POST", "DELETE"]
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"null", b'{"Changes": [{}], "Last": 1, "Done": true}',
+                                  b'{"Changes": 1, "Last": "x"}', b"[1]"])
+def test_json_that_is_not_orthancs(tmp_path, answering, body):
+    answering.body = body
+    client = Orthanc(answering.url)
+    (tmp_path / "x").write_bytes(b"x")
+    for request in (client.last_change, lambda: client.changes(0, 1), lambda: client.series(S1),
+                    lambda: client.series_of(S1), lambda: client.study(S1), lambda: client.store(tmp_path / "x")):
+        with pytest.raises(OrthancAway, match="is this Orthanc"):
+            request()
+    if body != b"[]":                                                # nothing found, too
+        with pytest.raises(OrthancAway, match="is this Orthanc"):
+            client.find("1.2", S1)
+
+
+def test_results_without_patient_are_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", "m", "--orthanc", "http://fake", "--state", "s", "--no-phi"])
+    assert "under a patient of their own" in capsys.readouterr().err
+
+
 def test_a_url_with_a_password_is_refused_without_repeating_it():
     with pytest.raises(ValueError, match="ORTHANC_USER") as error:
         Orthanc("http://user:secret-word@127.0.0.1:8042")
@@ -319,7 +460,7 @@ def test_a_url_with_a_password_is_refused_without_repeating_it():
 
 
 class FakeOrthanc:
-    """A change log, and series that are CT unless named otherwise."""
+    """A change log, and series that are stable and CT unless named otherwise; each has one instance."""
 
     url = "http://fake"
 
@@ -327,56 +468,78 @@ class FakeOrthanc:
         self.log = changes
 
     def last_change(self):
-        return self.log[-1].sequence if self.log else 0
+        return self.log[-1] if self.log else None
 
     def changes(self, since, limit):
         page = [c for c in self.log if c.sequence > since][:limit]
         return page, page[-1].sequence if page else since, not page or page[-1] is self.log[-1]
 
     def series(self, series_id):
-        if series_id == "deleted":
+        if series_id == dashed("deleted"):
             raise OrthancRefused("gone", 404)
-        return {"MainDicomTags": {"Modality": "SR" if series_id == "report" else "CT"}, "Instances": ["i"],
-                "ParentStudy": "s"}
+        return {"ID": series_id, "MainDicomTags": {"Modality": "SR" if series_id == dashed("report") else "CT"},
+                "Instances": ["i"], "ParentStudy": "s", "IsStable": True}
 
     def study(self, study_id):
         return {"MainDicomTags": {"StudyInstanceUID": "1.2"}}
 
+    def find(self, uid, study_id):
+        return ["i"]
 
-def log_of(*ids, kind="StableSeries"):
-    return [Change(number, kind, series_id) for number, series_id in enumerate(ids, 1)]
+
+def log_of(*ids, kind="StableSeries", first=1, date="20260101T000000"):
+    return [Change(number, kind, series_id, date) for number, series_id in enumerate(ids, first)]
 
 
 def fake_node(folder, changes, **more):
     return Node(FakeOrthanc(changes), State(folder, {"model": "stub"}), project, IDENTITY, **more)
 
 
+
 def test_the_change_log_is_followed_once(tmp_path):
-    node = fake_node(tmp_path, log_of("a", "report", "deleted", "b"))
+    a, report, deleted, b = map(dashed, ("a", "report", "deleted", "b"))
+    node = fake_node(tmp_path, log_of(a, report, deleted, b))
     assert node.follow() is False
-    assert node.state.waiting() == ["a", "b"] and node.state.sequence == 4
-    node.state.put("a", node.state.rows["a"] | {"state": "done"})
+    assert node.state.waiting() == [a, b] and node.state.sequence == 4
+    node.state.put(a, node.state.rows[a] | {"state": "done", "objects": ["1.2.3"]})
     node.state.close()
-    again = fake_node(tmp_path, log_of("a", "report", "deleted", "b", "a"))     # announced again, no new image
+    again = fake_node(tmp_path, log_of(a, report, deleted, b, a))               # announced again, no new image
     again.follow()
-    assert again.state.waiting() == ["b"] and again.state.sequence == 5
+    assert again.state.waiting() == [b] and again.state.sequence == 5
 
 
 def test_a_change_log_that_starts_anew_is_read_from_its_beginning(tmp_path):
-    node = fake_node(tmp_path, log_of("a", "b", "c"))
+    a, b, c, d = map(dashed, "abcd")
+    node = fake_node(tmp_path, log_of(a, b, c))
     node.follow()
-    node.orthanc.log = log_of("d")
+    node.orthanc.log = log_of(d, date="20260101T000001")
     node.follow()
-    assert node.state.waiting()[-1] == "c" and "d" in node.state.waiting() and node.state.sequence == 1
+    assert node.state.waiting()[-1] == c and d in node.state.waiting() and node.state.sequence == 1
+
+
+def test_a_change_log_whose_newest_entries_were_deleted_is_not_read_again(tmp_path):
+    node = fake_node(tmp_path, log_of(S1, S2, S3), from_now=True)
+    node.follow()
+    assert not node.state.rows and node.state.sequence == 3           # of before the first start
+    node.orthanc.log = node.orthanc.log[:2]
+    node.follow()
+    node.orthanc.log += log_of(S4, first=4, date="20260101T000001")
+    node.state.close()
+    again = Node(node.orthanc, State(tmp_path, {"model": "stub"}), project, IDENTITY, from_now=True)
+    again.follow()
+    assert again.state.waiting() == [S4] and again.state.sequence == 4
 
 
 class Archive(FakeOrthanc):
     """Also holds a study of each series of the log; `turned_down` may raise for a request: its verb and id."""
 
-    def __init__(self, folder, *ids, slices=4):
+    def __init__(self, folder, *ids, slices=4, patient=None):
         super().__init__(log_of(*ids))
-        self.files = {id: sorted(write_study(folder, number, slices).iterdir()) for number, id in enumerate(ids)}
-        self.fetched, self.stored = [], set()
+        self.patient = patient
+        self.files = {id: sorted(write_study(folder, number, slices, patient=patient).iterdir())
+                      for number, id in enumerate(ids)}
+        self.fetched, self.stored = [], {}                            # stored: SOP Instance UIDs by Orthanc's ids
+        self.unstable = set()
 
     def turned_down(self, verb, what):
         pass
@@ -387,7 +550,21 @@ class Archive(FakeOrthanc):
 
     def series(self, series_id):
         instances = [f"{series_id}/{number}" for number in range(len(self.files[series_id]))]
-        return super().series(series_id) | {"Instances": instances}
+        self.turned_down("series", series_id)
+        return super().series(series_id) | {"Instances": instances, "IsStable": series_id not in self.unstable}
+
+    def series_of(self, instance_id):
+        """Instances have the ids of image_ids() in the log, so that they look like Orthanc's."""
+        self.turned_down("series_of", instance_id)
+        series_id = next(id for id in self.files if instance_id in self.image_ids(id))
+        return self.series(series_id) | {"Instances": self.image_ids(series_id)}
+
+    def image_ids(self, series_id):
+        return [dashed(f"{series_id}/{number}") for number in range(len(self.files[series_id]))]
+
+    def find(self, uid, study_id):
+        self.turned_down("find", uid)
+        return [id for id, stored in self.stored.items() if stored == uid and study_id == "s"]
 
     def fetch(self, instance_id, path):
         self.fetched.append(instance_id)
@@ -397,11 +574,15 @@ class Archive(FakeOrthanc):
 
     def store(self, path):
         self.turned_down("store", path.name)
-        self.stored.add(orthanc_id(path))
+        self.stored[orthanc_id(path)] = pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID
+        return orthanc_id(path)
+
+    def uids(self):
+        return set(self.stored.values())
 
     def delete(self, instance_id):
         self.turned_down("delete", instance_id)
-        self.stored.discard(instance_id)
+        self.stored.pop(instance_id, None)
 
 
 def at_once(scan):
@@ -419,9 +600,103 @@ def states(node):
     return {id: row["state"] for id, row in node.state.rows.items()}
 
 
+def test_arriving_series_are_asked_after_where_orthanc_does_not_announce_them(tmp_path):
+    archive, asked = Archive(tmp_path, S1, S2, slices=6), []
+    archive.turned_down = lambda verb, what: asked.append(verb)
+    archive.log = log_of(*archive.image_ids(S1), *archive.image_ids(S2), kind="NewInstance")
+    archive.unstable = {S1, S2}
+    node = archive_node(tmp_path, archive)
+    assert not node.follow() and not node.state.rows and asked.count("series_of") == 2           # one a series
+    node.state.close()
+    again = archive_node(tmp_path, archive)                          # they outlast the process
+    archive.unstable = {S1}
+    archive.log = archive.log + log_of(S1, first=13)                 # announced as ever
+    archive.turned_down = lambda verb, what: None
+    one_answers_500(archive, S2, "series")
+    with pytest.raises(OrthancAway):
+        again.follow()
+    archive.turned_down = lambda verb, what: None
+    again.follow()
+    assert again.state.waiting() == [S1, S2] and not again.state.arriving
+    while again.step():
+        pass
+    assert states(again) == {S1: "done", S2: "done"}
+    archive.log = archive.log + log_of(S2, first=14)                 # late: no image of it is new
+    assert not again.step() and again.metrics.outcomes["done"] == 2
+
+
+def test_the_queue_bounds_series_that_orthanc_does_not_announce(tmp_path):
+    archive = Archive(tmp_path, S1, S2, S3)
+    archive.log = log_of(*(archive.image_ids(id)[0] for id in (S1, S2, S3)), kind="NewInstance")
+    node = archive_node(tmp_path, archive, queue=2)
+    node.follow()
+    assert node.follow() and len(node.state.waiting()) == 2 and len(node.state.arriving) == 1
+    while node.step():
+        pass
+    assert states(node) == dict.fromkeys((S1, S2, S3), "done")
+
+
+@pytest.mark.parametrize("error", [None, ScanError("no head"), RuntimeError("broken")])
+def test_a_series_is_done_again_when_it_was_deleted_and_sent_again(tmp_path, error):
+    archive, runs = Archive(tmp_path, S1), []
+
+    def run(scan):
+        runs.append(scan)
+        if error:
+            raise error
+        return at_once(scan)
+    node = archive_node(tmp_path, archive, run)
+    while node.step():
+        pass
+    node.state.sequence = 0                                          # the log read again: nothing is new
+    while node.step():
+        pass
+    assert len(runs) == 1
+    archive.stored.clear()
+    archive.log = log_of(S1, first=2)
+    while node.step():
+        pass
+    assert len(runs) == 2 and len(archive.stored) == (0 if error else 7)
+
+
+@pytest.mark.parametrize("patient", PATIENT_IDS)
+def test_results_of_a_part_go_whatever_the_patient_id(tmp_path, patient):
+    archive = Archive(tmp_path, S1, patient=patient)
+    node = archive_node(tmp_path, archive)
+    node.step()
+    first = archive.uids()
+    more_images(archive, tmp_path, S1)
+    node.step()
+    assert len(first) == len(archive.uids()) == 7 and not first & archive.uids()
+
+
+def test_results_that_an_earlier_version_wrote_down_by_their_ids(tmp_path):
+    archive = Archive(tmp_path, S1)
+    node = archive_node(tmp_path, archive)
+    node.step()
+    old = node.state.rows[S1] | {"objects": list(archive.stored), "instances": ["i"]}
+    old = {key: value for key, value in old.items() if key not in ("study", "change", "images", "digest")}
+    (tmp_path / "state" / "series" / f"{S1}.json").write_text(json.dumps(old))
+    node.state.close()
+    again = archive_node(tmp_path, archive)
+    assert "instances" not in again.state.rows[S1]
+    first = archive.uids()
+    more_images(archive, tmp_path, S1)
+    again.step()
+    assert states(again) == {S1: "done"} and len(archive.uids()) == 7 and not first & archive.uids()
+
+
+def test_an_id_that_is_none_becomes_no_file(tmp_path, capsys):
+    node = fake_node(tmp_path / "state", log_of("../../evil", S1, S1 + "/..") + log_of("../x", kind="NewInstance",
+                                                                                     first=4))
+    node.follow()
+    assert node.state.waiting() == [S1] and not list(tmp_path.glob("evil*"))
+    assert capsys.readouterr().out.count("is no id of Orthanc's") == 3
+
+
 @pytest.mark.parametrize("verb", ["fetch", "store"])
 def test_a_user_who_may_not_do_it_ends_the_program_and_keeps_the_queue(tmp_path, verb, monkeypatch, capsys):
-    archive, tries = Archive(tmp_path, "S1", "S2"), []
+    archive, tries = Archive(tmp_path, S1, S2), []
 
     def denied(asked, what):
         if asked == verb:
@@ -440,10 +715,10 @@ def test_a_user_who_may_not_do_it_ends_the_program_and_keeps_the_queue(tmp_path,
     assert "error: POST http://fake/instances: not allowed (403)" in capsys.readouterr().err
     archive.turned_down = lambda *_: None
     node = archive_node(tmp_path, archive)
-    assert states(node) == {"S1": "waiting", "S2": "waiting"} and not list(node.state.work.iterdir())
+    assert states(node) == {S1: "waiting", S2: "waiting"} and not list(node.state.work.iterdir())
     while node.step():
         pass
-    assert states(node) == {"S1": "done", "S2": "done"}
+    assert states(node) == {S1: "done", S2: "done"}
 
 
 def one_answers_500(archive, which, verb="fetch"):
@@ -454,47 +729,47 @@ def one_answers_500(archive, which, verb="fetch"):
 
 
 def test_a_series_that_orthanc_does_not_serve_lets_the_others_go_first_and_fails_in_the_end(tmp_path, monkeypatch):
-    archive = Archive(tmp_path, "S1", "S2", "S3")
-    one_answers_500(archive, "S1/2")
+    archive = Archive(tmp_path, S1, S2, S3)
+    one_answers_500(archive, f"{S1}/2")
     monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
     node = archive_node(tmp_path, archive, queue=3)
     node.step()
-    assert states(node) == dict.fromkeys(("S1", "S2", "S3"), "waiting") and node.state.waiting() == ["S2", "S3", "S1"]
-    assert "try 1 failed, another will follow: http://fake/S1/2: 500" in page(node, "http://fake")
-    archive.files["S4"] = archive.files["S3"]
-    archive.log = log_of("S1", "S2", "S3", "S4")
+    assert states(node) == dict.fromkeys((S1, S2, S3), "waiting") and node.state.waiting() == [S2, S3, S1]
+    assert f"try 1 failed, another will follow: http://fake/{S1}/2: 500" in page(node, "http://fake")
+    archive.files[S4] = archive.files[S3]
+    archive.log = log_of(S1, S2, S3, S4)
     node.follow()
-    assert node.state.waiting() == ["S2", "S3", "S1", "S4"]          # it keeps no room from others, nor its place
+    assert node.state.waiting() == [S2, S3, S1, S4]          # it keeps no room from others, nor its place
     node.state.close()
     again = archive_node(tmp_path, archive)                          # tries outlast the process
     while again.step():
         pass
-    assert states(again) == {"S1": "failed", "S2": "done", "S3": "done", "S4": "done"}
-    assert again.state.rows["S1"]["reason"] == "given up after 5 tries: http://fake/S1/2: 500 Internal Server Error"
-    assert archive.fetched.count("S1/2") == 5 and again.metrics.put_back == 3
+    assert states(again) == {S1: "failed", S2: "done", S3: "done", S4: "done"}
+    assert again.state.rows[S1]["reason"] == f"given up after 5 tries: http://fake/{S1}/2: 500 Internal Server Error"
+    assert archive.fetched.count(f"{S1}/2") == 5 and again.metrics.put_back == 3
     assert "cn_stylegan_put_back_total 3" in again.metrics.text(0)
 
 
 def test_a_series_is_not_failed_for_a_storage_that_serves_none(tmp_path, monkeypatch):
-    archive = Archive(tmp_path, "S1", "S2")
-    one_answers_500(archive, "S")
+    archive = Archive(tmp_path, S1, S2)
+    one_answers_500(archive, "")
     node = archive_node(tmp_path, archive)
     for _ in range(3):
         node.step()
-    assert archive.fetched == ["S1/0", "S2/0"]                       # a pause before each further try
+    assert archive.fetched == [f"{S1}/0", f"{S2}/0"]                       # a pause before each further try
     monkeypatch.setattr("pacs.node.time.monotonic", lambda: 1e12)
     monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
     for _ in range(18):
         node.step()
-    assert len(archive.fetched) == 20 and states(node) == {"S1": "waiting", "S2": "waiting"}
+    assert len(archive.fetched) == 20 and states(node) == {S1: "waiting", S2: "waiting"}
     archive.turned_down = lambda *_: None                            # mended
     while node.step():
         pass
-    assert states(node) == {"S1": "done", "S2": "done"} and not node.state.rows["S1"].get("reason")
+    assert states(node) == {S1: "done", S2: "done"} and not node.state.rows[S1].get("reason")
 
 
 def test_orthanc_away_as_a_whole_is_no_try_of_a_series(tmp_path):
-    archive = Archive(tmp_path, "S1")
+    archive = Archive(tmp_path, S1)
 
     def away(asked, what):
         if asked in ("fetch", "system"):
@@ -504,14 +779,15 @@ def test_orthanc_away_as_a_whole_is_no_try_of_a_series(tmp_path):
     for _ in range(6):
         with pytest.raises(OrthancAway):
             node.step()
-    assert "tries" not in node.state.rows["S1"] and node.metrics.put_back == 0
+    assert "tries" not in node.state.rows[S1] and node.metrics.put_back == 0
 
 
 def more_images(archive, folder, series_id):
     """Another image of the series, and Orthanc's word of it."""
-    whole = sorted(write_study(folder / "more", 0, len(archive.files[series_id]) + 1).iterdir())
+    whole = sorted(write_study(folder / "more", 0, len(archive.files[series_id]) + 1,
+                               patient=archive.patient).iterdir())
     archive.files[series_id] = whole
-    archive.log = archive.log + [Change(len(archive.log) + 1, "StableSeries", series_id)]
+    archive.log = archive.log + log_of(series_id, first=len(archive.log) + 1)
 
 
 @pytest.mark.parametrize("outcome, error", [("refused", ScanError("no head")), ("failed", RuntimeError("broken"))])
@@ -520,13 +796,13 @@ def test_results_of_a_part_go_when_the_whole_is_refused_or_fails(tmp_path, outco
         if len(scan.hu) > 4:
             raise error
         return at_once(scan)
-    archive = Archive(tmp_path, "S1", "S2")
+    archive = Archive(tmp_path, S1, S2)
     node = archive_node(tmp_path, archive, only_four)
     while node.step():
         pass
-    kept, others = (set(node.state.rows[series_id]["objects"]) for series_id in ("S1", "S2"))
-    assert len(kept) == 7 and archive.stored == kept | others
-    more_images(archive, tmp_path, "S1")
+    kept, others = (set(node.state.rows[series_id]["objects"]) for series_id in (S1, S2))
+    assert len(kept) == 7 and archive.uids() == kept | others
+    more_images(archive, tmp_path, S1)
 
     deleted = []
 
@@ -537,13 +813,13 @@ def test_results_of_a_part_go_when_the_whole_is_refused_or_fails(tmp_path, outco
     archive.turned_down = away_after_three
     with pytest.raises(OrthancAway):
         node.step()
-    assert states(node) == {"S1": outcome, "S2": "done"} and len(archive.stored - others) == 4
+    assert states(node) == {S1: outcome, S2: "done"} and len(archive.uids() - others) == 4
     node.state.close()
     archive.turned_down = lambda *_: None
     again = archive_node(tmp_path, archive, only_four)               # as after a kill
     again.step()
-    assert archive.stored == others and again.state.rows["S1"]["objects"] == []
-    assert states(again) == {"S1": outcome, "S2": "done"}
+    assert archive.uids() == others and again.state.rows[S1]["objects"] == []
+    assert states(again) == {S1: outcome, S2: "done"}
 
 
 def test_results_that_cannot_be_deleted_are_told_of_and_keep_nobody(tmp_path, capsys):
@@ -551,10 +827,10 @@ def test_results_that_cannot_be_deleted_are_told_of_and_keep_nobody(tmp_path, ca
         if len(scan.hu) > 4:
             raise ScanError("no head")
         return at_once(scan)
-    archive = Archive(tmp_path, "S1")
+    archive = Archive(tmp_path, S1)
     node = archive_node(tmp_path, archive, only_four)
     node.step()
-    more_images(archive, tmp_path, "S1")
+    more_images(archive, tmp_path, S1)
     one_answers_500(archive, "", "delete")
     for _ in range(3):
         node.step()
@@ -566,10 +842,10 @@ def test_results_that_cannot_be_deleted_are_told_of_and_keep_nobody(tmp_path, ca
 
 
 def test_a_full_disk_is_waited_for_and_said(tmp_path, monkeypatch, capsys):
-    archive = Archive(tmp_path, "large", "small")
+    archive = Archive(tmp_path, S1, S2)
 
     def full(asked, what):
-        if asked == "fetch" and what.startswith("large"):
+        if asked == "fetch" and what.startswith(S1):
             raise OSError(errno.ENOSPC, "No space left on device")
     archive.turned_down = full
     node = archive_node(tmp_path, archive, poll_s=0.01)
@@ -581,7 +857,7 @@ def test_a_full_disk_is_waited_for_and_said(tmp_path, monkeypatch, capsys):
         wait_for(lambda: node.metrics.outcomes["done"] == 1)         # what needs less room goes on
         ticked = node._ticked
         wait_for(lambda: node._ticked > ticked)                      # the loop has come round since
-        assert states(node) == {"large": "waiting", "small": "done"} and node.metrics.disk_full
+        assert states(node) == {S1: "waiting", S2: "done"} and node.metrics.disk_full
         assert "folder is full: make room" in page(node, "http://fake") and node.metrics.orthanc_up
         assert "cn_stylegan_disk_full 1" in node.metrics.text(1)
         archive.turned_down = lambda *_: None
@@ -596,7 +872,7 @@ def test_a_full_disk_is_waited_for_and_said(tmp_path, monkeypatch, capsys):
 
 
 def test_a_result_that_cannot_be_written_down_is_made_again(tmp_path, monkeypatch):
-    archive = Archive(tmp_path, "S1")
+    archive = Archive(tmp_path, S1)
     node = archive_node(tmp_path, archive, poll_s=0.01)
     monkeypatch.setattr("pacs.node.BACKOFF_S", (0.01, 0.01))
     put, asked = node.state.put, []
@@ -610,12 +886,12 @@ def test_a_result_that_cannot_be_written_down_is_made_again(tmp_path, monkeypatc
     loop = Thread(target=node.run)
     loop.start()
     try:
-        wait_for(lambda: states(node).get("S1") == "done" or not loop.is_alive())
+        wait_for(lambda: states(node).get(S1) == "done" or not loop.is_alive())
     finally:
         node.stopping.set()
         loop.join(60)
     assert node.metrics.outcomes["done"] == 1 and asked.count("done") == 2
-    assert archive.stored == set(node.state.rows["S1"]["objects"])
+    assert archive.uids() == set(node.state.rows[S1]["objects"])
 
 
 def test_state_of_another_model_or_node_is_refused(tmp_path):
@@ -628,12 +904,13 @@ def test_state_of_another_model_or_node_is_refused(tmp_path):
 
 
 def test_pages(tmp_path):
-    node = fake_node(tmp_path, log_of("low", "wild", "high", "odd", "next"))
+    names = {name: dashed(name) for name in ("low", "wild", "high", "odd", "next")}
+    node = fake_node(tmp_path, log_of(*names.values()))
     node.follow()
     for name, values in (("low", dict(state="done", score=0.5)), ("high", dict(state="done", score=9.0, flagged=True)),
                          ("wild", dict(state="done", score=99.0, unreliable="too much", notes=["too much", "a gap"])),
                          ("odd", dict(state="refused", reason="<b>no head</b>"))):
-        node.state.put(name, node.state.rows[name] | values)
+        node.state.put(names[name], node.state.rows[names[name]] | values)
     server = serve(node, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.server_address[1]}"
 
@@ -641,15 +918,37 @@ def test_pages(tmp_path):
         with urllib.request.urlopen(url + path, timeout=60) as answer:
             return answer.read().decode()
     series = json.loads(get("/worklist.json"))["series"]
-    assert [r["orthanc_id"] for r in series] == ["next", "high", "low", "wild", "odd"]
+    assert [r["orthanc_id"] for r in series] == [names[name] for name in ("next", "high", "low", "wild", "odd")]
     html = get("/")
     assert "unreliable: too much" in html and html.count("too much") == 1 and "a gap" in html
     assert "&lt;b&gt;no head" in html and "<b>no head" not in html and "Research only" in html
-    assert html.index(">next</a>") < html.index(">high</a>") < html.index(">low</a>") < html.index(">odd</a>")
+    places = [html.index(f">{names[name][:17]}</a>") for name in ("next", "high", "low", "odd")]
+    assert places == sorted(places)
     assert json.loads(get("/healthz")) == {"stuck": False, "orthanc": True, "waiting": 1}
     metrics = get("/metrics").splitlines()
     assert "cn_stylegan_queue_length 1" in metrics and 'cn_stylegan_scans_total{outcome="done"} 0' in metrics
     assert 'cn_stylegan_stage_seconds_count{stage="project"} 0' in metrics
     with pytest.raises(urllib.error.HTTPError, match="404"):
         get("/other")
+    with urllib.request.urlopen(urllib.request.Request(url + "/", method="HEAD"), timeout=60) as answer:
+        assert answer.status == 200 and int(answer.headers["Content-Length"]) > 1000 and not answer.read()
+    server.shutdown()
+
+
+def test_the_pages_show_the_last_days(tmp_path):
+    names = [dashed(name) for name in ("today", "lately", "long ago", "waiting")]
+    node = fake_node(tmp_path, log_of(*names))
+    node.follow()
+    for name, days in zip(names, (0, 6.9, 7.1)):
+        finished = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="seconds")
+        node.state.put(name, node.state.rows[name] | {"state": "done", "score": 1.0, "finished": finished})
+    node.state.put(names[3], node.state.rows[names[3]] | {"announced": "2020-01-01T00:00:00+00:00"})
+    rows, older = worklist(node)
+    assert {r["orthanc_id"] for r in rows} == {names[0], names[1], names[3]} and older == 1
+    assert "Not shown: 1 series finished more than 7 days ago" in page(node, "http://fake")
+    assert worklist(node, 8)[1] == 0 and "Not shown" not in page(node, "http://fake", 1e9)
+    server = serve(node, "127.0.0.1", 0, days=1)
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.server_address[1]}/worklist.json", timeout=60) as answer:
+        found = json.loads(answer.read())
+    assert len(found["series"]) == 2 and found["older"] == 2
     server.shutdown()
