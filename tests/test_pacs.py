@@ -226,18 +226,20 @@ def test_more_images_of_a_series_replace_its_results(tmp_path, orthanc):
 
 
 @needs_orthanc
-@pytest.mark.parametrize("patient", PATIENT_IDS)
-def test_outdated_results_go_whatever_the_patient_id(tmp_path, orthanc, patient):
-    folder = write_study(tmp_path, 1, slices=6, patient=patient)
-    late = sorted(folder.iterdir())[-1].rename(tmp_path / "late.dcm")
-    orthanc.send(folder)
+def test_outdated_results_go_whatever_the_patient_id(tmp_path, orthanc):
+    late = []
+    for number, patient in enumerate(PATIENT_IDS):
+        folder = write_study(tmp_path, number, slices=6, patient=patient)
+        late.append(sorted(folder.iterdir())[-1].rename(tmp_path / f"late{number}.dcm"))
+        orthanc.send(folder)
     node = node_of(orthanc, tmp_path / "state", at_once)
-    until_idle(node, 1)
-    assert orthanc.client.store(late) == orthanc_id(late)             # the fake one's ids are the real one's
-    wait_for(lambda: node.step() or next(iter(node.state.rows.values()))["images"] == 6
-             and not node.state.waiting())
-    study, = (orthanc.get(f"/studies/{s}") for s in orthanc.get("/studies"))
-    assert orthanc.results(study) == ["KO 1", "OT 1", "OT 3", "SEG 1", "SR 1"]
+    until_idle(node, len(PATIENT_IDS))
+    for path in late:
+        assert orthanc.client.store(path) == orthanc_id(path)         # the fake one's ids are the real one's
+    wait_for(lambda: node.step() or not node.state.waiting() and all(
+        row["images"] == 6 for row in node.state.rows.values()))
+    found = [orthanc.results(orthanc.get(f"/studies/{s}")) for s in orthanc.get("/studies")]
+    assert found == [["KO 1", "OT 1", "OT 3", "SEG 1", "SR 1"]] * len(PATIENT_IDS)
 
 
 @needs_orthanc
@@ -443,6 +445,21 @@ def test_json_that_is_not_orthancs(tmp_path, answering, body):
     if body != b"[]":                                                # nothing found, too
         with pytest.raises(OrthancAway, match="is this Orthanc"):
             client.find("1.2", S1)
+
+
+def test_instances_are_found_of_this_study_alone(monkeypatch):
+    client, asked = Orthanc("http://fake"), []
+    answers = {"/tools/lookup": [{"ID": id, "Type": kind} for id, kind in ((S1, "Instance"), (S2, "Instance"),
+                                                                       (S3, "Instance"), (S4, "Series"))],
+               f"/instances/{S1}/study": {"ID": "other"}, f"/instances/{S2}/study": {"ID": "this"}}
+
+    def request(path, body=None):
+        asked.append((path, body))
+        if path not in answers:
+            raise OrthancRefused("gone", 404)
+        return json.dumps(answers[path]).encode()
+    monkeypatch.setattr(client, "_request", request)
+    assert client.find("1.2.3", "this") == [S2] and asked[0] == ("/tools/lookup", b"1.2.3")
 
 
 def test_results_without_patient_are_refused(capsys):
@@ -670,6 +687,17 @@ def test_results_of_a_part_go_whatever_the_patient_id(tmp_path, patient):
     assert len(first) == len(archive.uids()) == 7 and not first & archive.uids()
 
 
+def test_results_of_an_earlier_version_that_are_stored_anew_stay(tmp_path):
+    archive = Archive(tmp_path, S1)
+    node = archive_node(tmp_path, archive)
+    node.step()
+    first = dict(archive.stored)
+    node.state.put(S1, node.state.rows[S1] | {"objects": list(first)})
+    archive.log = log_of(S1, first=2)
+    node.step()
+    assert node.metrics.outcomes["done"] == 2 and archive.stored == first
+
+
 def test_results_that_an_earlier_version_wrote_down_by_their_ids(tmp_path):
     archive = Archive(tmp_path, S1)
     node = archive_node(tmp_path, archive)
@@ -687,11 +715,12 @@ def test_results_that_an_earlier_version_wrote_down_by_their_ids(tmp_path):
 
 
 def test_an_id_that_is_none_becomes_no_file(tmp_path, capsys):
-    node = fake_node(tmp_path / "state", log_of("../../evil", S1, S1 + "/..") + log_of("../x", kind="NewInstance",
-                                                                                     first=4))
+    log = log_of("../../evil", S1, S1 + "/..") + log_of("../x", S2, kind="NewInstance", first=4)
+    node = fake_node(tmp_path / "state", log)
+    node.orthanc.series_of = lambda instance_id: node.orthanc.series(instance_id) | {"ID": "../../evil"}
     node.follow()
-    assert node.state.waiting() == [S1] and not list(tmp_path.glob("evil*"))
-    assert capsys.readouterr().out.count("is no id of Orthanc's") == 3
+    assert node.state.waiting() == [S1] and not node.state.arriving and not list(tmp_path.glob("evil*"))
+    assert capsys.readouterr().out.count("is no id of Orthanc's") == 4
 
 
 @pytest.mark.parametrize("verb", ["fetch", "store"])
