@@ -6,7 +6,7 @@
 Follows Orthanc's change log for stable CT series, fetches, projects and stores them back as DICOM objects of the same
 study, and serves a worklist: /, /worklist.json, /healthz, /metrics. May be killed at any time: every series gets one
 set of results. Runs until it is stopped (Ctrl-C or SIGTERM: after the series in work); exit code 2 for wrong usage, and
-where Orthanc does not allow the node to read, store or delete. docs/PACS.md tells more. Not a medical device: for
+where Orthanc redirects, or does not allow to read, store or delete. docs/PACS.md tells more. Not a medical device: for
 research only.
 """
 
