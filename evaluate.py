@@ -220,7 +220,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--slice-labels", type=Path, help="scan_id, slice (from 0, inferior to superior), label, [types]")
     add("--masks", type=Path, help="truth masks: <scan_id>.nii.gz or <scan_id>/NN.png (NN: slice as in "
         "slices.csv, from 0)")
-    add("--maps", type=Path, help="<scan_id>/mask.nii.gz, anomaly.nii.gz (default: the folder of scores.csv)")
+    add("--maps", type=Path, help="<scan_id>/mask.nii.gz, anomaly.nii.gz, by whose distance from 0 pixels rank "
+        "(default: the folder of scores.csv)")
     add("--mask-gaps", choices=("error", "empty", "skip"), default="error",
         help="slices without a PNG in a truth folder: refuse, nothing there, or not counted (default error)")
     add("--threshold", type=_finite,

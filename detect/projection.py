@@ -30,7 +30,8 @@ class Projection:
 
     reconstruction_hu  float32, HU: the closest normal
     residual_hu        float32, HU: scan minus closest normal in the brain, median-filtered, signed
-    anomaly            float32, signed, positive where hyperdense: surprise, or votes times residual in HU
+    anomaly            float32, the further from 0 the more abnormal, positive where hyperdense and negative where
+                       hypodense: surprise, or votes times residual in HU
     mask, brain        bool: what is predicted anomalous, large components and what they extend to; the brain
     slice_scores       float32 [S], 0 where a slice was not projected
     below_vertex_mm    float32 [S]; projected bool [S]: False where there was too little brain

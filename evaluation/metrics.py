@@ -255,13 +255,15 @@ class PixelTally:
         self._values, self._truths, self._counts = [], [], []
 
     def add(self, scan_id: str, truth: np.ndarray, predicted: np.ndarray, anomaly: np.ndarray) -> None:
-        """truth, predicted bool [S, H, W]; anomaly [S, H, W], higher is more abnormal."""
+        """truth, predicted bool [S, H, W]; anomaly [S, H, W]: the further from 0, the more abnormal, hyperdense above it
+        and hypodense below.
+        """
         if truth.any():
             self.dice_by_scan[scan_id] = dice(truth, predicted)
         self._intersection += int((truth & predicted).sum())
         self._total += int(truth.sum()) + int(predicted.sum())
         for value in (False, True):                       # equal pixels counted together: less to sort
-            level, count = np.unique(anomaly[truth == value], return_counts=True)
+            level, count = np.unique(np.abs(anomaly[truth == value]), return_counts=True)
             self._values.append(level)
             self._counts.append(count)
             self._truths.append(np.full(len(level), value))

@@ -213,6 +213,16 @@ def test_dice():
         metrics.dice(a & ~a, b & ~b)
 
 
+def test_pixels_are_ranked_by_their_distance_from_normal_to_either_side():
+    """A bleed at +3 and an infarct at -2 stand before all healthy pixels, at -1 to 1."""
+    anomaly = np.linspace(-1, 1, 40).reshape(2, 4, 5)
+    bleed, infarct = np.zeros((2, 2, 4, 5), bool)
+    bleed[0, 0], infarct[1, 3] = True, True
+    tally = metrics.PixelTally()
+    tally.add("a", bleed | infarct, bleed, np.where(bleed, 3, np.where(infarct, -2, anomaly)))
+    assert tally.average_precision() == 1
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Who is evaluated
 
