@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import sys
@@ -127,7 +128,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--version", action="version", version=f"CN-StyleGAN {VERSION}")
     add("--model", type=Path, required=True, help="model bundle made by latent_stats.py")
     add("--out", type=Path, default=Path("results"), help="results folder (default: %(default)s)")
-    add("--overwrite", action="store_true", help="project again what other settings have projected")
+    add("--overwrite", action="store_true", help="project again what other settings have projected, and "
+        "replace results of other scans of the same ids")
     add("--preset", choices=("model", "published"), default="model",
         help="the settings that the model is calibrated for, or the published search (100 + 100 steps) and votes with "
              "this model's distance, then mostly without percentiles (default: %(default)s)")
@@ -163,8 +165,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.scans) == (args.query is not None):
         parser.error("give SCANS, the folder that holds the scans, or --query_save_path")
-    if args.slab_mm is not None and not args.slab_mm > 0:
+    if args.slab_mm is not None and not 0 < args.slab_mm < math.inf:
         parser.error(f"--slab-mm must be above 0, got {args.slab_mm:g}")
+    if not 0 <= args.unknown_slice_spacing_mm < math.inf:
+        parser.error(f"--unknown-slice-spacing-mm must be at least 0, got {args.unknown_slice_spacing_mm:g}")
+    if args.threshold is not None and not math.isfinite(args.threshold):
+        parser.error(f"--threshold must be a finite score, got {args.threshold:g}")
+    if args.alarm_rate is not None and not 0 < args.alarm_rate < 1:
+        parser.error(f"--alarm-rate must lie between 0 and 1, got {args.alarm_rate:g}")
     if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
     args.scans = args.scans or [args.query]
@@ -231,7 +239,7 @@ def project(args: argparse.Namespace, projector: Projector, writers: dict[str, W
 
     written = time.perf_counter()
     try:
-        for _ in project_all(projector, sources, args.out, writers, bool(args.part), numbers):
+        for _ in project_all(projector, sources, args.out, writers, bool(args.part), numbers, args.overwrite):
             if tables and time.perf_counter() - written > TABLES_EVERY_S:
                 tables()
                 written = time.perf_counter()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import functools
 import glob
 import hashlib
 import os
@@ -139,6 +140,17 @@ def sha256(path: Path) -> str:
     """Of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """sha256, of a file that is asked for again and again: read once while its size and time of change stay."""
+    found = path.stat()
+    return _known_sha256(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _known_sha256(path: Path, size: int, time_ns: int) -> str:
+    return sha256(path)
 
 
 class Row(dict[str, str]):

@@ -203,7 +203,8 @@ def _reference_image(header: Dataset, first: Dataset, thickness_mm: float) -> Da
     """
     image = Dataset()
     for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID",
-                    "Rows", "Columns", "LossyImageCompression"):
+                    "Rows", "Columns", "LossyImageCompression", "LossyImageCompressionRatio",
+                    "LossyImageCompressionMethod"):
         if keyword in header:
             setattr(image, keyword, header[keyword].value)
     image.Modality, image.PositionReferenceIndicator = "CT", ""

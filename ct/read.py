@@ -264,7 +264,7 @@ def _with_ids(found: list[tuple[Found, Path | None]], root: Path, ids: str) -> l
         if name in taken:                             # case.nii beside case.nii.gz, or the same series twice
             name = f"{name}-{_short(str(one.paths[0]) + str(within))}"
         taken.add(name)
-        sources.append(ScanSource(name, one.kind, one.paths, one.options, within))
+        sources.append(ScanSource(name, one.kind, one.paths, one.options, within, one.uid))
     return sources
 
 

@@ -51,6 +51,8 @@ class ScanSource:
     paths    the files that make it up; within the archive where there is one
     options  what its reader needs besides; {'error': reason} for something that cannot be a scan as it is
     archive  the zip file that holds the paths; None if they lie in a folder
+    uid      what identifies it wherever it lies, of DICOM the series UID first (then '|'); empty where only its
+             content does
     """
 
     scan_id: str
@@ -58,6 +60,7 @@ class ScanSource:
     paths: tuple[Path, ...]
     options: dict[str, Any] = field(default_factory=dict)
     archive: Path | None = None
+    uid: str = ""
 
     @property
     def files(self) -> tuple[Path, ...]:

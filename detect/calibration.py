@@ -19,7 +19,7 @@ from detect import normative
 from detect.measure import Measure
 from detect.reconstruct import Reconstruction, Reconstructor, method
 from detect.residual import Evidence
-from detect.scores import SCAN_SCORES, SLICE_MM, percentile_of, scan_score, thickness_mm, threshold_at_fpr
+from detect.scores import SCAN_SCORES, SLICE_MM, percentile_of, rounded_up, scan_score, thickness_mm, threshold_at_fpr
 from detect.settings import Settings
 
 FPR = 0.05                            # of the stored thresholds
@@ -201,7 +201,7 @@ def at_rate(calibration: dict[str, Any], rate: float) -> dict[str, Any]:
     if found["reason"]:
         n = calibration["scans"]
         raise ValueError(f"alarm rate {rate:g}: {n} healthy scans cannot tell it; the lowest rate that they allow is "
-                         f"{1 / (n + 1):.3g}, or calibrate with more scans (latent_stats.py)")
+                         f"{rounded_up(1 / (n + 1)):.3g}, or calibrate with more scans (latent_stats.py)")
     return calibration | {"threshold": found}
 
 

@@ -8,6 +8,8 @@
 
 A scan is finished when its result.json holds the key of the projector and the fingerprint of its files. A failed scan
 has one, too, with the reason, and is tried again by the next run. Tables are made from these files alone.
+Another scan of the same name, as of a second folder, takes no result's place but with --overwrite: result.json tells by
+hashes which scan it is of.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -26,7 +29,15 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 
-from common.files import FullDiskError, full_disk_named, remove_abandoned, replace_text, replacing_folder, write_table
+from common.files import (
+    FullDiskError,
+    full_disk_named,
+    known_sha256,
+    remove_abandoned,
+    replace_text,
+    replacing_folder,
+    write_table,
+)
 from ct.read import ScanSource, open_scan
 from ct.scan import Scan, ScanError
 from detect.claims import STALE_S, Claims
@@ -98,6 +109,41 @@ def fingerprint(source: ScanSource) -> str:
     return hashlib.sha256(repr((source.kind, facts, read_as)).encode()).hexdigest()
 
 
+def origin(source: ScanSource) -> dict[str, str | None]:
+    """Which scan it is, for result.json, in hashes alone: results hold no UIDs, and no folders' names.
+
+    uid      of its series, wherever it lies; where it has none:
+    place    of its files
+    content  of its files; None where they cannot be read
+    """
+    uid = source.uid.partition("|")[0]
+    return {"uid": _digest([uid])} if uid else {"place": _place(source), "content": _content(source)}
+
+
+def is_another(source: ScanSource, earlier: dict) -> bool:
+    """Whether earlier results of this id are of another scan: another series or, without UIDs, files that lie elsewhere
+    and hold something else. Files that changed where they lie, and a folder that was moved, are the same scan.
+    """
+    known, uid = earlier.get("origin"), source.uid.partition("|")[0]
+    if not known:
+        return False
+    if uid or "uid" in known:
+        return known.get("uid") != _digest([uid])
+    return known["place"] != _place(source) and known["content"] != (_content(source) or "unknown")
+
+
+def _place(source: ScanSource) -> str:
+    return _digest([os.path.commonpath([path.absolute() for path in source.files])])
+
+
+def _content(source: ScanSource) -> str | None:
+    inner = [path.as_posix() for path in source.paths] if source.archive else []
+    try:
+        return _digest([*map(known_sha256, source.files), *inner])
+    except OSError:
+        return None
+
+
 def _size_and_time(path: Path) -> tuple[int, int]:
     try:
         found = path.stat()
@@ -110,14 +156,16 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 # Projecting
 
 def project_all(projector: Projector, sources: list[ScanSource], out: Path, writers: Mapping[str, Writer] = OUTPUTS,
-                by_hash: bool = False, numbers: Iterable[int] | None = None) -> Iterator[None]:
+                by_hash: bool = False, numbers: Iterable[int] | None = None, overwrite: bool = False
+                ) -> Iterator[None]:
     """Project scans that are not finished and that no other run has; yields after each.
 
     While the networks have a scan, the next one is read and the one before written (detect/pipeline.py). Those that
     another run has are tried again at the end, in case it has died. writers: what is written, by name; other ones,
     another result. numbers: which of the sources, all by default; the next is asked for when it can be read. Of scans
-    that are too large to be two in memory, runs on this machine have one at a time. Raises
-    FullDiskError, and ValueError where a scan's results would take the place of anything else.
+    that are too large to be two in memory, runs on this machine have one at a time. overwrite: results of other scans
+    of the same ids may be replaced. Raises FullDiskError, and ValueError where a scan's results would take the place
+    of anything else.
     """
     claims, key = Claims(out / WORK), projector.key()
     pending: Iterable[tuple[int, ScanSource]] = ((number, sources[number]) for number in (
@@ -136,7 +184,8 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
 
         def is_finished() -> bool:
             earlier = read_result(place())
-            return bool(earlier) and earlier["scan"]["status"] != "failed" and made.items() <= earlier.items()
+            return (bool(earlier) and earlier["scan"]["status"] != "failed" and made.items() <= earlier.items()
+                    and not is_another(source, earlier))
 
         outcome = "finished before, skipped"
         if not is_finished():
@@ -146,6 +195,8 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
                     outcome = "another run has it"
                 elif not is_finished():              # another run may have finished it before we had the claim
                     _refuse_others(place())
+                    if not overwrite:
+                        _refuse_another(out, source, read_result(place()))
                     job = Job(projector, source, place(), out / WORK, made, writers, held)
                     job.read()
                     job.number, job.held = number, held.pop_all()
@@ -237,7 +288,8 @@ class Job:
                 folder.mkdir()
                 scan = {"scan_id": self.source.scan_id, "status": "failed", "reason": self.reason}
                 rows = {"scan": scan, "slices": [], "seconds": {}}
-            (folder / "result.json").write_text(json.dumps({**self.made, **rows}), encoding="utf-8")
+            found = {**self.made, "origin": origin(self.source), **rows}
+            (folder / "result.json").write_text(json.dumps(found), encoding="utf-8")
         if self.reason is not None:
             return f"FAILED, {self.reason}"
         return f"score {scan['score']:.3f}, {scan['seconds']:.1f} s"
@@ -262,9 +314,10 @@ def collect(out: Path, sources: list[ScanSource], key: dict) -> tuple[list[Resul
     """Results of these scans made with `key`, and the ids of those that have none."""
     results, missing = [], []
     for source in sources:
-        result = _result(find_result_folder(out, source.scan_id))
-        if result and result.key == key:
-            results.append(result)
+        folder = find_result_folder(out, source.scan_id)
+        found = read_result(folder)
+        if found and found["key"] == key and not is_another(source, found):
+            results.append(_of(folder, found))
         else:
             missing.append(source.scan_id)
     return results, missing
@@ -279,8 +332,9 @@ def collect_all(out: Path) -> list[Result]:
     results = [result for folder in folders if (result := _result(folder))]
     for result in results[1:]:
         if result.key != results[0].key:
-            raise ValueError(f"{out}: {result.folder.name} was made with another model, other settings or another "
-                             f"version of this program than {results[0].folder.name}; project it again (--overwrite)")
+            raise ValueError(f"{out}: {result.folder.name} was made with another model or calibration, other settings "
+                             f"or another version of this program than {results[0].folder.name}; project it again "
+                             "(--overwrite)")
     by_id: dict[str, Result] = {}
     for result in results:
         first = by_id.setdefault(result.scan["scan_id"], result)
@@ -291,7 +345,11 @@ def collect_all(out: Path) -> list[Result]:
 
 def _result(folder: Path) -> Result | None:
     found = read_result(folder)
-    return found and Result(folder, found["scan"], found["seconds"], found["key"])
+    return found and _of(folder, found)
+
+
+def _of(folder: Path, found: dict) -> Result:
+    return Result(folder, found["scan"], found["seconds"], found["key"])
 
 
 def write_tables(out: Path, results: list[Result]) -> None:
@@ -387,9 +445,16 @@ def _refuse_others(place: Path) -> None:
 
 
 def refuse_other_results(out: Path, sources: list[ScanSource], key: dict) -> None:
-    """ValueError if a scan's results there were made with another model, other settings or another version."""
+    """ValueError if a scan's results there are of another scan, another model, other settings or another version."""
     for source in sources:
         earlier = read_result(find_result_folder(out, source.scan_id))
+        _refuse_another(out, source, earlier)
         if earlier and earlier["scan"]["status"] != "failed" and earlier["key"] != key:
-            raise ValueError(f"--out {out}: holds results of {source.scan_id} made with another model, other settings "
-                             "or another version of this program; choose another folder, or --overwrite")
+            raise ValueError(f"--out {out}: holds results of {source.scan_id} made with another model or calibration, "
+                             "other settings or another version of this program; choose another folder, or --overwrite")
+
+
+def _refuse_another(out: Path, source: ScanSource, earlier: dict | None) -> None:
+    if earlier and is_another(source, earlier):
+        raise ValueError(f"--out {out}: {source.scan_id} is another scan than the one whose results lie there; choose "
+                         "another --out, or --ids uid, which no two scans share, or --overwrite")

@@ -8,6 +8,7 @@ from config import check_range, option
 
 PERCEPTUAL = ("discriminator", "lpips", "pixels")     # the kinds of detect/perceptual.py
 KNEE = 0.01
+OF_FILE = "_sha256"                                    # ends the name of what settings say of a file's content
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -14,7 +16,7 @@ from ct.scan import Scan
 from detect import calibration
 from detect.bundle import Bundle, versions
 from detect.measure import Measure
-from detect.reconstruct import Reconstruction, Reconstructor, error_hu
+from detect.reconstruct import Reconstruction, Reconstructor
 from detect.residual import Evidence, Findings
 from detect.scores import scan_score, thickness_mm
 from detect.settings import Settings
@@ -75,7 +77,8 @@ class Projector:
     threshold      flags the scans with a higher score, instead of the calibration's threshold
     alarm_rate     the calibration's threshold at this share of healthy scans, 0 to 1, instead of the stored one
 
-    Raises ValueError where the bundle lacks what the settings or the alarm rate need.
+    Raises ValueError where the bundle lacks what the settings or the alarm rate need, and for a threshold that is no
+    number.
     """
 
     def __init__(self, bundle: Bundle, settings: Settings | None = None,
@@ -91,6 +94,8 @@ class Projector:
         self.incomparable = self._why_incomparable()
         self.calibration = None if self.incomparable else bundle.meta["calibration"]
         self.spacing_mm = calibration.spacing_range(self.calibration) if self.calibration else None
+        if threshold is not None and not math.isfinite(threshold):
+            raise ValueError(f"threshold: expected a finite score, got {threshold:g}")
         self.threshold, self.alarm_rate = threshold, alarm_rate
         if alarm_rate is not None:
             if not self.calibration:
@@ -140,11 +145,10 @@ class Projector:
             notes.append(self.incomparable)
         score = scan_score(findings.slice_scores, self.settings.scan_score, thickness_mm(below_vertex_mm))
         # A large lesion is far from its closest normal, as it should be: what tells a bad reconstruction is the rest
-        rest = brain & ~findings.predicted
-        error_of_rest = error_hu(found.query_hu, found.normal_hu, rest) if rest.any() else found.error
+        error_of_rest = found.error_in(brain & ~findings.predicted)
         percentile, threshold, why_not = self._compare(score, error_of_rest, calibration.usual_spacing(below_vertex_mm),
                                                        calibration.median_hu(hu, brain))
-        notes += [why_not] if why_not else []
+        notes += why_not
         if unreliable or pre.reservations:
             percentile = threshold = None
         mask = pre.maps_to_scan(findings.mask.numpy())
@@ -160,34 +164,47 @@ class Projector:
             seconds=seconds | {"to the scan": time.perf_counter() - started}, working=pre)
 
     def _compare(self, score: float, error_of_rest: float, spacing_mm: float,
-                 brain_hu: float) -> tuple[float | None, float | None, str | None]:
-        """Percentile and threshold of a score; None where they are not known, and a note where the scan is why."""
+                 brain_hu: float) -> tuple[float | None, float | None, list[str]]:
+        """Percentile and threshold of a score, None where they are not known; notes on why the calibration lacks them.
+
+        Where there is none that compares, self.incomparable says so.
+        """
         how = self.settings.scan_score
-        if not self.calibration or how not in self.calibration["scan_scores"]:
-            return None, self.threshold, None
+        if not self.calibration:
+            return None, self.threshold, []
+        if how not in self.calibration["scan_scores"]:
+            return None, self.threshold, [f"the calibration holds no scores by {how}: no percentile"]
         if not self.spacing_mm[0] / OTHER_SPACING <= spacing_mm <= self.spacing_mm[1] * OTHER_SPACING:
             low, high = (f"{mm:.3g}" for mm in self.spacing_mm)
-            return None, self.threshold, (f"slices {spacing_mm:.3g} mm apart, those of the calibration "
-                                f"{low if low == high else f'{low} to {high}'} mm: no percentile")
+            return None, self.threshold, [f"slices {spacing_mm:.3g} mm apart, those of the calibration "
+                                f"{low if low == high else f'{low} to {high}'} mm: no percentile"]
         threshold = self.calibration["threshold"][how] if self.threshold is None else self.threshold
+        notes = [] if threshold is not None else [
+            f"no threshold: {self.calibration['threshold']['reason'].removeprefix('threshold_at_fpr: ')}"]
         usual = Reconstruction.last_error(self.calibration["error_hu"])
         # Flagged all the same, in both cases: a head full of blood is so far off, too
         within = calibration.usual_range(self.calibration, "brain_hu")
         if within and not within[0] <= brain_hu <= within[1]:
-            return None, threshold, (f"the median of the brain is {brain_hu:.0f} HU, of healthy scans about "
-                                     f"{within[0]:.0f} to {within[1]:.0f}: is the HU scale right? No percentile")
+            return None, threshold, [f"the median of the brain is {brain_hu:.0f} HU, of healthy scans about "
+                                     f"{within[0]:.0f} to {within[1]:.0f}: is the HU scale right? No percentile",
+                                     *notes]
         within = calibration.usual_range(self.calibration, "error_hu")
         if error_of_rest > (within[1] if within else TOO_FAR * usual):
-            return None, threshold, (f"the closest normal is off by {error_of_rest:.1f} HU where nothing is marked, of "
-                                     f"healthy scans by {usual:.1f}: it does not come close; no percentile")
-        return calibration.percentile(self.calibration, score, how), threshold, None
+            return None, threshold, [f"the closest normal is off by {error_of_rest:.1f} HU where nothing is marked, of "
+                                     f"healthy scans by {usual:.1f}: it does not come close; no percentile", *notes]
+        return calibration.percentile(self.calibration, score, how), threshold, notes
 
     def key(self) -> dict:
-        """What this projector's results hang on, JSON: results of another key are not mixed with them."""
+        """What this projector's results hang on, JSON: results of another key are not mixed with them.
+
+        The calibration is no weights, and may be made anew on the same ones.
+        """
         precision = str(self.bundle.reconstructor.precision)
         alarm = {"threshold": self.threshold, "alarm_rate": self.alarm_rate}
+        calibrated = hashlib.sha256(json.dumps(self.calibration, sort_keys=True).encode()).hexdigest()
         return plain({"weights": self.bundle.weights_hash, "settings": self.settings.to_json(), "versions": versions(),
-                      "preprocessing": self.preprocessing.to_json(), "precision": precision}
+                      "preprocessing": self.preprocessing.to_json(), "precision": precision,
+                      "calibration": calibrated if self.calibration else None}
                      | {name: value for name, value in alarm.items() if value is not None})
 
 

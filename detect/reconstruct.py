@@ -46,6 +46,8 @@ class Reconstruction:
     read         float32 [S, 2, N, N]: what a reader says of the slices, in log odds beyond those of half of a slice
                  (reader.py): above 0 where too dense to belong there; below where not dense enough. None without a
                  reader
+    drawn_hu     float32 [S, N, N], HU: the normal before texture was copied into it, as by the noise stage of the
+                 search, which makes it look better; None: normal_hu
     """
 
     query_hu: torch.Tensor
@@ -54,6 +56,7 @@ class Reconstruction:
     seconds: dict[str, float]
     expected_hu: torch.Tensor | None = None
     read: torch.Tensor | None = None
+    drawn_hu: torch.Tensor | None = None
 
     @property
     def difference_hu(self) -> torch.Tensor:
@@ -64,9 +67,15 @@ class Reconstruction:
     def error(self) -> float:
         """How close the normal comes, HU: the last stage's error, but that of the search's code where it has one.
 
-        The search's noise stage copies texture and makes it look better.
+        That is the error of drawn_hu.
         """
         return self.last_error(self.error_hu)
+
+    def error_in(self, where: torch.Tensor) -> float:
+        """The same in a part of the brain, bool [S, N, N]; `error` where that is empty."""
+        if not where.any():
+            return self.error
+        return error_hu(self.query_hu, self.normal_hu if self.drawn_hu is None else self.drawn_hu, where)
 
     @staticmethod
     def last_error(error_hu: dict[str, float]) -> float:

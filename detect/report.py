@@ -26,7 +26,7 @@ from common.files import read_table, replace_text, sha256
 from ct.picture import PANELS, RESIDUAL_FULL_HU, pack_overlay
 from detect.folder import find_result_folder
 from detect.measure import MEASURES
-from detect.scores import SCAN_SCORES
+from detect.scores import SCAN_SCORES, rounded_up
 from detect.settings import Settings
 
 KEY_SLICES = 3
@@ -79,6 +79,11 @@ class Entry:
     @property
     def ok(self) -> bool:
         return self.status == "ok"
+
+    @property
+    def done(self) -> bool:
+        """Whether there is anything to look at, as there is of unreliable scans: their reason asks for a look."""
+        return self.status != "failed"
 
     @property
     def complete(self) -> bool:
@@ -139,7 +144,7 @@ def read_results(results: Path, most: int = MOST_SCANS) -> tuple[list[Entry], di
             raise ReportError(f"{path}: {row['scan_id']} has a slice without number, position or score; run "
                               "projector.py again")
         by_id[row["scan_id"]].slices.append(Slice(int(number), mm, row["projected"] == "1", score))
-    for entry in (e for e in entries if e.ok):
+    for entry in (e for e in entries if e.done):
         _find_overlays(entry, find_result_folder(results, entry.scan_id) / "overlay")
     run = read_json(results / "run.json")
     if not RUN_KEYS <= run.keys():
@@ -354,7 +359,8 @@ def sure(entries: list[Entry], calibration: Calibration, evaluation: dict | None
             passing = sum(score > calibration.threshold for score in calibration.scores)
             sentences.append(f"The threshold was given for this run; {passing} of these healthy scans pass it.")
         else:
-            sentences.append(f"A healthy scan passes the threshold with a chance of at most {calibration.fpr:.0%}.")
+            sentences.append(f"A healthy scan passes the threshold with a chance of at most "
+                             f"{100 * rounded_up(calibration.fpr):.3g}%.")
     elif any(e.percentile is not None for e in entries):
         sentences.append("Percentiles are among the model's healthy scans; this run does not tell how many there are.")
     else:

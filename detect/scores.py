@@ -70,6 +70,12 @@ def scan_score(scores: torch.Tensor, how: str, thickness_mm: Sequence[float] | N
 # --- calibration on healthy scans ---
 
 
+def rounded_up(rate: float) -> float:
+    """A rate, above 0, to three digits and never below itself: what is said of it at most, or at least, holds."""
+    step = 10.0 ** (math.floor(math.log10(rate)) - 2)
+    return math.ceil(rate / step - 1e-9) * step                      # 1e-9 for 0.05, which is 500.00000000000006 steps
+
+
 def percentile_of(scores: torch.Tensor, healthy_scores: torch.Tensor) -> torch.Tensor:
     """Percentile of each score among healthy ones, [...] in 0 to 100 n / (n + 1).
 

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.files import known_sha256
 from common.weights import CheckpointError, load_tensors
 from config import option
 from ct.window import decode, encode
 from detect.inversion import compact_networks, draw, load_networks
 from detect.latent import LatentStats
-from detect.options import KNEE, PERCEPTUAL
+from detect.options import KNEE, OF_FILE, PERCEPTUAL
 from detect.perceptual import build_perceptual, prior_excess
 from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
 from detect.votes import VoteWatch
@@ -60,6 +61,13 @@ class SearchSettings:
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
 
+    def of_files(self) -> dict[str, str | None]:
+        """SHA-256 of the files that scores hang on, wherever they lie; None where one is not given."""
+        if self.perceptual != "lpips":
+            return {}
+        return {f"{name}{OF_FILE}": known_sha256(Path(path)) if path else None
+                for name, path in (("vgg16", self.vgg16), ("lpips", self.lpips))}
+
 
 class Search(Reconstructor):
     """discriminator: for perceptual=discriminator; None where a bundle without one is used with another distance."""
@@ -90,12 +98,14 @@ class Search(Reconstructor):
         # The noise stage copies the query but where an anomaly is predicted: it needs votes, whoever counts them.
         if watch is None and self.settings.steps_noise:
             watch = VoteWatch(brain, below_vertex_mm)
-        run, stages = _Run(self, hu, below_vertex_mm, watch), Stages()
+        run, stages, drawn = _Run(self, hu, below_vertex_mm, watch), Stages(), {}
         inside = brain.to(self.device)
         for stage, work in (("encode", run.encode), ("latent", run.optimise_latent), ("noise", run.optimise_noise)):
             with stages.stage(stage, lambda: error_hu(run.query_hu, decode(run.image), inside)):
                 work()
-        return Reconstruction(run.query_hu.cpu(), decode(run.image).cpu(), stages.error_hu, stages.seconds)
+            drawn[stage] = decode(run.image).cpu()
+        return Reconstruction(run.query_hu.cpu(), drawn["noise"], stages.error_hu, stages.seconds,
+                              drawn_hu=drawn["latent"])
 
     def config(self) -> dict[str, Any]:
         return asdict(self.encoder.config)

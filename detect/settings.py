@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from detect.measure import MEASURES
+from detect.options import OF_FILE
 from detect.reconstruct import METHODS, method
 from detect.residual import MaskSettings
 from detect.scores import SCAN_SCORES
@@ -45,19 +47,27 @@ class Settings:
         return {key: found[key] for key in ("method", "reconstruction", "measure", "scoring")}
 
     def to_json(self) -> dict[str, Any]:
-        """All settings that a result depends on; those that are not `stored` (memory, paths) are left out."""
+        """All settings that a result depends on; those that are not `stored` (memory, paths) are left out.
+
+        Of the files of perceptual=lpips it holds the SHA-256. Raises OSError where one cannot be read.
+        """
         groups = {name: stored(getattr(self, name)) for name in ("reconstruction", "scoring", "mask")}
         return {"method": self.method, "reconstruction": groups["reconstruction"], "measure": self.measure,
                 "scoring": groups["scoring"], "mask": groups["mask"], "scan_score": self.scan_score}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Settings:
-        """The inverse of to_json; what it does not say is the default. ValueError for what this version lacks."""
+        """The inverse of to_json, but for the files, of which that holds hashes; what it does not say is the default.
+
+        ValueError for what this version lacks.
+        """
         content = dict(content)
         try:
             own = {"reconstruction": method(content.get("method", cls.method)).Settings,
                    "scoring": MEASURES[content.get("measure", cls.measure)].Settings, "mask": MaskSettings}
-            groups = {name: kind(**content.pop(name, {})) for name, kind in own.items()}
+            said = {name: content.pop(name, {}) for name in own}
+            groups = {name: kind(**{key: value for key, value in said[name].items() if not key.endswith(OF_FILE)})
+                      for name, kind in own.items()}
             return cls(**groups, **content)
         except (KeyError, TypeError) as error:
             raise ValueError(f"settings: {error}; made by another version") from error
@@ -72,14 +82,15 @@ class Settings:
         kept = {"reconstruction": self.reconstruction if groups["method"] == self.method else None,
                 "scoring": self.scoring if groups["measure"] == self.measure else None}
         settings = Settings(**groups, **kept, mask=self.mask)
+        changed: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
         for name, value in changes.items():
             group = next((g for g in GROUPS if name in names(getattr(settings, g))), None)
             if group is None:
                 raise ValueError(f"no setting {name}; there are {', '.join(key for key, _, _ in settings.listing())}")
-            old = getattr(settings, group)
-            changed = dataclasses.replace(old, **{name: converted(value, get_type_hints(type(old))[name], name)})
-            settings = dataclasses.replace(settings, **{group: changed})
-        return settings
+            changed[group][name] = converted(value, get_type_hints(type(getattr(settings, group)))[name], name)
+        # At once: one value may fit only beside another's new one
+        return dataclasses.replace(settings, **{group: dataclasses.replace(getattr(settings, group), **values)
+                                                for group, values in changed.items()})
 
     def changed(self, texts: Iterable[str], flag: str = "--set") -> Settings:
         """replace() by texts KEY=VALUE of a flag of the command line. ValueError names the flag."""
@@ -108,8 +119,9 @@ def names(settings: Any) -> set[str]:
 
 
 def stored(settings: Any) -> dict[str, Any]:
-    """The fields of a settings dataclass that a result depends on."""
-    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.metadata["stored"]}
+    """The fields of a settings dataclass that a result depends on, and hashes of the files that some name."""
+    fields = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.metadata["stored"]}
+    return fields | (settings.of_files() if hasattr(settings, "of_files") else {})
 
 
 def converted(value: Any, kind: type, name: str) -> Any:
@@ -121,6 +133,9 @@ def converted(value: Any, kind: type, name: str) -> Any:
             raise ValueError(f"{name}: expected true or false, got {value!r}")
         return value.lower() == "true"
     try:
-        return kind(value)
+        number = kind(value)
     except ValueError:
         raise ValueError(f"{name}: expected {kind.__name__}, got {value!r}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return number

@@ -79,10 +79,11 @@ class Surprise:
                 f"powers of ten of rarity {SLICE_SCORES[self.settings.pool].words}")
 
     def criterion(self) -> str:
-        """When a pixel is marked, to follow 'where the two differ inside the brain,'."""
-        further = ", as far as half of that difference goes" if self.mask.extent_hu else ""
-        return (f"by more than all but one in {10 ** self.mask.surprise_mask:,.0f} places of healthy brain do, for "
-                f"where it lies{further}")
+        """When a pixel is marked, as a sentence."""
+        places = round(10 ** self.mask.surprise_mask)
+        further = ", and what adjoins it with at least half of that difference" if self.mask.extent_hu else ""
+        return (f"Marked is what differs by more than {places - 1:,} of {places:,} places of healthy brain at that "
+                f"position{further}.")
 
     def check(self) -> None:
         """ValueError unless scans can be judged."""

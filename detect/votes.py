@@ -57,8 +57,9 @@ class Votes:
         self.settings, self.mask, self.normal = settings or VotesSettings(), mask or MaskSettings(), normal
 
     def criterion(self) -> str:
-        """When a pixel is marked, to follow 'where the two differ inside the brain,'."""
-        return f"by more than {self.settings.threshold_hu:g} HU, steadily during the search and in neighbouring slices"
+        """When a pixel is marked, as a sentence."""
+        return (f"Marked is what differs by more than {self.settings.threshold_hu:g} HU, steadily during the search "
+                "and in neighbouring slices.")
 
     def check(self) -> None:
         """ValueError unless scans can be assessed: always possible by votes."""

@@ -88,8 +88,8 @@ def level_figures(units: Units, threshold: float | None, source: str, args) -> d
 
 def pixel_figures(units: Units, args, maps_of: Callable[[str], tuple[Path, bool]]) -> dict:
     """Dice by scan (where the truth is not empty), pooled Dice and pixel AP, by how far the anomaly map is from 0 to
-    either side. A scan labelled 0 has an empty truth. maps_of: by a scan's id, the folder with its maps, and whether these run the other way than its slices
-    (read_truth)."""
+    either side. A scan labelled 0 has an empty truth. maps_of: by a scan's id, the folder with its maps, and whether
+    these run the other way than its slices (read_truth)."""
     tally, absent = metrics.PixelTally(), []
     positions = slice_positions(args.maps / "slices.csv")
     for (scan_id,), label in zip(units.keys, units.labels):

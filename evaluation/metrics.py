@@ -255,8 +255,8 @@ class PixelTally:
         self._values, self._truths, self._counts = [], [], []
 
     def add(self, scan_id: str, truth: np.ndarray, predicted: np.ndarray, anomaly: np.ndarray) -> None:
-        """truth, predicted bool [S, H, W]; anomaly [S, H, W]: the further from 0, the more abnormal, hyperdense above it
-        and hypodense below.
+        """truth, predicted bool [S, H, W]; anomaly [S, H, W]: the further from 0, the more abnormal, hyperdense
+        above it and hypodense below.
         """
         if truth.any():
             self.dice_by_scan[scan_id] = dice(truth, predicted)

@@ -6,11 +6,13 @@ import csv
 import html
 import json
 import random
+from pathlib import Path
 
 import pytest
 
 import projector
 from common.files import FORMULA, from_cell, to_cell
+from ct.scan import ScanSource
 from detect.bundle import load_bundle
 from detect.folder import WORK, collect, project_one, read_result, result_folder, write_tables
 from detect.projection import Projector
@@ -56,18 +58,12 @@ def test_no_cell_is_a_formula_and_every_name_comes_back():
 
 def test_tables_and_page_show_names_as_text(tmp_path):
     """Of scans that fail, so that the name is all there is to see."""
-    class Source:
-        paths, options, kind = (), {"error": "no scan"}, "nifti"
-
-        def __init__(self, scan_id):
-            self.scan_id = scan_id
-
     reserved = ("", ".", "..", "scans", WORK, "scores.csv")
     possible = [name for name in names() if not {"/", "\0", "\udcff"} & set(name) and name not in reserved
                 and len(name.encode()) < 256]
     possible = sorted(possible, key=lambda name: name not in PIECES)[:120]
     out = tmp_path / "out"
-    sources = [Source(name) for name in possible]
+    sources = [ScanSource(name, "nifti", (Path("scan.nii"),), {"error": "no scan"}) for name in possible]
     for source in sources:
         said = project_one(None, source, result_folder(out, source.scan_id), out / WORK, {"key": {}})
         assert said == "FAILED, no scan" and read_result(out / source.scan_id)["scan"]["scan_id"] == source.scan_id

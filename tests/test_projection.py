@@ -209,6 +209,20 @@ def test_noise_copies_texture_but_not_the_lesion():
     assert after.slice_scores[2] > 5 * after.slice_scores[0]
 
 
+def test_how_close_the_normal_comes_is_said_before_texture_is_copied():
+    """As the calibration does: by the noise stage's error no normal was too far."""
+    bundle, hu, _ = lesion_scan()
+    found = bundle.with_settings(SearchSettings(steps_latent=2, steps_noise=30, lr_latent=1e-4, lr_noise=0.3)
+                                 ).closest_normal(hu, BRAIN, POSITIONS)
+    assert found.error_in(BRAIN) == pytest.approx(found.error_hu["latent"], rel=1e-5) == found.error
+    assert found.error_hu["noise"] < 0.9 * found.error_in(BRAIN)
+    assert found.error_in(BRAIN & False) == found.error
+    part = torch.zeros_like(BRAIN)
+    part[2, 12:20, 12:20] = True
+    expected = (found.query_hu - found.drawn_hu).abs()[part].mean()
+    assert found.error_in(part) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_no_noise_steps_leave_the_noise_alone():
     bundle, hu, _ = lesion_scan()
     buffers = [m.clone() for m in bundle.generator.noise_maps("const")]

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import projector
 from common.version import VERSION
@@ -59,6 +60,7 @@ def test_another_method_or_measure_comes_with_its_own_settings():
     ("surprise_msk=3", "--set: no setting surprise_msk; there are method, measure, scan_score, predicted_noise"),
     ("threshold_hu=7", "--set: no setting threshold_hu"),                # of the other measure
     ("surprise_mask=high", "surprise_mask: expected float, got 'high'"),
+    ("surprise_mask=inf", "surprise_mask: expected a finite number, got 'inf'"),
     ("predicted_noise=1", "predicted_noise: expected true or false"),
     ("surprise_mask", "--set surprise_mask: expected KEY=VALUE"),
     ("pool=middle", "pool must be one of area, peak, got 'middle'"),
@@ -73,6 +75,37 @@ def test_the_mask_does_not_change_what_scores_are_compared_with():
     drawn = CALIBRATED.replace(surprise_mask=2.0, component_at_512=100, batch=4, scan_score="max")
     assert drawn.comparable() == CALIBRATED.comparable()
     assert CALIBRATED.replace(surprise_above=1.5).comparable() != CALIBRATED.comparable()
+
+
+def test_changes_count_together_in_any_order():
+    """grow_hu may be at most gate_hu, which was 8 before."""
+    changes = {"gate_hu": "4", "grow_hu": "3"}
+    settings = Settings("inpainting")
+    for order in (changes, dict(reversed(changes.items()))):
+        replaced = settings.replace(**order).reconstruction
+        assert (replaced.gate_hu, replaced.grow_hu) == (4.0, 3.0)
+    with pytest.raises(ValueError, match="grow_hu must be above 0 and at most gate_hu, 4, got 5"):
+        settings.replace(gate_hu=4.0)
+
+
+def test_files_that_scores_hang_on_are_known_by_content(tmp_path):
+    """Other weights of the perceptual distance make other scores, wherever they lie."""
+    for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1")):
+        (tmp_path / name).write_bytes(content)
+
+    def said(**files):
+        return Settings("search", SearchSettings(perceptual="lpips", **files))
+
+    one, other, same, weighted = (said(vgg16=str(tmp_path / "a")), said(vgg16=str(tmp_path / "b")),
+                                  said(vgg16=str(tmp_path / "c")),
+                                  said(vgg16=str(tmp_path / "a"), lpips=str(tmp_path / "b")))
+    assert one.to_json() == same.to_json() and str(tmp_path) not in str(one.to_json())
+    for changed in (other, weighted):
+        assert changed.to_json() != one.to_json() and changed.comparable() != one.comparable()
+    assert Settings.from_json(weighted.to_json()) == said()
+    assert not [name for name in one.replace(perceptual="pixels").to_json()["reconstruction"] if "sha256" in name]
+    (tmp_path / "a").write_bytes(b"12")                                  # under the same name
+    assert one.to_json() != same.to_json()
 
 
 def test_settings_survive_json():
@@ -113,6 +146,32 @@ def alarmed(scores, error_of_rest=3.0, brain_hu=30.0, healthy=None, **alarm):
     return Projector._compare(self, 2.5, error_of_rest, 5.0, brain_hu)[:2]
 
 
+def test_without_a_threshold_a_note_says_why():
+    """The finding in DICOM is then undetermined, and the notes are where its reader learns of what."""
+    def notes(error_of_rest=3.0, threshold=None, how="mean"):
+        calibrated = calibration.summary([[5.0, 0.0]] * 4, [torch.ones(2)] * 4, [{"reconstruct": 3.0}] * 4, [30.0] * 4)
+        self = SimpleNamespace(settings=Settings(scan_score="mean"), calibration=calibrated, threshold=threshold,
+                               spacing_mm=(5.0, 5.0))
+        calibrated["scan_scores"] = {how: calibrated["scan_scores"]["mean"]}
+        return Projector._compare(self, 2.5, error_of_rest, 5.0, 30.0)[2]
+
+    why = ("no threshold: a false-positive rate of 0.05 needs 19 healthy scans, found 4; add scans or allow a higher "
+           "rate")
+    assert notes() == [why] and notes(threshold=1.0) == []
+    assert [note[:22] for note in notes(error_of_rest=99.0)] == ["the closest normal is ", why[:22]]
+    assert notes(how="max") == ["the calibration holds no scores by mean: no percentile"]
+
+
+def test_another_calibration_of_the_same_weights_is_another_key(monkeypatch):
+    """Results by votes kept percentiles and flags of the earlier one: no file of weights changes with it."""
+    bundle = load_bundle(Path(__file__).resolve().parents[1] / "models" / "phantom-128")
+    other = dict(bundle.meta["calibration"], threshold=dict(bundle.meta["calibration"]["threshold"], fpr=0.2))
+    changed = dataclasses.replace(bundle, meta=bundle.meta | {"calibration": other})
+    keys = [Projector(one).key() for one in (bundle, bundle, changed)]
+    assert keys[0] == keys[1] != keys[2] and keys[0] | {"calibration": keys[2]["calibration"]} == keys[2]
+    assert Projector(bundle, bundle.settings.replace(surprise_above=0.7)).key()["calibration"] is None
+
+
 def test_a_normal_that_does_not_come_close_costs_the_percentile_and_not_the_flag():
     """A head full of blood has a bad closest normal, too: it must not lose its flag for that."""
     scores = [1.0, 2.0, 3.0, 4.0]
@@ -145,6 +204,33 @@ def test_a_rate_that_the_scans_cannot_tell_is_refused_with_the_lowest_they_can()
         alarmed([1.0, 2.0, 3.0, 4.0], alarm_rate=0.1)
     with pytest.raises(ValueError, match="between 0 and 1"):
         alarmed([1.0], alarm_rate=5)
+
+
+@pytest.mark.parametrize("scans", range(3, 120))
+def test_the_lowest_rate_that_is_named_is_one_that_is_taken(scans):
+    """Rounded to the nearest it was refused, too, for half of these numbers."""
+    calibrated = {"scans": scans, "scan_scores": {"mean": [float(i) for i in range(scans)]}}
+    with pytest.raises(ValueError) as refused:
+        calibration.at_rate(calibrated, 1e-6)
+    lowest = str(refused.value).split("allow is ")[1].split(",")[0]
+    assert calibration.at_rate(calibrated, float(lowest))["threshold"]["mean"] == scans - 1
+    assert float(lowest) < 1.01 / (scans + 1)
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--threshold", "nan"), ("--threshold", "inf"), ("--alarm-rate", "nan"), ("--alarm-rate", "1"),
+    ("--slab-mm", "nan"), ("--slab-mm", "inf"), ("--slab-mm", "0"), ("--unknown-slice-spacing-mm", "nan"),
+    ("--unknown-slice-spacing-mm", "inf"), ("--unknown-slice-spacing-mm", "-1")])
+def test_what_is_no_number_of_its_kind_is_refused(capsys, flag, value):
+    with pytest.raises(SystemExit) as end:
+        projector.parse(["scans", "--model", "m", f"{flag}={value}"])
+    assert end.value.code == 2 and f"{flag} must " in capsys.readouterr().err
+
+
+def test_a_threshold_that_is_no_number_is_refused_by_the_api_too():
+    bundle = load_bundle(Path(__file__).resolve().parents[1] / "models" / "phantom-128")
+    with pytest.raises(ValueError, match="threshold: expected a finite score, got nan"):
+        Projector(bundle, threshold=float("nan"))
 
 
 def test_ids_reach_the_search(monkeypatch, capsys):

@@ -459,6 +459,54 @@ def test_results_never_take_the_place_of_the_scans(model, tmp_path, capsys):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def write_head(path: Path, seed: int) -> Path:
+    hu, _ = synthetic_head(slices=6, size=48, spacing_mm=(20.0, 4.8, 4.8), seed=seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(hu.transpose(2, 1, 0).astype(np.int16), np.diag([4.8, 4.8, 20.0, 1])), path)
+    os.utime(path, (1, 1))                                               # as of an archive that sets all times alike
+    return path.parent
+
+
+def test_another_scan_of_the_same_name_takes_no_results_place(model, tmp_path, capsys):
+    """A second folder's scan-1 replaced the first one's results, or took them for its own."""
+    monday, tuesday = (write_head(tmp_path / day / "scan-1.nii", seed) for day, seed in (("monday", 0), ("tuesday", 1)))
+    out = tmp_path / "out"
+    assert projector.main(flags(monday, model, out)) == 0 and made(capsys) == 1
+    first = tables(out)
+    assert projector.main(flags(tuesday, model, out)) == 2
+    said = capsys.readouterr()
+    assert "scan-1 is another scan than the one whose results lie there; choose another --out" in said.err
+    assert tables(out) == first and len(list((out / PARTS).iterdir())) == 1
+    one = Projector(load_bundle(model, precision="fp32"))
+    with pytest.raises(ValueError, match="is another scan"):             # two runs at once, neither of which knew
+        list(folder.project_all(one, find_scans(tuesday), out))
+    assert folder.collect(out, find_scans(tuesday), one.key()) == ([], ["scan-1"])
+
+    moved = shutil.move(monday, tmp_path / "elsewhere")                  # the same scan: nothing to do
+    assert projector.main(flags(moved, model, out)) == 0 and made(capsys) == 0
+    (write_head(monday / "scan-1.nii", seed=5) / "scan-1.nii").touch()    # changed where it lay: as before
+    assert projector.main(flags(monday, model, out)) == 0 and made(capsys) == 1
+    assert projector.main(flags(tuesday, model, out, "--overwrite")) == 0 and made(capsys) == 1
+    assert tables(out) not in (first, {})
+    text = (out / "scan-1" / "result.json").read_text()
+    assert "tuesday" not in text and str(tmp_path) not in text
+
+
+def test_a_series_is_known_by_its_uid_wherever_it_lies(tmp_path):
+    """More of its slices, another place: the same scan. Another series at the same place: another scan."""
+    def source(where="a", uid="1.2|9|5.0", kind="dicom"):
+        return ScanSource("s", kind, (tmp_path / where / "1.dcm",), uid=uid)
+
+    earlier = {"origin": folder.origin(source())}
+    assert "1.2" not in str(earlier).replace(earlier["origin"]["uid"], "")
+    assert not folder.is_another(source(where="b", uid="1.2|9|2.5"), earlier)
+    assert folder.is_another(source(uid="1.3|9|5.0"), earlier)
+    assert folder.is_another(source(uid="", kind="nifti"), earlier)
+    without = {"origin": folder.origin(source(uid=""))}                   # its file is not there: no content to know
+    assert not folder.is_another(source(uid=""), without) and folder.is_another(source("b", uid=""), without)
+    assert folder.is_another(source(), without) and not folder.is_another(source(), {})
+
+
 def test_a_scan_is_replaced_whole(scans, tmp_path):
     """A failed one leaves nothing of an earlier result, which would be taken for its own."""
     class Failing:

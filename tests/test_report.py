@@ -8,6 +8,7 @@ import html
 import io
 import json
 import re
+import shutil
 from urllib.parse import quote
 
 import numpy as np
@@ -115,6 +116,39 @@ def test_it_says_what_was_found_where_and_how_sure(results):
                  "failed: no brain <found>", "SHA-256 f00d"):
         assert told in text
     assert "To stay within" not in text
+
+
+def test_a_rate_is_never_said_to_be_lower_than_it_is(results):
+    """3.45% was said to be 3%."""
+    for rate, said in ((0.0345, "3.45%"), (1 / 29, "3.45%"), (0.03454, "3.46%"), (0.05, "5%")):
+        calibrated = CALIBRATION | {"threshold": CALIBRATION["threshold"] | {"fpr": rate}}
+        folder = results(calibration=calibrated)
+        assert f"with a chance of at most {said}." in text_of(page_of(folder))
+        shutil.rmtree(folder)
+
+
+def test_scans_not_to_be_trusted_are_shown_with_pictures_and_notes(results):
+    """Their reason asks to look at them."""
+    folder = results(notes="a gap of 10 mm | too much differs: check the window")
+    rows = (folder / "scores.csv").read_text()
+    reason = "too much differs: check the window"
+    (folder / "scores.csv").write_text(rows.replace("b,2.5,40.0,0,ok,,", f"b,2.5,,,unreliable,{reason},"))
+    page = page_of(folder)
+    shown = scans_in(page)
+    assert list(shown) == ["a", "b", "c"] and [n for n, _ in shown["b"]["pictures"]] == list(SLICES)
+    assert shown["b"]["key"] == [100, 101, 99] and not shown["c"]["pictures"]
+    section = text_of(re.search(r'<section class="scan" data-scan="b".*?</section>', page, re.DOTALL)[0])
+    assert f"Unreliable: {reason}" in section and section.count(reason) == 1
+    assert "a gap of 10 mm" in section and "slices compared 4 of 4" in section
+
+
+def test_what_is_marked_is_said_in_a_sentence(results, tmp_path):
+    folder = results()
+    assert "Marked is what differs by more than 5 HU, steadily" in text_of(page_of(folder))
+    settings = {"method": "inpainting", "measure": "surprise", "mask": {"surprise_mask": 2.5}, "scan_score": "mean"}
+    (folder / "run.json").write_text(json.dumps(RUN | {"calibration": CALIBRATION, "settings": settings}))
+    assert ("Marked is what differs by more than 315 of 316 places of healthy brain at that position, and what adjoins "
+            "it with at least half of that difference.") in text_of(page_of(folder))
 
 
 def test_without_a_threshold_or_a_calibration_it_says_so(results):
