@@ -171,6 +171,21 @@ def test_slices_of_their_own_thickness(tmp_path):
     assert thickness == {10: 4, 14: 4, 18: 4, 23: 7, 30: 7, 37: 7}              # by height above the origin's 10 mm
 
 
+def test_lossy_compression_of_the_source_is_told_with_ratio_and_method(tmp_path):
+    """Each is required of an object that says it comes from lossy images."""
+    def lossy(ds, k):
+        complete(ds, k)
+        ds.LossyImageCompression, ds.LossyImageCompressionRatio = "01", 12.5
+        ds.LossyImageCompressionMethod = "ISO_15444_1"
+
+    objects = build_objects(result_of(read_only(write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), edit=lossy))),
+                            IDENTITY)
+    for name in ("seg", "map"):
+        told = objects[name]
+        assert (told.LossyImageCompression, told.LossyImageCompressionMethod) == ("01", "ISO_15444_1")
+        assert float(told.LossyImageCompressionRatio) == 12.5
+
+
 def test_multi_frame_source(tmp_path):
     path = write_enhanced_ct(tmp_path / "enhanced", HU, (3, 0.5, 0.4), order=[2, 0, 5, 1, 4, 3])
     ds = pydicom.dcmread(path)
