@@ -114,7 +114,7 @@ def origin(source: ScanSource) -> dict[str, str | None]:
 
     uid      of its series, wherever it lies; where it has none:
     place    of its files
-    content  of its files; None where they cannot be read
+    content  of its pictures, whatever a scan.json says of them; None where they cannot be read
     """
     uid = source.uid.partition("|")[0]
     return {"uid": _digest([uid])} if uid else {"place": _place(source), "content": _content(source)}
@@ -137,9 +137,11 @@ def _place(source: ScanSource) -> str:
 
 
 def _content(source: ScanSource) -> str | None:
-    inner = [path.as_posix() for path in source.paths] if source.archive else []
+    files, inner = source.paths, []
+    if source.archive:
+        files, inner = [source.archive], [path.as_posix() for path in source.paths]
     try:
-        return _digest([*map(known_sha256, source.files), *inner])
+        return _digest([*map(known_sha256, files), *inner])
     except OSError:
         return None
 

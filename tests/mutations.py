@@ -83,7 +83,7 @@ MUTANTS = (
            '"LossyImageCompression", "LossyImageCompressionRatio",', '"LossyImageCompression",',
            "tests/test_dicom_out.py -k ratio_and_method"),
     Mutant("no threshold, and no word of it", "detect/projection.py",
-           "notes = [] if threshold is not None else", "notes = [] if threshold is None or True else",
+           "notes = [] if threshold is not None else", "notes = [] if True else",
            "tests/test_projector.py -k note_says_why"),
     Mutant("a threshold that is no number", "projector.py",
            "args.threshold is not None and not math.isfinite(args.threshold)", "False",
