@@ -178,8 +178,8 @@ def test_lossy_compression_of_the_source_is_told_with_ratio_and_method(tmp_path)
         ds.LossyImageCompression, ds.LossyImageCompressionRatio = "01", 12.5
         ds.LossyImageCompressionMethod = "ISO_15444_1"
 
-    objects = build_objects(result_of(read_only(write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), edit=lossy))),
-                            IDENTITY)
+    scan = read_only(write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), edit=lossy))
+    objects = build_objects(result_of(scan), IDENTITY)
     for name in ("seg", "map"):
         told = objects[name]
         assert (told.LossyImageCompression, told.LossyImageCompressionMethod) == ("01", "ISO_15444_1")
