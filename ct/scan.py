@@ -38,7 +38,7 @@ class Found:
     paths: tuple[Path, ...]
     anchor: Path
     suffix: str = ""
-    uid: str = ""
+    uid: str = field(default="", repr=False)         # what tells of a patient stays out of messages
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -60,7 +60,7 @@ class ScanSource:
     paths: tuple[Path, ...]
     options: dict[str, Any] = field(default_factory=dict)
     archive: Path | None = None
-    uid: str = ""
+    uid: str = field(default="", repr=False)         # what tells of a patient stays out of messages
 
     @property
     def files(self) -> tuple[Path, ...]:
