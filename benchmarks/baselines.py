@@ -153,7 +153,7 @@ def kept_slices(pre: Preprocessed) -> tuple[torch.Tensor, torch.Tensor, np.ndarr
 def to_scan(pre: Preprocessed, maps: torch.Tensor, scores: torch.Tensor) -> ScoredScan:
     """Maps [S, N, N] and scores [S] of the kept slices, taken back to the scan."""
     return ScoredScan(pre.maps_to_scan(maps.numpy()), pre.scores_to_scan(scores.numpy()), pre.values_to_scan(pre.kept),
-                      scores, thickness_mm(pre.kept_slices()[2]))
+                      scores, thickness_mm(pre.standardised.below_vertex_mm[pre.kept]))
 
 
 def score_scan(baseline: Fitted, pre: Preprocessed) -> ScoredScan:

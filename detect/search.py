@@ -98,14 +98,19 @@ class Search(Reconstructor):
         # The noise stage copies the query but where an anomaly is predicted: it needs votes, whoever counts them.
         if watch is None and self.settings.steps_noise:
             watch = VoteWatch(brain, below_vertex_mm)
-        run, stages, drawn = _Run(self, hu, below_vertex_mm, watch), Stages(), {}
-        inside = brain.to(self.device)
-        for stage, work in (("encode", run.encode), ("latent", run.optimise_latent), ("noise", run.optimise_noise)):
-            with stages.stage(stage, lambda: error_hu(run.query_hu, decode(run.image), inside)):
-                work()
-            drawn[stage] = decode(run.image).cpu()
-        return Reconstruction(run.query_hu.cpu(), drawn["noise"], stages.error_hu, stages.seconds,
-                              drawn_hu=drawn["latent"])
+        run, stages, inside = _Run(self, hu, below_vertex_mm, watch), Stages(), brain.to(self.device)
+
+        def error() -> float:
+            return error_hu(run.query_hu, decode(run.image), inside)
+        with stages.stage("encode", error):
+            run.encode()
+        with stages.stage("latent", error):
+            run.optimise_latent()
+        by_code = decode(run.image).cpu()
+        with stages.stage("noise", error):
+            run.optimise_noise()
+        return Reconstruction(run.query_hu.cpu(), decode(run.image).cpu(), stages.error_hu, stages.seconds,
+                              drawn_hu=by_code)
 
     def config(self) -> dict[str, Any]:
         return asdict(self.encoder.config)

@@ -23,7 +23,7 @@ from dataset import SliceDataset
 from gan.inpainting import Augmentation, InpaintingTrainer, weighted_distance
 from gan.losses import frozen, g_nonsaturating
 from gan.prior import fit
-from gan.quality import error_hu, means, sliced_wasserstein
+from gan.quality import errors_hu, means, sliced_wasserstein
 from gan.snapshots import Snapshot
 from model import Generator, build_generator
 
@@ -122,7 +122,7 @@ class CodeTrainer(InpaintingTrainer):
         save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.cat([hu[pick], found[pick]]).numpy(), columns=16)
         drawn = decode(self.g_ema.sample(max(SHEET, len(hu)))).clamp(*self.range_hu)
         save_hu_grid(out / f"samples-{epoch:03d}.png", drawn[:SHEET].numpy())
-        return {**means({"val_error_hu": error_hu(found, hu, brain)}),
+        return {**means({"val_error_hu": errors_hu(found, hu, brain)}),
                 "swd": sliced_wasserstein(hu, drawn[: len(hu)])}
 
     def reconstruction(self, images: torch.Tensor) -> torch.Tensor:

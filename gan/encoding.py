@@ -17,7 +17,7 @@ from detect.inversion import Inversion, OfEncoder
 from detect.perceptual import build_perceptual
 from gan.augment import coarse_noise, erase, random_flip, random_rotation
 from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
-from gan.quality import error_hu, means
+from gan.quality import errors_hu, means
 from gan.runlog import load_optimiser
 from gan.settings import EncoderConfig
 from gan.snapshots import Snapshot
@@ -157,7 +157,7 @@ class EncoderTrainer:
             recon = decode(fake)
             psnr.append((10 * torch.log10(4 / (fake.clamp(-1, 1) - real).square().mean((1, 2, 3)))).mean())
             # The generator cannot draw beyond its windows: neither can the scan it is held against.
-            error += error_hu(recon, decode(real), brain)
+            error += errors_hu(recon, decode(real), brain)
             pick = torch.linspace(0, len(hu) - 1, 8).long()
             pairs += [hu[pick], recon[pick]]
         save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.cat(pairs).numpy(), columns=8)

@@ -30,7 +30,7 @@ from gan.augment import random_flip, random_rotation
 from gan.corrupt import draw_shapes, hide
 from gan.encoding import EncoderTrainer
 from gan.losses import frozen, g_nonsaturating
-from gan.quality import error_hu, means
+from gan.quality import errors_hu, means
 from gan.settings import EncoderConfig
 from model import Generator
 
@@ -138,8 +138,8 @@ class InpaintingTrainer(EncoderTrainer):
             inside, masks = brain & ~bone, (torch.zeros_like(hidden), hidden)
             whole, parts = (decode(self.draw(*(t.to(self.device) for t in (encode(hu), mask, bone))).cpu())
                             for mask in masks)
-            seen += error_hu(whole, hu, inside)
-            hidden_from += error_hu(parts, hu, inside & hidden)
+            seen += errors_hu(whole, hu, inside)
+            hidden_from += errors_hu(parts, hu, inside & hidden)
             middle = len(hu) // 2
             rows += [hu[middle], torch.where(hidden & ~bone, 0.0, hu)[middle], parts[middle], whole[middle]]
         save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.stack(rows).numpy(), columns=8)

@@ -42,7 +42,7 @@ def laplacian_pyramid(hu: torch.Tensor, smallest: int = 16) -> list[torch.Tensor
     return [*levels, x[:, 0]]
 
 
-def error_hu(drawn: torch.Tensor, hu: torch.Tensor, where: torch.Tensor) -> list[torch.Tensor]:
+def errors_hu(drawn: torch.Tensor, hu: torch.Tensor, where: torch.Tensor) -> list[torch.Tensor]:
     """Mean absolute difference of drawn and hu [B, N, N] where bool [B, N, N] says, in a list; none if that is nowhere.
 
     What isn't finite in a drawing counts wherever it is: the training has diverged.

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         memory.keep_freed()
         set_impl(args.ops)
         projector = Projector(load_bundle(args.model, distributed.pick_device(args.device), args.precision))
-        state = State(args.state, projector.key() | {"phi": True})       # as earlier versions wrote it down
+        state = State(args.state, projector.key())
         node = Node(orthanc, state, projector, identity_of(projector), queue=args.queue, poll_s=args.poll_s,
                     from_now=args.since == "now")
         server = serve(node, args.host, args.port, args.link, args.days)

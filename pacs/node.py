@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 
 import pydicom
@@ -236,15 +236,8 @@ class Node:
         Of one that is done, the last result tells; one without results is known by the change that announced it.
         """
         if row["state"] != DONE:
-            return row.get("change", row["sequence"]) == sequence                # the log is read again
-        last = row["objects"][-1]
-        return not ID.fullmatch(last) and bool(self._in_orthanc(row, last))      # an earlier version's are made anew
-
-    def _in_orthanc(self, row: dict, name: str) -> list[str]:
-        """Orthanc's ids of a result of a series, where it is there: usually one."""
-        if ID.fullmatch(name):                        # so earlier versions wrote results down, and no study
-            return [name]
-        return self.orthanc.find(name, row.get("study", ""))
+            return row["change"] == sequence                 # the log is read again
+        return bool(self.orthanc.find(row["objects"][-1], row["study"]))
 
     # ---- one series
 
@@ -302,8 +295,7 @@ class Node:
             if row["state"] not in (REFUSED, FAILED) or not row["objects"]:
                 continue
             try:
-                for instance in [found for name in row["objects"] for found in self._in_orthanc(row, name)]:
-                    self.orthanc.delete(instance)
+                self._delete(row["objects"], row["study"])
             except (OrthancAway, OrthancRefused) as error:
                 if isinstance(error, OrthancRefused) and error.for_all:
                     raise
@@ -313,6 +305,11 @@ class Node:
                     self.state.put(series_id, row | {"notes": [STILL_THERE]})
             else:
                 self.state.put(series_id, row | {"objects": [], "notes": []})
+
+    def _delete(self, uids: Iterable[str], study_id: str) -> None:
+        for uid in uids:
+            for instance in self.orthanc.find(uid, study_id):
+                self.orthanc.delete(instance)
 
     def _put_back(self, series_id: str, row: dict, why: str) -> dict | None:
         """Behind all that wait, to be tried again after a pause; or, after TRIES, the result: failed.
@@ -350,10 +347,9 @@ class Node:
             objects = [str(pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID) for path in paths]
             outdated = set(row["objects"]) - set(objects)           # of the series as it was before more images came
             self.state.put(series_id, row | {"objects": sorted(outdated | set(objects))})       # before any is there
-            stored = {self.orthanc.store(path) for path in paths}   # in this order: the report and key objects last
-            gone = {instance for name in outdated for instance in self._in_orthanc(row, name)}
-            for instance in gone - stored:
-                self.orthanc.delete(instance)
+            for path in paths:
+                self.orthanc.store(path)                            # in this order: the report and key objects last
+            self._delete(outdated, row["study"])
         return {"state": DONE, "score": float(result.score), "percentile": result.percentile,
                 "flagged": None if result.flagged is None else bool(result.flagged), "threshold": result.threshold,
                 "unreliable": result.unreliable, "anomalous_ml": result.anomalous_ml, "notes": list(result.notes),

@@ -48,12 +48,13 @@ class State:
             raise StateError(f"--state {folder}: in use by another node; give each its own folder") from error
         except OSError as error:
             raise StateError(f"--state {folder}: cannot be written ({error.strerror}); choose another") from error
-        known = self._read(self.folder / "state.json") or {"sequence": None, "model": model}
+        known = self._read(self.folder / "state.json") or {
+            "sequence": None, "date": "", "arriving": [], "model": model}
         if known["model"] != model:
             raise StateError(f"--state {folder}: belongs to another model or other settings; choose another folder")
         self.sequence: int | None = known["sequence"]         # None before the log was ever looked at
-        self.date: str = known.get("date", "")                # of the newest entry read, by Orthanc's clock; this
-        self.arriving = set(known.get("arriving", ()))        # and these, series' ids, are written with `sequence`
+        self.date: str = known["date"]                        # of the newest entry read, by Orthanc's clock; this
+        self.arriving = set(known["arriving"])                # and these, series' ids, are written with `sequence`
         self.model = model
         self.rows: dict[str, dict] = {path.stem: _brief(self._read(path)) for path in self._series.glob("*.json")}
         self.clear_work()

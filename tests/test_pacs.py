@@ -610,7 +610,7 @@ def at_once(scan):
 
 
 def archive_node(folder, archive, run=at_once, **more):
-    return Node(archive, State(folder / "state", {"model": "stub", "phi": True}), run, IDENTITY, **more)
+    return Node(archive, State(folder / "state", {"model": "stub"}), run, IDENTITY, **more)
 
 
 def states(node):
@@ -685,33 +685,6 @@ def test_results_of_a_part_go_whatever_the_patient_id(tmp_path, patient):
     more_images(archive, tmp_path, S1)
     node.step()
     assert len(first) == len(archive.uids()) == 7 and not first & archive.uids()
-
-
-def test_results_of_an_earlier_version_that_are_stored_anew_stay(tmp_path):
-    archive = Archive(tmp_path, S1)
-    node = archive_node(tmp_path, archive)
-    node.step()
-    first = dict(archive.stored)
-    node.state.put(S1, node.state.rows[S1] | {"objects": list(first)})
-    archive.log = log_of(S1, first=2)
-    node.step()
-    assert node.metrics.outcomes["done"] == 2 and archive.stored == first
-
-
-def test_results_that_an_earlier_version_wrote_down_by_their_ids(tmp_path):
-    archive = Archive(tmp_path, S1)
-    node = archive_node(tmp_path, archive)
-    node.step()
-    old = node.state.rows[S1] | {"objects": list(archive.stored), "instances": ["i"]}
-    old = {key: value for key, value in old.items() if key not in ("study", "change", "images", "digest")}
-    (tmp_path / "state" / "series" / f"{S1}.json").write_text(json.dumps(old))
-    node.state.close()
-    again = archive_node(tmp_path, archive)
-    assert "instances" not in again.state.rows[S1]
-    first = archive.uids()
-    more_images(archive, tmp_path, S1)
-    again.step()
-    assert states(again) == {S1: "done"} and len(archive.uids()) == 7 and not first & archive.uids()
 
 
 def test_an_id_that_is_none_becomes_no_file(tmp_path, capsys):

@@ -10,7 +10,7 @@ import torch
 
 from ct.window import decode
 from gan import loop
-from gan.quality import error_hu, frechet_distance, laplacian_pyramid, means, sliced_wasserstein
+from gan.quality import errors_hu, frechet_distance, laplacian_pyramid, means, sliced_wasserstein
 from op import binomial_kernel, upfirdn2d
 
 
@@ -80,9 +80,9 @@ def test_frechet_distance_of_gaussians_by_formula():
 
 def test_the_mean_of_nothing_is_left_out_and_what_is_not_finite_is_not():
     hu, where = torch.zeros(1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.bool)
-    assert means({"all": error_hu(hu + 3, hu, ~where), "none": error_hu(hu + 3, hu, where)}) == {"all": 3.0}
+    assert means({"all": errors_hu(hu + 3, hu, ~where), "none": errors_hu(hu + 3, hu, where)}) == {"all": 3.0}
     drawn = torch.tensor([[[math.nan, 0.0], [0.0, 0.0]]])
-    assert math.isnan(means({"none": error_hu(drawn, hu, where)})["none"])
+    assert math.isnan(means({"none": errors_hu(drawn, hu, where)})["none"])
 
 
 class Held:
