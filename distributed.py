@@ -52,8 +52,8 @@ def pick_device(flag: str = "auto") -> torch.device:
 def pick_precision(flag: str, device: torch.device) -> torch.dtype:
     """The type to compute in for --precision auto|bf16|fp32: torch.bfloat16 or torch.float32.
 
-    'auto' is bf16 where the device computes it natively: Ampere and later GPUs, CPUs with AMX or AVX512-BF16.
-    Elsewhere bf16 is emulated and slower than fp32, so it has to be asked for.
+    'auto' is bf16 where that is faster: on Ampere and later GPUs, and on CPUs with AMX. Elsewhere it is emulated, or
+    slower than op/winograd.py in fp32, as with AVX512-BF16, and has to be asked for.
     """
     if flag not in ("auto", "bf16", "fp32"):
         raise ValueError(f"--precision {flag}: expected auto, bf16 or fp32")
@@ -63,8 +63,7 @@ def pick_precision(flag: str, device: torch.device) -> torch.dtype:
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # mkldnn's own test says yes for plain AVX512 too, where bf16 is emulated
-        capabilities = torch.cpu.get_capabilities()
-        native = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+        native = torch.cpu.get_capabilities().get("amx_bf16", False)
     return torch.bfloat16 if native else torch.float32
 
 

@@ -5,7 +5,7 @@
     python -m benchmarks.speed --only paper512,ct256 --out benchmarks/gpu.json
 
 Figures of a row come from one run in which reference and ours take turns; each is the median of --repeats. Rows that
-need a GPU are measured where there is one, and those in bf16 where the CPU computes in it (AMX, AVX512-BF16). Elsewhere
+need a GPU are measured where there is one, and those in bf16 where the CPU computes in it (AMX). Elsewhere
 they say 'not measured'.
 """
 
@@ -40,9 +40,9 @@ from op.median import median2d
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 MODELS = ROOT / "models"
-# What the CPU computes in by itself: emulated, bf16 would take minutes a call and say nothing of our program
+# What the CPU computes in by itself: where bf16 is emulated, a call would take minutes and say nothing of our program
 PRECISIONS = ("fp32", "bf16") if distributed.pick_precision("auto", CPU) == torch.bfloat16 else ("fp32",)
-EMULATED = "this CPU only emulates bf16"
+SLOWER = "bf16 is no faster than fp32 on this CPU"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def generator_rows(repeats: int, config: ModelConfig, batch: int = 4, precisions
     for name, least in (("fp32", 4), ("bf16", 12)):
         what, goal = f"cpu generator, forward and gradient, {name}", f"{least}x"
         if name not in types:
-            rows.append(Row(what, "s", goal, note=EMULATED))
+            rows.append(Row(what, "s", goal, note=SLOWER))
             continue
         rows.append(Row(what, "s", goal, spent[REFERENCE], spent[name], count / rate(CPU, types[name]),
                         spent[REFERENCE] / spent[name] >= least,
@@ -162,7 +162,7 @@ def scan_rows(repeats: int, model: Path = MODELS / "head-128", slices: int = 24,
     ]
     error, score = (f"bf16 against fp32, {what}: {of}" for of in ("error", "score"))
     if not plain:
-        return [*rows, Row(error, "HU", "measured", note=EMULATED), Row(score, "", "measured", note=EMULATED)]
+        return [*rows, Row(error, "HU", "measured", note=SLOWER), Row(score, "", "measured", note=SLOWER)]
     brain = residuals["fp32"]["brain"] > 0
     apart = np.abs(residuals["fp32"]["reconstruction"] - residuals[best]["reconstruction"])[brain].mean()
     return [

@@ -167,7 +167,7 @@ def _doubled(x):
 
 
 def check_winograd() -> dict[str, float]:
-    """Right on every CPU, although used on those with AVX2 alone. Raises BuildError."""
+    """Right on every CPU, although used on those with AVX2 or AVX512 alone. Raises BuildError."""
     build.load_c("winograd", *winograd.FLAGS)
     errors: dict[str, float] = {}
     for images, into, out, rows, columns in ((2, 16, 32, 9, 7), (1, 64, 16, 33, 18), (3, 16, 16, 1, 1)):

@@ -50,7 +50,7 @@ def database(path, slices: dict[str, tuple[np.ndarray, list[float]]]) -> SliceDa
 
 @pytest.mark.parametrize("native", [torch.float32, torch.bfloat16])
 def test_the_autoencoder_computes_in_what_the_device_does_natively(native, monkeypatch):
-    """Emulated, as bfloat16 is on a CPU without AMX and AVX512-BF16, a step takes six times as long."""
+    """Emulated, as bfloat16 is on most CPUs without AMX, a step takes six times as long."""
     monkeypatch.setattr(distributed, "pick_precision", lambda flag, device: native)
     one, seen = Autoencoder(AutoencoderFit(width=8, depth=1)), []
     one.net.register_forward_hook(lambda net, inputs, output: seen.append(output.dtype))

@@ -140,7 +140,7 @@ def test_pick_precision(monkeypatch):
     cpu = torch.device("cpu")
     assert distributed.pick_precision("bf16", cpu) == torch.bfloat16
     assert distributed.pick_precision("fp32", cpu) == torch.float32
-    for amx, avx, expected in ((False, False, torch.float32), (False, True, torch.bfloat16),
+    for amx, avx, expected in ((False, False, torch.float32), (False, True, torch.float32),
                                (True, False, torch.bfloat16)):
         found = {"amx_bf16": amx, "avx512_bf16": avx}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)

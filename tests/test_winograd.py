@@ -140,9 +140,10 @@ def test_when_it_is_used(used, monkeypatch):
     set_impl("ref")
     conv2d(x, ready(weight, torch.float32), padding=1)
     set_impl("auto")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    conv2d(x, ready(weight, torch.float32), padding=1)
-    assert len(used) == 1
+    for capability, times in (("DEFAULT", 1), ("AVX512", 2)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        conv2d(x, ready(weight, torch.float32), padding=1)
+        assert len(used) == times
 
 
 def test_a_layer_uses_it_for_each_part(used):

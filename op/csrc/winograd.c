@@ -1,22 +1,35 @@
 /* Convolutions of 3 x 3 by Winograd's F(4 x 4, 3 x 3) (Lavin and Gray 2016), float, channels-last, for op/winograd.py.
  *
  * A tile of 4 x 4 outputs hangs on 6 x 6 inputs. Transformed, the convolution is a product at each of 36 places: of the
- * tiles, [tiles, in], and the weights, [in, out]: a quarter of the multiplications. Plain C with vectors of 8 floats.
+ * tiles, [tiles, in], and the weights, [in, out]: a quarter of the multiplications. Plain C with vectors of the CPU's width.
  */
 #include <stdint.h>
 #include <string.h>
 
-enum { SIDE = 6, PLACES = SIDE * SIDE, OUT = 4, LANES = 8, ROWS = 6, PANEL = 2 * LANES, GAP = 16 };
+enum { SIDE = 6, PLACES = SIDE * SIDE, OUT = 4, LANES = 8, PANEL = 2 * LANES, GAP = 16 };
+#ifdef __AVX512F__
+enum { WIDE = 16, ROWS = 12 };              /* a product sums up ROWS x 2 vectors of WIDE floats: what registers hold */
+#else
+enum { WIDE = 8, ROWS = 6 };
+#endif
+enum { FEW = 4 };                           /* rows of it, where fewer than ROWS are left */
 
-typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef float vec __attribute__((vector_size(WIDE * sizeof(float))));
 
-static inline vec load(const float *from) {
-    vec v;
-    memcpy(&v, from, sizeof v);
+/* The first `lanes`, a constant, of a vector */
+static inline __attribute__((always_inline)) vec load_some(const float *from, int lanes) {
+    vec v = {0};
+    memcpy(&v, from, lanes * sizeof(float));
     return v;
 }
 
-static inline void store(float *to, vec v) { memcpy(to, &v, sizeof v); }
+static inline __attribute__((always_inline)) void store_some(float *to, vec v, int lanes) {
+    memcpy(to, &v, lanes * sizeof(float));
+}
+
+static inline vec load(const float *from) { return load_some(from, WIDE); }
+
+static inline void store(float *to, vec v) { store_some(to, v, WIDE); }
 
 /* Six inputs of a row or column, `step` vectors apart, as the interpolation points 0, 1, -1, 2, -2 and infinity see them */
 static inline void inward(const vec *d, int step, vec *v) {
@@ -40,33 +53,40 @@ static inline void outward(const vec *m, int step, vec *y) {
     y[3] = difference + 8 * far_difference + m5;
 }
 
-/* The tile whose first output is at row, column of image [rows, columns, in] -> v, its places `apart` floats apart */
+/* `lanes` channels of the tile whose first output is at row, column of image [rows, columns, in] -> v, its places
+ * `apart` floats apart */
+static inline __attribute__((always_inline)) void transform_some(const float *image, int64_t rows, int64_t columns,
+                                                                 int64_t in, int64_t row, int64_t column, float *v,
+                                                                 int64_t apart, int lanes) {
+    vec d[PLACES], half[PLACES];
+    for (int i = 0; i < SIDE; i++)
+        for (int j = 0; j < SIDE; j++) {
+            int64_t r = row + i - 1, k = column + j - 1;
+            int inside = r >= 0 && r < rows && k >= 0 && k < columns;
+            d[SIDE * i + j] = inside ? load_some(image + (r * columns + k) * in, lanes) : (vec){0};
+        }
+    for (int j = 0; j < SIDE; j++) {
+        vec t[SIDE];
+        inward(d + j, SIDE, t);
+        for (int i = 0; i < SIDE; i++) half[SIDE * i + j] = t[i];
+    }
+    for (int i = 0; i < SIDE; i++) {
+        vec t[SIDE];
+        inward(half + SIDE * i, 1, t);
+        for (int j = 0; j < SIDE; j++) store_some(v + (SIDE * i + j) * apart, t[j], lanes);
+    }
+}
+
 static void transform_tile(const float *image, int64_t rows, int64_t columns, int64_t in, int64_t row, int64_t column,
                            float *v, int64_t apart) {
-    for (int64_t c = 0; c < in; c += LANES) {
-        vec d[PLACES], half[PLACES];
-        for (int i = 0; i < SIDE; i++)
-            for (int j = 0; j < SIDE; j++) {
-                int64_t r = row + i - 1, k = column + j - 1;
-                int inside = r >= 0 && r < rows && k >= 0 && k < columns;
-                d[SIDE * i + j] = inside ? load(image + (r * columns + k) * in + c) : (vec){0};
-            }
-        for (int j = 0; j < SIDE; j++) {
-            vec t[SIDE];
-            inward(d + j, SIDE, t);
-            for (int i = 0; i < SIDE; i++) half[SIDE * i + j] = t[i];
-        }
-        for (int i = 0; i < SIDE; i++) {
-            vec t[SIDE];
-            inward(half + SIDE * i, 1, t);
-            for (int j = 0; j < SIDE; j++) store(v + (SIDE * i + j) * apart + c, t[j]);
-        }
-    }
+    int64_t c = 0;
+    for (; c + WIDE <= in; c += WIDE) transform_some(image + c, rows, columns, in, row, column, v + c, apart, WIDE);
+    if (c < in) transform_some(image + c, rows, columns, in, row, column, v + c, apart, LANES);
 }
 
 static void restore_tile(const float *m, int64_t apart, float *image, int64_t rows, int64_t columns, int64_t out,
                          int64_t row, int64_t column) {
-    for (int64_t c = 0; c < out; c += LANES) {
+    for (int64_t c = 0; c < out; c += WIDE) {
         vec d[PLACES], half[OUT * SIDE];
         for (int p = 0; p < PLACES; p++) d[p] = load(m + p * apart + c);
         for (int j = 0; j < SIDE; j++) {
@@ -83,35 +103,31 @@ static void restore_tile(const float *m, int64_t apart, float *image, int64_t ro
     }
 }
 
-/* c [count, PANEL] in rows of `width` = a [count, in] times b [in, PANEL]: every sum in the order of `in` */
-static inline __attribute__((always_inline)) void product(int count, const float *a, const float *b, float *c,
-                                                          int64_t in, int64_t width) {
+/* c [count, vectors x WIDE] in rows of `width` = a [count, in] times b, a vector of which is [in, WIDE] in rows of PANEL,
+ * `apart` floats from the next one: every sum in the order of `in` */
+static inline __attribute__((always_inline)) void product(int count, int vectors, const float *a, const float *b,
+                                                          float *c, int64_t in, int64_t width, int64_t apart) {
     vec sum[ROWS][2] = {0};
     for (int64_t k = 0; k < in; k++, b += PANEL) {
-        vec left = load(b), right = load(b + LANES);
-#pragma GCC unroll 6
+        vec of[2];
+        for (int i = 0; i < vectors; i++) of[i] = load(b + i * apart);
+#pragma GCC unroll 12
         for (int r = 0; r < count; r++) {
             vec one = a[r * in + k] - (vec){0};
-            sum[r][0] += one * left;
-            sum[r][1] += one * right;
+            for (int i = 0; i < vectors; i++) sum[r][i] += one * of[i];
         }
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < count; r++) {
-        store(c + r * width, sum[r][0]);
-        store(c + r * width + LANES, sum[r][1]);
-    }
+#pragma GCC unroll 12
+    for (int r = 0; r < count; r++)
+        for (int i = 0; i < vectors; i++) store(c + r * width + i * WIDE, sum[r][i]);
 }
 
-static void some(int64_t count, const float *a, const float *b, float *c, int64_t in, int64_t width) {
-    switch (count) {
-        case 1: product(1, a, b, c, in, width); break;
-        case 2: product(2, a, b, c, in, width); break;
-        case 3: product(3, a, b, c, in, width); break;
-        case 4: product(4, a, b, c, in, width); break;
-        case 5: product(5, a, b, c, in, width); break;
-        default: product(ROWS, a, b, c, in, width);
-    }
+static inline __attribute__((always_inline)) void products(int vectors, int64_t count, const float *a, const float *b,
+                                                           float *c, int64_t in, int64_t width, int64_t apart) {
+    int64_t t = 0;
+    for (; t + ROWS <= count; t += ROWS) product(ROWS, vectors, a + t * in, b, c + t * width, in, width, apart);
+    for (; t + FEW <= count; t += FEW) product(FEW, vectors, a + t * in, b, c + t * width, in, width, apart);
+    for (; t < count; t++) product(1, vectors, a + t * in, b, c + t * width, in, width, apart);
 }
 
 /* Where tile `number` begins, counted through images, rows and columns of tiles */
@@ -136,10 +152,14 @@ void winograd(const float *x, const float *u, float *y, float *room, int64_t row
             transform_tile(x + at.image * rows * columns * in, rows, columns, in, at.row, at.column, v + t * in, v_apart);
         }
         for (int p = 0; p < PLACES; p++)
-            for (int64_t n = 0; n < out; n += PANEL)
-                for (int64_t t = 0; t < tiles; t += ROWS)
-                    some(tiles - t, v + p * v_apart + t * in, u + (p * out + n) * in, m + p * m_apart + t * out + n, in,
-                         out);
+            for (int64_t n = 0; n < out; n += 2 * WIDE) {
+                const float *a = v + p * v_apart, *b = u + (p * out + n) * in;
+                float *c = m + p * m_apart + n;
+                if (n + 2 * WIDE <= out)
+                    products(2, tiles, a, b, c, in, out, WIDE < PANEL ? WIDE : PANEL * in);
+                else
+                    products(1, tiles, a, b, c, in, out, 0);
+            }
         for (int64_t t = 0; t < tiles; t++) {
             Place at = place_of(from + t, rows, columns);
             restore_tile(m + t * out, m_apart, y + at.image * rows * columns * out, rows, columns, out, at.row,
@@ -164,7 +184,7 @@ static inline void outward_back(const vec *g, int step, vec *z) {
 
 static void spread_tile(const float *image, int64_t rows, int64_t columns, int64_t out, int64_t row, int64_t column,
                         float *z, int64_t apart) {
-    for (int64_t c = 0; c < out; c += LANES) {
+    for (int64_t c = 0; c < out; c += WIDE) {
         vec g[OUT * OUT], half[SIDE * OUT];
         for (int i = 0; i < OUT; i++)
             for (int j = 0; j < OUT; j++)
@@ -183,30 +203,34 @@ static void spread_tile(const float *image, int64_t rows, int64_t columns, int64
     }
 }
 
-/* c [count, PANEL] in rows of `out` += the sum over tiles of a [tiles, in], of which count are taken, times z [tiles, out],
- * of which PANEL */
-static inline __attribute__((always_inline)) void outer(int count, const float *a, const float *z, float *c,
+/* c [count, vectors x WIDE] in rows of `out` += the sum over tiles of a [tiles, in], of which count are taken, times
+ * z [tiles, out], of which as many as in c */
+static inline __attribute__((always_inline)) void outer(int count, int vectors, const float *a, const float *z, float *c,
                                                         int64_t tiles, int64_t in, int64_t out) {
     vec sum[ROWS][2];
-#pragma GCC unroll 6
-    for (int r = 0; r < count; r++) {
-        sum[r][0] = load(c + r * out);
-        sum[r][1] = load(c + r * out + LANES);
-    }
+#pragma GCC unroll 12
+    for (int r = 0; r < count; r++)
+        for (int i = 0; i < vectors; i++) sum[r][i] = load(c + r * out + i * WIDE);
     for (int64_t t = 0; t < tiles; t++, a += in, z += out) {
-        vec left = load(z), right = load(z + LANES);
-#pragma GCC unroll 6
+        vec of[2];
+        for (int i = 0; i < vectors; i++) of[i] = load(z + i * WIDE);
+#pragma GCC unroll 12
         for (int r = 0; r < count; r++) {
             vec one = a[r] - (vec){0};
-            sum[r][0] += one * left;
-            sum[r][1] += one * right;
+            for (int i = 0; i < vectors; i++) sum[r][i] += one * of[i];
         }
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < count; r++) {
-        store(c + r * out, sum[r][0]);
-        store(c + r * out + LANES, sum[r][1]);
-    }
+#pragma GCC unroll 12
+    for (int r = 0; r < count; r++)
+        for (int i = 0; i < vectors; i++) store(c + r * out + i * WIDE, sum[r][i]);
+}
+
+/* in is a multiple of FEW */
+static inline __attribute__((always_inline)) void outers(int vectors, const float *a, const float *z, float *c,
+                                                         int64_t tiles, int64_t in, int64_t out) {
+    int64_t i = 0;
+    for (; i + ROWS <= in; i += ROWS) outer(ROWS, vectors, a + i, z, c + i * out, tiles, in, out);
+    for (; i < in; i += FEW) outer(FEW, vectors, a + i, z, c + i * out, tiles, in, out);
 }
 
 /* Adds to du [PLACES, in, out] what tiles first to last of x [images, rows, columns, in] and of the gradient by the
@@ -223,12 +247,13 @@ void winograd_weight(const float *x, const float *g, float *du, float *room, int
             spread_tile(g + at.image * rows * columns * out, rows, columns, out, at.row, at.column, z + t * out, z_apart);
         }
         for (int p = 0; p < PLACES; p++)
-            for (int64_t n = 0; n < out; n += PANEL) {
+            for (int64_t n = 0; n < out; n += 2 * WIDE) {
                 const float *a = v + p * v_apart, *b = z + p * z_apart + n;
                 float *c = du + p * in * out + n;
-                int64_t i = 0;
-                for (; i + ROWS <= in; i += ROWS) outer(ROWS, a + i, b, c + i * out, tiles, in, out);
-                for (; i + 2 <= in; i += 2) outer(2, a + i, b, c + i * out, tiles, in, out);      /* in is even */
+                if (n + 2 * WIDE <= out)
+                    outers(2, a, b, c, tiles, in, out);
+                else
+                    outers(1, a, b, c, tiles, in, out);
             }
     }
 }
