@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,8 +45,20 @@ def used(monkeypatch) -> list[tuple[int, ...]]:
     return shapes
 
 
+@pytest.fixture(params=["native", "narrow"])
+def vectors(request, monkeypatch):
+    """The library as this CPU has it, and as one with AVX2 has it."""
+    if request.param == "narrow":
+        if platform.machine() not in ("x86_64", "AMD64"):
+            pytest.skip("vectors are told by AVX512, which is x86's")
+        monkeypatch.setattr(winograd, "FLAGS", (*winograd.FLAGS, "-mno-avx512f"))
+        narrow = winograd._library.__wrapped__()
+        monkeypatch.setattr(winograd, "_library", lambda: narrow)
+
+
 SHAPES = pytest.mark.parametrize("images, into, out, rows, columns", [
-    (1, 8, 16, 1, 1), (2, 8, 32, 4, 4), (3, 24, 16, 5, 7), (1, 16, 48, 9, 3), (5, 40, 16, 12, 17), (2, 192, 192, 8, 8),
+    (1, 8, 16, 1, 1), (2, 8, 32, 4, 4), (1, 56, 32, 6, 5), (3, 24, 16, 5, 7), (1, 16, 48, 9, 3),
+    (5, 40, 16, 12, 17), (2, 192, 192, 8, 8),
 ])
 
 
@@ -53,7 +67,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, share: float = 2e-
 
 
 @SHAPES
-def test_the_same_as_pytorch(images, into, out, rows, columns):
+def test_the_same_as_pytorch(vectors, images, into, out, rows, columns):
     x, weight = rand(images, into, rows, columns), rand(out, into, 3, 3, seed=1)
     expected = F.conv2d(x.double(), weight.double(), padding=1)
     found = winograd.conv3x3(x, winograd.transformed(weight))
@@ -62,7 +76,7 @@ def test_the_same_as_pytorch(images, into, out, rows, columns):
 
 
 @SHAPES
-def test_the_gradient_by_the_weights(images, into, out, rows, columns):
+def test_the_gradient_by_the_weights(vectors, images, into, out, rows, columns):
     x, grad = rand(images, into, rows, columns), rand(images, out, rows, columns, seed=1)
     assert_close(winograd.weight_gradient(x, grad),
                  torch.nn.grad.conv2d_weight(x.double(), (out, into, 3, 3), grad.double(), padding=1))

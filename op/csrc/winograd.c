@@ -8,11 +8,10 @@
 
 enum { SIDE = 6, PLACES = SIDE * SIDE, OUT = 4, LANES = 8, PANEL = 2 * LANES, GAP = 16 };
 #ifdef __AVX512F__
-enum { WIDE = 16, ROWS = 12 };              /* a product sums up ROWS x 2 vectors of WIDE floats: what registers hold */
-#else
-enum { WIDE = 8, ROWS = 6 };
+enum { WIDE = 16, ROWS = 12, FEW = 4 };     /* a product sums up ROWS x 2 vectors of WIDE floats: what registers hold; */
+#else                                       /* where fewer are left, FEW, by which ROWS and LANES can be divided */
+enum { WIDE = 8, ROWS = 6, FEW = 2 };
 #endif
-enum { FEW = 4 };                           /* rows of it, where fewer than ROWS are left */
 
 typedef float vec __attribute__((vector_size(WIDE * sizeof(float))));
 
@@ -31,9 +30,9 @@ static inline vec load(const float *from) { return load_some(from, WIDE); }
 
 static inline void store(float *to, vec v) { store_some(to, v, WIDE); }
 
-/* Six inputs of a row or column, `step` vectors apart, as the interpolation points 0, 1, -1, 2, -2 and infinity see them */
-static inline void inward(const vec *d, int step, vec *v) {
-    vec d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
+/* Six inputs of a row or column as the interpolation points 0, 1, -1, 2, -2 and infinity see them */
+static inline void inward(const vec *d, vec *v) {
+    vec d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3], d4 = d[4], d5 = d[5];
     vec even = d4 - 4 * d2, odd = d3 - 4 * d1, close = d4 - d2, apart = 2 * (d3 - d1);
     v[0] = 4 * d0 - 5 * d2 + d4;
     v[1] = even + odd;
@@ -43,9 +42,9 @@ static inline void inward(const vec *d, int step, vec *v) {
     v[5] = 4 * d1 - 5 * d3 + d5;
 }
 
-/* Six products of a row or column, `step` vectors apart, as four outputs */
-static inline void outward(const vec *m, int step, vec *y) {
-    vec m0 = m[0], m1 = m[step], m2 = m[2 * step], m3 = m[3 * step], m4 = m[4 * step], m5 = m[5 * step];
+/* Six products of a row or column as four outputs */
+static inline void outward(const vec *m, vec *y) {
+    vec m0 = m[0], m1 = m[1], m2 = m[2], m3 = m[3], m4 = m[4], m5 = m[5];
     vec sum = m1 + m2, difference = m1 - m2, far_sum = m3 + m4, far_difference = m3 - m4;
     y[0] = m0 + sum + far_sum;
     y[1] = difference + 2 * far_difference;
@@ -58,21 +57,20 @@ static inline void outward(const vec *m, int step, vec *y) {
 static inline __attribute__((always_inline)) void transform_some(const float *image, int64_t rows, int64_t columns,
                                                                  int64_t in, int64_t row, int64_t column, float *v,
                                                                  int64_t apart, int lanes) {
-    vec d[PLACES], half[PLACES];
-    for (int i = 0; i < SIDE; i++)
-        for (int j = 0; j < SIDE; j++) {
+    vec half[PLACES];
+    for (int j = 0; j < SIDE; j++) {
+        vec d[SIDE], t[SIDE];
+        for (int i = 0; i < SIDE; i++) {
             int64_t r = row + i - 1, k = column + j - 1;
             int inside = r >= 0 && r < rows && k >= 0 && k < columns;
-            d[SIDE * i + j] = inside ? load_some(image + (r * columns + k) * in, lanes) : (vec){0};
+            d[i] = inside ? load_some(image + (r * columns + k) * in, lanes) : (vec){0};
         }
-    for (int j = 0; j < SIDE; j++) {
-        vec t[SIDE];
-        inward(d + j, SIDE, t);
+        inward(d, t);
         for (int i = 0; i < SIDE; i++) half[SIDE * i + j] = t[i];
     }
     for (int i = 0; i < SIDE; i++) {
         vec t[SIDE];
-        inward(half + SIDE * i, 1, t);
+        inward(half + SIDE * i, t);
         for (int j = 0; j < SIDE; j++) store_some(v + (SIDE * i + j) * apart, t[j], lanes);
     }
 }
@@ -87,16 +85,16 @@ static void transform_tile(const float *image, int64_t rows, int64_t columns, in
 static void restore_tile(const float *m, int64_t apart, float *image, int64_t rows, int64_t columns, int64_t out,
                          int64_t row, int64_t column) {
     for (int64_t c = 0; c < out; c += WIDE) {
-        vec d[PLACES], half[OUT * SIDE];
-        for (int p = 0; p < PLACES; p++) d[p] = load(m + p * apart + c);
+        vec half[OUT * SIDE];
         for (int j = 0; j < SIDE; j++) {
-            vec t[OUT];
-            outward(d + j, SIDE, t);
+            vec d[SIDE], t[OUT];
+            for (int i = 0; i < SIDE; i++) d[i] = load(m + (SIDE * i + j) * apart + c);
+            outward(d, t);
             for (int i = 0; i < OUT; i++) half[SIDE * i + j] = t[i];
         }
         for (int i = 0; i < OUT && row + i < rows; i++) {
             vec t[OUT];
-            outward(half + SIDE * i, 1, t);
+            outward(half + SIDE * i, t);
             for (int j = 0; j < OUT && column + j < columns; j++)
                 store(image + ((row + i) * columns + column + j) * out + c, t[j]);
         }
@@ -170,9 +168,9 @@ void winograd(const float *x, const float *u, float *y, float *room, int64_t row
 
 /* ---- The gradient by the weights */
 
-/* Four gradients of a row or column, `step` vectors apart, as the six products see them: outward, transposed */
-static inline void outward_back(const vec *g, int step, vec *z) {
-    vec g0 = g[0], g1 = g[step], g2 = g[2 * step], g3 = g[3 * step];
+/* Four gradients of a row or column as the six products see them: outward, transposed */
+static inline void outward_back(const vec *g, vec *z) {
+    vec g0 = g[0], g1 = g[1], g2 = g[2], g3 = g[3];
     vec even = g0 + g2, odd = g1 + g3, far_even = g0 + 4 * g2, far_odd = 2 * g1 + 8 * g3;
     z[0] = g0;
     z[1] = even + odd;
@@ -185,19 +183,18 @@ static inline void outward_back(const vec *g, int step, vec *z) {
 static void spread_tile(const float *image, int64_t rows, int64_t columns, int64_t out, int64_t row, int64_t column,
                         float *z, int64_t apart) {
     for (int64_t c = 0; c < out; c += WIDE) {
-        vec g[OUT * OUT], half[SIDE * OUT];
-        for (int i = 0; i < OUT; i++)
-            for (int j = 0; j < OUT; j++)
-                g[OUT * i + j] = row + i < rows && column + j < columns
-                    ? load(image + ((row + i) * columns + column + j) * out + c) : (vec){0};
+        vec half[SIDE * OUT];
         for (int j = 0; j < OUT; j++) {
-            vec t[SIDE];
-            outward_back(g + j, OUT, t);
+            vec g[OUT], t[SIDE];
+            for (int i = 0; i < OUT; i++)
+                g[i] = row + i < rows && column + j < columns
+                    ? load(image + ((row + i) * columns + column + j) * out + c) : (vec){0};
+            outward_back(g, t);
             for (int i = 0; i < SIDE; i++) half[OUT * i + j] = t[i];
         }
         for (int i = 0; i < SIDE; i++) {
             vec t[SIDE];
-            outward_back(half + OUT * i, 1, t);
+            outward_back(half + OUT * i, t);
             for (int j = 0; j < SIDE; j++) store(z + (SIDE * i + j) * apart + c, t[j]);
         }
     }
@@ -225,7 +222,7 @@ static inline __attribute__((always_inline)) void outer(int count, int vectors, 
         for (int i = 0; i < vectors; i++) store(c + r * out + i * WIDE, sum[r][i]);
 }
 
-/* in is a multiple of FEW */
+/* in is a multiple of LANES */
 static inline __attribute__((always_inline)) void outers(int vectors, const float *a, const float *z, float *c,
                                                          int64_t tiles, int64_t in, int64_t out) {
     int64_t i = 0;
