@@ -1,4 +1,4 @@
-"""From a training run, or a method's own file, to a model bundle: the work of latent_stats.py."""
+"""From a training run, a method's own file or a model bundle to a calibrated bundle: the work of latent_stats.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import platform
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 import distributed
 from common.weights import CheckpointError
+from ct.settings import PreprocessSettings
 from dataset import SliceDataset
 from detect.bundle import load_bundle, save_bundle
 from detect.calibration import Fold, Trained, calibrate, check_held_out, open_file
@@ -96,6 +98,66 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
             if meta["calibration"]["threshold"]["reason"]:
                 print(f"no threshold: {meta['calibration']['threshold']['reason']}")
     return save_bundle(out, first, settings, meta, normal, overwrite=overwrite)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether it is a model bundle, whole or not: HealthyGAN's runs have a model.json of their own."""
+    path = folder / "model.json"
+    return path.is_file() and b'"format_version"' in path.read_bytes()
+
+
+def build_anew(model: Path, data: Path, changes: Sequence[str], out: Path, device: torch.device,
+               precision: str = "auto", name: str | None = None, notes: str | dict | None = None,
+               overwrite: bool = False) -> Path:
+    """Write a model bundle to `out` that is `model` calibrated anew, by the scans that a database holds out.
+
+    changes: KEY=VALUE over its settings. New scans are then prepared as those of the database are. Raises as build(),
+    and ValueError for scans that are known to be among those it was calibrated on, and its reader trained.
+    """
+    bundle, dataset = load_bundle(model, device, precision), SliceDataset(data, "val")
+    settings = bundle.settings.changed(changes)
+    bundle, provenance = bundle.with_settings(settings), bundle.meta["provenance"] or {}
+    reconstructor = bundle.reconstructor
+    if (out / "model.json").exists() and not overwrite:
+        raise CheckpointError(f"--out {out}: holds a model bundle; pass --overwrite, or another folder")
+    if dataset.size != reconstructor.size:
+        raise ValueError(f"--data {data}: slices of {dataset.size} pixels, --encoder {model} takes "
+                         f"{reconstructor.size}; prepare them with --like {model}")
+    if getattr(reconstructor, "reader", None) and not getattr(settings.scoring, "read", 0):
+        reconstructor.reader = None
+        provenance = {key: value for key, value in provenance.items() if key not in ("reader", "readers")}
+    if "readers" in provenance and any(is_of(dataset, part) for part in (provenance.get("data"),
+                                                                         provenance.get("held_out"))):
+        raise ValueError(f"--encoder {model}: its reader has learnt from some of the scans that --data {data} holds "
+                         "out, and would find too little in them: leave it out with --set read=0, or make the model "
+                         "from its runs, with all --reader")
+    print(f"note: healthy scores come out too low where {model} was trained on scans that {data} holds out: a bundle "
+          "does not say on which", flush=True)
+    stored = dataset.manifest["settings"]
+    if bundle.preprocessing and PreprocessSettings.from_json(stored) != bundle.preprocessing:
+        print(f"note: {data} was prepared in another way than for {model}, and so will new scans be: {stored}; for the "
+              f"same way prepare.py --like {model}", flush=True)
+    check_held_out(settings, [Trained(dataset, data, reconstructor.config(), provenance, lambda: reconstructor)])
+
+    measure = MEASURES[settings.measure](settings.scoring, settings.mask)
+    calibration, fitted = calibrate([Fold(reconstructor, dataset)], measure, lambda line: print(line, flush=True))
+    if calibration["threshold"]["reason"]:
+        print(f"no threshold: {calibration['threshold']['reason']}")
+    provenance |= {"name": name or out.name,
+                   "held_out": {key: dataset.manifest[key] for key in ("digest", "counts")}}
+    if notes is not None:
+        provenance["calibration_notes"] = notes
+    meta = {"preprocessing": stored, "calibration": calibration, "provenance": provenance}
+    return save_bundle(out, reconstructor, settings, meta, fitted.normal, overwrite=overwrite)
+
+
+def is_of(dataset: SliceDataset, known: dict[str, Any] | None) -> bool:
+    """Whether the scans that a database holds out are those of a bundle's provenance, by all that this tells.
+
+    Prepared again by a later version they have another digest, and hardly ever other numbers.
+    """
+    return bool(known) and (known["digest"] == dataset.manifest["digest"]
+                            or known["counts"].get("val") == dataset.manifest["counts"].get("val"))
 
 
 def other_range(trained: Trained, path: Path) -> SliceDataset:

@@ -2,12 +2,15 @@
 
     python latent_stats.py --data healthy.lmdb --encoder runs/encoder --out models/mine --preset ct256
     python latent_stats.py --data healthy.lmdb --encoder pca.safetensors --set method=pca measure=surprise --out pca
+    python latent_stats.py --data own.lmdb --encoder models/head-128 --out models/own
 
 For the published search, the encoder's codes of the training slices, plain and augmented, give mean and principal
 components by position below the vertex (detect/latent.py). Every held-out scan is then projected just as projector.py
 will project, and its scores are kept: they turn a new scan's score into a percentile and a threshold. Few scans give a
 poor calibration: with --fold DATA RUN (several times) other runs of the training, which held other scans out, add
 theirs, each projected by the networks that have not seen them. One process; not for torchrun.
+A model bundle as --encoder is calibrated anew, for the scanner of other healthy scans (prepare.py --like), or with other
+settings (--set); the options of the preset have no part in it.
 Exit codes: 0 done, 2 wrong usage.
 
 A discriminator in the bundle is that of the encoder run, as in the released checkpoint: the GAN's, trained on against
@@ -44,13 +47,13 @@ SETTINGS = {
 }
 
 
-def report_size(folder: Path, components: int) -> str:
+def report_size(folder: Path, components: int = 0) -> str:
     """A line with the size of the bundle, and where to save when it is large."""
     sizes = {path.name: path.stat().st_size / 1e6 for path in sorted(folder.iterdir())
              if path.suffix in (".safetensors", ".json")}
     total = sum(sizes.values())
     line = f"{folder}: {total:.1f} MB (" + ", ".join(f"{name} {size:.1f}" for name, size in sizes.items()) + ")"
-    if total > LARGE_MB:
+    if total > LARGE_MB and components:
         line += (f"\nwarning: over {LARGE_MB:g} MB, much for a git repository, and float16 already: keep fewer "
                  f"--components than {components}, or train with a smaller --channel-max and --channel-base")
     return line
@@ -72,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         add("--data", "--data_path", type=Path, required=True,
             help="database made by prepare.py: the one that was trained on (or the same folder of scans)")
         add("--encoder", type=Path, required=True, metavar="RUN",
-            help="run folder of train_encoder.py; for another method what its training has left")
+            help="run folder of train_encoder.py; for another method what its training has left; or a model bundle, to "
+                 "calibrate it by the scans that --data holds out, with its own settings and those of --set")
         add("--fold", type=Path, nargs=2, metavar=("DATA", "RUN"), action="append", default=[],
             help="a further run and its database, with other scans held out: they join the calibration; may be given "
                  "several times")
@@ -95,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     config, args = parse(__doc__, PRESETS, arguments, argv)
 
     import distributed  # only now: --help needs none of what takes seconds to import
-    from bundling import OF_ENCODER_RUNS, WITH_READER, build
+    from bundling import OF_ENCODER_RUNS, WITH_READER, build, build_anew, is_bundle
     from detect.settings import Settings
     from gan.database import ensure_database
     from gan.runlog import load_run
@@ -106,8 +110,16 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("latent_stats.py runs as one process: start it with python, not torchrun")
         memory.keep_freed()
         set_impl(args.ops)
-        settings = Settings().changed(SETTINGS[args.preset]).changed(args.changes)
         notes, device, data = read_notes(args.provenance), distributed.pick_device(args.device), args.data
+        if is_bundle(args.encoder):
+            if args.fold or args.reader or args.held_out or config.calibrate == "none":
+                raise ValueError(f"--encoder {args.encoder}: a model bundle is calibrated by what --data holds out: "
+                                 "leave out --fold, --reader, --held-out and --calibrate none")
+            folder = build_anew(args.encoder, data, args.changes, args.out, device, config.precision, args.name, notes,
+                                args.overwrite)
+            print(report_size(folder))
+            return 0
+        settings = Settings().changed(SETTINGS[args.preset]).changed(args.changes)
         if settings.method in OF_ENCODER_RUNS:                      # the encoder's own database, where it made one
             run = load_run(args.encoder, "--encoder", "encoder", "train_encoder.py")
             data = ensure_database(data, args.encoder, run.meta["model"]["size"])

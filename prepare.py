@@ -1,6 +1,7 @@
 """Folders of scans to one LMDB file of standardised slices, split by patient.
 
     python prepare.py SCANS [SCANS ...] --out healthy.lmdb --size 256
+    python prepare.py SCANS [SCANS ...] --out own.lmdb --like models/head-128 --val-fraction 1
 
 SCANS are folders with DICOM series, NIfTI files, or folders of PNG or JPEG slices with a scan.json beside
 them. Every scan is brought to slabs of one thickness, its brain is found, and the head is centred, turned
@@ -8,6 +9,8 @@ upright and scaled. Slices with too little brain are left out. The file is compl
 
 A folder whose scan.json says "loose": true holds single slices of many people (ct/loose.py): each is prepared for
 itself and goes into training, never into statistics by position, calibration or validation.
+
+With --like slices are those that a model takes; latent_stats.py then calibrates it on the validation scans.
 
 Exit codes: 0 all done; 2 wrong usage or nothing to write; 3 some scans failed (named, the rest done); 130 stopped by
 Ctrl-C, 143 by SIGTERM, 129 by SIGHUP (nothing is written, temporary files are removed).
@@ -22,6 +25,8 @@ from pathlib import Path
 
 from common.stopping import Terminated, orderly_end
 from ct.settings import PreprocessSettings, StandardiseSettings
+
+OF_SETTINGS = ("size", "slab-mm", "hu-clip", "bone-apart", "min-brain-fraction", "max-below-vertex-mm")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
                         "the files, wherever they lie (default %(default)s)")
 
     group = p.add_argument_group("the slices")
+    group.add_argument("--like", type=Path, metavar="MODEL",
+                       help="as this model bundle takes them, in place of --" + ", --".join(OF_SETTINGS))
     group.add_argument("--size", type=int, default=base.standardise.size, metavar="N",
                        help="pixels of a slice's side (default %(default)s)")
     group.add_argument("--slab-mm", type=float, default=base.slab_mm, metavar="MM",
@@ -64,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--patients", metavar="FILE.csv",
                        help="columns scan_id, patient (default: every scan is a patient of its own)")
     group.add_argument("--val-fraction", type=float, default=0.15, metavar="F",
-                       help="part of the patients kept for validation (default %(default)g)")
+                       help="part of the patients kept for validation; 0: none, 1: all (default %(default)g)")
     group.add_argument("--seed", type=int, default=0, help="draws the patients (default %(default)s)")
     group.add_argument("--split", metavar="FILE.csv",
                        help="columns scan_id, split (train or val): use this split instead")
@@ -81,16 +88,23 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"--hu-clip expects LOW below HIGH, got {args.hu_clip[0]:g} {args.hu_clip[1]:g}")
     if not 0 <= args.min_brain_fraction < 1:
         p.error(f"--min-brain-fraction must be at least 0 and below 1, got {args.min_brain_fraction:g}")
+    given = [f"--{flag}" for flag in OF_SETTINGS
+             if (name := flag.replace("-", "_")) and getattr(args, name) != p.get_default(name)]
+    if args.like and given:
+        p.error(f"--like {args.like}: says how slices are prepared; leave out {', '.join(given)}")
 
 
 def prepare(args: argparse.Namespace) -> int:
     """Does what the command line says; returns the exit code."""
     from gan.database import build_lmdb
 
-    settings = PreprocessSettings(StandardiseSettings(size=args.size, bone_apart=args.bone_apart),
-                                  slab_mm=args.slab_mm, min_brain_fraction=args.min_brain_fraction,
-                                  max_below_vertex_mm=args.max_below_vertex_mm)
-    manifest = build_lmdb(args.scans, args.out, settings, hu_clip=args.hu_clip,
+    settings, hu_clip = PreprocessSettings(StandardiseSettings(size=args.size, bone_apart=args.bone_apart),
+                                           slab_mm=args.slab_mm, min_brain_fraction=args.min_brain_fraction,
+                                           max_below_vertex_mm=args.max_below_vertex_mm), args.hu_clip
+    if args.like:
+        settings = preprocessing_of(args.like)
+        hu_clip = settings.standardise.hu_clip
+    manifest = build_lmdb(args.scans, args.out, settings, hu_clip=hu_clip,
                           val_fraction=args.val_fraction, seed=args.seed, split_csv=args.split,
                           patients_csv=args.patients, slices_csv=args.slices, leave_out_csv=args.leave_out,
                           unknown_slice_spacing_mm=args.unknown_slice_spacing_mm, ids=args.ids, workers=args.workers,
@@ -101,6 +115,21 @@ def prepare(args: argparse.Namespace) -> int:
     for failure in manifest["failed"]:
         print(f"failed: {failure['scan_id']}: {failure['reason']}", file=sys.stderr)
     return 3 if manifest["failed"] else 0
+
+
+def preprocessing_of(model: Path) -> PreprocessSettings:
+    """How a model bundle's slices are prepared. DatasetError where it is none, or does not say."""
+    from dataset import DatasetError
+    from detect.bundle import read_bundle_meta
+
+    try:
+        stored = read_bundle_meta(model)[0]["preprocessing"]
+        if stored is None:
+            raise ValueError(f"{model}: an imported model, which does not say how its slices are prepared; give "
+                             f"--{', --'.join(OF_SETTINGS)} as they were")
+        return PreprocessSettings.from_json(stored)
+    except ValueError as error:
+        raise DatasetError(f"--like {error}") from error
 
 
 @orderly_end()

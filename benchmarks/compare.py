@@ -167,7 +167,7 @@ def beside(path: Path, settings: Settings, preprocessing: PreprocessSettings,
     if bundle.settings.measure != settings.measure or any(
             getattr(own, name) != getattr(ours, name) for name in ("median_at_512", "filter") if hasattr(ours, name)):
         raise ValueError(f"--beside {path}: is calibrated for other residuals (measure, filter, median) than --model; "
-                         "calibrate it with the same (benchmarks/recalibrate.py)")
+                         "calibrate it with the same (latent_stats.py --encoder)")
     frames = [replace(one, standardise=replace(one.standardise, hu_clip=None, bone_apart=False))
               for one in (bundle.preprocessing, preprocessing)]
     if frames[0] != frames[1]:

@@ -59,7 +59,7 @@ def settings_of(own: Settings, rows: Sequence[Sequence[str]]) -> dict[str, Setti
         if dataclasses.replace(changed, mask=own.mask) != own:
             known = ", ".join(field.name for field in dataclasses.fields(own.mask))
             raise ValueError(f"--row {' '.join(texts)}: expected what only draws the mask, {known}; for the rest make "
-                             "another bundle (benchmarks/recalibrate.py --set)")
+                             "another bundle (latent_stats.py --encoder MODEL --set)")
         found[" ".join(texts)] = changed
     return found
 

@@ -61,15 +61,17 @@ def split_by_patient(patients: dict[str, str], val_fraction: float, seed: int) -
     """scan_id -> 'train' or 'val', given scan_id -> patient: no patient is in both.
 
     round(val_fraction * patients) of them, but at least one and not all, go to validation; a fraction of 0
-    puts everybody into training.
+    puts everybody into training, one of 1 everybody into validation.
     """
-    if not 0 <= val_fraction < 1:
-        raise DatasetError(f"--val-fraction must be at least 0 and below 1, got {val_fraction}")
+    if not 0 <= val_fraction <= 1:
+        raise DatasetError(f"--val-fraction must be from 0 to 1, got {val_fraction}")
+    if val_fraction in (0, 1):
+        return dict.fromkeys(patients, SPLITS[int(val_fraction)])
     people = sorted(set(patients.values()))
-    if val_fraction > 0 and len(people) < 2:
+    if len(people) < 2:
         raise DatasetError(f"--val-fraction {val_fraction}: one patient cannot be split, and train.py needs "
                            "held-out slices: give scans of more patients")
-    count = min(max(round(val_fraction * len(people)), 1), len(people) - 1) if val_fraction > 0 else 0
+    count = min(max(round(val_fraction * len(people)), 1), len(people) - 1)
     chosen = np.random.default_rng(seed).permutation(len(people))[:count]
     val = {people[i] for i in chosen}
     return {scan_id: "val" if patient in val else "train" for scan_id, patient in patients.items()}

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import bundling
-from benchmarks import baselines, compare, ct_ich, recalibrate
+import latent_stats
+from benchmarks import baselines, compare, ct_ich
 from benchmarks.ct_ich import Case
 from ct.frame import preprocess_scan
 from ct.standardise import StandardiseSettings
@@ -242,8 +243,8 @@ def test_a_bundle_beside_sees_its_own_hu_range(bundle, database, tmp_path):
 
 def test_recalibration_is_by_the_scans_and_settings_given(bundle, database, tmp_path, capsys):
     out = tmp_path / "anew"
-    command = ["--model", str(bundle), "--data", str(database), "--out", str(out), "--device", "cpu"]
-    assert recalibrate.main([*command, "--set", "pool=area", "scan_score=mean"]) == 0
+    command = ["--encoder", str(bundle), "--data", str(database), "--out", str(out), "--device", "cpu"]
+    assert latent_stats.main([*command, "--set", "pool=area", "scan_score=mean"]) == 0
     before, anew = (load_bundle(folder) for folder in (bundle, out))
     assert (anew.settings.scoring.pool, anew.settings.scan_score) == ("area", "mean")
     for name in ("mean", "std"):                                         # the same scans: the same statistics
@@ -251,7 +252,7 @@ def test_recalibration_is_by_the_scans_and_settings_given(bundle, database, tmp_
                               atol=0.1)
     assert anew.meta["calibration"]["scan_scores"] != before.meta["calibration"]["scan_scores"]
     compare.refuse_other_data(anew.meta, out, SliceDataset(database), "--database")
-    assert recalibrate.main(command) == 2 and "holds a model bundle" in capsys.readouterr().err
+    assert latent_stats.main(command) == 2 and "holds a model bundle" in capsys.readouterr().err
 
 
 def test_the_projector_gets_the_flags_and_its_failure_is_told(tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import lesion_mask, pasted, recalibrate
+import latent_stats
+from benchmarks import lesion_mask, pasted
 from benchmarks.inversion import HeldOut
 from benchmarks.lesion_mask import OWN, evaluate, settings_of, table
 from ct.frame import PreprocessSettings
@@ -147,9 +148,9 @@ def data(tmp_path_factory):
 def model(data, tmp_path_factory):
     """A bundle that judges by surprise, calibrated on them; its mask is of its own kind."""
     folder = tmp_path_factory.mktemp("models")
-    command = ["--model", str(tiny_bundle(folder / "votes")), "--data", str(data), "--out", str(folder / "surprise"),
+    command = ["--encoder", str(tiny_bundle(folder / "votes")), "--data", str(data), "--out", str(folder / "surprise"),
                "--device", "cpu"]
-    assert recalibrate.main([*command, "--set", "measure=surprise", "surprise_mask=1", "component_at_512=500"]) == 0
+    assert latent_stats.main([*command, "--set", "measure=surprise", "surprise_mask=1", "component_at_512=500"]) == 0
     return folder / "surprise"
 
 

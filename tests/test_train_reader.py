@@ -13,7 +13,7 @@ import torch
 import latent_stats
 import train_encoder
 import train_reader
-from benchmarks import cross_validation, recalibrate
+from benchmarks import cross_validation
 from common.weights import write_json
 from ct.frame import PreprocessSettings
 from ct.standardise import StandardiseSettings
@@ -453,10 +453,10 @@ def test_benchmarks_on_what_a_reader_has_learnt_from_leave_it_out(in_thirds, rea
     assert "3 different held-out scans at least are needed, found head1" in said.err
     assert cross_validation.main([*out, *given]) == 2
     assert "give it with one --model" in capsys.readouterr().err
-    anew = ["--model", str(tmp_path / "m"), "--data", str(data), "--out", str(tmp_path / "n")]
-    assert recalibrate.main(anew) == 2
+    anew = ["--encoder", str(tmp_path / "m"), "--data", str(data), "--out", str(tmp_path / "n")]
+    assert latent_stats.main(anew) == 2
     assert "leave it out with --set read=0" in capsys.readouterr().err
-    assert recalibrate.main([*anew, "--set", "read=0"]) == 0
+    assert latent_stats.main([*anew, "--set", "read=0"]) == 0
     without = load_bundle(tmp_path / "n")
     assert without.reconstructor.reader is None and not {"reader", "readers"} & without.meta["provenance"].keys()
 
