@@ -9,8 +9,8 @@ components by position below the vertex (detect/latent.py). Every held-out scan 
 will project, and its scores are kept: they turn a new scan's score into a percentile and a threshold. Few scans give a
 poor calibration: with --fold DATA RUN (several times) other runs of the training, which held other scans out, add
 theirs, each projected by the networks that have not seen them. One process; not for torchrun.
-A model bundle as --encoder is calibrated anew, for the scanner of other healthy scans (prepare.py --like), or with other
-settings (--set); the options of the preset have no part in it.
+A model bundle as --encoder is calibrated anew, for the scanner of other healthy scans (prepare.py --like), or with
+other settings (--set); the options of the preset have no part in it.
 Exit codes: 0 done, 2 wrong usage.
 
 A discriminator in the bundle is that of the encoder run, as in the released checkpoint: the GAN's, trained on against

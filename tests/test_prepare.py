@@ -11,15 +11,17 @@ import pytest
 
 import distributed
 import prepare
+from common.weights import read_json, write_json
 from ct.frame import PreprocessSettings, preprocess_scan
 from ct.read import find_scans, read_scan
 from ct.scan import ScanError
 from ct.slab import to_slabs
 from ct.standardise import StandardiseSettings, from_frame
 from dataset import DatasetError, SliceDataset, verify
+from detect.bundle import load_bundle
 from gan import database as database_module
 from gan.database import build_lmdb, ensure_database, listed_slabs, split_by_patient
-from tests.helpers import synthetic_head, synthetic_scan
+from tests.helpers import synthetic_head, synthetic_scan, tiny_bundle
 from tests.writers import write_dicom_series, write_nifti_scan, write_slice_folder
 
 SETTINGS = PreprocessSettings(StandardiseSettings(size=32))
@@ -253,6 +255,26 @@ def test_flags_reach_the_work(tmp_path, monkeypatch):
         StandardiseSettings(size=48), slab_mm=6.5, min_brain_fraction=0.03, max_below_vertex_mm=77)
     assert asked.items() >= {"hu_clip": [-9, 91], "val_fraction": 0.3, "seed": 5, "workers": 2,
                              "unknown_slice_spacing_mm": 4.5, "ids": "uid"}.items()
+
+
+def test_slices_like_a_models(folder, tmp_path, capsys):
+    """All of them for validation, as its calibration wants them."""
+    model, out = tiny_bundle(tmp_path / "model"), tmp_path / "own.lmdb"
+    command = [str(folder), "--workers", "1", "--out", str(out), "--like"]
+    assert prepare.main([*command, str(model), "--val-fraction", "1"]) == 0
+    own = SliceDataset(out, "val")
+    assert PreprocessSettings.from_json(own.manifest["settings"]) == load_bundle(model).preprocessing
+    assert len(own.scan_ids) == 3 and own.manifest["counts"]["train"]["scans"] == 0
+
+    def refused(*flags):
+        with pytest.raises(SystemExit) as stop:
+            prepare.main([*command, *flags, "--overwrite"])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+    assert "leave out --size, --bone-apart" in refused(str(model), "--size", "64", "--bone-apart")
+    assert f"--like {tmp_path}" in refused(str(tmp_path))
+    write_json(model / "model.json", read_json(model / "model.json", "", 2) | {"preprocessing": None})
+    assert "an imported model, which does not say how its slices are prepared" in refused(str(model))
 
 
 def test_an_out_that_cannot_be_written_is_refused_before_the_work(folder, tmp_path, capsys):
