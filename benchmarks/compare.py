@@ -183,11 +183,13 @@ def beside(path: Path, settings: Settings, preprocessing: PreprocessSettings,
 
 
 def open_database(path: Path, flag: str, args: argparse.Namespace) -> SliceDataset:
-    """The training split of a database, that of `flag`. ValueError naming the flag that does not fit.
+    """The training split of a database, that of `flag`, or all without baselines, which alone learn from it.
+
+    ValueError naming the flag that does not fit.
 
     All that can be wrong with the methods is found here, before hours of work. args: of add_arguments.
     """
-    data = SliceDataset(path, "train")
+    data = SliceDataset(path, "train" if args.baselines else "all")
     refuse_other_data(read_bundle_meta(args.model)[0], args.model, data, flag)
     held_out = data.manifest["counts"]["val"]["scans"]
     if args.baselines and held_out < normative.MIN_SCANS:

@@ -19,7 +19,7 @@ from benchmarks import baselines, compare, ct_ich
 from benchmarks.ct_ich import Case
 from ct.frame import preprocess_scan
 from ct.standardise import StandardiseSettings
-from dataset import SliceDataset
+from dataset import DatasetError, ScanRecord, SliceDataset, SliceWriter
 from detect.bundle import load_bundle
 from detect.options import StatsConfig
 from detect.reconstruct import Reconstruction
@@ -253,6 +253,20 @@ def test_recalibration_is_by_the_scans_and_settings_given(bundle, database, tmp_
     assert anew.meta["calibration"]["scan_scores"] != before.meta["calibration"]["scan_scores"]
     compare.refuse_other_data(anew.meta, out, SliceDataset(database), "--database")
     assert latent_stats.main(command) == 2 and "holds a model bundle" in capsys.readouterr().err
+
+
+def test_without_baselines_a_database_that_calibrates_will_do(bundle, database, tmp_path, monkeypatch):
+    """They alone learn from its training part."""
+    own = tmp_path / "own.lmdb"
+    with SliceWriter(own, SliceDataset(database).manifest["settings"]) as writer:
+        writer.add(ScanRecord.encode("one", np.zeros((2, 32, 32), np.float32), np.ones((2, 32, 32), bool),
+                                     np.array([5.0, 0])), "val", "p")
+    monkeypatch.setattr(compare, "refuse_other_data", lambda *_: None)
+    args = SimpleNamespace(model=bundle, baselines=[], beside=[])
+    assert compare.open_database(own, "--data", args).scan_ids == ["one"]
+    args.baselines = ["hu"]
+    with pytest.raises(DatasetError, match="no slices in split 'train'"):
+        compare.open_database(own, "--data", args)
 
 
 def test_the_projector_gets_the_flags_and_its_failure_is_told(tmp_path, monkeypatch):
