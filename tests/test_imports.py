@@ -22,7 +22,7 @@ MAY_IMPORT = {                                                   # besides itsel
     "gan": {"op", "model", "common", "ct", "dataset", "distributed", "config", "detect.options",
             "detect.perceptual", "detect.inpainting", "detect.inversion", "detect.reader"},
     "detect": {"op", "model", "common", "ct", "dataset", "distributed", "config"},
-    "bundling": {"config", "dataset", "detect", "distributed", "gan", "model", "common"},
+    "bundling": {"config", "ct.settings", "dataset", "detect", "distributed", "gan", "model", "common"},
     "pacs": {"op", "common.files", "ct", "detect", "distributed"},
     "healthygan": {"op", "common", "ct", "gan", "dataset", "distributed", "config", "evaluation",
                    "detect.reconstruct"},
