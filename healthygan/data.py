@@ -31,6 +31,7 @@ from dataset import DatasetError, InfiniteSampler, SliceDataset
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 FULL = 65535                             # white, as images are kept
 DARK = FULL // 8                         # a folder with nothing brighter is likely 12 bits stored in 16
+TIFF_BITS = 258                          # the TIFF tag with the bits of each channel
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,16 @@ class Pictures:
 def read_image(path: Path, settings: ImageSettings) -> np.ndarray:
     """An image file as uint16 [C, N, N], C 1 (grey) or 3. Raises OSError or ValueError when it cannot be read.
 
-    16 bits are scaled to 0..65535 by white_16bit, not clipped to 8; transparency is left out.
+    16 bits are scaled to 0..65535 by white_16bit, not clipped to 8; transparency is left out. Of 16-bit colour and grey
+    with alpha Pillow hands out the upper 8 bits alone, of which white_16bit says nothing: they are refused.
     """
     with Image.open(path) as image:
-        image.load()
         if image.mode == "F":
             raise ValueError("expected 8 or 16 bits a pixel, found floating point")
+        if not image.mode.startswith("I") and stored_bits(path, image) > 8:
+            raise ValueError("expected 8 bits a channel, or grey of 16 bits; found 16-bit colour or grey with alpha: "
+                             "save it as 16-bit grey")
+        image.load()
         if image.mode.startswith("I"):                                    # 16 bits; 'I' in files with 32
             pixels = np.asarray(image).astype(np.float32) * (FULL / settings.white_16bit)
             if pixels.min() < 0 or np.asarray(image).max() > FULL:
@@ -122,6 +127,14 @@ def read_image(path: Path, settings: ImageSettings) -> np.ndarray:
     resized = [Image.fromarray(np.ascontiguousarray(channel)).resize(side, Image.Resampling.BILINEAR)
                for channel in pixels.transpose(2, 0, 1)]
     return np.stack([np.asarray(channel).clip(0, FULL).round().astype(np.uint16) for channel in resized])
+
+
+def stored_bits(path: Path, image: Image.Image) -> int:
+    """Bits of a channel in the file, of the formats that may have more than 8: PNG, by its header, and TIFF."""
+    if image.format == "PNG":
+        with path.open("rb") as file:
+            return file.read(25)[24]
+    return max(getattr(image, "tag_v2", {}).get(TIFF_BITS, (8,)))
 
 
 def centre_square(pixels: np.ndarray) -> np.ndarray:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +51,42 @@ def test_every_kind_of_image_is_scaled_to_16_bits(tmp_path, pixels, settings, ex
     got = read_image(save(tmp_path / "x.png", pixels), settings)
     assert got.dtype == np.uint16 and got.shape == (len(expected), 4, 4)
     assert got[:, 0, 0].tolist() == expected and (got == got[:, :1, :1]).all()
+
+
+def png_of_16_bits(pixels: np.ndarray) -> bytes:
+    """[H, W, C] as a PNG; Pillow writes none of 16 bits but grey."""
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts)
+
+
+def tiff_of_16_bits(pixels: np.ndarray) -> bytes:
+    """[H, W, 3] as a TIFF: an 8-bit one by Pillow with its bits changed, and pixels of twice the bytes."""
+    written = io.BytesIO()
+    Image.fromarray(np.zeros(pixels.shape, np.uint8)).save(written, "tiff")
+    found = written.getvalue()
+    assert found.count(struct.pack("<3H", 8, 8, 8)) == 1
+    return found.replace(struct.pack("<3H", 8, 8, 8), struct.pack("<3H", 16, 16, 16)) + bytes(pixels.size)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_what_pillow_reduces_to_8_bits_is_refused(tmp_path, channels):
+    """12 bits stored in 16 would come in nearly black, whatever --white-16bit says."""
+    path, pixels = tmp_path / "x.png", np.full((4, 4, channels), 4095)
+    path.write_bytes(png_of_16_bits(pixels))
+    settings = ImageSettings("images", 4, 0, 4095)
+    if channels == 1:
+        assert (read_image(path, settings) == FULL).all()
+        return
+    with pytest.raises(ValueError, match="found 16-bit colour or grey with alpha: save it as 16-bit grey"):
+        read_image(path, settings)
+    if channels == 3:
+        path.write_bytes(tiff_of_16_bits(pixels))
+        with pytest.raises(ValueError, match="found 16-bit colour"):
+            read_image(path, settings)
 
 
 def test_the_top_goes_and_the_centre_stays(tmp_path):
