@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -164,7 +165,8 @@ def read_images(folder: Path, settings: ImageSettings) -> Pictures:
 
     with ThreadPoolExecutor() as pool:
         read = list(pool.map(attempt, paths))
-    names = [_without_suffix(path.relative_to(folder.parent)) for path in paths]
+    top = Path(os.path.abspath(folder)).name                 # of '..' too; a link to a folder keeps its own name
+    names = [_without_suffix(top / path.relative_to(folder)) for path in paths]
     unreadable = {name: got for name, got in zip(names, read) if isinstance(got, str)}
     kept = [i for i, got in enumerate(read) if not isinstance(got, str)]
     if not kept:
