@@ -14,7 +14,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,6 +264,19 @@ def join(parts: Sequence[Pictures]) -> Pictures:
                     [u for p in parts for u in p.units], unreadable)
 
 
+def refuse_shared(paths: Sequence[Path], of_each: Sequence[Iterable[str]], mend: str) -> None:
+    """DatasetError where two sources share a name: what bears it would be scored, and held out, as one.
+
+    One that is given twice, to weigh more, is the same source.
+    """
+    owners: dict[str, Path] = {}
+    for path, names in zip(paths, of_each):
+        own = path.resolve()
+        for name in names:
+            if owners.setdefault(name, own) != own:
+                raise DatasetError(f"{name} is both in {owners[name]} and in {own}; expected different names: {mend}")
+
+
 def class_folders(data: Path, stage: str, classes: tuple[str, str]) -> list[Path]:
     """data/stage/{classes} or data/{classes}. Raises DatasetError naming what is missing."""
     base = data / stage if (data / stage).is_dir() else data
@@ -285,10 +298,15 @@ def read_list(path: Path | None) -> set[str] | None:
 
 
 def load_sources(paths: Sequence[Path], settings: ImageSettings, split: str, scans: Path | None) -> Pictures:
-    """Folders of images, or databases (those of their scans that the file `scans` lists), as one set."""
+    """Folders of images, or databases (those of their scans that the file `scans` lists), as one set.
+
+    Raises DatasetError where two folders have an image of one name.
+    """
     wanted = read_list(scans)
     if settings.kind == "images":
-        return join([read_images(path, settings) for path in paths])
+        parts = [read_images(path, settings) for path in paths]
+        refuse_shared(paths, [(*part.names, *part.unreadable) for part in parts], "rename one of the folders")
+        return join(parts)
     parts = [read_slices(path, split, settings, wanted) for path in paths]
     if wanted is not None and (unknown := sorted(wanted.difference(*(part.units for part in parts)))):
         raise DatasetError(f"{scans}: {len(unknown)} scans are not in {', '.join(map(str, paths))} (split {split}), "
@@ -309,7 +327,10 @@ def load_training(healthy: Sequence[Path], mixed: Sequence[Path], settings: Imag
     if settings.kind == "slices":
         manifest = SliceDataset(healthy[0], "all", check=False).manifest
         settings = dataclasses.replace(settings, slices=manifest["settings"])
-        held_out = [read_slices(path, "val", settings) for path in healthy if _has_validation(path)]
+        validating = [path for path in healthy if _has_validation(path)]
+        held_out = [read_slices(path, "val", settings) for path in validating]
+        refuse_shared(validating, [set(part.units) for part in held_out],
+                      "prepare both databases in one, or one of them from a folder of another name")
         return TrainingData(load_sources(healthy, settings, "train", healthy_scans),
                             load_sources(mixed, settings, "train", mixed_scans), join(held_out) if held_out else None)
     everything = load_sources(healthy, settings, "train", None)

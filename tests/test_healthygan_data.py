@@ -142,6 +142,45 @@ def test_one_name_with_two_suffixes_is_refused(tmp_path):
         read_images(tmp_path / "set", SETTINGS)
 
 
+def test_names_of_two_folders_are_told_apart(tmp_path):
+    """One name is one score: the threshold would come from means of images that have nothing in common."""
+    for site in ("a", "b"):
+        save(tmp_path / site / "healthy/0.png", np.zeros((8, 8), np.uint8))
+        save(tmp_path / site / f"mixed-{site}/0.png", np.zeros((8, 8), np.uint8))
+    same = [tmp_path / site / "healthy" for site in ("a", "b")]
+    for read in (lambda: load_sources(same, SETTINGS, "train", None),
+                 lambda: load_training(same[:1], same, SETTINGS, 0, 0),
+                 lambda: load_training(same, same[:1], SETTINGS, 0, 0)):
+        with pytest.raises(DatasetError, match="healthy/0 is both in .*a/healthy and in .*b/healthy; .* rename one"):
+            read()
+    (same[1] / "0.png").write_bytes(b"no image")                  # counts as well: the unreadable are named, too
+    save(same[1] / "1.png", np.zeros((8, 8), np.uint8))
+    with pytest.raises(DatasetError, match="healthy/0 is both in"):
+        load_sources(same, SETTINGS, "train", None)
+    other = [tmp_path / site / f"mixed-{site}" for site in ("a", "b")]
+    assert load_sources(other, SETTINGS, "train", None).names == ["mixed-a/0", "mixed-b/0"]
+    assert len(load_sources([other[0], other[0]], SETTINGS, "train", None)) == 2          # to weigh more
+
+
+def test_scans_of_two_databases_held_out_under_one_id_are_refused(slices32, tmp_path):
+    copy = tmp_path / "copy.lmdb"
+    copy.write_bytes(slices32.read_bytes())
+    settings = ImageSettings("slices", 32)
+    with pytest.raises(DatasetError, match=r"head2 is both in .* and in .*copy.lmdb; .* prepare both"):
+        load_training([slices32, copy], [slices32], settings, 0, 0)
+    assert set(load_training([slices32, slices32], [slices32, copy], settings, 0, 0).held_out.units) == {"head2"}
+
+
+def test_a_folder_is_named_however_it_is_given(tmp_path, monkeypatch):
+    """With '..' in it a name would lead out of the results."""
+    save(tmp_path / "set/sub/a.png", np.zeros((8, 8), np.uint8))
+    (tmp_path / "healthy").symlink_to(tmp_path / "set")
+    monkeypatch.chdir(tmp_path / "set/sub")
+    for folder, expected in (("..", "set/sub/a"), (".", "sub/a"), ("../sub", "sub/a"),
+                             (tmp_path / "healthy", "healthy/sub/a")):
+        assert read_images(Path(folder), SETTINGS).names == [expected]
+
+
 def test_a_patient_is_held_out_whole(tmp_path):
     names = [f"healthy/{i}" for i in range(8)]
     table = tmp_path / "patients.csv"
