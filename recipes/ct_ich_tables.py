@@ -37,10 +37,17 @@ def write(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
         csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
 
-def far_slices(rows: Sequence[dict[str, str]]) -> list[tuple[str, int]]:
-    """(scan_id, slice) of what lies more than FAR slices from any with a bleed in the same scan, in the rows' order."""
+def far_slices(path: Path) -> list[tuple[str, int]]:
+    """(scan_id, slice) of what lies more than FAR slices from any with a bleed in the same scan, in the rows' order.
+
+    path: slices.csv. ValueError names a row whose label is neither 0 nor 1.
+    """
+    rows = read(path, ("scan_id", "slice", "label"))
     bleeds: dict[str, set[int]] = {}
-    for row in rows:
+    for line, row in enumerate(rows, 2):
+        if row["label"] not in ("0", "1"):           # such as 1.0: taken for 0, a bleed would train as healthy
+            raise ValueError(f"{path}, line {line}: label {row['label']!r} of {row['scan_id']}, slice {row['slice']}; "
+                             "expected 1 where a bleed shows, else 0, written so")
         if row["label"] == "1":
             bleeds.setdefault(row["scan_id"], set()).add(int(row["slice"]))
     return [(row["scan_id"], int(row["slice"])) for row in rows
@@ -58,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         healthy = {row["scan_id"]: int(row["slices"]) for row in scans if row["split"] == "train"}
         if not healthy:
             raise ValueError(f"{args.ct_ich / 'scans.csv'}: no scan of split 'train'; those are the healthy ones")
-        far = far_slices(read(args.phe_sich / "slices.csv", ("scan_id", "slice", "label")))
+        far = far_slices(args.phe_sich / "slices.csv")
         args.out.mkdir(parents=True, exist_ok=True)
         whole = [(scan_id, number) for scan_id, slices in healthy.items() for number in range(slices)]
         write(args.out / "keep.csv", ("scan_id", "slice"), whole + far)

@@ -178,6 +178,11 @@ def test_tables_of_ct_ich(tmp_path, capsys):
     assert table("keep.csv") == [[f"h{n}", k] for n in range(4) for k in "01"] + [["p", "0"], ["p", "10"], ["p", "11"]]
     assert dict(table("all.csv")) == {"h0": "val", "h1": "val", "h2": "val", "h3": "val", "p": "train"}
 
+    for label in ("1.0", "0.0", "", "yes", " 1"):                 # 1.0 by pandas: taken for 0, a bleed would train
+        (phe_sich / "slices.csv").write_text("\n".join(["scan_id,slice,label", "p,0,0", f"p,1,{label}"]))
+        assert ct_ich_tables.main([str(ct_ich), str(phe_sich), str(out)]) == 2
+        assert f"slices.csv, line 3: label '{label}' of p, slice 1; expected 1 where a bleed" in capsys.readouterr().err
+
     (ct_ich / "scans.csv").write_text("scan_id,split,slices\nill,test,9")
     assert ct_ich_tables.main([str(ct_ich), str(phe_sich), str(out)]) == 2
     assert "no scan of split 'train'" in capsys.readouterr().err
