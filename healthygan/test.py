@@ -13,12 +13,15 @@ the released weights. Model and threshold were fixed before: nothing here looks 
     maps/, overlays/       |x - y| / 2 as 16-bit PNG; x, t, y, m, |x - y| and that over x, side by side
     run.json               versions, weights, settings
 
+What an earlier run wrote there is removed first; figures by evaluate.py are not.
+
 Exit codes: 0 done, 2 wrong usage, 3 some images could not be read (rows with a reason). For research only.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import platform
@@ -34,7 +37,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a script from anywhere
 
 import distributed
-from common.files import write_table
+from common.files import read_table, write_table
 from dataset import DatasetError
 from healthygan.data import Pictures, class_folders, is_database, join, read_images, read_slices
 from healthygan.pictures import panels, save_map
@@ -43,6 +46,8 @@ from healthygan.weights import Model, find_model
 from op import memory
 
 SCORE_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason", "slices", "seconds", "notes")
+SLICE_COLUMNS = ("scan_id", "slice", "score")
+LABEL_COLUMNS = ("scan_id", "label")
 CLASSES = ("healthy", "diseased")
 
 
@@ -61,6 +66,27 @@ def read_data(data: Path, model: Model) -> tuple[Pictures, dict[str, int] | None
     parts = [read_images(folder, model.settings) for folder in class_folders(data, "test", CLASSES)]
     labels = {name: label for label, part in enumerate(parts) for name in (*part.names, *part.unreadable)}
     return join(parts), labels
+
+
+def clear(out: Path) -> None:
+    """Removes what an earlier run has written, lest pictures and labels of other data stay beside these scores.
+
+    Ours are tables as write_results makes them, and pictures that are both in maps/ and overlays/; all else stays.
+    """
+    begins = {None: "", **{str(label): f"{name}/" for label, name in enumerate(CLASSES)}}      # names, by their label
+    for path, columns in ((out / "slices.csv", SLICE_COLUMNS), (out / "labels.csv", LABEL_COLUMNS)):
+        with contextlib.suppress(ValueError):                         # there is none, or no table of ours
+            if all(tuple(row) == columns and row["scan_id"].startswith(begins.get(row.get("label"), "\0"))
+                   for row in read_table(path, columns)):
+                path.unlink()
+    for one in sorted((out / "maps").rglob("*.png")):
+        both = [out / kind / one.relative_to(out / "maps") for kind in ("maps", "overlays")]
+        if all(path.is_file() for path in both):
+            for path in both:
+                path.unlink()
+                with contextlib.suppress(OSError):                    # until one is not empty
+                    for folder in path.relative_to(out).parents[:-1]:
+                        (out / folder).rmdir()
 
 
 @torch.no_grad()
@@ -101,11 +127,11 @@ def write_results(out: Path, pictures: Pictures, scores: np.ndarray, rows: list[
     write_table(out / "scores.csv", SCORE_COLUMNS, rows)
     if pictures.settings.kind == "slices":
         numbers = [int(name.rpartition("/")[2]) for name in pictures.names]
-        write_table(out / "slices.csv", ("scan_id", "slice", "score"), [
+        write_table(out / "slices.csv", SLICE_COLUMNS, [
             {"scan_id": unit, "slice": number, "score": f"{score:.6g}"}
             for unit, number, score in zip(pictures.units, numbers, scores)])
     if labels is not None:
-        write_table(out / "labels.csv", ("scan_id", "label"),
+        write_table(out / "labels.csv", LABEL_COLUMNS,
                   [{"scan_id": name, "label": label} for name, label in labels.items()])
 
 
@@ -120,6 +146,7 @@ def test(args: argparse.Namespace) -> int:
     dtype = model.generator.compute_dtype = distributed.pick_precision(args.precision, device)
     pictures, labels = read_data(args.data, model)
     args.out.mkdir(parents=True, exist_ok=True)
+    clear(args.out)
     started = time.perf_counter()
     scores = translate(model, pictures, args.out, device, args.batch)
     seconds = time.perf_counter() - started

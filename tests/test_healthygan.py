@@ -302,6 +302,30 @@ def test_scores_are_the_mean_difference_and_evaluate_reads_them(scored, finished
     assert (figures["abnormal"], figures["normal"]) == (5, 6)
 
 
+def test_a_second_run_leaves_nothing_of_the_first_ones_data(finished, xrays, tmp_path):
+    out, own = tmp_path / "out", ["maps/mine.png", "overlays/healthy/notes.txt", "metrics.json", "x/maps/y.png"]
+    flags = ["--model", str(finished), "--out", str(out), "--device", "cpu", "--precision", "fp32"]
+    assert healthygan_test.main(["--data", str(xrays), *flags]) == 0
+    for name in own:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+    (out / "slices.csv").write_text("scan_id,slice,score\nhead,0,0.5\n")
+    assert healthygan_test.main(["--data", str(xrays / "train/mixed"), *flags]) == 0
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    pictures = {f"{kind}/mixed/{i:02d}.png" for kind in ("maps", "overlays") for i in range(10)}
+    assert found == {"scores.csv", "run.json", *own, *pictures} and not (out / "maps/healthy").exists()
+
+
+@pytest.mark.parametrize("name, text", [
+    ("labels.csv", "scan_id,label,types\nhealthy/0,0,\n"), ("labels.csv", "scan_id,label\nfolder/0,0\n"),
+    ("labels.csv", "scan_id,label\nhealthy/0,1\n"), ("labels.csv", "scan_id,label\nhealthy/0,2\n"),
+    ("labels.csv", "no table"), ("slices.csv", "scan_id,slice,score,position_mm\nhead,0,0.5,0\n")])
+def test_tables_that_are_not_its_own_stay(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    healthygan_test.clear(tmp_path)
+    assert (tmp_path / name).read_text() == text
+
+
 def test_unreadable_images_are_rows_and_exit_3(finished, xrays, tmp_path, capsys):
     shutil.copytree(xrays / "test/healthy", tmp_path / "folder")
     (tmp_path / "folder/bad.png").write_bytes(b"no image")
@@ -475,6 +499,20 @@ def test_a_run_of_an_older_version_with_other_settings_is_not_gone_on_with(finis
         write_json(folder / "meta.json", {key: value for key, value in content.items() if key != SEAL})
     assert run_train(tmp_path) == 2
     assert "older version, with settings that this one does not know (decay_iterations)" in capsys.readouterr().err
+
+
+def test_the_script_leaves_no_metrics_of_other_data(tmp_path):
+    script, results = tmp_path / "healthygan/test_covid.sh", tmp_path / "healthygan/results/covid"
+    python = tmp_path / ".venv/bin/python"                        # tests nothing, writes nothing
+    for folder in (results / "metrics", python.parent):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "healthygan/test_covid.sh", script)
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
+    for name in ("labels.csv", "metrics/metrics.json", "notes.txt"):
+        (results / name).touch()
+    subprocess.run(["bash", str(script), "a folder without classes"], check=True, timeout=60)
+    assert [path.name for path in results.iterdir()] == ["notes.txt"]
 
 
 def test_scripts_run_from_their_folder():
