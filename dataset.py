@@ -122,16 +122,17 @@ class SliceWriter:
     """Writes a slice database; nothing appears at `path` before a `with` block has ended well.
 
     settings  the preprocessing, JSON-able; kept in the manifest as it is
+    flag      the command's flag that names `path`, for what is said when it cannot be written
     facts     further manifest entries, JSON-able (what failed, how the split was made); filled by the caller
     manifest  what was written, once the block has ended
     """
 
-    def __init__(self, path: str | os.PathLike, settings: dict, overwrite: bool = False):
+    def __init__(self, path: str | os.PathLike, settings: dict, overwrite: bool = False, flag: str = "--out"):
         self.path = Path(path)
         if self.path.is_dir():
-            raise DatasetError(f"{self.path} is a folder: --out names a file, such as {self.path / 'healthy.lmdb'}")
+            raise DatasetError(f"{self.path} is a folder: {flag} names a file, such as {self.path / 'healthy.lmdb'}")
         if self.path.exists() and not overwrite:
-            raise DatasetError(f"{self.path} exists already: choose another --out, or pass --overwrite")
+            raise DatasetError(f"{self.path} exists already: choose another {flag}, or pass --overwrite")
         if not self.path.parent.is_dir():
             raise DatasetError(f"{self.path}: the folder {self.path.parent} does not exist: create it first")
         try:                                       # hours of work come before the first record
@@ -139,7 +140,7 @@ class SliceWriter:
                 pass
         except OSError as error:
             raise DatasetError(f"{self.path}: the folder {self.path.parent} cannot be written ({error.strerror}): "
-                               "choose another --out") from error
+                               f"choose another {flag}") from error
         self.settings, self.facts = settings, {}
         self._scans: list[dict] = []
         self._crcs: list[int] = []

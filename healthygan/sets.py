@@ -49,7 +49,8 @@ def write_halves(args: argparse.Namespace) -> str:
     """Raises DatasetError where a database cannot be read or written, ValueError when no slice is left."""
     slices, taken, left_out = SliceDataset(args.data), 0, 0
     settings = slices.manifest["settings"]
-    with SliceWriter(args.mixed, settings) as mixed, SliceWriter(args.healthy, settings) as healthy:
+    with (SliceWriter(args.mixed, settings, args.overwrite, "--mixed") as mixed,
+          SliceWriter(args.healthy, settings, args.overwrite, "--healthy") as healthy):
         for s in range(len(slices.scan_ids)):
             scan, kept, better, worse = slices.scan(s), [], [], []
             for i, (hu, brain) in enumerate(zip(scan["hu"].numpy(), scan["brain"].numpy())):
@@ -74,7 +75,7 @@ def write_shapes(args: argparse.Namespace) -> str:
     slices, rng = SliceDataset(args.data), np.random.default_rng(args.seed)
     low, high = slices.manifest["settings"]["standardise"]["hu_clip"]
     order = rng.permutation(len(slices.scan_ids))
-    with SliceWriter(args.mixed, slices.manifest["settings"]) as mixed:
+    with SliceWriter(args.mixed, slices.manifest["settings"], args.overwrite, "--mixed") as mixed:
         for part in np.array_split(order, -(-len(order) // BATCH)):
             scans = [slices.scan(int(s)) for s in part]
             hu, brain = (torch.cat([scan[key] for scan in scans]) for key in ("hu", "brain"))
@@ -104,9 +105,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bright", type=float, default=0.002,
                         help="halves: the better half's largest share of bright brain (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="shapes: of what is drawn (default %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --mixed and --healthy where they exist")
     args = parser.parse_args(argv)
     if (args.what == "halves") != (args.healthy is not None):
         parser.error("--healthy names the second database of 'halves', and is for it alone")
+    paths = [path.resolve() for path in (args.data, args.mixed, args.healthy) if path is not None]
+    if len(set(paths)) < len(paths):
+        parser.error("--data, --mixed and --healthy: one file is named twice; expected a file of its own for each")
     return exit_code(lambda args: print({"halves": write_halves, "shapes": write_shapes}[args.what](args)), args)
 
 

@@ -42,8 +42,9 @@ ct)
     ct_ich=$6
     work=${7:-runs/healthygan-ct}
     mkdir -p "$work"
-    [ -e "$work/worse.lmdb" ] ||                          # of the two it is put in place last
-        "$python" -m healthygan.sets halves --data "$bleeds" --mixed "$work/worse.lmdb" --healthy "$work/better.lmdb"
+    [ -e "$work/worse.lmdb" ] ||                          # of the two it is put in place last, over a better.lmdb
+        "$python" -m healthygan.sets halves --data "$bleeds" --mixed "$work/worse.lmdb" \
+            --healthy "$work/better.lmdb" --overwrite     # that a killed run has left
     train --mixed "$work/worse.lmdb" "$work/worse.lmdb" "$loose" --healthy "$work/better.lmdb" "$work/better.lmdb" \
         "$loose" --seed 1 --shift 4 --translate-first 2125 --iterations 5683 --decay 0.26131
     [ -e "$work/model/model.json" ] ||

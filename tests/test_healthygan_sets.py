@@ -65,6 +65,32 @@ def test_the_half_with_blood_goes_to_set_a_and_the_other_to_set_b(slices, tmp_pa
     assert not (tmp_path / "c.lmdb").exists()
 
 
+def test_what_is_there_is_replaced_only_when_told(slices, tmp_path, capsys):
+    """As after a run that was killed between its two databases: the one put in place first is there."""
+    better, command = tmp_path / "b.lmdb", ["halves", "--data", str(slices), "--mixed", str(tmp_path / "a.lmdb")]
+    better.write_bytes(slices.read_bytes())
+    assert sets.main([*command, "--healthy", str(better)]) == 2
+    assert "b.lmdb exists already: choose another --healthy, or pass --overwrite" in capsys.readouterr().err
+    assert sets.main([*command, "--healthy", str(better), "--overwrite"]) == 0
+    assert not (SliceDataset(better).scan(0)["hu"] == 65).any()
+    assert sets.main([*command, "--healthy", str(tmp_path / "c.lmdb")]) == 2
+    assert "a.lmdb exists already: choose another --mixed, or pass --overwrite" in capsys.readouterr().err
+    shapes = ["shapes", "--data", str(slices), "--mixed"]
+    assert sets.main([*shapes, str(tmp_path / "a.lmdb")]) == 2 and sets.main([*shapes, str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "a.lmdb exists already: choose another --mixed" in said and "is a folder: --mixed names a file" in said
+    assert sets.main([*shapes, str(tmp_path / "a.lmdb"), "--overwrite"]) == 0
+
+
+def test_no_file_is_read_and_written_or_written_twice(slices, tmp_path, capsys):
+    before, other = slices.read_bytes(), str(tmp_path / "b.lmdb")
+    for mixed, healthy in ((str(slices), other), (other, str(slices)), (other, other)):
+        with pytest.raises(SystemExit):
+            sets.main(["halves", "--data", str(slices), "--mixed", mixed, "--healthy", healthy, "--overwrite"])
+        assert "one file is named twice" in capsys.readouterr().err
+    assert slices.read_bytes() == before and not Path(other).exists()
+
+
 def test_shapes_change_the_brain_alone_and_come_again(slices, tmp_path):
     found = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

@@ -124,6 +124,7 @@ def test_healthygan(run, tmp_path):
     for train in (xrays[0], ct[1]):
         assert train.copy_first + train.translate_first < train.iterations * (1 - train.decay)
     halves = ct[0]
+    assert halves.overwrite                                       # killed between the two, it began anew for ever
     assert ct[1].mixed == [halves.mixed] * 2 + [Path(loose)] and ct[1].healthy == [halves.healthy] * 2 + [Path(loose)]
     assert str(ct[2].held_out) == scans == str(ct[5].database) and ct[5].beside == [ct[2].out]
     assert str(ct[2].data) == slices                              # holds out what scans.lmdb does; loose.lmdb nothing
