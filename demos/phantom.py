@@ -37,6 +37,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from config import RESUMES, exit_code  # noqa: E402
 from ct.scan import Scan  # noqa: E402
 from ct.write import write_nifti  # noqa: E402
 from demos.anatomy import build_head  # noqa: E402
@@ -195,11 +196,12 @@ def _run(jobs: list[Job], workers: int) -> Iterable[tuple[Job, dict, list[dict],
     """write_phantom for every job, as they finish."""
     if not jobs:
         return
+    before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"        # of the workers, which share the cores; read when they start
     spawn = get_context("spawn")               # not fork: PyTorch's threads do not survive it
     with ProcessPoolExecutor(min(workers, len(jobs)), spawn, torch.set_num_threads, (1,)) as pool:
-        running = {pool.submit(write_phantom, job): job for job in jobs}
         try:
+            running = {pool.submit(write_phantom, job): job for job in jobs}
             for future in as_completed(running):
                 yield running[future], *future.result()
         except BrokenProcessPool as error:
@@ -207,6 +209,9 @@ def _run(jobs: list[Job], workers: int) -> Iterable[tuple[Job, dict, list[dict],
                                "(about 1.5 GB each), and run the same command again to go on") from error
         finally:
             pool.shutdown(cancel_futures=True)
+            os.environ.pop("OMP_NUM_THREADS")  # what the caller starts later takes the cores that it took before
+            if before is not None:
+                os.environ["OMP_NUM_THREADS"] = before
 
 
 def write_phantom(job: Job) -> tuple[dict, list[dict], float]:
@@ -283,18 +288,17 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: list[str] | None = None) -> int:
-    p = parser()
-    args = p.parse_args(argv)
+def write_cohort(args: argparse.Namespace) -> None:
+    """Does what the command line says. Raises PhantomError, OSError."""
     started = time.perf_counter()
-    try:
-        made = make_cohort(args.healthy, args.emergency, args.seed, args.out, kinds=args.kinds, nifti=args.nifti,
-                           workers=args.workers, log=lambda line: print(line, flush=True))
-    except PhantomError as error:
-        p.exit(2, f"phantom.py: {error}\n")
+    made = make_cohort(args.healthy, args.emergency, args.seed, args.out, kinds=args.kinds, nifti=args.nifti,
+                       workers=args.workers, log=lambda line: print(line, flush=True))
     print(f"{made} scans made in {time.perf_counter() - started:.0f} s; {args.out / 'scans'}, {args.out / 'masks'}, "
           f"{args.out / 'labels.csv'}, {args.out / 'slices.csv'}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(write_cohort, parser().parse_args(argv), RESUMES)
 
 
 if __name__ == "__main__":

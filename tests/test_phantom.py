@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -171,11 +173,42 @@ def test_a_folder_with_other_things_is_refused(tmp_path, quick):
 ])
 def test_wrong_usage_ends_with_code_2_and_makes_nothing(tmp_path, capsys, flags, complaint):
     seed = [] if "--seed" in flags else ["--seed", "1"]
-    with pytest.raises(SystemExit) as end:
-        phantom.main([*flags, *seed, "--out", str(tmp_path / "out")])
-    assert end.value.code == 2
+    assert phantom.main([*flags, *seed, "--out", str(tmp_path / "out")]) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_wrong_usage(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert phantom.main(["--healthy", "1", "--seed", "1", "--out", str(tmp_path / "file/out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and str(tmp_path / "file/out") in said
+
+
+@pytest.mark.parametrize("before", [None, "7"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_only_the_workers_have_one_thread(before, fails, monkeypatch):
+    """What the phantom benchmark starts after its cohort takes as many threads as without one."""
+    seen = []
+
+    def write(job):
+        seen.append(os.environ["OMP_NUM_THREADS"])
+        if fails:
+            raise OSError("disk")
+        return {}, [], 0.0
+
+    monkeypatch.setattr(phantom, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(phantom, "write_phantom", write)
+    monkeypatch.setenv("OMP_NUM_THREADS", before or "")
+    if before is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    jobs = plan(1, 0, 5, Path("out"), TWO)
+    if fails:
+        with pytest.raises(OSError, match="disk"):
+            list(phantom._run(jobs, 1))
+    else:
+        assert [job for job, *_ in phantom._run(jobs, 1)] == jobs
+    assert seen == ["1"] and os.environ.get("OMP_NUM_THREADS") == before
 
 
 def test_make_refuses_what_it_does_not_know():
