@@ -357,7 +357,7 @@ def test_leftovers_are_removed_when_they_are_old_and_nobody_is_at_work(tmp_path)
 
 @pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.soak)])
 def test_killed_at_random_moments(kills, model, tmp_path):
-    """A rerun ends with the same tables and does again at most the scan in flight."""
+    """A rerun ends with the same tables and does again at most the scans in flight, three a process."""
     count = 4 if kills < 10 else 150
     scans = make_scans(tmp_path / "scans", count)
     out, wait = tmp_path / "out", random.Random(0)
