@@ -345,10 +345,10 @@ def sure(entries: list[Entry], calibration: Calibration, evaluation: dict | None
         if isinstance(scan["auc"], str):
             sentences.append(f"AUC against the labels: {scan['auc']}.")
         else:
-            interval = scan["auc_delong"]
+            interval, level = scan["auc_delong"], evaluation["settings"]["level"]
             said = interval if isinstance(interval, str) else f"{interval[0]:.2f} to {interval[1]:.2f}"
             sentences += [f"AUC against the labels: {scan['auc']:.2f}.",
-                          f"{evaluation['settings']['level']:.0%} interval {said}, from {scan['abnormal']} abnormal "
+                          f"{100 * level:g}% interval {said}, from {scan['abnormal']} abnormal "
                           f"and {scan['normal']} normal scans."]
     if n:
         sentences.append(f"Scores are compared with {counted(n, 'healthy scan')}: none can be called rarer than one in "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,12 @@ class Units:
     types: list[tuple[str, ...]]
     clusters: np.ndarray                   # [n], the patient
     left_out: dict[str, int]               # why -> how many
-    counted_worst: int                     # labelled, without a score that counts, counted as ranked wrongly
+    worst: np.ndarray                      # bool [n]: without a score that counts, ranked wrongly, and called wrongly
+                                           # at whatever threshold
+
+    @property
+    def counted_worst(self) -> int:
+        return int(self.worst.sum())
 
     def where(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scores, labels and clusters of the chosen ones, a bool [n]."""
@@ -63,7 +68,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
     return read_rows(path, columns, InputError)
 
 
-def _key(path: Path, row: Row, by_slice: bool, seen: Iterable[Key]) -> Key:
+def _key(path: Path, row: Row, by_slice: bool, seen: Container[Key]) -> Key:
     if not row["scan_id"]:
         raise InputError(f"{path}, line {row.line}: has no scan_id; give it one, or remove the line")
     if by_slice and not row["slice"].isdecimal():
@@ -108,10 +113,11 @@ def read_labels(path: Path, where: Iterable[str] = (),
                 by_slice: bool = False) -> tuple[dict[Key, Label], set[Key]]:
     """Labels by key, and the keys that the conditions COLUMN=VALUE leave out. Raises InputError."""
     conditions = dict(w.partition("=")[::2] for w in where)
-    labels, not_chosen = {}, set()
+    labels, not_chosen, seen = {}, set(), set()
     columns = ("scan_id", "slice", "label") if by_slice else ("scan_id", "label")
     for row in read_table(path, (*columns, *conditions)):
-        key = _key(path, row, by_slice, labels.keys() | not_chosen)
+        key = _key(path, row, by_slice, seen)
+        seen.add(key)
         if any(row[column] != value for column, value in conditions.items()):
             not_chosen.add(key)
             continue
@@ -132,8 +138,8 @@ def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
 
     missing: what to do when a unit has no score (failed or absent), none to be trusted (unreliable) or no label:
     'error' (InputError), 'exclude', or 'worst': without a score it counts as ranked wrongly, below all if abnormal,
-    above all if normal; without a label it can only be excluded. What was done is counted in the result. not_chosen:
-    scored keys left out on purpose.
+    above all if normal, and as called wrongly; without a label it can only be excluded. What was done is counted in
+    the result. not_chosen: scored keys left out on purpose.
     """
     not_chosen = set(not_chosen)
     faults = {**{why: [k for k in labels if scores.get(k) == why] for why in UNSCORED},
@@ -156,7 +162,7 @@ def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
     values = [finite.get(k, worst[labels[k].label]) for k in kept]
     return Units(kept, np.array(values, np.float64), np.array([labels[k].label for k in kept], np.int64),
                  [labels[k].types for k in kept], np.array([labels[k].patient for k in kept]), left_out,
-                 len(kept) - len(finite))
+                 np.array([k not in finite for k in kept], bool))
 
 
 def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: list[Key]) -> tuple[float, str]:
@@ -168,10 +174,14 @@ def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: list[
         raise InputError(f"--threshold-from {paths[0]}: {len(shared)} of its scans are evaluated here too "
                          f"({_some(shared)}); a threshold must come from other data")
     units = join(scores, labels, missing)
-    normal = units.scores[units.labels == 0]
+    normal = np.where(units.worst, np.inf, units.scores)[units.labels == 0]         # no threshold clears the worst
     if not len(normal):
         raise InputError(f"--threshold-from {paths[-1]}: has no normal scans to set a threshold on")
     threshold = empirical_threshold(normal, fpr)
+    if threshold == np.inf:
+        raise InputError(f"--threshold-from {paths[0]}: {np.isinf(normal).sum()} of {len(normal)} normal scans have no "
+                         "score that counts, so with --missing worst no threshold has a false-positive rate of "
+                         f"{fpr:g}; mend those scans, raise --fpr, or say --missing exclude")
     return threshold, f"false-positive rate {fpr:g} on {len(normal)} normal scans of {paths[0]}"
 
 

@@ -36,12 +36,13 @@ def ranking(scores, labels, clusters, args) -> dict:
             "average_precision_bootstrap": defined(metrics.bootstrap_interval, ap, scores, labels, **boot)}
 
 
-def at_threshold(scores, labels, threshold, source, args) -> dict:
-    """Sensitivity and its kin as {value, interval, hits, of}; 'undefined' without a threshold."""
+def at_threshold(units: Units, chosen: np.ndarray, threshold: float | None, source: str, args) -> dict:
+    """Sensitivity and its kin of the chosen units, a bool [n], as {value, interval, hits, of}; 'undefined' without a
+    threshold."""
     names = [*CALLED, "ppv_at_prevalence"]
     if threshold is None:
         return {name: NO_THRESHOLD for name in names}
-    counts = metrics.confusion(scores, labels, threshold)
+    counts = metrics.confusion(units.scores[chosen], units.labels[chosen], threshold, units.worst[chosen])
     result = {"threshold": threshold, "threshold_source": source, **counts}
     for name, (right, wrong) in CALLED.items():
         total = counts[right] + counts[wrong]
@@ -72,11 +73,11 @@ def level_figures(units: Units, threshold: float | None, source: str, args) -> d
     everything = np.ones(len(units.keys), bool)
     result = {"n": len(units.keys), "left_out": units.left_out, "counted_worst": units.counted_worst,
               **ranking(*units.where(everything), args), "roc": defined(metrics.roc_points, units.scores, units.labels),
-              "at_threshold": at_threshold(units.scores, units.labels, threshold, source, args)}
+              "at_threshold": at_threshold(units, everything, threshold, source, args)}
     result["categories"] = {}
     for name in sorted({t for types in units.types for t in types}):
         chosen = np.array([name in types for types in units.types]) | (units.labels == 0)
-        called = at_threshold(*units.where(chosen)[:2], threshold, source, args)
+        called = at_threshold(units, chosen, threshold, source, args)
         result["categories"][name] = {**ranking(*units.where(chosen), args),
                                       "sensitivity": called["sensitivity"]}
     untyped = sum(not types for types, label in zip(units.types, units.labels) if label == 1)
@@ -187,7 +188,7 @@ def table(report: dict) -> dict[str, list]:
         f = report["comparison"]
         p = f"p {shown(f['delong_p'])} (paired DeLong)"
         rows.append(("scan", f"AUC of {f['scores']}", f["auc"], p, ""))
-    columns = ["level", "figure", "value", f"{report['settings']['level']:.0%} interval", "n"]
+    columns = ["level", "figure", "value", f"{100 * report['settings']['level']:g}% interval", "n"]
     return {"columns": columns, "rows": [[shown(cell) for cell in row] for row in rows], "notes": notes}
 
 

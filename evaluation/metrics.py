@@ -209,9 +209,14 @@ def empirical_threshold(normal_scores: np.ndarray, fpr: float) -> float:
     return float(np.sort(normal_scores)[::-1][allowed])
 
 
-def confusion(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, int]:
-    """Counts tp, fp, tn, fn; a unit is called abnormal when score > threshold."""
-    called, positive = np.asarray(scores) > threshold, np.asarray(labels) == 1
+def confusion(scores: np.ndarray, labels: np.ndarray, threshold: float,
+              worst: np.ndarray | bool = False) -> dict[str, int]:
+    """Counts tp, fp, tn, fn; a unit is called abnormal when score > threshold.
+
+    worst: bool [n], units that count as called wrongly whatever the threshold is.
+    """
+    positive = np.asarray(labels) == 1
+    called = np.where(worst, ~positive, np.asarray(scores) > threshold)
     return {"tp": int((called & positive).sum()), "fp": int((called & ~positive).sum()),
             "tn": int((~called & ~positive).sum()), "fn": int((~called & positive).sum())}
 

@@ -246,6 +246,10 @@ def test_missing_scans_are_refused_excluded_or_counted_worst():
     assert dict(zip(units.keys, units.scores)) == {("a",): 3, ("b",): 1, ("failed",): 0, ("absent",): 4}
     assert units.counted_worst == 2 and units.left_out == {"scored without a label": 1}
     assert metrics.auc(units.scores, units.labels) == 0.25                   # only a > b is right
+    for threshold in (-9.0, 2.0, 9.0):                                       # called wrongly at any threshold
+        counts = metrics.confusion(units.scores, units.labels, threshold, units.worst)
+        called = units.scores[:2] > threshold
+        assert counts == {"tp": called[0], "fp": 1 + called[1], "tn": not called[1], "fn": 1 + (not called[0])}
 
 
 def write_csv(path, header, rows):
@@ -277,6 +281,23 @@ def test_labels_are_checked_and_chosen(tmp_path):
     for row in (["c", "test", "0", "Epidural"], ["c", "test", "", ""], ["c", "test", "yes", ""]):
         with pytest.raises(cohort.InputError, match="line 2: c has label .*expected label 0 without types, or label 1"):
             cohort.read_labels(write_csv(path, "scan_id,split,label,types", [row]))
+
+
+def test_labels_are_read_in_time_proportional_to_their_number(tmp_path, monkeypatch):
+    """Counted in look-ups: each of n keys a few times, not n times."""
+    class Counted(str):
+        hashed = 0
+
+        def __hash__(self):
+            Counted.hashed += 1
+            return super().__hash__()
+    rows = [cohort.Row(scan_id=Counted(k), label="0", split="ab"[k % 2]) for k in range(200)]
+    monkeypatch.setattr(cohort, "read_rows", lambda *_: rows)
+    labels, not_chosen = cohort.read_labels(tmp_path / "labels.csv", ["split=a"])
+    assert len(labels) == len(not_chosen) == 100 and Counted.hashed <= 10 * len(rows)
+    rows += rows[1:2]
+    with pytest.raises(cohort.InputError, match="1 is there twice"):
+        cohort.read_labels(tmp_path / "labels.csv", ["split=a"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -438,6 +459,34 @@ def test_threshold_comes_from_other_data(results, capsys):
     assert "20 normal scans" in at["threshold_source"]
     assert run(results, "--threshold-from", results / "scores.csv", out="none") == (2, None)
     assert "other data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failed, threshold", [("a", -5), ("d", 5)])
+def test_failed_scans_are_called_wrongly_whatever_the_threshold(results, failed, threshold):
+    """All that have a score lie above -5 and below 5: the other two of the class are called rightly."""
+    write_csv(results / "scores.csv", "scan_id,score,status",
+              [[n, s, "failed" if n == failed else "ok"] for n, s in zip("abcdef", SCORES)])
+    figure = "sensitivity" if failed == "a" else "specificity"
+    scan = run(results, "--missing", "worst", "--threshold", threshold)[1]["scan"]
+    assert (scan["at_threshold"][figure]["hits"], scan["at_threshold"][figure]["of"]) == (2, 3)
+    if failed == "a":                                                        # an Epidural, with b
+        found = scan["categories"]["Epidural"]["sensitivity"]
+        assert (found["hits"], found["of"]) == (1, 2)
+
+
+def test_no_threshold_clears_healthy_scans_that_failed(results, capsys):
+    other = write_csv(results.parent / "healthy.csv", "scan_id,score,status",
+                      [[f"h{i}", i / 20, "failed" if i < 2 else "ok"] for i in range(20)])
+    flags = ["--threshold-from", other, "--missing", "worst"]
+    at = run(results, *flags, "--fpr", 0.2)[1]["scan"]["at_threshold"]
+    assert at["threshold"] == 0.85                                           # above it 0.9, 0.95 and those that failed
+    assert run(results, *flags, "--fpr", 0.09, out="none") == (2, None)
+    assert "2 of 20 normal scans have no score" in capsys.readouterr().err
+
+
+def test_the_level_of_the_intervals_is_told_in_full(results):
+    for level, told in ((0.999, "99.9%"), (0.57, "57%")):
+        assert run(results, "--level", level)[1]["table"]["columns"][3] == f"{told} interval"
 
 
 def test_comparison_of_two_methods(results):
