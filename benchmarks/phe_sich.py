@@ -210,6 +210,12 @@ def trained_on(masks: Path, data: SliceDataset, sources: list[ScanSource]) -> in
     return len(held)
 
 
+def mask_hashes(masks: Path, scan_id: str) -> dict[str, str]:
+    """SHA-256 of a scan's masks by the file's name: a corrected mask makes other distances."""
+    paths = [masks / f"{scan_id}.nii.gz", *sorted((masks / scan_id).glob("*.png"))]          # as read_truth looks
+    return {path.name: sha256(path) for path in paths if path.is_file()}
+
+
 def benchmark(args: argparse.Namespace) -> int:
     """Every stage, each going on from what it kept; returns the exit code. Raises ValueError."""
     scans, masks, results = args.data / "scans", args.data / "masks", args.out / OURS
@@ -235,7 +241,8 @@ def benchmark(args: argparse.Namespace) -> int:
     for source in done:
         kept, fresh = compare.remembered(
             args.out / "measures" / f"{source.scan_id}.npz",
-            compare.key_of(key, sha256(results / source.scan_id / "anomaly.nii.gz")),
+            compare.key_of(key, sha256(results / source.scan_id / "anomaly.nii.gz"),
+                           mask_hashes(masks, source.scan_id)),
             functools.partial(measure, source, results / source.scan_id, masks, preprocessing, methods))
         measures[source.scan_id] = kept | {f"{OURS}_seconds": seconds[source.scan_id]}
         progress.line(f"{source.scan_id}: ours {measures[source.scan_id][f'{OURS}_mm']:.0f} mm away", fresh)

@@ -110,7 +110,7 @@ def measure(source: ScanSource, folder: Path, preprocessing: PreprocessSettings,
 
 def measure_all(folder: Path, chosen: list[Case], run: dict, methods: dict[str, Method],
                 key: str) -> tuple[Cohort, dict[str, str]]:
-    """measure() of every scan, read from measures/ID.npz where it was made with the same key and the same projection.
+    """measure() of every scan, read from measures/ID.npz where it was made with the same key, projection and truth.
 
     Also returns why scans are left out: id -> the projector's reason.
     """
@@ -123,7 +123,8 @@ def measure_all(folder: Path, chosen: list[Case], run: dict, methods: dict[str, 
     done = [case for case in chosen if case.scan_id not in failed]
     measures, progress = [], Progress("measures", len(done))
     for case in done:
-        maps = (folder / "results" / case.scan_id / f"{name}.nii.gz" for name in ("anomaly", "mask"))
+        maps = [folder / "results" / case.scan_id / f"{name}.nii.gz" for name in ("anomaly", "mask")]
+        maps.append(folder / "masks" / f"{case.scan_id}.nii.gz")
         kept, fresh = compare.remembered(
             folder / "measures" / f"{case.scan_id}.npz", compare.key_of(key, own, *map(sha256, maps)),
             lambda: measure(sources[case.scan_id], folder, preprocessing, methods, ours, own))  # noqa: B023 - at once

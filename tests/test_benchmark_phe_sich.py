@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from benchmarks import phe_sich
 from benchmarks.phe_sich import Place
@@ -141,6 +142,7 @@ def test_every_stage_and_going_on(data, database, tmp_path, monkeypatch, capsys)
     assert 0.3 < found["chance"]["side"] < 0.7 and found["methods"]["hu"]["p"].startswith("undefined")
     assert (out / "table.md").read_text() in printed and not sheet.exists()
 
+    own = phe_sich.measure
     monkeypatch.setattr(phe_sich, "measure", lambda *_: pytest.fail("measured again"))
     assert phe_sich.main([*command, "--sheet", str(sheet)]) == 3
     assert json.loads((out / "metrics.json").read_text()) == found
@@ -151,6 +153,17 @@ def test_every_stage_and_going_on(data, database, tmp_path, monkeypatch, capsys)
     green = np.argwhere((first[..., 1] > 150) & (first[..., 0] < 120))
     assert np.abs(red.mean(0) - green.mean(0)).max() < 0.1 * side         # the cross in the middle of the marking
     assert red.mean(0)[1] > side / 2                                      # the patient's left is on the right
+
+    monkeypatch.setattr(phe_sich, "measure", lambda source, *rest: again.append(source.scan_id) or own(source, *rest))
+    again, corrected = [], tmp_path / "corrected"
+    corrected.mkdir()
+    (corrected / "scans").symlink_to(data / "scans")
+    shutil.copytree(data / "masks", corrected / "masks")
+    for path in (corrected / "masks" / "one").iterdir():                  # of one scan the other side is marked
+        ImageOps.mirror(Image.open(path)).save(path)
+    assert phe_sich.main([*command, "--data", str(corrected)]) == 3 and again == ["one"]
+    scans = json.loads((out / "metrics.json").read_text())["scans"]
+    assert scans["two"] == found["scans"]["two"] and scans["one"]["hu"]["mm"] > found["scans"]["one"]["hu"]["mm"] + 20
 
 
 def test_marked_slices_in_the_database_are_refused(data, database):

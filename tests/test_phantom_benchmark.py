@@ -246,6 +246,11 @@ def test_every_stage_going_on_and_another_mask(patched, healthy, tmp_path, capsy
             benchmark.main(command(healthy, out)) == 0) else None
         assert found["shipped_mask_dice" if name == "mask" else "methods"] != before[
             "shipped_mask_dice" if name == "mask" else "methods"]
+    path = out / "test" / "masks" / "emergency-0001.nii.gz"                # a scan whose truth is another now is, too
+    truth, before = read_volume(path)[0], found
+    write_nifti(path, np.roll(truth, 3, axis=2), scan)
+    assert benchmark.main(command(healthy, out)) == 0
+    assert json.loads((out / "metrics.json").read_text())["methods"] != before["methods"]
     (out / "test" / "measures" / "emergency-0001.npz").unlink()
     brain = out / "test" / "results" / "emergency-0001" / "brain.nii.gz"
     scan = read_scan(find_scans(out / "test" / "scans")[0])
