@@ -64,6 +64,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag in ("queue", "poll_s", "timeout_s", "days"):
         if not getattr(args, flag) > 0:
             parser.error(f"--{flag.replace('_', '-')} must be above 0, got {getattr(args, flag):g}")
+    if not 0 <= args.port <= 65535:
+        parser.error(f"--port must be from 0, which takes a free one, to 65535, got {args.port}")
     return args
 
 

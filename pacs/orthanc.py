@@ -64,8 +64,13 @@ class Orthanc:
     """
 
     def __init__(self, url: str, user: str | None = None, password: str | None = None, timeout_s: float = 30.0):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as error:                   # not quoted: a user and password may be in it
+            raise ValueError("--orthanc: expected a URL such as http://127.0.0.1:8042, with a port from 1 to 65535 or "
+                             "none") from error
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
             raise ValueError(f"--orthanc {url}: expected a URL such as http://127.0.0.1:8042")
         if parts.username or parts.password:
             raise ValueError("--orthanc: leave user and password out of the URL; give them in the environment as "
