@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pydicom
 
@@ -20,9 +22,10 @@ from pacs.state import DONE, FAILED, REFUSED, WAITING, State, digest
 
 STAGES = ("fetch", "project", "write", "store")
 PAGE = 100                                            # changes asked for at a time
+REMEMBERED = 50_000                                   # instances of series that are no CT, 8 MB
 BACKOFF_S = (1.0, 60.0)                               # first and longest pause while Orthanc is away or the disk full
 TRIES = 5                                             # of a series that Orthanc does not serve while it is there
-RETRY_S = (60.0, 3600.0)                              # first and longest pause between them
+RETRY_S = (60.0, 3600.0)                              # first and longest pause between them, and for what arrives
 TRYING = ("tries", "since", "reason")                 # in the row of a series between its tries
 STILL_THERE = "results of fewer images are still in the archive: it does not let them be deleted"
 STUCK_S = 1800.0                                      # no scan takes as long
@@ -78,6 +81,8 @@ class Node:
         self.in_work: str | None = None
         self._not_before: dict[str, float] = {}       # of series that have been tried, on the clock of time.monotonic
         self._no_room: set[str] = set()               # series that found the disk full when they were last tried
+        self._no_ct: set[str] = set()                 # instances of series that are no CT, not to be asked after each
+        self._unserved: dict[str, tuple[float, float]] = {}     # what arrives, but is not served: not before, pause
         self._ticked = time.monotonic()
 
     @property
@@ -113,7 +118,7 @@ class Node:
         self.metrics.orthanc_up, self.metrics.disk_full = orthanc_up, disk_full
 
     def step(self) -> bool:
-        """Read what there is room for, and do one series; False where there is nothing more to do now."""
+        """Read a page of the change log, and do one series; False where there is nothing more to do now."""
         more = self.follow()
         now = time.monotonic()
         due = [series_id for series_id in self.state.waiting() if self._not_before.get(series_id, now) <= now]
@@ -129,27 +134,38 @@ class Node:
     # ---- the change log
 
     def follow(self) -> bool:
-        """Write new stable CT series down as waiting, as far as the queue has room; whether the log has more."""
-        self._find_place()
-        settled = self._settled()                     # before the log is read: what it says of them comes first
-        while (room := self.queue - self._untried()) > 0:
-            changes, last, all_read = self.orthanc.changes(self.state.sequence, PAGE)
-            self.state.date = max([self.state.date, *(change.date for change in changes)])
-            self._arrive({change.id for change in changes if change.kind == "NewInstance"})
-            for change in changes:
-                if change.kind == "StableSeries":
-                    if room == 0:
-                        return True
+        """Write new stable CT series down as waiting, of one page of the log, as far as the queue has room.
+
+        Whether there is more, for the next step: an archive's log is long, and meanwhile series are done and the node
+        can be stopped. So, too, after a series that Orthanc does not serve: a time-out takes long.
+        """
+        near = self._find_place() <= PAGE             # only then: what arrives is asked after one by one
+        room = self.queue - self._untried()
+        if room <= 0:
+            return True
+        settled = self._settled() if near else set()  # before the log is read: what it says of them comes first
+        changes, last, all_read = self.orthanc.changes(self.state.sequence, PAGE)
+        self.state.date = max([self.state.date, *(change.date for change in changes)])
+        self._arrive({change.id for change in changes if change.kind == "NewInstance"})
+        for change in changes:
+            if change.kind == "StableSeries":
+                if room == 0:
+                    return True
+                with self._or_later(change.id):
                     room -= self._announce(change.sequence, change.id)
                     self.state.arriving.discard(change.id)
-                    self.state.advance(change.sequence)
-            self.state.advance(max(last, self.state.sequence))
-            if all_read:
-                return self._announce_settled(settled)
-        return True
+                self.state.advance(change.sequence)
+                if change.id in self._unserved:
+                    return True
+        self.state.advance(max(last, self.state.sequence))
+        if not all_read or not near:
+            return True
+        return self._announce_settled(settled)
 
-    def _find_place(self) -> None:
+    def _find_place(self) -> int:
         """Where to read on: where a new state begins, and at the beginning of a log that is another one than before.
+
+        Returns how many entries are left at most.
 
         A newest entry below our place does not tell: entries go with what is deleted. That it is younger does.
         """
@@ -161,37 +177,91 @@ class Node:
         elif newest and newest.sequence < self.state.sequence and newest.date > self.state.date:
             print("Orthanc's change log starts anew: read from its beginning", flush=True)
             self.state.advance(0)
+        return newest.sequence - self.state.sequence if newest else 0
 
     def _arrive(self, instances: set[str]) -> None:
         """Note the CT series of new instances: Orthanc calls none stable that it was restarted before.
 
-        One request for each series, whose answer names the others of its instances.
+        One request for each series, whose answer names the others of its instances. Where Orthanc does not serve one,
+        those that are left are noted in place of their series: most are probably of the same.
         """
+        instances = instances - self._no_ct
         while instances:
             instance = instances.pop()
-            series = self._ct_series(self.orthanc.series_of, instance)
-            if series:
-                instances -= set(series["Instances"])
-                self.state.arriving.add(series["ID"])
+            with self._or_later(instance):
+                series = self._series(self.orthanc.series_of, instance)
+                if series:
+                    instances -= set(series["Instances"])
+                self._note(instance, series)
+            if instance in self._unserved:
+                self.state.arriving |= instances
+                return
 
     def _settled(self) -> set[str]:
-        """Those of the arriving series that are stable; what has been deleted is arriving no longer."""
-        series = {series_id: self._ct_series(self.orthanc.series, series_id) for series_id in self.state.arriving}
-        self.state.arriving = {series_id for series_id, found in series.items() if found}
-        return {series_id for series_id in self.state.arriving if series[series_id]["IsStable"]}
+        """Those of the arriving series that are stable; what has been deleted, or is no CT, is arriving no longer."""
+        self._unserved = {known: when for known, when in self._unserved.items() if known in self.state.arriving}
+        settled, now = set(), time.monotonic()
+        for known in sorted(self.state.arriving):
+            if known not in self.state.arriving or self._unserved.get(known, (now,))[0] > now:
+                continue                              # of a series that has just been noted, or for later
+            with self._or_later(known):
+                series = self._series(self.orthanc.series, known) or self._series(self.orthanc.series_of, known)
+                self._note(known, series)
+                if series and series["IsStable"]:
+                    settled.add(series["ID"])
+            if known in self._unserved:
+                break
+        return settled & self.state.arriving
+
+    def _note(self, known: str, series: dict | None) -> None:
+        """Have the series arrive, if it is a CT, in place of `known`, its id or that of an instance."""
+        self.state.arriving.discard(known)
+        if series is None:
+            return
+        self.state.arriving -= set(series["Instances"])
+        if _is_ct(series):
+            self.state.arriving.add(series["ID"])
+        else:
+            if len(self._no_ct) >= REMEMBERED:
+                self._no_ct.clear()
+            self._no_ct.update(series["Instances"])
 
     def _announce_settled(self, settled: set[str]) -> bool:
         """Announce those that the log has not called stable either, as far as there is room; whether there are more."""
         for series_id in sorted(settled & self.state.arriving):
             if self._untried() >= self.queue:
                 return True
-            self._announce(self.state.sequence, series_id)
-            self.state.arriving.discard(series_id)
+            with self._or_later(series_id):
+                self._announce(self.state.sequence, series_id)
+                self.state.arriving.discard(series_id)
             self.state.advance(self.state.sequence)
+            if series_id in self._unserved:
+                return True
         return False
 
-    def _ct_series(self, ask: Callable[[str], dict], known: str) -> dict | None:
-        """Orthanc's answer; None for what is no CT, as our own results, deleted since, or has no id of Orthanc's."""
+    @contextlib.contextmanager
+    def _or_later(self, known: str) -> Iterator[None]:
+        """What Orthanc does not serve while it is there keeps nobody: `known` stays arriving, to be asked after later.
+
+        known: the id of a series or of an instance. Raises OrthancAway where it is away for every series, and
+        OrthancRefused where the node is not allowed what it needs.
+        """
+        try:
+            yield
+        except (OrthancAway, OrthancRefused) as error:
+            if isinstance(error, OrthancRefused) and error.for_all:
+                raise
+            self.orthanc.system()
+            if known not in self._unserved:
+                print(f"{known}: passed over, to be asked after again: {error}", flush=True)
+            pause = min(2 * self._unserved.get(known, (0.0, RETRY_S[0] / 2))[1], RETRY_S[1])
+            self._unserved[known] = time.monotonic() + pause, pause
+            self.state.arriving.add(known)
+        else:
+            self._unserved.pop(known, None)
+
+    def _series(self, ask: Callable[[str], dict], known: str) -> dict | None:
+        """Orthanc's answer; None for what was deleted since, or has no id of Orthanc's."""
         if not _is_id(known):
             return None
         try:
@@ -200,7 +270,7 @@ class Node:
             if error.status == 404:
                 return None
             raise
-        return series if series["MainDicomTags"].get("Modality") == "CT" and _is_id(series["ID"]) else None
+        return series if _is_id(series["ID"]) else None
 
     def _untried(self) -> int:
         """Series that wait for the first time: those that are tried again keep no room from others."""
@@ -208,9 +278,10 @@ class Node:
 
     def _announce(self, sequence: int, series_id: str) -> bool:
         """Whether the series is one to project, and is now waiting. Our own results are no CT series."""
-        series = self._ct_series(self.orthanc.series, series_id)
-        if series is None:
+        series = self._series(self.orthanc.series, series_id)
+        if series is None or not _is_ct(series):
             return False
+        self.state.arriving -= set(series["Instances"])
         try:
             study = self.orthanc.study(series["ParentStudy"])
         except OrthancRefused as error:
@@ -261,9 +332,7 @@ class Node:
         except OrthancRefused as error:
             if error.for_all:
                 raise
-            gone = error.status == 404
-            result = {"state": REFUSED if gone else FAILED,
-                      "reason": "deleted from Orthanc before it was read" if gone else str(error)}
+            result = {"state": FAILED, "reason": str(error)}
         except OrthancAway as error:
             self.orthanc.system()                     # raises where it is away for every series
             result = self._put_back(series_id, row, str(error))
@@ -329,20 +398,40 @@ class Node:
         print(f"{series_id}: put behind the others, try {tries} failed: {why}", flush=True)
         return None
 
-    def _project(self, series_id: str, row: dict) -> dict:
-        work = self.state.clear_work()
-        with _Timed(self.metrics, "fetch"):
-            folder = work / series_id
+    def _fetch(self, series_id: str, row: dict) -> tuple[Path, dict]:
+        """The folder with the series' files, and its row: with what is there now where images have been deleted.
+
+        Raises ScanError where the series has been.
+        """
+        while True:
+            folder = self.state.clear_work() / series_id
             folder.mkdir()
-            for number, instance in enumerate(row["instances"]):
-                self.orthanc.fetch(instance, folder / f"{number:05d}.dcm")
+            try:
+                for number, instance in enumerate(row["instances"]):
+                    self.orthanc.fetch(instance, folder / f"{number:05d}.dcm")
+                return folder, row
+            except OrthancRefused as error:
+                if error.status != 404:
+                    raise
+                series = self._series(self.orthanc.series, series_id)
+                if series is None:
+                    raise ScanError("deleted from Orthanc before it was read") from error
+                instances = sorted(series["Instances"])
+                if instances == row["instances"]:     # it is named, but its file is not there
+                    raise OrthancAway(str(error)) from error
+                row = row | {"instances": instances, "images": len(instances)}
+                self.state.put(series_id, row)
+
+    def _project(self, series_id: str, row: dict) -> dict:
+        with _Timed(self.metrics, "fetch"):
+            folder, row = self._fetch(series_id, row)
         with _Timed(self.metrics, "project"):
             sources = find_scans(folder)
             if len(sources) != 1:
                 raise ScanError(f"{series_id}: {len(sources)} scans in one series; put each in a series of its own")
             result = self.project(read_scan(sources[0]))
         with _Timed(self.metrics, "write"):
-            paths = write_dicom(work / "results", result, self.identity)
+            paths = write_dicom(self.state.work / "results", result, self.identity)
         with _Timed(self.metrics, "store"):
             objects = [str(pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID) for path in paths]
             outdated = set(row["objects"]) - set(objects)           # of the series as it was before more images came
@@ -369,6 +458,11 @@ class _Timed:
         if kind is None:
             self.metrics.seconds[self.stage] += time.perf_counter() - self.started
             self.metrics.runs[self.stage] += 1
+
+
+def _is_ct(series: dict) -> bool:
+    """Our own results are no CT."""
+    return series["MainDicomTags"].get("Modality") == "CT"
 
 
 def _is_id(text: str) -> bool:

@@ -1,7 +1,8 @@
 """What the node remembers on disk, so that it may be killed at any moment.
 
     state.json           the last entry of Orthanc's change log that is dealt with, the series that had new images and
-                         were not stable by then, and the model in use
+                         were not stable by then (an image, where Orthanc did not tell its series), and the model in
+                         use
     series/ID.json       one per CT series, named after Orthanc's id: waiting, done, refused or failed
     work/                files of the series in work; emptied at every start
 
@@ -54,7 +55,7 @@ class State:
             raise StateError(f"--state {folder}: belongs to another model or other settings; choose another folder")
         self.sequence: int | None = known["sequence"]         # None before the log was ever looked at
         self.date: str = known["date"]                        # of the newest entry read, by Orthanc's clock; this
-        self.arriving = set(known["arriving"])                # and these, series' ids, are written with `sequence`
+        self.arriving = set(known["arriving"])                # and these, Orthanc's ids, are written with `sequence`
         self.model = model
         self.rows: dict[str, dict] = {path.stem: _brief(self._read(path)) for path in self._series.glob("*.json")}
         self.clear_work()

@@ -476,6 +476,21 @@ def test_a_url_with_a_password_is_refused_without_repeating_it():
         Orthanc("127.0.0.1:8042")
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8042x", "http://127.0.0.1:80421", "http://127.0.0.1:0", "http://[::1",
+                                 "http://user:secret-word@127.0.0.1:8042x"])
+def test_a_url_whose_port_cannot_be_is_refused_at_the_start(url, capsys):
+    assert main(["--model", "m", "--orthanc", url, "--state", "s"]) == 2
+    told = capsys.readouterr().err
+    assert "error: --orthanc" in told and "such as http://127.0.0.1:8042" in told and "secret-word" not in told
+
+
+@pytest.mark.parametrize("port", ["70000", "-1"])
+def test_a_port_that_cannot_be_is_wrong_usage(port, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", "m", "--orthanc", "http://fake", "--state", "s", f"--port={port}"])
+    assert f"to 65535, got {port}" in capsys.readouterr().err
+
+
 class FakeOrthanc:
     """A change log, and series that are stable and CT unless named otherwise; each has one instance."""
 
@@ -556,7 +571,7 @@ class Archive(FakeOrthanc):
         self.files = {id: sorted(write_study(folder, number, slices, patient=patient).iterdir())
                       for number, id in enumerate(ids)}
         self.fetched, self.stored = [], {}                            # stored: SOP Instance UIDs by Orthanc's ids
-        self.unstable = set()
+        self.unstable, self.parents = set(), {}                       # parents: studies by series, where not the one
 
     def turned_down(self, verb, what):
         pass
@@ -566,9 +581,16 @@ class Archive(FakeOrthanc):
         return {"Name": "fake"}
 
     def series(self, series_id):
+        if series_id not in self.files:
+            raise OrthancRefused("gone", 404)
         instances = [f"{series_id}/{number}" for number in range(len(self.files[series_id]))]
         self.turned_down("series", series_id)
-        return super().series(series_id) | {"Instances": instances, "IsStable": series_id not in self.unstable}
+        return super().series(series_id) | {"Instances": instances, "IsStable": series_id not in self.unstable,
+                                            "ParentStudy": self.parents.get(series_id, "s")}
+
+    def study(self, study_id):
+        self.turned_down("study", study_id)
+        return super().study(study_id)
 
     def series_of(self, instance_id):
         """Instances have the ids of image_ids() in the log, so that they look like Orthanc's."""
@@ -629,7 +651,11 @@ def test_arriving_series_are_asked_after_where_orthanc_does_not_announce_them(tm
     archive.unstable = {S1}
     archive.log = archive.log + log_of(S1, first=13)                 # announced as ever
     archive.turned_down = lambda verb, what: None
-    one_answers_500(archive, S2, "series")
+
+    def away(verb, what):
+        if (verb, what) in (("series", S2), ("system", None)):
+            raise OrthancAway("refused")
+    archive.turned_down = away
     with pytest.raises(OrthancAway):
         again.follow()
     archive.turned_down = lambda verb, what: None
@@ -640,6 +666,177 @@ def test_arriving_series_are_asked_after_where_orthanc_does_not_announce_them(tm
     assert states(again) == {S1: "done", S2: "done"}
     archive.log = archive.log + log_of(S2, first=14)                 # late: no image of it is new
     assert not again.step() and again.metrics.outcomes["done"] == 2
+
+
+UNSERVED = [OrthancAway("http://fake: 500 Internal Server Error"), OrthancRefused("http://fake: 400 Bad Request", 400)]
+
+
+@pytest.mark.parametrize("verb, error", [*zip(("series", "series_of", "study", "find"), UNSERVED * 2)])
+def test_a_series_of_which_orthanc_does_not_tell_lets_the_others_go_first(tmp_path, verb, error, capsys):
+    archive, asked = Archive(tmp_path, S1, S2, S3), []
+    archive.parents = {S1: "other"} if verb == "study" else {}
+    node = archive_node(tmp_path, archive)
+    archive.log = log_of(S1) if verb == "find" else []               # that is asked of a series that is done already
+    while node.step():
+        pass
+    archive.log = archive.log + log_of(*archive.image_ids(S1), *archive.image_ids(S2), kind="NewInstance", first=2)
+    archive.log += log_of(*(() if verb == "series_of" else (S1,)), S2, S3, first=10)       # that: never announced
+    of_one = {"series": [S1], "series_of": archive.image_ids(S1), "study": ["other"],
+              "find": node.state.rows.get(S1, {}).get("objects")}[verb]
+
+    def turned_down(what, whose):
+        if what == verb and whose in of_one:
+            asked.append(whose)
+            raise error
+    archive.turned_down = turned_down
+    for _ in range(20):
+        node.step()
+    assert states(node) == {S2: "done", S3: "done"} | ({S1: "done"} if verb == "find" else {})
+    assert node.state.arriving <= {S1, *archive.image_ids(S1)} and 1 <= len(asked) <= 5             # then a pause
+    assert "passed over, to be asked after again: http://fake" in capsys.readouterr().out
+    node.state.close()
+    archive.turned_down = lambda *_: None                            # mended; what arrives outlasts the process
+    again = archive_node(tmp_path, archive)
+    assert again.state.arriving
+    while again.step():
+        pass
+    assert states(again) == dict.fromkeys((S1, S2, S3), "done") and not again.state.arriving
+
+
+def test_a_series_of_which_orthanc_does_not_tell_is_asked_after_ever_more_rarely(tmp_path, monkeypatch):
+    archive, asked, clock = Archive(tmp_path, S1), [], [0.0]
+    monkeypatch.setattr("pacs.node.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("pacs.node.RETRY_S", (60, 300))
+
+    def turned_down(verb, what):
+        if verb == "series":
+            asked.append(clock[0])
+            raise OrthancAway("500")
+    archive.turned_down = turned_down
+    node = archive_node(tmp_path, archive)
+    for minute in range(18):
+        clock[0] = 60.0 * minute
+        node.follow()
+    assert [at / 60 for at in asked] == [0, 1, 3, 7, 12, 17]
+
+
+def test_a_user_who_may_not_ask_of_a_series_ends_the_node(tmp_path):
+    archive = Archive(tmp_path, S1)
+
+    def turned_down(verb, what):
+        if verb == "series":
+            raise OrthancRefused("not allowed (403)", 403)
+    archive.turned_down = turned_down
+    node = archive_node(tmp_path, archive)
+    with pytest.raises(OrthancRefused):
+        node.run()
+    assert node.state.sequence == 0                                  # nothing is passed over
+
+
+def test_a_long_log_is_read_a_page_at_a_time_between_series(tmp_path, monkeypatch):
+    """The first of 5 pages announces a series: it is done before the second is read. Then the node is stopped."""
+    archive, pages = Archive(tmp_path, S1, S2), []
+    other = log_of(*[dashed(f"patient {i}") for i in range(400)], kind="StablePatient", first=2)
+    archive.log = log_of(S1) + other + log_of(S2, first=402)
+    own = archive.changes
+    monkeypatch.setattr(archive, "changes", lambda *page: pages.append(states(node).get(S1)) or own(*page))
+    node = archive_node(tmp_path, archive, poll_s=0.0)
+    assert node.step() and pages == [None] and states(node) == {S1: "done"}
+    monkeypatch.setattr(node, "withdraw", lambda: len(pages) == 3 and node.stopping.set())
+    node.run()
+    assert len(pages) == 3 and S2 not in states(node)                # a stop is heeded before the log's end
+    node.stopping.clear()
+    while node.follow():
+        pass
+    assert len(pages) == 5 and S2 in states(node)
+
+
+def test_what_arrives_is_taken_up_at_the_end_of_a_long_log(tmp_path):
+    archive, asked = Archive(tmp_path, S1), []
+    other = [dashed(f"patient {i}") for i in range(950)]
+    archive.log = log_of(archive.image_ids(S1)[0], kind="NewInstance") + log_of(*other, kind="StablePatient", first=2)
+    archive.turned_down = lambda verb, what: asked.append(verb)
+    node = archive_node(tmp_path, archive)
+    while node.step():
+        pass
+    assert states(node) == {S1: "done"} and asked.count("series_of") == 1
+    assert asked.count("series") <= 4                                # not at each page
+
+
+def test_one_request_for_a_series_that_is_no_ct(tmp_path):
+    """1000 images of an MR series, in 10 pages of the log."""
+    images = [dashed(f"image {i}") for i in range(1000)]
+    node, asked = fake_node(tmp_path, log_of(*images, kind="NewInstance")), []
+    node.orthanc.series_of = lambda instance_id: asked.append(instance_id) or node.orthanc.series(dashed("report")) | {
+        "Instances": images}
+    while node.follow():
+        pass
+    assert len(asked) == 1 and not node.state.arriving
+
+
+def test_what_is_remembered_of_series_that_are_no_ct_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("pacs.node.REMEMBERED", 10)
+    images = [dashed(f"image {i}") for i in range(90)]
+    node = fake_node(tmp_path, log_of(*images, kind="NewInstance"))
+
+    def series_of(instance_id):
+        of = images.index(instance_id) // 3 * 3
+        return node.orthanc.series(dashed("report")) | {"Instances": images[of:of + 3]}
+    node.orthanc.series_of = series_of
+    node.follow()
+    assert 0 < len(node._no_ct) < 10 + 3
+
+
+def test_an_image_that_was_deleted_before_it_was_read_does_not_take_its_series_along(tmp_path):
+    archive = Archive(tmp_path, S1, slices=6)
+    node = archive_node(tmp_path, archive)
+    while node.step():
+        pass
+    earlier = archive.uids()
+    more_images(archive, tmp_path, S1)
+    node.follow()
+    assert node.state.rows[S1]["images"] == 7
+    archive.files[S1].pop()                                          # one is deleted while its series waits
+    gone = f"{S1}/6"
+
+    def turned_down(verb, what):
+        if verb == "fetch" and what == gone:
+            raise OrthancRefused(f"http://fake/{what}: 404 Not Found", 404)
+    archive.turned_down = turned_down
+    node.step()
+    row = node.state.rows[S1]
+    assert (row["state"], row["images"], row.get("reason")) == ("done", 6, None)
+    assert archive.uids() == set(row["objects"]) and len(earlier) == 7
+    archive.log = archive.log + log_of(S1, first=len(archive.log) + 1)
+    assert not node.step() and node.metrics.outcomes["done"] == 2    # what was projected is what is known
+
+
+def test_a_series_that_was_deleted_before_it_was_read_is_refused(tmp_path):
+    archive = Archive(tmp_path, S1)
+    node = archive_node(tmp_path, archive)
+    node.follow()
+
+    def turned_down(verb, what):
+        if verb in ("fetch", "series"):
+            raise OrthancRefused("http://fake: 404 Not Found", 404)
+    archive.turned_down = turned_down
+    node.step()
+    row = node.state.rows[S1]
+    assert (row["state"], row["reason"]) == ("refused", "deleted from Orthanc before it was read")
+
+
+def test_an_image_that_is_named_but_not_there_is_tried_again_and_fails_in_the_end(tmp_path, monkeypatch):
+    archive = Archive(tmp_path, S1, S2)
+    monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
+
+    def turned_down(verb, what):
+        if verb == "fetch" and what == f"{S1}/2":
+            raise OrthancRefused(f"http://fake/{what}: 404 Not Found", 404)
+    archive.turned_down = turned_down
+    node = archive_node(tmp_path, archive)
+    for _ in range(10):
+        node.step()
+    assert states(node) == {S1: "failed", S2: "done"} and "given up after 5 tries" in node.state.rows[S1]["reason"]
 
 
 def test_the_queue_bounds_series_that_orthanc_does_not_announce(tmp_path):
