@@ -284,20 +284,16 @@ def test_labels_are_checked_and_chosen(tmp_path):
 
 
 def test_labels_are_read_in_time_proportional_to_their_number(tmp_path, monkeypatch):
-    """Counted in look-ups: each of n keys a few times, not n times."""
-    class Counted(str):
-        hashed = 0
-
-        def __hash__(self):
-            Counted.hashed += 1
-            return super().__hash__()
-    rows = [cohort.Row(scan_id=Counted(k), label="0", split="ab"[k % 2]) for k in range(200)]
-    monkeypatch.setattr(cohort, "read_rows", lambda *_: rows)
-    labels, not_chosen = cohort.read_labels(tmp_path / "labels.csv", ["split=a"])
-    assert len(labels) == len(not_chosen) == 100 and Counted.hashed <= 10 * len(rows)
-    rows += rows[1:2]
-    with pytest.raises(cohort.InputError, match="1 is there twice"):
-        cohort.read_labels(tmp_path / "labels.csv", ["split=a"])
+    """What has been seen is one set that grows, not one made anew for every row."""
+    path = write_csv(tmp_path / "labels.csv", "scan_id,split,label", [[k, "ab"[k % 2], 0] for k in range(10)])
+    own, sets = cohort._key, []
+    monkeypatch.setattr(cohort, "_key", lambda *given: sets.append(given[-1]) or own(*given))
+    labels, not_chosen = cohort.read_labels(path, ["split=a"])
+    assert len(labels) == len(not_chosen) == 5 and len(sets) == 10 and all(seen is sets[0] for seen in sets)
+    for twice in ([1, "a", 0], [2, "a", 0]):                                 # one that is not chosen, one that is
+        write_csv(path, "scan_id,split,label", [[1, "b", 0], [2, "a", 0], twice])
+        with pytest.raises(cohort.InputError, match=f"line 4: {twice[0]} is there twice"):
+            cohort.read_labels(path, ["split=a"])
 
 
 # ------------------------------------------------------------------------------------------------------------

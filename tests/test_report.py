@@ -265,7 +265,7 @@ def test_evaluate_writes_the_report_with_labels_and_roc(results, capsys):
     folder = results()
     assert evaluated(folder, "--report", folder / "report.html", "--level", 0.999) == 0
     text = text_of(page := (folder / "report.html").read_text(encoding="utf-8"))
-    for told in ("AUC against the labels: 1.00.", "99.9% interval", "from 1 abnormal and 1 normal scans",
+    for told in ("AUC against the labels: 1.00.", "99.9% interval undefined", "from 1 abnormal and 1 normal scans",
                  "labelled infarct, tumour", "labelled normal", "Against the labels"):
         assert told in text
     assert 'points="0.00,100.00 0.00,0.00 100.00,0.00 "' in page             # up, then right
