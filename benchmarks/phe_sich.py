@@ -225,7 +225,7 @@ def benchmark(args: argparse.Namespace) -> int:
     if args.sheet and not args.sheet.parent.is_dir():
         raise InputError(f"--sheet {args.sheet}: the folder {args.sheet.parent} does not exist")
     sources = find_scans(scans)
-    if unmarked := [s.scan_id for s in sources if not any(masks.glob(f"{s.scan_id}/*.png"))]:
+    if unmarked := [s.scan_id for s in sources if not any((masks / s.scan_id).glob("*.png"))]:
         raise InputError(f"{masks}: expected a folder of masks for every scan; {len(unmarked)} have none: "
                          f"{', '.join(unmarked[:5])}")
     data = compare.open_database(args.database, "--database", args)

@@ -129,7 +129,7 @@ class Node:
             finally:
                 self.in_work = None
         self.withdraw()
-        return bool(due) or more
+        return bool(due) or more and self._untried() < self.queue         # with a full queue the log can wait
 
     # ---- the change log
 

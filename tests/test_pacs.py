@@ -1040,6 +1040,17 @@ def test_results_that_cannot_be_deleted_are_told_of_and_keep_nobody(tmp_path, ca
     assert "still in the archive" not in page(node, "http://fake") and not archive.stored
 
 
+def test_a_full_queue_that_cannot_go_on_is_no_work(tmp_path):
+    """Its loop would ask Orthanc without a pause."""
+    archive = Archive(tmp_path, S1, S2)
+    node = archive_node(tmp_path, archive, queue=1)
+    node.follow()
+    node._not_before[S1] = time.monotonic() + 60                     # as after a full disk
+    assert node.state.waiting() == [S1] and not node.step()
+    del node._not_before[S1]
+    assert node.step() and node.step() and states(node) == {S1: "done", S2: "done"}
+
+
 def test_a_full_disk_is_waited_for_and_said(tmp_path, monkeypatch, capsys):
     archive = Archive(tmp_path, S1, S2)
 
