@@ -39,9 +39,9 @@ NO_AGENT = {"", "NO", "N", "NONE", "NO CONTRAST", "WITHOUT", "0"}
 HEADER_TAGS = (
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality",
     "PatientID", "PatientName", "PatientBirthDate", "ImageType", "SeriesNumber", "InstanceNumber", "AcquisitionNumber",
-    "ConvolutionKernel", "KVP", "SliceThickness", "ContrastBolusAgent", "TemporalPositionIdentifier",
-    "LossyImageCompression", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsStored",
-    "PixelRepresentation", "PhotometricInterpretation", "PixelPaddingValue", "PixelPaddingRangeLimit",
+    "ConvolutionKernel", "KVP", "SliceThickness", "ContrastBolusAgent", "ContrastBolusAgentSequence",
+    "TemporalPositionIdentifier", "LossyImageCompression", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
+    "BitsStored", "PixelRepresentation", "PhotometricInterpretation", "PixelPaddingValue", "PixelPaddingRangeLimit",
     "RescaleSlope", "RescaleIntercept", "RescaleType", "ImageOrientationPatient", "ImagePositionPatient",
     "PixelSpacing", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 )
@@ -183,12 +183,26 @@ def _frame(path: Path, index: int, count: int, size: tuple[int, int], ds: pydico
         _padding(ds, bits, signed), text("PhotometricInterpretation") == "MONOCHROME1", bits, signed,
         index if count > 1 else int(number) if number.lstrip("-").isdecimal() else None,
         types[:1] == ["DERIVED"] or text("LossyImageCompression") == "01", types[:2] == ["DERIVED", "SECONDARY"],
-        {trait: f"{number_of(v):g}" if np.isfinite(number_of(v)) else v for trait, v in traits.items()},
+        {trait: _one_spelling(v) for trait, v in traits.items()},
         _why_left_out(types, position, orientation))
 
 
+def _one_spelling(text: str) -> str:
+    """A number as it is however it was written, whole ones with all their digits: AcquisitionNumber may be a date.
+
+    Others to six digits: a thickness of 4.9999998 is one of 5.
+    """
+    number = number_of(text)
+    if not np.isfinite(number):
+        return text
+    return f"{number:.15g}" if number.is_integer() else f"{number:g}"
+
+
 def _has_contrast(ds: pydicom.Dataset) -> bool:
-    return str(ds.get("ContrastBolusAgent") or "").strip().upper() not in NO_AGENT
+    """By the agent's name or, in Enhanced CT, its code."""
+    coded = ds.get("ContrastBolusAgentSequence") or ()
+    agents = [ds.get("ContrastBolusAgent"), *(item.get("CodeMeaning") or item.get("CodeValue") for item in coded)]
+    return any(str(agent or "").strip().upper() not in NO_AGENT for agent in agents)
 
 
 def _padding(ds: pydicom.Dataset, bits: int, signed: bool) -> tuple[int, int] | None:
