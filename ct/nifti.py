@@ -20,7 +20,8 @@ SUFFIXES = (".nii", ".nii.gz")
 PAIR_SUFFIXES = (".hdr", ".img", ".hdr.gz", ".img.gz")
 GZIP = b"\x1f\x8b"
 HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}        # by the size that a header begins with
-UNITS_MM = {"mm": 1.0, "unknown": 1.0, "meter": 1000.0, "micron": 0.001}
+SINGLE_OFFSET = {348: 352, 540: 544}                            # where values begin at the earliest, in one file
+UNITS = {0: ("unknown", 1.0), 1: ("meter", 1000.0), 2: ("mm", 1.0), 3: ("micron", 0.001)}         # by code, with mm
 REFORMAT = 2.0                  # pixels this much longer than the slice step are another plane's, reformatted
 SPACES = {1: "the scanner", 2: "another scan", 3: "the Talairach atlas", 4: "the MNI template"}
 
@@ -183,7 +184,13 @@ def _read_header(paths: Sequence[Path]) -> tuple[nib.Nifti1Header, bool]:
     single = magic[:2] == b"n+"
     if not single and len(paths) < 2:
         raise ScanError(f"{path.name}: a NIfTI header whose .img is not beside it; put it there")
-    return HEADERS[size](head[:size], check=False), single
+    header = HEADERS[size](head[:size], check=False)
+    offset = float(header["vox_offset"])
+    if single and not SINGLE_OFFSET[size] <= offset < np.inf:             # nor where it is no number
+        raise ScanError(f"{path.name}: its header says that the values begin at byte {offset:g} "
+                        f"(vox_offset), within the header; expected {SINGLE_OFFSET[size]} or more; write the file "
+                        "again from its source")
+    return header, single
 
 
 def _type_and_shape(path: Path, header: nib.Nifti1Header) -> tuple[np.dtype, tuple[int, ...]]:
@@ -258,12 +265,12 @@ def _grid(path: Path, header: nib.Nifti1Header, shape: tuple[int, ...], notes: l
         notes.append("no valid sform: the qform is taken")
     if code not in (1, 2):
         notes.append(f"in the space of {_space(code)}: sizes may be the template's, not the patient's")
-    unit = header.get_xyzt_units()[0]
-    if UNITS_MM.get(unit) is None:
+    unit, mm = UNITS.get(int(header["xyzt_units"]) & 7, ("", None))       # the bits above are the unit of time
+    if mm is None:
         raise ScanError(f"{path.name}: its lengths are in an unknown unit (xyzt_units); set mm")
-    if UNITS_MM[unit] != 1.0:
+    if mm != 1.0:
         notes.append(f"lengths in {unit}s (xyzt_units) converted to mm")
-        affine = np.diag([UNITS_MM[unit]] * 3 + [1.0]) @ affine
+        affine = np.diag([mm] * 3 + [1.0]) @ affine
     orientation = nib.io_orientation(affine)          # file axis -> (its world axis: 0 R, 1 A, 2 S; its sign)
     axes = tuple(int(np.flatnonzero(orientation[:, 0] == world)[0]) for world in (2, 1, 0))
     wanted = (1, -1, -1)                              # slices to S, rows to P (not A), columns to L (not R)

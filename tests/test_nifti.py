@@ -1,6 +1,7 @@
 """NIfTI: any axis order and sign comes to a Scan, and goes back to the very grid it came from."""
 
 import gzip
+import struct
 
 import nibabel as nib
 import numpy as np
@@ -129,6 +130,21 @@ def test_truncated_file_is_refused_by_name(tmp_path):
     source, = find_scans(tmp_path)
     with pytest.raises(ScanError, match="vol.nii.gz: cannot be read"):
         read_scan(source)
+
+
+@pytest.mark.parametrize("kind, place, form", [(nib.Nifti1Image, 108, "<f"), (nib.Nifti2Image, 168, "<q")])
+def test_values_that_are_said_to_begin_within_the_header_are_refused(tmp_path, kind, place, form):
+    """The header's own bytes were the first voxels, and all others moved."""
+    path = tmp_path / "vol.nii"
+    nib.save(kind(HU.transpose(2, 1, 0), np.diag([-0.4, -0.5, 5, 1])), path)
+    np.testing.assert_array_equal(read_nifti("vol", path).hu, HU)
+    least = kind.header_class.single_vox_offset
+    for offset in (0, 348, least - 4, -least, *([np.nan, np.inf] if form == "<f" else [])):
+        content = bytearray(path.read_bytes())
+        struct.pack_into(form, content, place, offset)
+        (tmp_path / "wrong.nii").write_bytes(content)
+        with pytest.raises(ScanError, match=f"wrong.nii: .*vox_offset.* expected {least} or more"):
+            read_nifti("wrong", tmp_path / "wrong.nii")
 
 
 @pytest.mark.parametrize("volume, dtype, on_disk", [

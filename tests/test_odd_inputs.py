@@ -58,6 +58,21 @@ def test_two_stacks_in_one_series_are_two_scans(tmp_path, values, words, offset_
     assert all(any(f"told apart by {words}" in note for note in scan.notes) for scan in scans)
 
 
+def test_acquisitions_whose_long_numbers_differ_at_the_end_are_two_scans(tmp_path):
+    """Their numbers were cut to six digits, and the slices of one came between those of the other."""
+    write_dicom_series(tmp_path / "case", HU, edit=edit(AcquisitionNumber=20240101))
+    second(tmp_path / "case", HU + 7, 2.5, AcquisitionNumber=20240102)
+    scans = read_all(tmp_path)
+    assert sorted(float(scan.hu[0, 0, 0] - HU[0, 0, 0]) for scan in scans) == [0, 7]
+
+
+def test_thicknesses_that_differ_by_rounding_are_one_scan(tmp_path):
+    def thickness(ds, k):
+        ds.SliceThickness = "4.9999998" if k % 2 else "5"
+    write_dicom_series(tmp_path / "case", HU, edit=thickness)
+    np.testing.assert_array_equal(read_all(tmp_path)[0].hu, HU)
+
+
 def test_acquisitions_above_each_other_are_one_scan(tmp_path):
     def acquisition(ds, k):
         ds.AcquisitionNumber = 1 + k // 2
@@ -243,6 +258,26 @@ def test_units_of_nifti_are_converted(tmp_path):
     assert "lengths in microns (xyzt_units) converted to mm" in scan.notes
 
 
+@pytest.mark.parametrize("code", [4, 7, 64 + 6, 255])
+def test_a_unit_of_length_that_is_none_is_refused(tmp_path, code):
+    """It was a KeyError."""
+    set_units(write_nifti_scan(tmp_path / "vol.nii", HU), code)
+    with pytest.raises(ScanError, match=r"vol.nii: its lengths are in an unknown unit \(xyzt_units\); set mm"):
+        read_all(tmp_path)
+
+
+def test_a_unit_of_time_that_is_none_is_no_matter(tmp_path):
+    """It was a KeyError, too."""
+    set_units(write_nifti_scan(tmp_path / "vol.nii", HU), 64 + 2)
+    np.testing.assert_array_equal(read_all(tmp_path)[0].hu, HU)
+
+
+def set_units(path, code):
+    header = bytearray(path.read_bytes())
+    header[123] = code                                           # xyzt_units
+    path.write_bytes(header)
+
+
 def test_a_header_that_promises_too_much_is_refused_before_reading(tmp_path):
     path = write_nifti_scan(tmp_path / "vol.nii.gz", HU)
     header = bytearray(gzip.open(path).read())
@@ -398,6 +433,19 @@ def test_contrast_agent_and_sharp_kernel_are_noted(tmp_path):
     write_dicom_series(tmp_path / "case", HU, edit=edit(ContrastBolusAgent="agent", ConvolutionKernel=["H70h", "1"]))
     scan, = read_all(tmp_path)
     assert scan.notes[0].startswith("contrast agent given") and scan.notes[1].startswith("sharp kernel")
+
+
+@pytest.mark.parametrize("item, given", [
+    ({"CodeMeaning": "Iohexol"}, True), ({"CodeValue": "C-B0322"}, True), ({"CodeMeaning": "None"}, False),
+    (None, False)])
+def test_a_contrast_agent_by_its_code_alone_is_noted(tmp_path, item, given):
+    """As Enhanced CT has it."""
+    code = pydicom.Dataset()
+    for keyword, value in (item or {}).items():
+        setattr(code, keyword, value)
+    write_dicom_series(tmp_path / "case", HU, edit=edit(ContrastBolusAgentSequence=[code] if item else []))
+    scan, = read_all(tmp_path)
+    assert any(note.startswith("contrast agent given") for note in scan.notes) is given
 
 
 def test_gzip_called_nii(tmp_path):
