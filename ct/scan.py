@@ -15,11 +15,21 @@ AIR_HU = -1024.0                # padding, and the floor: off the field of view 
 RESULT_MARK = "CN-StyleGAN result"       # in the header of every map that is written, so that none is read as a scan
 
 
+def printable(name: str) -> str:
+    """A file name as text: bytes that are no UTF-8 and characters that do not print become %XX."""
+    return "".join(c if c.isprintable() else "".join(f"%{b:02X}" for b in c.encode("utf-8", "surrogateescape"))
+                   for c in name)
+
+
 class ScanError(ValueError):
     """A scan that cannot be handled. The message says what was expected, what was found and the mend.
 
     It names files by their name alone: folders may be named after patients, and the message is written to tables.
+    Names that are no UTF-8 could not be written there, or said: they are made printable.
     """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)

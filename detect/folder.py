@@ -39,7 +39,7 @@ from common.files import (
     write_table,
 )
 from ct.read import ScanSource, open_scan
-from ct.scan import Scan, ScanError
+from ct.scan import Scan, ScanError, printable
 from detect.claims import STALE_S, Claims
 from detect.outputs import OUTPUTS, SCORE_COLUMNS, SLICE_COLUMNS, Writer, scan_row, slice_rows
 from detect.pipeline import overlapped
@@ -241,7 +241,7 @@ def stage(do: Callable[[Job], None]) -> Callable[[Job], None]:
             job.reason = str(error)
             if not isinstance(error, ScanError):
                 traceback.print_exc()
-                job.reason = f"{type(error).__name__}: {error}"
+                job.reason = printable(f"{type(error).__name__}: {error}")
     return run
 
 
