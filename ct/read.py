@@ -6,6 +6,7 @@ scans of what it claimed, read(source) reads one. FORMATS lists them; a new form
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from ct import archive, dicom, nifti, slices
 from ct.plausible import without_blanks
-from ct.scan import Found, Scan, ScanError, ScanSource
+from ct.scan import Found, Scan, ScanError, ScanSource, printable
 from ct.whole_head import upright
 
 FORMATS = (nifti, slices, dicom)                      # the first that claims a file has it
@@ -25,7 +26,8 @@ LOOKED_FOR = (
     "DICOM CT series, NIfTI files (.nii, .nii.gz, .hdr with .img), folders of PNG or JPEG slices with a scan.json, "
     "<case>/png/*.png, and zip files of these"
 )
-SKIPPED_FOLDERS = ("__MACOSX",)                       # and hidden ones: copies of file attributes, no scans
+# And hidden ones: copies of file attributes; what a disk's own check has saved, for nobody but root to see
+SKIPPED_FOLDERS = ("__MACOSX", "lost+found")
 HEAD_BYTES = 600                                      # of a file, for claims
 IDS = ("path", "uid")
 SEPARATOR = "--"                                      # of folders in an id
@@ -41,15 +43,16 @@ def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0, ids: str = "
 
     Looks for DICOM at any nesting and however mixed, NIfTI files, folders of pictures with a scan.json, the original's
     <case>/png/*.png with an optional <case>/BrainExtraction/bet.npy, and zip files of all these. What looks like a
-    scan but cannot be one (pictures without a scan.json, broken DICOM files) is a source too: read_scan raises its
-    reason. A study's localisers, reports and other series without axial CT are a note on the study's scans. Folders
-    with results of this program are left aside. That, and files that are nothing of the kind, goes to `log` in one
-    line each.
+    scan but cannot be one (pictures without a scan.json, broken DICOM files), or may hold some but cannot be looked
+    into (a broken zip file, a folder without the right to read it), is a source too: read_scan raises its reason. A
+    study's localisers, reports and other series without axial CT are a note on the study's scans. Folders with results
+    of this program are left aside. That, and files that are nothing of the kind, goes to `log` in one line each.
 
     unknown_slice_spacing_mm: for folders of slices that do not tell theirs; 0 refuses them (when read).
     ids: 'path', from the scan's place under the folder (several series in one folder add a hash of their UID); 'uid',
     from the series UID or the files' content, wherever they lie. An id by uid stays whatever other scans come; one by
-    path, unless a second series comes to the same folder: then both have new ones, so that none means another scan.
+    path, unless a second scan comes to the same name, as a second series in the folder or a file beside it: then both
+    have new ones, so that none means another scan.
     What else lies in a folder of results is no id: a scan in a folder called scans is scans-HASH.
     What killed runs have left of archives in the temporary folder is removed.
     Raises ScanError where the folder does not exist or holds nothing of the kind.
@@ -162,9 +165,20 @@ class _Search:
             with archive.unpacked(path) as folder:
                 self.add_folder(folder.resolve(), within=path)
         except ScanError as error:
-            self.sources.append((Found("archive", (path,), path.with_suffix(""), options={"error": str(error)}), None))
+            self._add_closed("archive", path, path.with_suffix(""), str(error))
         if len(self.sources) == before:
             self.unread.append(path)
+
+    def _add_closed(self, kind: str, path: Path, anchor: Path, error: str) -> None:
+        """What may hold scans but cannot be looked into is a source with the reason, so that nobody misses its scans
+        without a word."""
+        uid = _content((path,)) if self.by_content else ""
+        self.sources.append((Found(kind, (path,), anchor, uid=uid, options={"error": error}), None))
+
+    def _add_closed_folder(self, error: OSError) -> None:
+        folder = Path(error.filename or self.root)
+        self._add_closed("folder", folder, folder, f"{folder.name}: this folder cannot be read ({error.strerror}); "
+                         "mend that, or leave it out")
 
     def _files(self, folder: Path) -> Iterator[Path]:
         """Files, sorted, links followed but no folder twice, hidden ones and this program's results left aside."""
@@ -172,12 +186,16 @@ class _Search:
             yield folder
             return
         seen = set()
-        for directory, subfolders, names in os.walk(folder, followlinks=True):
+        for directory, subfolders, names in os.walk(folder, onerror=self._add_closed_folder, followlinks=True):
             real = os.path.realpath(directory)
             if real in seen:
                 subfolders.clear()
                 continue
             seen.add(real)
+            if not os.access(directory, os.X_OK):         # its names can be read, and nothing else
+                self._add_closed_folder(PermissionError(errno.EACCES, os.strerror(errno.EACCES), directory))
+                subfolders.clear()
+                continue
             if _holds_results(Path(directory), names, is_root=Path(directory) == folder):
                 self.results.append(Path(directory))
                 subfolders.clear()
@@ -249,20 +267,23 @@ def _content(paths: tuple[Path, ...]) -> str:
 
 # ---- names
 
-def printable(name: str) -> str:
-    """A file name as text: bytes that are no UTF-8 and characters that do not print become %XX."""
-    return "".join(c if c.isprintable() else "".join(f"%{b:02X}" for b in c.encode("utf-8", "surrogateescape"))
-                   for c in name)
-
-
 def _with_ids(found: list[tuple[Found, Path | None]], root: Path, ids: str) -> list[ScanSource]:
-    """Sources with ids: functions of the scan alone, but where two would have the same."""
+    """Sources with ids: functions of the scan alone, but where two would have the same.
+
+    By path they all have a hash of their place then, as head.nii.gz and the folder head beside it: whichever kept the
+    name could lose it to the next that comes. By uid they are the same scan twice, and the first keeps its id.
+    """
+    order = {module.KIND: rank for rank, module in enumerate(FORMATS)}
+    top = root if root.is_dir() else root.parent
     named = [(_id(one, root, ids), str(one.anchor), one, within) for one, within in found]
+    count = Counter(name for name, *_ in named)
     sources, taken = [], set()
-    for name, _, one, within in sorted(named, key=lambda row: (row[0], [m.KIND for m in FORMATS].index(row[2].kind)
-                                       if row[2].kind != "archive" else len(FORMATS), row[1], str(row[2].paths[0]))):
-        if name in taken:                             # case.nii beside case.nii.gz, or the same series twice
-            name = f"{name}-{_short(str(one.paths[0]) + str(within))}"
+    for name, _, one, within in sorted(named, key=lambda row: (row[0], order.get(row[2].kind, len(FORMATS)), row[1],
+                                                               str(row[2].paths[0]))):
+        if name in taken or (ids == "path" and count[name] > 1):
+            place = [str(path.relative_to(top) if path.is_relative_to(top) else path) for path in (one.paths[0], within)
+                     if path is not None]
+            name = f"{name}-{_short(str(place))}"
         taken.add(name)
         sources.append(ScanSource(name, one.kind, one.paths, one.options, within, one.uid))
     return sources

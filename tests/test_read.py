@@ -1,8 +1,13 @@
 """Finding scans, and folders of slices."""
 
+import errno
 import json
+import os
+import pickle
 import re
 import shutil
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -224,10 +229,11 @@ def test_an_id_does_not_depend_on_what_else_is_there(tmp_path):
     before = ids(tmp_path), ids(tmp_path, ids="uid")
     assert before[0][0] == "p1--ct--brain" and before[0][1:] == ["p1--dicom", "v"]
     write_slice_folder(tmp_path / "p2" / "ct" / "brain", HU + 1)
-    write_nifti_scan(tmp_path / "v.nii.gz", CT)                # of the same name: told apart by a hash of its own
+    write_nifti_scan(tmp_path / "v.nii.gz", CT)                # of the same name: by path both have another
     after = ids(tmp_path), ids(tmp_path, ids="uid")
     for earlier, later in zip(before, after):
-        assert set(earlier) < set(later) and len(set(later)) == len(later) == 5
+        assert set(earlier) - {"v"} < set(later) and len(set(later)) == len(later) == 5
+    assert "v" not in after[0]
     write_slice_folder(tmp_path / "moved" / "here", HU)
     assert set(ids(tmp_path / "moved", ids="uid")) <= set(before[1])                  # a copy has the same uid
 
@@ -250,6 +256,30 @@ def test_an_id_never_comes_to_mean_another_series(tmp_path):
     four = found()
     assert alone == {"head": 5} and sorted(two.values()) == [2, 5] and sorted(four.values()) == [1, 2, 5, 9]
     assert "head" not in two and two.items() < four.items() and alone_by_uid.items() < found(ids="uid").items()
+
+
+def test_of_scans_that_share_a_name_none_has_it(tmp_path):
+    """A file that comes beside a folder, as dcm2niix writes it, took over the folder's id."""
+    write_dicom_series(tmp_path / "top" / "head", CT)
+    assert ids(tmp_path / "top") == ["head"]
+    write_nifti_scan(tmp_path / "top" / "head.nii.gz", CT)
+    with zipfile.ZipFile(tmp_path / "top" / "head.zip", "w") as file:
+        for path in write_dicom_series(tmp_path / "other", CT + 1, series="other").iterdir():
+            file.write(path, path.name)
+    both = {source.kind: source.scan_id for source in find_scans(tmp_path / "top") if source.archive is None}
+    found = ids(tmp_path / "top")
+    assert len(set(found)) == 3 and all(re.fullmatch("head-[0-9a-f]{8}", one) for one in found)
+    (tmp_path / "top" / "head.zip").unlink()
+    assert both == {source.kind: source.scan_id for source in find_scans(tmp_path / "top")}
+    (tmp_path / "top").rename(tmp_path / "moved")
+    assert sorted(both.values()) == ids(tmp_path / "moved")                           # by the place under SCANS
+
+
+def test_by_uid_a_copy_leaves_the_id_to_its_scan(tmp_path):
+    write_dicom_series(tmp_path / "b", CT)
+    alone, = ids(tmp_path, ids="uid")
+    shutil.copytree(tmp_path / "b", tmp_path / "a")
+    assert alone in ids(tmp_path, ids="uid") and len(ids(tmp_path, ids="uid")) == 2
 
 
 def test_series_mixed_in_one_folder_without_extensions(tmp_path):
@@ -294,6 +324,40 @@ def test_broken_dicom_files_are_a_row(tmp_path):
     assert bad.scan_id == "case-unreadable"
     with pytest.raises(ScanError, match="empty.dcm.*and 1 more in this folder"):
         read_scan(bad)
+
+
+def test_a_folder_that_cannot_be_read_is_a_row(tmp_path, monkeypatch):
+    """It was passed over without a word. One that is listed, and no more, ended the run."""
+    for name in ("good", "Ivanov/closed", "Ivanov/listed", "lost+found"):
+        write_slice_folder(tmp_path / name, HU)
+    listed, allowed = os.scandir, os.access
+
+    def scandir(path):
+        if Path(path).name in ("closed", "lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "listed" and allowed(path, mode))
+    sources = find_scans(tmp_path)
+    assert [source.scan_id for source in sources] == ["Ivanov--closed", "Ivanov--listed", "good"]
+    for source in sources[:2]:
+        name = source.paths[0].name
+        with pytest.raises(ScanError, match=rf"^{name}: this folder cannot be read \(Permission denied\); mend that"):
+            read_scan(source)
+    assert read_scan(sources[2]).hu.shape == HU.shape
+    assert len({*ids(tmp_path, ids="uid")} & {*ids(tmp_path / "Ivanov", ids="uid")}) == 2
+    assert ids(tmp_path / "Ivanov" / "closed") == ["closed"]
+
+
+def test_names_that_are_no_utf8_are_printable_in_a_reason(tmp_path):
+    """A run that wrote the reason, or said it, ended there."""
+    (tmp_path / "c").mkdir()
+    Path(os.fsdecode(os.path.join(os.fsencode(tmp_path / "c"), b"\xcf\xe5.dcm"))).write_bytes(b"junk")
+    source, = find_scans(tmp_path)
+    with pytest.raises(ScanError, match="^%CF%E5.dcm: ") as error:
+        read_scan(source)
+    assert str(error.value).encode() and str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
 
 
 def test_a_file_that_is_gone_is_named_without_its_folder(tmp_path):
