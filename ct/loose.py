@@ -15,7 +15,7 @@ import numpy as np
 
 from ct.brain import brain_mask
 from ct.read import ScanSource
-from ct.scan import Scan, ScanError
+from ct.scan import Scan, ScanError, printable
 from ct.slices import load_spec, natural_key, read_picture
 from ct.standardise import HEAD_MM, Standardised, StandardiseSettings, find_frame, in_frame
 
@@ -24,11 +24,19 @@ LARGEST = 1.03                  # diameter of a scan's largest section over that
 
 
 def pictures(source: ScanSource) -> list[ScanSource] | None:
-    """A folder of loose slices as one source a picture, in the order of their names; None for anything else."""
+    """A folder of loose slices as one source a picture, in the order of their names; None for anything else.
+
+    So it is for one in a zip file, and one whose scan.json is broken: ct.read.read_scan says what is wrong with them.
+    """
     scan_json = source.options.get("scan_json")
-    if source.kind != "slices" or scan_json is None or not load_spec(scan_json).loose:
+    if source.kind != "slices" or scan_json is None or source.archive is not None:
         return None
-    return [ScanSource(f"{source.scan_id}-{path.stem}", KIND, (path,), {"scan_json": scan_json})
+    try:
+        if not load_spec(scan_json).loose:
+            return None
+    except ScanError:
+        return None
+    return [ScanSource(f"{source.scan_id}-{printable(path.stem)}", KIND, (path,), {"scan_json": scan_json})
             for path in sorted(source.paths, key=natural_key)]
 
 

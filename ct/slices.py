@@ -245,8 +245,9 @@ def read(source: ScanSource) -> Scan:
     scan_json, mask = source.options["scan_json"], source.options["mask"]
     spec = spec_of(source)
     if spec.loose:
+        unpacked = f", from a folder: unpack {source.archive.name}" if source.archive is not None else ""
         raise ScanError(f"{scan_json.name}: loose slices are no scan: without neighbours and positions they can only "
-                        "be trained on (prepare.py)")
+                        f"be trained on (prepare.py){unpacked}")
     numbered = in_order(source.paths)
     pictures = [path for _, path in numbered]
     spacing, notes = spec.slice_spacing_mm, _skipped_numbers([number for number, _ in numbered])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -81,6 +83,24 @@ def test_loose_slices_are_no_scan(folders):
     source, = find_scans(folders / "loose")
     with pytest.raises(ScanError, match=r"scan\.json: loose slices are no scan"):
         read_scan(source)
+
+
+def test_loose_slices_in_a_zip_are_refused_by_name(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(folders)                            # what lies here is not what lies in the zip
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as file:
+        for path in (folders / "loose").iterdir():
+            file.write(path, f"loose/{path.name}")
+    source, = find_scans(tmp_path / "all.zip")
+    assert loose.pictures(source) is None
+    with pytest.raises(ScanError, match=r"prepare\.py\), from a folder: unpack all\.zip"):
+        read_scan(source)
+
+
+def test_the_id_of_a_picture_is_printable(tmp_path):
+    folder = write_loose(tmp_path / "loose", [one_slice()[0].hu[0]])
+    (folder / "0.png").rename(os.fsdecode(os.path.join(os.fsencode(folder), b"\xcf\xe5.png")))
+    source, = find_scans(folder)
+    assert [one.scan_id for one in loose.pictures(source)] == ["loose-%CF%E5"]
 
 
 @pytest.mark.parametrize("change, message", [
