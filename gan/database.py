@@ -22,7 +22,7 @@ from common.files import read_table as read_rows
 from ct import dicom, loose, slices
 from ct.frame import PreprocessSettings, preprocess_scan
 from ct.read import ScanSource, find_scans, read_scan
-from ct.scan import ScanError
+from ct.scan import ScanError, printable
 from ct.slab import Slabs
 from ct.standardise import StandardiseSettings
 from dataset import SPLITS, DatasetError, ScanRecord, SliceWriter
@@ -191,7 +191,7 @@ def _attempt(work: Callable, job) -> tuple[object, str | None]:
     except ScanError as error:
         return None, str(error)
     except Exception as error:    # whatever a decoder throws at a damaged file: reported, exit code 3
-        return None, f"{type(error).__name__}: {error}"
+        return None, printable(f"{type(error).__name__}: {error}")
 
 
 def _told_saturation(source: ScanSource) -> tuple[float, float] | None:
@@ -280,7 +280,8 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
     hu_clip None: the HU range that all scans share (common_hu_range). It replaces that of the settings.
     Loose slices all go into training; the tables of patients, split and slices are about scans.
     Scans that fail are left out and named with their reason in manifest['failed']; a scan that --slices does
-    not name is in manifest['unlisted'], one that --leave-out names as a whole in manifest['left_out'].
+    not name is in manifest['unlisted'], one that --leave-out names as a whole in manifest['left_out']. What is known
+    to be no scan before it is read is on no side, and needs no row in a table. Where all of a side fail, a warning.
     Raises DatasetError (nothing is written) for wrong values or tables, an existing `out`, or when no scan is left,
     be it of one of the folders; ScanError where a folder holds no scans.
     """
@@ -297,10 +298,11 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
         raise DatasetError(f"--slices {slices_csv}: names none of the {len(remaining)} scans found" if remaining else
                            f"--leave-out {leave_out_csv}: names all of the {len(found)} scans found")
     _check_all_used(folders, remaining, sources, slices_csv)
-    if scans:
-        splits, patients, how = _assign([s.scan_id for s in scans], patients_csv, split_csv, val_fraction, seed)
-        log(f"{len(scans)} scans; split: {how}")
-    elif val_fraction > 0:
+    possible = [s.scan_id for s in scans if "error" not in s.options]     # the others are known to be no scans
+    if possible:
+        splits, patients, how = _assign(possible, patients_csv, split_csv, val_fraction, seed)
+        log(f"{len(possible)} scans; split: {how}")
+    elif singles and val_fraction > 0:
         raise DatasetError(f"--val-fraction {val_fraction}: loose slices are never held out, and there is no scan; add "
                            "scans, or give --val-fraction 0")
     else:
@@ -338,6 +340,11 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
             raise DatasetError(f"no scan of {len(jobs)} could be prepared; the first: {failed[0]['reason']}")
         writer.facts = {"split": how, "failed": failed, "unlisted": unlisted,
                         "left_out": sorted({s.scan_id for s in found} - {s.scan_id for s in remaining})}
+    for side, count in writer.manifest["counts"].items():
+        meant = [scan_id for scan_id in splits if splits[scan_id] == side]
+        if meant and not count["slices"]:
+            log(f"warning: {side} is empty: all of it has failed ({_some(meant)}); mend that, or choose others "
+                "with --seed or --split")
     return writer.manifest
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,11 @@ import distributed
 import prepare
 from common.weights import read_json, write_json
 from ct.frame import PreprocessSettings, preprocess_scan
-from ct.read import find_scans, read_scan
+from ct.read import find_scans, open_scan, read_scan
 from ct.scan import ScanError
 from ct.slab import to_slabs
 from ct.standardise import StandardiseSettings, from_frame
-from dataset import DatasetError, SliceDataset, verify
+from dataset import DatasetError, ScanRecord, SliceDataset, verify
 from detect.bundle import load_bundle
 from gan import database as database_module
 from gan.database import build_lmdb, ensure_database, listed_slabs, split_by_patient
@@ -180,6 +182,62 @@ def test_a_broken_scan_is_reported_and_the_rest_done(folder, tmp_path, capsys):
     assert "failed: bad: " in capsys.readouterr().err
 
 
+def test_scans_in_a_zip_are_prepared_and_a_broken_scan_json_costs_its_scan_alone(folder, tmp_path):
+    """Either ended the run, before anything was prepared."""
+    shutil.copytree(folder / "two", tmp_path / "in" / "two")
+    shutil.copytree(folder / "three", tmp_path / "in" / "three")
+    (tmp_path / "in" / "three" / "scan.json").write_text('{"windows_hu": [[-20, 100]], "slice_spacing_mm": 8,0}')
+    with zipfile.ZipFile(tmp_path / "in" / "packed.zip", "w") as file:
+        for path in (folder / "one").iterdir():
+            file.write(path, f"one/{path.name}")
+    manifest = build_lmdb([tmp_path / "in"], tmp_path / "x.lmdb", SETTINGS, val_fraction=0, log=lambda line: None)
+    assert [scan["scan_id"] for scan in manifest["scans"]] == ["packed--one", "two"]
+    reason, = [one["reason"] for one in manifest["failed"] if one["scan_id"] == "three"]
+    assert reason.startswith("scan.json: cannot be read as JSON (line 1; numbers have a point, not a comma)")
+
+
+def test_what_is_known_to_be_no_scan_is_held_out_for_nobody_and_needs_no_row(folder, tmp_path, monkeypatch):
+    """Each counted as a patient: one could be all that was held out."""
+    def encode(job):
+        with open_scan(job.source) if "error" in job.source.options else nullcontext():
+            return ScanRecord.encode(job.source.scan_id, np.zeros((1, 32, 32)), np.ones((1, 32, 32)), np.zeros(1))
+
+    monkeypatch.setattr(database_module, "_encode", encode)
+    shutil.copytree(folder, tmp_path / "in")
+    for k in range(7):                                               # pictures without a scan.json
+        write_slice_folder(tmp_path / "in" / f"none{k}", np.zeros((2, 8, 8)), scan_json=False)
+
+    def build(**options):
+        lines = []
+        manifest = build_lmdb([tmp_path / "in"], tmp_path / "x.lmdb", SETTINGS, hu_clip=(0, 80), overwrite=True,
+                              log=lines.append, **options)
+        assert [manifest["counts"][side]["scans"] for side in ("train", "val")] == [2, 1]
+        assert [one["scan_id"] for one in manifest["failed"]] == [f"none{k}" for k in range(7)]
+        assert lines[0].startswith("3 scans; split: ") and not any("warning" in line for line in lines)
+
+    for seed in range(3):
+        build(val_fraction=0.1, seed=seed)
+    build(split_csv=write_csv(tmp_path / "split.csv", "scan_id,split", "one,val", "two,train", "three,train"),
+          patients_csv=write_csv(tmp_path / "patients.csv", "scan_id,patient", "one,p", "two,q", "three,q"))
+
+
+def test_no_scan_at_all_among_what_was_found(tmp_path):
+    write_slice_folder(tmp_path / "in" / "none", np.zeros((2, 8, 8)), scan_json=False)
+    with pytest.raises(DatasetError, match="no scan of 1 could be prepared; the first: 2 pictures without a scan.json"):
+        build_lmdb([tmp_path / "in"], tmp_path / "x.lmdb", SETTINGS, log=lambda line: None)
+
+
+def test_a_side_whose_scans_have_all_failed_is_a_warning(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "in")
+    next((tmp_path / "in" / "one").glob("*.png")).write_bytes(b"not a picture")
+    split = write_csv(tmp_path / "split.csv", "scan_id,split", "one,val", "two,train", "three,train")
+    out = tmp_path / "x.lmdb"
+    assert prepare.main([str(tmp_path / "in"), "--out", str(out), "--size", "32", "--split", str(split), "--workers",
+                         "1"]) == 3
+    assert "warning: val is empty: all of it has failed (one)" in capsys.readouterr().out
+    assert verify(out)["counts"]["val"]["scans"] == 0
+
+
 def test_given_split_patients_and_slices_are_followed(folder, tmp_path):
     split = write_csv(tmp_path / "split.csv", "scan_id,split", "one,val", "two,train", "three,train")
     patients = write_csv(tmp_path / "patients.csv", "scan_id,patient", "one,p", "two,q", "three,q")
@@ -231,6 +289,7 @@ def test_one_patient_on_both_sides_of_a_given_split_is_refused(folder, tmp_path)
 
 @pytest.mark.parametrize("flags, message", [
     (["--hu-clip", "80", "0"], "LOW below HIGH"), (["--size", "0"], "--size must be above 0"),
+    (["--seed", "-1"], "--seed must be 0 or more, got -1"),
     (["--val-fraction", "1.5"], "--val-fraction must be"), (["--min-brain-fraction", "1"], "--min-brain-fraction")])
 def test_values_that_cannot_be_meant_end_with_code_2(folder, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
