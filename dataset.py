@@ -13,6 +13,8 @@ The file is written by prepare.py (gan.database.build_lmdb) and read by everythi
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -20,6 +22,7 @@ import os
 import signal
 import struct
 import tempfile
+import uuid
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -31,7 +34,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 import distributed
-from common.files import full_disk_named
+from common.files import full_disk_named, remove_abandoned
 
 # From the parts of a batch of slices, and random numbers for it alone, to what a step takes. It is pickled.
 Prepare = Callable[[dict[str, torch.Tensor], torch.Generator], dict[str, torch.Tensor]]
@@ -121,6 +124,9 @@ class ScanRecord:
 class SliceWriter:
     """Writes a slice database; nothing appears at `path` before a `with` block has ended well.
 
+    Until then it grows in a hidden file beside `path`, locked for as long as this process lives. What killed ones have
+    left of theirs an hour ago or more is removed.
+
     settings  the preprocessing, JSON-able; kept in the manifest as it is
     flag      the command's flag that names `path`, for what is said when it cannot be written
     facts     further manifest entries, JSON-able (what failed, how the split was made); filled by the caller
@@ -145,11 +151,15 @@ class SliceWriter:
         self._scans: list[dict] = []
         self._crcs: list[int] = []
         self._size: int | None = None
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        # Not by the process: those of two containers that share a disk may have one number
+        self._partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.partial")
+        remove_abandoned(self.path.parent, f".{glob.escape(self.path.name)}.*.partial")
 
     def __enter__(self) -> SliceWriter:
-        self._partial.unlink(missing_ok=True)
         self._env = lmdb.open(str(self._partial), subdir=False, lock=False, map_size=1 << 26, sync=False)
+        self._lock = os.open(self._partial, os.O_RDWR)
+        with contextlib.suppress(OSError):             # a file system that knows no locks
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return self
 
     def add(self, record: ScanRecord, split: str, patient: str) -> None:
@@ -187,6 +197,7 @@ class SliceWriter:
                 os.replace(self._partial, self.path)
         finally:
             self._partial.unlink(missing_ok=True)
+            os.close(self._lock)
 
     def _put(self, items: list[tuple[bytes, bytes]]) -> None:
         while True:

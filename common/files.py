@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import fcntl
 import functools
 import glob
 import hashlib
@@ -82,11 +83,27 @@ def put_in_place(writing: Path, path: Path, old: Path) -> None:
 
 
 def remove_abandoned(folder: Path, pattern: str, age_s: float = ABANDONED_S) -> None:
-    """Remove the files of this pattern to which nobody has written for `age_s` seconds: killed processes began them."""
+    """Remove the files of this pattern to which nobody has written for `age_s` seconds: killed processes began them.
+
+    Not those that a process holds a lock of (flock): it lives, however long it has written nothing.
+    """
     for path in folder.glob(pattern):
         with contextlib.suppress(FileNotFoundError):                  # moved to its place, or removed by another
-            if path.is_file() and time.time() - path.stat().st_mtime > age_s:
+            if path.is_file() and time.time() - path.stat().st_mtime > age_s and not _is_locked(path):
                 path.unlink()
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)          # let go of when the file is closed
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        raise
+    except OSError:                                    # a file system that knows no locks: its age alone tells
+        return False
+    return False
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import dataset
+from common.files import ABANDONED_S, remove_abandoned
 from dataset import (
     DatasetError,
     InfiniteSampler,
@@ -213,6 +214,25 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path):
             writer.add(ScanRecord.encode("a", *random_scan(0)), "train", "a")
             raise KeyError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_writers_have_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    """Slices of patients stayed beside --out for ever. A living writer may add nothing for hours."""
+    out = tmp_path / "x.lmdb"
+    with SliceWriter(out, {}) as living:
+        living.add(ScanRecord.encode("a", *random_scan(0)), "train", "a")
+        begun, = tmp_path.iterdir()
+        names = {".x.lmdb.1234.partial": 60, ".x.lmdb.0a.partial": -60, ".other.lmdb.0b.partial": 60, begun.name: 60}
+        for name, more_s in names.items():
+            (tmp_path / name).touch()
+            os.utime(tmp_path / name, (time.time() - ABANDONED_S - more_s,) * 2)
+        SliceWriter(out, {})
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {begun.name, ".x.lmdb.0a.partial", ".other.lmdb.0b.partial"}
+        assert SliceWriter(out, {})._partial != begun            # nor is it taken for one's own
+    os.utime(out, (0, 0))
+    remove_abandoned(tmp_path, "x.lmdb")                         # the lock is let go of
+    assert not out.exists()
 
 
 def test_the_writer_refuses_what_cannot_be_right(database, tmp_path):
