@@ -209,7 +209,7 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--missing", choices=("error", "exclude", "worst"), default="error",
                         help="scans that failed, are unreliable, have no score or no label: refuse; leave out and "
                              "count; or count as ranked wrongly, the worst case (no label: left out) (default error)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_at_least(int, 0), default=0)
     return parser
 
 

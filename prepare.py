@@ -84,6 +84,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                         ("--max-below-vertex-mm", args.max_below_vertex_mm)):
         if not value > 0:
             p.error(f"{flag} must be above 0, got {value:g}")
+    if args.seed < 0:
+        p.error(f"--seed must be 0 or more, got {args.seed}")
     if args.hu_clip and not args.hu_clip[0] < args.hu_clip[1]:
         p.error(f"--hu-clip expects LOW below HIGH, got {args.hu_clip[0]:g} {args.hu_clip[1]:g}")
     if not 0 <= args.min_brain_fraction < 1:
@@ -96,6 +98,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def prepare(args: argparse.Namespace) -> int:
     """Does what the command line says; returns the exit code."""
+    from ct.scan import printable
     from gan.database import build_lmdb
 
     settings, hu_clip = PreprocessSettings(StandardiseSettings(size=args.size, bone_apart=args.bone_apart),
@@ -111,7 +114,7 @@ def prepare(args: argparse.Namespace) -> int:
                           overwrite=args.overwrite)
     counts = [f"{split} {n['scans']} scans, {n['slices']} slices" + f" ({n['loose']} loose)" * bool(n["loose"])
               for split, n in manifest["counts"].items()]
-    print(f"{args.out}: {'; '.join(counts)}; {Path(args.out).stat().st_size / 1e6:.1f} MB")
+    print(f"{printable(args.out)}: {'; '.join(counts)}; {Path(args.out).stat().st_size / 1e6:.1f} MB")
     for failure in manifest["failed"]:
         print(f"failed: {failure['scan_id']}: {failure['reason']}", file=sys.stderr)
     return 3 if manifest["failed"] else 0

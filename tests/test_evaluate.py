@@ -677,6 +677,14 @@ def test_a_damaged_result_beside_maps_is_exit_2(results, capsys):
     assert "result.json: cannot be read as JSON; project the scan again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [[], ["triage"]])
+def test_a_seed_below_0_is_refused(results, command, capsys):
+    """It was a traceback."""
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*command, "scores.csv", "labels.csv", "--out", str(results / "out"), "--seed", "-1"])
+    assert stop.value.code == 2 and "argument --seed: must be at least 0, got -1" in capsys.readouterr().err
+
+
 def test_triage_command(results):
     base = results.parent
     (base / "reading.txt").write_text("20\n25\n")
