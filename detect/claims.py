@@ -20,6 +20,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.files import full_disk_named
+
 BEAT_S = 20.0
 STALE_S = 300.0                  # a holder that has not touched its claim for so long is taken for dead
 JUDGING = ".judging"             # locked by who removes the claim of a dead holder
@@ -60,8 +62,11 @@ class Claims:
     def _take(self, path: Path) -> bool:
         for _ in range(2):
             try:
-                with open(path, "x", encoding="utf-8") as file:
-                    json.dump(self.me, file)
+                with full_disk_named(path), contextlib.ExitStack() as if_not_written:
+                    with open(path, "x", encoding="utf-8") as file:
+                        if_not_written.callback(path.unlink, missing_ok=True)   # empty, it would be taken for alive
+                        json.dump(self.me, file)
+                    if_not_written.pop_all()
                 return True
             except FileExistsError:
                 if not self._remove_abandoned(path):

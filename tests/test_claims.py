@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import time
 
 import pytest
 
+from common.files import FullDiskError
 from detect.claims import JUDGING, Claims
 
 
@@ -63,6 +65,23 @@ def test_a_claim_that_is_not_written_yet_is_left_until_it_is_old(tmp_path):
     with claims.hold("a") as mine:
         assert not mine
     os.utime(claims.path("a"), (0, 0))
+    with claims.hold("a") as mine:
+        assert mine
+
+
+def test_a_claim_that_cannot_be_written_is_not_left_behind(tmp_path, monkeypatch):
+    """On a full disk. Empty, it was taken for a living run's by whoever had made room and came again."""
+    claims = Claims(tmp_path)
+
+    def full(content, file):
+        file.write("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dump", full)
+        with pytest.raises(FullDiskError, match=f"the disk is full.*{claims.path('a')}"), claims.hold("a"):
+            pass
+    assert os.listdir(tmp_path) == []
     with claims.hold("a") as mine:
         assert mine
 

@@ -16,6 +16,7 @@ import dataset
 import train
 from common.files import replace_text
 from dataset import ScanRecord, SliceWriter
+from detect.claims import Claims
 from gan import snapshots
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
 
@@ -77,6 +78,17 @@ def test_a_text_that_does_not_fit(small_disk):
     with pytest.raises(OSError, match=r"disk is full: 2.0 MB are needed.*scores.csv"):
         replace_text(small_disk / "scores.csv", 2_000_000 * "x")
     assert os.listdir(small_disk) == ["scores.csv"] and (small_disk / "scores.csv").read_text() == "old"
+
+
+def test_a_claim_that_does_not_fit(small_disk):
+    claims = Claims(small_disk / ".work")
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "ballast").write_bytes(bytes(2_000_000))
+    with pytest.raises(OSError, match=f"disk is full.*{claims.path('scan')}"), claims.hold("scan"):
+        pass
+    (small_disk / "ballast").unlink()
+    with claims.hold("scan") as mine:
+        assert mine
 
 
 def test_a_training_says_so_and_goes_on_when_there_is_space(small_disk, gan_flags, gan_run, capsys):
