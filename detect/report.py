@@ -198,14 +198,15 @@ def read_json(path: Path) -> dict:
 
 
 def read_calibration(run: dict) -> Calibration:
-    """From run.json's `calibration`: the model's own, or null where the run's settings differ from it.
+    """From run.json's `calibration`: the model's own, or null where the run's settings differ from it. One that lacks
+    the run's scan score is none.
 
     A `threshold` that was given for the run stands in place of the model's, and then there is no rate for it.
     """
     found, given = run.get("calibration"), run.get("threshold")
-    if not found:
-        return Calibration([], given, None, None, [])
     how = run["settings"]["scan_score"]
+    if not found or how not in found["scan_scores"]:
+        return Calibration([], given, None, None, [])
     level = np.round([s["below_vertex_mm"] / LEVEL_MM for s in found["slice_scores"]])
     scores = np.array([s["score"] for s in found["slice_scores"]])
     levels = [(float(mm * LEVEL_MM), *map(float, np.quantile(scores[level == mm], (0.05, 0.95))))

@@ -108,6 +108,16 @@ def test_key_slices_rise_above_healthy_ones_at_their_level(results):
     assert scans_in(page_of(folder))["a"]["key"] == [98, 100, 101]           # by score alone
 
 
+def test_a_calibration_without_the_runs_scan_score_is_none(results):
+    """One made before there was that score: the page failed, after all scans were done."""
+    folder = results(calibration=CALIBRATION | {"scan_scores": {"max": [1.0, 2.0]},
+                                                "threshold": {"fpr": 0.2, "max": 1.0, "reason": None}})
+    page = text_of(page_of(folder))
+    assert "Highest: a, score 5." in page and "healthy scans: none can" not in page
+    assert report.read_calibration(RUN | {"calibration": CALIBRATION | {"scan_scores": {}}, "threshold": 3.0}
+                                   ) == report.Calibration([], 3.0, None, None, [])
+
+
 def test_it_says_what_was_found_where_and_how_sure(results):
     text = text_of(page_of(results()))
     for told in ("1 of 2 scans flagged", "Highest: a, score 5, above 4 of 4 healthy scans.", "1 scan failed",
