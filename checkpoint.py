@@ -59,6 +59,16 @@ def facts(folder: str | Path) -> dict:
             "files": meta["files"]} | shortened(meta)
 
 
+def reason(error: Exception, args: argparse.Namespace) -> str:
+    """What to say of an error. The system's own tell neither the flag nor the mend."""
+    if not isinstance(error, OSError):
+        return str(error)
+    why = f"({error.strerror or error})"
+    if args.command == "import-released":                 # what it reads raises CheckpointError
+        return f"--out {args.out}: cannot be written {why}; give a folder on a disk that has room and may be written to"
+    return f"{args.folder}: cannot be read {why}; give the folder of a model bundle that this user may read"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Import the paper's released files, or show a model bundle.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -83,8 +93,8 @@ def main(argv: list[str] | None = None) -> int:
             dtype = torch.float32 if args.fp32 else torch.float16
             args.folder = import_released(args.ckpt, args.latent_statistics, args.out, dtype, args.overwrite)
         print(json.dumps(facts(args.folder), indent=1) if getattr(args, "json", False) else describe(args.folder))
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
+    except (CheckpointError, OSError) as error:
+        print(reason(error, args), file=sys.stderr)
         return 2
     return 0
 

@@ -593,6 +593,33 @@ def test_import_released_command(tmp_path, capsys):
     assert "s.pkl: variance: every variance must be" in capsys.readouterr().err
 
 
+def test_a_bundle_that_cannot_be_written_is_told_so(tmp_path, capsys, monkeypatch):
+    released_checkpoint(tmp_path / "c.pth", networks(RELEASED))
+    statistics_file(tmp_path / "s.pkl")
+
+    def said(out: Path) -> str:
+        assert checkpoint.main(["import-released", "--ckpt", str(tmp_path / "c.pth"), "--latent-statistics",
+                                str(tmp_path / "s.pkl"), "--out", str(out)]) == 2
+        return capsys.readouterr().err
+
+    assert f"--out {tmp_path / 'c.pth'}: cannot be written (File exists); give" in said(tmp_path / "c.pth")
+    assert "cannot be written (Not a directory)" in said(tmp_path / "c.pth" / "bundle")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("detect.bundle.save_tensors", full)
+    assert "bundle: cannot be written (the disk is full: " in said(tmp_path / "bundle")
+
+
+def test_a_folder_that_may_not_be_read_is_told_so(tmp_path, capsys, monkeypatch):
+    def closed(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    monkeypatch.setattr("common.weights.sha256", closed)
+    for more in ((), ("--json",)):
+        assert checkpoint.main(["show", str(ROOT / "models" / "heads-128"), *more]) == 2
+        assert "heads-128: cannot be read (Permission denied); give" in capsys.readouterr().err
+
+
 def test_a_reader_that_leaves_early_gets_no_traceback():
     """`checkpoint.py show MODEL | head -1`: the pipe is closed before anything is written."""
     command = [sys.executable, str(ROOT / "checkpoint.py"), "show", str(ROOT / "models" / "heads-128")]
