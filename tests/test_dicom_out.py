@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import warnings
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import SimpleNamespace
@@ -85,6 +86,28 @@ def frames_by_source(ds):
         key = source.ReferencedSOPInstanceUID, int(source.get("ReferencedFrameNumber", 1))
         found[key] = image, list(group.PlanePositionSequence[0].ImagePositionPatient)
     return found
+
+
+@pytest.mark.parametrize("name, shown, charset, patient", [
+    ("x" * 70, "x" * 64, None, "A^B"), ("t\u00eate\\\n\u982d 128", "tete___ 128", "ISO_IR 6", "A^B"),
+    (" ", "unnamed model", "ISO_IR 100", "M\u00fcller^J")])
+def test_a_models_name_fits_whatever_the_sources_character_set(tmp_path, name, shown, charset, patient):
+    """A long one cost every scan its objects, and another alphabet's letters became question marks or no valid text."""
+    def edit(ds, k):
+        complete(ds, k)
+        ds.PatientName = patient
+        if charset:
+            ds.SpecificCharacterSet = charset
+        else:
+            ds.pop("SpecificCharacterSet", None)
+    scan = read_only(write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), edit=edit))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_dicom(tmp_path / "out", result_of(scan), Identity(name, "1.2", "ab" * 32, "{}"))
+    for path in (tmp_path / "out").iterdir():
+        ds = pydicom.dcmread(path)
+        assert ds.ManufacturerModelName == shown and ds.PatientName == patient
+    assert len(list((tmp_path / "out").iterdir())) > 4
 
 
 # ---- geometry and pixels

@@ -70,7 +70,7 @@ def write_dicom(folder: Path, result: Result, identity: Identity, *, phi: bool =
 def identity_of(projector) -> Identity:
     """What a detect.Projector makes results with: its bundle's name and weights, its settings, this version."""
     bundle = projector.bundle
-    name = (bundle.meta["provenance"] or {}).get("name") or "unnamed model"
+    name = (bundle.meta["provenance"] or {}).get("name") or ""
     settings = json.dumps(projector.key(), sort_keys=True, separators=(",", ":"))
     return Identity(name, VERSION, bundle.weights_hash, settings)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -13,6 +14,7 @@ from ct.scan import Scan
 
 KEY_SLICES = 3
 SERIES = {"sr": 1, "seg": 2, "map": 3, "key-objects": 4, "pictures": 5}     # last digits of the series numbers
+LONGEST_NAME = 64
 TRACKING_ID = "Differs from the closest normal"         # one for the scan: SEG and SR name the same
 
 
@@ -20,7 +22,7 @@ TRACKING_ID = "Differs from the closest normal"         # one for the scan: SEG 
 class Identity:
     """What made the results; the objects' UIDs depend on all of it.
 
-    name          of the model, such as 'head-128'
+    name          of the model, such as 'head-128'; made to fit where DICOM has a place for it, see fitting()
     version       of the software
     weights_hash  SHA-256 of the weights, hexadecimal; other weights are another device
     settings      everything else that decides the result, as one text, such as JSON
@@ -31,9 +33,21 @@ class Identity:
     weights_hash: str
     settings: str = ""
 
+    def __post_init__(self):
+        object.__setattr__(self, "name", fitting(self.name))
+
     @property
     def maker(self) -> Maker:
         return Maker(self.name, self.version, self.weights_hash[:64])
+
+
+def fitting(name: str) -> str:
+    """A name as any DICOM object can hold it (LO), whatever the character set of its source: 64 characters of ASCII.
+
+    Letters lose their accents; what is left that is not ASCII, or has a meaning of its own, becomes an underscore.
+    """
+    bare = (c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+    return "".join(c if " " <= c <= "~" and c != "\\" else "_" for c in bare)[:LONGEST_NAME].strip() or "unnamed model"
 
 
 class Result(Protocol):
