@@ -134,7 +134,9 @@ class Projector:
                                                          below_vertex_mm)
         seconds |= found.seconds | {"measure": measuring}
         started = time.perf_counter()
-        share = float(findings.predicted.sum() / brain.sum())
+        # By the model's own mask: that of the settings only draws, and no score, percentile or flag hangs on it
+        predicted = self.bundle.measure.predicted(findings, self.calibrated_for.mask)
+        share = float(predicted.sum() / brain.sum())
         notes = [*scan.notes, *pre.reservations]
         unreliable = None
         if share > TOO_MUCH:
@@ -145,7 +147,7 @@ class Projector:
             notes.append(self.incomparable)
         score = scan_score(findings.slice_scores, self.settings.scan_score, thickness_mm(below_vertex_mm))
         # A large lesion is far from its closest normal, as it should be: what tells a bad reconstruction is the rest
-        error_of_rest = found.error_in(brain & ~findings.predicted)
+        error_of_rest = found.error_in(brain & ~predicted)
         percentile, threshold, why_not = self._compare(score, error_of_rest, calibration.usual_spacing(below_vertex_mm),
                                                        calibration.median_hu(hu, brain))
         notes += why_not

@@ -128,6 +128,10 @@ class Surprise:
         self.check()
         return self.findings(self.normal.surprise(seen.scales, seen.searched, seen.below_vertex_mm), seen)
 
+    def predicted(self, found: Findings, mask: MaskSettings) -> torch.Tensor:
+        """What these findings would predict anomalous with `mask`, bool [S, N, N]."""
+        return found.anomaly.abs() > mask.surprise_mask
+
     def findings(self, surprise: torch.Tensor, seen: Evidence) -> Findings:
         """What signed surprises [S, K, N, N] of normative.Normal amount to."""
         s, kinds = self.settings, len(normative.SCALES)

@@ -84,6 +84,10 @@ class Votes:
         return Findings(anomaly_map(seen.votes, seen.residual, seen.steps), predicted,
                         lesion_mask(predicted, predicted.shape[-1], self.mask.component_at_512), scores)
 
+    def predicted(self, found: Findings, mask: MaskSettings) -> torch.Tensor:
+        """What these findings would predict anomalous with `mask`, bool [S, N, N]: votes do not hang on it."""
+        return found.predicted
+
 
 # --- votes ---
 

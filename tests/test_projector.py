@@ -15,10 +15,12 @@ from ct.frame import PreprocessSettings
 from detect import calibration
 from detect.bundle import Bundle, load_bundle
 from detect.projection import Projector
+from detect.reconstruct import Reconstruction
 from detect.residual import MaskSettings
 from detect.search import SearchSettings
 from detect.settings import Settings
 from detect.surprise import SurpriseSettings
+from tests.helpers import synthetic_scan
 
 CALIBRATED = Settings("inversion", measure="surprise", scoring=SurpriseSettings(pool="peak"), scan_score="top3")
 TRAINED = {"encoder": {"config": {"perceptual": "pixels", "pixels": 3.0, "knee": 0.2, "epochs": 20}}}
@@ -75,6 +77,24 @@ def test_the_mask_does_not_change_what_scores_are_compared_with():
     drawn = CALIBRATED.replace(surprise_mask=2.0, component_at_512=100, batch=4, scan_score="max")
     assert drawn.comparable() == CALIBRATED.comparable()
     assert CALIBRATED.replace(surprise_above=1.5).comparable() != CALIBRATED.comparable()
+
+
+def test_settings_of_the_mask_change_no_percentile_flag_or_status():
+    """What is not to be trusted was told by what these settings mark: a head was, or was not, by how it is drawn."""
+    bundle = load_bundle(Path(__file__).resolve().parents[1] / "models" / "phantom-128")
+    scan, _ = synthetic_scan(size=64, spacing_mm=(5.0, 3.6, 3.6))
+    prepared = Projector(bundle).prepare(scan)
+
+    def closest_normal(hu, brain, below_vertex_mm, watch):
+        normal = hu - 4.0
+        normal[:, 40:70, 40:90] -= 60.0                                  # a large bleed, as it were
+        return Reconstruction(hu, normal, {"reconstruct": 2.0}, {})
+
+    bundle.reconstructor.closest_normal = closest_normal
+    found = [Projector(bundle, bundle.settings.replace(surprise_mask=mask))(scan, prepared)
+             for mask in (bundle.settings.mask.surprise_mask, 0.0)]
+    assert len({one.anomalous_ml for one in found}) == 2
+    assert len({(one.percentile, one.threshold, one.flagged, one.unreliable, one.notes) for one in found}) == 1
 
 
 def test_changes_count_together_in_any_order():
