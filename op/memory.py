@@ -7,6 +7,7 @@ All threads then share one arena: a large block does not fit into a thread's own
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 # mallopt's names for them (malloc.h)
@@ -27,3 +28,12 @@ def keep_freed(keep: bool = True) -> bool:
     except (AttributeError, OSError, TypeError):          # musl, macOS; Windows takes no None
         return False
     return all([mallopt(name, value) == 1 for name, value in (KEEP if keep else GLIBC).items()])
+
+
+def give_back() -> None:
+    """Return what is free now to the system, even where freed memory is kept: after something large that was used once.
+
+    Nothing happens where the C library is another.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
