@@ -71,12 +71,15 @@ def slice_units(args, scan_scores: dict[Key, Score], scan_labels: dict[Key, Labe
 
 
 def own_threshold(path: Path) -> tuple[float | None, str]:
-    """The threshold of the model's calibration, from projector.py's run.json, and its source; None without one."""
+    """The threshold of the model's calibration, from projector.py's run.json, and its source; None without one.
+
+    Of a run that is not finished there is none: the scores may be those of an earlier one, by other settings.
+    """
     from detect.report import read_json
 
     run = read_json(path) if path.is_file() else {}
     calibration, how = run.get("calibration"), run.get("settings", {}).get("scan_score")
-    if not calibration or calibration["threshold"].get(how) is None:
+    if run.get("seconds", 0) is None or not calibration or calibration["threshold"].get(how) is None:
         return None, ""
     source = (f"the model's own, at a false-positive rate of {calibration['threshold']['fpr']:g} on the healthy scans "
               "of its calibration, none of which may be among these")

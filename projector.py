@@ -61,7 +61,7 @@ def run_report(projector: Projector, processes: int) -> dict:
 
     bundle = projector.bundle
     return {
-        "weights_sha256": bundle.weights_hash, "model": bundle.meta["provenance"],
+        "key": projector.key(), "weights_sha256": bundle.weights_hash, "model": bundle.meta["provenance"],
         "settings": projector.settings.to_json(), "preprocessing": projector.preprocessing.to_json(),
         "calibration": projector.calibration, "threshold": projector.threshold,
         "device": str(bundle.reconstructor.device),
@@ -70,6 +70,25 @@ def run_report(projector: Projector, processes: int) -> dict:
         "versions": versions() | {"python": platform.python_version(), "torch": torch.__version__,
                                   "numpy": np.__version__},
     }
+
+
+def begin_report(out: Path, report: dict) -> None:
+    """run.json from a run's beginning on, for a merge. One of the same key stays: a finished run's says more.
+
+    Without seconds it is of no finished run: tables that lie beside it may be those of the one before.
+    """
+    path = out / "run.json"
+    if not path.is_file() or read_run(path).get("key") != report["key"]:
+        replace_text(path, json.dumps(report | {"seconds": None}, indent=2) + "\n")
+
+
+def read_run(path: Path) -> dict:
+    """A run.json; empty where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 def write_all(out: Path, results: list[Result], report: dict, seconds: float) -> None:
@@ -104,7 +123,11 @@ def merge(argv: list[str]) -> int:
             raise ValueError(f"{out}: no run.json; give a folder of results of projector.py")
         results = collect_all(out)
         missed = absent(out, results)
-        report = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        report = read_run(out / "run.json")
+        if results and report.get("key") != results[0].key:
+            raise ValueError(f"{out / 'run.json'}: is of a run with another model or calibration, other settings or "
+                             "another version of this program than the results, or damaged; start the run that made "
+                             "the results again, or the other one with --overwrite until it is done")
         write_all(out, results, report, sum(r.scan["seconds"] for r in results if r.ok))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -268,10 +291,15 @@ def share_out(args: argparse.Namespace, projector: Projector, writers: dict[str,
     from detect.folder import collect
     from detect.processes import shared
 
+    failed = {result.scan["scan_id"]: result.written
+              for result in collect(args.out, sources, projector.key(), writers)[0] if not result.ok}
     with shared(args.jobs, len(sources), share_in, args, torch.get_num_threads(), sources) as turns:
         project(args, projector, writers, sources, turns, tables)
     if turns.died:
-        undone = set(collect(args.out, sources, projector.key())[1])
+        results, missing = collect(args.out, sources, projector.key(), writers)
+        untried = [result.scan["scan_id"] for result in results
+                   if not result.ok and failed.get(result.scan["scan_id"]) == result.written]
+        undone = {*missing, *untried}
         numbers = [number for number, source in enumerate(sources) if source.scan_id in undone]
         project(args, projector, writers, sources, numbers, tables)
 
@@ -316,24 +344,23 @@ def main(argv: list[str] | None = None) -> int:
         if ranks > 1 and args.jobs:
             raise ValueError("--jobs: torchrun has started processes already; give one of the two")
         if not args.jobs:
-            undone = len(collect(args.out, sources, projector.key())[1])
+            undone = len(collect(args.out, sources, projector.key(), writers)[1])
             on_cpu = projector.bundle.reconstructor.device.type == "cpu"
             args.jobs = suitable(undone) if on_cpu and ranks == 1 else 1
 
         def tables():
             if not args.part:
-                write_tables(args.out, collect(args.out, sources, projector.key())[0])
+                write_tables(args.out, collect(args.out, sources, projector.key(), writers)[0])
 
         torch.set_num_threads(max(1, threads // args.jobs))
         report = run_report(projector, args.jobs * ranks)
-        if args.part:
-            replace_text(args.out / "run.json", json.dumps(report, indent=2) + "\n")
+        begin_report(args.out, report)
         if args.jobs > 1:
             share_out(args, projector, writers, sources, tables)
         else:
             numbers = range(rank, len(sources), ranks)
             project(args, projector, writers, sources, numbers, tables if ranks == 1 else None)
-        results, missing = collect(args.out, sources, projector.key())
+        results, missing = collect(args.out, sources, projector.key(), writers)
         if missing:                       # no waiting: the run that finishes last finds nothing missing
             print(f"{len(missing)} scans are not finished by other runs, such as {missing[0]}; the last run writes the "
                   f"tables. Should it be gone: run this again, or projector.py merge {args.out}", flush=True)

@@ -6,8 +6,9 @@
     OUT/.work/            claims on scans (detect.claims), and what is being written
     OUT/.parts/           what each run, or part of one, set out to do: so that a merge misses what never began
 
-A scan is finished when its result.json holds the key of the projector and the fingerprint of its files. A failed scan
-has one, too, with the reason, and is tried again by the next run. Tables are made from these files alone.
+A scan is finished when its result.json holds the key of the projector, the fingerprint of its files and the outputs
+that are asked for. A failed scan has one, too, with the reason, and is tried again by the next run. Tables are made
+from these files alone.
 Another scan of the same name, as of a second folder, takes no result's place but with --overwrite: result.json tells by
 hashes which scan it is of.
 """
@@ -38,16 +39,20 @@ from common.files import (
     replacing_folder,
     write_table,
 )
+from ct.frame import Preprocessed
 from ct.read import ScanSource, open_scan
 from ct.scan import Scan, ScanError, printable
 from detect.claims import STALE_S, Claims
 from detect.outputs import OUTPUTS, SCORE_COLUMNS, SLICE_COLUMNS, Writer, scan_row, slice_rows
 from detect.pipeline import overlapped
-from detect.projection import Projector
+from detect.projection import Projection, Projector
+from op import memory
 
 WORK, BY_HASH, PARTS = ".work", "scans", ".parts"
 NAMED = 5                        # parts and scans that are absent, the others are counted
-LARGE_BYTES = 1 << 28            # of HU in float32, 256 slices of 512 x 512: such a scan is alone in memory
+LARGE_BYTES = 1 << 28            # of HU in float32, 256 slices of 512 x 512: such a scan is alone in memory, but for
+                                 # the moment that it takes to see how large it is where the size of its files is small
+HU_TO_FILES = 2                  # times their size a scan's HU take, of files of 16 bits a pixel, not compressed
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,12 @@ class Result:
     @property
     def ok(self) -> bool:
         return self.scan["status"] != "failed"
+
+    @property
+    def written(self) -> tuple[int, int]:
+        """Tells a result from the one that it has replaced, or that has replaced it."""
+        found = (self.folder / "result.json").stat()
+        return found.st_ino, found.st_mtime_ns
 
     @property
     def slices(self) -> list[dict]:
@@ -109,6 +120,18 @@ def fingerprint(source: ScanSource) -> str:
     return hashlib.sha256(repr((source.kind, facts, read_as)).encode()).hexdigest()
 
 
+def made_with(key: dict, source: ScanSource, writers: Iterable[str]) -> dict:
+    """What a scan's result.json must say for its results to be those of this key, of its files as they are now, and
+    of these outputs.
+    """
+    return {"key": key, "files": fingerprint(source), "outputs": sorted(writers)}
+
+
+def is_made_with(made: dict, source: ScanSource, earlier: dict | None) -> bool:
+    """Whether a result is what made_with() says, failed or not."""
+    return bool(earlier) and made.items() <= earlier.items() and not is_another(source, earlier)
+
+
 def origin(source: ScanSource) -> dict[str, str | None]:
     """Which scan it is, for result.json, in hashes alone: results hold no UIDs, and no folders' names.
 
@@ -146,6 +169,13 @@ def _content(source: ScanSource) -> str | None:
         return None
 
 
+def _hu_bytes(source: ScanSource) -> int:
+    """What a scan's HU take in float32, by the size of its files; too little of compressed ones, 0 of an archive's."""
+    if source.archive is not None:                     # of which it may be a small part
+        return 0
+    return HU_TO_FILES * sum(_size_and_time(path)[0] for path in source.paths)
+
+
 def _size_and_time(path: Path) -> tuple[int, int]:
     try:
         found = path.stat()
@@ -165,7 +195,7 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
     While the networks have a scan, the next one is read and the one before written (detect/pipeline.py). Those that
     another run has are tried again at the end, in case it has died. writers: what is written, by name; other ones,
     another result. numbers: which of the sources, all by default; the next is asked for when it can be read. Of scans
-    that are too large to be two in memory, runs on this machine have one at a time. overwrite: results of other scans
+    that are too large to be two in memory, runs on this machine read one at a time. overwrite: results of other scans
     of the same ids may be replaced. Raises FullDiskError, and ValueError where a scan's results would take the place
     of anything else.
     """
@@ -179,15 +209,14 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
 
     def read(numbered: tuple[int, ScanSource]) -> Job | None:
         number, source = numbered
-        made = {"key": key, "files": fingerprint(source), "outputs": sorted(writers)}
+        made = made_with(key, source, writers)
 
         def place() -> Path:                         # another run may have given it one before we had the claim
             return find_result_folder(out, source.scan_id, by_hash)
 
         def is_finished() -> bool:
             earlier = read_result(place())
-            return (bool(earlier) and earlier["scan"]["status"] != "failed" and made.items() <= earlier.items()
-                    and not is_another(source, earlier))
+            return is_made_with(made, source, earlier) and earlier["scan"]["status"] != "failed"
 
         outcome = "finished before, skipped"
         if not is_finished():
@@ -211,9 +240,16 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
             outcome = job.write()
         say(job.number, job.source, outcome)
 
+    @contextmanager
+    def alone() -> Iterator[None]:
+        memory.give_back()                           # where only reading has told how large the scan is
+        with claims.one_here():
+            yield
+            memory.give_back()                       # a process would else go on holding as much
+
     for _ in range(2):
         yield from overlapped(pending, read, Job.project, write, drop=lambda job: job.held.close(),
-                              is_large=Job.is_large, large=claims.one_here)
+                              is_large=Job.is_large, large=alone)
         pending, waiting = waiting, []
 
 
@@ -222,7 +258,7 @@ def project_one(projector: Projector, source: ScanSource, place: Path, work: Pat
     """Project one scan and replace its folder of results; returns what to say of it. Parameters: as of Job."""
     with ExitStack() as held:
         job = Job(projector, source, place, work, made, writers, held)
-        job.read()
+        job.read(alone=True)
         job.project()
         return job.write()
 
@@ -230,11 +266,11 @@ def project_one(projector: Projector, source: ScanSource, place: Path, work: Pat
 def stage(do: Callable[[Job], None]) -> Callable[[Job], None]:
     """A stage of Job: left out where one before has failed; an error is kept as the reason, FullDiskError is raised."""
     @wraps(do)
-    def run(job: Job, *args) -> None:
+    def run(job: Job, *args, **named) -> None:
         if job.reason is not None:
             return
         try:
-            do(job, *args)
+            do(job, *args, **named)
         except FullDiskError:
             raise
         except Exception as error:       # a scan that breaks us must not cost the others their results
@@ -261,20 +297,37 @@ class Job:
         self.notes: list[str] = []
         self.reason: str | None = None                       # why it has failed
         self.scan: Scan | None = None
+        self.prepared: Preprocessed | None = None
+        self.projection: Projection | None = None
+        self.large = False
 
     def is_large(self) -> bool:
-        """Whether two of its kind at a time would take too much memory."""
-        return self.scan is not None and self.scan.hu.nbytes > LARGE_BYTES
+        """Whether two of its kind at a time would take too much memory. Then it is not read before project()."""
+        return self.large
 
     @stage
-    def read(self) -> None:
-        with self._timed("read"):
-            self.scan = self.held.enter_context(open_scan(self.source))
+    def read(self, alone: bool = False) -> None:
+        """Not of a large scan, unless no other one is in memory: alone."""
+        if not alone and _hu_bytes(self.source) > LARGE_BYTES:
+            self.large = True
+            return
+        with self._timed("read"), ExitStack() as opened:
+            scan = opened.enter_context(open_scan(self.source))
+            if not alone and scan.hu.nbytes > LARGE_BYTES:       # compressed, or in an archive
+                self.large = True
+                return
+            self.scan = scan
+            self.held.push(opened.pop_all())
         with self._timed("standardise"):
             self.prepared = self.projector.prepare(self.scan)
 
-    @stage
     def project(self) -> None:
+        if self.large:
+            self.read(alone=True)
+        self._project()
+
+    @stage
+    def _project(self) -> None:
         self.projection = self.projector(self.scan, self.prepared)
         self.seconds |= self.projection.seconds
 
@@ -292,6 +345,7 @@ class Job:
                 rows = {"scan": scan, "slices": [], "seconds": {}}
             found = {**self.made, "origin": origin(self.source), **rows}
             (folder / "result.json").write_text(json.dumps(found), encoding="utf-8")
+        self.scan = self.prepared = self.projection = None       # now, and not when all threads have forgotten the job
         if self.reason is not None:
             return f"FAILED, {self.reason}"
         return f"score {scan['score']:.3f}, {scan['seconds']:.1f} s"
@@ -312,13 +366,17 @@ class Job:
 # ---------------------------------------------------------------------------------------------------------------
 # Collecting
 
-def collect(out: Path, sources: list[ScanSource], key: dict) -> tuple[list[Result], list[str]]:
-    """Results of these scans made with `key`, and the ids of those that have none."""
+def collect(out: Path, sources: list[ScanSource], key: dict, writers: Iterable[str] = OUTPUTS
+            ) -> tuple[list[Result], list[str]]:
+    """Results of these scans, failed ones, too, and the ids of those that have none.
+
+    What was made with another key, of files as they were earlier, or with other outputs than `writers`, is none.
+    """
     results, missing = [], []
     for source in sources:
         folder = find_result_folder(out, source.scan_id)
         found = read_result(folder)
-        if found and found["key"] == key and not is_another(source, found):
+        if is_made_with(made_with(key, source, writers), source, found):
             results.append(_of(folder, found))
         else:
             missing.append(source.scan_id)

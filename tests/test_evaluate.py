@@ -502,6 +502,9 @@ def test_the_models_own_threshold_is_taken_from_run_json(results):
         at = report["scan"]["at_threshold"]
         assert code == 0 and at["threshold"] == 0.65 and "model's own" in at["threshold_source"]
         assert run(results, "--threshold", 0.7)[1]["scan"]["at_threshold"]["threshold"] == 0.7
+        began = {"calibration": calibration, "settings": {"scan_score": "max"}, "seconds": None}
+        run_json.write_text(json.dumps(began))                           # its scores are not there yet
+        assert run(results)[1]["scan"]["at_threshold"]["sensitivity"] == NO_THRESHOLD
         run_json.write_text(json.dumps({"calibration": None, "settings": {"scan_score": "max"}}))
         assert run(results)[1]["scan"]["at_threshold"]["sensitivity"] == NO_THRESHOLD
     finally:

@@ -14,7 +14,16 @@ import projector
 from common.files import FORMULA, from_cell, to_cell
 from ct.scan import ScanSource
 from detect.bundle import load_bundle
-from detect.folder import WORK, collect, project_one, read_result, result_folder, write_tables
+from detect.folder import (
+    OUTPUTS,
+    WORK,
+    collect,
+    made_with,
+    project_one,
+    read_result,
+    result_folder,
+    write_tables,
+)
 from detect.projection import Projector
 from tests.helpers import tiny_bundle
 
@@ -65,7 +74,8 @@ def test_tables_and_page_show_names_as_text(tmp_path):
     out = tmp_path / "out"
     sources = [ScanSource(name, "nifti", (Path("scan.nii"),), {"error": "no scan"}) for name in possible]
     for source in sources:
-        said = project_one(None, source, result_folder(out, source.scan_id), out / WORK, {"key": {}})
+        made = made_with({}, source, OUTPUTS)
+        said = project_one(None, source, result_folder(out, source.scan_id), out / WORK, made)
         assert said == "FAILED, no scan" and read_result(out / source.scan_id)["scan"]["scan_id"] == source.scan_id
     results, missing = collect(out, sources, {})
     assert len(results) == len(possible) and missing == []

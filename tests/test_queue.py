@@ -13,7 +13,9 @@ import resource
 import shutil
 import signal
 import time
+import weakref
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
@@ -288,6 +290,49 @@ def test_merge_refuses_what_was_made_with_other_settings(whole, tmp_path, capsys
     assert projector.main(["merge", str(tmp_path)]) == 2
 
 
+def test_merge_knows_whose_run_json_it_is(two, model, tmp_path, capsys, monkeypatch):
+    """A part with other settings, stopped before its first scan, gave the others' results its threshold."""
+    out, part, other = tmp_path / "out", ("--part", "0/1"), ("--threshold", "0.001", "--scan-score", "max")
+    run_json = out / "run.json"
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    assert projector.main(flags(two, model, out, *part)) == 0
+    assert projector.main(["merge", str(out)]) == 0
+    before = tables(out)
+    for way in (part, ()):
+        with monkeypatch.context() as patch:
+            patch.setattr(projector, "project", stopped)
+            assert projector.main(flags(two, model, out, *way, "--overwrite", *other)) == 130
+        assert json.loads(run_json.read_text())["threshold"] == 0.001    # a whole run's, too, from its beginning on
+        capsys.readouterr()
+        assert projector.main(["merge", str(out)]) == 2
+        assert "run.json: is of a run with another model" in capsys.readouterr().err
+        assert tables(out) == before
+        assert projector.main(flags(two, model, out, *part)) == 0        # the first one's again
+        assert projector.main(["merge", str(out)]) == 0
+        assert tables(out) == before and json.loads(run_json.read_text())["threshold"] is None
+    run_json.write_text("{")
+    assert projector.main(["merge", str(out)]) == 2
+    assert "or damaged" in capsys.readouterr().err
+
+
+def test_a_whole_run_that_leaves_a_scan_to_another_can_be_merged(two, model, tmp_path, capsys):
+    """It advised that, and had left no run.json to do it with."""
+    out = tmp_path / "out"
+    with Claims(out / WORK).hold("scan-001"):
+        assert projector.main(flags(two, model, out)) == 0
+    assert f"or projector.py merge {out}" in capsys.readouterr().out
+    assert projector.main(["merge", str(out)]) == 3
+    assert len((out / "scores.csv").read_text().splitlines()) == 2
+    assert "1 scans have no result: scan-001" in capsys.readouterr().err
+    finished = json.loads((out / "run.json").read_text())
+    assert finished["seconds"] > 0
+    projector.begin_report(out, {"key": finished["key"]})                # the next run of this key keeps it
+    assert json.loads((out / "run.json").read_text()) == finished
+
+
 def test_dicom_objects_of_a_zip_and_none_left_of_an_earlier_run(model, tmp_path):
     hu, _ = synthetic_head(slices=6, size=48, spacing_mm=(20.0, 4.8, 4.8))
     write_dicom_series(tmp_path / "series", hu, (20.0, 4.8, 4.8))
@@ -312,6 +357,91 @@ def test_a_scan_that_another_run_has_is_left_to_it(scans, model, whole, tmp_path
         assert not (out / "scores.csv").exists() and read_result(out / "scan-001") is None
     assert projector.main(flags(scans, model, out)) == 3
     assert tables(out) == tables(whole)
+
+
+@pytest.mark.parametrize("what", ["other files", "other outputs"])
+def test_a_result_that_is_out_of_date_is_none_while_another_run_redoes_it(two, model, tmp_path, capsys, what):
+    """The tables kept its row, as if it were of the scan as it is now, or had what was asked for."""
+    out, more = tmp_path / "out", ["--no-dicom-out"] if what == "other outputs" else []
+    assert projector.main(flags(two, model, out)) == 0
+    before, seconds = tables(out), (out / "seconds.csv").read_bytes()
+    if what == "other files":                                            # a new file: the old one is a link to others'
+        (two / "scan-001.nii").unlink()
+        shutil.copy(two / "scan-000.nii", two / "scan-001.nii")
+    with Claims(out / WORK).hold("scan-001"):
+        assert projector.main(flags(two, model, out, *more)) == 0
+        assert "1 scans are not finished by other runs, such as scan-001" in capsys.readouterr().out
+        assert (out / "seconds.csv").read_bytes() == seconds             # nothing was written
+    assert projector.main(flags(two, model, out, *more)) == 0
+    assert (tables(out) != before) == (what == "other files") and (out / "seconds.csv").read_bytes() != seconds
+
+
+def fail(place: Path) -> None:
+    """As if a scan could not be read for a moment."""
+    found = read_result(place)
+    found["scan"] = {"scan_id": place.name, "status": "failed", "reason": "the network was away"}
+    (place / "result.json").write_text(json.dumps(found | {"slices": [], "seconds": {}}))
+
+
+@pytest.mark.parametrize("earlier", ["failed", "out of date"])
+def test_what_a_process_that_died_was_to_redo_is_redone(two, scans, model, tmp_path, capsys, monkeypatch, earlier):
+    """An earlier result was taken for finished. What has failed in this run, however, is not tried twice."""
+    out = tmp_path / "out"
+    shutil.copy(scans / f"{BROKEN}.nii", two)
+    assert projector.main(flags(two, model, out, "--jobs", "1")) == 3
+    before = tables(out)
+    if earlier == "failed":
+        fail(out / "scan-000")
+    else:
+        copy = shutil.copy(two / "scan-000.nii", tmp_path)               # not of this time: the link's are others', too
+        (two / "scan-000.nii").unlink()
+        shutil.move(copy, two)
+    capsys.readouterr()
+
+    class Turns(list):
+        died = 1
+
+    @contextmanager
+    def one_dies(jobs, count, work, *args):
+        yield Turns([1, 2])                                              # 0 was the other one's
+
+    monkeypatch.setattr("detect.processes.shared", one_dies)
+    assert projector.main(flags(two, model, out, "--jobs", "2")) == 3
+    assert capsys.readouterr().out.count(f"{BROKEN}: FAILED") == 1
+    assert tables(out) == before
+
+
+@pytest.mark.parametrize("told_by", ["files", "reading"])
+def test_a_large_scan_is_in_memory_only_while_no_other_is(two, model, tmp_path, monkeypatch, told_by):
+    """Each process had its own read, and held it while it waited for its turn."""
+    read, held, opened, one_here = [], [], folder.open_scan, Claims.one_here
+    given_back = []
+
+    @contextmanager
+    def noted(source):
+        with opened(source) as scan:
+            read.append(weakref.ref(scan))
+            yield scan
+
+    def count() -> int:
+        return sum(scan() is not None for scan in read)
+
+    @contextmanager
+    def turn(claims):
+        held.append(count())
+        with one_here(claims):
+            yield
+
+    monkeypatch.setattr(folder, "open_scan", noted)
+    monkeypatch.setattr(Claims, "one_here", turn)
+    monkeypatch.setattr(folder.memory, "give_back", lambda: given_back.append(count()))
+    monkeypatch.setattr(folder, "LARGE_BYTES", 4 * 6 * 48 * 48 - 1)      # a scan's HU, and no other's
+    if told_by == "reading":
+        monkeypatch.setattr(folder, "HU_TO_FILES", 0)                    # as of files that are compressed
+    out, sources = tmp_path / "out", find_scans(two)
+    list(folder.project_all(Projector(load_bundle(model, precision="fp32")), sources, out))
+    assert held == [0, 0] and given_back == [0, 0, 0, 0] and len(read) == (2 if told_by == "files" else 4)
+    assert {read_result(out / source.scan_id)["scan"]["status"] for source in sources} == {"ok"}
 
 
 def test_two_runs_at_once_share_the_work(scans, model, whole, tmp_path):
@@ -480,7 +610,7 @@ def test_another_scan_of_the_same_name_takes_no_results_place(model, tmp_path, c
     one = Projector(load_bundle(model, precision="fp32"))
     with pytest.raises(ValueError, match="is another scan"):             # two runs at once, neither of which knew
         list(folder.project_all(one, find_scans(tuesday), out))
-    assert folder.collect(out, find_scans(tuesday), one.key()) == ([], ["scan-1"])
+    assert folder.collect(out, find_scans(tuesday), one.key(), [*OUTPUTS, "dicom"]) == ([], ["scan-1"])
 
     moved = shutil.move(monday, tmp_path / "elsewhere")                  # the same scan: nothing to do
     assert projector.main(flags(moved, model, out)) == 0 and made(capsys) == 0
