@@ -91,17 +91,17 @@ def encoder_row(repeats: int, preset: str = "ct128", model: ModelConfig | None =
     The reference is ours in float32, if that is not what the CPU does by itself.
     """
     model, config = model or train.PRESETS[preset].model(), train_encoder.PRESETS[preset]
-    meta = {"model": dataclasses.asdict(model), "data": {"settings": {"standardise": {"hu_clip": (-20.0, 100.0)}}}}
     torch.manual_seed(0)
     networks = {"generator_ema": Generator(model), "discriminator": Discriminator(model)}
-    gan = Snapshot(0, Path(), {name: net.state_dict() for name, net in networks.items()}, {}, meta)
+    gan = Snapshot(0, Path(), {name: net.state_dict() for name, net in networks.items()}, {},
+                   {"model": dataclasses.asdict(model)})
     brain = torch.zeros(config.batch, model.size, model.size, dtype=torch.bool)
     middle = slice(model.size // 8, -model.size // 8)
     brain[:, middle, middle] = True
     slices = {"hu": torch.where(brain, 30 + 5 * torch.randn(brain.shape), -20.0), "brain": brain}
     best = precisions[-1]
     whose = {best: best} if best == "fp32" else {REFERENCE: "fp32", best: best}
-    trainers = {who: InpaintingTrainer(dataclasses.replace(config, precision=precision), gan, CPU)
+    trainers = {who: InpaintingTrainer(dataclasses.replace(config, precision=precision), gan, (-20.0, 100.0), CPU)
                 for who, precision in whose.items()}
     examples = trainers[best].prepare(slices, torch.Generator().manual_seed(0))
     samples = side_by_side({name: (lambda one=one: one.learn(examples, 1, True)) for name, one in trainers.items()},

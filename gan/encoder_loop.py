@@ -46,7 +46,8 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
         if one:
             tell_of_seen(dataset.held_out_ids(), flag, folder, one)
     objective = CodeTrainer if config.code_channels else InpaintingTrainer if config.hide else EncoderTrainer
-    trainer = objective(config, snapshot, device, vgg16, lpips)
+    range_hu = dataset.manifest["settings"]["standardise"]["hu_clip"]
+    trainer = objective(config, snapshot, range_hu, device, vgg16, lpips)
     if first:
         trainer.start_from(first)
     meta = {"kind": "encoder", "config": dataclasses.asdict(config), "model": dataclasses.asdict(trainer.model),

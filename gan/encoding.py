@@ -30,9 +30,10 @@ class EncoderTrainer:
     BETAS = (0.9, 0.999)                 # Adam's
     PREPARE = None                       # what makes a step's examples of a batch from the database (dataset.Prepare)
 
-    def __init__(self, config: EncoderConfig, gan: Snapshot, device: torch.device, vgg16=None, lpips=None):
-        self.config, self.device = config, device
-        self.range_hu = tuple(gan.meta["data"]["settings"]["standardise"]["hu_clip"])       # of the slices
+    def __init__(self, config: EncoderConfig, gan: Snapshot, range_hu: tuple[float, float], device: torch.device,
+                 vgg16=None, lpips=None):
+        """range_hu: what the slices to train on are cut to; the GAN may have learnt from others."""
+        self.config, self.device, self.range_hu = config, device, tuple(range_hu)
         self.prepare = self.PREPARE and self.PREPARE(config, self.range_hu)
         torch.manual_seed(config.seed)                            # the same weights on every rank
         model = self.model = config.networks(gan.meta["model"])

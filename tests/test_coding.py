@@ -134,7 +134,7 @@ def test_a_component_of_a_few_codes_gets_no_share_and_few_codes_give_one():
 def trainer(gan_run, **changes) -> CodeTrainer:
     config = EncoderConfig(**{"code_channels": 4, "knee": 0.05, "lr_generator": 2e-3, "lr_trunk": 2e-3,
                               "precision": "fp32", "batch": 4, "rotate": 0, "flip": False, "jitter_hu": 0, **changes})
-    return CodeTrainer(config, load_snapshot(gan_run), torch.device("cpu"))
+    return CodeTrainer(config, load_snapshot(gan_run), (-20.0, 180.0), torch.device("cpu"))
 
 
 def examples(one, slices32) -> dict[str, torch.Tensor]:

@@ -99,10 +99,10 @@ def test_a_step_of_every_phase(device, precision):
 def test_a_step_of_the_encoders(device, precision, kind, preset):
     torch.manual_seed(0)
     networks = {"generator_ema": Generator(TINY), "discriminator": Discriminator(TINY)}
-    meta = {"model": dataclasses.asdict(TINY), "data": {"settings": {"standardise": {"hu_clip": (-20.0, 100.0)}}}}
-    gan = Snapshot(0, Path(), {name: net.state_dict() for name, net in networks.items()}, {}, meta)
+    weights = {name: net.state_dict() for name, net in networks.items()}
+    gan = Snapshot(0, Path(), weights, {}, {"model": dataclasses.asdict(TINY)})
     config = dataclasses.replace(train_encoder.PRESETS[preset], batch=4, precision=precision)
-    trainer = kind(config, gan, torch.device(device))
+    trainer = kind(config, gan, (-20.0, 100.0), torch.device(device))
     brain = torch.zeros(4, 32, 32, dtype=torch.bool)
     brain[:, 4:-4, 4:-4] = True
     slices = {"hu": torch.where(brain, 30 + 5 * torch.randn(brain.shape), -20.0), "brain": brain}

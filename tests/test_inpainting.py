@@ -12,17 +12,20 @@ import torch
 import latent_stats
 import train_encoder
 from common.weights import CheckpointError
+from ct.frame import PreprocessSettings
+from ct.standardise import StandardiseSettings
 from ct.window import decode, encode
-from dataset import SliceDataset
+from dataset import ScanRecord, SliceDataset, SliceWriter
 from detect.bundle import load_bundle
 from detect.inpainting import Inpainting, InpaintingSettings, blocks
 from detect.inversion import bone_mask
-from gan import corrupt, inpainting
+from gan import corrupt, encoder_loop, inpainting
 from gan.corrupt import hide
 from gan.inpainting import InpaintingTrainer, open_noise, weighted_distance
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot
 from model import Encoder, Generator, ModelConfig
+from tests.helpers import synthetic_head
 
 TINY = ModelConfig(size=32, style_dim=16, n_mlp=2, channel_max=16, encoder_noise=True, noise_channels=True,
                    encoder_masks=True, encoder_width=0.5, encoder_code=8)
@@ -111,13 +114,34 @@ def test_the_distance_by_hand():
 def trainer(gan_run, **changes) -> InpaintingTrainer:
     config = EncoderConfig(hide=1.0, knee=0.05, lr_generator=2e-3, lr_trunk=2e-3, encoder_width=0.5, encoder_code=8,
                            precision="fp32", batch=4, rotate=0, flip=False, jitter_hu=0, **changes)
-    return InpaintingTrainer(config, load_snapshot(gan_run), torch.device("cpu"))
+    return InpaintingTrainer(config, load_snapshot(gan_run), (-20.0, 180.0), torch.device("cpu"))
 
 
-def examples(one, slices32) -> dict[str, torch.Tensor]:
-    data = SliceDataset(slices32, "train")
-    slices = {key: torch.stack([data[i][key] for i in (2, 3, 4, 5)]) for key in ("hu", "brain")}
+def examples(one, slices, which=(2, 3, 4, 5)) -> dict[str, torch.Tensor]:
+    data = SliceDataset(slices, "train")
+    slices = {key: torch.stack([data[i][key] for i in which]) for key in ("hu", "brain")}
     return one.prepare(slices, torch.Generator().manual_seed(0))
+
+
+def test_bone_is_found_in_slices_cut_otherwise_than_the_gans(gan_run, tmp_path, monkeypatch):
+    """A GAN of -20..180 HU, an encoder's database of 0..70, where all that reaches 70 is bone."""
+    settings = PreprocessSettings(StandardiseSettings(size=32, hu_clip=(0.0, 70.0)))
+    with SliceWriter(tmp_path / "narrow.lmdb", settings.to_json()) as writer:
+        for name in ("train", "val"):
+            hu, brain = (x[5:8] for x in synthetic_head(slices=12, size=32, spacing_mm=(10.0, 7.0, 7.0)))
+            writer.add(ScanRecord.encode(name, hu.clip(0, 70), brain, np.array([30.0, 20.0, 10.0])), name, name)
+    trainers = []
+
+    def end(out, meta, one, *_):
+        trainers.append(one)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encoder_loop, "Run", end)
+    with pytest.raises(KeyboardInterrupt):
+        encoder_loop.train(EncoderConfig(hide=0.9, rotate=0), tmp_path / "narrow.lmdb", gan_run, tmp_path,
+                           torch.device("cpu"))
+    hu = examples(trainers[0], tmp_path / "narrow.lmdb", range(3))
+    assert trainers[0].range_hu == (0.0, 70.0) and hu["bone"].any((1, 2)).all()
 
 
 def test_the_loss_falls_on_slices_seen_again_and_again(gan_run, slices32):

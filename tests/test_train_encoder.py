@@ -21,6 +21,7 @@ from tests.helpers import GradientRecorder
 
 FLAGS = ["--preset", "smoke32", "--device", "cpu", "--precision", "fp32", "--batch", "4", "--epochs", "2",
          "--perceptual-epochs", "0.5", "--r1-every", "2"]
+RANGE = (-20.0, 180.0)                   # of slices32
 
 
 def run_encoder(data, gan, out, *flags) -> int:
@@ -124,7 +125,7 @@ def test_what_cannot_be_trained_exits_2(slices32, gan_run, encoder_run, tmp_path
 
 def test_the_loss_falls_on_a_batch_seen_again_and_again(gan_run):
     config = EncoderConfig(lr=3e-3, erase=0, rotate=0, flip=False, precision="fp32")
-    trainer = EncoderTrainer(config, load_snapshot(gan_run), torch.device("cpu"))
+    trainer = EncoderTrainer(config, load_snapshot(gan_run), RANGE, torch.device("cpu"))
     real = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5
     first, *_, last = (trainer.step(real, i, full=False)["perceptual"].item() for i in range(12))
     assert last < 0.9 * first
@@ -141,7 +142,7 @@ def recorded(gan_run) -> SimpleNamespace:
     """A full step of an encoder whose input is erased, with all that went through the networks; weights unchanged."""
     config = EncoderConfig(perceptual="pixels", knee=0.05, adversarial=0.3, domain=2.0, r1_gamma=6.0, r1_every=16,
                            erase=1.0, rotate=0, flip=False, precision="fp32")
-    trainer = EncoderTrainer(config, load_snapshot(gan_run), torch.device("cpu"))
+    trainer = EncoderTrainer(config, load_snapshot(gan_run), RANGE, torch.device("cpu"))
     trainer.e_opt, trainer.d_opt = GradientRecorder(trainer.e_opt), GradientRecorder(trainer.d_opt)
     real = 0.2 + 0.8 * torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     seen = SimpleNamespace(trainer=trainer, config=config, real=real, encoder=[], discriminator=[])
@@ -194,7 +195,7 @@ def test_r1_weighs_half_gamma_times_its_interval(recorded):
 
 
 def test_the_first_epochs_know_the_distance_alone(gan_run):
-    trainer = EncoderTrainer(EncoderConfig(precision="fp32"), load_snapshot(gan_run), torch.device("cpu"))
+    trainer = EncoderTrainer(EncoderConfig(precision="fp32"), load_snapshot(gan_run), RANGE, torch.device("cpu"))
     assert set(trainer.step(torch.zeros(2, 3, 32, 32), 0, full=False)) == {"perceptual"}
 
 
@@ -274,7 +275,7 @@ def test_coarse_noise_leaves_the_others_as_they_are():
 
 def test_rates_fall_evenly_over_the_last_part(gan_run):
     config = EncoderConfig(decay=0.5, lr=1e-4, lr_trunk=1e-3, lr_discriminator=1e-5, precision="fp32")
-    trainer = EncoderTrainer(config, load_snapshot(gan_run), torch.device("cpu"))
+    trainer = EncoderTrainer(config, load_snapshot(gan_run), RANGE, torch.device("cpu"))
     for done, factor in ((0.0, 1.0), (0.5, 1.0), (0.75, 0.5), (1.0, 0.0)):
         trainer.set_rates(done)
         rates = [group["lr"] for group in (*trainer.e_opt.param_groups, *trainer.d_opt.param_groups)]
@@ -302,7 +303,7 @@ def noise_run(slices32, gan_run, encoder_run, tmp_path_factory) -> Path:
 
 
 def test_a_run_starts_from_another_runs_weights(gan_run, encoder_run):
-    trainer = EncoderTrainer(EncoderConfig(noise=True), load_snapshot(gan_run), torch.device("cpu"))
+    trainer = EncoderTrainer(EncoderConfig(noise=True), load_snapshot(gan_run), RANGE, torch.device("cpu"))
     first = load_snapshot(encoder_run)
     trainer.start_from(first)
     for name, module in trainer.modules().items():
@@ -320,7 +321,7 @@ def test_the_noise_head_is_trained_and_kept(noise_run, encoder_run):
 
 
 def test_images_alone_are_drawn_with_the_generators_own_noise(gan_run, noise_run):
-    trainer = EncoderTrainer(EncoderConfig(noise=True), load_snapshot(gan_run), torch.device("cpu"))
+    trainer = EncoderTrainer(EncoderConfig(noise=True), load_snapshot(gan_run), RANGE, torch.device("cpu"))
     trainer.start_from(load_snapshot(noise_run))
     for layer in trainer.g.convs:
         layer.noise.weight.data += 1                       # what the GAN has not learnt to use would change nothing
