@@ -191,6 +191,9 @@ class EncoderConfig:
         check_range(self, ("code_channels",), 0)
         if self.code_channels and (self.hide or self.noise):
             raise ValueError("--code-channels: an objective of its own; leave out --hide and --noise")
+        if self.code_channels and not self.lr_generator:
+            raise ValueError(f"--code-channels {self.code_channels}: the generator's layers that read the code are new "
+                             "and would never learn with --lr-generator 0; give a rate above 0, such as 1e-3")
 
     def networks(self, gan: dict[str, Any]) -> ModelConfig:
         """The networks of a run on the GAN's, whose ModelConfig this is."""

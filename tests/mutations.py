@@ -369,6 +369,8 @@ MUTANTS = (
     Mutant("air is to be drawn exactly", "gan/coding.py",
            "(real <= self.low) & (fake < self.low)", "(real < self.low) & (fake < self.low)",
            "tests/test_coding.py -k beyond_a_cut"),
+    Mutant("layers that read a code stay random", "gan/settings.py",
+           "if self.code_channels and not self.lr_generator:", "if False:", "tests/test_coding.py -k would_not_learn"),
     Mutant("information costs less while the code holds too much", "gan/coding.py",
            "nats / self.config.code_nats - 1)", "1 - nats / self.config.code_nats)",
            "tests/test_coding.py -k information_costs"),

@@ -97,6 +97,14 @@ def test_too_few_channels_are_refused():
         EncoderConfig(code_channels=8, hide=0.5)
 
 
+def test_a_generator_that_would_not_learn_to_read_codes_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_encoder.main(["--data", "none.lmdb", "--gan", "none", "--out", str(tmp_path), "--code-channels", "8"])
+    assert stop.value.code == 2 and "--lr-generator 0; give a rate above 0" in (said := capsys.readouterr().err)
+    assert "--code-channels 8: " in said
+    assert EncoderConfig(code_channels=8, lr_generator=1e-3).code_channels == 8
+
+
 # ---- The prior
 
 def test_two_clouds_are_told_apart_and_drawn_again():
