@@ -185,7 +185,7 @@ def with_readers(trained: Trained, runs: list[Path], device: torch.device) -> li
 
 
 def with_reader(trained: Trained, run: Path, device: torch.device) -> Trained:
-    snapshot = load_reader(run, trained.provenance["encoder"])
+    snapshot = load_reader(run, trained.provenance)
     seen = not_held_out(trained.held_out_ids(), snapshot.meta, elsewhere=False)
     scans = [one for one in trained.held_out_ids() if one not in seen]
     tell_of_seen(scans, "--reader", run, snapshot)
@@ -200,14 +200,22 @@ def with_reader(trained: Trained, run: Path, device: torch.device) -> Trained:
     return dataclasses.replace(trained, scans=scans, make=make, provenance=trained.provenance | {"reader": facts})
 
 
-def load_reader(run: Path, encoder: dict[str, Any]) -> Snapshot:
-    """A run of --reader. ValueError unless it was trained beside this encoder, as a bundle's provenance has it."""
+def load_reader(run: Path, known: dict[str, Any]) -> Snapshot:
+    """A run of --reader. ValueError unless it was trained beside the encoder that a bundle's provenance knows."""
     snapshot = load_run(run, "--reader", "reader", "train_reader.py")
-    if (snapshot.meta["encoder"]["step"], snapshot.meta["encoder"]["data"]["digest"]) != (
-            encoder["images_seen"], encoder["data_digest"]):
+    its = provenance(snapshot.meta["encoder"]["step"], snapshot.meta["encoder"])
+    if not all(same_run(its[part], known[part]) for part in ("encoder", "gan")):
         raise ValueError(f"--reader {run}: was trained on another run of train_encoder.py than the encoder that "
                          "it is to read beside")
     return snapshot
+
+
+def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two of provenance()'s are one run, by all that these tell: settings that only one has are of a later
+    version."""
+    shared = one["config"].keys() & other["config"].keys()
+    return (one["images_seen"], one["data_digest"]) == (other["images_seen"], other["data_digest"]) and all(
+        one["config"][key] == other["config"][key] for key in shared)
 
 
 def reader_of(snapshot: Snapshot, device: torch.device) -> Reader:
@@ -244,14 +252,13 @@ def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings
         return Search(settings.reconstruction, networks["generator"], networks["encoder"], latent.to(device),
                       networks["discriminator"])
 
-    return Trained(dataset, data, snapshot.meta["model"], provenance(snapshot), make)
+    return Trained(dataset, data, snapshot.meta["model"], provenance(snapshot.step, snapshot.meta), make)
 
 
-def provenance(snapshot: Snapshot) -> dict[str, Any]:
-    """Where an encoder's weights come from. JSON-able; no paths."""
+def provenance(step: int, meta: dict[str, Any]) -> dict[str, Any]:
+    """Where the weights of an encoder's run come from, at a step. JSON-able; no paths."""
     def run(step: int, meta: dict) -> dict:
         return {"images_seen": step, "config": meta["config"], "data_digest": meta["data"]["digest"]}
 
-    gan = snapshot.meta["gan"]
-    return {"data": {key: snapshot.meta["data"][key] for key in ("digest", "counts")}, "gan": run(gan["step"], gan),
-            "encoder": run(snapshot.step, snapshot.meta)}
+    return {"data": {key: meta["data"][key] for key in ("digest", "counts")},
+            "gan": run(meta["gan"]["step"], meta["gan"]), "encoder": run(step, meta)}

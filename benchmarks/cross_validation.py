@@ -133,9 +133,9 @@ def open_readers(data: Path, folder: Path, runs: list[Path], device: torch.devic
     if reconstructor.name not in WITH_READER:
         raise ValueError(f"--reader: is for models of method {' or '.join(WITH_READER)}, {folder} is of "
                          f"{reconstructor.name}")
-    found, encoder = [], read_bundle_meta(folder)[0]["provenance"]["encoder"]
+    found, known = [], read_bundle_meta(folder)[0]["provenance"]
     for run in runs:
-        snapshot = load_reader(run, encoder)
+        snapshot = load_reader(run, known)
         one = copy.copy(reconstructor)
         one.reader = reader_of(snapshot, device)
         seen = not_held_out(held_out.scan_ids, snapshot.meta, elsewhere=False)

@@ -274,23 +274,24 @@ def test_slices_that_cannot_be_halved_so_often_are_refused(slices32, hiding_run,
     assert run(slices32, hiding_run, tmp_path / "run", "--depth", 5, "--epochs", 0.1) == 0
 
 
-def with_held_out(run, held_out, copy):
-    """A copy of a run that says it held these scans out; None: an older run, which does not say."""
+def with_meta(run, copy, change):
+    """A copy of a run whose meta change(meta) has changed."""
     shutil.copytree(run, copy)
     path = copy / load_snapshot(run).path.name / "meta.json"
     content = json.loads(path.read_text())
-    del content["meta"]["held_out"]
-    if held_out:
-        content["meta"]["held_out"] = held_out
+    change(content["meta"])
     write_json(path, {key: value for key, value in content.items() if key != "digest"})
     return copy
 
 
-@pytest.mark.parametrize("held_out", (["another"], None))
-def test_a_database_that_holds_out_what_the_encoder_may_have_seen_is_refused(held_out, hiding_run, slices32, tmp_path,
-                                                                             capsys):
-    assert run(slices32, with_held_out(hiding_run, held_out, tmp_path / "encoder"), tmp_path / "r") == 2
-    assert "hold out scans that it has not seen" in capsys.readouterr().err
+def with_held_out(run, held_out, copy):
+    """A copy of a run that says it held these scans out; None: an older run, which does not say."""
+    def change(meta):
+        del meta["held_out"]
+        if held_out:
+            meta["held_out"] = held_out
+
+    return with_meta(run, copy, change)
 
 
 @pytest.mark.parametrize(("held_out", "told"), ((["another"], True), (["another", "head2"], False), (None, False)))
@@ -302,6 +303,13 @@ def test_first_weights_that_may_have_seen_what_is_held_out_are_told_of(held_out,
 
     with_held_out(reader_run, held_out, tmp_path / "first")
     assert run(slices32, hiding_run, tmp_path / "r", "--init", tmp_path / "first", "--epochs", 0.25) == 0
+@pytest.mark.parametrize("held_out", (["another"], None))
+def test_a_database_that_holds_out_what_the_encoder_may_have_seen_is_refused(held_out, hiding_run, slices32, tmp_path,
+                                                                             capsys):
+    assert run(slices32, with_held_out(hiding_run, held_out, tmp_path / "encoder"), tmp_path / "r") == 2
+    assert "hold out scans that it has not seen" in capsys.readouterr().err
+
+
     assert warned("--init") == told
     shutil.rmtree(tmp_path / "first")
     with_held_out(gan_run, held_out, tmp_path / "first")
@@ -511,3 +519,18 @@ def test_a_reader_of_another_encoder_or_method_is_refused(reader_run, hiding_run
     assert "another run of train_encoder.py" in capsys.readouterr().err
     assert latent_stats.main([str(flag) for flag in (*flags, "--encoder", hiding_run, "--set", "method=search")]) == 2
     assert "--reader: for method=inpainting or inversion" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", (lambda meta: meta["config"].update(seed=1),
+                                    lambda meta: meta["gan"]["config"].update(seed=1)))
+def test_encoders_of_one_database_and_length_are_told_apart(change, reader_run, hiding_run, slices32, tmp_path, capsys):
+    """By their settings and their GAN's; what a later version's settings have besides is no difference."""
+    def made(encoder, *more):
+        return latent_stats.main([str(flag) for flag in ("--data", slices32, "--encoder", encoder, "--out", out,
+                                                         "--preset", "ct128", "--reader", reader_run, *more)])
+
+    out = tmp_path / "model"
+    assert made(with_meta(hiding_run, tmp_path / "other", change)) == 2
+    assert "another run of train_encoder.py" in capsys.readouterr().err and not out.exists()
+    older = with_meta(hiding_run, tmp_path / "older", lambda meta: meta["config"].pop("gated"))
+    assert made(older, "--calibrate", "none", "--set", "measure=votes", "scan_score=mean") == 0
