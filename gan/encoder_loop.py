@@ -126,6 +126,10 @@ def train_reader(config: ReaderConfig, data: Path, encoder: Path, out: Path, dev
     held_out, others = in_folds(dataset, fold)
     slices = ConcatDataset([dataset, *[others] * max(1, round(len(dataset) / len(others)))] if others else [dataset])
     if first:
+        if (widths := first.meta["model"]["widths"]) != list(config.widths()):
+            raise CheckpointError(f"--init {init}: a reader of channels {widths}, this one is to have "
+                                  f"{list(config.widths())}; give --width {widths[0]} --depth {len(widths)} as there, "
+                                  "or leave --init out")
         tell_of_seen(held_out.scan_ids, "--init", init, first)
     settings = InpaintingSettings() if snapshot.meta["model"].get("encoder_masks") else InversionSettings()
     method = method_of(snapshot, settings, device, distributed.pick_precision(config.precision, device))

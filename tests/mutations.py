@@ -721,6 +721,8 @@ MUTANTS = (
     Mutant("a reader of an earlier version's encoder is refused", "bundling.py",
            'one["config"].keys() & other["config"].keys()', 'one["config"].keys() | other["config"].keys()',
            "tests/test_train_reader.py -k told_apart"),
+    Mutant("a reader begins with weights that do not fit", "gan/encoder_loop.py",
+           "!= list(config.widths()):", "is None:", "tests/test_train_reader.py -k another_width"),
     Mutant("a fold's reader learns from its own fold", "gan/encoder_loop.py",
            "for part in (here, set(held_out.scan_ids) - set(here)))", "for part in (here, set(held_out.scan_ids)))",
            "tests/test_train_reader.py -k half_of_what"),

@@ -228,6 +228,15 @@ def test_another_run_gives_the_first_weights(reader_run, hiding_run, slices32, t
     assert all(torch.allclose(mine[key], first[key], atol=1e-6) for key in first)
 
 
+@pytest.mark.parametrize("flags", (("--width", 48), ("--depth", 3)))
+def test_first_weights_of_another_width_or_depth_are_refused(flags, reader_run, hiding_run, slices32, tmp_path, capsys):
+    assert run(slices32, hiding_run, tmp_path / "run", "--init", reader_run, *flags) == 2
+    wanted = [48, 64] if "--width" in flags else [24, 32, 48]
+    assert (f"--init {reader_run}: a reader of channels [24, 32], this one is to have {wanted}; "
+            "give --width 24 --depth 2") in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_ranks_train_one_reader_and_one_goes_on(slices32, hiding_run, tmp_path):
     flags = ["--data", slices32, "--encoder", hiding_run, "--out", tmp_path / "run", "--preset", "smoke32", "--device",
              "cpu", "--precision", "fp32", "--batch", 2]
@@ -294,6 +303,13 @@ def with_held_out(run, held_out, copy):
     return with_meta(run, copy, change)
 
 
+@pytest.mark.parametrize("held_out", (["another"], None))
+def test_a_database_that_holds_out_what_the_encoder_may_have_seen_is_refused(held_out, hiding_run, slices32, tmp_path,
+                                                                             capsys):
+    assert run(slices32, with_held_out(hiding_run, held_out, tmp_path / "encoder"), tmp_path / "r") == 2
+    assert "hold out scans that it has not seen" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("held_out", "told"), ((["another"], True), (["another", "head2"], False), (None, False)))
 def test_first_weights_that_may_have_seen_what_is_held_out_are_told_of(held_out, told, hiding_run, reader_run, gan_run,
                                                                        slices32, tmp_path, capsys):
@@ -303,13 +319,6 @@ def test_first_weights_that_may_have_seen_what_is_held_out_are_told_of(held_out,
 
     with_held_out(reader_run, held_out, tmp_path / "first")
     assert run(slices32, hiding_run, tmp_path / "r", "--init", tmp_path / "first", "--epochs", 0.25) == 0
-@pytest.mark.parametrize("held_out", (["another"], None))
-def test_a_database_that_holds_out_what_the_encoder_may_have_seen_is_refused(held_out, hiding_run, slices32, tmp_path,
-                                                                             capsys):
-    assert run(slices32, with_held_out(hiding_run, held_out, tmp_path / "encoder"), tmp_path / "r") == 2
-    assert "hold out scans that it has not seen" in capsys.readouterr().err
-
-
     assert warned("--init") == told
     shutil.rmtree(tmp_path / "first")
     with_held_out(gan_run, held_out, tmp_path / "first")
