@@ -158,7 +158,8 @@ class EncoderConfig:
                                 "encoder's input only: it learns to look past them")
     hide: float = option(0.0, "probability that parts of an image are hidden from the encoder, which draws with the "
                               "generator what is there (gan/inpainting.py). Above 0 this is the objective: --shapes to "
-                              "--encoder-code have a part in it, --perceptual, --coarse, --erase and --noise none")
+                              "--encoder-code have a part in it, --domain, --perceptual, --pixels, --noise, "
+                              "--code-alone, --erase and --coarse none")
     gated: float = option(0.0, "with --hide, in the part with the adversary: of this part of the images is hidden what "
                                "the networks find anomalous in them, as in a new scan")
     shapes: float = option(0.5, "probability of shapes that do not belong there, to be drawn without them")
