@@ -5,7 +5,6 @@ Perceptual distances: distance(features(x), features(y)) -> [B]; the query's fea
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -85,7 +84,7 @@ class LpipsPerceptual(nn.Module):
         with torch.device("meta"):                                   # drawing 138 M initial weights takes seconds
             net = build_vgg16(weights=None)
         try:
-            net.load_state_dict(_load_state(vgg16, "--vgg16"), assign=True)
+            net.load_state_dict(load_state(vgg16, "--vgg16"), assign=True)
         except RuntimeError as error:
             raise ValueError(f"--vgg16 {vgg16}: not the state dict of torchvision's vgg16") from error
         self.net = net.features[: self.STAGES[-1] + 1].float().eval().requires_grad_(False)
@@ -94,10 +93,13 @@ class LpipsPerceptual(nn.Module):
                 layer.inplace = False
         self.weights = None
         if lpips is not None:
-            state, names = _load_state(lpips, "--lpips"), [f"lin{i}.model.1.weight" for i in range(len(self.STAGES))]
-            if missing := [name for name in names if name not in state]:
+            state = load_state(lpips, "--lpips")
+            shapes = {f"lin{i}.model.1.weight": (1, self.net[stage - 1].out_channels, 1, 1)
+                      for i, stage in enumerate(self.STAGES)}         # LPIPS of other networks has the same names
+            if missing := [f"{name} of shape {list(shape)}" for name, shape in shapes.items()
+                           if getattr(state.get(name), "shape", None) != shape]:
                 raise ValueError(f"--lpips {lpips}: no {', '.join(missing)}; give the linear weights of LPIPS-VGG")
-            self.weights = nn.ParameterList(nn.Parameter(state[name], requires_grad=False) for name in names)
+            self.weights = nn.ParameterList(nn.Parameter(state[name], requires_grad=False) for name in shapes)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).reshape(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).reshape(1, 3, 1, 1))
 
@@ -120,10 +122,11 @@ class LpipsPerceptual(nn.Module):
         return total
 
 
-def _load_state(path: Path | str, flag: str) -> dict[str, torch.Tensor]:
+def load_state(path: Path | str, flag: str) -> dict[str, torch.Tensor]:
+    """The state dict in a file that a flag names. Raises ValueError naming both."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:       # of text or damaged bytes the unpickler raises whatever the first odd one leads to
         raise ValueError(f"{flag} {path}: cannot be read as a state dict ({type(error).__name__})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{flag} {path}: expected a state dict, found a {type(state).__name__}")

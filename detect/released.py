@@ -36,9 +36,10 @@ def read_networks(path: str | Path) -> tuple[ModelConfig, list[dict[str, torch.T
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):      # training flags: no code
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:       # of text or damaged bytes the unpickler raises whatever the first odd one leads to
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {forbidden[1]}, not executed" if forbidden else str(error).splitlines()[0]
+        said = f"it asks for {forbidden[1]}, not executed" if forbidden else f"{type(error).__name__}: {error}"
+        reason = said.splitlines()[0]
         raise CheckpointError(f"{path}: not a checkpoint of tensors and plain values, or damaged ({reason}); "
                               "fetch it again") from error
     missing = [key for key in STATE_DICTS if not isinstance(content, dict) or key not in content]

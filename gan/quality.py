@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
+from detect.perceptual import load_state
 from op import binomial_kernel, upfirdn2d
 
 
@@ -82,10 +85,13 @@ class InceptionFeatures:
     These are not the weights of the original FID, so figures compare only with one another.
     """
 
-    def __init__(self, weights: str, device: torch.device):
+    def __init__(self, weights: Path | str, device: torch.device):
         from torchvision.models import inception_v3
         net = inception_v3(weights=None, aux_logits=True, init_weights=False)
-        net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        try:
+            net.load_state_dict(load_state(weights, "--inception"))
+        except RuntimeError as error:
+            raise ValueError(f"--inception {weights}: not the state dict of torchvision's inception_v3") from error
         net.fc = torch.nn.Identity()
         self.net, self.device = net.eval().requires_grad_(False).to(device), device
 

@@ -407,6 +407,9 @@ def test_released_weights_can_be_tested(xrays, tmp_path):
     torch.save({**state, "main.0.weight": torch.zeros(3)}, tmp_path / "bad-G.ckpt")
     with pytest.raises(CheckpointError, match=r"main.0.weight is \[3\], expected \[64, 3, 7, 7\]"):
         weights.find_model(tmp_path / "bad-G.ckpt")
+    (tmp_path / "text-G.ckpt").write_text("hello")
+    with pytest.raises(CheckpointError, match="text-G.ckpt: cannot be read as a state dict"):
+        weights.find_model(tmp_path / "text-G.ckpt")
 
 
 def test_a_shipped_model_is_half_precision_and_scores_alike(finished, tmp_path):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torchvision.models import vgg16
 
 from detect.perceptual import DiscriminatorPerceptual, build_perceptual, pixel_distance, prior_excess
 from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, path_lengths, r1_penalty
@@ -129,10 +130,23 @@ def test_perceptual_distance_by_hand():
 def test_files_that_hold_no_weights_name_their_flag(tmp_path):
     torch.save({"bias": torch.zeros(1)}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "hello.pth").write_text("hello")                      # a KeyError of the unpickler's
     with pytest.raises(ValueError, match="--vgg16 .*other.pth: not the state dict of torchvision's vgg16"):
         build_perceptual("lpips", None, 0.0, vgg16=tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="--vgg16 .*text.pth: cannot be read as a state dict"):
-        build_perceptual("lpips", None, 0.0, vgg16=tmp_path / "text.pth")
+    for name in ("text.pth", "hello.pth"):
+        with pytest.raises(ValueError, match=f"--vgg16 .*{name}: cannot be read as a state dict"):
+            build_perceptual("lpips", None, 0.0, vgg16=tmp_path / name)
+
+
+def test_linear_weights_of_another_network_are_refused(tmp_path):
+    """LPIPS-AlexNet's, which have the same names."""
+    with torch.device("meta"):
+        state = vgg16().state_dict()
+    torch.save({name: torch.zeros(1).expand(t.shape) for name, t in state.items()}, tmp_path / "vgg16.pth")
+    torch.save({f"lin{i}.model.1.weight": torch.ones(1, channels, 1, 1)
+                for i, channels in enumerate((64, 192, 384, 256, 256))}, tmp_path / "alex.pth")
+    with pytest.raises(ValueError, match=r"--lpips .*alex.pth: no lin1.model.1.weight of shape \[1, 128, 1, 1\], lin2"):
+        build_perceptual("lpips", None, 0.0, vgg16=tmp_path / "vgg16.pth", lpips=tmp_path / "alex.pth")
 
 
 def test_missing_weights_name_their_flag(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from ct.window import decode
 from gan import loop
-from gan.quality import errors_hu, frechet_distance, laplacian_pyramid, means, sliced_wasserstein
+from gan.quality import InceptionFeatures, errors_hu, frechet_distance, laplacian_pyramid, means, sliced_wasserstein
 from op import binomial_kernel, upfirdn2d
 
 
@@ -83,6 +83,17 @@ def test_the_mean_of_nothing_is_left_out_and_what_is_not_finite_is_not():
     assert means({"all": errors_hu(hu + 3, hu, ~where), "none": errors_hu(hu + 3, hu, where)}) == {"all": 3.0}
     drawn = torch.tensor([[[math.nan, 0.0], [0.0, 0.0]]])
     assert math.isnan(means({"none": errors_hu(drawn, hu, where)})["none"])
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"hello", "cannot be read as a state dict"),
+                                               (b"no weights", "cannot be read as a state dict"),
+                                               ({"bias": torch.zeros(1)}, "not the state dict of torchvision's inc"),
+                                               ([1, 2], "expected a state dict, found a list")])
+def test_a_file_that_is_not_inceptions_is_refused(content, said, tmp_path):
+    path = tmp_path / "inception.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=f"--inception {path}: {said}"):
+        InceptionFeatures(path, torch.device("cpu"))
 
 
 class Held:
