@@ -116,7 +116,7 @@ def build_anew(model: Path, data: Path, changes: Sequence[str], out: Path, devic
     """
     bundle, dataset = load_bundle(model, device, precision), SliceDataset(data, "val")
     settings = bundle.settings.changed(changes)
-    bundle, provenance = bundle.with_settings(settings), bundle.meta["provenance"] or {}
+    bundle, known = bundle.with_settings(settings), bundle.meta["provenance"] or {}
     reconstructor = bundle.reconstructor
     if (out / "model.json").exists() and not overwrite:
         raise CheckpointError(f"--out {out}: holds a model bundle; pass --overwrite, or another folder")
@@ -125,9 +125,8 @@ def build_anew(model: Path, data: Path, changes: Sequence[str], out: Path, devic
                          f"{reconstructor.size}; prepare them with --like {model}")
     if getattr(reconstructor, "reader", None) and not getattr(settings.scoring, "read", 0):
         reconstructor.reader = None
-        provenance = {key: value for key, value in provenance.items() if key not in ("reader", "readers")}
-    if "readers" in provenance and any(is_of(dataset, part) for part in (provenance.get("data"),
-                                                                         provenance.get("held_out"))):
+        known = {key: value for key, value in known.items() if key not in ("reader", "readers")}
+    if "readers" in known and any(is_of(dataset, known.get(part)) for part in ("data", "held_out")):
         raise ValueError(f"--encoder {model}: its reader has learnt from some of the scans that --data {data} holds "
                          "out, and would find too little in them: leave it out with --set read=0, or make the model "
                          "from its runs, with all --reader")
@@ -137,17 +136,16 @@ def build_anew(model: Path, data: Path, changes: Sequence[str], out: Path, devic
     if bundle.preprocessing and PreprocessSettings.from_json(stored) != bundle.preprocessing:
         print(f"note: {data} was prepared in another way than for {model}, and so will new scans be: {stored}; for the "
               f"same way prepare.py --like {model}", flush=True)
-    check_held_out(settings, [Trained(dataset, data, reconstructor.config(), provenance, lambda: reconstructor)])
+    check_held_out(settings, [Trained(dataset, data, reconstructor.config(), known, lambda: reconstructor)])
 
     measure = MEASURES[settings.measure](settings.scoring, settings.mask)
     calibration, fitted = calibrate([Fold(reconstructor, dataset)], measure, lambda line: print(line, flush=True))
     if calibration["threshold"]["reason"]:
         print(f"no threshold: {calibration['threshold']['reason']}")
-    provenance |= {"name": name or out.name,
-                   "held_out": {key: dataset.manifest[key] for key in ("digest", "counts")}}
-    if notes is not None:
-        provenance["calibration_notes"] = notes
-    meta = {"preprocessing": stored, "calibration": calibration, "provenance": provenance}
+    known = known | {"name": name or out.name,
+                     "held_out": {key: dataset.manifest[key] for key in ("digest", "counts")},
+                     "calibration_notes": notes or "calibrated anew: what other notes say of a calibration is of before"}
+    meta = {"preprocessing": stored, "calibration": calibration, "provenance": known}
     return save_bundle(out, reconstructor, settings, meta, fitted.normal, overwrite=overwrite)
 
 

@@ -97,7 +97,7 @@ MUTANTS = (
            'known["counts"].get("val") == dataset.manifest["counts"].get("val"))', "False)",
            "tests/test_latent_stats.py -k known_by_digest"),
     Mutant("a model that is calibrated anew forgets its reader's scans", "bundling.py",
-           'if "readers" in provenance and any(', "if any(() and ", "tests/test_train_reader.py -k leave_it_out"),
+           'if "readers" in known and any(', "if any(() and ", "tests/test_train_reader.py -k leave_it_out"),
     Mutant("how close the normal comes is taken after the noise", "detect/search.py",
            "drawn_hu=by_code)", "drawn_hu=decode(run.image).cpu())", "tests/test_projection.py -k before_texture"),
     Mutant("percentile for another version's scores", "detect/projection.py",
