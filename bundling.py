@@ -144,7 +144,7 @@ def build_anew(model: Path, data: Path, changes: Sequence[str], out: Path, devic
         print(f"no threshold: {calibration['threshold']['reason']}")
     known = known | {"name": name or out.name,
                      "held_out": {key: dataset.manifest[key] for key in ("digest", "counts")},
-                     "calibration_notes": notes or "calibrated anew: what other notes say of a calibration is of before"}
+                     "calibration_notes": notes or "anew: what other notes say of a calibration was before"}
     meta = {"preprocessing": stored, "calibration": calibration, "provenance": known}
     return save_bundle(out, reconstructor, settings, meta, fitted.normal, overwrite=overwrite)
 
