@@ -772,6 +772,8 @@ MUTANTS = (
     Mutant("a first start from now reads all", "pacs/node.py",
            "self.state.advance(newest.sequence if from_now else 0)", "self.state.advance(0)",
            "tests/test_pacs.py -k newest_entries"),
+    Mutant("with a full queue in which nothing can go on Orthanc is asked without a pause", "pacs/node.py",
+           " and self._untried() < self.queue", "", "tests/test_pacs.py -k full_queue"),
     Mutant("a study sent again stays done", "pacs/node.py",
            "bool(self.orthanc.find(row[\"objects\"][-1], row[\"study\"]))", "True",
            "tests/test_pacs.py -k when_it_was_deleted"),
