@@ -20,6 +20,7 @@ from detect.bundle import load_bundle, save_bundle
 from detect.calibration import Fold, Trained, calibrate, check_held_out, open_file
 from detect.codes import fit_codes
 from detect.measure import MEASURES
+from detect.normative import Normal
 from detect.options import StatsConfig
 from detect.reader import Reader
 from detect.reconstruct import Reconstructor
@@ -51,8 +52,7 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
     readers: runs of train_reader.py; each calibrates by the scans that it has not seen, and the first one is kept.
     """
     # ---- Set up
-    if (out / "model.json").exists() and not overwrite:
-        raise CheckpointError(f"--out {out}: holds a model bundle; pass --overwrite, or another folder")
+    refuse_bundle(out, overwrite)
     by_surprise = settings.measure == "surprise"
     if config.calibrate == "none" and (further or by_surprise):
         raise ValueError(f"--calibrate none: {'--fold' if further else 'measure=surprise'} is of no use without the "
@@ -92,12 +92,23 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
                                   SliceDataset(one.path, "val", check=False, scans=one.scans)))
         normal = None
         if folds:
-            measure = MEASURES[settings.measure](settings.scoring, settings.mask)
-            meta["calibration"], fitted = calibrate(folds, measure, lambda line: print(line, flush=True))
-            normal = fitted.normal
-            if meta["calibration"]["threshold"]["reason"]:
-                print(f"no threshold: {meta['calibration']['threshold']['reason']}")
+            meta["calibration"], normal = calibration_of(folds, settings)
     return save_bundle(out, first, settings, meta, normal, overwrite=overwrite)
+
+
+def refuse_bundle(out: Path, overwrite: bool) -> None:
+    """CheckpointError, before any work, where --out holds a bundle that is to stay."""
+    if (out / "model.json").exists() and not overwrite:
+        raise CheckpointError(f"--out {out}: holds a model bundle; pass --overwrite, or another folder")
+
+
+def calibration_of(folds: Sequence[Fold], settings: Settings) -> tuple[dict[str, Any], Normal | None]:
+    """The calibration by folds, JSON-able, and the measure's statistics of healthy residuals, if it has any."""
+    measure = MEASURES[settings.measure](settings.scoring, settings.mask)
+    calibration, fitted = calibrate(folds, measure, lambda line: print(line, flush=True))
+    if calibration["threshold"]["reason"]:
+        print(f"no threshold: {calibration['threshold']['reason']}")
+    return calibration, fitted.normal
 
 
 def is_bundle(folder: Path) -> bool:
@@ -114,12 +125,11 @@ def build_anew(model: Path, data: Path, changes: Sequence[str], out: Path, devic
     changes: KEY=VALUE over its settings. New scans are then prepared as those of the database are. Raises as build(),
     and ValueError for scans that are known to be among those it was calibrated on, and its reader trained.
     """
+    refuse_bundle(out, overwrite)
     bundle, dataset = load_bundle(model, device, precision), SliceDataset(data, "val")
     settings = bundle.settings.changed(changes)
     bundle, known = bundle.with_settings(settings), bundle.meta["provenance"] or {}
     reconstructor = bundle.reconstructor
-    if (out / "model.json").exists() and not overwrite:
-        raise CheckpointError(f"--out {out}: holds a model bundle; pass --overwrite, or another folder")
     if dataset.size != reconstructor.size:
         raise ValueError(f"--data {data}: slices of {dataset.size} pixels, --encoder {model} takes "
                          f"{reconstructor.size}; prepare them with --like {model}")
@@ -138,15 +148,12 @@ def build_anew(model: Path, data: Path, changes: Sequence[str], out: Path, devic
               f"same way prepare.py --like {model}", flush=True)
     check_held_out(settings, [Trained(dataset, data, reconstructor.config(), known, lambda: reconstructor)])
 
-    measure = MEASURES[settings.measure](settings.scoring, settings.mask)
-    calibration, fitted = calibrate([Fold(reconstructor, dataset)], measure, lambda line: print(line, flush=True))
-    if calibration["threshold"]["reason"]:
-        print(f"no threshold: {calibration['threshold']['reason']}")
+    calibration, normal = calibration_of([Fold(reconstructor, dataset)], settings)
     known = known | {"name": name or out.name,
                      "held_out": {key: dataset.manifest[key] for key in ("digest", "counts")},
                      "calibration_notes": notes or "anew: what other notes say of a calibration was before"}
     meta = {"preprocessing": stored, "calibration": calibration, "provenance": known}
-    return save_bundle(out, reconstructor, settings, meta, fitted.normal, overwrite=overwrite)
+    return save_bundle(out, reconstructor, settings, meta, normal, overwrite=overwrite)
 
 
 def is_of(dataset: SliceDataset, known: dict[str, Any] | None) -> bool:

@@ -101,12 +101,14 @@ def prepare(args: argparse.Namespace) -> int:
     from ct.scan import printable
     from gan.database import build_lmdb
 
-    settings, hu_clip = PreprocessSettings(StandardiseSettings(size=args.size, bone_apart=args.bone_apart),
-                                           slab_mm=args.slab_mm, min_brain_fraction=args.min_brain_fraction,
-                                           max_below_vertex_mm=args.max_below_vertex_mm), args.hu_clip
     if args.like:
         settings = preprocessing_of(args.like)
         hu_clip = settings.standardise.hu_clip
+    else:
+        settings = PreprocessSettings(StandardiseSettings(size=args.size, bone_apart=args.bone_apart),
+                                      slab_mm=args.slab_mm, min_brain_fraction=args.min_brain_fraction,
+                                      max_below_vertex_mm=args.max_below_vertex_mm)
+        hu_clip = args.hu_clip
     manifest = build_lmdb(args.scans, args.out, settings, hu_clip=hu_clip,
                           val_fraction=args.val_fraction, seed=args.seed, split_csv=args.split,
                           patients_csv=args.patients, slices_csv=args.slices, leave_out_csv=args.leave_out,
