@@ -88,7 +88,8 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
             first = first or reconstructor
             if config.calibrate == "val":
                 path = save_bundle(Path(folder) / str(i), reconstructor, settings, meta)
-                folds.append(Fold(load_bundle(path, device, config.precision).reconstructor,
+                saved = load_bundle(path, device, config.precision)
+                folds.append(Fold(saved.with_settings(settings).reconstructor,             # a bundle names no files
                                   SliceDataset(one.path, "val", check=False, scans=one.scans)))
         normal = None
         if folds:
@@ -130,6 +131,7 @@ def build_anew(model: Path, data: Path, changes: Sequence[str], out: Path, devic
     settings = bundle.settings.changed(changes)
     bundle, known = bundle.with_settings(settings), bundle.meta["provenance"] or {}
     reconstructor = bundle.reconstructor
+    reconstructor.check()
     if dataset.size != reconstructor.size:
         raise ValueError(f"--data {data}: slices of {dataset.size} pixels, --encoder {model} takes "
                          f"{reconstructor.size}; prepare them with --like {model}")

@@ -49,7 +49,7 @@ BUNDLE_META = ("preprocessing", "calibration", "provenance")        # required; 
 class Bundle:
     """A model ready to project: networks in eval mode with frozen float32 weights, on one device.
 
-    settings      those that it is calibrated for
+    settings      those that it is calibrated for, or with_settings() has been given
     meta          model.json: the keys BUNDLE_META, settings, versions, config, files, format_version
     weights_hash  SHA-256 over all weight files: names the weights that a result was made with
     """

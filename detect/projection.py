@@ -84,12 +84,13 @@ class Projector:
     def __init__(self, bundle: Bundle, settings: Settings | None = None,
                  preprocessing: PreprocessSettings | None = None, threshold: float | None = None,
                  alarm_rate: float | None = None):
-        self.calibrated_for = bundle.settings
+        self.calibrated_for = Settings.from_json(bundle.meta["settings"])     # whatever with_settings() has made of it
         self.bundle = bundle if settings is None else bundle.with_settings(settings)
         self.preprocessing = preprocessing or bundle.preprocessing
         if self.preprocessing is None:
             raise ValueError("the bundle does not say how its scans were prepared; give preprocessing")
         self.settings = self.bundle.settings
+        self.bundle.reconstructor.check()
         self.bundle.measure.check()
         self.incomparable = self._why_incomparable()
         self.calibration = None if self.incomparable else bundle.meta["calibration"]
@@ -100,6 +101,10 @@ class Projector:
         if alarm_rate is not None:
             if not self.calibration:
                 raise ValueError(f"alarm rate {alarm_rate:g}: needs comparable healthy scores; {self.incomparable}")
+            if (how := self.settings.scan_score) not in self.calibration["scan_scores"]:
+                raise ValueError(f"alarm rate {alarm_rate:g}: the calibration holds no scores by {how}, only by "
+                                 f"{', '.join(self.calibration['scan_scores'])}; choose one of them as scan_score, or "
+                                 "run latent_stats.py again")
             self.calibration = calibration.at_rate(self.calibration, alarm_rate)
 
     def _why_incomparable(self) -> str | None:
@@ -113,8 +118,8 @@ class Projector:
                         f"version {now[what]}: no percentile; run latent_stats.py again")
         if plain(self.preprocessing.to_json()) != plain(meta["preprocessing"]):
             return "scans are prepared in another way than those of the calibration: no percentile"
-        if plain(self.settings.comparable()) != plain(self.calibrated_for.comparable()):
-            return "the settings are not those of the calibration: no percentile"
+        if others := self.settings.other_than(meta["settings"]):
+            return f"the settings are not those of the calibration ({', '.join(others)}): no percentile"
         return None
 
     def prepare(self, scan: Scan) -> Preprocessed:

@@ -138,6 +138,9 @@ class Reconstructor(ABC):
         other.settings = settings
         return other
 
+    def check(self) -> None:  # noqa: B027 - most methods lack nothing
+        """ValueError where something is lacking that a bundle does not hold and the settings are to name."""
+
     def check_shapes(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> None:
         n = self.size
         if hu.shape[1:] != (n, n) or brain.shape != hu.shape or len(below_vertex_mm) != len(hu):

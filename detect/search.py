@@ -84,8 +84,16 @@ class Search(Reconstructor):
         self.settings = settings
         if settings.perceptual == "discriminator" and self.discriminator is None:
             raise ValueError("perceptual=discriminator: this model holds no discriminator; use perceptual=pixels")
-        self.perceptual = build_perceptual(settings.perceptual, self.discriminator, settings.pixels, settings.knee,
-                                           settings.vgg16 or None, settings.lpips or None).to(self.device)
+        self.perceptual = None
+        if settings.perceptual != "lpips" or settings.vgg16:     # else its files are yet to come, with_settings()
+            self.perceptual = build_perceptual(settings.perceptual, self.discriminator, settings.pixels, settings.knee,
+                                               settings.vgg16 or None, settings.lpips or None).to(self.device)
+
+    def check(self) -> None:
+        if self.perceptual is None:
+            raise ValueError("perceptual=lpips: the weights of VGG16 come with no model: give vgg16=FILE (--set, or "
+                             "settings.replace), torchvision's vgg16 state dict (vgg16-397923af.pth), and lpips=FILE "
+                             "where the model is calibrated with it; or use another perceptual, which needs no files")
 
     def with_settings(self, settings: SearchSettings) -> Search:
         other = super().with_settings(settings)
@@ -94,6 +102,7 @@ class Search(Reconstructor):
 
     def closest_normal(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,
                        watch: Watch | None = None) -> Reconstruction:
+        self.check()
         self.check_shapes(hu, brain, below_vertex_mm)
         # The noise stage copies the query but where an anomaly is predicted: it needs votes, whoever counts them.
         if watch is None and self.settings.steps_noise:

@@ -41,10 +41,16 @@ class Settings:
             elif not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name}: expected {kind.__name__}, got {type(getattr(self, name)).__name__}")
 
-    def comparable(self) -> dict[str, Any]:
-        """What a calibration must have in common with a new scan's settings, for a percentile to mean something."""
-        found = self.to_json()
-        return {key: found[key] for key in ("method", "reconstruction", "measure", "scoring")}
+    def other_than(self, calibrated: Mapping[str, Any]) -> list[str]:
+        """Names of the settings that scores hang on and that are not those of a to_json(), such as a calibration's.
+
+        A percentile means something where there are none. Files, of which a to_json() holds hashes, count by these.
+        """
+        ours, theirs = self.to_json(), Settings.from_json(calibrated).to_json()
+        if choices := [name for name in ("method", "measure") if ours[name] != theirs[name]]:
+            return choices
+        return [name for group in ("reconstruction", "scoring") for name, value in ours[group].items()
+                if value != (theirs[group] | calibrated.get(group, {})).get(name)]
 
     def to_json(self) -> dict[str, Any]:
         """All settings that a result depends on; those that are not `stored` (memory, paths) are left out.

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torchvision.models import vgg16
 
 import bundling
+import checkpoint
 import latent_stats
 from bundling import augmented
 from ct.frame import PreprocessSettings
@@ -507,3 +509,23 @@ def test_a_readers_own_scans_are_known_by_digest_or_by_number(shipped):
     assert bundling.is_of(data, known) and bundling.is_of(data, known | {"digest": "of a later version"})
     assert bundling.is_of(data, known | {"counts": other})
     assert not bundling.is_of(data, {"digest": "of others", "counts": other}) and not bundling.is_of(data, None)
+
+
+def test_a_model_calibrated_by_lpips_has_percentiles_once_its_files_are_named(inputs, tmp_path):
+    """A bundle holds their hashes: without them it could be neither calibrated nor loaded, and had no percentile."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in vgg16(weights=None).state_dict().items()}
+    for name, value in (("vgg16", 0.01), ("other", 0.02)):
+        state = {key: torch.full((1,), value).expand(shape) for key, shape in shapes.items()}
+        torch.save(state, tmp_path / f"{name}.pth")
+    given = f"vgg16={tmp_path / 'vgg16.pth'}"
+    assert command(*inputs, tmp_path / "mine", "--set", "perceptual=lpips", given) == 0
+
+    bundle = load_bundle(tmp_path / "mine")
+    assert bundle.settings.reconstruction.perceptual == "lpips" and "vgg16=" in checkpoint.describe(tmp_path / "mine")
+    with pytest.raises(ValueError, match="perceptual=lpips: .* give vgg16=FILE"):
+        Projector(bundle)
+    projector = Projector(bundle, bundle.settings.changed([given]))
+    assert projector.calibration["scans"] == 1 and projector.incomparable is None
+    other = Projector(bundle, bundle.settings.replace(vgg16=tmp_path / "other.pth"))
+    assert other.calibration is None and "(vgg16_sha256)" in other.incomparable

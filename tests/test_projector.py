@@ -75,8 +75,11 @@ def test_what_cannot_be_set_is_named(change, message):
 
 def test_the_mask_does_not_change_what_scores_are_compared_with():
     drawn = CALIBRATED.replace(surprise_mask=2.0, component_at_512=100, batch=4, scan_score="max")
-    assert drawn.comparable() == CALIBRATED.comparable()
-    assert CALIBRATED.replace(surprise_above=1.5).comparable() != CALIBRATED.comparable()
+    calibrated = CALIBRATED.to_json()
+    assert drawn.other_than(calibrated) == CALIBRATED.other_than(calibrated) == []
+    assert CALIBRATED.replace(surprise_above=1.5, predicted_noise=False).other_than(calibrated) == [
+        "predicted_noise", "surprise_above"]
+    assert CALIBRATED.replace(method="search", measure="votes").other_than(calibrated) == ["method", "measure"]
 
 
 def test_settings_of_the_mask_change_no_percentile_flag_or_status():
@@ -121,7 +124,8 @@ def test_files_that_scores_hang_on_are_known_by_content(tmp_path):
                                   said(vgg16=str(tmp_path / "a"), lpips=str(tmp_path / "b")))
     assert one.to_json() == same.to_json() and str(tmp_path) not in str(one.to_json())
     for changed in (other, weighted):
-        assert changed.to_json() != one.to_json() and changed.comparable() != one.comparable()
+        assert changed.other_than(one.to_json()) and one.other_than(changed.to_json())
+    assert one.other_than(same.to_json()) == [] and said().other_than(one.to_json()) == ["vgg16_sha256"]
     assert Settings.from_json(weighted.to_json()) == said()
     assert not [name for name in one.replace(perceptual="pixels").to_json()["reconstruction"] if "sha256" in name]
     (tmp_path / "a").write_bytes(b"12")                                  # under the same name
@@ -150,6 +154,18 @@ def test_a_percentile_is_among_scores_made_alike():
             *((f"version 0 of the {name}", Projector(dataclasses.replace(bundle, meta=bundle.meta | {"versions": old})))
               for name, old in older.items())):
         assert other.calibration is None and why in other.incomparable
+
+
+def test_settings_that_a_bundle_was_given_later_are_not_those_of_its_calibration():
+    """bundle.with_settings(), as a notebook has it, took the percentiles along."""
+    bundle = load_bundle(Path(__file__).resolve().parents[1] / "models" / "phantom-128")
+    for changes, names in (({"surprise_above": 0.7}, "(surprise_above)"), ({"measure": "votes"}, "(measure)")):
+        changed = bundle.with_settings(bundle.settings.replace(**changes))
+        for other in (Projector(changed), Projector(bundle, changed.settings)):
+            assert other.calibration is None and names in other.incomparable
+        assert Projector(changed, bundle.settings).incomparable is None
+    drawn = bundle.with_settings(bundle.settings.replace(surprise_mask=0.0))
+    assert Projector(drawn).calibrated_for.mask == bundle.settings.mask and Projector(drawn).calibration
 
 
 # ---- what is flagged
@@ -224,6 +240,17 @@ def test_a_rate_that_the_scans_cannot_tell_is_refused_with_the_lowest_they_can()
         alarmed([1.0, 2.0, 3.0, 4.0], alarm_rate=0.1)
     with pytest.raises(ValueError, match="between 0 and 1"):
         alarmed([1.0], alarm_rate=5)
+
+
+def test_a_rate_needs_a_calibration_that_holds_the_scan_score():
+    """One made before there was that score: only a note told that no scan would be flagged."""
+    bundle = load_bundle(Path(__file__).resolve().parents[1] / "models" / "phantom-128")
+    known = bundle.meta["calibration"]
+    older = known | {"scan_scores": {"mean": known["scan_scores"]["mean"]}}
+    bundle = dataclasses.replace(bundle, meta=bundle.meta | {"calibration": older})
+    with pytest.raises(ValueError, match="alarm rate 0.2: the calibration holds no scores by max, only by mean"):
+        Projector(bundle, bundle.settings.replace(scan_score="max"), alarm_rate=0.2)
+    assert Projector(bundle, bundle.settings.replace(scan_score="mean"), alarm_rate=0.2).alarm_rate == 0.2
 
 
 @pytest.mark.parametrize("scans", range(3, 120))
