@@ -14,7 +14,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
+from scipy import sparse
+from scipy.sparse import csgraph
 
 import distributed
 from common.files import read_table
@@ -32,7 +34,8 @@ from dataset import DatasetError, InfiniteSampler, SliceDataset
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 FULL = 65535                             # white, as images are kept
 DARK = FULL // 8                         # a folder with nothing brighter is likely 12 bits stored in 16
-TIFF_BITS = 258                          # the TIFF tag with the bits of each channel
+TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262   # TIFF tags: the bits of each channel, and what 0 means
+WHITE_IS_ZERO = 0                        # of the latter, as scanners of films write it
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,9 @@ class Pictures:
 def read_image(path: Path, settings: ImageSettings) -> np.ndarray:
     """An image file as uint16 [C, N, N], C 1 (grey) or 3. Raises OSError or ValueError when it cannot be read.
 
-    16 bits are scaled to 0..65535 by white_16bit, not clipped to 8; transparency is left out. Of 16-bit colour and grey
-    with alpha Pillow hands out the upper 8 bits alone, of which white_16bit says nothing: they are refused.
+    16 bits are scaled to 0..65535 by white_16bit, not clipped to 8; transparency is left out, and the image is turned
+    as its EXIF orientation says. Of 16-bit colour and grey with alpha Pillow hands out the upper 8 bits alone, of which
+    white_16bit says nothing: they are refused.
     """
     with Image.open(path) as image:
         if image.mode == "F":
@@ -113,11 +117,15 @@ def read_image(path: Path, settings: ImageSettings) -> np.ndarray:
         if not image.mode.startswith("I") and stored_bits(path, image) > 8:
             raise ValueError("expected 8 bits a channel, or grey of 16 bits; found 16-bit colour or grey with alpha: "
                              "save it as 16-bit grey")
+        inverted = getattr(image, "tag_v2", {}).get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO
         image.load()
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):                                    # 16 bits; 'I' in files with 32
             pixels = np.asarray(image).astype(np.float32) * (FULL / settings.white_16bit)
             if pixels.min() < 0 or np.asarray(image).max() > FULL:
                 raise ValueError("expected 8 or 16 bits a pixel, found values beyond 16 bits")
+            if inverted:                                                  # of 8 bits and less Pillow does it itself
+                pixels = (FULL - pixels).clip(0)
         else:
             pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")) * np.float32(257)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
@@ -146,14 +154,14 @@ def centre_square(pixels: np.ndarray) -> np.ndarray:
 
 
 def read_images(folder: Path, settings: ImageSettings) -> Pictures:
-    """All images below a folder, by name; one that cannot be read is skipped and named.
+    """All images below a folder, by name, nested ones as well; one that cannot be read is skipped and named.
 
     Warns of a folder that is all dark: --white-16bit is then likely wrong. Raises DatasetError where there is no
     folder, no image in it, or none that can be read.
     """
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder; expected a folder of images")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    paths = sorted(_image_files(folder))
     if not paths:
         raise DatasetError(f"{folder}: no images in it; expected files ending in {', '.join(sorted(SUFFIXES))}")
 
@@ -179,6 +187,20 @@ def read_images(folder: Path, settings: ImageSettings) -> Pictures:
         warnings.warn(f"{folder}: its brightest pixel has {100 * brightest / FULL:.1f} % of white; for 12 bits stored "
                       f"in 16 give --white-16bit 4095 (now {settings.white_16bit})", stacklevel=2)
     return Pictures(settings, pixels, kept_names, kept_names, unreadable)
+
+
+def _image_files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Image files below a folder, by links to folders as well; hidden ones are left out. above: what it lies in."""
+    own = folder.resolve()
+    if own in above:                                              # a link to where it lies would go round for ever
+        return
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _image_files(path, above | {own})
+        elif path.suffix.lower() in SUFFIXES:
+            yield path
 
 
 def _without_suffix(path: Path) -> str:
@@ -319,7 +341,8 @@ def load_training(healthy: Sequence[Path], mixed: Sequence[Path], settings: Imag
                   mixed_scans: Path | None = None) -> TrainingData:
     """Both sets, and healthy units held out: a database's own validation split, or val_fraction of the images.
 
-    patients: CSV with the columns image and patient; the images of one patient are then held out together.
+    Nobody who is held out is in a training set under another name, id or file: images are drawn accordingly, scans are
+    refused. patients: CSV with the columns image and patient; the images of one patient are then held out together.
     """
     kinds = {is_database(path) for path in (*healthy, *mixed)}
     if len(kinds) > 1:
@@ -331,35 +354,106 @@ def load_training(healthy: Sequence[Path], mixed: Sequence[Path], settings: Imag
         held_out = [read_slices(path, "val", settings) for path in validating]
         refuse_shared(validating, [set(part.units) for part in held_out],
                       "prepare both databases in one, or one of them from a folder of another name")
-        return TrainingData(load_sources(healthy, settings, "train", healthy_scans),
+        data = TrainingData(load_sources(healthy, settings, "train", healthy_scans),
                             load_sources(mixed, settings, "train", mixed_scans), join(held_out) if held_out else None)
-    everything = load_sources(healthy, settings, "train", None)
-    keep, aside = split_by_patient(everything.names, val_fraction, seed, patients)
-    return TrainingData(everything.take(keep), load_sources(mixed, settings, "train", None),
-                        everything.take(aside) if aside else None)
+        if data.held_out:
+            aside = _patients(validating, "val")
+            for paths, part in ((healthy, data.healthy), (mixed, data.mixed)):
+                refuse_seen(data.held_out, aside, part, _patients(paths, "train"))
+        return data
+    everything, unannotated = (load_sources(paths, settings, "train", None) for paths in (healthy, mixed))
+    keep, aside = split_by_patient(everything, unannotated, val_fraction, seed, patients)
+    return TrainingData(everything.take(keep), unannotated, everything.take(aside) if aside else None)
 
 
 def _has_validation(path: Path) -> bool:
     return SliceDataset(path, "all", check=False).manifest["counts"]["val"]["slices"] > 0
 
 
-def split_by_patient(names: Sequence[str], fraction: float, seed: int, patients: Path | None) -> tuple[list, list]:
-    """Indices (kept, held out): `fraction` of the patients, drawn by seed, are held out with all their images."""
-    patient = {name: name for name in names}
+def _patients(paths: Sequence[Path], split: str) -> dict[str, str]:
+    """The patient of each scan in a split of databases."""
+    sets = [SliceDataset(path, split, check=False) for path in paths]
+    return {scan: patient for one in sets for scan, patient in zip(one.scan_ids, one.patients)}
+
+
+def _looks(pictures: Pictures) -> list[Hashable]:
+    """What copies of a picture share, whatever they are called and whether grey is stored as RGB.
+
+    Of one that is all alike, such as air above the head, nothing is: several people have it.
+    """
+    found: list[Hashable] = []
+    for pixels in pictures.pixels:
+        channels = pixels[:1] if (pixels == pixels[:1]).all() else pixels
+        blank = (channels == channels.flat[0]).all()
+        found.append(object() if blank else hashlib.sha256(np.ascontiguousarray(channels)).digest())
+    return found
+
+
+def refuse_seen(held_out: Pictures, aside: Mapping[str, str], training: Pictures, patients: Mapping[str, str]) -> None:
+    """DatasetError where a scan to train on is one of those held out, or of its patient, or holds one of its slices.
+
+    aside, patients: the patient of each scan held out, and of each to train on.
+    """
+    def marks(pictures, patient_of):
+        for unit, look in zip(pictures.units, _looks(pictures)):
+            yield from ((("scan id", unit), unit), (("patient", patient_of[unit]), unit), (("slice", look), unit))
+
+    known = dict(marks(held_out, aside))
+    for mark, unit in marks(training, patients):
+        if mark in known:
+            raise DatasetError(
+                f"scan {known[mark]} is held out for the threshold (validation split of --healthy), but {unit}, to be "
+                f"trained on, has the same {mark[0]}: leave that out with --healthy-scans or --mixed-scans, or prepare "
+                "both databases in one")
+
+
+def split_by_patient(healthy: Pictures, mixed: Pictures, fraction: float, seed: int,
+                     patients: Path | None) -> tuple[list[int], list[int]]:
+    """Indices of healthy (kept, held out): `fraction` of the patients, drawn by seed, are held out with all of theirs.
+
+    Copies of an image are of one patient, whatever they are called, and who is in `mixed`, too, is never held out.
+    patients may name images of mixed as well; without it each image is its own patient.
+    """
+    names = healthy.names
+    patient: dict[str, Hashable] = {name: name for name in names}
+    others: list[Hashable] = [object() for _ in mixed.names]                    # nobody who is known
     if patients is not None:
         rows = read_table(patients, ("image", "patient"), DatasetError)
         listed = {_without_suffix(Path(row["image"])): row["patient"] for row in rows}
         if missing := [name for name in names if name not in listed]:
             raise DatasetError(f"{patients}: no patient for {len(missing)} images, the first: {missing[0]}")
         patient = {name: listed[name] for name in names}
-    order = sorted(set(patient.values()))
-    drawn = np.random.default_rng(seed).permutation(len(order))[:round(fraction * len(order))]
-    held_out = {order[i] for i in drawn}
-    if len(held_out) == len(order):
+        others = [listed.get(name, nobody) if name not in patient else nobody
+                  for name, nobody in zip(mixed.names, others)]
+    group = connected([*(patient[name] for name in names), *others], [*_looks(healthy), *_looks(mixed)])
+    own: dict[int, str] = {}                                                    # the first patient of each, for order
+    for name, number in zip(names, group):
+        own[number] = min(own.get(number, patient[name]), patient[name])
+    order = sorted(own, key=own.get)
+    seen, wanted = set(group[len(names):]), round(fraction * len(order))
+    free = [number for number in order if number not in seen]
+    if wanted == len(order):
         raise DatasetError(f"--val-fraction {fraction:g} keeps all {len(order)} healthy images (or patients) aside; "
                            "expected some left to train on: lower it")
-    return ([i for i, name in enumerate(names) if patient[name] not in held_out],
-            [i for i, name in enumerate(names) if patient[name] in held_out])
+    if wanted > len(free):
+        raise DatasetError(f"--val-fraction {fraction:g} keeps {wanted} of {len(order)} healthy images (or patients) "
+                           f"aside, but only {len(free)} are not in the unannotated set, too, by whatever name: leave "
+                           "them out of that, or give --val-fraction 0, without a threshold")
+    held_out = {free[i] for i in np.random.default_rng(seed).permutation(len(free))[:wanted]}
+    return ([i for i, number in enumerate(group[:len(names)]) if number not in held_out],
+            [i for i, number in enumerate(group[:len(names)]) if number in held_out])
+
+
+def connected(*keys: Sequence[Hashable]) -> list[int]:
+    """A number for each of n things: the same for two that share a key, or that others with shared keys lie between.
+
+    keys: sequences of n each.
+    """
+    count, nodes = len(keys[0]), {}
+    edges = [(i, nodes.setdefault((kind, key), count + len(nodes)))
+             for kind, sequence in enumerate(keys) for i, key in enumerate(sequence)]
+    graph = sparse.coo_matrix((np.ones(len(edges)), tuple(zip(*edges))), shape=2 * (count + len(nodes),))
+    return csgraph.connected_components(graph, directed=False)[1][:count].tolist()
 
 
 def batches(pictures: Pictures, batch: int, seed: int, start: int = 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import struct
@@ -14,10 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import DatasetError, SliceDataset
+from dataset import DatasetError, ScanRecord, SliceDataset, SliceWriter
 from healthygan.data import (
     FULL,
+    TIFF_PHOTOMETRIC,
+    WHITE_IS_ZERO,
     ImageSettings,
+    Pictures,
     batches,
     class_folders,
     load_sources,
@@ -29,6 +33,7 @@ from healthygan.data import (
 )
 
 SETTINGS = ImageSettings("images", 4, crop_top=0)
+ORIENTATION = 0x112                      # EXIF's tag
 
 
 def save(path: Path, pixels: np.ndarray) -> Path:
@@ -89,6 +94,25 @@ def test_what_pillow_reduces_to_8_bits_is_refused(tmp_path, channels):
             read_image(path, settings)
 
 
+@pytest.mark.parametrize("pixels, white", [(np.array([[4000, 0]] * 2, np.uint16), 4095),
+                                           (np.array([[255, 0]] * 2, np.uint8), FULL)])
+def test_a_tiff_in_which_zero_is_white_is_not_read_inverted(tmp_path, pixels, white):
+    """Pillow turns 8 bits round, when it reads as when it writes, but 16 bits neither time."""
+    path, settings = tmp_path / "x.tif", ImageSettings("images", 2, 0, white)
+    Image.fromarray(pixels).save(path, tiffinfo={TIFF_PHOTOMETRIC: WHITE_IS_ZERO})
+    expected = [FULL - round(FULL * 4000 / 4095), FULL] if pixels.dtype == np.uint16 else [FULL, 0]
+    assert read_image(path, settings)[0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("suffix, kind", [("png", np.uint8), ("png", np.uint16), ("tif", np.uint8), ("tif", np.uint16)])
+def test_an_image_is_turned_as_its_exif_says(tmp_path, suffix, kind):
+    stored, exif = np.array([[255, 0], [255, 0]], kind) * (np.iinfo(kind).max // 255), Image.Exif()
+    exif[ORIENTATION] = 6                                                 # to be turned clockwise by a quarter
+    Image.fromarray(stored).save(tmp_path / f"x.{suffix}", exif=exif)
+    turned = read_image(tmp_path / f"x.{suffix}", ImageSettings("images", 2, 0))
+    assert turned[0].tolist() == [[FULL, FULL], [0, 0]]
+
+
 def test_the_top_goes_and_the_centre_stays(tmp_path):
     pixels = np.zeros((25, 43), np.uint8)                         # 8 % of 25 rows: 2; the centre: columns 10 to 32
     pixels[2:, 10:33] = 255
@@ -103,6 +127,18 @@ def test_a_set_is_handed_out_as_three_channels(tmp_path):
     assert images.names == ["set/a", "set/sub/b"] == images.units
     x = images[[1, 0]]
     assert x.shape == (2, 3, 4, 4) and x[:, :, 0, 0].tolist() == [[1, -1, 1], [1, 1, 1]]
+
+
+def test_folders_by_links_are_read_and_a_link_to_where_it_lies_ends(tmp_path):
+    """A collection of links to folders was found empty, or in part."""
+    save(tmp_path / "far/a.png", np.zeros((8, 8), np.uint8))
+    save(tmp_path / "set/b.png", np.zeros((8, 8), np.uint8))
+    save(tmp_path / "set/.thumbnails/b.png", np.zeros((8, 8), np.uint8))
+    (tmp_path / "set/link").symlink_to(tmp_path / "far")
+    (tmp_path / "far/back").symlink_to(tmp_path / "set")
+    (tmp_path / "set/folder.png").mkdir()
+    images = read_images(tmp_path / "set", SETTINGS)
+    assert images.names == ["set/b", "set/link/a"] and not images.unreadable
 
 
 def test_an_unreadable_image_is_skipped_and_named(tmp_path):
@@ -181,22 +217,81 @@ def test_a_folder_is_named_however_it_is_given(tmp_path, monkeypatch):
         assert read_images(Path(folder), SETTINGS).names == [expected]
 
 
+def pictures(names: list[str], values: list[int] | None = None) -> Pictures:
+    """Images that differ, or show one of these values each: those of one value are copies."""
+    values = range(len(names)) if values is None else values
+    pixels = np.array([[[[0, value + 1], [0, 0]]] for value in values], np.uint16).reshape(-1, 1, 2, 2)
+    return Pictures(SETTINGS, pixels, names, names, {})
+
+
 def test_a_patient_is_held_out_whole(tmp_path):
     names = [f"healthy/{i}" for i in range(8)]
     table = tmp_path / "patients.csv"
+
+    def split(names, *args):
+        return split_by_patient(pictures(names), pictures([]), *args)
+
     table.write_text("image,patient\n" + "".join(f"{name}.png,{i // 2}\n" for i, name in enumerate(names)))
-    kept, held_out = split_by_patient(names, 0.5, 0, table)
+    kept, held_out = split(names, 0.5, 0, table)
     assert len(kept) == len(held_out) == 4 and sorted(kept + held_out) == list(range(8))
     assert {i // 2 for i in kept}.isdisjoint({i // 2 for i in held_out})
-    assert split_by_patient(names, 0.5, 0, table) == (kept, held_out) != split_by_patient(names, 0.5, 2, table)
+    assert split(names, 0.5, 0, table) == (kept, held_out) != split(names, 0.5, 2, table)
     with pytest.raises(DatasetError, match="0.9 keeps all 4 healthy images .* lower it"):
-        split_by_patient(names, 0.9, 0, table)
+        split(names, 0.9, 0, table)
     dotted = ["healthy/scan.001", "healthy/scan.002"]
     table.write_text("image,patient\nhealthy/scan.001,a\nhealthy/scan.002.png,b\n")
-    assert sorted(sum(split_by_patient(dotted, 0.5, 0, table), [])) == [0, 1]
+    assert sorted(sum(split(dotted, 0.5, 0, table), [])) == [0, 1]
     table.write_text("image,patient\nhealthy/0.png,0\n")
     with pytest.raises(DatasetError, match="no patient for 7 images, the first: healthy/1"):
-        split_by_patient(names, 0.5, 0, table)
+        split(names, 0.5, 0, table)
+
+
+def test_a_copy_of_an_image_is_held_out_with_it():
+    """Under a second name it would be trained on, and the threshold be that of images learnt by rote."""
+    healthy, mixed = pictures(list("abcdef"), [0, 1, 2, 0, 1, 2]), pictures([])
+    for seed in range(5):
+        kept, held_out = split_by_patient(healthy, mixed, 1 / 3, seed, None)
+        assert len(held_out) == 2 and held_out[1] == held_out[0] + 3 and sorted(kept + held_out) == list(range(6))
+    blank = dataclasses.replace(healthy, pixels=np.zeros((6, 1, 2, 2), np.uint16))         # alike, but no copies
+    assert len(split_by_patient(blank, mixed, 0.5, 0, None)[1]) == 3
+
+
+def test_who_is_in_the_unannotated_set_is_not_held_out(tmp_path):
+    healthy, table = pictures(list("abcd")), tmp_path / "patients.csv"
+    for seed in range(5):
+        assert split_by_patient(healthy, pictures(["x", "y"], [0, 2]), 0.5, seed, None)[1] == [1, 3]
+    grey_as_rgb = pictures(["x", "y"], [0, 2])
+    grey_as_rgb = dataclasses.replace(grey_as_rgb, pixels=grey_as_rgb.pixels.repeat(3, 1))
+    assert split_by_patient(healthy, grey_as_rgb, 0.5, 0, None)[1] == [1, 3]
+    with pytest.raises(DatasetError, match="0.75 keeps 3 of 4 .* only 2 are not in the unannotated set"):
+        split_by_patient(healthy, grey_as_rgb, 0.75, 0, None)
+    table.write_text("image,patient\na,1\nb,2\nc,1\nd,3\nx,3\n")                         # another image of d's
+    for seed in range(5):
+        assert split_by_patient(healthy, pictures(["x", "y"], [8, 9]), 1 / 3, seed, table)[1] in ([0, 2], [1])
+
+
+def test_a_folder_given_to_both_sets_lends_no_image_to_the_threshold(tmp_path):
+    for i in range(4):
+        save(tmp_path / f"b/{i}.png", np.arange(99 + i, 115 + i, dtype=np.uint8).reshape(4, 4))
+        save(tmp_path / f"a/{i}.png", np.arange(9 * i, 9 * i + 144, 9, dtype=np.uint8).reshape(4, 4))
+    both = [tmp_path / "a", tmp_path / "b"]
+    assert len(load_training(both[1:], both[:1], SETTINGS, 0.5, 0).held_out) == 2
+    with pytest.raises(DatasetError, match="keeps 2 of 4 .* only 0 are not"):
+        load_training(both[1:], both, SETTINGS, 0.5, 0)
+    assert load_training(both[1:], both, SETTINGS, 0, 0).held_out is None
+
+
+@pytest.mark.parametrize("shared", ["scan id", "patient", "slice"])
+def test_a_scan_held_out_is_not_trained_on_from_another_database(slices32, tmp_path, shared):
+    held_out, other = SliceDataset(slices32, "val").scan(0), tmp_path / "other.lmdb"
+    hu = held_out["hu"].numpy() + (shared != "slice")                     # as halves of it: its pixels are others
+    record = ScanRecord.encode("head2" if shared == "scan id" else "other", hu, held_out["brain"].numpy(),
+                               10.0 * np.arange(len(hu))[::-1])
+    with SliceWriter(other, SliceDataset(slices32).manifest["settings"]) as writer:
+        writer.add(record, "train", "patient2" if shared == "patient" else "somebody")
+    for sets in (([slices32], [other]), ([slices32, other], [slices32])):
+        with pytest.raises(DatasetError, match=f"scan head2 is held out .* has the same {shared}"):
+            load_training(*sets, ImageSettings("slices", 32), 0, 0)
 
 
 def test_batches_go_on_where_they_stopped_and_two_sets_are_not_paired(tmp_path):
