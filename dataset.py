@@ -93,6 +93,7 @@ class ScanRecord:
     slices           index of each slice among the slabs of its scan (its own images where they are thick)
     below_vertex_mm  mm below the vertex, one a slice; NaN where unknown, of loose slices (ct.loose)
     source, notes    as in ct.scan.Scan
+    pixels           a hash of the scan as it was read, by which a copy of it is known; empty where none is looked for
     """
 
     scan_id: str
@@ -102,11 +103,12 @@ class ScanRecord:
     payloads: tuple[bytes, ...]
     source: str = "slices"
     notes: tuple[str, ...] = ()
+    pixels: str = ""
 
     @classmethod
     def encode(cls, scan_id: str, hu: np.ndarray, brain: np.ndarray, below_vertex_mm: np.ndarray,
                slices: np.ndarray | None = None, source: str = "slices",
-               notes: tuple[str, ...] = ()) -> ScanRecord:
+               notes: tuple[str, ...] = (), pixels: str = "") -> ScanRecord:
         """hu [S, N, N] in HU, brain bool [S, N, N], below_vertex_mm [S]; slices defaults to 0..S-1."""
         square = hu.ndim == 3 and hu.shape[1] == hu.shape[2]
         if not square or brain.shape != hu.shape or len(below_vertex_mm) != len(hu):
@@ -115,7 +117,7 @@ class ScanRecord:
         indices = range(len(hu)) if slices is None else slices
         return cls(scan_id, hu.shape[1], tuple(int(i) for i in indices),
                    tuple(float(mm) for mm in below_vertex_mm),
-                   tuple(encode_slice(h, b) for h, b in zip(hu, brain)), source, tuple(notes))
+                   tuple(encode_slice(h, b) for h, b in zip(hu, brain)), source, tuple(notes), pixels)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -149,6 +151,7 @@ class SliceWriter:
                                f"choose another {flag}") from error
         self.settings, self.facts = settings, {}
         self._scans: list[dict] = []
+        self._ids: set[str] = set()
         self._crcs: list[int] = []
         self._size: int | None = None
         # Not by the process: those of two containers that share a disk may have one number
@@ -168,9 +171,10 @@ class SliceWriter:
             raise DatasetError(f"{record.scan_id}: split must be one of {SPLITS}, got '{split}'")
         if self._size not in (None, record.size):
             raise DatasetError(f"{record.scan_id}: slices of size {record.size}, not {self._size}")
-        if any(scan["scan_id"] == record.scan_id for scan in self._scans):
+        if record.scan_id in self._ids:
             raise DatasetError(f"{record.scan_id}: written twice; scan ids must be unique")
         self._size = record.size
+        self._ids.add(record.scan_id)
         first = len(self._crcs)
         items = []
         for i, (payload, mm) in enumerate(zip(record.payloads, record.below_vertex_mm)):

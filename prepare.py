@@ -69,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
 
     group = p.add_argument_group("the split into training and validation")
     group.add_argument("--patients", metavar="FILE.csv",
-                       help="columns scan_id, patient (default: every scan is a patient of its own)")
+                       help="columns scan_id, patient (default: by PatientID, study and series of DICOM; every other "
+                            "scan is a patient of its own)")
     group.add_argument("--val-fraction", type=float, default=0.15, metavar="F",
                        help="part of the patients kept for validation; 0: none, 1: all (default %(default)g)")
     group.add_argument("--seed", type=int, default=0, help="draws the patients (default %(default)s)")

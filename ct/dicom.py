@@ -100,7 +100,9 @@ def read_header(path: Path) -> Header | None:
         patient = [" ".join(str(ds.get(tag, "")).upper().replace("^", " ").split())
                    for tag in ("PatientID", "PatientName", "PatientBirthDate")]
         uids = [str(ds.get(tag, "")) for tag in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")]
-        return Header(path, *uids, hashlib.sha256("|".join(patient).encode()).hexdigest() if any(patient) else "",
+        whose = {"patient": patient[0] or " ".join(filter(None, patient)), "study": uids[0], "series": uids[1]}
+        return Header(path, *uids, _hash("|".join(patient)) if any(patient) else "",
+                      tuple(_hash(f"{kind} {said}") for kind, said in whose.items() if said),
                       int(ds.get("SeriesNumber") or 0), str(ds.get("SOPInstanceUID", "")), tuple(_frames(path, ds)))
     except ScanError:
         raise
@@ -109,6 +111,10 @@ def read_header(path: Path) -> Header | None:
                         "to harm") from error
     except Exception as error:     # a broken header can fail anywhere in pydicom; its message may quote patient data
         raise ScanError(f"{path.name}: cannot be read as DICOM ({type(error).__name__})") from error
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_tags(path: Path) -> pydicom.Dataset:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -79,22 +79,42 @@ def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0, ids: str = "
 def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = 5.0, ids: str = "path") -> list[ScanSource]:
     """find_scans of one input or several; of several, each id by path begins with its input's name, or is it.
 
-    Raises ScanError as find_scans does, and where two inputs give the same id.
+    Raises ScanError as find_scans does, and where two inputs give the same id or the same scan.
     """
     if len(inputs) == 1:
         return find_scans(inputs[0], unknown_slice_spacing_mm, ids)
-    found = []
+    several = []
     for folder in inputs:
         name, sources = Path(folder).resolve().name, find_scans(folder, unknown_slice_spacing_mm, ids)
         is_scan = len(sources) == 1 and (Path(folder).is_file() or sources[0].scan_id in (name, _hashed(name, ())))
         before = "" if is_scan or ids == "uid" else name + SEPARATOR
-        found += [replace(source, scan_id=before + source.scan_id) for source in sources]
+        several.append([replace(source, scan_id=before + source.scan_id) for source in sources])
+    found = [source for sources in several for source in sources]
     twice = [scan_id for scan_id, count in Counter(source.scan_id for source in found).items() if count > 1]
     if twice and ids == "path":
         raise ScanError(f"{twice[0]}: two inputs of the same name hold a scan of this id; give the folder above them")
     if twice:
         raise ScanError(f"{twice[0]}: this scan is in two inputs; leave one of them out")
+    refuse_twice(several)
     return sorted(found, key=lambda source: source.scan_id)
+
+
+def refuse_twice(inputs: Iterable[Sequence[ScanSource]]) -> None:
+    """ScanError naming two sources, of two inputs, that are one scan: of one DICOM series, or of the same file."""
+    known: dict[tuple, ScanSource] = {}
+    for sources in inputs:
+        own = {_which(source): source for source in sources}
+        if twice := known.keys() & own.keys():
+            first, second = min((known[same].scan_id, own[same].scan_id) for same in twice)
+            raise ScanError(f"{first} and {second}: one scan, given twice; leave one of them out")
+        known |= own
+
+
+def _which(source: ScanSource) -> tuple:
+    """Equal for two sources of one scan. Careless anonymisers give one series UID to several patients."""
+    if source.whose:
+        return source.uid, source.whose
+    return os.path.realpath(source.files[0]), source.archive and source.paths[0], source.options.get("frames")
 
 
 @contextmanager
@@ -285,7 +305,7 @@ def _with_ids(found: list[tuple[Found, Path | None]], root: Path, ids: str) -> l
                      if path is not None]
             name = f"{name}-{_short(str(place))}"
         taken.add(name)
-        sources.append(ScanSource(name, one.kind, one.paths, one.options, within, one.uid))
+        sources.append(ScanSource(name, one.kind, one.paths, one.options, within, one.uid, one.whose))
     return sources
 
 

@@ -42,6 +42,7 @@ class Found:
     suffix   what follows the name where the anchor may hold several scans
     uid      what identifies it wherever it lies; empty where only its content does
     options  what its reader needs besides; {'error': reason} for something that cannot be a scan as it is
+    whose    hashes of what says whose scan it is: scans that share one are of one patient
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Found:
     suffix: str = ""
     uid: str = field(default="", repr=False)         # what tells of a patient stays out of messages
     options: dict[str, Any] = field(default_factory=dict)
+    whose: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class ScanSource:
     archive  the zip file that holds the paths; None if they lie in a folder
     uid      what identifies it wherever it lies, of DICOM the series UID first (then '|'); empty where only its
              content does
+    whose    of DICOM, hashes of what says whose scan it is: scans that share one are of one patient
     """
 
     scan_id: str
@@ -71,6 +74,7 @@ class ScanSource:
     options: dict[str, Any] = field(default_factory=dict)
     archive: Path | None = None
     uid: str = field(default="", repr=False)         # what tells of a patient stays out of messages
+    whose: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -64,6 +64,7 @@ class Header:
     series_uid: str
     frame_of_reference: str
     patient: str                                      # a hash; empty where the header says nothing
+    whose: tuple[str, ...]                            # hashes of patient, study and series: see ct.scan.Found
     series_number: int
     instance_uid: str
     frames: tuple[Frame, ...]
@@ -224,7 +225,8 @@ def _found(group: _Group, frames: Sequence[Frame] | None = None, alike: bool = F
     uid = "|".join([min(header.series_uid for header in headers), max(header.frame_of_reference for header in headers),
                     *_signature(used), *([min(header.instance_uid for header in headers)] if alike else [])])
     folder = Path(os.path.commonpath([path.parent for path in paths]))
-    return Found(KIND, paths, folder, "", uid, options)
+    whose = tuple(sorted({key for header in headers for key in header.whose}))
+    return Found(KIND, paths, folder, "", uid, options, whose)
 
 
 # ---- stacks that overlap

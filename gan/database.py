@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,8 +23,8 @@ import distributed
 from common.files import read_table as read_rows
 from ct import dicom, loose, slices
 from ct.frame import PreprocessSettings, preprocess_scan
-from ct.read import ScanSource, find_scans, read_scan
-from ct.scan import ScanError, printable
+from ct.read import ScanSource, find_scans, read_scan, refuse_twice
+from ct.scan import Scan, ScanError, printable
 from ct.slab import Slabs
 from ct.standardise import StandardiseSettings
 from dataset import SPLITS, DatasetError, ScanRecord, SliceWriter
@@ -30,6 +32,7 @@ from dataset import SPLITS, DatasetError, ScanRecord, SliceWriter
 PathLike = str | os.PathLike
 HU_RANGE = (-20.0, 180.0)     # what the three windows show
 LOOSE_A_LINE = 100            # loose slices: a line in the log for so many
+TABLE_OF_PATIENTS = "; if their DICOM headers name one patient for several, say who is who with --patients"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -70,20 +73,43 @@ def split_by_patient(patients: dict[str, str], val_fraction: float, seed: int) -
     people = sorted(set(patients.values()))
     if len(people) < 2:
         raise DatasetError(f"--val-fraction {val_fraction}: one patient cannot be split, and train.py needs "
-                           "held-out slices: give scans of more patients")
+                           f"held-out slices: give scans of more patients{TABLE_OF_PATIENTS * (len(patients) > 1)}")
     count = min(max(round(val_fraction * len(people)), 1), len(people) - 1)
     chosen = np.random.default_rng(seed).permutation(len(people))[:count]
     val = {people[i] for i in chosen}
     return {scan_id: "val" if patient in val else "train" for scan_id, patient in patients.items()}
 
 
-def _assign(scan_ids: list[str], patients_csv: PathLike | None, split_csv: PathLike | None,
+def patients_of(scans: Sequence[ScanSource]) -> dict[str, str]:
+    """scan_id -> patient, who is called after one of the scans: scans that share a PatientID, a study or a series are
+    of one patient. What is no DICOM tells nothing, and is a patient of its own."""
+    first: dict[str, str] = {}
+    patients = {scan.scan_id: scan.scan_id for scan in scans}
+
+    def patient(scan_id: str) -> str:
+        while patients[scan_id] != scan_id:
+            scan_id = patients[scan_id]
+        return scan_id
+
+    for scan in sorted(scans, key=lambda scan: scan.scan_id):
+        for key in scan.whose:
+            one, other = sorted(map(patient, (scan.scan_id, first.setdefault(key, scan.scan_id))))
+            patients[other] = one
+    return {scan_id: patient(scan_id) for scan_id in patients}
+
+
+def _assign(scans: list[ScanSource], patients_csv: PathLike | None, split_csv: PathLike | None,
             val_fraction: float, seed: int) -> tuple[dict[str, str], dict[str, str], str]:
     """(scan_id -> split, scan_id -> patient, one line that says how)."""
+    scan_ids = [scan.scan_id for scan in scans]
     if patients_csv:
         patients, who = _by_scan(patients_csv, "patient", "--patients", scan_ids), "by patient (--patients)"
+    elif any(scan.whose for scan in scans):
+        patients = patients_of(scans)
+        who = (f"{len(set(patients.values()))} patients by PatientID, study and series (no --patients), scans that are "
+               "no DICOM each taken for one")
     else:
-        patients, who = {s: s for s in scan_ids}, "every scan taken for a patient of its own (no --patients)"
+        patients, who = patients_of(scans), "every scan taken for a patient of its own (no --patients)"
     if not split_csv:
         return split_by_patient(patients, val_fraction, seed), patients, f"{who}, seed {seed}"
     splits = _by_scan(split_csv, "split", "--split", scan_ids)
@@ -93,7 +119,7 @@ def _assign(scan_ids: list[str], patients_csv: PathLike | None, split_csv: PathL
             raise DatasetError(f"--split {split_csv}: {scan_id} is '{split}', expected {' or '.join(SPLITS)}")
         if sides.setdefault(patients[scan_id], split) != split:
             raise DatasetError(f"--split {split_csv}: the patient of {scan_id} is in train and in val: put "
-                               "all scans of a patient on one side")
+                               f"all scans of a patient on one side{TABLE_OF_PATIENTS * (not patients_csv)}")
     return splits, patients, f"given (--split), {who}"
 
 
@@ -161,7 +187,13 @@ def _encode(job: _Job) -> ScanRecord:
         raise ScanError(f"{scan.scan_id}: none of the slices that --slices and --leave-out choose shows enough brain")
     shown, frame = np.flatnonzero(kept), done.standardised
     return ScanRecord.encode(scan.scan_id, frame.hu[shown], frame.brain[shown], frame.below_vertex_mm[shown],
-                             shown, scan.source, done.slabs.scan.notes)
+                             shown, scan.source, done.slabs.scan.notes, _pixels(scan))
+
+
+def _pixels(scan: Scan) -> str:
+    """A hash of the HU that every format has: a copy as NIfTI of a DICOM series has the same."""
+    shown = np.rint(np.clip(scan.hu, *HU_RANGE)).astype(np.int16)
+    return hashlib.sha256(repr(shown.shape).encode() + shown.tobytes()).hexdigest()
 
 
 def _chosen(job: _Job, count: int) -> frozenset[int]:
@@ -251,9 +283,8 @@ def find_all(folders: Sequence[PathLike], unknown_slice_spacing_mm: float, ids: 
             raise DatasetError(f"{folder}: no such file or folder; expected a folder of scans")
     found = [s for folder in folders for s in find_scans(Path(folder), unknown_slice_spacing_mm, ids)]
     sources = [one for source in found for one in loose.pictures(source) or [source]]
-    named = [s.scan_id for s in sources]
-    twice = sorted({i for i in named if named.count(i) > 1})
-    if twice:
+    count = Counter(source.scan_id for source in sources)
+    if twice := sorted(scan_id for scan_id in count if count[scan_id] > 1):
         raise DatasetError(f"scan ids found more than once: {_some(twice)}; rename, or leave one out")
     return sources
 
@@ -298,7 +329,8 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
         raise DatasetError(f"--slices {slices_csv}: names none of the {len(remaining)} scans found" if remaining else
                            f"--leave-out {leave_out_csv}: names all of the {len(found)} scans found")
     _check_all_used(folders, remaining, sources, slices_csv)
-    possible = [s.scan_id for s in scans if "error" not in s.options]     # the others are known to be no scans
+    possible = [s for s in scans if "error" not in s.options]             # the others are known to be no scans
+    refuse_twice([scan] for scan in possible)
     if possible:
         splits, patients, how = _assign(possible, patients_csv, split_csv, val_fraction, seed)
         log(f"{len(possible)} scans; split: {how}")
@@ -322,12 +354,16 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
 
     jobs = [_Job(s, settings, None if selection is None or s.kind == loose.KIND else selection[s.scan_id],
                  left_out.get(s.scan_id, frozenset())) for s in sources]
-    failed = []
+    failed, seen = [], {}
     terminal = sys.stderr.isatty()
     writer.settings = settings.to_json()
     with writer:
         results = tqdm(_parallel(_encode, jobs, workers), total=len(jobs), unit="scan", disable=not terminal)
         for number, (source, (record, reason)) in enumerate(zip(sources, results), 1):
+            if record is not None and record.pixels:
+                same = seen.setdefault(record.pixels, source.scan_id)
+                if same != source.scan_id:
+                    reason = f"{source.scan_id}: the same pictures as {same}; leave one of them out"
             if reason is not None:
                 failed.append({"scan_id": source.scan_id, "reason": reason})
                 log(f"{number}/{len(jobs)} {source.scan_id}: FAILED, {reason}")

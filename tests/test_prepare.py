@@ -129,6 +129,77 @@ def test_split_leaves_both_sides_something():
         split_by_patient({"a": "p", "b": "p"}, 0.5, 0)
 
 
+def dicom_heads(top, **patients):
+    """A DICOM series of 4 slices by name of its folder; each value: PatientID, study and series, to be told apart."""
+    for seed, (name, (patient, study, series)) in enumerate(patients.items()):
+        def edit(ds, k, patient=patient):
+            ds.PatientID = patient
+        hu = synthetic_head(slices=4, size=32, spacing_mm=(20.0, 7.0, 7.0), seed=seed)[0]
+        write_dicom_series(top / name, hu, (20.0, 7.0, 7.0), study=study, series=series, edit=edit)
+    return top
+
+
+def test_scans_of_one_patient_are_known_by_their_headers(tmp_path):
+    """Each counted as a patient of its own, so that one stack of a series trained and another calibrated."""
+    top = dicom_heads(tmp_path / "in", a=("p", "s1", "1"), b=("q", "s2", "2"), c=("p", "s3", "3"), d=("", "s2", "4"),
+                      e=("q2", "s5", "5"), f=("q2", "s4", "6"), g=("p ", "s4", "7"))
+
+    hu = synthetic_head(slices=4, size=32, spacing_mm=(20.0, 7.0, 7.0), seed=9)[0]
+    for kernel in "H30s", "H70h":                                                   # two stacks of one series
+        def edit(ds, k, kernel=kernel):
+            ds.ConvolutionKernel, ds.SOPInstanceUID = kernel, f"2.25.{k}{kernel[1:3]}"
+            ds.PatientID = ds.PatientName = ds.PatientBirthDate = ""
+        write_dicom_series(top / "two", hu, (20.0, 7.0, 7.0), study="", series="9", edit=edit,
+                           name=lambda k, kernel=kernel: f"{kernel}{k}")
+    write_nifti_scan(tmp_path / "in" / "n.nii", hu, (20.0, 7.0, 7.0))
+    patients = database_module.patients_of(find_scans(top, log=lambda line: None))
+    two = sorted(scan_id for scan_id in patients if scan_id.startswith("two-"))
+    assert len(two) == 2 and patients == {"a": "a", "c": "a", "g": "a", "f": "a", "e": "a", "b": "b", "d": "b",
+                                          two[0]: two[0], two[1]: two[0], "n": "n"}
+
+
+def test_one_patient_by_the_headers_is_on_one_side(tmp_path, monkeypatch):
+    top = dicom_heads(tmp_path / "in", a=("p", "s1", "1"), b=("p", "s2", "2"), c=("r", "s3", "3"))
+    split = write_csv(tmp_path / "split.csv", "scan_id,split", "a,train", "b,val", "c,val")
+    patients = write_csv(tmp_path / "patients.csv", "scan_id,patient", "a,1", "b,2", "c,3")
+    monkeypatch.setattr(database_module, "_encode", lambda job: ScanRecord.encode(
+        job.source.scan_id, np.zeros((1, 32, 32)), np.ones((1, 32, 32)), np.zeros(1)))
+
+    def build(**options):
+        return build_lmdb([top], tmp_path / "x.lmdb", SETTINGS, overwrite=True, log=lambda line: None, **options)
+    with pytest.raises(DatasetError, match="the patient of b is in train and in val.*say who is who with --patients"):
+        build(split_csv=split)
+    assert {s["scan_id"]: s["split"] for s in build(split_csv=split, patients_csv=patients)["scans"]}["b"] == "val"
+    for seed in range(4):
+        manifest = build(val_fraction=0.5, seed=seed)
+        sides = {scan["scan_id"]: scan["split"] for scan in manifest["scans"]}
+        assert sides["a"] == sides["b"] != sides["c"] and manifest["split"].startswith("2 patients by PatientID")
+    shutil.rmtree(top / "c")
+    with pytest.raises(DatasetError, match="one patient cannot be split.*say who is who with --patients"):
+        build()
+
+
+def test_one_series_given_twice_is_refused_by_name(tmp_path):
+    """Under two names, the copies came to both sides of the split."""
+    top = dicom_heads(tmp_path / "in", a=("p", "s1", "1"), b=("q", "s2", "2"))
+    shutil.copytree(top / "a", tmp_path / "more" / "copy")
+    with pytest.raises(ScanError, match="^a and copy: one scan, given twice; leave one of them out"):
+        build_lmdb([top, tmp_path / "more"], tmp_path / "x.lmdb", SETTINGS, log=lambda line: None)
+    for name in "ab":                                                     # of two patients, by a careless anonymiser
+        shutil.rmtree(top / name)
+    dicom_heads(top, a=("p", "s1", "1"), b=("q", "s1", "1"))
+    assert set(database_module.patients_of(find_scans(top)).values()) == {"a"}
+    database_module.refuse_twice([source] for source in find_scans(top))
+
+
+def test_a_copy_without_uids_fails_by_name(folder, tmp_path):
+    shutil.copytree(folder / "two", tmp_path / "more" / "again")
+    manifest = build_lmdb([folder, tmp_path / "more"], tmp_path / "x.lmdb", SETTINGS, log=lambda line: None)
+    assert manifest["failed"] == [
+        {"scan_id": "again", "reason": "again: the same pictures as two; leave one of them out"}]
+    assert [scan["scan_id"] for scan in manifest["scans"]] == ["one", "three", "two"]
+
+
 # ---- the command
 
 def test_the_command_writes_what_preprocess_scan_gives(folder, database):
