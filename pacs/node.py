@@ -1,14 +1,12 @@
-"""The node's one loop: read the change log while there is room, then take the series that waits longest."""
+"""The node's one loop: follow the change log while there is room, then do the series that waits longest."""
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pydicom
@@ -17,15 +15,13 @@ from common.files import FullDiskError, full_disk_named
 from ct.read import find_scans, read_scan
 from ct.scan import Scan, ScanError
 from detect.dicom_out import Identity, write_dicom
-from pacs.orthanc import ID, Orthanc, OrthancAway, OrthancRefused
-from pacs.state import DONE, FAILED, REFUSED, WAITING, State, digest
+from pacs.changes import RETRY_S, ChangeLog, series_or_none
+from pacs.orthanc import Orthanc, OrthancAway, OrthancRefused
+from pacs.state import DONE, FAILED, REFUSED, State, timestamp
 
 STAGES = ("fetch", "project", "write", "store")
-PAGE = 100                                            # changes asked for at a time
-REMEMBERED = 50_000                                   # instances of series that are no CT, 8 MB
 BACKOFF_S = (1.0, 60.0)                               # first and longest pause while Orthanc is away or the disk full
 TRIES = 5                                             # of a series that Orthanc does not serve while it is there
-RETRY_S = (60.0, 3600.0)                              # first and longest pause between them, and for what arrives
 TRYING = ("tries", "since", "reason")                 # in the row of a series between its tries
 STILL_THERE = "results of fewer images are still in the archive: it does not let them be deleted"
 STUCK_S = 1800.0                                      # no scan takes as long
@@ -75,14 +71,13 @@ class Node:
     def __init__(self, orthanc: Orthanc, state: State, project: Callable[[Scan], object], identity: Identity, *,
                  queue: int = 32, poll_s: float = 5.0, from_now: bool = False):
         self.orthanc, self.state, self.project, self.identity = orthanc, state, project, identity
-        self.queue, self.poll_s, self.from_now = queue, poll_s, from_now
+        self.poll_s = poll_s
         self.metrics = Metrics()
         self.stopping = threading.Event()
         self.in_work: str | None = None
         self._not_before: dict[str, float] = {}       # of series that have been tried, on the clock of time.monotonic
+        self.log = ChangeLog(orthanc, state, queue, from_now, lambda series_id: self._not_before.pop(series_id, None))
         self._no_room: set[str] = set()               # series that found the disk full when they were last tried
-        self._no_ct: set[str] = set()                 # instances of series that are no CT, not to be asked after each
-        self._unserved: dict[str, tuple[float, float]] = {}     # what arrives, but is not served: not before, pause
         self._ticked = time.monotonic()
 
     @property
@@ -119,7 +114,7 @@ class Node:
 
     def step(self) -> bool:
         """Read a page of the change log, and do one series; False where there is nothing more to do now."""
-        more = self.follow()
+        more = self.log.follow()
         now = time.monotonic()
         due = [series_id for series_id in self.state.waiting() if self._not_before.get(series_id, now) <= now]
         if due:
@@ -129,188 +124,7 @@ class Node:
             finally:
                 self.in_work = None
         self.withdraw()
-        return bool(due) or more and self._untried() < self.queue         # with a full queue the log can wait
-
-    # ---- the change log
-
-    def follow(self) -> bool:
-        """Write new stable CT series down as waiting, of one page of the log, as far as the queue has room.
-
-        Whether there is more, for the next step: an archive's log is long, and meanwhile series are done and the node
-        can be stopped. So, too, after a series that Orthanc does not serve: a time-out takes long.
-        """
-        near = self._find_place() <= PAGE             # only then: what arrives is asked after one by one
-        room = self.queue - self._untried()
-        if room <= 0:
-            return True
-        settled = self._settled() if near else set()  # before the log is read: what it says of them comes first
-        changes, last, all_read = self.orthanc.changes(self.state.sequence, PAGE)
-        self.state.date = max([self.state.date, *(change.date for change in changes)])
-        self._arrive({change.id for change in changes if change.kind == "NewInstance"})
-        for change in changes:
-            if change.kind == "StableSeries":
-                if room == 0:
-                    return True
-                with self._or_later(change.id):
-                    room -= self._announce(change.sequence, change.id)
-                    self.state.arriving.discard(change.id)
-                self.state.advance(change.sequence)
-                if change.id in self._unserved:
-                    return True
-        self.state.advance(max(last, self.state.sequence))
-        if not all_read or not near:
-            return True
-        return self._announce_settled(settled)
-
-    def _find_place(self) -> int:
-        """Where to read on: where a new state begins, and at the beginning of a log that is another one than before.
-
-        Returns how many entries are left at most.
-
-        A newest entry below our place does not tell: entries go with what is deleted. That it is younger does.
-        """
-        newest = self.orthanc.last_change()
-        if self.state.sequence is None:
-            from_now = self.from_now and newest is not None
-            self.state.date = newest.date if from_now else ""
-            self.state.advance(newest.sequence if from_now else 0)
-        elif newest and newest.sequence < self.state.sequence and newest.date > self.state.date:
-            print("Orthanc's change log starts anew: read from its beginning", flush=True)
-            self.state.advance(0)
-        return newest.sequence - self.state.sequence if newest else 0
-
-    def _arrive(self, instances: set[str]) -> None:
-        """Note the CT series of new instances: Orthanc calls none stable that it was restarted before.
-
-        One request for each series, whose answer names the others of its instances. Where Orthanc does not serve one,
-        those that are left are noted in place of their series: most are probably of the same.
-        """
-        instances = instances - self._no_ct
-        while instances:
-            instance = instances.pop()
-            with self._or_later(instance):
-                series = self._series(self.orthanc.series_of, instance)
-                if series:
-                    instances -= set(series["Instances"])
-                self._note(instance, series)
-            if instance in self._unserved:
-                self.state.arriving |= instances
-                return
-
-    def _settled(self) -> set[str]:
-        """Those of the arriving series that are stable; what has been deleted, or is no CT, is arriving no longer."""
-        self._unserved = {known: when for known, when in self._unserved.items() if known in self.state.arriving}
-        settled, now = set(), time.monotonic()
-        for known in sorted(self.state.arriving):
-            if known not in self.state.arriving or self._unserved.get(known, (now,))[0] > now:
-                continue                              # of a series that has just been noted, or for later
-            with self._or_later(known):
-                series = self._series(self.orthanc.series, known) or self._series(self.orthanc.series_of, known)
-                self._note(known, series)
-                if series and series["IsStable"]:
-                    settled.add(series["ID"])
-            if known in self._unserved:
-                break
-        return settled & self.state.arriving
-
-    def _note(self, known: str, series: dict | None) -> None:
-        """Have the series arrive, if it is a CT, in place of `known`, its id or that of an instance."""
-        self.state.arriving.discard(known)
-        if series is None:
-            return
-        self.state.arriving -= set(series["Instances"])
-        if _is_ct(series):
-            self.state.arriving.add(series["ID"])
-        else:
-            if len(self._no_ct) >= REMEMBERED:
-                self._no_ct.clear()
-            self._no_ct.update(series["Instances"])
-
-    def _announce_settled(self, settled: set[str]) -> bool:
-        """Announce those that the log has not called stable either, as far as there is room; whether there are more."""
-        for series_id in sorted(settled & self.state.arriving):
-            if self._untried() >= self.queue:
-                return True
-            with self._or_later(series_id):
-                self._announce(self.state.sequence, series_id)
-                self.state.arriving.discard(series_id)
-            self.state.advance(self.state.sequence)
-            if series_id in self._unserved:
-                return True
-        return False
-
-    @contextlib.contextmanager
-    def _or_later(self, known: str) -> Iterator[None]:
-        """What Orthanc does not serve while it is there keeps nobody: `known` stays arriving, to be asked after later.
-
-        known: the id of a series or of an instance. Raises OrthancAway where it is away for every series, and
-        OrthancRefused where the node is not allowed what it needs.
-        """
-        try:
-            yield
-        except (OrthancAway, OrthancRefused) as error:
-            if isinstance(error, OrthancRefused) and error.for_all:
-                raise
-            self.orthanc.system()
-            if known not in self._unserved:
-                print(f"{known}: passed over, to be asked after again: {error}", flush=True)
-            pause = min(2 * self._unserved.get(known, (0.0, RETRY_S[0] / 2))[1], RETRY_S[1])
-            self._unserved[known] = time.monotonic() + pause, pause
-            self.state.arriving.add(known)
-        else:
-            self._unserved.pop(known, None)
-
-    def _series(self, ask: Callable[[str], dict], known: str) -> dict | None:
-        """Orthanc's answer; None for what was deleted since, or has no id of Orthanc's."""
-        if not _is_id(known):
-            return None
-        try:
-            series = ask(known)
-        except OrthancRefused as error:
-            if error.status == 404:
-                return None
-            raise
-        return series if _is_id(series["ID"]) else None
-
-    def _untried(self) -> int:
-        """Series that wait for the first time: those that are tried again keep no room from others."""
-        return sum("tries" not in self.state.rows[series_id] for series_id in self.state.waiting())
-
-    def _announce(self, sequence: int, series_id: str) -> bool:
-        """Whether the series is one to project, and is now waiting. Our own results are no CT series."""
-        series = self._series(self.orthanc.series, series_id)
-        if series is None or not _is_ct(series):
-            return False
-        self.state.arriving -= set(series["Instances"])
-        try:
-            study = self.orthanc.study(series["ParentStudy"])
-        except OrthancRefused as error:
-            if error.status == 404:                   # deleted since
-                return False
-            raise
-        earlier = self.state.rows.get(series_id, {})
-        instances = sorted(series["Instances"])
-        if earlier.get("digest") == digest(instances) and self._stays(earlier, sequence):
-            return False
-        self._not_before.pop(series_id, None)
-        self.state.put(series_id, {
-            "state": WAITING, "sequence": sequence, "change": sequence, "instances": instances,
-            "images": len(instances), "announced": _now(),
-            "study": series["ParentStudy"], "study_uid": study["MainDicomTags"].get("StudyInstanceUID", ""),
-            "series_uid": series["MainDicomTags"].get("SeriesInstanceUID", ""),
-            "objects": earlier.get("objects", [])})
-        return True
-
-    def _stays(self, row: dict, sequence: int) -> bool:
-        """Whether a finished series, announced without a new image, stays: not if it was deleted and sent again.
-
-        Of one that is done, the last result tells; one without results is known by the change that announced it.
-        """
-        if row["state"] != DONE:
-            return row["change"] == sequence                 # the log is read again
-        return bool(self.orthanc.find(row["objects"][-1], row["study"]))
-
-    # ---- one series
+        return bool(due) or more and self.log.room() > 0         # with a full queue the log can wait
 
     def do(self, series_id: str) -> None:
         """Fetch, project and store one waiting series, and write down what came of it.
@@ -346,7 +160,7 @@ class Node:
             result = {"state": FAILED, "reason": f"{type(error).__name__}; where it came from is in the node's log"}
         finally:
             self.state.clear_work()
-        result |= {"finished": _now(), "seconds": time.perf_counter() - started}
+        result |= {"finished": timestamp(), "seconds": time.perf_counter() - started}
         row = {key: value for key, value in self.state.rows[series_id].items() if key not in TRYING}
         self.state.put(series_id, row | result)
         self.metrics.outcomes[result["state"]] += 1
@@ -386,7 +200,7 @@ class Node:
         Only if meanwhile another series got through: else it may be Orthanc's storage that fails every series, which
         a night's scans should outlast.
         """
-        tries, since = row.get("tries", 0) + 1, row.get("since") or _now()
+        tries, since = row.get("tries", 0) + 1, row.get("since") or timestamp()
         if tries >= TRIES and any(other["state"] == DONE and other["finished"] >= since
                                   for other in self.state.rows.values()):
             return {"state": FAILED, "reason": f"given up after {tries} tries: {why}"}
@@ -413,7 +227,7 @@ class Node:
             except OrthancRefused as error:
                 if error.status != 404:
                     raise
-                series = self._series(self.orthanc.series, series_id)
+                series = series_or_none(self.orthanc.series, series_id)
                 if series is None:
                     raise ScanError("deleted from Orthanc before it was read") from error
                 instances = sorted(series["Instances"])
@@ -458,20 +272,3 @@ class _Timed:
         if kind is None:
             self.metrics.seconds[self.stage] += time.perf_counter() - self.started
             self.metrics.runs[self.stage] += 1
-
-
-def _is_ct(series: dict) -> bool:
-    """Our own results are no CT."""
-    return series["MainDicomTags"].get("Modality") == "CT"
-
-
-def _is_id(text: str) -> bool:
-    """Whether it has the form of Orthanc's ids; said where not. A server could name any file as a series' id."""
-    if ID.fullmatch(text):
-        return True
-    print(f"passed over: {text[:50]!r} is no id of Orthanc's", flush=True)
-    return False
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 from common.files import replace_text
@@ -27,6 +28,11 @@ WAITING, DONE, REFUSED, FAILED = "waiting", "done", "refused", "failed"
 def digest(instances: list[str]) -> str:
     """What a finished row keeps of its sorted instances: a SHA-256, since there may be hundreds."""
     return hashlib.sha256("\n".join(instances).encode()).hexdigest()
+
+
+def timestamp() -> str:
+    """Now, as rows hold it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class StateError(ValueError):

@@ -295,8 +295,8 @@ def test_the_queue_is_bounded(tmp_path, orthanc):
     node = node_of(orthanc, tmp_path / "state", queue=2)
     wait_for(lambda: orthanc.client.last_change() and sum(
         c.kind == "StableSeries" for c in orthanc.client.changes(0, 1000)[0]) == 5)
-    assert node.follow() and len(node.state.waiting()) == 2
-    assert node.follow() and len(node.state.waiting()) == 2          # no room: the log is left alone
+    assert node.log.follow() and len(node.state.waiting()) == 2
+    assert node.log.follow() and len(node.state.waiting()) == 2          # no room: the log is left alone
     until_idle(node, 5)
 
 
@@ -304,7 +304,7 @@ def test_the_queue_is_bounded(tmp_path, orthanc):
 def test_orthanc_away_is_waited_for(tmp_path, orthanc):
     orthanc.send(write_study(tmp_path, 1))
     node = node_of(orthanc, tmp_path / "state", poll_s=0.1)
-    wait_for(lambda: node.follow() or node.state.waiting())
+    wait_for(lambda: node.log.follow() or node.state.waiting())
     orthanc.stop()
     loop = Thread(target=node.run)
     loop.start()
@@ -531,34 +531,34 @@ def fake_node(folder, changes, **more):
 def test_the_change_log_is_followed_once(tmp_path):
     a, report, deleted, b = map(dashed, ("a", "report", "deleted", "b"))
     node = fake_node(tmp_path, log_of(a, report, deleted, b))
-    assert node.follow() is False
+    assert node.log.follow() is False
     assert node.state.waiting() == [a, b] and node.state.sequence == 4
     node.state.put(a, node.state.rows[a] | {"state": "done", "objects": ["1.2.3"]})
     node.state.close()
     again = fake_node(tmp_path, log_of(a, report, deleted, b, a))               # announced again, no new image
-    again.follow()
+    again.log.follow()
     assert again.state.waiting() == [b] and again.state.sequence == 5
 
 
 def test_a_change_log_that_starts_anew_is_read_from_its_beginning(tmp_path):
     a, b, c, d = map(dashed, "abcd")
     node = fake_node(tmp_path, log_of(a, b, c))
-    node.follow()
+    node.log.follow()
     node.orthanc.log = log_of(d, date="20260101T000001")
-    node.follow()
+    node.log.follow()
     assert node.state.waiting()[-1] == c and d in node.state.waiting() and node.state.sequence == 1
 
 
 def test_a_change_log_whose_newest_entries_were_deleted_is_not_read_again(tmp_path):
     node = fake_node(tmp_path, log_of(S1, S2, S3), from_now=True)
-    node.follow()
+    node.log.follow()
     assert not node.state.rows and node.state.sequence == 3           # of before the first start
     node.orthanc.log = node.orthanc.log[:2]
-    node.follow()
+    node.log.follow()
     node.orthanc.log += log_of(S4, first=4, date="20260101T000001")
     node.state.close()
     again = Node(node.orthanc, State(tmp_path, {"model": "stub"}), project, IDENTITY, from_now=True)
-    again.follow()
+    again.log.follow()
     assert again.state.waiting() == [S4] and again.state.sequence == 4
 
 
@@ -645,7 +645,7 @@ def test_arriving_series_are_asked_after_where_orthanc_does_not_announce_them(tm
     archive.log = log_of(*archive.image_ids(S1), *archive.image_ids(S2), kind="NewInstance")
     archive.unstable = {S1, S2}
     node = archive_node(tmp_path, archive)
-    assert not node.follow() and not node.state.rows and asked.count("series_of") == 2           # one a series
+    assert not node.log.follow() and not node.state.rows and asked.count("series_of") == 2           # one a series
     node.state.close()
     again = archive_node(tmp_path, archive)                          # they outlast the process
     archive.unstable = {S1}
@@ -657,9 +657,9 @@ def test_arriving_series_are_asked_after_where_orthanc_does_not_announce_them(tm
             raise OrthancAway("refused")
     archive.turned_down = away
     with pytest.raises(OrthancAway):
-        again.follow()
+        again.log.follow()
     archive.turned_down = lambda verb, what: None
-    again.follow()
+    again.log.follow()
     assert again.state.waiting() == [S1, S2] and not again.state.arriving
     while again.step():
         pass
@@ -705,8 +705,8 @@ def test_a_series_of_which_orthanc_does_not_tell_lets_the_others_go_first(tmp_pa
 
 def test_a_series_of_which_orthanc_does_not_tell_is_asked_after_ever_more_rarely(tmp_path, monkeypatch):
     archive, asked, clock = Archive(tmp_path, S1), [], [0.0]
-    monkeypatch.setattr("pacs.node.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("pacs.node.RETRY_S", (60, 300))
+    monkeypatch.setattr("pacs.changes.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("pacs.changes.RETRY_S", (60, 300))
 
     def turned_down(verb, what):
         if verb == "series":
@@ -716,7 +716,7 @@ def test_a_series_of_which_orthanc_does_not_tell_is_asked_after_ever_more_rarely
     node = archive_node(tmp_path, archive)
     for minute in range(18):
         clock[0] = 60.0 * minute
-        node.follow()
+        node.log.follow()
     assert [at / 60 for at in asked] == [0, 1, 3, 7, 12, 17]
 
 
@@ -746,7 +746,7 @@ def test_a_long_log_is_read_a_page_at_a_time_between_series(tmp_path, monkeypatc
     node.run()
     assert len(pages) == 3 and S2 not in states(node)                # a stop is heeded before the log's end
     node.stopping.clear()
-    while node.follow():
+    while node.log.follow():
         pass
     assert len(pages) == 5 and S2 in states(node)
 
@@ -769,13 +769,13 @@ def test_one_request_for_a_series_that_is_no_ct(tmp_path):
     node, asked = fake_node(tmp_path, log_of(*images, kind="NewInstance")), []
     node.orthanc.series_of = lambda instance_id: asked.append(instance_id) or node.orthanc.series(dashed("report")) | {
         "Instances": images}
-    while node.follow():
+    while node.log.follow():
         pass
     assert len(asked) == 1 and not node.state.arriving
 
 
 def test_what_is_remembered_of_series_that_are_no_ct_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr("pacs.node.REMEMBERED", 10)
+    monkeypatch.setattr("pacs.changes.REMEMBERED", 10)
     images = [dashed(f"image {i}") for i in range(90)]
     node = fake_node(tmp_path, log_of(*images, kind="NewInstance"))
 
@@ -783,8 +783,8 @@ def test_what_is_remembered_of_series_that_are_no_ct_is_bounded(tmp_path, monkey
         of = images.index(instance_id) // 3 * 3
         return node.orthanc.series(dashed("report")) | {"Instances": images[of:of + 3]}
     node.orthanc.series_of = series_of
-    node.follow()
-    assert 0 < len(node._no_ct) < 10 + 3
+    node.log.follow()
+    assert 0 < len(node.log._no_ct) < 10 + 3
 
 
 def test_an_image_that_was_deleted_before_it_was_read_does_not_take_its_series_along(tmp_path):
@@ -794,7 +794,7 @@ def test_an_image_that_was_deleted_before_it_was_read_does_not_take_its_series_a
         pass
     earlier = archive.uids()
     more_images(archive, tmp_path, S1)
-    node.follow()
+    node.log.follow()
     assert node.state.rows[S1]["images"] == 7
     archive.files[S1].pop()                                          # one is deleted while its series waits
     gone = f"{S1}/6"
@@ -814,7 +814,7 @@ def test_an_image_that_was_deleted_before_it_was_read_does_not_take_its_series_a
 def test_a_series_that_was_deleted_before_it_was_read_is_refused(tmp_path):
     archive = Archive(tmp_path, S1)
     node = archive_node(tmp_path, archive)
-    node.follow()
+    node.log.follow()
 
     def turned_down(verb, what):
         if verb in ("fetch", "series"):
@@ -843,8 +843,8 @@ def test_the_queue_bounds_series_that_orthanc_does_not_announce(tmp_path):
     archive = Archive(tmp_path, S1, S2, S3)
     archive.log = log_of(*(archive.image_ids(id)[0] for id in (S1, S2, S3)), kind="NewInstance")
     node = archive_node(tmp_path, archive, queue=2)
-    node.follow()
-    assert node.follow() and len(node.state.waiting()) == 2 and len(node.state.arriving) == 1
+    node.log.follow()
+    assert node.log.follow() and len(node.state.waiting()) == 2 and len(node.state.arriving) == 1
     while node.step():
         pass
     assert states(node) == dict.fromkeys((S1, S2, S3), "done")
@@ -888,7 +888,7 @@ def test_an_id_that_is_none_becomes_no_file(tmp_path, capsys):
     log = log_of("../../evil", S1, S1 + "/..") + log_of("../x", S2, kind="NewInstance", first=4)
     node = fake_node(tmp_path / "state", log)
     node.orthanc.series_of = lambda instance_id: node.orthanc.series(instance_id) | {"ID": "../../evil"}
-    node.follow()
+    node.log.follow()
     assert node.state.waiting() == [S1] and not node.state.arriving and not list(tmp_path.glob("evil*"))
     assert capsys.readouterr().out.count("is no id of Orthanc's") == 4
 
@@ -937,7 +937,7 @@ def test_a_series_that_orthanc_does_not_serve_lets_the_others_go_first_and_fails
     assert f"try 1 failed, another will follow: http://fake/{S1}/2: 500" in page(node, "http://fake")
     archive.files[S4] = archive.files[S3]
     archive.log = log_of(S1, S2, S3, S4)
-    node.follow()
+    node.log.follow()
     assert node.state.waiting() == [S2, S3, S1, S4]          # it keeps no room from others, nor its place
     node.state.close()
     again = archive_node(tmp_path, archive)                          # tries outlast the process
@@ -1044,7 +1044,7 @@ def test_a_full_queue_that_cannot_go_on_is_no_work(tmp_path):
     """Its loop would ask Orthanc without a pause."""
     archive = Archive(tmp_path, S1, S2)
     node = archive_node(tmp_path, archive, queue=1)
-    node.follow()
+    node.log.follow()
     node._not_before[S1] = time.monotonic() + 60                     # as after a full disk
     assert node.state.waiting() == [S1] and not node.step()
     del node._not_before[S1]
@@ -1116,7 +1116,7 @@ def test_state_of_another_model_or_node_is_refused(tmp_path):
 def test_pages(tmp_path):
     names = {name: dashed(name) for name in ("low", "wild", "high", "odd", "next")}
     node = fake_node(tmp_path, log_of(*names.values()))
-    node.follow()
+    node.log.follow()
     for name, values in (("low", dict(state="done", score=0.5)), ("high", dict(state="done", score=9.0, flagged=True)),
                          ("wild", dict(state="done", score=99.0, unreliable="too much", notes=["too much", "a gap"])),
                          ("odd", dict(state="refused", reason="<b>no head</b>"))):
@@ -1148,7 +1148,7 @@ def test_pages(tmp_path):
 def test_the_pages_show_the_last_days(tmp_path):
     names = [dashed(name) for name in ("today", "lately", "long ago", "waiting")]
     node = fake_node(tmp_path, log_of(*names))
-    node.follow()
+    node.log.follow()
     for name, days in zip(names, (0, 6.9, 7.1)):
         finished = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="seconds")
         node.state.put(name, node.state.rows[name] | {"state": "done", "score": 1.0, "finished": finished})
