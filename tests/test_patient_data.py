@@ -59,7 +59,7 @@ def outputs(tmp_path_factory) -> tuple[Path, str]:
         patch.setattr("sys.stdout", said)
         patch.setattr("sys.stderr", said)
         assert prepare.main([str(base / "scans"), "--out", str(out / "slices.lmdb"), "--size", "32", "--workers", "1",
-                             "--min-brain-fraction", "0.01"]) == 3
+                             "--min-brain-fraction", "0.01", "--val-fraction", "0"]) == 3
         assert projector.main([str(base / "scans"), "--model", str(MODEL), "--out", str(out / "results"),
                                "--device", "cpu"]) == 3
         scan_ids = [row.split(",")[0] for row in (out / "results" / "scores.csv").read_text().splitlines()[1:]]
