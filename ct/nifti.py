@@ -17,6 +17,7 @@ from ct.scan import AIR_HU, RESULT_MARK, Found, Scan, ScanError, ScanSource
 
 KIND = "nifti"
 SUFFIXES = (".nii", ".nii.gz")
+VALUES = (".img", ".img.gz")                                    # of a pair
 PAIR_SUFFIXES = (".hdr", ".img", ".hdr.gz", ".img.gz")
 GZIP = b"\x1f\x8b"
 HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}        # by the size that a header begins with
@@ -61,7 +62,7 @@ def claims(path: Path, head: bytes) -> bool:
     """Whether a file is NIfTI (or Analyze, which is refused by name), by its first bytes (348 or more) or its name."""
     if path.name.lower().endswith(SUFFIXES):
         return True
-    if path.name.lower().endswith((".img", ".img.gz")):
+    if path.name.lower().endswith(VALUES):
         return _other_of_pair(path) is not None
     if head[:2] == GZIP:
         head = _begin(path)
@@ -70,13 +71,14 @@ def claims(path: Path, head: bytes) -> bool:
 
 
 def find(paths: Sequence[Path], unknown_slice_spacing_mm: float = 5.0) -> list[Found]:
-    """One scan per file, or per pair of .hdr and .img."""
-    found = []
+    """One scan per file, or per pair of .hdr and .img, whichever of the two was given or could be claimed."""
+    given: dict[Path, Path] = {}                      # by the header; a scan is named after what was given
     for path in paths:
-        if path.name.lower().endswith((".img", ".img.gz")):
-            continue                                  # read with its header
-        image = _other_of_pair(path)
-        found.append(Found(KIND, (path,) if image is None else (path, image), path.with_name(stem(path))))
+        given.setdefault(_other_of_pair(path) if path.name.lower().endswith(VALUES) else path, path)
+    found = []
+    for header, path in given.items():
+        image = _other_of_pair(header)
+        found.append(Found(KIND, (header,) if image is None else (header, image), path.with_name(stem(path))))
     return found
 
 
@@ -90,7 +92,11 @@ def stem(path: Path) -> str:
 
 
 def _other_of_pair(path: Path) -> Path | None:
-    """The .img of a .hdr, and the reverse; None where there is none."""
+    """The .img of a .hdr, and the reverse; None where there is none. Of a link it may lie where that leads."""
+    return _beside(path) or (_beside(path.resolve()) if path.is_symlink() else None)
+
+
+def _beside(path: Path) -> Path | None:
     name = path.name
     for one, other in ((".hdr", ".img"), (".img", ".hdr")):
         for end in ("", ".gz"):

@@ -53,7 +53,8 @@ def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0, ids: str = "
     from the series UID or the files' content, wherever they lie. An id by uid stays whatever other scans come; one by
     path, unless a second scan comes to the same name, as a second series in the folder or a file beside it: then both
     have new ones, so that none means another scan.
-    What else lies in a folder of results is no id: a scan in a folder called scans is scans-HASH.
+    What else lies in a folder of results is no id: a scan in a folder called scans is scans-HASH. A link counts by its
+    own name, with a slash behind it or without.
     What killed runs have left of archives in the temporary folder is removed.
     Raises ScanError where the folder does not exist or holds nothing of the kind.
     """
@@ -65,15 +66,24 @@ def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0, ids: str = "
         raise ScanError(f"{folder}: no such file or folder; expected {LOOKED_FOR}")
     if folder.is_file() and folder.suffix.lower() in slices.SUFFIXES:
         raise ScanError(f"{folder}: one picture is not a scan; give the folder of slices, with its scan.json")
-    root = folder.resolve()
+    root = as_given(folder)
     search = _Search(root, unknown_slice_spacing_mm, ids == "uid")
     search.add_folder(root)
     for line in search.remarks():
         log(line)
+    if not search.sources and folder.name.lower().endswith(nifti.VALUES):
+        raise ScanError(f"{folder}: the values of a NIfTI pair without their header; put "
+                        f"{nifti.stem(folder)}.hdr beside them")
     if not search.sources:
         raise ScanError(f"{folder}: no scans found; looked for {LOOKED_FOR}"
                         + "".join(f"; {line}" for line in search.remarks()))
     return sorted(_with_ids(search.sources, root, ids), key=lambda source: source.scan_id)
+
+
+def as_given(path: Path) -> Path:
+    """Absolute, without '..', and by the link's own name where it is one: scans are named after what was given."""
+    path = Path.cwd() / path
+    return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
 
 
 def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = 5.0, ids: str = "path") -> list[ScanSource]:
@@ -85,7 +95,7 @@ def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = 5.0, ids:
         return find_scans(inputs[0], unknown_slice_spacing_mm, ids)
     several = []
     for folder in inputs:
-        name, sources = Path(folder).resolve().name, find_scans(folder, unknown_slice_spacing_mm, ids)
+        name, sources = as_given(folder).name, find_scans(folder, unknown_slice_spacing_mm, ids)
         is_scan = len(sources) == 1 and (Path(folder).is_file() or sources[0].scan_id in (name, _hashed(name, ())))
         before = "" if is_scan or ids == "uid" else name + SEPARATOR
         several.append([replace(source, scan_id=before + source.scan_id) for source in sources])

@@ -23,7 +23,7 @@ import distributed
 from common.files import read_table as read_rows
 from ct import dicom, loose, slices
 from ct.frame import PreprocessSettings, preprocess_scan
-from ct.read import ScanSource, find_scans, read_scan, refuse_twice
+from ct.read import ScanSource, as_given, find_scans, read_scan, refuse_twice
 from ct.scan import Scan, ScanError, printable
 from ct.slab import Slabs
 from ct.standardise import StandardiseSettings
@@ -293,7 +293,7 @@ def _check_all_used(folders: Sequence[PathLike], remaining: Sequence[ScanSource]
                     slices_csv: PathLike | None) -> None:
     """DatasetError for a folder of which --slices names nothing: it was given to be used."""
     for folder in folders:
-        whole = Path(folder).resolve()                    # as find_scans has it
+        whole = as_given(folder)
         mine, used = ([s for s in some if s.files[0].is_relative_to(whole)] for some in (remaining, sources))
         if mine and not used:
             raise DatasetError(f"{folder}: --slices {slices_csv} names none of its {len(mine)} scans; leave it out. If "

@@ -195,6 +195,27 @@ def test_a_nifti_pair_is_read_and_analyze_is_refused(tmp_path):
         read_all(tmp_path / "old")
 
 
+def test_a_pair_is_read_whichever_of_its_files_is_given(tmp_path):
+    """Given by its .img it was no scan; and one whose header was damaged was passed over without a word."""
+    image = nib.load(write_nifti_scan(tmp_path / "one.nii", HU))
+    nib.save(nib.Nifti1Pair(image.get_fdata().astype(np.int16), image.affine), tmp_path / "pair.hdr")
+    (tmp_path / "links").mkdir()
+    for name in ("one.img", "two.hdr"):
+        (tmp_path / "links" / name).symlink_to(tmp_path / f"pair{name[3:]}")
+    for name in ("pair.img", "pair.hdr", "links/one.img", "links/two.hdr"):
+        source, = find_scans(tmp_path / name)
+        assert source.scan_id == Path(name).stem and [path.suffix for path in source.paths] == [".hdr", ".img"]
+        np.testing.assert_array_equal(read_scan(source).hu, HU)
+    (tmp_path / "pair.hdr").write_bytes(b"junk" * 87)
+    for place in (tmp_path, tmp_path / "pair.img"):
+        source = next(source for source in find_scans(place) if source.scan_id == "pair")
+        with pytest.raises(ScanError, match="^pair.hdr: cannot be read as NIfTI"):
+            read_scan(source)
+    (tmp_path / "pair.hdr").unlink()
+    with pytest.raises(ScanError, match="pair.img: the values of a NIfTI pair without their header; put pair.hdr"):
+        find_scans(tmp_path / "pair.img")
+
+
 def test_a_zip_is_read_and_its_paths_stay_inside(tmp_path):
     series = write_dicom_series(tmp_path / "files", HU)
     with zipfile.ZipFile(tmp_path / "heads.zip", "w") as archive:

@@ -404,6 +404,34 @@ def test_several_inputs_name_their_scans_after_the_input(tmp_path):
         find_all([tmp_path / "a", tmp_path / "c/a"])
 
 
+def test_a_link_is_named_by_its_own_name(tmp_path, monkeypatch):
+    """A folder of links, given one by one, had ids of what they lead to."""
+    write_slice_folder(tmp_path / "store" / "real", HU)
+    write_dicom_series(tmp_path / "store" / "series", CT)
+    volume = write_nifti_scan(tmp_path / "store" / "volume.nii", CT)
+    (tmp_path / "links").mkdir()
+    for name, target in (("one", "real"), ("two", "series"), ("three.nii", volume.name)):
+        (tmp_path / "links" / name).symlink_to(tmp_path / "store" / target)
+    links = [str(tmp_path / "links" / name) for name in ("one", "two", "three.nii")]
+    assert [ids(link)[0] for link in links] == ["one", "two", "three"] == [ids(link + "/")[0] for link in links]
+    assert [source.scan_id for source in find_all(links)] == ["one", "three", "two"] == sorted(ids(tmp_path / "links"))
+    monkeypatch.chdir(tmp_path / "links" / "one")
+    assert ids(".") == ids("../real") == ["real"] and set(ids("..")) == {"real", "series", "volume"}
+
+
+def test_two_links_to_one_scan_are_one_scan_given_twice(tmp_path):
+    write_nifti_scan(tmp_path / "v.nii", CT)
+    write_slice_folder(tmp_path / "case", HU)
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to(tmp_path / "case")
+        (tmp_path / f"{name}.nii").symlink_to(tmp_path / "v.nii")
+    for first, second in (("a", "b"), ("a.nii", "b.nii"), ("case", "b"), ("v.nii", "b.nii")):
+        names = [name.removesuffix(".nii") for name in (first, second)]
+        with pytest.raises(ScanError, match=f"^{names[0]} and {names[1]}: one scan, given twice"):
+            find_all([tmp_path / first, tmp_path / second])
+    assert len(find_all([tmp_path / "a", tmp_path / "b.nii"])) == 2
+
+
 def test_inputs_that_are_scans_are_named_once(tmp_path):
     """They were 'case--case' and 'vol.nii.gz--vol'."""
     hu = np.zeros((4, 8, 8), np.float32)
