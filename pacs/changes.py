@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -19,12 +20,14 @@ class ChangeLog:
 
     queue      series that may wait; while so many do, the log is left alone
     from_now   with a state that is new, pass over what the log holds already
+    stopping   once it is set, Orthanc is asked nothing more
     announced  told of each series that is written down
     """
 
-    def __init__(self, orthanc: Orthanc, state: State, queue: int, from_now: bool, announced: Callable[[str], None]):
+    def __init__(self, orthanc: Orthanc, state: State, queue: int, from_now: bool, stopping: threading.Event,
+                 announced: Callable[[str], None]):
         self.orthanc, self.state, self.queue, self.from_now = orthanc, state, queue, from_now
-        self._announced = announced
+        self._stopping, self._announced = stopping, announced
         self._no_ct: set[str] = set()                 # instances of series that are no CT, not to be asked after each
         self._unserved: dict[str, tuple[float, float]] = {}     # what arrives, but is not served: not before, pause
 
@@ -43,6 +46,8 @@ class ChangeLog:
         self.state.date = max([self.state.date, *(change.date for change in changes)])
         self._arrive({change.id for change in changes if change.kind == "NewInstance"})
         for change in changes:
+            if self._stopping.is_set():
+                return True
             if change.kind == "StableSeries":
                 if room == 0:
                     return True
@@ -85,7 +90,7 @@ class ChangeLog:
         those that are left are noted in place of their series: most are probably of the same.
         """
         instances = instances - self._no_ct
-        while instances:
+        while instances and not self._stopping.is_set():
             instance = instances.pop()
             with self._or_later(instance):
                 series = series_or_none(self.orthanc.series_of, instance)
@@ -101,6 +106,8 @@ class ChangeLog:
         self._unserved = {known: when for known, when in self._unserved.items() if known in self.state.arriving}
         settled, now = set(), time.monotonic()
         for known in sorted(self.state.arriving):
+            if self._stopping.is_set():
+                break
             if known not in self.state.arriving or self._unserved.get(known, (now,))[0] > now:
                 continue                              # of a series that has just been noted, or for later
             with self._or_later(known):
@@ -128,7 +135,7 @@ class ChangeLog:
     def _announce_settled(self, settled: set[str]) -> bool:
         """Announce those that the log has not called stable either, as far as there is room; whether there are more."""
         for series_id in sorted(settled & self.state.arriving):
-            if self.room() <= 0:
+            if self.room() <= 0 or self._stopping.is_set():
                 return True
             with self._or_later(series_id):
                 self._announce(self.state.sequence, series_id)

@@ -35,7 +35,7 @@ class Metrics:
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self.runs: Counter[str] = Counter(dict.fromkeys(STAGES, 0))
         self.put_back = 0
-        self.orthanc_up = True
+        self.orthanc_up = self.changes_up = True
         self.disk_full = False
 
     def text(self, waiting: int) -> str:
@@ -44,6 +44,8 @@ class Metrics:
                  "# TYPE cn_stylegan_queue_length gauge", f"cn_stylegan_queue_length {waiting}",
                  "# HELP cn_stylegan_orthanc_up Whether Orthanc answered last.",
                  "# TYPE cn_stylegan_orthanc_up gauge", f"cn_stylegan_orthanc_up {int(self.orthanc_up)}",
+                 "# HELP cn_stylegan_changes_up Whether Orthanc served its change log last.",
+                 "# TYPE cn_stylegan_changes_up gauge", f"cn_stylegan_changes_up {int(self.changes_up)}",
                  "# HELP cn_stylegan_disk_full Whether the node waits for room on its disk.",
                  "# TYPE cn_stylegan_disk_full gauge", f"cn_stylegan_disk_full {int(self.disk_full)}",
                  "# HELP cn_stylegan_scans_total CT series finished since the start.",
@@ -76,7 +78,9 @@ class Node:
         self.stopping = threading.Event()
         self.in_work: str | None = None
         self._not_before: dict[str, float] = {}       # of series that have been tried, on the clock of time.monotonic
-        self.log = ChangeLog(orthanc, state, queue, from_now, lambda series_id: self._not_before.pop(series_id, None))
+        self.log = ChangeLog(orthanc, state, queue, from_now, self.stopping,
+                             lambda series_id: self._not_before.pop(series_id, None))
+        self._log_again = 0.0, BACKOFF_S[0]           # when the log is asked for again, and the next pause before it
         self._no_room: set[str] = set()               # series that found the disk full when they were last tried
         self._ticked = time.monotonic()
 
@@ -114,7 +118,9 @@ class Node:
 
     def step(self) -> bool:
         """Read a page of the change log, and do one series; False where there is nothing more to do now."""
-        more = self.log.follow()
+        more = self._follow()
+        if self.stopping.is_set():
+            return False
         now = time.monotonic()
         due = [series_id for series_id in self.state.waiting() if self._not_before.get(series_id, now) <= now]
         if due:
@@ -125,6 +131,25 @@ class Node:
                 self.in_work = None
         self.withdraw()
         return bool(due) or more and self.log.room() > 0         # with a full queue the log can wait
+
+    def _follow(self) -> bool:
+        """Follow the change log; where Orthanc serves only that not, what waits is done meanwhile, and it is said."""
+        not_before, pause = self._log_again
+        if time.monotonic() < not_before:
+            return False
+        try:
+            more = self.log.follow()
+        except OrthancAway as error:
+            self.orthanc.system()                     # raises where all of it is away
+            if self.metrics.changes_up:
+                print(f"the change log cannot be read, trying again: {error}", flush=True)
+            self.metrics.changes_up = False
+            self._log_again = time.monotonic() + pause, min(2 * pause, BACKOFF_S[1])
+            return False
+        if not self.metrics.changes_up:
+            print("the change log can be read again", flush=True)
+        self.metrics.changes_up, self._log_again = True, (0.0, BACKOFF_S[0])
+        return more
 
     def do(self, series_id: str) -> None:
         """Fetch, project and store one waiting series, and write down what came of it.

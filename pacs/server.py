@@ -50,7 +50,8 @@ def page(node: Node, link: str, days: float = DAYS) -> str:
     rows, older = worklist(node, days)
     return _template().render(
         rows=rows, older=older, days=f"{days:g}", model=node.identity.name, weights=node.identity.weights_hash[:12],
-        orthanc=link, up=node.metrics.orthanc_up, disk_full=node.metrics.disk_full, refresh=REFRESH_S)
+        orthanc=link, up=node.metrics.orthanc_up, changes_up=node.metrics.changes_up,
+        disk_full=node.metrics.disk_full, refresh=REFRESH_S)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -74,7 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, "text/plain; version=0.0.4", node.metrics.text(len(node.state.waiting())))
         elif path == "/healthz":
             self._answer(503 if node.stuck else 200, "application/json", json.dumps(
-                {"stuck": node.stuck, "orthanc": node.metrics.orthanc_up, "waiting": len(node.state.waiting())}))
+                {"stuck": node.stuck, "orthanc": node.metrics.orthanc_up, "changes": node.metrics.changes_up,
+                 "waiting": len(node.state.waiting())}))
         else:
             self._answer(404, "text/plain", "not here; there are /, /worklist.json, /healthz and /metrics\n")
 

@@ -751,6 +751,65 @@ def test_a_long_log_is_read_a_page_at_a_time_between_series(tmp_path, monkeypatc
     assert len(pages) == 5 and S2 in states(node)
 
 
+@pytest.mark.parametrize("verb", ["series_of", "series", "announce"])
+def test_a_stop_is_heeded_within_a_page_of_the_log(tmp_path, verb, monkeypatch):
+    """Each entry may be a request, and each request a time-out; nor is another series begun."""
+    ids = [dashed(f"image {i}") for i in range(50)]
+    archive, asked = Archive(tmp_path, S1, S2), []
+    node = archive_node(tmp_path, archive)
+    node.log.follow()
+    archive.log = archive.log + log_of(*ids, kind={"announce": "StableSeries"}.get(verb, "NewInstance"), first=3)
+    if verb == "series":
+        archive.log, node.state.arriving = [], set(ids)
+
+    def counted(series_id):
+        asked.append(series_id)
+        if len(asked) == 3:
+            node.stopping.set()
+        return FakeOrthanc.series(archive, series_id) | {"Instances": [f"{series_id}/i"], "IsStable": False}
+    monkeypatch.setattr(archive, "series_of" if verb == "series_of" else "series", counted)
+    place = node.state.sequence
+    assert not node.step() and len(asked) == 3
+    assert node.state.sequence == place + 3 * (verb == "announce")                 # the rest is read at the next start
+    assert {states(node)[S1], states(node)[S2]} == {"waiting"}
+
+
+def test_a_change_log_that_orthanc_does_not_serve_keeps_no_series_that_waits(tmp_path, monkeypatch, capsys):
+    archive, asked, clock = Archive(tmp_path, S1, S2), [], [0.0]
+    monkeypatch.setattr("pacs.node.time.monotonic", lambda: clock[0])
+    node = archive_node(tmp_path, archive)
+    assert node.step() and states(node) == {S1: "done", S2: "waiting"}
+
+    def unserved():
+        asked.append(clock[0])
+        raise OrthancAway("http://fake/changes?last: 500 Internal Server Error")
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, "last_change", unserved)
+        assert node.step() and states(node)[S2] == "done" and node.metrics.orthanc_up
+        for clock[0] in range(0, 200, 10):
+            assert not node.step()
+        assert asked == [0, 10, 20, 30, 40, 60, 100, 160]            # after 1, 2, 4, ... 60 s
+        assert "does not serve its change log" in page(node, "http://fake")
+        assert "cn_stylegan_changes_up 0" in node.metrics.text(0)
+        archive.turned_down = system_away                            # all of it: the loop waits
+        clock[0] = 1000.0
+        with pytest.raises(OrthancAway, match="refused"):
+            node.step()
+    archive.turned_down = lambda *_: None
+    more_images(archive, tmp_path, S1)
+    clock[0] = 2000.0
+    assert node.step() and node.state.rows[S1]["images"] == 5 and node.metrics.changes_up
+    assert "does not serve its change log" not in page(node, "http://fake")
+    said = capsys.readouterr().out
+    assert said.count("the change log cannot be read, trying again: http://fake/changes?last: 500") == 1
+    assert said.count("the change log can be read again") == 1
+
+
+def system_away(verb, what):
+    if verb == "system":
+        raise OrthancAway("refused")
+
+
 def test_what_arrives_is_taken_up_at_the_end_of_a_long_log(tmp_path):
     archive, asked = Archive(tmp_path, S1), []
     other = [dashed(f"patient {i}") for i in range(950)]
@@ -1134,7 +1193,7 @@ def test_pages(tmp_path):
     assert "&lt;b&gt;no head" in html and "<b>no head" not in html and "Research only" in html
     places = [html.index(f">{names[name][:17]}</a>") for name in ("next", "high", "low", "odd")]
     assert places == sorted(places)
-    assert json.loads(get("/healthz")) == {"stuck": False, "orthanc": True, "waiting": 1}
+    assert json.loads(get("/healthz")) == {"stuck": False, "orthanc": True, "changes": True, "waiting": 1}
     metrics = get("/metrics").splitlines()
     assert "cn_stylegan_queue_length 1" in metrics and 'cn_stylegan_scans_total{outcome="done"} 0' in metrics
     assert 'cn_stylegan_stage_seconds_count{stage="project"} 0' in metrics
