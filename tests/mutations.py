@@ -818,7 +818,7 @@ MUTANTS = (
     Mutant("a storage that serves no series fails them all", "pacs/node.py",
            "tries >= TRIES and any(", "tries >= TRIES or any(", "tests/test_pacs.py -k serves_none"),
     Mutant("Orthanc being away is a try of the series in work", "pacs/node.py",
-           "self.orthanc.system()                     # raises", "pass  # raises",
+           "self.orthanc.system()                     # raises where it is away for every", "pass  #",
            "tests/test_pacs.py -k away_as_a_whole"),
     Mutant("a series of which Orthanc does not tell stops the node", "pacs/changes.py",
            "if isinstance(error, OrthancRefused) and error.for_all:\n                raise\n            self",
