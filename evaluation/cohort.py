@@ -109,16 +109,21 @@ def _finite(path: Path, row: Row, column: str) -> float:
     return value
 
 
-def read_labels(path: Path, where: Iterable[str] = (),
+def read_labels(path: Path, where: Sequence[str] = (),
                 by_slice: bool = False) -> tuple[dict[Key, Label], set[Key]]:
-    """Labels by key, and the keys that the conditions COLUMN=VALUE leave out. Raises InputError."""
-    conditions = dict(w.partition("=")[::2] for w in where)
+    """Labels by key, and the keys that the conditions COLUMN=VALUE leave out. Raises InputError.
+
+    Of conditions on one column any may hold, and every column's must.
+    """
+    conditions: dict[str, set[str]] = {}
+    for column, _, value in (condition.partition("=") for condition in where):
+        conditions.setdefault(column, set()).add(value)
     labels, not_chosen, seen = {}, set(), set()
     columns = ("scan_id", "slice", "label") if by_slice else ("scan_id", "label")
     for row in read_table(path, (*columns, *conditions)):
         key = _key(path, row, by_slice, seen)
         seen.add(key)
-        if any(row[column] != value for column, value in conditions.items()):
+        if any(row[column] not in values for column, values in conditions.items()):
             not_chosen.add(key)
             continue
         types = tuple(sorted({t.strip() for t in row.get("types", "").split("|")} - {""}))
@@ -128,7 +133,7 @@ def read_labels(path: Path, where: Iterable[str] = (),
                              "expected label 0 without types, or label 1")
         labels[key] = Label(int(row["label"]), types, row.get("patient") or row["scan_id"])
     if not labels:
-        raise InputError(f"{path}: no labels" + (f" where {' and '.join(where)}" if where else ""))
+        raise InputError(f"{path}: no labels" + "".join(f" --where {one}" for one in where))
     return labels, not_chosen
 
 
@@ -217,26 +222,36 @@ def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.nda
     lie; a map of unevenly spaced ones is resampled to even steps from the first to the last (ct.write), and each of
     its slices then has the mask of the slice nearest to it. Without it, NN counts the map's slices. upended: the stack
     came upside down: NN counts from the head's lower end, and the map, which lies as the stack came, ends with that.
-    None if there is neither. Raises InputError.
+    None if there is neither. Raises InputError, also where a scan or a slice has two masks.
     """
     path = folder / f"{scan_id}.nii.gz"
+    by_number: dict[int, Path] = {}
+    for picture in sorted((folder / scan_id).glob("*.png")):
+        if not picture.stem.isdecimal():
+            raise InputError(f"{picture}: expected the number of a slice, from 0, found {picture.stem!r}")
+        other = by_number.setdefault(int(picture.stem), picture)
+        if other != picture:
+            raise InputError(f"{other} and {picture} are both masks of slice {int(picture.stem)}; expected one: remove "
+                             "the other")
+    if path.is_file() and by_number:
+        raise InputError(f"{path} and {next(iter(by_number.values()))} are both masks of {scan_id}; expected a volume "
+                         "or pictures, not both: remove one or the others")
     if path.is_file():
         truth, own = read_volume(path)
         if truth.shape != like or not np.allclose(own, affine, atol=0.01):
             raise InputError(f"{path}: its shape {truth.shape} or affine is not the predicted map's "
                              f"({like}); the truth must be in the geometry of the scan")
         return truth > 0, np.ones(like[0], bool)
-    pictures = {p.stem: p for p in sorted((folder / scan_id).glob("*.png"))}
-    if not pictures:
+    if not by_number:
         return None
     count = like[0] if position_mm is None else len(position_mm)
     masks, given = np.zeros((count, *like[1:]), bool), np.zeros(count, bool)
-    for stem, picture in pictures.items():
+    for number, picture in by_number.items():
         mask = np.asarray(Image.open(picture).convert("L")) > 0
-        if not stem.isdigit() or int(stem) >= count or mask.shape != like[1:]:
+        if number >= count or mask.shape != like[1:]:
             raise InputError(f"{picture}: expected a slice number below {count} and {like[1:]} pixels, "
-                             f"found {stem!r} and {mask.shape}")
-        masks[int(stem)], given[int(stem)] = mask, True
+                             f"found {number} and {mask.shape}")
+        masks[number], given[number] = mask, True
     if gaps == "error" and not given.all():
         raise InputError(f"{folder / scan_id}: {given.sum()} of {count} slices have a mask; say with "
                          "--mask-gaps whether the others are 'empty' or to 'skip'")

@@ -93,6 +93,7 @@ def pixel_figures(units: Units, args, maps_of: Callable[[str], tuple[Path, bool]
     these run the other way than its slices (read_truth)."""
     tally, absent = metrics.PixelTally(), []
     positions = slice_positions(args.maps / "slices.csv")
+    patient = {scan_id: cluster for (scan_id,), cluster in zip(units.keys, units.clusters)}
     for (scan_id,), label in zip(units.keys, units.labels):
         folder, upended = maps_of(scan_id)
         if not (folder / "mask.nii.gz").is_file():
@@ -106,6 +107,9 @@ def pixel_figures(units: Units, args, maps_of: Callable[[str], tuple[Path, bool]
             absent.append(f"{scan_id} (no truth)")
             continue
         truth, counted = found or (np.zeros(predicted.shape, bool), np.ones(len(predicted), bool))
+        if label == 0 and truth.any():
+            raise InputError(f"--masks {args.masks}: the mask of {scan_id} has {truth.sum()} pixels, but its label is "
+                             "0; expected an empty mask or none: correct one of the two")
         tally.add(scan_id, truth[counted], predicted[counted] > 0, anomaly[counted])
     if absent and args.missing == "error":
         raise InputError(f"--masks {args.masks} and --maps {args.maps}: nothing to compare for "
@@ -119,6 +123,7 @@ def pixel_figures(units: Units, args, maps_of: Callable[[str], tuple[Path, bool]
     if not len(each):
         return {**result, "dice_mean": "undefined: no truth mask with a pixel in it"}
     boot = defined(metrics.bootstrap_interval, lambda s, _: float(s.mean()), each, np.ones(len(each)),
+                   clusters=[patient[scan_id] for scan_id in tally.dice_by_scan],
                    level=args.level, repeats=args.bootstrap, seed=args.seed)
     return {**result, "dice_mean": float(each.mean()), "dice_mean_bootstrap": boot,
             "dice_median": float(np.median(each))}

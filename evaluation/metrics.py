@@ -168,12 +168,15 @@ def bootstrap_interval(statistic: Callable[[np.ndarray, np.ndarray], float], sco
     Clusters are drawn whole and with replacement, those with an abnormal unit apart from those without: with
     units as clusters this is resampling stratified by class. Raises Undefined when the statistic is
     undefined, is so in over 5 % of the resamples, or does not vary (an AUC of 1 stays 1 in every resample: no
-    information, no interval).
+    information, no interval), and when a class comes from one cluster alone, which no resample could replace.
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     statistic(scores, labels)
     clusters = np.arange(len(scores)) if clusters is None else np.asarray(clusters)
     _, index = np.unique(clusters, return_inverse=True)
+    for value, name in ((1, "abnormal"), (0, "normal")):
+        if len(np.unique(index[labels == value])) == 1:
+            raise Undefined(f"only one independent unit is {name}")
     members = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
     abnormal = [c for c in members if labels[c].any()]
     normal = [c for c in members if not labels[c].any()]

@@ -171,6 +171,17 @@ def test_bootstrap_is_seeded_and_stratified():
         metrics.bootstrap_interval(metrics.auc, np.arange(6), np.array([0, 0, 0, 1, 1, 1]), repeats=100)
 
 
+def test_no_interval_where_a_class_is_one_patient():
+    """Every resample held that one again: the interval was of the other class alone, and far too narrow."""
+    scores, labels = np.array([3.0, 1, 2, 4, 5, 0]), np.array([1, 0, 0, 0, 0, 0])
+    with pytest.raises(Undefined, match="only one independent unit is abnormal"):
+        metrics.bootstrap_interval(metrics.auc, scores, labels, repeats=100)
+    labels[3] = 1
+    assert metrics.bootstrap_interval(metrics.auc, scores, labels, repeats=100)
+    with pytest.raises(Undefined, match="only one independent unit is normal"):
+        metrics.bootstrap_interval(metrics.auc, scores, labels, clusters=[0, 1, 1, 2, 1, 1], repeats=100)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # At a threshold, and masks
 
@@ -278,6 +289,12 @@ def test_labels_are_checked_and_chosen(tmp_path):
                      [["a", "test", "1", "Subdural|Epidural"], ["b", "train", "0", ""]])
     labels, not_chosen = cohort.read_labels(path, ["split=test"])
     assert labels == {("a",): cohort.Label(1, ("Epidural", "Subdural"), "a")} and not_chosen == {("b",)}
+    everything = cohort.read_labels(path)[0]
+    for where in (["split=test", "split=train"], ["split=train", "split=test", "label=0", "label=1"]):
+        assert cohort.read_labels(path, where) == (everything, set())            # any value of a column will do
+    assert cohort.read_labels(path, ["split=train", "split=test", "label=0"])[1] == {("a",)}
+    with pytest.raises(cohort.InputError, match="no labels --where split=test --where label=0"):
+        cohort.read_labels(path, ["split=test", "label=0"])
     for row in (["c", "test", "0", "Epidural"], ["c", "test", "", ""], ["c", "test", "yes", ""]):
         with pytest.raises(cohort.InputError, match="line 2: c has label .*expected label 0 without types, or label 1"):
             cohort.read_labels(write_csv(path, "scan_id,split,label,types", [row]))
@@ -578,6 +595,56 @@ def test_masks_nifti_and_pictures(results):
     assert report["pixel"]["dice_by_scan"]["c"] == pytest.approx(4 / 6)
     (base / "masks" / "a.nii.gz").unlink()
     assert run(results, "--masks", base / "masks", "--mask-gaps", "empty", out="none")[0] == 2
+
+
+def test_two_masks_of_one_scan_are_refused_and_both_named(results, capsys):
+    """One of them counted, the other was not even looked at."""
+    masks, truth = results.parent / "masks", np.zeros((3, 4, 5), np.uint8)
+    for name in "abcdef":
+        for kind in ("mask", "anomaly"):
+            display_to_nifti(truth, results / name / f"{kind}.nii.gz")
+        display_to_nifti(truth, masks / f"{name}.nii.gz")
+    (masks / "b").mkdir()
+    Image.fromarray(truth[0]).save(masks / "b" / "00.png")
+    assert run(results, "--masks", masks)[0] == 2
+    error = capsys.readouterr().err
+    assert f"{masks / 'b.nii.gz'} and {masks / 'b' / '00.png'} are both masks of b" in error
+    (masks / "b.nii.gz").unlink()
+    Image.fromarray(truth[0]).save(masks / "b" / "0.png")
+    assert run(results, "--masks", masks, "--mask-gaps", "empty")[0] == 2
+    assert f"{masks / 'b' / '0.png'} and {masks / 'b' / '00.png'} are both masks of slice 0" in capsys.readouterr().err
+    (masks / "b" / "0.png").rename(masks / "b" / "\u00b2.png")                   # a digit, but no number
+    assert run(results, "--masks", masks, "--mask-gaps", "empty")[0] == 2
+    assert "expected the number of a slice" in capsys.readouterr().err
+
+
+def test_a_mask_with_pixels_of_a_scan_labelled_normal_is_refused(results, capsys):
+    masks, truth = results.parent / "masks", np.zeros((3, 4, 5), np.uint8)
+    truth[0, 0, :2] = 1
+    for name in "abcdef":
+        for kind in ("mask", "anomaly"):
+            display_to_nifti(truth, results / name / f"{kind}.nii.gz")
+        display_to_nifti(truth * (name in "abcf"), masks / f"{name}.nii.gz")
+    assert run(results, "--masks", masks)[0] == 2
+    assert "the mask of f has 2 pixels, but its label is 0" in capsys.readouterr().err
+
+
+def test_the_interval_of_dice_resamples_patients(results):
+    masks, truth = results.parent / "masks", np.zeros((3, 4, 5), np.uint8)
+    truth[0, 0, :4] = 1
+    for name, found in zip("abcdef", (4, 4, 1, 0, 0, 0)):
+        predicted = np.zeros_like(truth)
+        predicted[0, 0, :found] = 1
+        for kind in ("mask", "anomaly"):
+            display_to_nifti(predicted, results / name / f"{kind}.nii.gz")
+        display_to_nifti(truth * (name in "abc"), masks / f"{name}.nii.gz")
+    labels = list(zip("abcdef", LABELS, "ppqrst"))
+    write_csv(results.parent / "labels.csv", "scan_id,label,patient", labels)
+    pixel = run(results, "--masks", masks)[1]["pixel"]
+    assert pixel["dice_by_scan"] == {"a": 1.0, "b": 1.0, "c": pytest.approx(0.4)}
+    assert pixel["dice_mean_bootstrap"] == pytest.approx([0.4, 1.0])              # of p and q, not of three scans
+    write_csv(results.parent / "labels.csv", "scan_id,label,patient", [(n, y, "p") for n, y, _ in labels])
+    assert run(results, "--masks", masks)[1]["pixel"]["dice_mean_bootstrap"].startswith("undefined: only one")
 
 
 def test_maps_of_a_run_in_parts_are_found(results, capsys):
