@@ -16,25 +16,22 @@ class Slabs:
     scan         the scan to work on; scan.position_mm is each slab's own mean position
     position_mm  float64 [S], of the original slices
     made_of      bool [T, S]: which of them each slab is made of
+    covered      bool [S]: which of them lie in slabs by half or more
     averaged     whether slabs were made; if not, scan is the original and T = S
     """
 
     scan: Scan
     position_mm: np.ndarray
     made_of: np.ndarray
+    covered: np.ndarray
     averaged: bool
-
-    @property
-    def covered(self) -> np.ndarray:
-        """Which of the original slices are part of a slab, bool [S]."""
-        return self.made_of.any(axis=0)
 
     def from_slabs(self, maps: np.ndarray) -> np.ndarray:
         """Maps of the slabs, [T, H, W], for the original slices, [S, H, W].
 
         Numbers are interpolated linearly between slab positions (floats keep their dtype, integers become
-        float32); bool takes the nearest slab, and is False for slices in no slab. Slices beyond the outermost slab
-        positions take that slab's map. Raises ValueError if there is not one map a slab.
+        float32); bool takes the nearest slab, and is False for slices that no slab covers. Slices beyond the outermost
+        slab positions take that slab's map. Raises ValueError if there is not one map a slab.
         """
         centres = self.scan.position_mm
         if len(maps) != len(centres):
@@ -67,16 +64,17 @@ def to_slabs(scan: Scan, slab_mm: float = 5.0, thin_mm: float = 4.0) -> Slabs:
         raise ScanError(f"{scan.scan_id}: --slab-mm must be above 0, got {slab_mm}")
     count = len(scan.hu)
     if count == 1 or scan.slice_spacing_mm >= thin_mm or scan.slice_spacing_mm >= slab_mm:
-        return Slabs(scan, scan.position_mm, np.eye(count, dtype=bool), averaged=False)
-    shares = _shares(scan.position_mm, slab_mm, thin_mm)
+        return Slabs(scan, scan.position_mm, np.eye(count, dtype=bool), np.ones(count, bool), averaged=False)
+    shares, whole = _shares(scan.position_mm, slab_mm, thin_mm)
     weights = shares / shares.sum(axis=1, keepdims=True)
     brain = None if scan.brain is None else _average(weights, scan.brain) >= 0.5
     slabs = replace(scan, hu=_average(weights, scan.hu), position_mm=weights @ scan.position_mm, brain=brain)
-    return Slabs(slabs, scan.position_mm, shares > 1e-6, averaged=True)
+    return Slabs(slabs, scan.position_mm, shares > 1e-6, shares.sum(axis=0) >= whole / 2 - 1e-6, averaged=True)
 
 
-def _shares(position_mm: np.ndarray, slab_mm: float, thin_mm: float) -> np.ndarray:
-    """How much of each slice is in each slab, float64 [T, S], inferior to superior: mm, or 1 of a thick slice."""
+def _shares(position_mm: np.ndarray, slab_mm: float, thin_mm: float) -> tuple[np.ndarray, np.ndarray]:
+    """How much of each slice is in each slab, float64 [T, S], inferior to superior, and all of it [S]: mm, or 1 of a
+    thick slice."""
     steps = np.diff(position_mm)
     nearest = np.minimum(np.append(np.inf, steps), np.append(steps, np.inf))         # [S], to the nearer neighbour
     low, high = _extents(position_mm, nearest)
@@ -88,14 +86,14 @@ def _shares(position_mm: np.ndarray, slab_mm: float, thin_mm: float) -> np.ndarr
         part = np.ones((1, 1)) if thick[s] else _overlaps(low[s:end], high[s:end], slab_mm, bottom=s == 0)
         rows.append(np.pad(part, ((0, 0), (s, len(position_mm) - end))))
         s = end
-    return np.concatenate(rows)
+    return np.concatenate(rows), np.where(thick, 1.0, high - low)
 
 
 def _overlaps(low: np.ndarray, high: np.ndarray, slab_mm: float, bottom: bool) -> np.ndarray:
     """mm of each slice in each slab, float64 [T, S], of slices that reach from low to high, mm.
 
-    A slab is kept if slices cover half of what they cover in the fullest, or if one is in no other. What is left below
-    the lowest falls off at the scan's bottom; elsewhere it is part of the lowest.
+    A slab is kept if slices cover half of what they cover in the fullest, or if more of one lies there than in those
+    that are kept. What is left below the lowest falls off at the scan's bottom; elsewhere it is part of the lowest.
     """
     count = max(1, int((high[-1] - low[0]) / slab_mm + 0.5))
     tops = high[-1] - slab_mm * np.arange(count)[::-1, None]
@@ -106,7 +104,7 @@ def _overlaps(low: np.ndarray, high: np.ndarray, slab_mm: float, bottom: bool) -
     covered = overlap.sum(axis=1)
     kept = covered >= covered.max() / 2 - 1e-6
     for slice_mm in overlap.T:
-        if slice_mm.any() and not slice_mm[kept].any():
+        if slice_mm[kept].sum() < slice_mm.sum() / 2:
             kept[slice_mm.argmax()] = True
     return overlap[kept]
 

@@ -102,6 +102,22 @@ def test_a_slice_in_no_slab_is_not_said_to_be_seen():
     assert not back[:2].any() and back[2:].all()
 
 
+def test_a_slice_of_which_a_slab_holds_a_rest_is_not_said_to_be_seen():
+    """One of 2.4 mm, of which 0.4 were in the lowest slab, was 'projected'."""
+    slabs = to_slabs(_scan([100, 0, 0, 0, 0], 2.4 * np.arange(5)))                     # 12 mm: 2 are left over
+    assert slabs.made_of[0].tolist() == [True, True, True, False, False]
+    assert slabs.covered.tolist() == [False, True, True, True, True]
+    back = slabs.from_slabs(np.ones((2, 2, 3), bool))
+    assert not back[0].any() and back[1:].all()
+
+
+def test_a_slice_above_a_gap_is_not_lost_for_its_edge_in_another_slab():
+    """A slab that slices cover by less than half was dropped, though all but an edge of one lay there."""
+    slabs = to_slabs(_scan([0, 0, 100, 0, 0], [0.0, 3.0, 10.0, 12.0, 14.5]))
+    np.testing.assert_allclose(slabs.scan.hu[:, 0, 0], [0, 100, 100 * 0.25 / 5], rtol=1e-6)
+    assert slabs.covered[1:].all()
+
+
 def test_maps_go_back_linearly_and_bool_to_the_nearest():
     slabs = to_slabs(_scan([0, 10, 20, 30, 40], [0, 2, 4, 6, 8]))             # slab centres 1.6 and 6.4
     maps = np.stack([np.zeros((2, 3), np.float32), np.full((2, 3), 4.8, np.float32)])
