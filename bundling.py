@@ -1,8 +1,12 @@
-"""From a training run, a method's own file or a model bundle to a calibrated bundle: the work of latent_stats.py."""
+"""From a training run, a method's own file or a model bundle to a calibrated bundle: the work of latent_stats.py.
+
+And to what train_reader.py teaches a reader beside: networks of a run and those of a bundle are one thing to it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import platform
 import tempfile
 from collections import Counter
@@ -16,9 +20,11 @@ import distributed
 from common.weights import CheckpointError
 from ct.settings import PreprocessSettings
 from dataset import SliceDataset
-from detect.bundle import load_bundle, save_bundle
+from detect.bundle import Bundle, load_bundle, save_bundle
 from detect.calibration import Fold, Trained, calibrate, check_held_out, open_file
 from detect.codes import fit_codes
+from detect.inpainting import InpaintingSettings
+from detect.inversion import InversionSettings, OfEncoder, compact_networks
 from detect.measure import MEASURES
 from detect.normative import Normal
 from detect.options import StatsConfig
@@ -28,6 +34,7 @@ from detect.search import Search
 from detect.settings import Settings
 from gan.augment import random_flip, random_rotation
 from gan.encoding import method_of, restore
+from gan.reader_loop import Beside, First
 from gan.runlog import lineage, load_run, not_held_out, tell_of_seen
 from gan.snapshots import Snapshot
 
@@ -65,30 +72,34 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
     if held_out:
         trained = [dataclasses.replace(trained[0], dataset=other_range(trained[0], held_out), path=held_out)]
     if readers:
-        trained = with_readers(trained[0], readers, device)
-    if config.calibrate == "val":
-        check_held_out(settings, trained)
+        trained = with_readers(trained[0], readers, settings, device)
 
-    # ---- Fit, and calibrate on the weights as they will be read back, rounded to float16
-    meta = {"preprocessing": trained[0].dataset.manifest["settings"], "calibration": None,
-            "provenance": {"name": name or out.name, **trained[0].provenance,
-                           "latent_stats": dataclasses.asdict(config), "notes": notes,
-                           "versions": {"python": platform.python_version(), "torch": torch.__version__}}}
+    # ---- Fit and calibrate
+    known = {"name": name or out.name, **trained[0].provenance, "latent_stats": dataclasses.asdict(config),
+             "notes": notes, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     if held_out:
-        meta["provenance"]["held_out"] = {key: trained[0].dataset.manifest[key] for key in ("digest", "counts")}
+        known["held_out"] = data_of(trained[0].dataset)
     if further:
-        meta["provenance"]["folds"] = [{"encoder": one.provenance.get("encoder"),
-                                        "held_out": len(one.held_out_ids())} for one in trained]
-    if len(readers) > 1:
-        meta["provenance"]["readers"] = [one.provenance["reader"] for one in trained]
-    with tempfile.TemporaryDirectory() as folder:
+        known["folds"] = [{"encoder": one.provenance.get("encoder"), "held_out": len(one.held_out_ids())}
+                          for one in trained]
+    return write(trained, settings, known, out, device, config.precision, overwrite, config.calibrate == "val")
+
+
+def write(trained: list[Trained], settings: Settings, known: dict[str, Any], out: Path, device: torch.device,
+          precision: str, overwrite: bool, calibrated: bool = True) -> Path:
+    """Write the bundle of what was trained, the first of several, with this provenance, and unless calibrated=False
+    with the calibration by the scans of all. ValueError where these are too few, before any work."""
+    if calibrated:
+        check_held_out(settings, trained)
+    meta = {"preprocessing": trained[0].dataset.manifest["settings"], "calibration": None, "provenance": known}
+    with tempfile.TemporaryDirectory() as folder:          # for weights as they will be read back, rounded to float16
         folds, first = [], None
         for i, one in enumerate(trained):
             reconstructor = one.make()
             first = first or reconstructor
-            if config.calibrate == "val":
+            if calibrated:
                 path = save_bundle(Path(folder) / str(i), reconstructor, settings, meta)
-                saved = load_bundle(path, device, config.precision)
+                saved = load_bundle(path, device, precision)
                 folds.append(Fold(saved.with_settings(settings).reconstructor,             # a bundle names no files
                                   SliceDataset(one.path, "val", check=False, scans=one.scans)))
         normal = None
@@ -120,51 +131,129 @@ def is_bundle(folder: Path) -> bool:
 
 def build_anew(model: Path, data: Path, changes: Sequence[str], out: Path, device: torch.device,
                precision: str = "auto", name: str | None = None, notes: str | dict | None = None,
-               overwrite: bool = False) -> Path:
+               overwrite: bool = False, readers: Sequence[Path] = ()) -> Path:
     """Write a model bundle to `out` that is `model` calibrated anew, by the scans that a database holds out.
 
-    changes: KEY=VALUE over its settings. New scans are then prepared as those of the database are. Raises as build(),
-    and ValueError for scans that are known to be among those it was calibrated on, and its reader trained.
+    changes: KEY=VALUE over its settings. readers: runs of train_reader.py beside its networks, as of build(), in the
+    place of its own one. New scans are then prepared as those of the database are. Raises as build(), and ValueError
+    for scans that are known to be among those which its networks, or a reader that stays, have learnt from.
     """
     refuse_bundle(out, overwrite)
-    bundle, dataset = load_bundle(model, device, precision), SliceDataset(data, "val")
+    bundle = load_bundle(model, device, precision)
     settings = bundle.settings.changed(changes)
-    bundle, known = bundle.with_settings(settings), bundle.meta["provenance"] or {}
-    reconstructor = bundle.reconstructor
-    reconstructor.check()
-    if dataset.size != reconstructor.size:
-        raise ValueError(f"--data {data}: slices of {dataset.size} pixels, --encoder {model} takes "
-                         f"{reconstructor.size}; prepare them with --like {model}")
-    if getattr(reconstructor, "reader", None) and not getattr(settings.scoring, "read", 0):
-        reconstructor.reader = None
+    trained = [open_model(data, bundle.with_settings(settings), keep_reader=not readers)]
+    if readers:
+        trained = with_readers(trained[0], readers, settings, device)
+    known = trained[0].provenance | {
+        "name": name or out.name, "calibration_data": data_of(trained[0].dataset),
+        "calibration_notes": notes or "anew: what other notes say of a calibration was before"}
+    return write(trained, settings, known, out, device, precision, overwrite)
+
+
+def open_model(data: Path, bundle: Bundle, keep_reader: bool) -> Trained:
+    """A bundle with another database than it was trained on, whose held-out scans are to calibrate it.
+
+    Raises ValueError for slices that it does not take, and scans that are known to have taught it. Notes are printed.
+    """
+    dataset, model = SliceDataset(data, "val"), bundle.folder
+    method, known = bundle.reconstructor.with_settings(bundle.settings.reconstruction), bundle.meta["provenance"] or {}
+    method.check()
+    if dataset.size != method.size:
+        raise ValueError(f"--data {data}: slices of {dataset.size} pixels, --encoder {model} takes {method.size}; "
+                         f"prepare them with --like {model}")
+    if seen := learnt_by_networks(dataset, known):
+        raise ValueError(f"--data {data}: is the database that --encoder {model} was trained on, with other scans held "
+                         f"out: {some(seen)} may be among its training scans; give other scans")
+    if getattr(method, "reader", None) and not (keep_reader and getattr(bundle.settings.scoring, "read", 0)):
+        method.reader = None
         known = {key: value for key, value in known.items() if key not in ("reader", "readers")}
-    if "readers" in known and any(is_of(dataset, known.get(part)) for part in ("data", "held_out")):
+    if learnt_by_reader(dataset, known):
         raise ValueError(f"--encoder {model}: its reader has learnt from some of the scans that --data {data} holds "
-                         "out, and would find too little in them: leave it out with --set read=0, or make the model "
-                         "from its runs, with all --reader")
+                         "out, and would find too little in them: leave it out with --set read=0, or give readers that "
+                         "have not, each by the scans it has not seen (train_reader.py --fold, --reader)")
     print(f"note: healthy scores come out too low where {model} was trained on scans that {data} holds out: a bundle "
           "does not say on which", flush=True)
     stored = dataset.manifest["settings"]
     if bundle.preprocessing and PreprocessSettings.from_json(stored) != bundle.preprocessing:
         print(f"note: {data} was prepared in another way than for {model}, and so will new scans be: {stored}; for the "
               f"same way prepare.py --like {model}", flush=True)
-    check_held_out(settings, [Trained(dataset, data, reconstructor.config(), known, lambda: reconstructor)])
-
-    calibration, normal = calibration_of([Fold(reconstructor, dataset)], settings)
-    known = known | {"name": name or out.name,
-                     "held_out": {key: dataset.manifest[key] for key in ("digest", "counts")},
-                     "calibration_notes": notes or "anew: what other notes say of a calibration was before"}
-    meta = {"preprocessing": stored, "calibration": calibration, "provenance": known}
-    return save_bundle(out, reconstructor, settings, meta, normal, overwrite=overwrite)
+    return Trained(dataset, data, method.config(), known,
+                   lambda: method.with_settings(bundle.settings.reconstruction))
 
 
-def is_of(dataset: SliceDataset, known: dict[str, Any] | None) -> bool:
-    """Whether the scans that a database holds out are those of a bundle's provenance, by all that this tells.
+def learnt_by_networks(dataset: SliceDataset, known: dict[str, Any]) -> list[str]:
+    """Scans that a database holds out and the networks of a bundle may have learnt from, by its provenance."""
+    data = known.get("data")
+    return seen_of(dataset, {"data": data, "held_out": data["counts"]["val"]["scans"]} if data else None)
 
-    Prepared again by a later version they have another digest, and hardly ever other numbers.
-    """
-    return bool(known) and (known["digest"] == dataset.manifest["digest"]
-                            or known["counts"].get("val") == dataset.manifest["counts"].get("val"))
+
+def learnt_by_reader(dataset: SliceDataset, known: dict[str, Any]) -> list[str]:
+    """The same of its reader, or one that this began with; none without one."""
+    runs = list(lineage(known["reader"])) if "reader" in known else []
+    if "held_out" in known:            # the networks' database once more, what it holds out prepared as new scans are
+        runs += [one | {"data": known["held_out"]} for one in runs if one["data"] == known["data"]]
+    return sorted({scan for one in runs for scan in seen_of(dataset, one)})
+
+
+def seen_of(dataset: SliceDataset, known: dict[str, Any] | None) -> list[str]:
+    """Scans that a database holds out and a training may have learnt from, by what a bundle tells of it."""
+    return not_held_out(dataset.held_out_ids(), {"data": data_of(dataset), "init": known})
+
+
+def data_of(dataset: SliceDataset) -> dict[str, Any]:
+    """What a bundle says of a database: no ids."""
+    return {key: dataset.manifest[key] for key in ("digest", "counts")}
+
+
+def some(scans: Sequence[str]) -> str:
+    return ", ".join(scans[:3]) + " ..." * (len(scans) > 3)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Networks and readers, of runs and of bundles
+
+def open_beside(folder: Path, device: torch.device, precision: str) -> Beside:
+    """What --encoder of train_reader.py names. Raises CheckpointError."""
+    if is_bundle(folder):
+        bundle = load_bundle(folder, device, precision)
+        if bundle.settings.method not in WITH_READER:
+            raise CheckpointError(f"--encoder {folder}: a model of method {bundle.settings.method}, beside which no "
+                                  f"reader reads; give one of {' or '.join(WITH_READER)}, or a run of train_encoder.py")
+        known = bundle.meta["provenance"] or {}
+        return Beside(folder, bundle.reconstructor, digest_of(bundle.reconstructor), bundle.preprocessing,
+                      {part: known.get(part) for part in ("data", "gan", "encoder")},
+                      lambda dataset: learnt_by_networks(dataset, known))
+    snapshot = load_run(folder, "--encoder", "encoder", "train_encoder.py")
+    settings = InpaintingSettings() if snapshot.meta["model"].get("encoder_masks") else InversionSettings()
+    method = method_of(snapshot, settings, device, distributed.pick_precision(precision, device))
+    return Beside(folder, method, digest_of(method), PreprocessSettings.from_json(snapshot.meta["data"]["settings"]),
+                  {"step": snapshot.step, **snapshot.meta},
+                  lambda dataset: sorted(set(dataset.held_out_ids()) - set(snapshot.meta.get("held_out", ()))))
+
+
+def open_first(folder: Path) -> First:
+    """What --init of train_reader.py names. Raises CheckpointError."""
+    if is_bundle(folder):
+        bundle = load_bundle(folder)
+        reader, known = getattr(bundle.reconstructor, "reader", None), (bundle.meta["provenance"] or {}).get("reader")
+        if not reader or not known:
+            raise CheckpointError(f"--init {folder}: a model that holds no reader; leave --init out, or give one that "
+                                  "does (checkpoint.py show), or a run of train_reader.py")
+        return First(folder, reader.state_dict(), list(reader.widths), digest_of(bundle.reconstructor), known)
+    snapshot = load_run(folder, "--init", "reader", "train_reader.py")
+    return First(folder, snapshot.weights["reader_ema"], snapshot.meta["model"]["widths"], snapshot.meta.get("beside"),
+                 {"step": snapshot.step, **snapshot.meta})
+
+
+def digest_of(method: OfEncoder) -> str:
+    """SHA-256 of a method's generator and encoder as bundles hold them: of a run and of its bundles it is the same."""
+    digest = hashlib.sha256()
+    networks = compact_networks({"generator": method.generator, "encoder": method.encoder}, torch.float16)
+    for network, weights in sorted(networks.items()):
+        for name, tensor in sorted(weights.items()):
+            digest.update(f"{network} {name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def other_range(trained: Trained, path: Path) -> SliceDataset:
@@ -179,41 +268,69 @@ def other_range(trained: Trained, path: Path) -> SliceDataset:
     return dataset
 
 
-def with_readers(trained: Trained, runs: list[Path], device: torch.device) -> list[Trained]:
+def with_readers(trained: Trained, runs: Sequence[Path], settings: Settings, device: torch.device) -> list[Trained]:
     """The same with each --reader, and the held-out scans that it has not seen: each scan with one. Else ValueError."""
-    every, named = [with_reader(trained, run, device) for run in runs], ", ".join(map(str, runs))
+    if settings.method not in WITH_READER:
+        raise ValueError(f"--reader: for method={' or '.join(WITH_READER)}, not {settings.method}")
+    if getattr(settings.scoring, "read", None) == 0:
+        raise ValueError("--reader: read=0 gives a reader no weight; leave it out, or --set read=0.6, say")
+    digest, named = digest_of(trained.make()), ", ".join(map(str, runs))
+    every = [with_reader(trained, run, digest, device) for run in runs]
     if twice := sorted(scan for scan, times in Counter(s for one in every for s in one.scans).items() if times > 1):
         raise ValueError(f"--reader {named}: {', '.join(twice)} held out by more than one of them; give readers of "
                          "different folds (train_reader.py --fold)")
     if seen := sorted(set(trained.held_out_ids()).difference(*(one.scans for one in every))):
         raise ValueError(f"--reader {named}: may all have been trained on {', '.join(seen)}, which "
                          "are to calibrate; give the readers of all folds (train_reader.py --fold)")
+    if len(every) > 1:
+        readers = {"readers": [one.provenance["reader"] for one in every]}
+        every = [dataclasses.replace(one, provenance=one.provenance | readers) for one in every]
     return every
 
 
-def with_reader(trained: Trained, run: Path, device: torch.device) -> Trained:
-    snapshot = load_reader(run, trained.provenance)
+def with_reader(trained: Trained, run: Path, digest: str, device: torch.device) -> Trained:
+    snapshot = load_reader(run, trained.provenance, digest)
     seen = not_held_out(trained.held_out_ids(), snapshot.meta, elsewhere=False)
     scans = [one for one in trained.held_out_ids() if one not in seen]
-    tell_of_seen(scans, "--reader", run, snapshot)
+    tell_of_seen(scans, "--reader", run, snapshot.meta)
 
     def make() -> Reconstructor:
         method = trained.make()
         method.reader = reader_of(snapshot, device)
         return method
 
-    facts = {"images_seen": snapshot.step, "config": snapshot.meta["config"], "held_out": len(scans),
-             "data": {key: snapshot.meta["data"][key] for key in ("digest", "counts")}}
-    return dataclasses.replace(trained, scans=scans, make=make, provenance=trained.provenance | {"reader": facts})
+    return dataclasses.replace(trained, scans=scans, make=make,
+                               provenance=trained.provenance | {"reader": taught(snapshot.step, snapshot.meta)})
 
 
-def load_reader(run: Path, known: dict[str, Any]) -> Snapshot:
-    """A run of --reader. ValueError unless it was trained beside the encoder that a bundle's provenance knows."""
+def taught(step: int, meta: dict[str, Any]) -> dict[str, Any]:
+    """How a run of train_reader.py was taught, at a step: JSON-able; no paths, no ids.
+
+    data: all scans of that database taught it, but for the `held_out` of those that it holds out; init: the same of
+    what the run began with.
+    """
+    counts, first = meta["data"]["counts"], meta.get("init")
+    if first and "step" in first:                                  # of a run; a bundle's reader tells it so already
+        first = taught(first["step"], first)
+    held_out = len(meta["held_out"]) if "held_out" in meta else counts["val"]["scans"]        # an older run: all
+    return {"images_seen": step, "config": meta["config"], "held_out": held_out,
+            "data": {"digest": meta["data"]["digest"], "counts": counts}, "init": first}
+
+
+def load_reader(run: Path, known: dict[str, Any], digest: str) -> Snapshot:
+    """A run of --reader. ValueError unless it was taught beside the networks of this digest.
+
+    known: their provenance, by which the run of an older version, which has no digest, is told.
+    """
     snapshot = load_run(run, "--reader", "reader", "train_reader.py")
-    its = provenance(snapshot.meta["encoder"]["step"], snapshot.meta["encoder"])
-    if not all(same_run(its[part], known[part]) for part in ("encoder", "gan")):
-        raise ValueError(f"--reader {run}: was trained on another run of train_encoder.py than the encoder that "
-                         "it is to read beside")
+    if "beside" in snapshot.meta:
+        fits = snapshot.meta["beside"] == digest
+    else:
+        its = provenance(snapshot.meta["encoder"]["step"], snapshot.meta["encoder"])
+        fits = all(known.get(part) and same_run(its[part], known[part]) for part in ("encoder", "gan"))
+    if not fits:
+        raise ValueError(f"--reader {run}: was taught beside other networks than those that it is to read beside, of "
+                         "another run of train_encoder.py or another model; teach one beside these (train_reader.py)")
     return snapshot
 
 

@@ -10,7 +10,8 @@ will project, and its scores are kept: they turn a new scan's score into a perce
 poor calibration: with --fold DATA RUN (several times) other runs of the training, which held other scans out, add
 theirs, each projected by the networks that have not seen them. One process; not for torchrun.
 A model bundle as --encoder is calibrated anew, for the scanner of other healthy scans (prepare.py --like), or with
-other settings (--set); the options of the preset have no part in it.
+other settings (--set), and with other readers, if they were taught beside its networks (--reader); the options of the
+preset have no part in it.
 Exit codes: 0 done, 2 wrong usage.
 
 A discriminator in the bundle is that of the encoder run, as in the released checkpoint: the GAN's, trained on against
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     config, args = parse(__doc__, PRESETS, arguments, argv)
 
     import distributed  # only now: --help needs none of what takes seconds to import
-    from bundling import OF_ENCODER_RUNS, WITH_READER, build, build_anew, is_bundle
+    from bundling import OF_ENCODER_RUNS, build, build_anew, is_bundle
     from detect.settings import Settings
     from gan.database import ensure_database
     from gan.runlog import load_run
@@ -112,11 +113,11 @@ def main(argv: list[str] | None = None) -> int:
         set_impl(args.ops)
         notes, device, data = read_notes(args.provenance), distributed.pick_device(args.device), args.data
         if is_bundle(args.encoder):
-            if args.fold or args.reader or args.held_out or config.calibrate == "none":
+            if args.fold or args.held_out or config.calibrate == "none":
                 raise ValueError(f"--encoder {args.encoder}: a model bundle is calibrated by what --data holds out: "
-                                 "leave out --fold, --reader, --held-out and --calibrate none")
+                                 "leave out --fold, --held-out and --calibrate none")
             folder = build_anew(args.encoder, data, args.changes, args.out, device, config.precision, args.name, notes,
-                                args.overwrite)
+                                args.overwrite, args.reader)
             print(report_size(folder))
             return 0
         settings = Settings().changed(SETTINGS[args.preset]).changed(args.changes)
@@ -125,8 +126,8 @@ def main(argv: list[str] | None = None) -> int:
             data = ensure_database(data, args.encoder, run.meta["model"]["size"])
         if args.held_out and args.fold:
             raise ValueError("--held-out and --fold: give one of them")
-        if args.reader and (args.fold or settings.method not in WITH_READER):
-            raise ValueError(f"--reader: for method={' or '.join(WITH_READER)}, and without --fold")
+        if args.reader and args.fold:
+            raise ValueError("--reader and --fold: give one of them")
         folder = build(config, settings, data, args.encoder, args.out, device, args.name, notes, args.overwrite,
                        args.fold, args.held_out, args.reader)
     except (OSError, ValueError) as error:

@@ -2,13 +2,15 @@
 
     python train_reader.py --data healthy.lmdb --encoder runs/encoder --out runs/reader --preset ct128
     torchrun --nproc-per-node=8 train_reader.py --data healthy.lmdb --encoder runs/encoder --out runs/reader
+    python train_reader.py --data own.lmdb --encoder models/head-128 --init models/head-128 --fold 1:3 --out runs/own-1
 
 It learns on healthy slices into which random shapes of other densities are drawn; no lesion and no label is needed.
-The networks of --encoder, a run of train_encoder.py, stay as they are: with --hide they draw what surroundings call
-for, without it the closest normal, and the reader sees a slice beside that. --data may be another database than theirs,
-prepared in the same way, as long as no scan that it holds out is one that they were trained on. A reader finds more in
-scans of a scanner that it knows: where only held-out scans are of it, --fold 1:3, 2:3 and 3:3 make three readers, and
-each calibrates by those that it has not seen. After every epoch how well the shapes in held-out scans are found, and a
+The networks of --encoder, a run of train_encoder.py or a model bundle, stay as they are: with --hide they draw what
+surroundings call for, without it the closest normal, and the reader sees a slice beside that. --data may be another
+database than theirs, prepared in the same way, as long as no scan that it holds out is one that they were trained on. A
+reader finds more in scans of a scanner that it knows: where only held-out scans are of it, --fold 1:3, 2:3 and 3:3 make
+three readers, and each calibrates by those that it has not seen; all scans of --data may be held out then. After every
+epoch how well the shapes in held-out scans are found, and a
 picture (read-NNN.png: slice, what was changed, what the reader says to both sides). latent_stats.py --reader puts it
 into a model. The same command goes on from the last snapshot. SIGINT, SIGTERM and SIGUSR1 end it with a snapshot after
 the step in progress. Exit codes: 0 done, 2 wrong usage, 4 diverged again after going back to the last snapshot (which
@@ -44,8 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     def arguments(parser):
         parser.add_argument("--data", type=Path, required=True, help="database made by prepare.py")
         parser.add_argument("--encoder", type=Path, required=True, metavar="RUN",
-                            help="run folder of train_encoder.py")
-        parser.add_argument("--init", type=Path, help="run of this command whose averaged weights are the first ones")
+                            help="run folder of train_encoder.py, or a model bundle")
+        parser.add_argument("--init", type=Path, metavar="RUN",
+                            help="run of this command whose averaged weights are the first ones, or a model bundle: "
+                                 "those of its reader")
         parser.add_argument("--fold", type=fold, metavar="K:N",
                             help="learn from the scans that --data holds out, too, in half of what it sees, but for "
                                  "those of every N-th patient from the K-th on, and hold those out")
@@ -56,14 +60,17 @@ def main(argv: list[str] | None = None) -> int:
 
     config, args = parse(__doc__, PRESETS, arguments, argv)
 
-    from gan.encoder_loop import train_reader  # only now: --help needs none of what takes seconds to import
+    from bundling import open_beside, open_first  # only now: --help needs none of what takes seconds to import
+    from gan.reader_loop import train
     from gan.runlog import run_command
     from op import memory, set_impl
 
     def work(device, rollback):
         memory.keep_freed()
         set_impl(args.ops)
-        train_reader(config, args.data, args.encoder, args.out, device, args.init, args.fold, rollback)
+        beside = open_beside(args.encoder, device, config.precision)
+        train(config, args.data, beside, args.out, device, open_first(args.init) if args.init else None, args.fold,
+              rollback)
 
     return run_command(work, args.device, args.out)
 

@@ -78,7 +78,8 @@ def refuse_other_data(meta: dict, model: Path, data: SliceDataset, flag: str) ->
     """
     known = meta["provenance"] or {}
     trained_on = known.get("data", {}).get("digest", "none it names")
-    if data.manifest["digest"] not in (trained_on, known.get("held_out", {}).get("digest")):
+    calibrated_by = [known.get(part, {}).get("digest") for part in ("held_out", "calibration_data")]
+    if data.manifest["digest"] not in (trained_on, *calibrated_by):
         raise ValueError(f"{flag} {data.path}: has the digest {data.manifest['digest'][:12]}, --model {model} was "
                          f"trained on {trained_on[:12]}; give that database")
 

@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 import distributed  # noqa: E402
 from benchmarks import compare, pasted  # noqa: E402
-from bundling import WITH_READER, load_reader, reader_of  # noqa: E402
+from bundling import WITH_READER, digest_of, load_reader, reader_of  # noqa: E402
 from config import exit_code  # noqa: E402
 from ct.settings import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
@@ -135,7 +135,7 @@ def open_readers(data: Path, folder: Path, runs: list[Path], device: torch.devic
                          f"{reconstructor.name}")
     found, known = [], read_bundle_meta(folder)[0]["provenance"]
     for run in runs:
-        snapshot = load_reader(run, known)
+        snapshot = load_reader(run, known, digest_of(reconstructor))
         one = copy.copy(reconstructor)
         one.reader = reader_of(snapshot, device)
         seen = not_held_out(held_out.scan_ids, snapshot.meta, elsewhere=False)

@@ -1,4 +1,4 @@
-"""The loops of the encoder's and the reader's training: steps, and after every epoch how well they do."""
+"""The loop of the encoder's training: steps, and after every epoch how well it does; of the reader's, too."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.data import ConcatDataset
 
 import distributed
 from common.weights import CheckpointError
 from dataset import DatasetError, SliceDataset, slice_batches
-from detect.inpainting import InpaintingSettings
-from detect.inversion import InversionSettings
 from gan.coding import CodeTrainer
-from gan.encoding import EncoderTrainer, method_of
+from gan.encoding import EncoderTrainer
 from gan.inpainting import InpaintingTrainer
 from gan.reading import ReadingTrainer
 from gan.runlog import Run, load_run, tell_of_seen
-from gan.settings import EncoderConfig, EveryNth, ReaderConfig
+from gan.settings import EncoderConfig, ReaderConfig
 from model import ModelConfig
 
 
@@ -44,7 +41,7 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
                            f"{snapshot.meta['model']['size']}: prepare it with that --size")
     for flag, folder, one in (("--gan", gan, snapshot), ("--init", init, first)):
         if one:
-            tell_of_seen(dataset.held_out_ids(), flag, folder, one)
+            tell_of_seen(dataset.held_out_ids(), flag, folder, one.meta)
     objective = CodeTrainer if config.code_channels else InpaintingTrainer if config.hide else EncoderTrainer
     range_hu = dataset.manifest["settings"]["standardise"]["hu_clip"]
     trainer = objective(config, snapshot, range_hu, device, vgg16, lpips)
@@ -100,64 +97,3 @@ def go_through(config: EncoderConfig | ReaderConfig, run: Run, trainer: EncoderT
 def _done(config: EncoderConfig | ReaderConfig, epochs: float, run: Run) -> float:
     """Collective. The part of a training that is done, 0 to 1, by epochs or by time, whichever is further."""
     return max(epochs / config.epochs, run.seconds() / (3600 * config.hours) if config.hours else 0.0)
-
-
-def train_reader(config: ReaderConfig, data: Path, encoder: Path, out: Path, device: torch.device,
-                 init: Path | None = None, fold: EveryNth | None = None, rollback: bool = False) -> None:
-    """Train a reader on what the networks of an encoder's run make of a database. Raises as train() does.
-
-    fold: of the scans that the database holds out only those of the fold are held out; half of what the reader sees
-    are slices of the others.
-    """
-    # ---- Set up
-    snapshot = load_run(encoder, "--encoder", "encoder", "train_encoder.py")
-    first = load_run(init, "--init", "reader", "train_reader.py") if init else None
-    dataset = SliceDataset(data, "train")
-    if dataset.manifest["settings"] != snapshot.meta["data"]["settings"]:
-        raise DatasetError(f"{data}: its slices were prepared in another way than those of --encoder {encoder}; "
-                           "prepare them with the same flags")
-    if dataset.size % 2**config.depth:
-        raise ValueError(f"--depth {config.depth}: slices of {dataset.size} x {dataset.size} pixels cannot be halved "
-                         "so often; give a smaller one")
-    if unknown := sorted(set(dataset.held_out_ids()) - set(snapshot.meta.get("held_out", ()))):
-        raise DatasetError(f"{data}: holds out {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}, which "
-                           f"--encoder {encoder} may have been trained on: hold out scans that it has not seen "
-                           "(prepare.py --split)")
-    held_out, others = in_folds(dataset, fold)
-    slices = ConcatDataset([dataset, *[others] * max(1, round(len(dataset) / len(others)))] if others else [dataset])
-    if first:
-        if (widths := first.meta["model"]["widths"]) != list(config.widths()):
-            raise CheckpointError(f"--init {init}: a reader of channels {widths}, this one is to have "
-                                  f"{list(config.widths())}; give --width {widths[0]} --depth {len(widths)} as there, "
-                                  "or leave --init out")
-        tell_of_seen(held_out.scan_ids, "--init", init, first)
-    settings = InpaintingSettings() if snapshot.meta["model"].get("encoder_masks") else InversionSettings()
-    method = method_of(snapshot, settings, device, distributed.pick_precision(config.precision, device))
-    trainer = ReadingTrainer(config, method, snapshot.meta["data"]["settings"]["standardise"]["hu_clip"], device)
-    if first:
-        trainer.start_from(first.weights["reader_ema"])
-    meta = {"kind": "reader", "config": dataclasses.asdict(config), "model": {"widths": list(config.widths())},
-            "data": {key: dataset.manifest[key] for key in ("digest", "counts", "settings")},
-            "held_out": held_out.scan_ids, "encoder": {"step": snapshot.step, **snapshot.meta},
-            "init": {"step": first.step, **first.meta} if first else None}
-    with Run(out, meta, trainer, config.seed, rollback) as run:
-        distributed.check_same_state(trainer.reader)
-        batches = slice_batches(slices, config.batch, run.seed, config.workers, trainer.images_seen,
-                                prepare=trainer.prepare)
-        further = f" and again and again the {len(others)} of {len(others.scan_ids)} others" if others else ""
-        distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans{further}, {len(held_out)} held "
-                           f"out; encoder at {snapshot.step} images; {trainer.reader.compute_dtype} on {device}")
-        go_through(config, run, trainer, trainer.learn, batches, held_out, len(slices), out, device)
-
-
-def in_folds(dataset: SliceDataset, fold: EveryNth | None) -> tuple[SliceDataset, SliceDataset | None]:
-    """What a database holds out, with a fold that fold's part of it alone, and the other scans that it holds out."""
-    held_out = SliceDataset(dataset.path, "val", check=False)
-    if not fold:
-        return held_out, None
-    here = fold.of(held_out.scan_ids, held_out.patients)
-    if not 0 < len(here) < len(held_out.scan_ids):
-        raise DatasetError(f"--fold {fold}: {dataset.path} holds scans of {len(set(held_out.patients))} patients out, "
-                           "too few")
-    return tuple(SliceDataset(dataset.path, "val", check=False, scans=part)
-                 for part in (here, set(held_out.scan_ids) - set(here)))

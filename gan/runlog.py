@@ -275,15 +275,36 @@ def not_held_out(scans: Collection[str], meta: dict, elsewhere: bool = True) -> 
 
     A run knows what it held out, not by name what it was trained on. elsewhere: count also runs that the first one
     began with and that were trained on another database, which may never have held these scans. A run that does not
-    say, an older one, held them out.
+    say, an older one, held them out. What it began with may be of a model bundle, which tells how many scans were held
+    out, not which: then it is all of them or none (has_learnt_from).
     """
-    runs = [one for one in lineage(meta) if elsewhere or one["data"]["digest"] == meta["data"]["digest"]]
-    return sorted({scan for one in runs for scan in set(scans) - set(one.get("held_out", scans))})
+    seen: set[str] = set()
+    for one in lineage(meta):
+        held_out = one.get("held_out", scans)
+        if isinstance(held_out, int):
+            held_out = () if has_learnt_from(one, meta["data"]) else scans
+        elif not elsewhere and one["data"]["digest"] != meta["data"]["digest"]:
+            continue
+        seen |= set(scans) - set(held_out)
+    return sorted(seen)
 
 
-def tell_of_seen(held_out: Collection[str], flag: str, folder: Path, snapshot: Snapshot) -> None:
+def has_learnt_from(known: dict, data: dict) -> bool:
+    """Whether what a bundle tells of a training has learnt from scans that a database holds out, by all that is told.
+
+    known: data, digest and counts of its database, and held_out, how many scans of that it did not learn from. Scans
+    that were prepared again by a later version have another digest, and hardly ever other numbers.
+    """
+    its, counts = known["data"], known["data"]["counts"]
+    if its["digest"] == data["digest"] and counts != data["counts"]:
+        return True                                        # the same scans, and others of them held out
+    same = its["digest"] == data["digest"] or counts["val"] == data["counts"]["val"]
+    return same and known["held_out"] < counts["val"]["scans"]
+
+
+def tell_of_seen(held_out: Collection[str], flag: str, folder: Path, meta: dict) -> None:
     """Print a warning where scans that are held out now may have been trained on by the run of a flag."""
-    if seen := not_held_out(held_out, snapshot.meta):
+    if seen := not_held_out(held_out, meta):
         distributed.print0(f"warning: {flag} {folder}, or a run that it began with, did not hold out "
                            f"{', '.join(seen[:3])}{' ...' if len(seen) > 3 else ''}, held out now. If one of them was "
                            "trained on these, what is calibrated or measured on them says too much")

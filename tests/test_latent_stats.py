@@ -37,9 +37,9 @@ SETTINGS = PREPROCESSING.to_json()
 PLAIN = ("filter=median", "scale=both", "pool=area", "surprise_above=0.5")      # few pixels: no peaks, no bands
 
 
-def write_slices(path, held_out=(5,), patients=range(6)):
+def write_slices(path, held_out=(5,), patients=range(6), seed=0):
     """Six scans of five slices, 0 to 20 mm below the vertex; those numbered in held_out are the val split."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     brain = np.zeros((5, 32, 32), bool)
     brain[:, 8:24, 8:24] = True
     with SliceWriter(path, SETTINGS) as writer:
@@ -450,7 +450,7 @@ def shipped(tmp_path_factory):
     data = write_slices(folder / "theirs.lmdb", held_out=(2, 3, 4, 5))
     flags = ["--set", "method=autoencoder", "measure=surprise", *PLAIN, "scan_score=max"]
     assert command(data, autoencoder_file(data, folder), folder / "model", *flags) == 0
-    return folder / "model", write_slices(folder / "own.lmdb", held_out=(0, 1, 2, 3, 4)), data
+    return folder / "model", write_slices(folder / "own.lmdb", held_out=(0, 1, 2, 3, 4), seed=1), data
 
 
 def test_a_model_is_calibrated_by_other_scans(shipped, tmp_path, capsys):
@@ -463,7 +463,7 @@ def test_a_model_is_calibrated_by_other_scans(shipped, tmp_path, capsys):
     assert len(after.meta["calibration"]["scan_scores"]["max"]) == 5
     of, was = after.meta["provenance"], before.meta["provenance"]
     assert (of["name"], of["data"], of["calibration_notes"]) == ("own", was["data"], "here")
-    assert of["held_out"]["digest"] == SliceDataset(own).manifest["digest"]
+    assert of["calibration_data"]["digest"] == SliceDataset(own).manifest["digest"]
     for one, other in zip(after.reconstructor.tensors(torch.float16)["autoencoder"].items(),
                           before.reconstructor.tensors(torch.float16)["autoencoder"].items()):
         assert one[0] == other[0] and torch.equal(one[1], other[1])
@@ -476,9 +476,10 @@ def test_what_cannot_calibrate_a_model_is_refused(shipped, tmp_path, capsys):
         assert calibrated_anew(model, data, tmp_path / "no", *flags) == 2 and not (tmp_path / "no").exists()
         return capsys.readouterr().err
 
-    for flags in (["--fold", "a", "b"], ["--reader", "r"], ["--held-out", "d"], ["--calibrate", "none"]):
-        assert "leave out --fold, --reader, --held-out and --calibrate none" in refused(model, own, *flags)
-    few = write_slices(tmp_path / "few.lmdb", held_out=(1, 2))
+    for flags in (["--fold", "a", "b"], ["--held-out", "d"], ["--calibrate", "none"]):
+        assert "leave out --fold, --held-out and --calibrate none" in refused(model, own, *flags)
+    assert "--reader: for method=inpainting or inversion, not autoencoder" in refused(model, own, "--reader", "r")
+    few = write_slices(tmp_path / "few.lmdb", held_out=(1, 2), seed=1)
     assert "needs held-out healthy scans of 3 patients, " in refused(model, few)
     assert "no setting" in refused(model, own, "--set", "nonsense=1")
     large = tmp_path / "large.lmdb"
@@ -505,10 +506,22 @@ def test_scans_prepared_in_another_way_are_told_of(shipped, tmp_path, capsys):
 
 def test_a_readers_own_scans_are_known_by_digest_or_by_number(shipped):
     data = SliceDataset(shipped[2])
-    known, other = {key: data.manifest[key] for key in ("digest", "counts")}, {"val": {"scans": 4, "slices": 21}}
-    assert bundling.is_of(data, known) and bundling.is_of(data, known | {"digest": "of a later version"})
-    assert bundling.is_of(data, known | {"counts": other})
-    assert not bundling.is_of(data, {"digest": "of others", "counts": other}) and not bundling.is_of(data, None)
+    its, scans = bundling.data_of(data), data.held_out_ids()
+
+    def seen(held_out=1, **other):
+        return bundling.seen_of(data, {"data": its | other, "held_out": held_out})
+
+    assert seen() == seen(digest="of a later version") == scans and len(scans) == 4
+    assert seen(held_out=4) == seen(held_out=4, digest="of a later version") == []
+    counts = its["counts"] | {"val": {"scans": 4, "slices": 21, "loose": 0}}
+    assert seen(counts=counts) == seen(held_out=4, counts=counts) == scans          # the same scans, split otherwise
+    assert seen(digest="of others", counts=counts) == [] and bundling.seen_of(data, None) == []
+    # Of the networks' database what is held out is known as prepared for use, too: a reader of another has not seen it
+    theirs, other = ({"digest": name, "counts": counts} for name in ("theirs", "another"))
+    for learnt_from, expected in ((theirs, scans), (other, [])):
+        reader = {"data": other, "held_out": 4, "init": {"data": learnt_from, "held_out": 1}}
+        assert bundling.learnt_by_reader(data, {"data": theirs, "held_out": its, "reader": reader}) == expected
+    assert bundling.learnt_by_reader(data, {"data": theirs, "held_out": its}) == []
 
 
 def test_a_model_calibrated_by_lpips_has_percentiles_once_its_files_are_named(inputs, tmp_path):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import bundling
+import checkpoint
 import latent_stats
 import train_encoder
 import train_reader
@@ -21,8 +23,9 @@ from dataset import ScanRecord, SliceDataset, SliceWriter
 from detect.bundle import load_bundle
 from detect.inpainting import InpaintingSettings
 from detect.inversion import bone_mask
+from detect.pca import PcaFit, PositionPca
 from detect.reader import Reader
-from gan import corrupt, encoder_loop, reading
+from gan import corrupt, reader_loop, reading
 from gan.encoding import method_of
 from gan.reading import Examples, reading_loss, targets
 from gan.runlog import not_held_out
@@ -351,18 +354,25 @@ def test_what_a_run_began_with_counts_through_any_number_of_runs():
 
 # ---- In folds
 
+def write_heads(path, splits, first=0, size=32, hu_clip=(-20, 180)):
+    """A database of heads, numbered from `first` on, of 4 slices, 5, 6 and so on."""
+    standardise = StandardiseSettings(size=size, hu_clip=tuple(float(v) for v in hu_clip))
+    with SliceWriter(path, PreprocessSettings(standardise).to_json()) as writer:
+        for number, split in enumerate(splits):
+            seed, mm = first + number, 7.0 * 32 / size
+            hu, brain = synthetic_head(slices=12, size=size, spacing_mm=(10.0, mm, mm), angle_deg=5 * seed, seed=seed)
+            shown = np.flatnonzero(brain.any((1, 2)))[:4 + number]
+            record = ScanRecord.encode(f"head{seed}", hu[shown].clip(*hu_clip), brain[shown],
+                                       10.0 * (shown.max() - shown))
+            writer.add(record, split, f"patient{seed}")
+    return path
+
+
 @pytest.fixture(scope="module")
 def in_thirds(gan_run, tmp_path_factory):
     """(database, encoder, readers): a scan to train on and three that are held out, each by one of three readers."""
     folder = tmp_path_factory.mktemp("folds")
-    data = folder / "four.lmdb"
-    with SliceWriter(data, PreprocessSettings(StandardiseSettings(size=32)).to_json()) as writer:
-        for seed, split in enumerate(("train", "val", "val", "val")):
-            hu, brain = synthetic_head(slices=12, size=32, spacing_mm=(10.0, 7.0, 7.0), angle_deg=5 * seed, seed=seed)
-            shown = np.flatnonzero(brain.any((1, 2)))[:4 + seed]
-            record = ScanRecord.encode(f"head{seed}", hu[shown].clip(-20, 180), brain[shown],
-                                       10.0 * (shown.max() - shown))
-            writer.add(record, split, f"patient{seed}")
+    data = write_heads(folder / "four.lmdb", ("train", "val", "val", "val"))
     flags = ["--preset", "smoke32", "--hide", "0.9", "--batch", "4", "--epochs", "1", "--encoder-code", "8"]
     assert train_encoder.main(["--data", str(data), "--gan", str(gan_run), "--out", str(folder / "encoder"), *flags]
                               ) == 0
@@ -376,14 +386,14 @@ def test_a_fold_learns_from_what_others_hold_out_in_half_of_what_it_sees(in_thir
     data, encoder, readers = in_thirds
     assert [load_snapshot(one).meta["held_out"] for one in readers] == [["head1"], ["head2"], ["head3"]]
     shown = []
-    batches = encoder_loop.slice_batches
+    batches = reader_loop.slice_batches
 
     def watched(slices, *args, **kwargs):
         shown.append(Counter(slices.datasets[d].scan_ids[slices.datasets[d][i]["scan"]]
                              for d in range(len(slices.datasets)) for i in range(len(slices.datasets[d]))))
         return batches(slices, *args, **kwargs)
 
-    monkeypatch.setattr(encoder_loop, "slice_batches", watched)
+    monkeypatch.setattr(reader_loop, "slice_batches", watched)
     assert run(data, encoder, tmp_path / "a", "--fold", "3:3", "--epochs", 0.1) == 0
     assert shown == [{"head0": 4, "head1": 5, "head2": 6}]               # 11 slices once: no fewer than the 4
     few = SliceDataset(data, "val", scans=["head1"])
@@ -411,7 +421,7 @@ def test_no_fold_shares_a_patient_with_what_it_learns_from(in_thirds, monkeypatc
     for scan in dataset.manifest["scans"]:
         scan["patient"] = {"head2": "patient1"}.get(scan["scan_id"], scan["patient"])
     monkeypatch.setattr("dataset.read_manifest", lambda path: dataset.manifest)
-    found = [[part.scan_ids for part in encoder_loop.in_folds(dataset, EveryNth(n, 2))] for n in (1, 2)]
+    found = [[part.scan_ids for part in reader_loop.in_folds(dataset, EveryNth(n, 2))] for n in (1, 2)]
     assert found == [[["head1", "head2"], ["head3"]], [["head3"], ["head1", "head2"]]]
 
 
@@ -462,7 +472,7 @@ def test_benchmarks_on_what_a_reader_has_learnt_from_leave_it_out(in_thirds, rea
     assert "reader" not in tables[0] and "with what a reader says" in tables[1] and tables[1].startswith(tables[0])
     capsys.readouterr()
     assert cross_validation.main([*model, *out, "--reader", str(reader_run)]) == 2
-    assert "was trained on another run of train_encoder.py" in capsys.readouterr().err
+    assert "was taught beside other networks" in capsys.readouterr().err
     part = ["--model", str(data), str(tmp_path / "m"), "--out", str(tmp_path / "part")]
     assert cross_validation.main([*part, *given[:2]]) == 2          # before the work, and says what is missing
     said = capsys.readouterr()
@@ -476,6 +486,169 @@ def test_benchmarks_on_what_a_reader_has_learnt_from_leave_it_out(in_thirds, rea
     assert latent_stats.main([*anew, "--set", "read=0"]) == 0
     without = load_bundle(tmp_path / "n")
     assert without.reconstructor.reader is None and not {"reader", "readers"} & without.meta["provenance"].keys()
+
+
+# ---- Of a model, by another hospital's scans
+
+def calibrated(encoder, data, out, *flags) -> int:
+    command = ["--encoder", encoder, "--data", data, "--out", out, *flags]
+    return latent_stats.main([str(word) for word in command])
+
+
+def given(readers) -> list:
+    return [flag for one in readers for flag in ("--reader", one)]
+
+
+@pytest.fixture(scope="module")
+def hospital(in_thirds, tmp_path_factory):
+    """(model, own, readers): a model with a reader; other scans, all held out; three readers that these have taught."""
+    folder = tmp_path_factory.mktemp("hospital")
+    data, encoder, readers = in_thirds
+    model, own = folder / "model", write_heads(folder / "own.lmdb", ("val",) * 4, first=10)
+    assert calibrated(encoder, data, model, "--preset", "ct128", *given(readers), "--set", "read=0.5") == 0
+    taught = [folder / f"own-{number}" for number in (1, 2, 3)]
+    for number, out in enumerate(taught, 1):
+        assert run(own, model, out, "--init", model, "--fold", f"{number}:3", "--epochs", 0.5) == 0
+    return model, own, taught
+
+
+def test_a_hospital_teaches_a_model_readers_of_its_own(hospital, tmp_path, capsys, monkeypatch):
+    """Each scan calibrates by the reader that has not seen it, beside the model's networks; the first one is kept."""
+    model, own, readers = hospital
+    asked, read = [], Reader.read
+
+    def watched(self, query_hu, *args):
+        asked.append((len(query_hu), float(self.last.bias.sum())))
+        return read(self, query_hu, *args)
+
+    monkeypatch.setattr(Reader, "read", watched)
+    assert calibrated(model, own, tmp_path / "own", *given(readers)) == 0
+    bias = [float(load_snapshot(one).weights["reader_ema"]["last.bias"].half().float().sum()) for one in readers]
+    assert asked == [(count, pytest.approx(bias[r])) for r, count in ((0, 4), (0, 7), (1, 5), (2, 6))]
+    before, after = load_bundle(model), load_bundle(tmp_path / "own")
+    assert after.settings == before.settings and after.settings.scoring.read == 0.5
+    assert bundling.digest_of(after.reconstructor) == bundling.digest_of(before.reconstructor)
+    assert float(after.reconstructor.reader.last.bias.sum()) == pytest.approx(bias[0])
+    assert after.meta["calibration"]["scans"] == 4
+
+    known, theirs = after.meta["provenance"], before.meta["provenance"]
+    of_own = bundling.data_of(SliceDataset(own, "val"))
+    assert known["reader"] == known["readers"][0] and [one["held_out"] for one in known["readers"]] == [2, 1, 1]
+    assert known["reader"]["data"] == known["calibration_data"] == of_own
+    assert known["reader"]["init"] == theirs["reader"] and theirs["reader"]["init"] is None
+    assert known["data"] == theirs["data"] and "head" not in json.dumps(known)
+    assert checkpoint.main(["show", str(tmp_path / "own")]) == 0
+    shown = capsys.readouterr().out
+    assert all(digest in shown for digest in (of_own["digest"], theirs["data"]["digest"]))
+
+
+def test_a_reader_is_taught_beside_a_model_as_beside_its_run(in_thirds, hospital, hiding_run, tmp_path):
+    """Its networks, rounded, are those of the run by their digest, and a reader of one reads beside the other."""
+    data, encoder, readers = in_thirds
+    model, cpu = hospital[0], torch.device("cpu")
+    of_run, of_model, of_other = (bundling.open_beside(one, cpu, "fp32") for one in (encoder, model, hiding_run))
+    assert of_run.digest == of_model.digest != of_other.digest
+    assert of_run.prepared == of_model.prepared
+    assert calibrated(model, data, tmp_path / "again", *given(readers)) == 0
+    again, first = (load_bundle(one).meta for one in (tmp_path / "again", model))
+    assert again["provenance"]["readers"] == first["provenance"]["readers"]
+    assert again["calibration"]["scan_scores"] == first["calibration"]["scan_scores"]
+
+
+def test_what_a_reader_of_a_model_sees_ends_where_new_scans_do(hospital):
+    """Training slices of a shipped model end at 70 HU, scans of a hospital do not: what is denser is no bone."""
+    beside = bundling.open_beside(hospital[0], torch.device("cpu"), "fp32")
+    assert beside.range_hu() == (-20, 180)
+    beside.method.range_hu = (0.0, 70.0)
+    assert beside.range_hu() == (0, 180)
+
+
+def test_scans_that_are_all_held_out_are_for_folds(hospital, tmp_path, capsys):
+    model, own, readers = hospital
+    assert [load_snapshot(one).meta["held_out"] for one in readers] == [["head10", "head13"], ["head11"], ["head12"]]
+    assert run(own, model, tmp_path / "r") == 2
+    assert "holds all of its scans out, which leaves none to learn from: give --fold 1:3" in capsys.readouterr().err
+    assert run(own, model, tmp_path / "r", "--fold", "2:3", "--epochs", 0.1) == 0
+    assert "17 slices of 3 scans, 5 held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("other", "words"), (({"size": 64}, "size 64, there 32"),
+                                              ({"hu_clip": (0, 70)}, "hu_clip (0.0, 70.0), there (-20.0, 180.0)")))
+def test_scans_prepared_for_another_model_are_refused(other, words, hospital, tmp_path, capsys):
+    data = write_heads(tmp_path / "other.lmdb", ("val",) * 3, first=10, **other)
+    assert run(data, hospital[0], tmp_path / "r", "--fold", "1:3") == 2
+    assert f"in another way than those of --encoder {hospital[0]} ({words}); prepare" in capsys.readouterr().err
+
+
+def test_models_that_no_reader_reads_beside_are_refused(in_thirds, hospital, hiding_run, slices32, tmp_path, capsys):
+    data, encoder, _ = in_thirds
+    model, own, readers = hospital
+    plain = ("--preset", "ct128", "--calibrate", "none", "--set", "measure=votes", "scan_score=mean")
+    pca = PositionPca(PcaFit(components=2, step_mm=20.0))
+    pca.fit(SliceDataset(data, "train"))
+    pca.save(tmp_path / "pca.safetensors")
+    assert calibrated(tmp_path / "pca.safetensors", data, tmp_path / "pca", *plain, "method=pca") == 0
+    assert calibrated(encoder, data, tmp_path / "bare", *plain) == 0
+    assert calibrated(hiding_run, slices32, tmp_path / "other", *plain) == 0
+    capsys.readouterr()
+    for encoder, first, words in (
+            (tmp_path / "pca", None, "a model of method pca, beside which no reader reads"),
+            (model, tmp_path / "bare", "a model that holds no reader"),
+            (tmp_path / "other", model, "its reader was taught beside other networks than those of --encoder"),
+            (tmp_path / "other", readers[0], "its reader was taught beside other networks than those of --encoder")):
+        assert run(own, encoder, tmp_path / "r", "--fold", "1:3", *(("--init", first) if first else ())) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "r").exists()
+    assert calibrated(tmp_path / "other", own, tmp_path / "no", "--set", "measure=surprise", *given(readers)) == 2
+    assert "was taught beside other networks" in capsys.readouterr().err
+    assert calibrated(model, own, tmp_path / "no", "--set", "read=0", *given(readers)) == 2
+    assert "--reader: read=0 gives a reader no weight" in capsys.readouterr().err
+
+
+def test_a_models_training_scans_teach_and_calibrate_nothing(in_thirds, hospital, tmp_path, capsys):
+    """They are known by the digest of their database, with others of its scans held out."""
+    model, _, readers = hospital
+    data = write_heads(tmp_path / "all.lmdb", ("val",) * 4)
+    assert SliceDataset(data, "val").manifest["digest"] == SliceDataset(in_thirds[0]).manifest["digest"]
+    assert run(data, model, tmp_path / "r", "--fold", "1:3") == 2
+    assert f"which --encoder {model} may have been trained on: hold out scans" in capsys.readouterr().err
+    assert calibrated(model, data, tmp_path / "m", "--set", "read=0") == 2
+    assert "head0, head1, head2 ... may be among its training scans" in capsys.readouterr().err
+
+
+def test_first_weights_of_a_model_that_own_scans_have_taught_are_told_of(hospital, tmp_path, capsys):
+    """A model does not tell which of them have taught its reader: what began with it can be calibrated by none."""
+    model, own, readers = hospital
+    assert calibrated(model, own, tmp_path / "own", *given(readers)) == 0
+    capsys.readouterr()
+    assert run(own, model, tmp_path / "r", "--init", model, "--fold", "1:3", "--epochs", 0.1) == 0
+    assert "did not hold out" not in capsys.readouterr().out
+    again = tmp_path / "again"
+    assert run(own, model, again, "--init", tmp_path / "own", "--fold", "1:3", "--epochs", 0.1) == 0
+    assert "did not hold out head10, head13, held out now" in capsys.readouterr().out
+    assert calibrated(model, own, tmp_path / "no", "--reader", again, *given(readers[1:])) == 2
+    assert "may all have been trained on head10, head13, which are to calibrate" in capsys.readouterr().err
+
+
+def test_a_hospital_calibrates_once_more(in_thirds, hospital, tmp_path, capsys):
+    """Scans that calibrated a model have taught its reader nothing; those that taught it, or the one that it began
+    with, are known for ever."""
+    model, own, readers = hospital
+    theirs, more = in_thirds[0], write_heads(tmp_path / "more.lmdb", ("val",) * 3, first=20)
+    assert calibrated(model, own, tmp_path / "first") == 0
+    assert calibrated(tmp_path / "first", own, tmp_path / "second") == 0
+    assert calibrated(tmp_path / "second", more, tmp_path / "third") == 0
+    capsys.readouterr()
+    for one in ("first", "third"):
+        assert calibrated(tmp_path / one, theirs, tmp_path / "no") == 2
+        assert "its reader has learnt from some of the scans" in capsys.readouterr().err
+    assert calibrated(tmp_path / "third", own, tmp_path / "taught", *given(readers)) == 0
+    assert calibrated(tmp_path / "taught", more, tmp_path / "fourth") == 0
+    capsys.readouterr()
+    for one in ("taught", "fourth"):
+        for data in (own, theirs):
+            assert calibrated(tmp_path / one, data, tmp_path / "no") == 2
+            assert "its reader has learnt from some of the scans" in capsys.readouterr().err
+    assert calibrated(tmp_path / "fourth", own, tmp_path / "fifth", *given(readers)) == 0
 
 
 # ---- Into a model
@@ -525,7 +698,7 @@ def test_a_reader_of_another_encoder_or_method_is_refused(reader_run, hiding_run
     more = ["--preset", "smoke32", "--hide", "0.9", "--batch", "4", "--epochs", "0.75", "--encoder-code", "8"]
     assert train_encoder.main(["--data", str(slices32), "--gan", str(gan_run), "--out", str(other), *more]) == 0
     assert latent_stats.main([str(flag) for flag in (*flags, "--encoder", other)]) == 2
-    assert "another run of train_encoder.py" in capsys.readouterr().err
+    assert "was taught beside other networks" in capsys.readouterr().err
     assert latent_stats.main([str(flag) for flag in (*flags, "--encoder", hiding_run, "--set", "method=search")]) == 2
     assert "--reader: for method=inpainting or inversion" in capsys.readouterr().err
 
@@ -533,13 +706,14 @@ def test_a_reader_of_another_encoder_or_method_is_refused(reader_run, hiding_run
 @pytest.mark.parametrize("change", (lambda meta: meta["config"].update(seed=1),
                                     lambda meta: meta["gan"]["config"].update(seed=1)))
 def test_encoders_of_one_database_and_length_are_told_apart(change, reader_run, hiding_run, slices32, tmp_path, capsys):
-    """By their settings and their GAN's; what a later version's settings have besides is no difference."""
+    """Of an older reader's run, which has no digest: by their settings and their GAN's; what a later version's have
+    besides is no difference."""
     def made(encoder, *more):
         return latent_stats.main([str(flag) for flag in ("--data", slices32, "--encoder", encoder, "--out", out,
-                                                         "--preset", "ct128", "--reader", reader_run, *more)])
+                                                         "--preset", "ct128", "--reader", without, *more)])
 
-    out = tmp_path / "model"
+    without, out = with_meta(reader_run, tmp_path / "reader", lambda meta: meta.pop("beside")), tmp_path / "model"
     assert made(with_meta(hiding_run, tmp_path / "other", change)) == 2
-    assert "another run of train_encoder.py" in capsys.readouterr().err and not out.exists()
+    assert "was taught beside other networks" in capsys.readouterr().err and not out.exists()
     older = with_meta(hiding_run, tmp_path / "older", lambda meta: meta["config"].pop("gated"))
     assert made(older, "--calibrate", "none", "--set", "measure=votes", "scan_score=mean") == 0
