@@ -208,8 +208,8 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("labels", type=Path, help="labels.csv: scan_id, label (0 or 1), [types], [patient]")
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
     parser.add_argument("--where", type=_condition, action="append", default=[], metavar="COLUMN=VALUE",
-                        help="use only these rows of the labels, e.g. split=test; may be repeated: of one column any of "
-                             "the values will do, of several columns each must hold")
+                        help="use only these rows of the labels, e.g. split=test; may be repeated: of one column any "
+                             "of the values will do, of several columns each must hold")
     parser.add_argument("--missing", choices=("error", "exclude", "worst"), default="error",
                         help="scans that failed, are unreliable, have no score or no label: refuse; leave out and "
                              "count; or count as ranked wrongly, the worst case (no label: left out) (default error)")

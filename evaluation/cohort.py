@@ -133,7 +133,7 @@ def read_labels(path: Path, where: Sequence[str] = (),
                              "expected label 0 without types, or label 1")
         labels[key] = Label(int(row["label"]), types, row.get("patient") or row["scan_id"])
     if not labels:
-        raise InputError(f"{path}: no labels" + "".join(f" --where {one}" for one in where))
+        raise InputError(f"{path}: no labels" + (f" where {', '.join(where)}" if where else ""))
     return labels, not_chosen
 
 

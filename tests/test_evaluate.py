@@ -293,7 +293,7 @@ def test_labels_are_checked_and_chosen(tmp_path):
     for where in (["split=test", "split=train"], ["split=train", "split=test", "label=0", "label=1"]):
         assert cohort.read_labels(path, where) == (everything, set())            # any value of a column will do
     assert cohort.read_labels(path, ["split=train", "split=test", "label=0"])[1] == {("a",)}
-    with pytest.raises(cohort.InputError, match="no labels --where split=test --where label=0"):
+    with pytest.raises(cohort.InputError, match="no labels where split=test, label=0"):
         cohort.read_labels(path, ["split=test", "label=0"])
     for row in (["c", "test", "0", "Epidural"], ["c", "test", "", ""], ["c", "test", "yes", ""]):
         with pytest.raises(cohort.InputError, match="line 2: c has label .*expected label 0 without types, or label 1"):
