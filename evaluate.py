@@ -100,10 +100,10 @@ def find_maps(args, scan_id: str) -> tuple[Path, bool]:
         folder = find_result_folder(args.maps, scan_id)
         if not folder.is_dir():                                   # without a result.json nothing else tells where
             folder = result_folder(args.maps, scan_id, by_hash=True)
+        result = read_result(folder)
     except ValueError as error:
         raise InputError(f"{args.labels} and --maps {args.maps}: {error}; correct the id, or leave the scan out with "
                          "--where") from error
-    result = read_result(folder)
     if result is None and (folder / "result.json").exists():
         raise InputError(f"{folder / 'result.json'}: cannot be read as JSON; project the scan again")
     return folder, result is not None and UPSIDE_DOWN in result["scan"].get("notes", "").split(" | ")

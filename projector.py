@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.files import replace_text
+from common.files import read_object, replace_text
 from common.stopping import Terminated, orderly_end
 from common.version import VERSION
 from ct.settings import PreprocessSettings
@@ -85,10 +85,9 @@ def begin_report(out: Path, report: dict) -> None:
 def read_run(path: Path) -> dict:
     """A run.json; empty where it is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {}
+        return {}
 
 
 def write_all(out: Path, results: list[Result], report: dict, seconds: float) -> None:
@@ -116,9 +115,10 @@ def merge(argv: list[str]) -> int:
                                      "without a result are named (exit code 3).")
     parser.add_argument("out", type=Path, help="results folder")
     out = parser.parse_args(argv).out
-    from detect.folder import absent, collect_all
+    from detect.folder import absent, collect_all, refuse_other_tables
 
     try:
+        refuse_other_tables(out)
         if not (out / "run.json").is_file():
             raise ValueError(f"{out}: no run.json; give a folder of results of projector.py")
         results = collect_all(out)

@@ -1,6 +1,6 @@
 """Files that are whole or not there: written beside their place and moved to it in one step; a full disk is named.
 
-Tables and hashes of files, too: one reader, one writer, one hash. Text in a table stays text in a spreadsheet.
+Tables, JSON and hashes of files, too: one reader, one writer, one hash. Text in a table stays text in a spreadsheet.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import fcntl
 import functools
 import glob
 import hashlib
+import json
+import math
 import os
 import re
 import shutil
@@ -168,6 +170,28 @@ def known_sha256(path: Path) -> str:
 @functools.lru_cache(maxsize=1 << 16)
 def _known_sha256(path: Path, size: int, time_ns: int) -> str:
     return sha256(path)
+
+
+def read_object(path: Path, error: type[ValueError] = ValueError, mend: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises FileNotFoundError, and `error`, naming the file and ending with the mend, for
+    what is no JSON, NaN and infinity among it, or no object.
+    """
+    after = f": {mend}" if mend else ""
+
+    def number(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text} is no number of JSON")
+        return value
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), parse_float=number, parse_constant=number)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as wrong:            # RecursionError: lists in lists in lists
+        raise error(f"{path}: cannot be read as JSON ({wrong}){after}") from wrong
+    if not isinstance(found, dict):
+        raise error(f"{path}: expected a JSON object, found a {type(found).__name__}{after}")
+    return found
 
 
 class Row(dict[str, str]):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from common.files import replace_text, sha256
+from common.files import read_object, replace_text, sha256
 
 SEAL = "sha256"                          # a JSON file's key for the digest of the rest
 SEALED_FROM = 2                          # the format version that came with it
@@ -130,14 +130,10 @@ def _digest(content: Mapping[str, Any]) -> str:
 def read_json(path: Path, mend: str, newest: int) -> dict[str, Any]:
     """A JSON file of format version `newest` or before. Raises CheckpointError, ending with `mend`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path, CheckpointError, mend)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file: {mend}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}): {mend}") from error
-    except (ValueError, RecursionError) as error:         # RecursionError: lists in lists in lists
-        raise CheckpointError(f"{path}: not readable as JSON ({error}): {mend}") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
+    version = content.get("format_version")
     if not isinstance(version, int):
         raise CheckpointError(f"{path}: no format_version: {mend}")
     if version > newest:

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.files import full_disk_named
+from common.files import full_disk_named, read_object
 
 BEAT_S = 20.0
 STALE_S = 300.0                  # a holder that has not touched its claim for so long is taken for dead
@@ -113,9 +113,10 @@ class Claims:
 def _read(path: Path) -> dict:
     """Who holds a claim; empty where that is not, or not yet, written in it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = read_object(path)
     except (FileNotFoundError, ValueError):
         return {}
+    return found if {"host", "namespace", "pid", "started", "token"} <= found.keys() else {}
 
 
 def _died_here(claim: dict, me: dict) -> bool:

@@ -34,21 +34,26 @@ from common.files import (
     FullDiskError,
     full_disk_named,
     known_sha256,
+    read_object,
     remove_abandoned,
     replace_text,
     replacing_folder,
     write_table,
 )
 from ct.frame import Preprocessed
-from ct.read import ScanSource, open_scan
+from ct.read import RESERVED, ScanSource, open_scan
 from ct.scan import Scan, ScanError, printable
 from detect.claims import STALE_S, Claims
-from detect.outputs import OUTPUTS, SCORE_COLUMNS, SLICE_COLUMNS, Writer, scan_row, slice_rows
+from detect.outputs import OUTPUTS, SCORE_COLUMNS, SLICE_COLUMNS, WRITTEN, Writer, scan_row, slice_rows
 from detect.pipeline import overlapped
 from detect.projection import Projection, Projector
 from op import memory
 
 WORK, BY_HASH, PARTS = ".work", "scans", ".parts"
+NOTE = {"part": int, "of": int, "found": str, "scans": list}         # of a part, in PARTS
+# With what is near the beginning of this program's own
+TABLES = {"scores.csv": ",".join(SCORE_COLUMNS), "slices.csv": ",".join(SLICE_COLUMNS),
+          "seconds.csv": "scan_id,seconds", "run.json": "", "report.html": "<title>Head-CT anomaly report</title>"}
 NAMED = 5                        # parts and scans that are absent, the others are counted
 LARGE_BYTES = 1 << 28            # of HU in float32, 256 slices of 512 x 512: such a scan is alone in memory, but for
                                  # the moment that it takes to see how large it is where the size of its files is small
@@ -76,12 +81,16 @@ class Result:
 
     @property
     def slices(self) -> list[dict]:
-        return read_result(self.folder)["slices"]
+        found = read_result(self.folder)
+        if found is None or found["scan"] != self.scan:
+            raise ValueError(f"{self.folder}: another run has replaced its results while tables were made of them; "
+                             "start this run again, or projector.py merge")
+        return found["slices"]
 
 
 def result_folder(out: Path, scan_id: str, by_hash: bool = False) -> Path:
-    """Where a scan's results go. Raises ValueError for an id that would lead elsewhere."""
-    if Path(scan_id).name != scan_id or scan_id in ("", ".", "..", WORK, BY_HASH, PARTS) or "\0" in scan_id:
+    """Where a scan's results go. Raises ValueError for an id that would lead elsewhere, or is a table's name."""
+    if Path(scan_id).name != scan_id or scan_id in ("", ".", "..", *RESERVED) or "\0" in scan_id:
         raise ValueError(f"a scan's id becomes the name of a folder; {scan_id!r} cannot: give the scan another id "
                          "(ct.read.find_scans does)")
     shard = hashlib.sha256(scan_id.encode("utf-8", "surrogateescape")).hexdigest()[:2]
@@ -106,11 +115,30 @@ def _twice(scan_id: str, one: Path, other: Path) -> ValueError:
 
 
 def read_result(folder: Path) -> dict | None:
-    """The result.json of a scan's folder; None where there is none, or it is damaged."""
+    """The result.json of a scan's folder; None where there is none, or it is not whole. ValueError naming one that
+    another program has written.
+    """
+    path = folder / "result.json"
     try:
-        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        found = read_object(path) if path.is_file() else None
+    except (FileNotFoundError, ValueError):           # another run is replacing it; half of it is none
         return None
+    if found is not None and not _is_result(found):
+        raise ValueError(f"{path}: another program's, or changed: expected key, scan (scan_id, status, score, seconds),"
+                         " slices and seconds, as projector.py writes them; move its folder away, or choose another "
+                         "--out")
+    return found
+
+
+def _is_result(found: dict) -> bool:
+    row = found.get("scan")
+    kinds = {"key": dict, "scan": dict, "slices": list, "seconds": dict}
+    if not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        return False
+    numbers = () if row.get("status") == "failed" else ("score", "seconds")
+    return (all(isinstance(row.get(name), str) for name in ("scan_id", "status"))
+            and all(isinstance(row.get(name), (int, float)) for name in numbers)
+            and all(isinstance(one, dict) for one in found["slices"]))
 
 
 def fingerprint(source: ScanSource) -> str:
@@ -199,7 +227,7 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
     of the same ids may be replaced. Raises FullDiskError, and ValueError where a scan's results would take the place
     of anything else.
     """
-    claims, key = Claims(out / WORK), projector.key()
+    claims, key, folders = Claims(out / WORK), projector.key(), folders_of(sources)
     pending: Iterable[tuple[int, ScanSource]] = ((number, sources[number]) for number in (
         range(len(sources)) if numbers is None else numbers))
     waiting: list[tuple[int, ScanSource]] = []
@@ -225,7 +253,7 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
                     waiting.append(numbered)
                     outcome = "another run has it"
                 elif not is_finished():              # another run may have finished it before we had the claim
-                    _refuse_others(place())
+                    _refuse_others(place(), folders)
                     if not overwrite:
                         _refuse_another(out, source, read_result(place()))
                     job = Job(projector, source, place(), out / WORK, made, writers, held)
@@ -440,12 +468,12 @@ def absent(out: Path, results: list[Result]) -> list[str]:
     For each set of inputs the last run counts, whole or in parts: it knew which scans there are. Of runs that
     left no word, as before there was any, nothing is missed. Raises ValueError for a note that cannot be read.
     """
-    notes = defaultdict(list)
+    notes, mend = defaultdict(list), "remove it, and start the part that it is named after again"
     for path in sorted((out / PARTS).glob("*.json")):
-        try:
-            notes[path.name.partition("-")[0]].append((path.stat().st_mtime_ns, json.loads(path.read_text("utf-8"))))
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged; remove it, and start the part that it is named after again") from error
+        note = read_object(path, mend=mend)
+        if not all(isinstance(note.get(name), kind) for name, kind in NOTE.items()):
+            raise ValueError(f"{path}: expected {', '.join(NOTE)}, as projector.py writes them: {mend}")
+        notes[path.name.partition("-")[0]].append((path.stat().st_mtime_ns, note))
     done, words = {result.scan["scan_id"] for result in results}, []
     for dated in notes.values():
         _, last = max(dated, key=lambda pair: pair[0])
@@ -493,15 +521,60 @@ def make_writable(out: Path) -> None:
 
 
 def refuse_other_files(out: Path, sources: list[ScanSource], by_hash: bool) -> None:
-    """ValueError if a scan's folder of results would replace anything but results, such as the scan itself."""
+    """ValueError if results or tables would replace anything but results or tables, such as the scans themselves."""
+    refuse_other_tables(out)
+    folders = folders_of(sources)
     for source in sources:
-        _refuse_others(find_result_folder(out, source.scan_id, by_hash))
+        _refuse_others(find_result_folder(out, source.scan_id, by_hash), folders)
 
 
-def _refuse_others(place: Path) -> None:
-    if place.exists() and not (place / "result.json").is_file() and (not place.is_dir() or any(place.iterdir())):
+def refuse_other_tables(out: Path) -> None:
+    """ValueError if a file of another program lies where a table, the page or run.json is to go."""
+    for path in (out / name for name in TABLES):
+        if path.exists() and not _is_own_table(path):
+            raise ValueError(f"{path}: would be replaced, and this version of this program has not made it; move it "
+                             "away, or choose another --out")
+
+
+def _is_own_table(path: Path) -> bool:
+    """By what it begins with; run.json by its key, or by being damaged, which merge tells of."""
+    if path.name != "run.json":
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return TABLES[path.name] in file.read(1000)
+    try:
+        return "key" in read_object(path)
+    except ValueError:
+        return True
+
+
+def folders_of(sources: Iterable[ScanSource]) -> set[tuple[int, int]]:
+    """The folders that scans lie in, at any depth, by device and inode: known by any name, through links, too."""
+    places = {path.parent for source in sources for path in source.files}
+    real = {Path(os.path.realpath(place)) for place in places}
+    found = set()
+    for folder in {one for place in real for one in (place, *place.parents)}:
+        with contextlib.suppress(OSError):
+            found.add(_identity(folder))
+    return found
+
+
+def _refuse_others(place: Path, folders: set[tuple[int, int]]) -> None:
+    """folders: those of scans, folders_of()."""
+    if not os.path.lexists(place):
+        return
+    if not place.is_dir() or _identity(place) in folders or not (read_result(place) or _is_left_over(place)):
         raise ValueError(f"{place}: results would take the place of what is there, which this program has not made (is "
                          "it the scan itself?); choose another --out")
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def _is_left_over(place: Path) -> bool:
+    """Whether a folder is empty, or of a result whose result.json is damaged and which holds nothing else."""
+    names = set(os.listdir(place))
+    return not names or ("result.json" in names and names <= WRITTEN)
 
 
 def refuse_other_results(out: Path, sources: list[ScanSource], key: dict) -> None:

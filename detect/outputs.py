@@ -17,6 +17,8 @@ SCORE_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason"
                  "error_hu", "anomalous_ml", "notes")
 # What a whole number in a map's file stands for: 0.1 HU, far below a scanner's noise; 0.01 of a surprise
 STEPS = {"reconstruction": 0.1, "residual": 0.1, "anomaly": 0.01}
+# What lies in a scan's folder of results
+WRITTEN = {"result.json", "overlay", "dicom", *(f"{name}.nii.gz" for name in (*STEPS, "mask", "brain"))}
 WRITERS = 4             # threads that write a scan's files: packing leaves the interpreter's lock
 SLICE_COLUMNS = ("scan_id", "slice", "position_mm", "below_vertex_mm", "projected", "score")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from common.files import read_table, replace_text, sha256
+from common.files import read_object, read_table, replace_text, sha256
 from ct.picture import PANELS, RESIDUAL_FULL_HU, pack_overlay
 from detect.folder import find_result_folder
 from detect.measure import MEASURES
@@ -34,9 +34,11 @@ MEGABYTES = 40.0
 FULL, REDUCED = (360, 75), (256, 60)         # a panel's longer side in pixels, WebP quality
 SCAN_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason", "slices", "projected_slices",
                 "error_hu", "anomalous_ml", "notes")
-RUN_KEYS = {"weights_sha256", "model", "settings", "device", "precision", "threads", "processes", "seconds",
-            "seconds_per_scan_by_stage", "versions"}
-EVALUATION_KEYS = {"scan", "labels", "scores_sha256", "table", "settings", "versions"}
+RUN_KEYS = {"weights_sha256": str, "model": dict | None, "settings": dict, "device": str, "precision": str,
+            "threads": int, "processes": int, "seconds": int | float, "seconds_per_scan_by_stage": dict,
+            "versions": dict}
+EVALUATION_KEYS = {"scan": dict, "labels": dict, "scores_sha256": str, "table": dict, "settings": dict,
+                   "versions": dict}
 SLICE_COLUMNS = ("scan_id", "slice", "below_vertex_mm", "projected", "score")
 MOST_SCANS = 500                             # on a page; scores.csv has all
 LEVEL_MM = 10.0                              # healthy slices this far apart are taken as one level
@@ -145,12 +147,19 @@ def read_results(results: Path, most: int = MOST_SCANS) -> tuple[list[Entry], di
                               "projector.py again")
         by_id[row["scan_id"]].slices.append(Slice(int(number), mm, row["projected"] == "1", score))
     for entry in (e for e in entries if e.done):
-        _find_overlays(entry, find_result_folder(results, entry.scan_id) / "overlay")
+        try:
+            _find_overlays(entry, find_result_folder(results, entry.scan_id) / "overlay")
+        except ValueError as error:
+            raise ReportError(f"{results / 'scores.csv'}: {error}") from error
     run = read_json(results / "run.json")
-    if not RUN_KEYS <= run.keys():
-        absent = ", ".join(sorted(RUN_KEYS - run.keys()))
+    if absent := _absent(run, RUN_KEYS):
         raise ReportError(f"{results / 'run.json'}: has no {absent}; run projector.py again")
     return entries, run, others
+
+
+def _absent(content: dict, kinds: dict[str, type]) -> str:
+    """Names of what is not there, or of another kind."""
+    return ", ".join(name for name, kind in kinds.items() if not isinstance(content.get(name, ...), kind))
 
 
 def _number(path: Path, row: dict[str, str], column: str) -> float | None:
@@ -189,12 +198,9 @@ def _find_overlays(entry: Entry, folder: Path) -> None:
 def read_json(path: Path) -> dict:
     """Raises ReportError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ReportError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ReportError(f"{path}: expected a JSON object, found a {type(found).__name__}")
-    return found
+        return read_object(path, ReportError)
+    except FileNotFoundError as error:
+        raise ReportError(f"{path}: no such file") from error
 
 
 def read_calibration(run: dict) -> Calibration:
@@ -204,7 +210,7 @@ def read_calibration(run: dict) -> Calibration:
     A `threshold` that was given for the run stands in place of the model's, and then there is no rate for it.
     """
     found, given = run.get("calibration"), run.get("threshold")
-    how = run["settings"]["scan_score"]
+    how = run["settings"].get("scan_score")
     if not found or how not in found["scan_scores"]:
         return Calibration([], given, None, None, [])
     level = np.round([s["below_vertex_mm"] / LEVEL_MM for s in found["slice_scores"]])
@@ -389,10 +395,9 @@ def coverage(entries: list[Entry], megabytes: float) -> str:
 
 def attach_labels(entries: list[Entry], evaluation: dict, scores_sha256: str) -> None:
     """Labels of an evaluation beside the scans. Raises ReportError if it was made from other scores."""
-    absent = EVALUATION_KEYS - evaluation.keys()
-    if absent:
-        raise ReportError(f"the evaluation has no {', '.join(sorted(absent))}; expected metrics.json of evaluate.py of "
-                          "this version: run it again")
+    if absent := _absent(evaluation, EVALUATION_KEYS):
+        raise ReportError(f"the evaluation has no {absent}; expected metrics.json of evaluate.py of this version: run "
+                          "it again")
     if evaluation["scores_sha256"] != scores_sha256:
         raise ReportError("the evaluation was made from another scores.csv; run evaluate.py again with this one")
     for entry in entries:
@@ -430,11 +435,11 @@ def write_report(results: Path, out: Path, evaluation: dict | None = None, megab
     whole page; pictures of lower scores give way first, the text never. Raises ReportError, OSError.
     """
     entries, run, others = read_results(results)
-    calibration = read_calibration(run)
     try:
-        chosen = Settings.from_json(run["settings"])
-    except ValueError as error:
-        raise ReportError(f"{results / 'run.json'}: {error}; run projector.py again") from error
+        chosen, calibration = Settings.from_json(run["settings"]), read_calibration(run)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:          # as changed by hand
+        raise ReportError(f"{results / 'run.json'}: settings or calibration are not as projector.py writes them "
+                          f"({error}); run it again") from error
     measure = MEASURES[chosen.measure](chosen.scoring, chosen.mask)
     hashes = {name: sha256(results / name) for name in ("scores.csv", "slices.csv")}
     if evaluation is not None:

@@ -75,7 +75,7 @@ class Settings:
             groups = {name: kind(**{key: value for key, value in said[name].items() if not key.endswith(OF_FILE)})
                       for name, kind in own.items()}
             return cls(**groups, **content)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"settings: {error}; made by another version") from error
 
     def replace(self, **changes: Any) -> Settings:

@@ -301,7 +301,7 @@ def test_what_is_no_file_of_a_bundle_is_named(tmp_path):
     (tmp_path / "shape.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     (tmp_path / "folder").mkdir()
     for read, name, told in (
-        (read_meta, "deep.json", "not readable as JSON .*: fetch it again"),
+        (read_meta, "deep.json", "cannot be read as JSON .*: fetch it again"),
         (read_meta, "folder", "cannot be read .*: fetch it again"),
         (load_tensors, "shape.safetensors", "has a tensor of a shape that torch cannot hold; fetch"),
         (load_tensors, "folder", "cannot be read .*; give a safetensors file"),

@@ -139,6 +139,18 @@ def test_who_judges_a_dead_holder_does_so_alone(tmp_path):
     assert taken == [False]
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"host": "here"}', "7"])
+def test_a_claim_that_nobody_can_read_counts_until_it_is_old(tmp_path, text):
+    """It was a traceback."""
+    claims = Claims(tmp_path)
+    claims.path("a").write_text(text)
+    with claims.hold("a") as mine:
+        assert not mine
+    os.utime(claims.path("a"), (1, 1))
+    with claims.hold("a") as mine:
+        assert mine
+
+
 def test_names_of_any_length_and_kind(tmp_path):
     claims = Claims(tmp_path)
     for name in ("x" * 255, "../../etc", "\udcff", "\u202e", ""):

@@ -12,6 +12,7 @@ import pytest
 
 import projector
 from common.files import FORMULA, from_cell, to_cell
+from ct.read import RESERVED
 from ct.scan import ScanSource
 from detect.bundle import load_bundle
 from detect.folder import (
@@ -49,7 +50,7 @@ def test_no_name_leads_out_of_the_results(tmp_path):
                 place = result_folder(tmp_path, name, by_hash)
             except ValueError:
                 refused += 1
-                assert "/" in name or "\0" in name or name in ("", ".", "..", "scans", WORK)
+                assert "/" in name or "\0" in name or name in ("", ".", "..", *RESERVED)
             else:
                 inside += 1
                 parents = [tmp_path, *([tmp_path / "scans", place.parent] if by_hash else [])]
@@ -67,9 +68,8 @@ def test_no_cell_is_a_formula_and_every_name_comes_back():
 
 def test_tables_and_page_show_names_as_text(tmp_path):
     """Of scans that fail, so that the name is all there is to see."""
-    reserved = ("", ".", "..", "scans", WORK, "scores.csv")
-    possible = [name for name in names() if not {"/", "\0", "\udcff"} & set(name) and name not in reserved
-                and len(name.encode()) < 256]
+    possible = [name for name in names() if not {"/", "\0", "\udcff"} & set(name)
+                and name not in ("", ".", "..", *RESERVED) and len(name.encode()) < 256]
     possible = sorted(possible, key=lambda name: name not in PIECES)[:120]
     out = tmp_path / "out"
     sources = [ScanSource(name, "nifti", (Path("scan.nii"),), {"error": "no scan"}) for name in possible]

@@ -150,9 +150,10 @@ def test_merge_names_the_part_that_never_began_and_the_scans_without_a_result(sc
     code, said = merged()
     assert code == 3 and said == "not in the tables: 1 scans have no result: scan-001; start their runs again\n"
     (tmp_path / "aside").rename(place)
-    (out / PARTS / next(iter(os.listdir(out / PARTS)))).write_text("{")
-    code, said = merged()
-    assert code == 2 and "damaged; remove it" in said
+    for text in ("{", '{"part": 0, "of": 2, "found": "", "scans": null}', "[" * 100_000):
+        (out / PARTS / next(iter(os.listdir(out / PARTS)))).write_text(text)
+        code, said = merged()
+        assert code == 2 and "-of-2.json: " in said and "remove it, and start the part" in said
 
 
 @pytest.fixture
@@ -589,6 +590,73 @@ def test_results_never_take_the_place_of_the_scans(model, tmp_path, capsys):
     assert {path: path.read_bytes() for path in before} == before
 
 
+FOREIGN = {"list": [1], "other": {"score": 1}, "text": "scan-001",
+           "row": {"key": {}, "scan": {"scan_id": "a", "status": "ok"}, "slices": [], "seconds": {}}}
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_another_programs_result_json_is_named(two, model, tmp_path, capsys, foreign):
+    """It was a traceback, and the folder that it lay in was replaced."""
+    out = tmp_path / "out"
+    place = out / "scan-001"
+    place.mkdir(parents=True)
+    (place / "result.json").write_text(json.dumps(FOREIGN[foreign]))
+    (place / "mine.dcm").write_text("the only copy")
+    for more in ((), ("--overwrite",)):
+        assert projector.main(flags(two, model, out, *more)) == 2
+        assert f"error: {place}" in capsys.readouterr().err and (place / "mine.dcm").read_text() == "the only copy"
+    with pytest.raises(ValueError, match="scan-001"):
+        list(folder.project_all(Projector(load_bundle(model, precision="fp32")), find_scans(two), out))
+    place.rename(out / "aside")
+    assert projector.main(flags(two, model, out)) == 0
+    assert projector.main(["merge", str(out)]) == (2 if foreign in ("other", "row") else 0)
+    assert ("aside/result.json: another program's" in capsys.readouterr().err) == (foreign in ("other", "row"))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"key": NaN', '{"key": {}, "scan": {"score": NaN}}', "\xff", ""])
+def test_half_a_result_is_done_again_unless_more_lies_beside_it(two, model, tmp_path, capsys, text):
+    out = tmp_path / "out"
+    assert projector.main(flags(two, model, out)) == 0 and made(capsys) == 2
+    before = tables(out)
+    (out / "scan-001" / "result.json").write_text(text, encoding="latin-1")
+    assert projector.main(flags(two, model, out)) == 0 and made(capsys) == 1 and tables(out) == before
+    (out / "scan-001" / "result.json").write_text(text, encoding="latin-1")
+    (out / "scan-001" / "notes.txt").write_text("a reader's")
+    assert projector.main(flags(two, model, out)) == 2 and (out / "scan-001" / "notes.txt").exists()
+    assert "scan-001: results would take the place of what is there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["scores.csv", "slices.csv", "seconds.csv", "run.json", "report.html"])
+def test_tables_never_take_the_place_of_another_programs(two, model, whole, tmp_path, capsys, name):
+    """--out with a folder that holds labels as scores.csv: they were gone."""
+    (two / name).write_text(text := '{"scan_id": "label"}' if name == "run.json" else "scan_id,label\nscan-000,1\n")
+    assert projector.main(flags(two, model, two)) == 2
+    assert f"{name}: would be replaced, and this version of this program has not made it" in capsys.readouterr().err
+    shutil.copytree(whole / "scan-000", two / "scan-000")
+    assert projector.main(["merge", str(two)]) == 2
+    assert (two / name).read_text() == text and not (two / PARTS).exists()
+
+
+def test_a_folder_that_holds_scans_is_never_replaced_whatever_lies_beside_them(model, tmp_path, capsys):
+    """An earlier result that a scan of the same name was put into, reached through a link."""
+    hu, _ = synthetic_head(slices=6, size=48, spacing_mm=(20.0, 4.8, 4.8))
+    series = tmp_path / "out" / "one" / "deep" / "one"
+    write_dicom_series(series, hu, (20.0, 4.8, 4.8))
+    write_head(tmp_path / "first" / "one.nii", seed=0)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    before = {path: path.read_bytes() for path in series.iterdir()}
+    made_elsewhere = tmp_path / "elsewhere"
+    assert projector.main(flags(tmp_path / "first", model, made_elsewhere)) == 0
+    shutil.copy(made_elsewhere / "one" / "result.json", tmp_path / "out" / "one")
+    for out in (tmp_path / "out", tmp_path / "link"):
+        assert projector.main(flags(series, model, out, "--overwrite")) == 2
+        assert "one: results would take the place of what is there" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="would take the place"):
+        list(folder.project_all(Projector(load_bundle(model, precision="fp32")), find_scans(series), tmp_path / "link",
+                                overwrite=True))
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def write_head(path: Path, seed: int) -> Path:
     hu, _ = synthetic_head(slices=6, size=48, spacing_mm=(20.0, 4.8, 4.8), seed=seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -646,5 +714,5 @@ def test_a_scan_is_replaced_whole(scans, tmp_path):
     place.mkdir(parents=True)
     (place / "mask.nii.gz").write_text("old")
     source = find_scans(scans)[0]
-    assert project_one(Failing(), source, place, tmp_path / "out" / WORK, {}).startswith("FAILED, RuntimeError")
+    assert project_one(Failing(), source, place, tmp_path / "out" / WORK, {"key": {}}).startswith("FAILED, Runt")
     assert os.listdir(place) == ["result.json"] and read_result(place)["scan"]["status"] == "failed"

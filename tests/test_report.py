@@ -236,7 +236,12 @@ def test_large_pictures_are_reduced_and_panels_keep_their_shape(tmp_path):
     ("slices.csv", "b,98", "stranger,98", "stranger is not in scores.csv"),
     ("slices.csv", "b,98,40", "b,98,", "b has a slice without number, position or score"),
     ("run.json", '"weights_sha256"', '"weights"', "has no weights_sha256"),
-    ("run.json", "{", "", "cannot be read as JSON")])
+    ("run.json", "{", "", "cannot be read as JSON"),
+    ("run.json", "{", "[" * 100_000, "cannot be read as JSON"),
+    ("run.json", '"seconds": 3.0', '"seconds": NaN', "cannot be read as JSON (NaN is no number of JSON)"),
+    ("run.json", '"seconds": 3.0', '"seconds": null', "has no seconds"),
+    ("run.json", '"scoring": {"threshold_hu": 5.0}', '"scoring": [5]', "settings or calibration are not as"),
+    ("run.json", '"scan_scores": {', '"scan_scores": 5, "others": {', "settings or calibration are not as")])
 def test_an_unfit_results_folder_is_refused(results, capsys, name, old, new, message):
     folder = results()
     (folder / name).write_text((folder / name).read_text().replace(old, new, 1))
@@ -294,6 +299,8 @@ def test_an_evaluation_of_other_scores_is_refused(results, capsys):
     assert "made from another scores.csv" in capsys.readouterr().err
     with pytest.raises(ReportError, match="run it again"):
         page_of(folder, evaluation={"scan": {}})
+    with pytest.raises(ReportError, match="has no labels; expected"):
+        page_of(folder, evaluation=report.read_json(folder.parent / "metrics" / "metrics.json") | {"labels": []})
 
 
 def test_evaluate_refuses_a_report_of_what_is_no_results_folder(results, capsys):
