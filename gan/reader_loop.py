@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,9 @@ class Beside:
     known: dict[str, Any]
     seen: Callable[[SliceDataset], list[str]]
 
-    def range_hu(self) -> tuple[float, float]:
-        """The HU that a reader is shown: below, what the networks are; above, what new scans have."""
-        low, high = self.prepared.standardise.hu_clip
-        return getattr(self.method, "range_hu", (low, high))[0], high
+    def range_hu(self, hu_clip: tuple[float, float]) -> tuple[float, float]:
+        """The HU that a reader is shown of slices cut to hu_clip: below, what the networks are; above, all."""
+        return getattr(self.method, "range_hu", hu_clip)[0], hu_clip[1]
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,8 @@ def train(config: ReaderConfig, data: Path, beside: Beside, out: Path, device: t
     if first:
         check_first(first, beside, config)
         tell_of_seen(held_out.scan_ids, "--init", first.folder, {"data": known, "init": first.known})
-    trainer = ReadingTrainer(config, beside.method, beside.range_hu(), device)
+    hu_clip = PreprocessSettings.from_json(dataset.manifest["settings"]).standardise.hu_clip
+    trainer = ReadingTrainer(config, beside.method, beside.range_hu(hu_clip), device)
     if first:
         trainer.start_from(first.weights)
     meta = {"kind": "reader", "config": dataclasses.asdict(config), "model": {"widths": list(config.widths())},
@@ -96,7 +96,10 @@ def train(config: ReaderConfig, data: Path, beside: Beside, out: Path, device: t
 def check_database(dataset: SliceDataset, beside: Beside, config: ReaderConfig) -> None:
     """DatasetError or ValueError unless a reader can be taught by it, beside these networks."""
     found = PreprocessSettings.from_json(dataset.manifest["settings"])
-    if other := differing(found, beside.prepared):
+    expected = beside.prepared
+    if found.standardise.hu_clip == getattr(beside.method, "range_hu", None):         # as what taught the networks was
+        expected = replace(expected, standardise=replace(expected.standardise, hu_clip=found.standardise.hu_clip))
+    if other := differing(found, expected):
         raise DatasetError(f"--data {dataset.path}: its slices were prepared in another way than those of --encoder "
                            f"{beside.folder} ({other}); prepare them with the same flags, for a model with prepare.py "
                            "--like MODEL")

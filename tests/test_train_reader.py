@@ -555,12 +555,22 @@ def test_a_reader_is_taught_beside_a_model_as_beside_its_run(in_thirds, hospital
     assert again["calibration"]["scan_scores"] == first["calibration"]["scan_scores"]
 
 
-def test_what_a_reader_of_a_model_sees_ends_where_new_scans_do(hospital):
+def test_what_a_reader_of_a_model_sees_ends_where_its_slices_do(hospital):
     """Training slices of a shipped model end at 70 HU, scans of a hospital do not: what is denser is no bone."""
     beside = bundling.open_beside(hospital[0], torch.device("cpu"), "fp32")
-    assert beside.range_hu() == (-20, 180)
+    assert beside.range_hu((-20, 180)) == (-20, 180)
     beside.method.range_hu = (0.0, 70.0)
-    assert beside.range_hu() == (0, 180)
+    assert beside.range_hu((-20, 180)) == (0, 180) and beside.range_hu((0, 70)) == (0, 70)
+
+
+def test_slices_as_those_that_taught_a_models_networks_teach_a_reader_too(hospital, tmp_path):
+    """Loose slices end at 70 HU, and so did all that the networks of a shipped model have seen."""
+    beside = bundling.open_beside(hospital[0], torch.device("cpu"), "fp32")
+    beside.method.range_hu = (0.0, 70.0)
+    data = write_heads(tmp_path / "loose.lmdb", ("train", "train", "val"), first=10, hu_clip=(0, 70))
+    config = ReaderConfig(epochs=0.1, width=24, depth=2, workers=0)
+    reader_loop.train(config, data, beside, tmp_path / "r", torch.device("cpu"))
+    assert load_snapshot(tmp_path / "r").meta["data"]["settings"]["standardise"]["hu_clip"] == [0, 70]
 
 
 def test_scans_that_are_all_held_out_are_for_folds(hospital, tmp_path, capsys):
