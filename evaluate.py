@@ -93,7 +93,7 @@ def find_maps(args, scan_id: str) -> tuple[Path, bool]:
     note says so; maps without a result.json are taken as they lie. Raises InputError for an id that is no folder's.
     """
     from ct.whole_head import UPSIDE_DOWN
-    from detect.folder import find_result_folder, read_result, result_folder
+    from detect.result import find_result_folder, read_result, result_folder
     from evaluation.cohort import InputError
 
     try:

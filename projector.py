@@ -46,8 +46,8 @@ from ct.settings import PreprocessSettings
 if TYPE_CHECKING:                         # what takes seconds to import, functions import: --help needs none of it
     from ct.read import ScanSource
     from detect import Bundle, Projector, Settings
-    from detect.folder import Result
     from detect.outputs import Writer
+    from detect.result import Result
 
 TABLES_EVERY_S = 60.0                     # a run of its own keeps its tables so fresh
 
@@ -258,7 +258,7 @@ def build(args: argparse.Namespace) -> tuple[Projector, dict[str, Writer]]:
 def project(args: argparse.Namespace, projector: Projector, writers: dict[str, Writer], sources: list[ScanSource],
             numbers: Iterable[int], tables: Callable[[], None] | None = None) -> None:
     """Project those of `sources`; now and then, and where it is interrupted, write the tables of what is done."""
-    from detect.folder import project_all
+    from detect.jobs import project_all
 
     written = time.perf_counter()
     try:

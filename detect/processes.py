@@ -1,7 +1,7 @@
 """Several processes of one machine that project scans, each with one thread: for many scans on a CPU.
 
 A scan has stages that one thread at a time can do, so two processes with a thread each do more than one with two. Each
-takes the next scan when it has room for one; results meet in the folder of results (detect/folder.py).
+takes the next scan when it has room for one; results meet in the folder of results (detect/jobs.py).
 """
 
 from __future__ import annotations

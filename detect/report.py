@@ -24,8 +24,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.files import read_object, read_table, replace_text, sha256
 from ct.picture import PANELS, RESIDUAL_FULL_HU, pack_overlay
-from detect.folder import find_result_folder
 from detect.measure import MEASURES
+from detect.result import find_result_folder
 from detect.scores import SCAN_SCORES, rounded_up
 from detect.settings import Settings
 

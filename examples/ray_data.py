@@ -27,7 +27,8 @@ class Project:
         self.writers = {**OUTPUTS, "dicom": dicom_writer(self.projector)}
 
     def __call__(self, row: dict) -> dict:
-        from detect.folder import find_result_folder, project_all, read_result
+        from detect.jobs import project_all
+        from detect.result import find_result_folder, read_result
 
         source = pickle.loads(row["source"])
         for _ in project_all(self.projector, [source], self.out, self.writers, by_hash=True):

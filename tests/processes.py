@@ -13,7 +13,7 @@ from pathlib import Path
 _context = multiprocessing.get_context("forkserver")
 # The commands, and what they import once they have read their command line
 _context.set_forkserver_preload(["train", "train_encoder", "train_reader", "healthygan.train", "projector", "gan.loop",
-                                 "detect.dicom_out", "detect.folder", "detect.report"])
+                                 "detect.dicom_out", "detect.folder", "detect.jobs", "detect.report"])
 
 
 def start(command: str, argv: list, log: Path, **environment: object) -> multiprocessing.Process:

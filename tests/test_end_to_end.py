@@ -22,8 +22,9 @@ from common.weights import write_json
 from ct import frame
 from detect import measure, projection
 from detect.bundle import load_bundle
-from detect.folder import Result, write_tables
+from detect.folder import write_tables
 from detect.projection import Projector
+from detect.result import Result
 from tests.helpers import leaks, synthetic_head
 from tests.writers import write_dicom_series, write_scan_json, write_slice_folder
 

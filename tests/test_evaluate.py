@@ -19,7 +19,7 @@ import evaluate
 from ct.read import find_scans, read_scan
 from ct.scan import Scan
 from ct.write import write_nifti
-from detect.folder import result_folder
+from detect.result import result_folder
 from evaluation import cohort, metrics, triage
 from evaluation.cohort import InputError, read_truth, read_volume, slice_positions
 from evaluation.figures import NO_THRESHOLD

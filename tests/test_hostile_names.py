@@ -15,17 +15,11 @@ from common.files import FORMULA, from_cell, to_cell
 from ct.read import RESERVED
 from ct.scan import ScanSource
 from detect.bundle import load_bundle
-from detect.folder import (
-    OUTPUTS,
-    WORK,
-    collect,
-    made_with,
-    project_one,
-    read_result,
-    result_folder,
-    write_tables,
-)
+from detect.folder import collect, write_tables
+from detect.jobs import WORK, project_one
+from detect.outputs import OUTPUTS
 from detect.projection import Projector
+from detect.result import made_with, read_result, result_folder
 from tests.helpers import tiny_bundle
 
 PIECES = ("..", "../", "/", "\\", "\0", "=", "+1", "-1", "@SUM(A1)", "=cmd|' /C calc'!A0", "\t", "\r", "\n", "\x1b[31m",

@@ -26,22 +26,13 @@ import pytest
 import projector
 from ct.read import find_scans
 from ct.scan import ScanSource
-from detect import Projector, folder, load_bundle
+from detect import Projector, jobs, load_bundle
 from detect.claims import Claims
-from detect.folder import (
-    OUTPUTS,
-    PARTS,
-    WORK,
-    Result,
-    absent,
-    collect_all,
-    find_result_folder,
-    note_part,
-    project_one,
-    read_result,
-    remove_leftovers,
-)
+from detect.folder import PARTS, absent, collect, collect_all, note_part, remove_leftovers
+from detect.jobs import WORK, project_one
+from detect.outputs import OUTPUTS
 from detect.report import read_results, unshown
+from detect.result import Result, find_result_folder, is_another, origin, read_result, result_folder
 from tests import processes
 from tests.helpers import synthetic_head, tiny_bundle
 from tests.writers import write_dicom_series
@@ -206,10 +197,10 @@ def test_a_place_that_another_run_chose_meanwhile_is_taken(two, model, tmp_path,
 
     def finished_first(self, name):
         monkeypatch.setattr(Claims, "hold", hold)
-        assert len(list(folder.project_all(one, [source], out, by_hash=True))) == 1
+        assert len(list(jobs.project_all(one, [source], out, by_hash=True))) == 1
         return hold(self, name)
     monkeypatch.setattr(Claims, "hold", finished_first)
-    list(folder.project_all(one, [source], out))
+    list(jobs.project_all(one, [source], out))
     assert find_result_folder(out, source.scan_id).parent.parent == out / "scans" and not (out / "scan-000").exists()
 
 
@@ -218,7 +209,7 @@ def test_two_results_of_one_scan_are_named(two, model, tmp_path, capsys):
     out = tmp_path / "out"
     assert projector.main(flags(two, model, out)) == 0
     before = tables(out)
-    shutil.copytree(out / "scan-001", folder.result_folder(out, "scan-001", by_hash=True))
+    shutil.copytree(out / "scan-001", result_folder(out, "scan-001", by_hash=True))
     capsys.readouterr()
     for command in (["merge", str(out)], flags(two, model, out), flags(two, model, out, "--part", "0/1")):
         assert projector.main(command) == 2
@@ -415,7 +406,7 @@ def test_what_a_process_that_died_was_to_redo_is_redone(two, scans, model, tmp_p
 @pytest.mark.parametrize("told_by", ["files", "reading"])
 def test_a_large_scan_is_in_memory_only_while_no_other_is(two, model, tmp_path, monkeypatch, told_by):
     """Each process had its own read, and held it while it waited for its turn."""
-    read, held, opened, one_here = [], [], folder.open_scan, Claims.one_here
+    read, held, opened, one_here = [], [], jobs.open_scan, Claims.one_here
     given_back = []
 
     @contextmanager
@@ -433,14 +424,14 @@ def test_a_large_scan_is_in_memory_only_while_no_other_is(two, model, tmp_path, 
         with one_here(claims):
             yield
 
-    monkeypatch.setattr(folder, "open_scan", noted)
+    monkeypatch.setattr(jobs, "open_scan", noted)
     monkeypatch.setattr(Claims, "one_here", turn)
-    monkeypatch.setattr(folder.memory, "give_back", lambda: given_back.append(count()))
-    monkeypatch.setattr(folder, "LARGE_BYTES", 4 * 6 * 48 * 48 - 1)      # a scan's HU, and no other's
+    monkeypatch.setattr(jobs.memory, "give_back", lambda: given_back.append(count()))
+    monkeypatch.setattr(jobs, "LARGE_BYTES", 4 * 6 * 48 * 48 - 1)      # a scan's HU, and no other's
     if told_by == "reading":
-        monkeypatch.setattr(folder, "HU_TO_FILES", 0)                    # as of files that are compressed
+        monkeypatch.setattr(jobs, "HU_TO_FILES", 0)                    # as of files that are compressed
     out, sources = tmp_path / "out", find_scans(two)
-    list(folder.project_all(Projector(load_bundle(model, precision="fp32")), sources, out))
+    list(jobs.project_all(Projector(load_bundle(model, precision="fp32")), sources, out))
     assert held == [0, 0] and given_back == [0, 0, 0, 0] and len(read) == (2 if told_by == "files" else 4)
     assert {read_result(out / source.scan_id)["scan"]["status"] for source in sources} == {"ok"}
 
@@ -545,7 +536,7 @@ def test_time_and_memory_stay_flat_over_1000_scans(model, tmp_path, monkeypatch)
     make_scans(scans, 10)
     for i in range(10, 1000):                                            # one broken scan is enough
         os.link(scans / f"scan-{4 if i % 10 == 3 else i % 10:03d}.nii", scans / f"scan-{i:03d}.nii")
-    ends, resident, project_all = [], [], folder.project_all
+    ends, resident, project_all = [], [], jobs.project_all
 
     def watched(*args):
         for _ in project_all(*args):
@@ -553,7 +544,7 @@ def test_time_and_memory_stay_flat_over_1000_scans(model, tmp_path, monkeypatch)
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
             yield
 
-    monkeypatch.setattr(folder, "project_all", watched)
+    monkeypatch.setattr(jobs, "project_all", watched)
     assert projector.main(flags(scans, model, out, "--jobs", "1")) == 3
     first, last = ends[100] - ends[0], ends[-1] - ends[-101]
     assert len(ends) == 1000
@@ -585,7 +576,7 @@ def test_results_never_take_the_place_of_the_scans(model, tmp_path, capsys):
         assert "one: results would take the place of what is there" in capsys.readouterr().err
     one = Projector(load_bundle(model, precision="fp32"))
     with pytest.raises(ValueError, match="one: results would take the place"):
-        list(folder.project_all(one, find_scans(tmp_path / "scans"), tmp_path / "scans"))
+        list(jobs.project_all(one, find_scans(tmp_path / "scans"), tmp_path / "scans"))
     assert projector.main(flags(tmp_path / "scans", model, tmp_path / "scans", "--part", "0/2")) == 0
     assert {path: path.read_bytes() for path in before} == before
 
@@ -606,7 +597,7 @@ def test_another_programs_result_json_is_named(two, model, tmp_path, capsys, for
         assert projector.main(flags(two, model, out, *more)) == 2
         assert f"error: {place}" in capsys.readouterr().err and (place / "mine.dcm").read_text() == "the only copy"
     with pytest.raises(ValueError, match="scan-001"):
-        list(folder.project_all(Projector(load_bundle(model, precision="fp32")), find_scans(two), out))
+        list(jobs.project_all(Projector(load_bundle(model, precision="fp32")), find_scans(two), out))
     place.rename(out / "aside")
     assert projector.main(flags(two, model, out)) == 0
     assert projector.main(["merge", str(out)]) == (2 if foreign in ("other", "row") else 0)
@@ -652,7 +643,7 @@ def test_a_folder_that_holds_scans_is_never_replaced_whatever_lies_beside_them(m
         assert projector.main(flags(series, model, out, "--overwrite")) == 2
         assert "one: results would take the place of what is there" in capsys.readouterr().err
     with pytest.raises(ValueError, match="would take the place"):
-        list(folder.project_all(Projector(load_bundle(model, precision="fp32")), find_scans(series), tmp_path / "link",
+        list(jobs.project_all(Projector(load_bundle(model, precision="fp32")), find_scans(series), tmp_path / "link",
                                 overwrite=True))
     assert {path: path.read_bytes() for path in before} == before
 
@@ -677,8 +668,8 @@ def test_another_scan_of_the_same_name_takes_no_results_place(model, tmp_path, c
     assert tables(out) == first and len(list((out / PARTS).iterdir())) == 1
     one = Projector(load_bundle(model, precision="fp32"))
     with pytest.raises(ValueError, match="is another scan"):             # two runs at once, neither of which knew
-        list(folder.project_all(one, find_scans(tuesday), out))
-    assert folder.collect(out, find_scans(tuesday), one.key(), [*OUTPUTS, "dicom"]) == ([], ["scan-1"])
+        list(jobs.project_all(one, find_scans(tuesday), out))
+    assert collect(out, find_scans(tuesday), one.key(), [*OUTPUTS, "dicom"]) == ([], ["scan-1"])
 
     moved = shutil.move(monday, tmp_path / "elsewhere")                  # the same scan: nothing to do
     assert projector.main(flags(moved, model, out)) == 0 and made(capsys) == 0
@@ -695,14 +686,14 @@ def test_a_series_is_known_by_its_uid_wherever_it_lies(tmp_path):
     def source(where="a", uid="1.2|9|5.0", kind="dicom"):
         return ScanSource("s", kind, (tmp_path / where / "1.dcm",), uid=uid)
 
-    earlier = {"origin": folder.origin(source())}
+    earlier = {"origin": origin(source())}
     assert "1.2" not in str(earlier).replace(earlier["origin"]["uid"], "")
-    assert not folder.is_another(source(where="b", uid="1.2|9|2.5"), earlier)
-    assert folder.is_another(source(uid="1.3|9|5.0"), earlier)
-    assert folder.is_another(source(uid="", kind="nifti"), earlier)
-    without = {"origin": folder.origin(source(uid=""))}                   # its file is not there: no content to know
-    assert not folder.is_another(source(uid=""), without) and folder.is_another(source("b", uid=""), without)
-    assert folder.is_another(source(), without) and not folder.is_another(source(), {})
+    assert not is_another(source(where="b", uid="1.2|9|2.5"), earlier)
+    assert is_another(source(uid="1.3|9|5.0"), earlier)
+    assert is_another(source(uid="", kind="nifti"), earlier)
+    without = {"origin": origin(source(uid=""))}                   # its file is not there: no content to know
+    assert not is_another(source(uid=""), without) and is_another(source("b", uid=""), without)
+    assert is_another(source(), without) and not is_another(source(), {})
 
 
 def test_a_scan_is_replaced_whole(scans, tmp_path):

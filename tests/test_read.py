@@ -16,7 +16,9 @@ from PIL import Image
 
 from ct.read import RESERVED, find_all, find_scans, read_scan
 from ct.scan import ScanError
-from detect.folder import BY_HASH, PARTS, WORK, result_folder
+from detect.folder import PARTS
+from detect.jobs import WORK
+from detect.result import BY_HASH, result_folder
 from tests.writers import (
     make_uid,
     write_dicom_series,

@@ -1,0 +1,218 @@
+"""What a scan's result is on the disk: its folder, result.json, which scan it is of and what made it, what it replaces.
+
+    OUT/SCAN/             a scan's results, written elsewhere and moved here whole; its result.json tells what with
+    OUT/scans/ab/SCAN/    with --part, for very many scans: 256 folders by hash of the name. A scan that has results
+                          keeps its place, whichever way the next run goes
+
+A scan is finished when its result.json holds the key of the projector, the fingerprint of its files and the outputs
+that are asked for. A failed scan has one, too, with the reason, and is tried again by the next run.
+Another scan of the same name, as of a second folder, takes no result's place but with --overwrite: result.json tells by
+hashes which scan it is of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.files import known_sha256, read_object
+from ct.read import RESERVED, ScanSource
+from detect.outputs import WRITTEN
+
+BY_HASH = "scans"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the tables need of a scan's result.json; its slices stay on the disk."""
+
+    folder: Path
+    scan: dict                   # its row of scores.csv
+    seconds: dict[str, float]    # by stage
+    key: dict
+
+    @property
+    def ok(self) -> bool:
+        return self.scan["status"] != "failed"
+
+    @property
+    def written(self) -> tuple[int, int]:
+        """Tells a result from the one that it has replaced, or that has replaced it."""
+        found = (self.folder / "result.json").stat()
+        return found.st_ino, found.st_mtime_ns
+
+    @property
+    def slices(self) -> list[dict]:
+        found = read_result(self.folder)
+        if found is None or found["scan"] != self.scan:
+            raise ValueError(f"{self.folder}: another run has replaced its results while tables were made of them; "
+                             "start this run again, or projector.py merge")
+        return found["slices"]
+
+
+def result_folder(out: Path, scan_id: str, by_hash: bool = False) -> Path:
+    """Where a scan's results go. Raises ValueError for an id that would lead elsewhere, or is a table's name."""
+    if Path(scan_id).name != scan_id or scan_id in ("", ".", "..", *RESERVED) or "\0" in scan_id:
+        raise ValueError(f"a scan's id becomes the name of a folder; {scan_id!r} cannot: give the scan another id "
+                         "(ct.read.find_scans does)")
+    shard = hashlib.sha256(scan_id.encode("utf-8", "surrogateescape")).hexdigest()[:2]
+    return out / BY_HASH / shard / scan_id if by_hash else out / scan_id
+
+
+def find_result_folder(out: Path, scan_id: str, by_hash: bool = False) -> Path:
+    """Where a scan's results are, whichever way they were made; where by_hash puts them if there are none.
+
+    Raises ValueError where there are two, as earlier versions made with and without --part.
+    """
+    places = [result_folder(out, scan_id, way) for way in (by_hash, not by_hash)]
+    found = [place for place in places if (place / "result.json").is_file()]
+    if len(found) > 1:
+        raise twice(scan_id, *found)
+    return (found or places)[0]
+
+
+def twice(scan_id: str, one: Path, other: Path) -> ValueError:
+    return ValueError(f"{scan_id}: has two results, {one} and {other}; remove one of these folders (their result.json "
+                      "tells what each was made with)")
+
+
+def read_result(folder: Path) -> dict | None:
+    """The result.json of a scan's folder; None where there is none, or it is not whole. ValueError naming one that
+    another program has written.
+    """
+    path = folder / "result.json"
+    try:
+        found = read_object(path) if path.is_file() else None
+    except (FileNotFoundError, ValueError):           # another run is replacing it; half of it is none
+        return None
+    if found is not None and not _is_result(found):
+        raise ValueError(f"{path}: another program's, or changed: expected key, scan (scan_id, status, score, seconds),"
+                         " slices and seconds, as projector.py writes them; move its folder away, or choose another "
+                         "--out")
+    return found
+
+
+def _is_result(found: dict) -> bool:
+    row = found.get("scan")
+    kinds = {"key": dict, "scan": dict, "slices": list, "seconds": dict}
+    if not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        return False
+    numbers = () if row.get("status") == "failed" else ("score", "seconds")
+    return (all(isinstance(row.get(name), str) for name in ("scan_id", "status"))
+            and all(isinstance(row.get(name), (int, float)) for name in numbers)
+            and all(isinstance(one, dict) for one in found["slices"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a result is of, and made with
+
+def fingerprint(source: ScanSource) -> str:
+    """Changes with the scan's files (names, sizes, times), scan.json included, and with how they are read."""
+    facts = [(path.name, *size_and_time(path)) for path in source.files]
+    read_as = {k: v for k, v in source.options.items() if not isinstance(v, Path)}
+    return hashlib.sha256(repr((source.kind, facts, read_as)).encode()).hexdigest()
+
+
+def made_with(key: dict, source: ScanSource, writers: Iterable[str]) -> dict:
+    """What a scan's result.json must say for its results to be those of this key, of its files as they are now, and
+    of these outputs.
+    """
+    return {"key": key, "files": fingerprint(source), "outputs": sorted(writers)}
+
+
+def is_made_with(made: dict, source: ScanSource, earlier: dict | None) -> bool:
+    """Whether a result is what made_with() says, failed or not."""
+    return bool(earlier) and made.items() <= earlier.items() and not is_another(source, earlier)
+
+
+def origin(source: ScanSource) -> dict[str, str | None]:
+    """Which scan it is, for result.json, in hashes alone: results hold no UIDs, and no folders' names.
+
+    uid      of its series, wherever it lies; where it has none:
+    place    of its files
+    content  of its pictures, whatever a scan.json says of them; None where they cannot be read
+    """
+    uid = source.uid.partition("|")[0]
+    return {"uid": digest([uid])} if uid else {"place": _place(source), "content": _content(source)}
+
+
+def is_another(source: ScanSource, earlier: dict) -> bool:
+    """Whether earlier results of this id are of another scan: another series or, without UIDs, files that lie elsewhere
+    and hold something else. Files that changed where they lie, and a folder that was moved, are the same scan.
+    """
+    known, uid = earlier.get("origin"), source.uid.partition("|")[0]
+    if not known:
+        return False
+    if uid or "uid" in known:
+        return known.get("uid") != digest([uid])
+    return known["place"] != _place(source) and known["content"] != (_content(source) or "unknown")
+
+
+def _place(source: ScanSource) -> str:
+    return digest([os.path.commonpath([path.absolute() for path in source.files])])
+
+
+def _content(source: ScanSource) -> str | None:
+    files, inner = source.paths, []
+    if source.archive:
+        files, inner = [source.archive], [path.as_posix() for path in source.paths]
+    try:
+        return digest([*map(known_sha256, files), *inner])
+    except OSError:
+        return None
+
+
+def size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except FileNotFoundError:                         # since the search: read_scan will say so
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def digest(words: list[str]) -> str:
+    return hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a result may replace
+
+def folders_of(sources: Iterable[ScanSource]) -> set[tuple[int, int]]:
+    """The folders that scans lie in, at any depth, by device and inode: known by any name, through links, too."""
+    places = {path.parent for source in sources for path in source.files}
+    real = {Path(os.path.realpath(place)) for place in places}
+    found = set()
+    for folder in {one for place in real for one in (place, *place.parents)}:
+        with contextlib.suppress(OSError):
+            found.add(_identity(folder))
+    return found
+
+
+def refuse_others(place: Path, folders: set[tuple[int, int]]) -> None:
+    """folders: those of scans, folders_of()."""
+    if not os.path.lexists(place):
+        return
+    if not place.is_dir() or _identity(place) in folders or not (read_result(place) or _is_left_over(place)):
+        raise ValueError(f"{place}: results would take the place of what is there, which this program has not made (is "
+                         "it the scan itself?); choose another --out")
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def _is_left_over(place: Path) -> bool:
+    """Whether a folder is empty, or of a result whose result.json is damaged and which holds nothing else."""
+    names = set(os.listdir(place))
+    return not names or ("result.json" in names and names <= WRITTEN)
+
+
+def refuse_another(out: Path, source: ScanSource, earlier: dict | None) -> None:
+    if earlier and is_another(source, earlier):
+        raise ValueError(f"--out {out}: {source.scan_id} is another scan than the one whose results lie there; choose "
+                         "another --out, or --ids uid, which no two scans share, or --overwrite")
