@@ -23,7 +23,7 @@ from dataset import SliceDataset
 from gan.inpainting import Augmentation, InpaintingTrainer, weighted_distance
 from gan.losses import frozen, g_nonsaturating
 from gan.prior import fit
-from gan.quality import errors_hu, means, sliced_wasserstein
+from gan.quality import errors_hu, every_fourth, means, sliced_wasserstein
 from gan.snapshots import Snapshot
 from model import Generator, build_generator
 
@@ -114,9 +114,9 @@ class CodeTrainer(InpaintingTrainer):
     def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:
         """HU error in the brain of held-out scans, `swd` of as many samples to their slices; grids of both as PNG."""
         fit(self.g_ema.prior, *self.recent)                          # only here is it used
-        scans = [dataset.scan(s) for s in range(len(dataset.scan_ids))]
-        hu = torch.cat([scan["hu"][::4] for scan in scans]).float().clamp(*self.range_hu)
-        brain = torch.cat([scan["brain"][::4] for scan in scans])
+        slices = [dataset[i] for i in every_fourth(dataset)]
+        hu, brain = (torch.stack([one[key] for one in slices]) for key in ("hu", "brain"))
+        hu = hu.float().clamp(*self.range_hu)
         found = torch.cat([self.reconstruction(x.to(self.device)).cpu() for x in encode(hu).split(16)])
         pick = torch.linspace(0, len(hu) - 1, 16).long()
         save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.cat([hu[pick], found[pick]]).numpy(), columns=16)

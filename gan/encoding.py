@@ -17,7 +17,7 @@ from detect.inversion import Inversion, OfEncoder
 from detect.perceptual import build_perceptual
 from gan.augment import coarse_noise, erase, random_flip, random_rotation
 from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
-from gan.quality import errors_hu, means
+from gan.quality import MOST_HELD_OUT, errors_hu, evenly, means
 from gan.runlog import load_optimiser
 from gan.settings import EncoderConfig
 from gan.snapshots import Snapshot
@@ -46,8 +46,7 @@ class EncoderTrainer:
         for net in (self.g, self.d, self.e, critic):
             net.to(device).compute_dtype = dtype
         # The features that measure distance stay those of the GAN; the discriminator itself goes on learning.
-        self.perceptual = build_perceptual(config.perceptual, critic, config.pixels, config.knee, vgg16,
-                                           lpips).to(device)
+        self.perceptual = self.build_perceptual(critic, vgg16, lpips)
         trunk = dict(self.e.named_parameters())
         last = [trunk.pop(name) for name in list(trunk) if name.startswith("final_linear")]
         groups = [{"params": list(trunk.values()), "lr": config.lr_trunk}, {"params": last, "lr": config.lr}]
@@ -64,6 +63,11 @@ class EncoderTrainer:
         generator = Generator(self.model)
         gan.restore({"generator_ema": generator})
         return generator
+
+    def build_perceptual(self, critic: Discriminator, vgg16, lpips) -> torch.nn.Module | None:
+        """What measures distance here; None where the objective has a distance of its own, and needs no weights."""
+        config = self.config
+        return build_perceptual(config.perceptual, critic, config.pixels, config.knee, vgg16, lpips).to(self.device)
 
     def reseed(self, seed: int) -> None:
         self.rng.manual_seed(distributed.seed_for_rank(seed, distributed.get_rank()))
@@ -148,8 +152,12 @@ class EncoderTrainer:
 
     @torch.no_grad()
     def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:
-        """Mean PSNR (dB, over the three windows) and HU error in the brain, by scan; a grid of pairs as PNG."""
+        """Mean PSNR (dB, over the three windows) and HU error in the brain, by scan; a grid of pairs as PNG.
+
+        Of as many scans as make MOST_HELD_OUT pictures the grid shows pairs.
+        """
         psnr, error, pairs = [], [], []
+        shown = set(evenly(range(len(dataset.scan_ids)), MOST_HELD_OUT // 16))
         for s in range(len(dataset.scan_ids)):
             scan = dataset.scan(s)
             hu, brain = scan["hu"].float(), scan["brain"]
@@ -159,8 +167,9 @@ class EncoderTrainer:
             psnr.append((10 * torch.log10(4 / (fake.clamp(-1, 1) - real).square().mean((1, 2, 3)))).mean())
             # The generator cannot draw beyond its windows: neither can the scan it is held against.
             error += errors_hu(recon, decode(real), brain)
-            pick = torch.linspace(0, len(hu) - 1, 8).long()
-            pairs += [hu[pick], recon[pick]]
+            if s in shown:
+                pick = torch.linspace(0, len(hu) - 1, 8).long()
+                pairs += [hu[pick], recon[pick]]
         save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.cat(pairs).numpy(), columns=8)
         return means({"val_psnr_db": psnr, "val_error_hu": error})
 

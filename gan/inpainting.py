@@ -30,7 +30,7 @@ from gan.augment import random_flip, random_rotation
 from gan.corrupt import draw_shapes, hide
 from gan.encoding import EncoderTrainer
 from gan.losses import frozen, g_nonsaturating
-from gan.quality import errors_hu, means
+from gan.quality import MOST_HELD_OUT, errors_hu, evenly, means
 from gan.settings import EncoderConfig
 from model import Generator
 
@@ -78,6 +78,9 @@ class InpaintingTrainer(EncoderTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         open_noise(self.g)
+
+    def build_perceptual(self, *weights) -> None:
+        pass                                                      # weighted_distance is what counts here
 
     @functools.cached_property
     def method(self) -> Inpainting:
@@ -127,9 +130,10 @@ class InpaintingTrainer(EncoderTrainer):
         """HU error in the brain of held-out scans, where it is hidden and where nothing is; a grid of both as PNG.
 
         A scan whose brain happens to be hidden nowhere counts for the second alone; without any other the first is
-        left out.
+        left out. The grid shows as many scans as make MOST_HELD_OUT pictures.
         """
         generator, seen, hidden_from, rows = torch.Generator().manual_seed(0), [], [], []
+        shown = set(evenly(range(len(dataset.scan_ids)), MOST_HELD_OUT // 4))
         for s in range(len(dataset.scan_ids)):
             scan = dataset.scan(s)
             hu, brain = (scan[key][::4] for key in ("hu", "brain"))
@@ -140,8 +144,9 @@ class InpaintingTrainer(EncoderTrainer):
                             for mask in masks)
             seen += errors_hu(whole, hu, inside)
             hidden_from += errors_hu(parts, hu, inside & hidden)
-            middle = len(hu) // 2
-            rows += [hu[middle], torch.where(hidden & ~bone, 0.0, hu)[middle], parts[middle], whole[middle]]
+            if s in shown:
+                middle = len(hu) // 2
+                rows += [hu[middle], torch.where(hidden & ~bone, 0.0, hu)[middle], parts[middle], whole[middle]]
         save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.stack(rows).numpy(), columns=8)
         return means({"val_error_hu": seen, "val_hidden_hu": hidden_from})
 

@@ -11,12 +11,12 @@ import distributed
 from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import DatasetError, SliceDataset, image_batches
-from gan.quality import InceptionFeatures, frechet_distance, sliced_wasserstein
+from gan.quality import MOST_HELD_OUT, InceptionFeatures, evenly, frechet_distance, sliced_wasserstein
 from gan.runlog import Run
 from gan.settings import TrainConfig
 from gan.training import Trainer
 
-MOST_HELD_OUT = 1024                     # held-out slices that samples are held against: at 512 pixels 0.5 GB
+MOST_REAL = 2048                         # training slices whose features the Frechet distance is to
 
 
 def train(config: TrainConfig, data: Path, out: Path, device: torch.device, inception: Path | None = None,
@@ -72,13 +72,13 @@ class Quality:
     """
 
     def __init__(self, held_out: SliceDataset, train_slices: SliceDataset, inception: Path | None, device):
-        count = min(len(held_out), MOST_HELD_OUT)
-        self.val_hu = torch.stack([held_out[i * len(held_out) // count]["hu"] for i in range(count)])
+        self.val_hu = torch.stack([held_out[i]["hu"] for i in evenly(range(len(held_out)), MOST_HELD_OUT)])
         self.features = InceptionFeatures(inception, device) if inception else None
         if self.features:
-            pick = range(0, len(train_slices), max(1, len(train_slices) // 2048))
-            hu = torch.stack([train_slices[i]["hu"] for i in pick])
-            self.real = torch.cat([self.features(encode(part.float())) for part in hu.split(32)])
+            pick = evenly(range(len(train_slices)), MOST_REAL)
+            self.real = torch.cat([                                  # a part at a time: at 512 pixels they are 1 GB
+                self.features(encode(torch.stack([train_slices[i]["hu"] for i in pick[first:first + 32]]).float()))
+                for first in range(0, len(pick), 32)])
 
     @torch.no_grad()
     def measure(self, trainer: Trainer, out: Path) -> dict[str, float]:

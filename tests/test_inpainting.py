@@ -199,6 +199,24 @@ def test_held_out_brain_that_is_hidden_nowhere_counts_for_what_is_seen_alone(gan
     assert found.keys() == both.keys() and np.isnan(list(found.values())).all()
 
 
+def test_the_picture_of_held_out_scans_has_an_end(gan_run, slices32, tmp_path, monkeypatch):
+    """A row of pictures of every scan was kept until the end: gigabytes with thousands of scans."""
+    one, drawn = trainer(gan_run), []
+    everything = SliceDataset(slices32, "all")
+    monkeypatch.setattr(inpainting, "save_hu_grid", lambda path, hu, columns: drawn.append(len(hu)))
+    found = one.validate(everything, tmp_path, 0)
+    monkeypatch.setattr(inpainting, "MOST_HELD_OUT", 8)
+    assert one.validate(everything, tmp_path, 0) == found and drawn == [4 * 3, 8]
+
+
+@pytest.mark.parametrize("objective", [("--hide", 0.9), ("--code-channels", 4, "--lr-generator", 1e-3)])
+def test_weights_of_a_distance_that_has_no_part_are_not_asked_for(gan_run, slices32, tmp_path, objective):
+    """--perceptual lpips without --vgg16 was refused, though nothing would have read the file."""
+    flags = ["--data", slices32, "--gan", gan_run, "--out", tmp_path, "--preset", "smoke32", "--device", "cpu",
+             "--epochs", 0.25, "--batch", 4, "--perceptual", "lpips", *objective]
+    assert train_encoder.main([*map(str, flags)]) == 0
+
+
 # ---- From a scan to its closest normal
 
 @pytest.mark.parametrize("size, side", [(128, 24), (128, 40), (256, 40), (32, 40), (128, 56)])
