@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from pacs.orthanc import ID, Orthanc, OrthancAway, OrthancRefused
-from pacs.state import DONE, WAITING, State, digest, timestamp
+from pacs.state import WAITING, State, digest, timestamp
 
 PAGE = 100                                            # changes asked for at a time
 REMEMBERED = 50_000                                   # instances of series that are no CT, 8 MB
@@ -180,25 +180,16 @@ class ChangeLog:
             raise
         earlier = self.state.rows.get(series_id, {})
         instances = sorted(series["Instances"])
-        if earlier.get("digest") == digest(instances) and self._stays(earlier, sequence):
-            return False
+        if earlier.get("digest") == digest(instances) and earlier.get("updated") == series["LastUpdate"]:
+            return False                              # finished: neither new images nor others under the same UIDs
         self._announced(series_id)
         self.state.put(series_id, {
-            "state": WAITING, "sequence": sequence, "change": sequence, "instances": instances,
-            "images": len(instances), "announced": timestamp(),
+            "state": WAITING, "sequence": sequence, "instances": instances, "images": len(instances),
+            "updated": series["LastUpdate"], "announced": timestamp(),
             "study": series["ParentStudy"], "study_uid": study["MainDicomTags"].get("StudyInstanceUID", ""),
             "series_uid": series["MainDicomTags"].get("SeriesInstanceUID", ""),
             "objects": earlier.get("objects", [])})
         return True
-
-    def _stays(self, row: dict, sequence: int) -> bool:
-        """Whether a finished series, announced without a new image, stays: not if it was deleted and sent again.
-
-        Of one that is done, the last result tells; one without results is known by the change that announced it.
-        """
-        if row["state"] != DONE:
-            return row["change"] == sequence                 # the log is read again
-        return bool(self.orthanc.find(row["objects"][-1], row["study"]))
 
 
 def series_or_none(ask: Callable[[str], dict], known: str) -> dict | None:

@@ -261,6 +261,21 @@ class Node:
                 row = row | {"instances": instances, "images": len(instances)}
                 self.state.put(series_id, row)
 
+    def _check_source(self, series_id: str, row: dict) -> None:
+        """Raises ScanError where the series was deleted since it was fetched, OrthancAway where some images were."""
+        series = series_or_none(self.orthanc.series, series_id)
+        if series is None:
+            raise ScanError("deleted from Orthanc before its results were stored")
+        if gone := set(row["instances"]) - set(series["Instances"]):
+            raise OrthancAway(f"{len(gone)} of its images were deleted while it was in work")
+
+    def _store(self, path: Path, study_id: str) -> None:
+        """Raises ScanError where Orthanc files it under another study, which is a patient's of its own."""
+        instance, filed_under = self.orthanc.store(path)
+        if filed_under != study_id:
+            self.orthanc.delete(instance)
+            raise ScanError("Orthanc files its results under another patient or study; correct its PatientID")
+
     def _project(self, series_id: str, row: dict) -> dict:
         with _Timed(self.metrics, "fetch"):
             folder, row = self._fetch(series_id, row)
@@ -271,13 +286,14 @@ class Node:
             result = self.project(read_scan(sources[0]))
         with _Timed(self.metrics, "write"):
             paths = write_dicom(self.state.work / "results", result, self.identity)
-        with _Timed(self.metrics, "store"):
             objects = [str(pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID) for path in paths]
-            outdated = set(row["objects"]) - set(objects)           # of the series as it was before more images came
-            self.state.put(series_id, row | {"objects": sorted(outdated | set(objects))})       # before any is there
-            for path in paths:
-                self.orthanc.store(path)                            # in this order: the report and key objects last
-            self._delete(outdated, row["study"])
+        with _Timed(self.metrics, "store"):
+            self._check_source(series_id, row)                      # or they would bring a deleted study back
+            self._delete(row["objects"], row["study"])              # earlier ones: their UIDs may be the same
+            self.state.put(series_id, row | {"objects": objects})   # before any is there
+            for path in paths:                                      # in this order: the report and key objects last
+                self._store(path, row["study"])
+            self._check_source(series_id, row)                      # withdrawn, if it was deleted meanwhile
         return {"state": DONE, "score": float(result.score), "percentile": result.percentile,
                 "flagged": None if result.flagged is None else bool(result.flagged), "threshold": result.threshold,
                 "unreliable": result.unreliable, "anomalous_ml": result.anomalous_ml, "notes": list(result.notes),

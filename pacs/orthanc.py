@@ -14,7 +14,10 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{8}){4}")       # of a patient, study, series or instance: a hash
-SERIES = {"ID": str, "MainDicomTags": dict, "Instances": list, "ParentStudy": str, "IsStable": bool}
+STORED = ("Success", "AlreadyStored")
+FILTERED = "; let the server's ReceivedInstanceFilter take SR, SEG, KO and OT from this node"
+SERIES = {"ID": str, "MainDicomTags": dict, "Instances": list, "ParentStudy": str, "IsStable": bool,
+          "LastUpdate": str}
 
 
 class OrthancAway(Exception):
@@ -100,7 +103,7 @@ class Orthanc:
         return Change.of(entries[-1], self.url + path) if entries else None
 
     def series(self, series_id: str) -> dict:
-        """ID, MainDicomTags, Instances, ParentStudy and IsStable of a series."""
+        """ID, MainDicomTags, Instances, ParentStudy, IsStable and LastUpdate, when its last image came, of a series."""
         return self._json(f"/series/{series_id}", SERIES)
 
     def series_of(self, instance_id: str) -> dict:
@@ -131,9 +134,16 @@ class Orthanc:
         """An instance's file."""
         path.write_bytes(self._request(f"/instances/{instance_id}/file"))
 
-    def store(self, path: Path) -> str:
-        """Store a file; gives its Orthanc id. A file that is there already stays as it is."""
-        return self._json("/instances", {"ID": str}, path.read_bytes())["ID"]
+    def store(self, path: Path) -> tuple[str, str]:
+        """Store a file; gives its Orthanc id and its study's. A file that is there already stays as it is.
+
+        Raises OrthancAway where the server answers that it has not been stored: a filter's answer is no error to HTTP.
+        """
+        answer = self._json("/instances", {"ID": str, "ParentStudy": str, "Status": str}, path.read_bytes())
+        if answer["Status"] not in STORED:
+            raise OrthancAway(f"{self.url}/instances: {path.name} is not stored: {answer['Status']}"
+                              + FILTERED * (answer["Status"] == "FilteredOut"))
+        return answer["ID"], answer["ParentStudy"]
 
     def delete(self, instance_id: str) -> None:
         """Delete an instance; one that is gone already is no error."""

@@ -31,7 +31,7 @@ from pacs.server import page, serve, worklist
 from pacs.state import State, StateError
 from tests.pacs_process import IDENTITY, project
 from tests.test_dicom_out import MARKERS, complete
-from tests.writers import write_dicom_series
+from tests.writers import make_uid, write_dicom_series
 
 BINARY = shutil.which("Orthanc") or shutil.which("Orthanc", path="/usr/sbin")
 needs_orthanc = pytest.mark.skipif(BINARY is None, reason="Orthanc is not installed (Debian package orthanc)")
@@ -235,7 +235,7 @@ def test_outdated_results_go_whatever_the_patient_id(tmp_path, orthanc):
     node = node_of(orthanc, tmp_path / "state", at_once)
     until_idle(node, len(PATIENT_IDS))
     for path in late:
-        assert orthanc.client.store(path) == orthanc_id(path)         # the fake one's ids are the real one's
+        assert orthanc.client.store(path)[0] == orthanc_id(path)         # the fake one's ids are the real one's
     wait_for(lambda: node.step() or not node.state.waiting() and all(
         row["images"] == 6 for row in node.state.rows.values()))
     found = [orthanc.results(orthanc.get(f"/studies/{s}")) for s in orthanc.get("/studies")]
@@ -275,6 +275,52 @@ def test_a_study_that_was_deleted_and_sent_again_is_done_again(tmp_path, orthanc
     wait_for(lambda: node.step() or node.metrics.outcomes["done"] == 2)
     study, = (orthanc.get(f"/studies/{s}") for s in orthanc.get("/studies"))
     assert orthanc.results(study) == ["KO 1", "OT 1", "OT 3", "SEG 1", "SR 1"]
+
+
+@needs_orthanc
+def test_results_do_not_bring_a_deleted_study_back(tmp_path, orthanc):
+    orthanc.send(write_study(tmp_path, 1))
+
+    def deleted_meanwhile(scan):
+        study, = orthanc.get("/studies")
+        orthanc.client._request(f"/studies/{study}", method="DELETE")
+        return at_once(scan)
+    node = node_of(orthanc, tmp_path / "state", deleted_meanwhile)
+    until_idle(node, 1)
+    row, = node.state.rows.values()
+    assert (row["state"], row["reason"]) == ("refused", "deleted from Orthanc before its results were stored")
+    assert orthanc.get("/studies") == []
+
+
+@needs_orthanc
+def test_a_series_sent_again_with_other_pixels_under_the_same_uids_is_done_again(tmp_path, orthanc):
+    """Its old score stood beside images that it was not of: the results, in series of their own, were still there."""
+    orthanc.send(write_study(tmp_path, 1, marked=300))
+    node = node_of(orthanc, tmp_path / "state", at_once)
+    until_idle(node, 1)
+    (series_id, row), = node.state.rows.items()
+    assert row["score"] == 3
+    orthanc.client._request(f"/series/{series_id}", method="DELETE")
+    orthanc.send(write_study(tmp_path / "corrected", 1, marked=0))
+    wait_for(lambda: node.step() or node.metrics.outcomes["done"] == 2)
+    assert node.state.rows[series_id]["score"] == 0
+    study, = (orthanc.get(f"/studies/{s}") for s in orthanc.get("/studies"))
+    assert orthanc.results(study) == ["KO 1", "OT 1", "OT 3", "SR 1"]                      # nothing is marked now
+
+
+@needs_orthanc
+def test_results_that_a_filter_turns_away_are_not_stored(tmp_path):
+    script = tmp_path / "filter.lua"
+    script.write_text("function ReceivedInstanceFilter(dicom, origin)\n  return dicom.Modality == 'CT'\nend\n")
+    server = Server(tmp_path / "orthanc", LuaScripts=[str(script)])
+    try:
+        server.send(write_study(tmp_path, 1))
+        node = node_of(server, tmp_path / "state", at_once)
+        wait_for(lambda: node.step() or node.metrics.put_back)
+        row, = node.state.rows.values()
+        assert row["state"] == "waiting" and "seg.dcm is not stored: FilteredOut; let the server's" in row["reason"]
+    finally:
+        server.stop()
 
 
 @needs_orthanc
@@ -494,7 +540,7 @@ def test_a_port_that_cannot_be_is_wrong_usage(port, capsys):
 class FakeOrthanc:
     """A change log, and series that are stable and CT unless named otherwise; each has one instance."""
 
-    url = "http://fake"
+    url, updated = "http://fake", "20260101T000000"
 
     def __init__(self, changes):
         self.log = changes
@@ -510,13 +556,10 @@ class FakeOrthanc:
         if series_id == dashed("deleted"):
             raise OrthancRefused("gone", 404)
         return {"ID": series_id, "MainDicomTags": {"Modality": "SR" if series_id == dashed("report") else "CT"},
-                "Instances": ["i"], "ParentStudy": "s", "IsStable": True}
+                "Instances": ["i"], "ParentStudy": "s", "IsStable": True, "LastUpdate": self.updated}
 
     def study(self, study_id):
         return {"MainDicomTags": {"StudyInstanceUID": "1.2"}}
-
-    def find(self, uid, study_id):
-        return ["i"]
 
 
 def log_of(*ids, kind="StableSeries", first=1, date="20260101T000000"):
@@ -572,6 +615,7 @@ class Archive(FakeOrthanc):
                       for number, id in enumerate(ids)}
         self.fetched, self.stored = [], {}                            # stored: SOP Instance UIDs by Orthanc's ids
         self.unstable, self.parents = set(), {}                       # parents: studies by series, where not the one
+        self.studies = {}                                             # studies by their UIDs, as above
 
     def turned_down(self, verb, what):
         pass
@@ -613,8 +657,9 @@ class Archive(FakeOrthanc):
 
     def store(self, path):
         self.turned_down("store", path.name)
-        self.stored[orthanc_id(path)] = pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID
-        return orthanc_id(path)
+        ds = pydicom.dcmread(path, stop_before_pixels=True)
+        self.stored[orthanc_id(path)] = ds.SOPInstanceUID
+        return orthanc_id(path), self.studies.get(ds.StudyInstanceUID, "s")
 
     def uids(self):
         return set(self.stored.values())
@@ -671,18 +716,15 @@ def test_arriving_series_are_asked_after_where_orthanc_does_not_announce_them(tm
 UNSERVED = [OrthancAway("http://fake: 500 Internal Server Error"), OrthancRefused("http://fake: 400 Bad Request", 400)]
 
 
-@pytest.mark.parametrize("verb, error", [*zip(("series", "series_of", "study", "find"), UNSERVED * 2)])
+@pytest.mark.parametrize("verb, error", [*zip(("series", "series_of", "study"), UNSERVED * 2)])
 def test_a_series_of_which_orthanc_does_not_tell_lets_the_others_go_first(tmp_path, verb, error, capsys):
     archive, asked = Archive(tmp_path, S1, S2, S3), []
-    archive.parents = {S1: "other"} if verb == "study" else {}
+    if verb == "study":
+        archive.parents, archive.studies = {S1: "other"}, {make_uid("study0"): "other"}
     node = archive_node(tmp_path, archive)
-    archive.log = log_of(S1) if verb == "find" else []               # that is asked of a series that is done already
-    while node.step():
-        pass
-    archive.log = archive.log + log_of(*archive.image_ids(S1), *archive.image_ids(S2), kind="NewInstance", first=2)
+    archive.log = log_of(*archive.image_ids(S1), *archive.image_ids(S2), kind="NewInstance", first=2)
     archive.log += log_of(*(() if verb == "series_of" else (S1,)), S2, S3, first=10)       # that: never announced
-    of_one = {"series": [S1], "series_of": archive.image_ids(S1), "study": ["other"],
-              "find": node.state.rows.get(S1, {}).get("objects")}[verb]
+    of_one = {"series": [S1], "series_of": archive.image_ids(S1), "study": ["other"]}[verb]
 
     def turned_down(what, whose):
         if what == verb and whose in of_one:
@@ -691,7 +733,7 @@ def test_a_series_of_which_orthanc_does_not_tell_lets_the_others_go_first(tmp_pa
     archive.turned_down = turned_down
     for _ in range(20):
         node.step()
-    assert states(node) == {S2: "done", S3: "done"} | ({S1: "done"} if verb == "find" else {})
+    assert states(node) == {S2: "done", S3: "done"}
     assert node.state.arriving <= {S1, *archive.image_ids(S1)} and 1 <= len(asked) <= 5             # then a pause
     assert "passed over, to be asked after again: http://fake" in capsys.readouterr().out
     node.state.close()
@@ -819,7 +861,7 @@ def test_what_arrives_is_taken_up_at_the_end_of_a_long_log(tmp_path):
     while node.step():
         pass
     assert states(node) == {S1: "done"} and asked.count("series_of") == 1
-    assert asked.count("series") <= 4                                # not at each page
+    assert asked[:asked.index("fetch")].count("series") <= 4         # not at each page
 
 
 def test_one_request_for_a_series_that_is_no_ct(tmp_path):
@@ -926,10 +968,69 @@ def test_a_series_is_done_again_when_it_was_deleted_and_sent_again(tmp_path, err
         pass
     assert len(runs) == 1
     archive.stored.clear()
-    archive.log = log_of(S1, first=2)
+    archive.log, archive.updated = log_of(S1, first=2), "20260102T000000"
     while node.step():
         pass
     assert len(runs) == 2 and len(archive.stored) == (0 if error else 7)
+
+
+@pytest.mark.parametrize("when", ["project", "find", "store"])
+def test_results_of_a_series_that_is_deleted_meanwhile_are_withdrawn(tmp_path, when):
+    """find: the first request after the source was found to be there."""
+    archive, asked = Archive(tmp_path, S1), []
+    node = archive_node(tmp_path, archive)
+    node.step()
+    more_images(archive, tmp_path, S1)                               # results of fewer images are there already
+
+    def delete_meanwhile(verb, what=None):
+        asked.append(verb)
+        if verb == when:
+            archive.files.pop(S1, None)
+    node.project, archive.turned_down = lambda scan: delete_meanwhile("project") or at_once(scan), delete_meanwhile
+    node.step()
+    assert "store" not in asked or when != "project"
+    row = node.state.rows[S1]
+    assert (row["state"], row["reason"]) == ("refused", "deleted from Orthanc before its results were stored")
+    assert not archive.stored and row["objects"] == []
+
+
+def test_images_deleted_while_their_series_is_in_work_take_its_results_along(tmp_path, monkeypatch):
+    monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
+    archive = Archive(tmp_path, S1, slices=6)
+    node = archive_node(tmp_path, archive, lambda scan: archive.files[S1].pop() and at_once(scan))
+    node.step()
+    row = node.state.rows[S1]
+    assert row["state"] == "waiting" and "1 of its images were deleted while it was in work" in row["reason"]
+    assert not archive.stored
+    gone = f"{S1}/5"
+
+    def turned_down(verb, what):
+        if verb == "fetch" and what == gone:
+            raise OrthancRefused(f"http://fake/{what}: 404 Not Found", 404)
+    archive.turned_down, node.project = turned_down, at_once
+    node.step()
+    row = node.state.rows[S1]
+    assert (row["state"], row["images"]) == ("done", 5) and archive.uids() == set(row["objects"])
+
+
+def test_results_filed_under_another_patient_are_taken_away(tmp_path, monkeypatch):
+    archive = Archive(tmp_path, S1)
+    node, own = archive_node(tmp_path, archive), archive.store
+    monkeypatch.setattr(archive, "store", lambda path: (own(path)[0], "another" if path.stem == "map" else "s"))
+    node.step()
+    row = node.state.rows[S1]
+    assert row["state"] == "refused" and "under another patient or study" in row["reason"] and not archive.stored
+
+
+@pytest.mark.parametrize("status", ["FilteredOut", "Failure", "StorageFull"])
+def test_what_orthanc_answers_that_it_has_not_stored_is_not_stored(tmp_path, answering, status):
+    answering.body = json.dumps({"ID": S1, "ParentStudy": S2, "Status": status}).encode()
+    (tmp_path / "sr.dcm").write_bytes(b"x")
+    with pytest.raises(OrthancAway, match=f"/instances: sr.dcm is not stored: {status}"):
+        Orthanc(answering.url).store(tmp_path / "sr.dcm")
+    for status in ("Success", "AlreadyStored"):
+        answering.body = json.dumps({"ID": S1, "ParentStudy": S2, "Status": status}).encode()
+        assert Orthanc(answering.url).store(tmp_path / "sr.dcm") == (S1, S2)
 
 
 @pytest.mark.parametrize("patient", PATIENT_IDS)
