@@ -193,6 +193,7 @@ def load_bundle(folder: str | Path, device: torch.device | str = "cpu", precisio
     return Bundle(reconstructor, fitted, settings, meta, weights_hash, folder)
 
 
+@torch.inference_mode(False)                              # a search takes gradients, also of what was loaded within it
 def _load_method(folder: Path, meta: Mapping[str, Any], settings: Settings, device: torch.device) -> Reconstructor:
     return method(settings.method).load(folder, meta["config"], settings.reconstruction, device)
 

@@ -80,6 +80,7 @@ class Search(Reconstructor):
         self.size, self.device = generator.config.size, generator.input.input.device
         self._take(settings)
 
+    @torch.inference_mode(False)                                       # whose tensors take part in no gradient
     def _take(self, settings: SearchSettings) -> None:
         self.settings = settings
         if settings.perceptual == "discriminator" and self.discriminator is None:
@@ -104,6 +105,11 @@ class Search(Reconstructor):
                        watch: Watch | None = None) -> Reconstruction:
         self.check()
         self.check_shapes(hu, brain, below_vertex_mm)
+        with torch.inference_mode(False), torch.enable_grad():         # gradients, also for a caller who wants none
+            return self._search(hu.clone(), brain, below_vertex_mm, watch)
+
+    def _search(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,
+                watch: Watch | None) -> Reconstruction:
         # The noise stage copies the query but where an anomaly is predicted: it needs votes, whoever counts them.
         if watch is None and self.settings.steps_noise:
             watch = VoteWatch(brain, below_vertex_mm)

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from ct.window import decode, encode
+from detect.bundle import load_bundle, save_bundle
 from detect.latent import LatentStats
 from detect.projection import project_frame
 from detect.residual import MaskSettings
 from detect.search import Search, SearchSettings, ramp
+from detect.settings import Settings
 from detect.surprise import Surprise
 from detect.votes import Votes, VotesSettings
 from model import Discriminator, Encoder, Generator, ModelConfig
@@ -84,6 +86,19 @@ def bundle():
 @pytest.mark.parametrize("t, factor", [(0, 0), (0.025, 0.5), (0.05, 1), (0.5, 1), (0.75, 1), (0.875, 0.5), (1, 0)])
 def test_ramp(t, factor):
     assert ramp(t) == pytest.approx(factor, abs=1e-12)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_gets_the_same_search(bundle, tmp_path, mode):
+    """It was an error of torch's: a search takes gradients."""
+    save_bundle(tmp_path, bundle, Settings("search", FEW), dict(preprocessing=None, calibration=None, provenance=None))
+    expected = run(bundle, tissue())
+    with mode():
+        found = run(bundle, tissue())
+        loaded = load_bundle(tmp_path, precision="fp32").with_settings(Settings("search", FEW)).reconstructor
+        inside = run(loaded, tissue())
+    assert torch.equal(found.reconstruction, expected.reconstruction) and torch.equal(found.votes, expected.votes)
+    assert torch.equal(run(loaded, tissue()).votes, inside.votes)
 
 
 def test_every_step_votes(bundle):
