@@ -51,7 +51,8 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
             "data": {key: dataset.manifest[key] for key in ("digest", "counts", "settings")},
             "held_out": dataset.held_out_ids(),          # neither digest nor counts tell which
             "gan": {"step": snapshot.step, **snapshot.meta},
-            "init": {"step": first.step, **first.meta} if first else None}
+            "init": {"step": first.step, **first.meta} if first else None,
+            "began_with": {"gan": snapshot.digest(), "init": first.digest() if first else None}}
     with Run(out, meta, trainer, config.seed, rollback) as run:
         distributed.check_same_state(trainer.e)
         batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen,

@@ -9,6 +9,7 @@ In a distributed run, save on rank 0 only.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import warnings
@@ -46,6 +47,15 @@ class Snapshot:
     weights: dict[str, dict[str, torch.Tensor]]      # by network name
     state: dict[str, Any]                            # optimisers, RNGs, ...: as it was saved
     meta: dict[str, Any]
+
+    def digest(self) -> str:
+        """Of the weights: runs that tell the same of themselves may differ in these, such as from --init or machine."""
+        found = hashlib.sha256()
+        for network, tensors in sorted(self.weights.items()):
+            for name, tensor in sorted(tensors.items()):
+                found.update(f"{network} {name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+                found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def restore(self, modules: Mapping[str, nn.Module]) -> None:
         """Load the weights into modules, strictly. Raises CheckpointError when names or shapes do not fit."""

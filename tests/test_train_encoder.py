@@ -249,6 +249,25 @@ def test_settings_that_train_nothing_are_refused(values):
         EncoderConfig(**values)
 
 
+@pytest.mark.parametrize("flag", ["--gan", "--init"])
+def test_a_run_does_not_go_on_from_other_weights_of_the_same_description(slices32, gan_run, half_run, tmp_path, capsys,
+                                                                         flag):
+    """All that they told of themselves was the same: the weights come from other first ones, or another machine."""
+    given = {"--gan": gan_run, "--init": half_run}
+    out, other = tmp_path / "run", tmp_path / "other"
+    shared = ["--init", given["--init"], "--epochs", 0.5]
+    assert run_encoder(slices32, gan_run, out, *shared) == 0
+    first = load_snapshot(given[flag])
+    networks = {name: torch.nn.ParameterDict() for name in first.weights}
+    for name, weights in first.weights.items():
+        networks[name].state_dict = lambda weights=weights: {key: one * 1.001 for key, one in weights.items()}
+    save_snapshot(other, first.step, networks, first.state, first.meta)
+    given[flag] = other
+    assert run_encoder(slices32, given["--gan"], out, "--init", given["--init"], "--epochs", 1) == 2
+    assert "the run there has another began_with" in capsys.readouterr().err
+    assert run_encoder(slices32, gan_run, out, *shared[:2], "--epochs", 1) == 0
+
+
 # ---- coarse noise
 
 def test_coarse_noise_changes_soft_tissue_alone():
