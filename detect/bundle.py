@@ -195,7 +195,10 @@ def load_bundle(folder: str | Path, device: torch.device | str = "cpu", precisio
 
 @torch.inference_mode(False)                              # a search takes gradients, also of what was loaded within it
 def _load_method(folder: Path, meta: Mapping[str, Any], settings: Settings, device: torch.device) -> Reconstructor:
-    return method(settings.method).load(folder, meta["config"], settings.reconstruction, device)
+    try:
+        return method(settings.method).load(folder, meta["config"], settings.reconstruction, device)
+    except (KeyError, TypeError) as error:                # what a method calls the config of another
+        raise CheckpointError(f"{folder / 'model.json'}: config: not of method {settings.method} ({error})") from error
 
 
 def _load_normal(path: Path) -> Normal:

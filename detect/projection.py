@@ -95,6 +95,8 @@ class Projector:
         self.incomparable = self._why_incomparable()
         self.calibration = None if self.incomparable else bundle.meta["calibration"]
         self.spacing_mm = calibration.spacing_range(self.calibration) if self.calibration else None
+        if threshold is not None and alarm_rate is not None:
+            raise ValueError("threshold and alarm_rate: each says what is flagged; give one of them")
         if threshold is not None and not math.isfinite(threshold):
             raise ValueError(f"threshold: expected a finite score, got {threshold:g}")
         self.threshold, self.alarm_rate = threshold, alarm_rate

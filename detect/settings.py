@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -131,17 +133,17 @@ def stored(settings: Any) -> dict[str, Any]:
 
 
 def converted(value: Any, kind: type, name: str) -> Any:
-    """A text as the type of its setting; anything else as it is. ValueError naming the setting."""
-    if not isinstance(value, str) or kind is str:
-        return value
+    """A setting's value, or the text of it, in the type of the setting. ValueError naming the setting."""
     if kind is bool:
-        if value.lower() not in ("true", "false"):
+        if str(value).lower() not in ("true", "false"):
             raise ValueError(f"{name}: expected true or false, got {value!r}")
-        return value.lower() == "true"
+        return str(value).lower() == "true"
     try:
-        number = kind(value)
-    except ValueError:
+        found = os.fspath(value) if kind is str else kind(value)
+    except (OverflowError, TypeError, ValueError):
         raise ValueError(f"{name}: expected {kind.__name__}, got {value!r}") from None
-    if not math.isfinite(number):
+    if kind is not str and not math.isfinite(found):
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return number
+    if isinstance(value, bool) or (isinstance(value, numbers.Real) and found != value):       # 2.5 slices
+        raise ValueError(f"{name}: expected {kind.__name__}, got {value!r}")
+    return found

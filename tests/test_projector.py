@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,6 +74,37 @@ def test_another_method_or_measure_comes_with_its_own_settings():
 def test_what_cannot_be_set_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         resolved("--set", change)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"surprise_above": [1]}, r"surprise_above: expected float, got \[1\]"),
+    ({"surprise_above": None}, "surprise_above: expected float, got None"),
+    ({"surprise_above": True}, "surprise_above: expected float, got True"),
+    ({"surprise_above": math.nan}, "surprise_above: expected a finite number, got nan"),
+    ({"batch": 2.5}, "batch: expected int, got 2.5"),
+    ({"batch": math.inf}, "batch: expected int, got inf"),
+    ({"predicted_noise": 1}, "predicted_noise: expected true or false, got 1"),
+    ({"pool": 3}, "pool: expected str, got 3"),
+])
+def test_what_a_notebook_cannot_set_is_named(changes, message):
+    """It was a TypeError, or came to light where the setting was used."""
+    with pytest.raises(ValueError, match=message):
+        CALIBRATED.replace(**changes)
+
+
+def test_numbers_of_other_kinds_are_taken():
+    changed = CALIBRATED.replace(batch=np.int64(8), surprise_above=np.float32(1.5), predicted_noise=np.bool_(False))
+    assert changed == CALIBRATED.replace(batch="8", surprise_above=1.5, predicted_noise=False)
+    assert json.loads(json.dumps(changed.to_json())) == changed.to_json()
+    assert CALIBRATED.replace(surprise_above=2).other_than(CALIBRATED.to_json()) == []
+
+
+@pytest.mark.parametrize("method", ["pca", "autoencoder", "healthygan"])
+def test_a_method_whose_files_a_model_lacks_is_refused(method, capsys, tmp_path):
+    """--set method=pca was a traceback."""
+    model = Path(__file__).resolve().parents[1] / "models" / "phantom-128"
+    assert projector.main([str(tmp_path), "--model", str(model), "--set", f"method={method}", "--device", "cpu"]) == 2
+    assert f"is a model of method inversion and does not hold what {method} needs" in capsys.readouterr().err
 
 
 def test_the_mask_does_not_change_what_scores_are_compared_with():
@@ -278,6 +312,8 @@ def test_a_threshold_that_is_no_number_is_refused_by_the_api_too():
     bundle = load_bundle(Path(__file__).resolve().parents[1] / "models" / "phantom-128")
     with pytest.raises(ValueError, match="threshold: expected a finite score, got nan"):
         Projector(bundle, threshold=float("nan"))
+    with pytest.raises(ValueError, match="threshold and alarm_rate: .* give one"):
+        Projector(bundle, threshold=1.0, alarm_rate=0.1)
 
 
 def test_ids_reach_the_search(monkeypatch, capsys):
