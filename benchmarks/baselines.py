@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a script from anywhere
 
 import distributed  # noqa: E402
+from benchmarks import new_file  # noqa: E402
 from common.files import write_table  # noqa: E402
 from config import add_options, exit_code, given, option  # noqa: E402
 from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan  # noqa: E402
@@ -39,6 +40,7 @@ from ct.write import write_nifti  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.autoencoder import Autoencoder  # noqa: E402
 from detect.fitted import Fitted  # noqa: E402
+from detect.folder import make_writable  # noqa: E402
 from detect.pca import PcaSettings, PositionPca  # noqa: E402
 from detect.residual import residual, scale_median_size  # noqa: E402
 from detect.scores import SCAN_SCORES, scan_score, thickness_mm  # noqa: E402
@@ -171,16 +173,15 @@ def fit(args: argparse.Namespace) -> int:
     device = distributed.pick_device(args.device)
     baseline = cls(given(args, cls.Fit()), device=device)
     baseline.fit(SliceDataset(args.data, "train"))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     baseline.save(args.out)
     print(f"{args.kind} fitted to {args.data}: {args.out}")
     return 0
 
 
 def score(args: argparse.Namespace) -> int:
+    make_writable(args.out)
     baseline = load(args.baseline, distributed.pick_device(args.device))
     settings = PreprocessSettings.from_json(baseline.trained_on["data"]["settings"])
-    args.out.mkdir(parents=True, exist_ok=True)
     scans, slices = [], []
     for source in find_scans(args.scans):
         try:
@@ -213,7 +214,7 @@ def parser() -> argparse.ArgumentParser:
     for kind, cls in KINDS.items():
         one = kinds.add_parser(kind, help=cls.__doc__.splitlines()[0])
         one.add_argument("--data", type=Path, required=True, help="database made by prepare.py")
-        one.add_argument("--out", type=Path, required=True, help="file to write, such as dae.safetensors")
+        one.add_argument("--out", type=new_file, required=True, help="file to write, such as dae.safetensors")
         one.set_defaults(work=fit)
         add_options(one, cls.Fit, "settings")
     one = commands.add_parser("score", help="maps and scores of scans")

@@ -26,6 +26,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks import new_file
+
 ROOT = Path(__file__).parent.parent
 POLL_S = 0.05
 DONE = re.compile(r"^\d+/\d+ ")                          # what projector.py prints of a scan that is through
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("scans", type=Path, help="folder of scans, as of projector.py")
     parser.add_argument("--model", type=Path, default=ROOT / "models/head-128", help="default: %(default)s")
     parser.add_argument("--times", type=int, default=1, help="how often each scan is projected, under another name")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures and the memory's curve")
+    parser.add_argument("--out", type=new_file, help="JSON file for the figures and the memory's curve")
     argv = sys.argv[1:] if argv is None else argv
     own, flags = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
     args = parser.parse_args(own)

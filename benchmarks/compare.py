@@ -84,14 +84,6 @@ def refuse_other_data(meta: dict, model: Path, data: SliceDataset, flag: str) ->
                          f"trained on {trained_on[:12]}; give that database")
 
 
-def is_taught(meta: dict) -> bool:
-    """Whether a model's reader has learnt from some of the scans that calibrate it, as those of folds have.
-
-    It would find too little in them.
-    """
-    return "readers" in (meta["provenance"] or {})
-
-
 def project(scans: Path, model: Path, out: Path, device: str, flags: Sequence[str] = (), name: str = "") -> dict:
     """Runs projector.py over a folder of scans; returns its run.json. It skips what it has finished before.
 

@@ -43,13 +43,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
 import distributed  # noqa: E402
-from benchmarks import compare, pasted  # noqa: E402
-from bundling import WITH_READER, digest_of, load_reader, reader_of  # noqa: E402
+from benchmarks import pasted  # noqa: E402
+from bundling import WITH_READER, digest_of, learnt_by_reader, load_reader, reader_of  # noqa: E402
 from config import exit_code  # noqa: E402
 from ct.settings import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect import normative  # noqa: E402
 from detect.bundle import load_bundle, read_bundle_meta  # noqa: E402
+from detect.folder import make_writable  # noqa: E402
 from detect.inversion import Inversion, InversionSettings  # noqa: E402
 from detect.reconstruct import Reconstruction, Reconstructor  # noqa: E402
 from detect.residual import Evidence  # noqa: E402
@@ -119,8 +120,8 @@ def open_fold(data: Path, run: Path, device: torch.device) -> tuple[SliceDataset
 def open_model(data: Path, folder: Path, device: torch.device) -> tuple[SliceDataset, Reconstructor]:
     """The same of a --model, without a reader that has learnt from some of the scans."""
     bundle, held_out = load_bundle(folder, device), SliceDataset(data, "val")
-    if compare.is_taught(bundle.meta):
-        bundle.reconstructor.reader = None
+    if learnt_by_reader(held_out, bundle.meta["provenance"] or {}):
+        bundle.reconstructor.reader = None                        # it would find too little in them
     if PreprocessSettings.from_json(held_out.manifest["settings"]) != bundle.preprocessing:
         raise ValueError(f"--model {data} {folder}: made for slices prepared in another way than those of the database")
     return held_out, bundle.reconstructor
@@ -138,8 +139,13 @@ def open_readers(data: Path, folder: Path, runs: list[Path], device: torch.devic
         snapshot = load_reader(run, known, digest_of(reconstructor))
         one = copy.copy(reconstructor)
         one.reader = reader_of(snapshot, device)
-        seen = not_held_out(held_out.scan_ids, snapshot.meta, elsewhere=False)
-        found.append((SliceDataset(data, "val", check=False, scans=set(held_out.scan_ids) - set(seen)), one))
+        patient = dict(zip(held_out.scan_ids, held_out.patients))
+        taught_by = {patient[scan] for scan in not_held_out(patient, snapshot.meta, elsewhere=False)}
+        unseen = {scan for scan in patient if patient[scan] not in taught_by}
+        if not unseen:
+            raise ValueError(f"--reader {run}: has held out none of the patients that {data} holds out; give runs of "
+                             "train_reader.py --fold, each with patients of its own")
+        found.append((SliceDataset(data, "val", check=False, scans=unseen), one))
     if seen := sorted(set(held_out.scan_ids).difference(*(part.scan_ids for part, _ in found))):
         print(f"left out, since no --reader has held them out: {', '.join(seen)}")
     return found
@@ -278,6 +284,9 @@ def benchmark(args: argparse.Namespace) -> None:
     device = distributed.pick_device(args.device)
     if args.reader and (args.fold or len(args.model) != 1):
         raise ValueError("--reader: give it with one --model, and without --fold")
+    if args.residual is not None and not 0 < args.residual < float("inf"):
+        raise ValueError(f"--residual must be above 0, got {args.residual:g}")
+    make_writable(args.out)
     sources = [*(open_fold(*fold, device) for fold in args.fold), *(
         open_readers(*args.model[0], args.reader, device) if args.reader else
         [open_model(*one, device) for one in args.model])]
@@ -285,14 +294,11 @@ def benchmark(args: argparse.Namespace) -> None:
     if len(set(heads)) < len(heads) or len(heads) < normative.MIN_SCANS:
         raise ValueError(f"--fold and --model: {normative.MIN_SCANS} different held-out scans at least are needed, "
                          f"found {', '.join(heads)}")
-    cases = [case for source in sources for case in cases_of(*source, args.lesions)]
-    if len({c.found.read is None for c in cases}) > 1:
+    if len({getattr(one, "reader", None) is None for _, one in sources}) > 1:
         raise ValueError("--model: some hold a reader and others none; give models of one kind")
+    cases = [case for source in sources for case in cases_of(*source, args.lesions)]
     if args.residual is not None:
-        if not 0 < args.residual < float("inf"):
-            raise ValueError(f"--residual must be above 0, got {args.residual:g}")
         cases = closer(cases, args.residual)
-    args.out.mkdir(parents=True, exist_ok=True)
     texts = dict(zip(("table.md", "changes.md"), tables(cases)))
     for name, text in texts.items():
         (args.out / name).write_text(text, encoding="utf-8")

@@ -41,6 +41,7 @@ from config import RESUMES, exit_code  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from ct.read import ScanSource, find_scans  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
+from detect.folder import make_writable  # noqa: E402
 from evaluation import metrics  # noqa: E402
 from evaluation.cohort import InputError, Label, read_labels, read_scores, read_table, seconds_by_scan  # noqa: E402
 from evaluation.metrics import Undefined, defined  # noqa: E402
@@ -266,6 +267,7 @@ def table(figures: dict) -> str:
 
 def benchmark(args: argparse.Namespace) -> int:
     """Every stage, each going on from what it kept; returns the exit code. Raises ValueError."""
+    make_writable(args.out)
     splits = {split: read_split(args.data, split) for split in args.split}
     slice_labels = read_slice_labels(args.data)
     data = compare.open_database(args.database, "--database", args)

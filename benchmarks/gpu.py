@@ -21,13 +21,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import distributed
 import train
+from benchmarks import new_file
 from benchmarks.measure import (
     LOG,
     REFERENCE,
@@ -420,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="measurements of a figure; their median counts")
     parser.add_argument("--limit-s", type=float, default=540, help="seconds after which the row at work is stopped")
     parser.add_argument("--ours", action="store_true", help="leave out the reference, and with it the ratios")
-    parser.add_argument("--out", type=Path, help="JSON file for the rows, every sample and the machine")
+    parser.add_argument("--out", type=new_file, help="JSON file for the rows, every sample and the machine")
     args = parser.parse_args(argv)
     wanted = args.only.split(",") if args.only else list(GPU_ROWS)
     if unknown := sorted(set(wanted) - set(GPU_ROWS)):

@@ -42,6 +42,7 @@ from config import exit_code  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.bundle import load_bundle  # noqa: E402
+from detect.folder import make_writable  # noqa: E402
 from detect.inpainting import Inpainting  # noqa: E402
 from detect.inversion import bone_mask  # noqa: E402
 from detect.reconstruct import Reconstructor  # noqa: E402
@@ -220,6 +221,7 @@ def benchmark(args: argparse.Namespace) -> int:
     for flag, value in (("--scans", args.scans), ("--lesions", args.lesions)):
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, got {value}")
+    make_writable(args.out)
     memory.keep_freed()
     data = SliceDataset(args.data, "val")
     frame = data.manifest["settings"]["standardise"]
@@ -230,7 +232,6 @@ def benchmark(args: argparse.Namespace) -> int:
                               lambda line, name=name: compare.say(f"{name} {line}"))
     for reason in next(iter(rows.values()))["left_out"]:            # the same lesions for every method
         compare.say(reason)
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "figures.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (args.out / "table.md").write_text(table(rows), encoding="utf-8")
     print(table(rows), end="")

@@ -39,6 +39,7 @@ from benchmarks.inversion import HeldOut, check_preprocessing, held_out_scans  #
 from config import exit_code  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.bundle import load_bundle  # noqa: E402
+from detect.folder import make_writable  # noqa: E402
 from detect.measure import Measure  # noqa: E402
 from detect.reconstruct import Reconstructor  # noqa: E402
 from detect.settings import Settings  # noqa: E402
@@ -126,6 +127,7 @@ def benchmark(args: argparse.Namespace) -> None:
     """Raises OSError, CheckpointError, DatasetError, and ValueError for flags and for files that do not fit."""
     if args.every < 1:
         raise ValueError(f"--every must be at least 1, got {args.every}")
+    make_writable(args.out)
     memory.keep_freed()
     bundle, data = load_bundle(args.model, distributed.pick_device(args.device)), SliceDataset(args.data, "val")
     check_preprocessing(bundle.meta["preprocessing"], data.manifest["settings"], f"--model {args.model}")
@@ -137,7 +139,6 @@ def benchmark(args: argparse.Namespace) -> None:
     for reason in rows[OWN]["left_out"]:
         compare.say(reason)
     rows = {name: {"mask": dataclasses.asdict(settings[name].mask), **row} for name, row in rows.items()}
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "figures.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (args.out / "table.md").write_text(table(rows), encoding="utf-8")
     print(table(rows), end="")

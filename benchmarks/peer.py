@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import new_file
 from benchmarks.cohort import held_gb
 from ct.read import find_scans, read_scan
 from ct.window import encode
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=ROOT / "models/head-128", help="ours (default: %(default)s)")
     parser.add_argument("--slices", type=int, default=400, help="healthy slices to train on (default: %(default)s)")
     parser.add_argument("--method", choices=METHODS, help="this one alone, in this process")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--out", type=new_file, help="JSON file for the figures")
     args = parser.parse_args(argv)
     try:
         import anomalib.models  # noqa: F401

@@ -35,7 +35,7 @@ from scipy import ndimage, stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-from benchmarks import compare  # noqa: E402
+from benchmarks import compare, new_file  # noqa: E402
 from benchmarks.compare import OURS, Method, name_of, shown  # noqa: E402
 from common.files import sha256  # noqa: E402
 from config import RESUMES, exit_code  # noqa: E402
@@ -45,6 +45,7 @@ from ct.picture import grey, tile  # noqa: E402
 from ct.read import ScanSource, find_scans, read_scan  # noqa: E402
 from ct.standardise import from_frame  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
+from detect.folder import make_writable  # noqa: E402
 from evaluation import metrics  # noqa: E402
 from evaluation.cohort import InputError, read_table, read_truth, read_volume, seconds_by_scan  # noqa: E402
 from evaluation.metrics import Undefined, defined  # noqa: E402
@@ -218,12 +219,11 @@ def mask_hashes(masks: Path, scan_id: str) -> dict[str, str]:
 
 def benchmark(args: argparse.Namespace) -> int:
     """Every stage, each going on from what it kept; returns the exit code. Raises ValueError."""
+    make_writable(args.out)
     scans, masks, results = args.data / "scans", args.data / "masks", args.out / OURS
     for folder in (scans, masks):
         if not folder.is_dir():
             raise InputError(f"--data {args.data}: has no folder {folder.name}")
-    if args.sheet and not args.sheet.parent.is_dir():
-        raise InputError(f"--sheet {args.sheet}: the folder {args.sheet.parent} does not exist")
     sources = find_scans(scans)
     if unmarked := [s.scan_id for s in sources if not any((masks / s.scan_id).glob("*.png"))]:
         raise InputError(f"{masks}: expected a folder of masks for every scan; {len(unmarked)} have none: "
@@ -262,7 +262,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with scans/ and masks/")
     compare.add_arguments(parser, "--database")
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="also write every scan's slice with the peak of ours")
+    parser.add_argument("--sheet", type=new_file, metavar="PNG",
+                        help="also write every scan's slice with the peak of ours")
     return parser.parse_args(argv)
 
 

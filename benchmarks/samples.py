@@ -39,6 +39,7 @@ from ct.picture import save_hu_grid  # noqa: E402
 from ct.window import decode, encode  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.bundle import load_bundle  # noqa: E402
+from detect.folder import make_writable  # noqa: E402
 from gan.quality import sliced_wasserstein  # noqa: E402
 from gan.snapshots import load_snapshot  # noqa: E402
 from model import Generator, ModelConfig, SpatialGenerator, build_generator  # noqa: E402
@@ -130,11 +131,11 @@ def open_generator(args: argparse.Namespace, train: SliceDataset) -> Generator:
 
 
 def benchmark(args: argparse.Namespace) -> int:
+    make_writable(args.out)
     memory.keep_freed()
     train = SliceDataset(args.data, "train")
     generator = open_generator(args, train)
     train_hu, held_out_hu = slices_of(train), slices_of(SliceDataset(args.data, "val", check=False))
-    args.out.mkdir(parents=True, exist_ok=True)
     cut = train.manifest["settings"]["standardise"]["hu_clip"]
     for psi in SHEET_PSI:
         save_hu_grid(args.out / f"samples-psi-{psi:g}.png", draw(generator, SHEET, psi, args.seed, cut).numpy())

@@ -29,7 +29,7 @@ from scipy import ndimage
 import distributed
 import train
 import train_encoder
-from benchmarks import cohort, gpu
+from benchmarks import cohort, gpu, new_file
 from benchmarks.measure import REFERENCE, Row, bandwidth, machine, medians, operations, rate, side_by_side, table
 from benchmarks.reference import ReferenceGenerator
 from gan.inpainting import InpaintingTrainer
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"rows to measure, comma-separated: {', '.join(known)}")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of a figure; their median counts")
-    parser.add_argument("--out", type=Path, help="JSON file for the rows, every sample and the machine")
+    parser.add_argument("--out", type=new_file, help="JSON file for the rows, every sample and the machine")
     args = parser.parse_args(argv)
     names = args.only.split(",") if args.only else known
     if unknown := sorted(set(names) - set(known)):

@@ -34,6 +34,7 @@ from scipy import ndimage
 from benchmarks.compare import shown, write_figures
 from config import exit_code
 from ct.picture import tile
+from detect.folder import make_writable
 from evaluation import metrics
 from evaluation.metrics import defined
 from healthygan.data import FULL, class_folders, read_images
@@ -159,6 +160,7 @@ def montage(images: np.ndarray, masks: np.ndarray) -> Image.Image:
 
 def benchmark(args: argparse.Namespace) -> int:
     """Returns the exit code. Raises CheckpointError and DatasetError."""
+    make_writable(args.out)
     model = find_model(args.model)
     if model.settings.kind != "images" or model.settings.size % GRID:
         raise ValueError(f"--model {args.model}: expected one that learnt from images, their side a multiple of {GRID}")
@@ -166,7 +168,6 @@ def benchmark(args: argparse.Namespace) -> int:
     parts = [read_images(folder, model.settings) for folder in folders]
     images = np.concatenate([part.pixels.mean(1) / FULL for part in parts])
     labels, masks = np.repeat([0, 1], [len(part) for part in parts]), lungs(images)
-    args.out.mkdir(parents=True, exist_ok=True)
     montage(images, masks).save(args.out / "lungs.png")
     figures = report(images, masks, labels, model.generator) | {"weights_sha256": model.weights_hash}
     write_figures(args.out, figures, table(figures))

@@ -189,5 +189,6 @@ def test_missing_folders_and_masks_are_wrong_usage(data, database, tmp_path, mon
     (tmp_path / "masks").mkdir()
     assert phe_sich.main(command) == 2
     assert "expected a folder of masks for every scan; 3 have none" in capsys.readouterr().err
-    assert phe_sich.main([*command, "--sheet", str(tmp_path / "none" / "x.png")]) == 2
+    with pytest.raises(SystemExit):
+        phe_sich.main([*command, "--sheet", str(tmp_path / "masks")])
     assert "--sheet" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from benchmarks.cross_validation import (
     tables,
 )
 from ct.frame import PreprocessSettings
+from ct.standardise import StandardiseSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
 from detect.reconstruct import Reconstruction
 from gan.snapshots import save_snapshot
@@ -164,6 +166,46 @@ def folds(folder):
 class Copy:
     def closest_normal(self, hu, brain, below_vertex_mm):
         return Reconstruction(hu, hu, {}, {})
+
+
+def with_patients(path, patients):
+    """Held-out scans head0, head1, ... of these patients, and another to train on."""
+    with SliceWriter(path, PreprocessSettings(StandardiseSettings(size=32)).to_json()) as writer:
+        for s, patient in enumerate((*patients, "t")):
+            writer.add(ScanRecord.encode(f"head{s}", *scan(s), MM), "train" if patient == "t" else "val", patient)
+    return SliceDataset(path, "val")
+
+
+@pytest.mark.parametrize("held_out, reads", [(3, True), (1, False)])
+def test_a_reader_of_one_fold_alone_is_left_out_as_well(tmp_path, monkeypatch, held_out, reads):
+    """Only of a model with several was it known that it has learnt from the others' scans."""
+    data = with_patients(tmp_path / "a.lmdb", "abc")
+    known = {key: data.manifest[key] for key in ("digest", "counts")}
+    provenance = {"data": known, "reader": {"data": known, "held_out": held_out, "init": None}}
+    bundle = SimpleNamespace(meta={"provenance": provenance}, reconstructor=SimpleNamespace(reader="its own"),
+                             preprocessing=PreprocessSettings.from_json(data.manifest["settings"]))
+    monkeypatch.setattr(cross_validation, "load_bundle", lambda *_: bundle)
+    _, reconstructor = cross_validation.open_model(data.path, tmp_path, torch.device("cpu"))
+    assert (reconstructor.reader == "its own") == reads
+
+
+def test_who_has_taught_a_reader_is_left_out_with_all_scans(tmp_path, monkeypatch):
+    """Of a patient it has learnt from one scan, which the run did not hold out; another one it read all the same."""
+    data = with_patients(tmp_path / "a.lmdb", "aabc")
+    meta = {"data": {"digest": data.manifest["digest"]}, "held_out": ["head1", "head2"]}
+    monkeypatch.setattr(cross_validation, "open_model", lambda *_: (data, SimpleNamespace(name="inpainting")))
+    for name, value in (("read_bundle_meta", [{"provenance": {}}]), ("digest_of", ""), ("reader_of", "reader"),
+                        ("load_reader", SimpleNamespace(meta=meta))):
+        monkeypatch.setattr(cross_validation, name, lambda *_, value=value: value)
+
+    def opened():
+        return cross_validation.open_readers(data.path, tmp_path, [tmp_path / "run"], torch.device("cpu"))
+
+    (scans, _), = opened()
+    assert scans.scan_ids == ["head2"]
+    meta["held_out"] = ["head1"]
+    with pytest.raises(ValueError, match=r"--reader .*run: has held out none of the patients"):
+        opened()
 
 
 def test_the_lesions_are_those_of_the_numbers(tmp_path):
