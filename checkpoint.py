@@ -33,10 +33,23 @@ def describe(folder: str | Path) -> str:
         lines.append(f"  {'latent statistics':20} {len(stats.positions_mm)} positions, {stats.positions_mm[0]:g} to "
                      f"{stats.positions_mm[-1]:g} mm below the vertex; {stats.components.shape[-1]} of "
                      f"{stats.components.shape[-2]} components, {stats.explained().mean():.0%} of the variance")
+    lines += taught_by((meta["provenance"] or {}).get("reader"))
     lines.append("  settings, for --set of projector.py:")
     lines += [f"    {f'{name}={value}':32} {what}" for name, value, what in bundle.settings.listing()]
     shown = shortened(meta)
     return "\n".join(lines + [f"  {key:20} {json.dumps(value)}" for key, value in shown.items()])
+
+
+def taught_by(reader: dict | None) -> list[str]:
+    """Lines of what taught a bundle's reader and those that it began with, by its provenance."""
+    lines, title = [], "reader taught by"
+    while reader:
+        counts = reader["data"]["counts"]
+        scans = counts["train"]["scans"] + counts["val"]["scans"]
+        lines.append(f"  {title:20} {scans - reader['held_out']} of the {scans} scans of database "
+                     f"{reader['data']['digest'][:16]}, {reader['images_seen']} images")
+        reader, title = reader.get("init"), "having begun with"
+    return lines
 
 
 def shortened(meta: dict) -> dict:

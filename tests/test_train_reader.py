@@ -512,7 +512,7 @@ def hospital(in_thirds, tmp_path_factory):
     return model, own, taught
 
 
-def test_a_hospital_teaches_a_model_readers_of_its_own(hospital, tmp_path, capsys, monkeypatch):
+def test_a_hospital_teaches_a_model_readers_of_its_own(in_thirds, hospital, tmp_path, capsys, monkeypatch):
     """Each scan calibrates by the reader that has not seen it, beside the model's networks; the first one is kept."""
     model, own, readers = hospital
     asked, read = [], Reader.read
@@ -539,7 +539,10 @@ def test_a_hospital_teaches_a_model_readers_of_its_own(hospital, tmp_path, capsy
     assert known["data"] == theirs["data"] and "head" not in json.dumps(known)
     assert checkpoint.main(["show", str(tmp_path / "own")]) == 0
     shown = capsys.readouterr().out
-    assert all(digest in shown for digest in (of_own["digest"], theirs["data"]["digest"]))
+    images = [load_snapshot(one).step for one in (readers[0], in_thirds[2][0])]
+    assert (f"  reader taught by     2 of the 4 scans of database {of_own['digest'][:16]}, {images[0]} images\n"
+            f"  having begun with    3 of the 4 scans of database {theirs['data']['digest'][:16]}, {images[1]} images\n"
+            ) in shown
 
 
 def test_a_reader_is_taught_beside_a_model_as_beside_its_run(in_thirds, hospital, hiding_run, tmp_path):
