@@ -428,6 +428,8 @@ def main(argv: list[str] | None = None) -> int:
     names = [name for name in GPU_ROWS if name in wanted]
     if args.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
+    if not args.limit_s > 0:
+        parser.error(f"--limit-s must be above 0, got {args.limit_s:g}")
     try:
         device = distributed.pick_device("cuda")
     except ValueError as error:

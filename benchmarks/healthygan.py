@@ -54,7 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.repeats < 5:
         parser.error(f"--repeats must be at least 5, got {args.repeats}")
     config = PRESETS[args.preset]
-    config = dataclasses.replace(config, batch=args.batch or config.batch)
+    try:
+        config = config if args.batch is None else dataclasses.replace(config, batch=args.batch)
+    except ValueError as error:
+        parser.error(str(error))
     device = distributed.pick_device(args.device)
     ms = compare(config, device, args.repeats)
     print(f"{args.preset}, batch {config.batch}, {device}, {torch.get_num_threads()} threads, median of {args.repeats}")

@@ -105,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--method", choices=METHODS, help="this one alone, in this process")
     parser.add_argument("--out", type=new_file, help="JSON file for the figures")
     args = parser.parse_args(argv)
+    if args.slices < 1:
+        parser.error(f"--slices must be at least 1, got {args.slices}")
     try:
         import anomalib.models  # noqa: F401
     except ImportError as error:

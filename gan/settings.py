@@ -54,7 +54,8 @@ class TrainConfig:
     snapshot_kimg: float = option(40, "between snapshots")
 
     def __post_init__(self):
-        check_range(self, ("style_dim", "channel_base", "channel_max", "batch", "accumulate", "path_shrink"), 1)
+        check_range(self, ("size", "fold", "style_dim", "channel_base", "channel_max", "batch", "accumulate",
+                           "path_shrink"), 1)
         check_range(self, ("channel_multiplier", "kimg", "lr", "ada_kimg", "tick_kimg", "grid_kimg", "snapshot_kimg"),
                     0, above=True)
         check_range(self, ("r1_gamma", "r1_every", "path_weight", "path_every", "ema_kimg", "ema_rampup", "workers",
@@ -182,10 +183,9 @@ class EncoderConfig:
 
     def __post_init__(self):
         check_range(self, ("batch",), 1)
-        check_range(self, ("epochs", "snapshot_epochs", "knee"), 0, above=True)
-        check_range(self, ("hours", "perceptual_epochs", "lr", "lr_trunk", "lr_discriminator", "lr_generator",
-                           "adversarial", "domain", "r1_gamma", "r1_every", "pixels", "workers",
-                           "seed"), 0)
+        check_range(self, ("epochs", "snapshot_epochs", "knee", "lr", "lr_trunk"), 0, above=True)
+        check_range(self, ("hours", "perceptual_epochs", "lr_discriminator", "lr_generator", "adversarial", "domain",
+                           "r1_gamma", "r1_every", "pixels", "workers", "seed"), 0)
         check_range(self, ("decay", "code_alone", "erase", "coarse", "rotate", "hide", "gated", "shapes"), 0, 1)
         check_range(self, ("hidden", "changed", "gradient", "jitter_hu", "rotate_deg", "encoder_code"), 0)
         check_range(self, ("encoder_width", "code_nats"), 0, above=True)

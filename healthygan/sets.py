@@ -17,6 +17,7 @@ The training split is taken. No label is looked at. Exit codes: 0 done, 2 wrong 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -112,6 +113,9 @@ def main(argv: list[str] | None = None) -> int:
     paths = [path.resolve() for path in (args.data, args.mixed, args.healthy) if path is not None]
     if len(set(paths)) < len(paths):
         parser.error("--data, --mixed and --healthy: one file is named twice; expected a file of its own for each")
+    for flag, value in (("--above", args.above), ("--bright", args.bright), ("--seed", args.seed)):
+        if not math.isfinite(value) or value < 0 and flag != "--above":
+            parser.error(f"{flag} must be a number{'' if flag == '--above' else ' of at least 0'}, got {value:g}")
     return exit_code(lambda args: print({"halves": write_halves, "shapes": write_shapes}[args.what](args)), args)
 
 

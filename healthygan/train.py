@@ -77,7 +77,7 @@ class TrainConfig:
                                 "effect as the released code")
     critic_steps: int = option(2, "steps of the critic for one of the generator")
     ema_iterations: float = option(1000, "half-life of the averaged generator; 0: the generator itself is kept")
-    ema_rampup: float = option(0.05, "the half-life is at most this part of the iterations so far")
+    ema_rampup: float = option(0.05, "the half-life is at most this part of the iterations so far; 0: no ramp")
     # Images
     flip: bool = option(True, "mirror half of the images")
     shift: int = option(0, "move images by up to so many whole pixels each way, edges repeated: few are learnt by rote")
@@ -99,7 +99,8 @@ class TrainConfig:
         check_range(self, ("iterations", "batch", "critic_steps", "tick", "choose", "snapshot"), 1)
         check_range(self, ("lr",), 0, above=True)
         check_range(self, ("penalty", "identity", "reconstruction", "mask", "indecision", "copy_first",
-                           "translate_first", "ema_iterations", "ema_rampup", "shift"), 0)
+                           "translate_first", "ema_iterations", "ema_rampup", "shift", "seed"), 0)
+        check_range(self, ("shift",), 0, self.size - 1)
         check_range(self, ("decay",), 0, 1)
         check_range(self, ("white_16bit",), 1, 65535)
         for name in ("val_fraction", "crop_top", "choose_after", "mask_rampup", "fpr"):
@@ -108,6 +109,9 @@ class TrainConfig:
         if self.copy_first + self.translate_first >= self.iterations:
             raise ValueError(f"--copy-first {self.copy_first} and --translate-first {self.translate_first} leave "
                              f"nothing of --iterations {self.iterations}: together they must be less")
+        if self.critic_steps > self.iterations - self.copy_first:
+            raise ValueError(f"--critic-steps {self.critic_steps}: the generator would never take a step in the "
+                             f"{self.iterations - self.copy_first} iterations that --copy-first leaves of --iterations")
         self.model()
 
     def model(self) -> ModelConfig:
@@ -214,7 +218,7 @@ class Trainer:
     def _step_copy(self, b: torch.Tensor) -> dict[str, torch.Tensor]:
         loss = losses.identity(b, self.g(b))
         self._update(self.g, self.g_opt, self.config.identity * loss)     # weighted: Adam remembers gradients' size
-        self._update_ema()
+        self._update_ema(1)
         return {"g_identity": loss.detach()}
 
     def _step_critic(self, b: torch.Tensor, y_a: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -241,7 +245,7 @@ class Trainer:
             weights |= {"reconstruction": 0.0, "mask": 0.0}
         self._update(self.g, self.g_opt, sum(weights[name] * term for name, term in terms.items()))
         self.d.requires_grad_(True)
-        self._update_ema()
+        self._update_ema(self.config.critic_steps)
         m_a, m_b = of_a.m.detach().mean(), of_b.m.detach().mean()
         self._watch_mask(m_a)
         return {f"g_{name}": value.detach() for name, value in terms.items()} | {"mask_a": m_a, "mask_b": m_b}
@@ -254,11 +258,14 @@ class Trainer:
         optimiser.step()
 
     @torch.no_grad()
-    def _update_ema(self) -> None:
+    def _update_ema(self, iterations: int) -> None:
+        """iterations: since the generator's last step."""
         if self.g_ema is None:
             return
-        half_life = min(self.config.ema_iterations, (self.iteration + 1) * self.config.ema_rampup)
-        keep = 0.5 ** (self.config.critic_steps / max(half_life, 1e-8))
+        half_life = self.config.ema_iterations
+        if self.config.ema_rampup:
+            half_life = min(half_life, (self.iteration + 1) * self.config.ema_rampup)
+        keep = 0.5 ** (iterations / max(half_life, 1e-8))
         torch._foreach_lerp_(list(self.g_ema.parameters()), list(self.g.parameters()), 1 - keep)
 
     def _watch_mask(self, mean: torch.Tensor) -> None:

@@ -67,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
                                                                  "test/{healthy,diseased}")
     parser.add_argument("--components", type=int, default=10, help="of the PCA (default %(default)s)")
     args = parser.parse_args(argv)
+    if args.components < 1:
+        parser.error(f"--components must be at least 1, got {args.components}")
     try:
         results = baselines(args.data, args.components)
     except ValueError as error:

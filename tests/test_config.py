@@ -41,6 +41,7 @@ def read(*argv):
     ({"kimg": float("inf")}, "--kimg must be above 0, got inf"),
     ({"r1_every": -1}, "--r1-every must be at least 0, got -1"),
     ({"seed": -1}, "--seed must be at least 0, got -1"),
+    ({"size": 0}, "--size must be at least 1, got 0"),
     ({"style_dim": 0}, "--style-dim must be at least 1, got 0"),
     ({"channel_base": 0}, "--channel-base must be at least 1, got 0"),
     ({"channel_max": -1}, "--channel-max must be at least 1, got -1"),

@@ -20,8 +20,8 @@ import evaluate
 from common.weights import SEAL, CheckpointError, write_json
 from ct.window import encode
 from dataset import DatasetError
+from healthygan import sets, train, trivial, weights
 from healthygan import test as healthygan_test
-from healthygan import train, trivial, weights
 from healthygan.data import ImageSettings, load_training, read_slices
 from healthygan.model import Generator, ModelConfig, Translation
 from healthygan.reconstruct import Translator, TranslatorSettings
@@ -461,11 +461,47 @@ def test_train_names_what_is_missing(flags, message, tmp_path, monkeypatch, caps
                                   "--white-16bit=0", "--copy-first=20", "--mask-rampup=1", "--translate-first=-1",
                                   "--indecision=-1", "--shift=-1", "--fpr=5", "--fpr=nan", "--lr=nan", "--penalty=-1",
                                   "--identity=nan", "--indecision=nan", "--decay=2", "--ema-iterations=-1",
-                                  "--translate-first=20", "--reconstruction=-1", "--mask=inf"])
+                                  "--translate-first=20", "--reconstruction=-1", "--mask=inf", "--seed=-1",
+                                  "--shift=32", "--critic-steps=21", "--copy-first=18 --critic-steps=3"])
 def test_train_refuses_values_that_cannot_be_meant(flag, xrays, capsys):
     with pytest.raises(SystemExit) as stop:
-        train.main(["--data", str(xrays), "--preset", "smoke32", flag])
+        train.main(["--data", str(xrays), "--preset", "smoke32", *flag.split()])
     assert stop.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("copy_first, rampup, half_life", [(4, 0, 8), (0, 0, 8), (4, 0.5, None)])
+def test_the_average_forgets_half_in_its_half_life_of_iterations(copy_first, rampup, half_life):
+    """While it copies, too, where the generator takes a step at each: it forgot critic_steps times as fast."""
+    config = dataclasses.replace(train.PRESETS["smoke32"], copy_first=copy_first, ema_iterations=8, ema_rampup=rampup,
+                                 precision="fp32", batch=1)
+    trainer = train.Trainer(config, torch.device("cpu"))
+    kept = 1.0
+    lerp, torch_lerp = [], torch._foreach_lerp_
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_foreach_lerp_", lambda *given: lerp.append(1 - given[-1]) or torch_lerp(*given))
+        for _ in range(4):
+            trainer.step(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32))
+    for i, share in enumerate(lerp):
+        kept *= share
+        assert half_life or share == pytest.approx(0.5 ** (1 / (0.5 * (i + 1))))
+    if half_life:
+        assert kept == pytest.approx(0.5 ** (4 / half_life))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--above", "nan"], "--above must be a number, got nan"), (["--bright", "-1"], "--bright must be a number of"),
+    (["--bright", "inf"], "--bright must be a number of"), (["--seed", "-1"], "--seed must be a number of at least 0")])
+def test_sets_by_what_is_no_number_are_refused(flags, message, capsys):
+    """No pixel is above NaN: every half passed for the better one."""
+    with pytest.raises(SystemExit) as stop:
+        sets.main(["halves", "--data", "a", "--mixed", "b", "--healthy", "c", *flags])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_pca_of_no_components_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        trivial.main(["--data", "x", "--components", "0"])
+    assert stop.value.code == 2 and "--components must be at least 1" in capsys.readouterr().err
 
 
 def test_test_names_what_is_wrong(finished, xrays, slices32, tmp_path, capsys):

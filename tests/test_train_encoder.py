@@ -243,9 +243,10 @@ def test_rotations_turn_either_way_about_the_centre_up_to_their_limit():
     assert 38 < degrees.max() < 47 and -47 < degrees.min() < -38 and degrees.mean().abs() < 8
 
 
-@pytest.mark.parametrize("values", [{"batch": 0}, {"epochs": 0}, {"epochs": float("nan")}, {"seed": -1}])
+@pytest.mark.parametrize("values", [{"batch": 0}, {"lr": 0}, {"lr_trunk": 0}, {"epochs": 0},
+                                    {"epochs": float("nan")}, {"seed": -1}])
 def test_settings_that_train_nothing_are_refused(values):
-    with pytest.raises(ValueError, match=f"--{next(iter(values))}"):
+    with pytest.raises(ValueError, match=f"--{next(iter(values))}".replace("_", "-")):
         EncoderConfig(**values)
 
 
