@@ -19,6 +19,7 @@ Ctrl-C, 143 by SIGTERM, 129 by SIGHUP (nothing is written, temporary files are r
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -83,12 +84,17 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends the program with code 2 where a value cannot be meant."""
     for flag, value in (("--size", args.size), ("--slab-mm", args.slab_mm), ("--workers", args.workers),
                         ("--max-below-vertex-mm", args.max_below_vertex_mm)):
-        if not value > 0:
-            p.error(f"{flag} must be above 0, got {value:g}")
+        if not 0 < value < math.inf:
+            p.error(f"{flag} must be above 0 and finite, got {value:g}")
+    if not 0 <= args.unknown_slice_spacing_mm < math.inf:
+        p.error("--unknown-slice-spacing-mm must be above 0 and finite, or 0 to refuse such scans, got "
+                f"{args.unknown_slice_spacing_mm:g}")
+    if not 0 <= args.val_fraction <= 1:
+        p.error(f"--val-fraction must be from 0 to 1, got {args.val_fraction:g}")
     if args.seed < 0:
         p.error(f"--seed must be 0 or more, got {args.seed}")
-    if args.hu_clip and not args.hu_clip[0] < args.hu_clip[1]:
-        p.error(f"--hu-clip expects LOW below HIGH, got {args.hu_clip[0]:g} {args.hu_clip[1]:g}")
+    if args.hu_clip and not -math.inf < args.hu_clip[0] < args.hu_clip[1] < math.inf:
+        p.error(f"--hu-clip expects LOW below HIGH, both finite, got {args.hu_clip[0]:g} {args.hu_clip[1]:g}")
     if not 0 <= args.min_brain_fraction < 1:
         p.error(f"--min-brain-fraction must be at least 0 and below 1, got {args.min_brain_fraction:g}")
     given = [f"--{flag}" for flag in OF_SETTINGS

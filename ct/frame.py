@@ -20,6 +20,7 @@ from ct.whole_head import check_head
 # alters pixels or masks: scores made before and after are not comparable, and a bundle of another version gives no
 # percentiles.
 VERSION = 1
+CLIP_HU = 1.0                  # a range that is smaller by so much is the same: formats round
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Preprocessed:
     brain         bool [T, H, W], in the geometry of the slabs
     standardised  hu and brain [T, N, N], below_vertex_mm [T], and the frame (ct.standardise.from_frame)
     kept          bool [T]: enough brain, and above the neck
-    reservations  why a score of this scan has no percentile (ct.whole_head.check_head); notes for the user
+    reservations  why a score of this scan has no percentile (check_head, clipped_below); notes for the user
     """
 
     slabs: Slabs
@@ -69,12 +70,21 @@ class Preprocessed:
         return self.values_to_scan(full) * self.values_to_scan(self.kept)
 
 
+def clipped_below(scan: Scan, settings: PreprocessSettings) -> tuple[str, ...]:
+    """A note where the source clipped HU to less than the range of the settings: a bleed of 90 HU may be one of 80."""
+    (low, high), (least, most) = scan.saturation_hu, settings.standardise.hu_clip
+    if low <= least + CLIP_HU and high >= most - CLIP_HU:
+        return ()
+    return (f"HU clipped to {low:g}..{high:g} by the source, of {least:g}..{most:g} looked at: what lies beyond looks "
+            "weaker than it is",)
+
+
 def preprocess_scan(scan: Scan, settings: PreprocessSettings) -> Preprocessed:
     """Slabs, brain mask and canonical frame of a scan; ScanError when no head or no usable slice is found."""
     slabs = to_slabs(scan, settings.slab_mm, settings.thin_mm)
     brain = brain_mask(slabs.scan)
     try:
-        reservations = check_head(slabs.scan, brain)
+        reservations = (*check_head(slabs.scan, brain), *clipped_below(scan, settings))
     except ScanError as error:
         raise ScanError(f"{scan.scan_id}: {error}") from error
     standardised = standardise(slabs.scan, brain, settings.standardise)

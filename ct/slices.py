@@ -53,8 +53,9 @@ class SliceSpec:
 
     @property
     def saturation_hu(self) -> tuple[float, float]:
-        """As in ct.scan.Scan."""
-        return self.clipped_hu or (min(low for low, _ in self.windows_hu), max(high for _, high in self.windows_hu))
+        """As in ct.scan.Scan: the windows end what was not clipped before."""
+        low, high = self.clipped_hu or (-math.inf, math.inf)
+        return max(low, min(low for low, _ in self.windows_hu)), min(high, max(high for _, high in self.windows_hu))
 
 
 ORIGINAL_LAYOUT = SliceSpec(WINDOWS_HU, None, None, ORDERS[0])   # <case>/png/*.png without a scan.json
@@ -172,7 +173,7 @@ def load_spec(path: Path) -> SliceSpec:
         if key not in data:
             raise ScanError(f"{path.name}: '{key}' is missing; {LOOSE_HELP if loose else SCAN_JSON_HELP}")
     windows, pixel_spacing_mm = _windows(path, data["windows_hu"]), _pixel_spacing(path, data["pixel_spacing_mm"])
-    clipped_hu = _clipped(path, data["clipped_hu"]) if "clipped_hu" in data else None
+    clipped_hu = _clipped(path, data["clipped_hu"], windows) if "clipped_hu" in data else None
     if loose:
         if pixel_spacing_mm is None:
             raise ScanError(f"{path.name}: 'pixel_spacing_mm' is null, and one slice does not tell the size of its "
@@ -203,9 +204,12 @@ def _windows(path: Path, value) -> tuple[tuple[float, float], ...]:
     return windows
 
 
-def _clipped(path: Path, value) -> tuple[float, float]:
+def _clipped(path: Path, value, windows: tuple[tuple[float, float], ...]) -> tuple[float, float]:
     if not (isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]):
         raise ScanError(f"{path.name}: 'clipped_hu' must be [low, high] in HU, low below high; found {value!r}")
+    if value[0] >= max(high for _, high in windows) or value[1] <= min(low for low, _ in windows):
+        raise ScanError(f"{path.name}: 'clipped_hu' {value!r} lies beyond 'windows_hu'; it says to what HU were "
+                        "clipped, if to less than the windows show")
     return float(value[0]), float(value[1])
 
 

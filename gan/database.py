@@ -22,7 +22,7 @@ from tqdm import tqdm
 import distributed
 from common.files import read_table as read_rows
 from ct import dicom, loose, slices
-from ct.frame import PreprocessSettings, preprocess_scan
+from ct.frame import PreprocessSettings, clipped_below, preprocess_scan
 from ct.read import ScanSource, as_given, find_scans, read_scan, refuse_twice
 from ct.scan import Scan, ScanError, printable
 from ct.slab import Slabs
@@ -179,6 +179,7 @@ def _encode(job: _Job) -> ScanRecord:
     if job.source.kind == loose.KIND:
         return _encode_loose(job)
     scan = read_scan(job.source)
+    _refuse_clipped(scan, job.settings)
     done = preprocess_scan(scan, job.settings)
     kept = done.kept
     if job.selected is not None or job.left_out:
@@ -187,7 +188,14 @@ def _encode(job: _Job) -> ScanRecord:
         raise ScanError(f"{scan.scan_id}: none of the slices that --slices and --leave-out choose shows enough brain")
     shown, frame = np.flatnonzero(kept), done.standardised
     return ScanRecord.encode(scan.scan_id, frame.hu[shown], frame.brain[shown], frame.below_vertex_mm[shown],
-                             shown, scan.source, done.slabs.scan.notes, _pixels(scan))
+                             shown, scan.source, (*done.slabs.scan.notes, *done.reservations), _pixels(scan))
+
+
+def _refuse_clipped(scan: Scan, settings: PreprocessSettings) -> None:
+    """ScanError where networks would take the end of a source's range for HU that were measured."""
+    for note in clipped_below(scan, settings):
+        raise ScanError(f"{scan.scan_id}: {note}; take a range within it (--hu-clip, or another --like), or leave the "
+                        "scan out")
 
 
 def _pixels(scan: Scan) -> str:
@@ -209,7 +217,9 @@ def _chosen(job: _Job, count: int) -> frozenset[int]:
 
 
 def _encode_loose(job: _Job) -> ScanRecord:
-    done = loose.standardise_loose(loose.read_loose(job.source), job.settings.standardise)
+    scan = loose.read_loose(job.source)
+    _refuse_clipped(scan, job.settings)
+    done = loose.standardise_loose(scan, job.settings.standardise)
     share = done.brain.mean()
     if share < job.settings.min_brain_fraction:
         raise ScanError(f"{job.source.scan_id}: brain on {share:.1%} of the frame, less than --min-brain-fraction")

@@ -192,6 +192,17 @@ def test_one_series_given_twice_is_refused_by_name(tmp_path):
     database_module.refuse_twice([source] for source in find_scans(top))
 
 
+def test_the_end_of_a_sources_range_is_no_measured_hu(folder, tmp_path):
+    """--hu-clip beyond what pictures show was taken: bone is 100 HU in them, and 180 in others of the database."""
+    with pytest.raises(DatasetError, match="HU clipped to -20..100 by the source, of .*; take a range within"):
+        build_lmdb([folder], tmp_path / "x.lmdb", SETTINGS, hu_clip=(-20, 180), log=lambda line: None)
+    scan = read_scan(find_scans(folder)[0])
+    narrow = PreprocessSettings(StandardiseSettings(size=32, hu_clip=(-20.5, 100.5)))
+    assert preprocess_scan(scan, narrow).reservations == ()
+    assert preprocess_scan(scan, SETTINGS).reservations == (
+        "HU clipped to -20..100 by the source, of -20..180 looked at: what lies beyond looks weaker than it is",)
+
+
 def test_a_copy_without_uids_fails_by_name(folder, tmp_path):
     shutil.copytree(folder / "two", tmp_path / "more" / "again")
     manifest = build_lmdb([folder, tmp_path / "more"], tmp_path / "x.lmdb", SETTINGS, log=lambda line: None)
@@ -361,7 +372,13 @@ def test_one_patient_on_both_sides_of_a_given_split_is_refused(folder, tmp_path)
 @pytest.mark.parametrize("flags, message", [
     (["--hu-clip", "80", "0"], "LOW below HIGH"), (["--size", "0"], "--size must be above 0"),
     (["--seed", "-1"], "--seed must be 0 or more, got -1"),
-    (["--val-fraction", "1.5"], "--val-fraction must be"), (["--min-brain-fraction", "1"], "--min-brain-fraction")])
+    (["--hu-clip", "nan", "80"], "both finite, got nan 80"), (["--hu-clip", "0", "inf"], "both finite, got 0 inf"),
+    (["--slab-mm", "inf"], "--slab-mm must be above 0 and finite, got inf"), (["--slab-mm", "nan"], "got nan"),
+    (["--max-below-vertex-mm", "inf"], "--max-below-vertex-mm must be above 0 and finite"),
+    (["--unknown-slice-spacing-mm", "nan"], "--unknown-slice-spacing-mm must be above 0 and finite, or 0"),
+    (["--unknown-slice-spacing-mm=-5"], "--unknown-slice-spacing-mm must be"), (["--val-fraction", "nan"], "got nan"),
+    (["--val-fraction", "1.5"], "--val-fraction must be"), (["--min-brain-fraction", "1"], "--min-brain-fraction"),
+    (["--min-brain-fraction", "nan"], "--min-brain-fraction")])
 def test_values_that_cannot_be_meant_end_with_code_2(folder, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
         prepare.main([str(folder), "--out", str(tmp_path / "x.lmdb"), "--workers", "1", *flags])
@@ -387,8 +404,12 @@ def test_flags_reach_the_work(tmp_path, monkeypatch):
                              "unknown_slice_spacing_mm": 4.5, "ids": "uid"}.items()
 
 
-def test_slices_like_a_models(folder, tmp_path, capsys):
+def test_slices_like_a_models(tmp_path, capsys):
     """All of them for validation, as its calibration wants them."""
+    folder = tmp_path / "wide"
+    for seed, name in enumerate(("one", "two", "three")):
+        hu, _ = synthetic_head(slices=13, size=48, spacing_mm=(8.0, 5.0, 5.0), seed=seed)
+        write_slice_folder(folder / name, hu, window=(-20, 180), slice_spacing_mm=8.0, pixel_spacing_mm=5.0)
     model, out = tiny_bundle(tmp_path / "model"), tmp_path / "own.lmdb"
     command = [str(folder), "--workers", "1", "--out", str(out), "--like"]
     assert prepare.main([*command, str(model), "--val-fraction", "1"]) == 0

@@ -137,6 +137,8 @@ def test_unknown_slice_spacing(tmp_path):
     ("pixel_spacing_mm", [0.5], "pixel_spacing_mm"),
     ("pixel_spacing_mm", [0.5, None], "pixel_spacing_mm"),
     ("order", "up", "inferior-to-superior"),
+    ("clipped_hu", [100, 200], "lies beyond 'windows_hu'"),
+    ("clipped_hu", [-50, -20], "lies beyond 'windows_hu'"),
     ("order", None, "order"),
 ])
 def test_scan_json_errors_name_file_and_key(tmp_path, key, value, words):
@@ -145,6 +147,14 @@ def test_scan_json_errors_name_file_and_key(tmp_path, key, value, words):
     with pytest.raises(ScanError, match=words) as error:
         read_only(tmp_path)
     assert "scan.json" in str(error.value) and key in str(error.value) and str(tmp_path) not in str(error.value)
+
+
+@pytest.mark.parametrize("clipped, known", [([0, 70], (0, 70)), ([-1024, 3000], (-20, 100)), ([-1000, 50], (-20, 50))])
+def test_what_the_window_ends_is_clipped_whatever_was_before(tmp_path, clipped, known):
+    """A clipped_hu wider than the window said that its ends were measured: bone of 100 HU, which is no bone."""
+    path = write_slice_folder(tmp_path / "case", HU) / "scan.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clipped_hu": clipped}))
+    assert read_only(tmp_path).saturation_hu == known
 
 
 def test_scan_json_that_is_missing_a_key_or_no_json(tmp_path):
