@@ -14,8 +14,8 @@
   function go() {
     const id = sections.has(asked().get("scan")) ? asked().get("scan") : rows[0].dataset.scan;
     if (id !== scan) open(id);
-    const slice = asked().get("slice");
-    if (slice !== null && data.pictures.length) show(nearest(Number(slice)));
+    const slice = parseInt(asked().get("slice"), 10);
+    if (!isNaN(slice) && data.pictures.length) show(nearest(slice));
   }
 
   function open(id) {
@@ -57,7 +57,8 @@
     return data.pictures.reduce((best, _, i) => distance(i) < distance(best) ? i : best, 0);
   }
 
-  const said = ([number, mm, score]) => `slice ${number}, ${Math.round(mm)} mm below the top, score ${score}`;
+  const level = mm => `${Math.abs(Math.round(mm))} mm ${Math.round(mm) < 0 ? "above" : "below"} the top`;
+  const said = ([number, mm, score]) => `slice ${number}, ${level(mm)}, score ${score}`;
 
   function show(index) {
     shown = index;
@@ -82,7 +83,7 @@
     history.replaceState(null, "", "#" + address);
   }
 
-  // Scores along the slices: the skull base on the left, the vertex on the right
+  // Scores along the slices, from below on the left to the top on the right
   const left = 40, top = 8, bottom = 104;
   let xOf = null;
 
@@ -119,8 +120,8 @@
     }
     add(plot, "text", {x: left - 5, y: top + 8, "text-anchor": "end"}, high.toPrecision(2));
     add(plot, "text", {x: left - 5, y: bottom, "text-anchor": "end"}, "0");
-    add(plot, "text", {x: left, y: bottom + 17}, `skull base, ${Math.round(far)} mm`);
-    add(plot, "text", {x: right, y: bottom + 17, "text-anchor": "end"}, `top, ${Math.round(near)} mm`);
+    add(plot, "text", {x: left, y: bottom + 17}, level(far));
+    add(plot, "text", {x: right, y: bottom + 17, "text-anchor": "end"}, level(near));
     const best = projected.reduce((a, b) => b[2] > a[2] ? b : a, projected[0] || [0, 0, 0]);
     plot.setAttribute("aria-label", `Scores of ${projected.length} slices from skull base to vertex; highest: ${said(best)}`);
   }
@@ -145,10 +146,13 @@
   slider.addEventListener("input", () => moveTo(Number(slider.value)));
   el("down").addEventListener("click", () => moveTo(shown - 1));
   el("up").addEventListener("click", () => moveTo(shown + 1));
-  for (const image of images) image.addEventListener("click", () => {
-    const figure = image.closest("figure"), large = figure.classList.toggle("large");
-    document.querySelector(".panels").classList.toggle("large", large);
-  });
+  function enlarge(image) {                            // and back; with null, what is large
+    const panels = document.querySelector(".panels"), large = image?.closest("figure:not(.large)");
+    for (const figure of panels.children) figure.classList.toggle("large", figure === large);
+    panels.classList.toggle("large", Boolean(large));
+    for (const one of images) one.setAttribute("aria-pressed", one.closest("figure") === large);
+  }
+  for (const image of images) image.addEventListener("click", () => enlarge(image));
   for (const row of rows) row.addEventListener("click", event => {
     if (event.target.closest("a")) return;
     location.hash = new URLSearchParams({scan: row.dataset.scan});
@@ -156,8 +160,13 @@
 
   document.addEventListener("keydown", event => {
     if (event.target.id === "find" || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "Escape") enlarge(null);
+    if (images.includes(event.target) && (event.key === "Enter" || event.key === " ")) {
+      enlarge(event.target);
+      event.preventDefault();
+    }
     const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-    if (step && data.pictures.length && event.target !== slider) {
+    if (step && data.pictures.length && event.target !== slider && !event.target.closest?.(".wide")) {
       moveTo(shown + step);
       event.preventDefault();
     }

@@ -289,6 +289,12 @@ def digits(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
+def level_of(below_vertex_mm: float) -> str:
+    """Of a slice, in words: the highest ones lie above the top of the brain."""
+    mm = round(below_vertex_mm)
+    return f"{abs(mm)} mm {'above' if mm < 0 else 'below'} the top"
+
+
 def counted(n: int, what: str) -> str:
     return f"{n} {what}" + "s" * (n != 1)
 
@@ -316,10 +322,10 @@ def found(entries: list[Entry], calibration: Calibration) -> list[str]:
                          f"{f', above {beats} healthy scans' if beats else ''}.")
     sentences.append(f"{counted(len(done), 'scan')} compared, slice by slice, with the closest normal head CT that the "
                      "model can draw.")
-    for status, words in (("unreliable", "not to be trusted and stand apart, below the others"),
-                          ("failed", "failed and stand last in the list")):
+    for status, what, where in (("unreliable", "not to be trusted", "apart, below the others"),
+                                ("failed", "failed", "last in the list")):
         if count := sum(e.status == status for e in entries):
-            sentences.append(f"{counted(count, 'scan')} {words}.")
+            sentences.append(f"{counted(count, 'scan')} {what}: {'it stands' if count == 1 else 'they stand'} {where}.")
     return sentences
 
 
@@ -338,7 +344,7 @@ def where(entries: list[Entry], calibration: Calibration) -> list[str]:
     sentences = []
     if first:
         key = first.key[0]
-        sentences.append(f"{first.scan_id}: slice {key.number}, {key.below_vertex_mm:.0f} mm below the top.")
+        sentences.append(f"{first.scan_id}: slice {key.number}, {level_of(key.below_vertex_mm)}.")
     by = "rises highest above healthy slices at its level" if calibration.levels else "scores highest"
     return [*sentences, f"Each scan opens at the slice that {by}. Red outlines mark what differs from normal."]
 

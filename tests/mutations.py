@@ -66,6 +66,8 @@ MUTANTS = (
            "np.diag([-1.0, -1.0, 1.0])", "np.diag([1.0, -1.0, 1.0])", BLEED + " -k mask_lies"),
     Mutant("only what is hyperdense is predicted", "detect/surprise.py",
            "combined.abs() > self.mask", "combined > self.mask", "tests/test_anomaly.py -k either_side"),
+    Mutant("a slice above the top is below it", "detect/report.py",
+           "'above' if mm < 0 else 'below'", "'below'", "tests/test_report.py -k above_the_top"),
     Mutant("worklist begins with the lowest score", "detect/folder.py",
            '-row["score"]', 'row["score"]', "tests/test_end_to_end.py -k ranked"),
     Mutant("exit code 0 although scans failed", "projector.py", "in results) else 3", "in results) else 0",

@@ -120,12 +120,29 @@ def test_a_calibration_without_the_runs_scan_score_is_none(results):
 
 def test_it_says_what_was_found_where_and_how_sure(results):
     text = text_of(page_of(results()))
-    for told in ("1 of 2 scans flagged", "Highest: a, score 5, above 4 of 4 healthy scans.", "1 scan failed",
-                 "a: slice 100, 20 mm below the top.", "4 healthy scans: none can be called rarer than one in 5.",
+    for told in ("1 of 2 scans flagged", "Highest: a, score 5, above 4 of 4 healthy scans.",
+                 "1 scan failed: it stands last", "a: slice 100, 20 mm below the top.",
+                 "4 healthy scans: none can be called rarer than one in 5.",
                  "with a chance of at most 20%", "Without labels it is not known", "Not a diagnosis.",
                  "failed: no brain <found>", "SHA-256 f00d"):
         assert told in text
     assert "To stay within" not in text
+
+
+def test_slices_above_the_top_are_said_to_be(results):
+    """They were -5 mm below it."""
+    assert [report.level_of(mm) for mm in (-4.7, -0.3, 0, 30.4)] == [
+        "5 mm above the top", "0 mm below the top", "0 mm below the top", "30 mm below the top"]
+    folder = results()
+    text = (folder / "slices.csv").read_text()
+    (folder / "slices.csv").write_text(text.replace("a,100,20", "a,100,-20").replace("a,101,10", "a,101,-30"))
+    assert "a: slice 100, 20 mm above the top." in text_of(page_of(folder))
+
+
+def test_pictures_are_reached_by_keys(results):
+    """They were enlarged by the mouse alone."""
+    page = page_of(results())
+    assert len(re.findall(r'<img alt="" tabindex="0" role="button" aria-pressed="false"', page)) == 4
 
 
 def test_a_rate_is_never_said_to_be_lower_than_it_is(results):
