@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.stopping import SIGNALS
+
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-W", "ignore", "-c", "from ct.apart import serve; serve()"]
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}           # NumPy's: of many threads the stacks alone would be MEMORY
@@ -95,7 +97,8 @@ def _ask(worker: subprocess.Popen, request: list) -> tuple[str | None, list[np.n
 
 def serve() -> None:
     """For every line [task, path, bytes] of the standard input a line [error, [[shape, dtype], ...]] and the arrays."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)      # Ctrl-C is for the program, which then closes the input
+    for number in (signal.SIGINT, *SIGNALS):          # a terminal or systemd sends them to all processes: they are for
+        signal.signal(number, signal.SIG_IGN)         # the program, which then closes the input
     logging.disable()                                 # warnings quote headers
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)                                     # what a library prints is no reply

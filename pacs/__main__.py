@@ -5,9 +5,9 @@
 
 Follows Orthanc's change log for stable CT series, fetches, projects and stores them back as DICOM objects of the same
 study, and serves a worklist: /, /worklist.json, /healthz, /metrics. May be killed at any time: every series gets one
-set of results. Runs until it is stopped (Ctrl-C or SIGTERM: after the series in work); exit code 2 for wrong usage, and
-where Orthanc redirects, or does not allow to read, store or delete. docs/PACS.md tells more. Not a medical device: for
-research only.
+set of results. Runs until it is stopped, after the series in work (a second Ctrl-C: at once). Exit codes: 130 stopped
+by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP; 2 for wrong usage, and where Orthanc redirects, or does not allow to read,
+store or delete. docs/PACS.md tells more. Not a medical device: for research only.
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ import argparse
 import os
 import signal
 import sys
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import distributed
+from common.stopping import SIGNALS, orderly_end
 from detect import Projector, load_bundle
 from detect.dicom_out import identity_of
 from op import memory, set_impl
 from pacs.node import Node
-from pacs.orthanc import Orthanc, OrthancRefused
+from pacs.orthanc import Orthanc, OrthancRefused, checked_url
 from pacs.server import serve
 from pacs.state import State
+
+DAY_S = 86_400
 
 
 class NoPhi(argparse.Action):
@@ -61,42 +66,83 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"),
         help="of the networks (default: bf16 where the device is good at it)")
     args = parser.parse_args(argv)
-    for flag in ("queue", "poll_s", "timeout_s", "days"):
-        if not getattr(args, flag) > 0:
-            parser.error(f"--{flag.replace('_', '-')} must be above 0, got {getattr(args, flag):g}")
+    for flag, most in (("queue", 10**6), ("poll_s", DAY_S), ("timeout_s", DAY_S), ("days", 36_500)):
+        if not 0 < getattr(args, flag) <= most:
+            parser.error(f"--{flag.replace('_', '-')} must be above 0 and at most {most}, got {getattr(args, flag):g}")
     if not 0 <= args.port <= 65535:
         parser.error(f"--port must be from 0, which takes a free one, to 65535, got {args.port}")
+    if not args.host:
+        parser.error("--host is empty, which would serve the pages on all addresses; give one, such as 127.0.0.1")
     return args
 
 
+def credentials() -> tuple[str | None, str | None]:
+    """User and password from the environment, or neither. Raises ValueError for one without the other."""
+    user, password = (os.environ.get(name) or None for name in ("ORTHANC_USER", "ORTHANC_PASSWORD"))
+    if (user is None) != (password is None):
+        raise ValueError("ORTHANC_USER and ORTHANC_PASSWORD: set both in the environment, or neither")
+    return user, password
+
+
+def start(args: argparse.Namespace) -> tuple[Node, ThreadingHTTPServer]:
+    """The node, and the server of its pages. Raises OSError and ValueError, with what is wrong and its mend."""
+    orthanc = Orthanc(args.orthanc, *credentials(), args.timeout_s)
+    link = None if args.link is None else checked_url("--link", args.link)
+    memory.keep_freed()
+    set_impl(args.ops)
+    projector = Projector(load_bundle(args.model, distributed.pick_device(args.device), args.precision))
+    state = State(args.state, projector.key())
+    node = Node(orthanc, state, projector, identity_of(projector), queue=args.queue, poll_s=args.poll_s,
+                from_now=args.since == "now")
+    try:
+        return node, serve(node, args.host, args.port, link, args.days)
+    except (OSError, UnicodeError) as error:          # the latter of a host that is no name
+        raise ValueError(f"--host {args.host} --port {args.port}: the pages cannot be served there "
+                         f"({getattr(error, 'strerror', None) or 'no host name'}); choose others") from error
+
+
+def run(node: Node) -> int:
+    """Until SIGINT, SIGTERM or SIGHUP, of which the exit code tells: after the series in work; a second Ctrl-C at once.
+
+    Raises OrthancRefused, and KeyboardInterrupt at a second Ctrl-C.
+    """
+    got: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        if number == signal.SIGINT and got:
+            raise KeyboardInterrupt
+        got.append(number)
+        # In a thread of its own: this may have interrupted the loop while it holds the event's lock
+        Thread(target=node.stopping.set).start()
+
+    for number in (signal.SIGINT, *SIGNALS):
+        if signal.getsignal(number) != signal.SIG_IGN:                 # as under nohup
+            signal.signal(number, stop)
+    node.run()
+    return 128 + got[0]
+
+
+@orderly_end()
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        orthanc = Orthanc(args.orthanc, os.environ.get("ORTHANC_USER"), os.environ.get("ORTHANC_PASSWORD"),
-                          args.timeout_s)
-        memory.keep_freed()
-        set_impl(args.ops)
-        projector = Projector(load_bundle(args.model, distributed.pick_device(args.device), args.precision))
-        state = State(args.state, projector.key())
-        node = Node(orthanc, state, projector, identity_of(projector), queue=args.queue, poll_s=args.poll_s,
-                    from_now=args.since == "now")
-        server = serve(node, args.host, args.port, args.link, args.days)
+        node, server = start(args)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: node.stopping.set())
     host, port = server.server_address[:2]
     print(f"worklist: http://{host}:{port}/", flush=True)
     try:
-        node.run()
+        return run(node)
     except OrthancRefused as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the series in work is done at the next start", file=sys.stderr)
+        return 130
     finally:
         server.shutdown()
-        state.close()
-    return 0
+        node.state.close()
 
 
 if __name__ == "__main__":

@@ -185,6 +185,8 @@ class Node:
             result = {"state": FAILED, "reason": f"{type(error).__name__}; where it came from is in the node's log"}
         finally:
             self.state.clear_work()
+        if self.stopping.is_set() and result["state"] != DONE:
+            return                                    # the signal may have reached a decoder as well: at the next start
         result |= {"finished": timestamp(), "seconds": time.perf_counter() - started}
         row = {key: value for key, value in self.state.rows[series_id].items() if key not in TRYING}
         self.state.put(series_id, row | result)

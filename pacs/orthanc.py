@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{8}){4}")       # of a patient, study, series or instance: a hash
+BASE = re.compile('[!"$->@-~]+')                       # of a URL's characters, ASCII without blanks, all but ? and #
 STORED = ("Success", "AlreadyStored")
 FILTERED = "; let the server's ReceivedInstanceFilter take SR, SEG, KO and OT from this node"
 SERIES = {"ID": str, "MainDicomTags": dict, "Instances": list, "ParentStudy": str, "IsStable": bool,
@@ -67,20 +68,11 @@ class Orthanc:
     """
 
     def __init__(self, url: str, user: str | None = None, password: str | None = None, timeout_s: float = 30.0):
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError as error:                   # not quoted: a user and password may be in it
-            raise ValueError("--orthanc: expected a URL such as http://127.0.0.1:8042, with a port from 1 to 65535 or "
-                             "none") from error
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-            raise ValueError(f"--orthanc {url}: expected a URL such as http://127.0.0.1:8042")
-        if parts.username or parts.password:
-            raise ValueError("--orthanc: leave user and password out of the URL; give them in the environment as "
-                             "ORTHANC_USER and ORTHANC_PASSWORD")
-        self.url, self.timeout_s = url.rstrip("/"), timeout_s
+        self.url, self.timeout_s = checked_url("--orthanc", url), timeout_s
         self._headers = {}
         if user is not None:
+            if ":" in user:
+                raise ValueError("ORTHANC_USER: has a colon, which HTTP takes for the end of the name; choose another")
             token = base64.b64encode(f"{user}:{password or ''}".encode()).decode()
             self._headers["Authorization"] = f"Basic {token}"
         no_proxy = urllib.request.ProxyHandler({})                                         # a PACS is never behind one
@@ -182,6 +174,25 @@ class Orthanc:
         except (OSError, HTTPException) as error:                        # URLError and time-outs are OSErrors
             reason = getattr(error, "reason", None) or error
             raise OrthancAway(f"{self.url}{path}: {reason or type(error).__name__}") from error
+
+
+def checked_url(flag: str, url: str) -> str:
+    """The base URL of an Orthanc that a flag gives, without a slash at its end. Raises ValueError, naming the flag."""
+    expected = "expected a URL such as http://127.0.0.1:8042"
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+        (parts.hostname or "").encode("idna")
+    except ValueError as error:                       # not quoted: a user and password may be in it
+        raise ValueError(f"{flag}: {expected}, with a host's name and a port from 1 to 65535 or none") from error
+    if parts.username or parts.password:
+        raise ValueError(f"{flag}: leave user and password out of the URL; give them in the environment as "
+                         "ORTHANC_USER and ORTHANC_PASSWORD")
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ValueError(f"{flag} {url}: {expected}")
+    if not BASE.fullmatch(url):
+        raise ValueError(f"{flag} {url!r}: {expected}, without ?, # and blanks, other characters %-encoded")
+    return url.rstrip("/")
 
 
 def _checked(answer: Any, expected: type | dict[str, type], url: str) -> Any:

@@ -13,16 +13,19 @@ same UIDs. No file but those in work/ holds patient data.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
 from common.files import replace_text
 
 WAITING, DONE, REFUSED, FAILED = "waiting", "done", "refused", "failed"
+ROW = ("state", "sequence", "images", "announced", "study", "objects")           # what each row has
 
 
 def digest(instances: list[str]) -> str:
@@ -51,19 +54,24 @@ class State:
             self._series.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / "lock", "w")      # held as long as the process lives
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._open(model)
         except BlockingIOError as error:
             raise StateError(f"--state {folder}: in use by another node; give each its own folder") from error
         except OSError as error:
-            raise StateError(f"--state {folder}: cannot be written ({error.strerror}); choose another") from error
-        known = self._read(self.folder / "state.json") or {
-            "sequence": None, "date": "", "arriving": [], "model": model}
+            raise StateError(f"--state {folder}: cannot be used ({error.strerror}: {error.filename}); mend that, or "
+                             "choose another") from error
+
+    def _open(self, model: dict) -> None:
+        known = {"sequence": None, "date": "", "arriving": [], "model": model}
+        if (path := self.folder / "state.json").exists():
+            known = self._read(path, known)
         if known["model"] != model:
-            raise StateError(f"--state {folder}: belongs to another model or other settings; choose another folder")
+            raise StateError(f"--state {self.folder}: belongs to another model or other settings; choose another")
         self.sequence: int | None = known["sequence"]         # None before the log was ever looked at
         self.date: str = known["date"]                        # of the newest entry read, by Orthanc's clock; this
         self.arriving = set(known["arriving"])                # and these, Orthanc's ids, are written with `sequence`
         self.model = model
-        self.rows: dict[str, dict] = {path.stem: _brief(self._read(path)) for path in self._series.glob("*.json")}
+        self.rows: dict[str, dict] = {path.stem: _brief(self._read(path, ROW)) for path in self._series.glob("*.json")}
         self.clear_work()
         self.advance(self.sequence)
 
@@ -94,14 +102,15 @@ class State:
         self.clear_work()
         self._lock.close()
 
-    def _read(self, path: Path) -> dict | None:
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
+    def _read(self, path: Path, expected: Iterable[str]) -> dict:
+        """A file's object, if it has the members expected."""
+        found = None
+        with contextlib.suppress(ValueError):
+            found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not set(expected) <= set(found):
             raise StateError(f"{path}: damaged; delete it, and the series it stands for is looked at again when "
-                             "Orthanc announces it") from error
+                             "Orthanc announces it")
+        return found
 
 
 def _brief(row: dict) -> dict:

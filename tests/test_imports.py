@@ -23,7 +23,7 @@ MAY_IMPORT = {                                                   # besides itsel
             "detect.perceptual", "detect.inpainting", "detect.inversion", "detect.reader"},
     "detect": {"op", "model", "common", "ct", "dataset", "distributed", "config"},
     "bundling": {"config", "ct.settings", "dataset", "detect", "distributed", "gan", "model", "common"},
-    "pacs": {"op", "common.files", "ct", "detect", "distributed"},
+    "pacs": {"op", "common.files", "common.stopping", "ct", "detect", "distributed"},
     "healthygan": {"op", "common", "ct", "gan", "dataset", "distributed", "config", "evaluation",
                    "detect.reconstruct"},
 }

@@ -66,6 +66,15 @@ def test_other_pictures_are_refused(name, image, kind, words, tmp_path):
         read_pixels(tmp_path / name, 1)
 
 
+@pytest.mark.parametrize("number", apart.SIGNALS)
+def test_a_signal_for_the_program_leaves_the_process_as_it_is(number, tmp_path):
+    """systemd sends SIGTERM to all processes of a service: the end of this one was taken for a damaged file."""
+    Image.fromarray(GREY).save(tmp_path / "good.png")
+    read_pixels(tmp_path / "good.png", 1)
+    apart._worker.send_signal(number)
+    np.testing.assert_array_equal(read_pixels(tmp_path / "good.png", 1)[0], GREY)
+
+
 def test_a_damaged_picture_leaves_the_process_as_it_is(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:50])       # within its pixels
