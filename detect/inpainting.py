@@ -15,9 +15,7 @@ So the closest normal is the same head, as sharp as it is, without what does not
 inversion (code, what is anomalous, detail elsewhere: Lee et al. 2022, Methods) with a code in space in place of W+.
 What is anomalous is judged by what its surroundings call for all the same (`judged`): a hole's shape tells of fluid in
 an infarct, too. What is hidden only since something goes on is not judged: healthy ventricles and sulci do, too.
-Where the model holds a reader (reader.py), it says besides what it makes of slice and surroundings, and what it finds
-too dense is drawn anew, too (gate_read): blood that makes fluid as dense as tissue is just what surroundings call for,
-but has the shape of a ventricle. That is not judged either, for what the reader says is judged by itself.
+Where the model holds a reader (reader.py), it says besides what it makes of slice and surroundings.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from common.weights import CheckpointError
 from config import option
 from ct.window import BONE_HU, decode, encode
 from detect.inversion import OfEncoder, bone_mask
-from detect.reader import SCALE, Reader
+from detect.reader import Reader
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
 from detect.residual import with_what_touches, without_small
 from model import Encoder, Generator
@@ -61,8 +59,6 @@ class InpaintingSettings:
                             "differs by more than this, HU; as gate_hu: nothing is")
     spared: float = option(0.5, "of gate_hu: what is less hypodense than this by itself is not drawn anew with what is "
                                 "around it, as the septum between the ventricles is; 0 draws it, too")
-    gate_read: float = option(0.0, "log odds, beyond those of half of a slice, from which on what a reader finds too "
-                              "dense is drawn anew, too; 0: nothing is")
     bright_rim: int = option(3, f"what is hidden around it where it is hyperdense, pixels of {AT}; {AROUND} elsewhere")
     judged: str = option("surroundings", "what a place that is drawn anew is judged against: what its surroundings "
                          "call for, or, if 'normal', how it is drawn", ("surroundings", "normal"))
@@ -79,8 +75,6 @@ class InpaintingSettings:
             raise ValueError(f"grow_hu must be above 0 and at most gate_hu, {self.gate_hu:g}, got {self.grow_hu:g}")
         if not 0 <= self.spared < 1:
             raise ValueError(f"spared must be from 0 to below 1, got {self.spared:g}")
-        if not 0 <= self.gate_read < float("inf"):
-            raise ValueError(f"gate_read must be 0 or more, got {self.gate_read:g}")
         if self.bright_rim < AROUND:
             raise ValueError(f"bright_rim must be at least {AROUND} pixel, got {self.bright_rim}")
 
@@ -106,7 +100,6 @@ class Inpainting(OfEncoder):
         with stages.stage("surroundings", lambda: error_hu(query_hu, expected_hu, soft)):
             expected_hu, anomalous, hidden = self.anomalous(query_hu, soft, bone)
             read = self.read(query_hu, expected_hu, brain, bone)
-            hidden = hidden | self.too_dense(read)
         with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, soft)):
             kept = bone | (~brain & (query_hu <= self.range_hu[0]))            # and air: the networks draw it badly
             normal_hu = torch.where(kept, query_hu, self.draw(self.seen(hu), hidden, bone))
@@ -144,23 +137,13 @@ class Inpainting(OfEncoder):
         """Where a difference [S, N, N] from the surroundings is anomalous in soft brain, and what to hide of that."""
         unit, gate, clipped = self.size / AT, self.settings.gate_hu, difference_hu.clamp(-CLIP_HU, CLIP_HU)
         smooth = smoothed(clipped, soft, SMOOTH * unit)
-        found = self.without_specks(smooth.abs() > gate)
+        found = without_small(smooth.abs() > gate, SPECK * unit**2)
         dark = found & (smooth < 0)
         bright = _with_rim(found & (smooth > 0), self.settings.bright_rim * unit)
         whole = _with_rim(with_what_touches(dark, smooth < -self.settings.grow_hu), AROUND * unit)
         if self.settings.spared:
             whole &= ~soft | (smoothed(clipped, soft, NEAR * unit) < -self.settings.spared * gate)
         return bright | _with_rim(dark, AROUND * unit), bright | whole
-
-    def too_dense(self, read: torch.Tensor | None) -> torch.Tensor | bool:
-        """What is hidden, bool [S, N, N], of what a reader says of slices, [S, 2, N, N]; False where it has no say."""
-        if read is None or not self.settings.gate_read:
-            return False
-        found = self.without_specks(read[:, 0].to(self.device) > SCALE * self.settings.gate_read)
-        return _with_rim(found, AROUND * self.size / AT)
-
-    def without_specks(self, found: torch.Tensor) -> torch.Tensor:
-        return without_small(found, SPECK * (self.size / AT) ** 2)
 
     def detail(self, difference_hu: torch.Tensor, soft: torch.Tensor, drawn_anew: torch.Tensor,
                grown: torch.Tensor) -> torch.Tensor:

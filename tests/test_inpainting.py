@@ -362,27 +362,6 @@ def test_what_is_drawn_anew_only_since_it_goes_on_is_not_judged(filler):
     assert found.difference_hu[:, 10:22, 20:26].abs().max() == 0
 
 
-@pytest.mark.parametrize(("gate_read", "anew"), ((0, False), (1.5, True), (2.5, False)))
-def test_what_a_reader_finds_too_dense_is_drawn_anew_but_not_judged(gate_read, anew, filler):
-    """It is what its surroundings call for, 30 HU, and a reader's log odds of 2 are 4 as it gives them."""
-    def says(query_hu, expected_hu, brain, bone):
-        read = torch.zeros(1, 2, 32, 32)
-        read[:, 0, 8:16, 8:16], read[:, 1, 20:28, 8:16] = 4, -4          # for what is not dense enough the gate is
-        return read
-
-    hu, brain = torch.full((1, 32, 32), 30.0), torch.ones(1, 32, 32, dtype=torch.bool)
-    hu[:, 0, 0] = 100.0                                                  # bone
-    filler.settings = InpaintingSettings(gate_read=gate_read)
-    filler.read = says
-    filler.from_surroundings = lambda hu, bone: torch.full_like(hu, 30)
-    filler.draw = lambda images, hidden, bone: torch.where(hidden, 10.0, decode(images))
-    found = filler.closest_normal(hu, brain, np.zeros(1))
-    expected = torch.full((1, 32, 32), 30.0)
-    expected[:, 7:17, 7:17] -= 20.0 * anew
-    assert torch.allclose(found.normal_hu[:, 1:], expected[:, 1:], atol=0.05)
-    assert found.difference_hu.abs().max() < 0.05
-
-
 def test_grain_comes_back_whole_where_all_is_normal_and_up_to_3_hu_elsewhere():
     """A pattern of +-6 HU from pixel to pixel, which all Gaussians take for grain, over a shift of 20 HU."""
     fine = 6.0 * (1 - 2 * (torch.arange(128) + torch.arange(128)[:, None]).remainder(2))[None]
