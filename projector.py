@@ -115,14 +115,14 @@ def merge(argv: list[str]) -> int:
                                      "without a result are named (exit code 3).")
     parser.add_argument("out", type=Path, help="results folder")
     out = parser.parse_args(argv).out
-    from detect.folder import absent, collect_all, refuse_other_tables
+    from detect.folder import absent, collect_all, refuse_other_tables, unasked
 
     try:
         refuse_other_tables(out)
         if not (out / "run.json").is_file():
             raise ValueError(f"{out}: no run.json; give a folder of results of projector.py")
         results = collect_all(out)
-        missed = absent(out, results)
+        missed, others = absent(out, results), unasked(out, results)
         report = read_run(out / "run.json")
         if results and report.get("key") != results[0].key:
             raise ValueError(f"{out / 'run.json'}: is of a run with another model or calibration, other settings or "
@@ -132,6 +132,8 @@ def merge(argv: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if others:
+        print(f"also in the tables: {others}")
     for words in missed:
         print(f"not in the tables: {words}", file=sys.stderr)
     return 3 if missed else exit_code(results)
@@ -318,6 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     from ct.read import find_all
     from detect.folder import (
         collect,
+        further,
         make_writable,
         note_part,
         refuse_other_files,
@@ -370,6 +373,8 @@ def main(argv: list[str] | None = None) -> int:
                   f"projector.py merge {args.out}", flush=True)
         else:
             write_all(args.out, results, report, time.perf_counter() - started)
+            if others := further(args.out, results):
+                print(f"not in the tables: {others}")
             remove_leftovers(args.out)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

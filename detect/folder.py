@@ -65,8 +65,7 @@ def collect_all(out: Path) -> list[Result]:
 
     Raises ValueError where they were made with different settings, or a scan has two.
     """
-    folders = [*out.iterdir(), *(out / BY_HASH).glob("??/*")]
-    results = [result for folder in folders if (result := _result(folder))]
+    results = [result for folder in _folders(out) if (result := _result(folder))]
     for result in results[1:]:
         if result.key != results[0].key:
             raise ValueError(f"{out}: {result.folder.name} was made with another model or calibration, other settings "
@@ -117,23 +116,66 @@ def absent(out: Path, results: list[Result]) -> list[str]:
     For each set of inputs the last run counts, whole or in parts: it knew which scans there are. Of runs that
     left no word, as before there was any, nothing is missed. Raises ValueError for a note that cannot be read.
     """
+    done, words = {result.scan["scan_id"] for result in results}, []
+    for run in _last_runs(out):
+        count = run[0]["of"]
+        if gone := _never_began(run):
+            named = _some([f"{number}/{count}" for number in gone])
+            words.append(f"{len(gone)} of {count} parts never began, or saw other scans than the last one: start "
+                         f"them again, --part {named}")
+        if left := [scan_id for note in run for scan_id in note["scans"] if scan_id not in done]:
+            words.append(f"{len(left)} scans have no result: {_some(left)}; start their runs again")
+    return words
+
+
+def unasked(out: Path, results: list[Result]) -> str | None:
+    """Results of scans that the last runs have not found, in words: they may be gone, or have another id now.
+
+    None where there are none, or a part that may have found them never began.
+    """
+    runs = _last_runs(out)
+    if not runs or any(map(_never_began, runs)):
+        return None
+    asked = {scan_id for run in runs for note in run for scan_id in note["scans"]}
+    others = sorted({result.scan["scan_id"] for result in results} - asked)
+    if not others:
+        return None
+    return (f"{len(others)} scans that the last runs have not found: {_some(others)}; remove their folders to leave "
+            "them out")
+
+
+def further(out: Path, results: list[Result]) -> str | None:
+    """Results that lie there of scans other than these, in words; None where there are none."""
+    known = {result.folder for result in results}
+    others = sorted(folder.name for folder in _folders(out)
+                    if folder not in known and (folder / "result.json").is_file())
+    if not others:
+        return None
+    return (f"{len(others)} further scans have results in {out}: {_some(others)}; projector.py merge {out} makes "
+            "tables of all")
+
+
+def _last_runs(out: Path) -> list[list[dict]]:
+    """The notes of the last run on each set of inputs, part by part."""
     notes, mend = defaultdict(list), "remove it, and start the part that it is named after again"
     for path in sorted((out / PARTS).glob("*.json")):
         note = read_object(path, mend=mend)
         if not all(isinstance(note.get(name), kind) for name, kind in NOTE.items()):
             raise ValueError(f"{path}: expected {', '.join(NOTE)}, as projector.py writes them: {mend}")
         notes[path.name.partition("-")[0]].append((path.stat().st_mtime_ns, note))
-    done, words = {result.scan["scan_id"] for result in results}, []
+    runs = []
     for dated in notes.values():
         _, last = max(dated, key=lambda pair: pair[0])
-        run = [note for _, note in dated if (note["of"], note["found"]) == (last["of"], last["found"])]
-        if gone := sorted(set(range(last["of"])) - {note["part"] for note in run}):
-            named = _some([f"{number}/{last['of']}" for number in gone])
-            words.append(f"{len(gone)} of {last['of']} parts never began, or saw other scans than the last one: start "
-                         f"them again, --part {named}")
-        if left := [scan_id for note in run for scan_id in note["scans"] if scan_id not in done]:
-            words.append(f"{len(left)} scans have no result: {_some(left)}; start their runs again")
-    return words
+        runs.append([note for _, note in dated if (note["of"], note["found"]) == (last["of"], last["found"])])
+    return runs
+
+
+def _never_began(run: list[dict]) -> list[int]:
+    return sorted(set(range(run[0]["of"])) - {note["part"] for note in run})
+
+
+def _folders(out: Path) -> list[Path]:
+    return [*out.iterdir(), *(out / BY_HASH).glob("??/*")]
 
 
 def _some(names: list[str]) -> str:
@@ -195,8 +237,4 @@ def _is_own_table(path: Path) -> bool:
 def refuse_other_results(out: Path, sources: list[ScanSource], key: dict) -> None:
     """ValueError if a scan's results there are of another scan, another model, other settings or another version."""
     for source in sources:
-        earlier = read_result(find_result_folder(out, source.scan_id))
-        refuse_another(out, source, earlier)
-        if earlier and earlier["scan"]["status"] != "failed" and earlier["key"] != key:
-            raise ValueError(f"--out {out}: holds results of {source.scan_id} made with another model or calibration, "
-                             "other settings or another version of this program; choose another folder, or --overwrite")
+        refuse_another(out, source, read_result(find_result_folder(out, source.scan_id)), key)

@@ -49,9 +49,9 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
     While the networks have a scan, the next one is read and the one before written (detect/pipeline.py). Those that
     another run has are tried again at the end, in case it has died. writers: what is written, by name; other ones,
     another result. numbers: which of the sources, all by default; the next is asked for when it can be read. Of scans
-    that are too large to be two in memory, runs on this machine read one at a time. overwrite: results of other scans
-    of the same ids may be replaced. Raises FullDiskError, and ValueError where a scan's results would take the place
-    of anything else.
+    that are too large to be two in memory, runs on this machine read one at a time. overwrite: results of other
+    settings, and of other scans of the same ids, may be replaced. Raises FullDiskError, and ValueError where a scan's
+    results would take the place of these, or of anything else.
     """
     claims, key, folders = Claims(out / WORK), projector.key(), folders_of(sources)
     pending: Iterable[tuple[int, ScanSource]] = ((number, sources[number]) for number in (
@@ -81,7 +81,7 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
                 elif not is_finished():              # another run may have finished it before we had the claim
                     refuse_others(place(), folders)
                     if not overwrite:
-                        refuse_another(out, source, read_result(place()))
+                        refuse_another(out, source, read_result(place()), key)
                     job = Job(projector, source, place(), out / WORK, made, writers, held)
                     job.read()
                     job.number, job.held = number, held.pop_all()

@@ -19,7 +19,7 @@ from detect.measure import Measure
 from detect.reconstruct import Reconstruction, Reconstructor
 from detect.residual import Evidence, Findings
 from detect.scores import scan_score, thickness_mm
-from detect.settings import Settings
+from detect.settings import Settings, stored
 
 OTHER_SPACING = 1.25    # slices further apart than those of the calibration by this factor, or closer, do not compare
 TOO_FAR = 2.0           # times the mean error of healthy scans, where not each one's is known: did not come close
@@ -209,11 +209,12 @@ class Projector:
         The calibration is no weights, and may be made anew on the same ones.
         """
         precision = str(self.bundle.reconstructor.precision)
-        alarm = {"threshold": self.threshold, "alarm_rate": self.alarm_rate}
+        alarm, own = {"threshold": self.threshold, "alarm_rate": self.alarm_rate}, self.calibrated_for.mask
         calibrated = hashlib.sha256(json.dumps(self.calibration, sort_keys=True).encode()).hexdigest()
         return plain({"weights": self.bundle.weights_hash, "settings": self.settings.to_json(), "versions": versions(),
                       "preprocessing": self.preprocessing.to_json(), "precision": precision,
                       "calibration": calibrated if self.calibration else None}
+                     | ({} if own == self.settings.mask else {"calibrated_mask": stored(own)})   # tells what to trust
                      | {name: value for name, value in alarm.items() if value is not None})
 
 

@@ -212,7 +212,11 @@ def _is_left_over(place: Path) -> bool:
     return not names or ("result.json" in names and names <= WRITTEN)
 
 
-def refuse_another(out: Path, source: ScanSource, earlier: dict | None) -> None:
+def refuse_another(out: Path, source: ScanSource, earlier: dict | None, key: dict) -> None:
+    """ValueError if a scan's earlier result is of another scan, another model, other settings or another version."""
     if earlier and is_another(source, earlier):
         raise ValueError(f"--out {out}: {source.scan_id} is another scan than the one whose results lie there; choose "
                          "another --out, or --ids uid, which no two scans share, or --overwrite")
+    if earlier and earlier["scan"]["status"] != "failed" and earlier["key"] != key:
+        raise ValueError(f"--out {out}: holds results of {source.scan_id} made with another model or calibration, "
+                         "other settings or another version of this program; choose another folder, or --overwrite")

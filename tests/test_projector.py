@@ -242,6 +242,16 @@ def test_another_calibration_of_the_same_weights_is_another_key(monkeypatch):
     assert Projector(bundle, bundle.settings.replace(surprise_above=0.7)).key()["calibration"] is None
 
 
+def test_what_a_model_marks_itself_is_part_of_the_key():
+    """It tells what is not to be trusted, whatever mask is drawn."""
+    bundle = load_bundle(Path(__file__).resolve().parents[1] / "models" / "phantom-128")
+    known = bundle.meta["settings"]
+    other = dataclasses.replace(bundle, meta=bundle.meta | {"settings": known | {"mask": {"surprise_mask": 1.0}}})
+    drawn = bundle.settings.replace(surprise_mask=2.0)
+    assert Projector(bundle, drawn).key() != Projector(other, drawn).key()
+    assert "calibrated_mask" not in Projector(bundle).key()
+
+
 def test_a_normal_that_does_not_come_close_costs_the_percentile_and_not_the_flag():
     """A head full of blood has a bad closest normal, too: it must not lose its flag for that."""
     scores = [1.0, 2.0, 3.0, 4.0]

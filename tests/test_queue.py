@@ -246,6 +246,42 @@ def test_the_last_run_on_the_same_inputs_says_what_there_is(tmp_path):
     assert noted(("x", "ab", 0, 1), ("y", "bc", 1, 2)) == [never + "0/2", lost]    # other inputs, another array
 
 
+def test_results_of_scans_that_are_gone_or_of_other_inputs_are_named(two, scans, model, tmp_path, capsys):
+    """A merge took up a scan under its earlier name, too; a run on a second folder left the first one's scans out of
+    the tables. Neither said a word."""
+    out, second = tmp_path / "out", tmp_path / "second"
+    assert projector.main(flags(two, model, out)) == 0
+    assert "in the tables" not in capsys.readouterr().out
+    (two / "scan-001.nii").rename(two / "renamed.nii")
+    assert projector.main(flags(two, model, out)) == 0
+    told = f"1 further scans have results in {out}: scan-001; projector.py merge {out} makes tables of all"
+    assert f"not in the tables: {told}" in capsys.readouterr().out
+    assert projector.main(["merge", str(out)]) == 0
+    assert "also in the tables: 1 scans that the last runs have not found: scan-001; remove" in capsys.readouterr().out
+    shutil.rmtree(out / "scan-001")
+
+    second.mkdir()
+    os.link(scans / "scan-002.nii", second / "scan-002.nii")
+    assert projector.main(flags(second, model, out, "--part", "0/2")) == 0
+    assert projector.main(flags(second, model, out)) == 0
+    assert "2 further scans have results" in capsys.readouterr().out
+    assert projector.main(["merge", str(out)]) == 0                      # both inputs' last runs have found all three
+    assert "in the tables" not in capsys.readouterr().out and len((out / "scores.csv").read_text().splitlines()) == 4
+
+
+def test_results_of_other_settings_that_come_meanwhile_are_not_replaced(two, model, tmp_path):
+    """Of two runs on an empty folder each took the other's results for out of date, and projected them again."""
+    out, source, bundle = tmp_path / "out", find_scans(two)[0], load_bundle(model, precision="fp32")
+    one, other = Projector(bundle), Projector(bundle, bundle.settings.replace(threshold_hu=900.0))
+    list(jobs.project_all(one, [source], out))
+    before = (out / "scan-000" / "result.json").read_bytes()
+    with pytest.raises(ValueError, match="holds results of scan-000 made with another model or calibration, other set"):
+        list(jobs.project_all(other, [source], out))
+    assert (out / "scan-000" / "result.json").read_bytes() == before
+    list(jobs.project_all(other, [source], out, overwrite=True))
+    assert read_result(out / "scan-000")["key"] == other.key()
+
+
 def test_a_page_shows_the_first_scans_and_counts_the_others(whole):
     entries, _, others = read_results(whole, most=2)
     assert len(entries) == 2 and all(entry.ok and entry.slices and entry.overlays for entry in entries)
