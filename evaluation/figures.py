@@ -17,7 +17,7 @@ from evaluation.cohort import InputError, Units, read_truth, read_volume, slice_
 from evaluation.metrics import defined
 
 NO_THRESHOLD = "undefined: no threshold set on other data"
-CALLED = {"sensitivity": ("tp", "fn"), "specificity": ("tn", "fp"), "ppv": ("tp", "fp"), "npv": ("tn", "fn")}
+CALLED = ("sensitivity", "specificity", "ppv", "npv")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -38,19 +38,27 @@ def ranking(scores, labels, clusters, args) -> dict:
 
 def at_threshold(units: Units, chosen: np.ndarray, threshold: float | None, source: str, args) -> dict:
     """Sensitivity and its kin of the chosen units, a bool [n], as {value, interval, hits, of}; 'undefined' without a
-    threshold."""
+    threshold. The intervals count units of one patient as what they are worth together."""
     names = [*CALLED, "ppv_at_prevalence"]
     if threshold is None:
         return {name: NO_THRESHOLD for name in names}
-    counts = metrics.confusion(units.scores[chosen], units.labels[chosen], threshold, units.worst[chosen])
-    result = {"threshold": threshold, "threshold_source": source, **counts}
-    for name, (right, wrong) in CALLED.items():
-        total = counts[right] + counts[wrong]
-        value = defined(metrics.proportion, counts[right], total, args.level)
-        result[name] = value if isinstance(value, str) else {
-            "value": value[0], "interval": value[1:], "hits": counts[right], "of": total}
+    scores, labels, clusters = units.where(chosen)
+    given = scores, labels, threshold, units.worst[chosen]
+    result = {"threshold": threshold, "threshold_source": source, **metrics.confusion(*given)}
+    abnormal, called = labels == 1, metrics.called(*given)
+    groups = ((abnormal, called), (~abnormal, ~called), (called, abnormal), (~called, ~abnormal))
+    for name, (among, right) in zip(CALLED, groups):
+        result[name] = _share(right[among], clusters[among], args.level)
     result["ppv_at_prevalence"] = _ppv(result["sensitivity"], result["specificity"], args.prevalence)
     return result
+
+
+def _share(right: np.ndarray, clusters: np.ndarray, level: float) -> dict | str:
+    if not len(right):
+        return "undefined: 0 of 0"
+    hits, total = int(right.sum()), len(right)
+    value, *interval = metrics.proportion(hits, total, level, metrics.independent_units(right, clusters))
+    return {"value": value, "interval": interval, "hits": hits, "of": total}
 
 
 def _ppv(sensitivity, specificity, prevalence):

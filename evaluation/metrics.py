@@ -212,24 +212,50 @@ def empirical_threshold(normal_scores: np.ndarray, fpr: float) -> float:
     return float(np.sort(normal_scores)[::-1][allowed])
 
 
-def confusion(scores: np.ndarray, labels: np.ndarray, threshold: float,
-              worst: np.ndarray | bool = False) -> dict[str, int]:
-    """Counts tp, fp, tn, fn; a unit is called abnormal when score > threshold.
+def called(scores: np.ndarray, labels: np.ndarray, threshold: float, worst: np.ndarray | bool = False) -> np.ndarray:
+    """Which units are called abnormal, bool [n]: those of score > threshold.
 
     worst: bool [n], units that count as called wrongly whatever the threshold is.
     """
-    positive = np.asarray(labels) == 1
-    called = np.where(worst, ~positive, np.asarray(scores) > threshold)
-    return {"tp": int((called & positive).sum()), "fp": int((called & ~positive).sum()),
-            "tn": int((~called & ~positive).sum()), "fn": int((~called & positive).sum())}
+    return np.where(worst, np.asarray(labels) != 1, np.asarray(scores) > threshold)
 
 
-def proportion(hits: int, total: int, level: float = 0.95) -> tuple[float, float, float]:
-    """hits / total with its Wilson interval: (value, low, high). Raises Undefined for total 0."""
+def confusion(scores: np.ndarray, labels: np.ndarray, threshold: float,
+              worst: np.ndarray | bool = False) -> dict[str, int]:
+    """Counts tp, fp, tn, fn of units that are called() abnormal or not."""
+    positive, abnormal = np.asarray(labels) == 1, called(scores, labels, threshold, worst)
+    return {"tp": int((abnormal & positive).sum()), "fp": int((abnormal & ~positive).sum()),
+            "tn": int((~abnormal & ~positive).sum()), "fn": int((~abnormal & positive).sum())}
+
+
+def proportion(hits: int, total: int, level: float = 0.95,
+               independent: float | None = None) -> tuple[float, float, float]:
+    """hits / total with its Wilson interval: (value, low, high). Raises Undefined for total 0.
+
+    independent: how many independent units the total is worth (independent_units); all by default.
+    """
     if total == 0:
         raise Undefined("0 of 0")
-    interval = stats.binomtest(hits, total).proportion_ci(level, method="wilson")
-    return hits / total, float(interval.low), float(interval.high)
+    share, n, z = hits / total, total if independent is None else independent, stats.norm.ppf((1 + level) / 2)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return share, float(max(0.0, centre - half)), float(min(1.0, centre + half))
+
+
+def independent_units(right: np.ndarray, clusters: np.ndarray) -> float:
+    """How many independent units n correlated ones are worth where their share of right ones is estimated, at most n.
+
+    right: bool [n]; clusters [n], whose units hang together (slices of a scan, scans of a patient). n over the design
+    effect: the variance of the share with clusters as units over that with units as such (Rao and Scott, Biometrics
+    48:577, 1992). Where all are right, or none, no variance tells: it is the number of clusters. Not for n = 0.
+    """
+    right, (found, index) = np.asarray(right, float), np.unique(clusters, return_inverse=True)
+    n, count, share = len(right), len(found), right.mean()
+    if share in (0.0, 1.0) or count == 1:
+        return float(count)
+    residuals = np.bincount(index, weights=right - share)
+    effect = count / (count - 1) * np.square(residuals).sum() / (n**2 * share * (1 - share) / (n - 1))
+    return float(n / max(1.0, effect))
 
 
 def ppv_at_prevalence(sensitivity: float, specificity: float, prevalence: float) -> float:

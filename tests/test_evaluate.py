@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -22,7 +24,7 @@ from ct.write import write_nifti
 from detect.result import result_folder
 from evaluation import cohort, metrics, triage
 from evaluation.cohort import InputError, read_truth, read_volume, slice_positions
-from evaluation.figures import NO_THRESHOLD
+from evaluation.figures import NO_THRESHOLD, at_threshold
 from evaluation.metrics import Undefined
 from tests.helpers import synthetic_head
 from tests.writers import write_dicom_series, write_nifti_scan, write_slice_folder
@@ -207,6 +209,31 @@ def test_confusion_and_wilson():
     assert metrics.proportion(2, 3) == pytest.approx((2 / 3, centre - half, centre + half), abs=1e-6)
     with pytest.raises(Undefined):
         metrics.proportion(0, 0)
+
+
+def test_correlated_units_are_worth_fewer_independent_ones():
+    right = np.array([1, 1, 0, 1, 0, 0], bool)
+    assert metrics.independent_units(right, np.arange(6)) == pytest.approx(6)    # each its own: Wilson's as it is
+    assert metrics.independent_units(right.repeat(20), np.arange(6).repeat(20)) == pytest.approx(
+        120 / (6 / 5 * 6 * 100 / (120**2 / 4 / 119)))                            # copies: about as many as there were
+    assert metrics.independent_units(np.array([1, 0, 1, 0]), [0, 0, 1, 1]) == 4  # never more than there are
+    assert metrics.independent_units(np.ones(40), np.arange(4).repeat(10)) == 4  # all right: as many as patients
+    assert metrics.independent_units(np.array([1, 0, 1]), [7, 7, 7]) == 1
+    low, high = metrics.proportion(60, 120, independent=6)[1:]
+    assert (low, high) == pytest.approx(metrics.proportion(3, 6)[1:])
+
+
+def test_intervals_at_a_threshold_know_what_slices_of_one_patient_are_worth():
+    """Ten slices of each of four patients, alike: the interval was that of 40 patients."""
+    labels, scores = np.ones(40, int), np.repeat([1.0, 1, 1, 0], 10)
+    units = cohort.Units([(str(i),) for i in range(40)], scores, labels, [()] * 40, np.arange(4).repeat(10), {},
+                         np.zeros(40, bool))
+    args = SimpleNamespace(level=0.95, prevalence=None)
+    found = at_threshold(units, labels == 1, 0.5, "", args)["sensitivity"]
+    assert (found["value"], found["hits"], found["of"]) == (0.75, 30, 40)
+    assert found["interval"] == pytest.approx(metrics.proportion(30, 40, independent=40 / 13)[1:])
+    alone = at_threshold(dataclasses.replace(units, clusters=np.arange(40)), labels == 1, 0.5, "", args)["sensitivity"]
+    assert alone["interval"] == pytest.approx(metrics.proportion(30, 40)[1:])
 
 
 def test_ppv_at_prevalence_is_bayes():
