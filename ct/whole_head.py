@@ -33,6 +33,7 @@ MIN_ENCLOSED = 0.55             # of their border at least: half the skull may b
 REACH_MM = 5.0                  # from the brain's border to the bone
 CUT = 0.45                      # of the largest area: a scan whose outermost slice shows more ends in the brain
 AT_EDGE_MM, CUT_OFF_MM = 1.5, 40.0  # a brain that lies so near to the picture's edge over more than so much is cut off
+NOISE_HU = 3.0                  # of JPEG in black
 # The note on a stack that was put right. evaluate.py knows such scans by it, also in results that lie there already
 UPSIDE_DOWN = ("upside down: the slices ran from the vertex to the base and were put in reverse order; whether left "
                "and right are right cannot be seen")
@@ -78,8 +79,10 @@ def check_head(scan: Scan, brain: np.ndarray) -> tuple[str, ...]:
     if enclosed < MIN_ENCLOSED:
         raise ScanError(f"no head: {enclosed:.0%} of the border of what might be a brain is bone, expected at least "
                         f"{MIN_ENCLOSED:.0%} (another part of the body, or a skull that was removed?)")
-    base, vertex = (shown[0] == 0 and areas[0] > CUT * areas.max(),
-                    shown[-1] == len(areas) - 1 and areas[-1] > CUT * areas.max())
+    (base, below), (vertex, above) = ((bool(areas[end] > CUT * areas.max()), _goes_on(scan, brain[end], end + step))
+                                      for end, step in ((shown[0], -1), (shown[-1], 1)))
+    lost = (base and below) or (vertex and above)         # the skull is open there, as where a picture cuts it off
+    base, vertex = base and not below, vertex and not above
     height = float(np.ptp(scan.position_mm[shown]))
     if not base and not vertex and height < MIN_HEIGHT_MM:
         raise ScanError(f"no head: what might be a brain is {height:.0f} mm high, expected at least "
@@ -95,25 +98,37 @@ def check_head(scan: Scan, brain: np.ndarray) -> tuple[str, ...]:
                      f"{USUAL_BRAIN_HU[1]:.0f}: is the HU scale right?")
     if vertex:
         notes.append("partial head: ends below the vertex; positions unknown")
+    if lost:
+        notes.append("partial head: the brain that was found ends at once where the head goes on; sizes and places "
+                     "unknown")
     if _at_edge_mm(scan, brain) > CUT_OFF_MM:
         notes.append("partial head: the picture's edge cuts off the brain; sizes and places unknown")
     return tuple(notes)
 
 
+def _goes_on(scan: Scan, image: np.ndarray, beyond: int) -> bool:
+    """Whether there is tissue in slice `beyond`, if there is one, where another shows brain, bool [H, W]."""
+    if not 0 <= beyond < len(scan.hu):
+        return False
+    return bool((scan.hu[beyond][image] > max(AIR_BELOW, scan.saturation_hu[0] + 12)).mean() > 0.5)
+
+
 def _at_edge_mm(scan: Scan, brain: np.ndarray) -> float:
     """The longest stretch over which the brain, bool [S, H, W], lies at the edge of what a slice shows.
 
-    That is the picture's edge, or padding beyond it: the same air on all slices. A whole brain has bone and skin there.
-    Where a picture was cut to the size of the brain, this touches the edges, each for 20 to 30 mm.
+    That is the picture's edge, or padding beyond it: air that reaches it, on this slice, or but for noise on all. A
+    whole brain has bone and skin there. Where a picture was cut to the size of the brain, this touches the edges, each
+    for 20 to 30 mm.
     """
-    air = (np.ptp(scan.hu, axis=0) == 0) & (scan.hu[0] <= max(AIR_BELOW, scan.saturation_hu[0]))
-    labels, _ = ndi.label(np.pad(air, 1, constant_values=True))
-    outside = labels == labels[0, 0]
+    low = scan.saturation_hu[0]
+    always = scan.hu.max(axis=0) <= max(AIR_BELOW, low + NOISE_HU)
     typical = scan.pixel_spacing_mm or (TYPICAL_FIELD_MM / max(scan.hu.shape[1:]),) * 2
     reach = [2 * max(1, round(AT_EDGE_MM / mm)) + 1 for mm in typical]
-    near = ndi.binary_dilation(outside, np.ones(reach))[1:-1, 1:-1]
-    stretches = [piece for image in brain[(brain & near).any(axis=(1, 2))]
-                 for piece in ndi.find_objects(ndi.label(image & near)[0])]
+    stretches = []
+    for image, hu in zip(brain, scan.hu):
+        labels, _ = ndi.label(np.pad(always | (hu <= max(AIR_BELOW, low)), 1, constant_values=True))
+        near = ndi.maximum_filter(labels == labels[0, 0], reach)[1:-1, 1:-1]
+        stretches += ndi.find_objects(ndi.label(image & near)[0])
     if not stretches:
         return 0.0
     row_mm, column_mm = scan.pixel_spacing_mm or (estimate_pixel_mm(scan),) * 2

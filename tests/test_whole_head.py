@@ -151,6 +151,39 @@ def test_a_brain_that_the_pictures_edge_cuts_off_is_noted(spacing_mm):
         assert notes(*cut) == notes(*cut, padded=True) == (CUT_OFF,)
 
 
+@pytest.mark.parametrize("window", [None, (-20.0, 100.0)])
+def test_a_brain_cut_off_at_padding_that_is_noisy_or_moves_is_noted(window):
+    """Only padding of one value at one place counted: half heads that were resampled, or JPEGs, had percentiles."""
+    scan, brain = synthetic_scan(spacing_mm=SPACING, slices=30)
+    noise = np.random.default_rng(0).uniform(0, 2.9, scan.hu.shape).astype(np.float32)
+    columns, first = np.arange(scan.hu.shape[2]), np.flatnonzero(brain.any((0, 1)))[0] + 8
+    moving = first + np.arange(30)[::-1, None] // 2
+    for outside in np.broadcast_to(columns < first, scan.hu.shape), (columns < moving)[:, None] & np.ones_like(brain):
+        hu = np.where(outside, -1000 + noise, scan.hu)
+        cut = replace(scan, hu=hu)
+        if window:
+            cut = replace(scan, hu=np.where(outside, window[0] + noise * (columns < first), np.clip(hu, *window)),
+                          saturation_hu=window)
+        assert check_head(cut, brain & ~outside) == (CUT_OFF,)
+
+
+def test_a_brain_that_ends_where_the_head_goes_on_is_noted():
+    """Where a round field of view opens the skull, the brain is lost from there on: half of one had a percentile."""
+    lost = ("partial head: the brain that was found ends at once where the head goes on; sizes and places unknown",)
+    scan, brain = synthetic_scan(spacing_mm=SPACING, slices=30)
+    slices = np.arange(30)[:, None, None]
+    assert check_head(scan, brain & (slices < 20)) == check_head(scan, brain & (slices >= 12)) == lost
+
+
+def test_air_above_a_head_that_ends_in_the_brain_does_not_hide_that():
+    scan, brain = synthetic_scan(spacing_mm=SPACING, slices=30)
+    slices = np.arange(30)[:, None, None]
+    ends = replace(scan, hu=np.where(slices < 20, scan.hu, np.float32(-1000)))
+    assert check_head(ends, brain & (slices < 20)) == ("partial head: ends below the vertex; positions unknown",)
+    begins = replace(scan, hu=np.where(slices >= 12, scan.hu, np.float32(-1000)))
+    assert check_head(begins, brain & (slices >= 12)) == ()
+
+
 def test_a_skull_with_a_part_taken_out_stays_in():
     scan, brain = synthetic_scan(spacing_mm=SPACING, slices=30)
     hu = scan.hu.copy()
