@@ -87,6 +87,7 @@ class Derived:
         headers = [pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in paths]
         for path, header in zip(paths, headers):
             _check_source(path, header, headers[0], alone=len(paths) == 1)
+        _check_distinct(paths, headers)
         thickness = _thickness(scan, headers, paths)
         images = tuple(_reference_image(header, headers[0], thickness[0]) for header in headers)
         frames = tuple((paths.index(path), frame) for path, frame in stack.frames)
@@ -185,6 +186,16 @@ def _check_source(path: Path, header: Dataset, first: Dataset, alone: bool) -> N
     if int(header.get("NumberOfFrames") or 1) > 1 and not alone:
         raise DerivedError(f"{path.name}: one of several multi-frame files of a series; DICOM objects need "
                            "single-frame images or one multi-frame image: convert the series, or do without them")
+
+
+def _check_distinct(paths: Sequence[Path], headers: Sequence[Dataset]) -> None:
+    """A UID names one image: what refers to two would be shown over the wrong one."""
+    of_uid: dict[str, Path] = {}
+    for path, header in zip(paths, headers):
+        other = of_uid.setdefault(header.SOPInstanceUID, path)
+        if other is not path:
+            raise DerivedError(f"{path.name}: the same SOPInstanceUID as {other.name}: DICOM objects could refer to "
+                               "neither alone; give each image its own, or do without them")
 
 
 def _thickness(scan: Scan, headers: Sequence[Dataset], paths: Sequence[Path]) -> np.ndarray:

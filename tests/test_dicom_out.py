@@ -19,6 +19,7 @@ from ct.read import find_scans, read_scan
 from ct.scan import Scan
 from ct.write import write_nifti
 from detect.dicom_out import Identity, build_objects, dicom_writer, write_dicom
+from detect.dicom_out.common import choose_key_slices
 from tests.helpers import synthetic_head
 from tests.writers import make_uid, write_dicom_series, write_enhanced_ct, write_slice_folder
 
@@ -316,6 +317,35 @@ def test_pictures_show_the_outline_in_radiological_display(tmp_path):
     assert (rows.min() // 8, rows.max() // 8, columns.min() // 8, columns.max() // 8) == (40, 49, 8, 19)
 
 
+def test_key_slices_of_a_thin_series_are_not_neighbours(tmp_path):
+    """Three of 0.6 mm apart show the same."""
+    hu = np.tile(HU, (4, 1, 1))
+    scan = read_only(write_dicom_series(tmp_path / "series", hu, (1.0, 0.5, 0.4), edit=complete))
+    scores = np.zeros(24, np.float32)
+    scores[[8, 9, 10, 11, 12, 13, 20]] = 5, 6, 9, 8, 7, 4, 3
+    marked = np.zeros(hu.shape, bool)
+    marked[[10, 13, 14], 2, 2] = True
+    result = Result(scan, scan.hu, marked, scores, np.arange(24) < 22)
+    assert choose_key_slices(result) == (10, 14, 20)                 # marked ones first: 13 is too near to 10
+    objects = build_objects(result, IDENTITY)
+    assert {f"picture-{number}" for number in (1, 2, 3)} <= objects.keys()
+    near = replace(result, projected=np.isin(np.arange(24), (9, 10, 11)))
+    assert choose_key_slices(near) == (10,)
+    apart = read_only(write_dicom_series(tmp_path / "apart", HU, (4.0, 0.5, 0.4), edit=complete))
+    assert choose_key_slices(result_of(apart)) == (4, 3, 2)          # 4 mm apart already
+
+
+def test_numbers_of_the_report_have_digits_that_mean_something(series):
+    result = result_of(read_only(series), score=1e-7 / 3, percentile=97.48743718592965, anomalous_ml=123.45678901234567)
+    objects = build_objects(replace(result, slice_scores=result.slice_scores / 3), IDENTITY)
+    content = highdicom.sr.MeasurementReport.from_sequence([objects["sr"].content[0]])
+    group, = content.get_volumetric_roi_measurement_groups()
+    found = [measured[0].MeasuredValueSequence[0] for measured in group.get_measurements()]
+    numbers = [(str(item["NumericValue"].value), item.get("FloatingPointValue")) for item in found]
+    assert numbers == [("3.33333e-08", 3.33333e-08), ("97.5", 97.5), ("123.0", 123.0), ("1.33333", 1.33333),
+                       ("1.0", 1.0), ("0.666667", 0.666667)]
+
+
 # ---- UIDs, files
 
 def test_uids_depend_on_scan_weights_settings_threshold_and_nothing_else(tmp_path, series):
@@ -404,6 +434,16 @@ def test_a_source_without_a_frame_of_reference_is_refused_by_name(tmp_path):
         ds.save_as(path)
     scan = read_only(folder)
     with pytest.raises(DerivedError, match=r"^[^/]*\.dcm: no FrameOfReferenceUID: .*do without them"):
+        build_objects(result_of(scan), IDENTITY)
+
+
+def test_two_images_of_one_sop_instance_uid_are_refused(series):
+    """What lay on one would be shown over the other."""
+    ds, other = pydicom.dcmread(series / "003.dcm"), pydicom.dcmread(series / "002.dcm")
+    ds.SOPInstanceUID = other.SOPInstanceUID
+    ds.save_as(series / "003.dcm")
+    scan = read_only(series)
+    with pytest.raises(DerivedError, match=r"^003.dcm: the same SOPInstanceUID as 002.dcm: .*give each image its own"):
         build_objects(result_of(scan), IDENTITY)
 
 

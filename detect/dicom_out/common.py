@@ -13,7 +13,9 @@ from ct.derived import Derived, DerivedError, Maker
 from ct.scan import Scan
 
 KEY_SLICES = 3
+KEY_APART_MM = 4.0                                      # neighbours of a thin-slice series show the same
 SERIES = {"sr": 1, "seg": 2, "map": 3, "key-objects": 4, "pictures": 5}     # last digits of the series numbers
+POSITION_ERROR_MM = 0.01                                # of numbers with 16 characters at most
 LONGEST_NAME = 64
 TRACKING_ID = "Differs from the closest normal"         # one for the scan: SEG and SR name the same
 
@@ -67,7 +69,7 @@ class Result(Protocol):
 
 @dataclass(frozen=True)
 class Case(Derived):
-    """One scan's results on their way to DICOM; key_slices: those with the highest scores, highest first."""
+    """One scan's results on their way to DICOM; key_slices: see choose_key_slices."""
 
     result: Result
     identity: Identity
@@ -94,7 +96,11 @@ def open_case(result: Result, identity: Identity, phi: bool, made: datetime) -> 
 
 
 def choose_key_slices(result: Result) -> tuple[int, ...]:
-    """The KEY_SLICES projected slices with the highest scores, those with a marked pixel first."""
+    """The KEY_SLICES projected slices with the highest scores, KEY_APART_MM apart, those with a marked pixel first."""
     marked = result.mask.any((1, 2))
     order = sorted(np.flatnonzero(result.projected), key=lambda k: (not marked[k], -result.slice_scores[k]))
-    return tuple(int(k) for k in order[:KEY_SLICES])
+    position, chosen = result.scan.position_mm, []
+    for k in order:
+        if all(abs(position[k] - position[other]) > KEY_APART_MM - POSITION_ERROR_MM for other in chosen):
+            chosen.append(int(k))
+    return tuple(chosen[:KEY_SLICES])

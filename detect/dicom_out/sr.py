@@ -78,15 +78,20 @@ def _group(case: Case, segmentation: Segmentation | None):
 
 def _measurements(case: Case) -> list[Measurement]:
     result = case.result
-    measured = [Measurement(codes.SCT.Score, float(result.score), codes.UCUM.NoUnits)]
+    measured = [Measurement(codes.SCT.Score, _rounded(result.score, 6), codes.UCUM.NoUnits)]
     if result.percentile is not None:
-        measured.append(Measurement(codes.DCM.PercentileRankingOfMeasurement, float(result.percentile),
+        measured.append(Measurement(codes.DCM.PercentileRankingOfMeasurement, _rounded(result.percentile, 3),
                                     codes.UCUM.Percent))
     if result.anomalous_ml is not None:
-        measured.append(Measurement(codes.SCT.Volume, float(result.anomalous_ml), MILLILITER))
+        measured.append(Measurement(codes.SCT.Volume, _rounded(result.anomalous_ml, 3), MILLILITER))
     for k in case.key_slices:
         image, frames = case.reference(k)
         source = SourceImageForMeasurement(image.SOPClassUID, image.SOPInstanceUID, frames)
-        measured.append(Measurement(codes.SCT.Score, float(result.slice_scores[k]), codes.UCUM.NoUnits,
+        measured.append(Measurement(codes.SCT.Score, _rounded(result.slice_scores[k], 6), codes.UCUM.NoUnits,
                                     referenced_images=[source]))
     return measured
+
+
+def _rounded(value: float, digits: int) -> float:
+    """To so many significant digits: of scores as many as the tables hold, of others what may mean something."""
+    return float(f"{value:.{digits}g}")
