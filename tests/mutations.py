@@ -709,7 +709,7 @@ MUTANTS = (
     Mutant("distances to masks that were corrected since", "benchmarks/phe_sich.py",
            "mask_hashes(masks, source.scan_id)),", "{}),", "tests/test_benchmark_phe_sich.py -k going_on"),
     Mutant("failed scans called by a score they do not have", "evaluation/metrics.py",
-           "np.where(worst, ~positive,", "np.where(False, ~positive,", "tests/test_evaluate.py -k called_wrongly"),
+           "np.where(worst, np.asarray", "np.where(False, np.asarray", "tests/test_evaluate.py -k called_wrongly"),
     Mutant("a threshold that failed scans are not counted at", "evaluation/cohort.py",
            "np.where(units.worst, np.inf, units.scores)", "units.scores",
            "tests/test_evaluate.py -k no_threshold_clears"),
