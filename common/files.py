@@ -10,7 +10,6 @@ import csv
 import errno
 import fcntl
 import functools
-import glob
 import hashlib
 import json
 import math
@@ -43,7 +42,7 @@ def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
     Nobody sees half a file, and a power cut leaves the old or the new one. Of several processes that write it at once
     the last one's stays: each has a place of its own. needed: as in full_disk_named.
     """
-    remove_abandoned(path.parent, f".{glob.escape(path.name)}*.writing")
+    _tidy(path.parent.absolute(), int(time.time() / ABANDONED_S))
     writing = path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing")
     try:
         with full_disk_named(path, needed):
@@ -53,6 +52,12 @@ def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
         flush(path.parent)
     finally:
         writing.unlink(missing_ok=True)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _tidy(folder: Path, hour: int) -> None:
+    """Once an hour: to look through a folder at each of the files that come into it would take ever longer."""
+    remove_abandoned(folder, f".*.{'[0-9a-f]' * 32}.writing")
 
 
 @contextlib.contextmanager

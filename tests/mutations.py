@@ -406,6 +406,8 @@ MUTANTS = (
            "tests/test_processes.py -k takes_the_others"),
     Mutant("all processes write a table at one place", "common/files.py",
            "{uuid.uuid4().hex}.writing\")", "writing\")", "tests/test_files.py -k at_once"),
+    Mutant("a folder is looked through at every file", "common/files.py",
+           "@functools.lru_cache(maxsize=1 << 12)\n", "", "tests/test_files.py -k once_an_hour"),
     Mutant("what a living run writes is removed", "common/files.py",
            "path.stat().st_mtime > age_s", "path.stat().st_mtime > 0", "tests/test_files.py -k killed_process"),
     Mutant("a folder that is not replaced is lost", "common/files.py",

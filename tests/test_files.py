@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -23,16 +24,28 @@ def test_two_that_write_one_file_at_once_both_end_well(tmp_path):
 
 
 def test_what_a_killed_process_began_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
-    names = ("run.json", "run.json.0a", "run.json.0b", "scores.csv.0c")
-    begun = {name: tmp_path / f".{name}.writing" for name in names}
-    for name, path in begun.items():
-        path.write_text(name)
-        age_s = ABANDONED_S + (-60 if name == "run.json.0b" else 60)
-        os.utime(path, (time.time() - age_s,) * 2)
+    key = uuid.uuid4().hex
+    begun = {f".{name}.writing": age_s for name, age_s in (
+        (f"run.json.{key}", 60), (f"living.json.{key}", -60), (f"scores.csv.{key}", 60), ("draft", 60))}
+    for name, age_s in begun.items():
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, (time.time() - ABANDONED_S - age_s,) * 2)
     replace_text(tmp_path / "run.json", "{}")
-    assert sorted(os.listdir(tmp_path)) == [".run.json.0b.writing", ".scores.csv.0c.writing", "run.json"]
+    assert sorted(os.listdir(tmp_path)) == [".draft.writing", f".living.json.{key}.writing", "run.json"]
     remove_abandoned(tmp_path, ".*.writing", 60)
     assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_a_folder_is_looked_through_once_an_hour(tmp_path, monkeypatch):
+    """At every file that was written, it was: of very many results each took longer than the last."""
+    looked, now = [], time.time()
+    monkeypatch.setattr("common.files.remove_abandoned", lambda folder, pattern: looked.append(folder))
+    for _ in range(2):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        for name in ("a", "b", "c"):
+            replace_text(tmp_path / name, name)
+        now += ABANDONED_S
+    assert looked == [tmp_path, tmp_path]
 
 
 def test_a_folder_whose_replacing_breaks_off_is_as_it_was(tmp_path, monkeypatch):
