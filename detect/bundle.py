@@ -107,14 +107,18 @@ def save_bundle(folder: str | Path, reconstructor: Reconstructor, settings: Sett
     load_bundle refuses a bundle whose move was broken off: its hashes are others.
     Weights and principal components are stored in dtype; a tensor with values beyond its range, or not a
     float, stays as it is. meta needs the keys BUNDLE_META. normal: of healthy residuals; None where nothing was
-    calibrated. Raises CheckpointError for weights that are not finite, parts that do not fit together, and a folder
-    that holds a bundle already, unless overwrite.
+    calibrated. Raises CheckpointError for weights that are not finite, parts that do not fit together, a loaded
+    bundle's meta with other settings than its calibration's, and a folder that holds a bundle already, unless
+    overwrite.
     """
     folder = Path(folder)
     if (folder / "model.json").exists() and not overwrite:
         raise CheckpointError(f"{folder}: holds a model bundle; overwrite it, or choose another folder")
     if missing := [key for key in BUNDLE_META if key not in meta]:
         raise CheckpointError(f"{folder}: meta must say {', '.join(missing)} (None where there is none)")
+    if meta["calibration"] and "settings" in meta and (others := settings.other_than(meta["settings"])):
+        raise CheckpointError(f"{folder}: the calibration in meta is of other settings ({', '.join(others)}): "
+                              "calibrate anew (latent_stats.py --encoder BUNDLE --set ...), or save without it")
     to_json(meta, folder)
     tensors = reconstructor.tensors(dtype)
     if normal is not None:

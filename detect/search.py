@@ -85,6 +85,9 @@ class Search(Reconstructor):
         self.settings = settings
         if settings.perceptual == "discriminator" and self.discriminator is None:
             raise ValueError("perceptual=discriminator: this model holds no discriminator; use perceptual=pixels")
+        given = {"vgg16": settings.vgg16, "lpips": settings.lpips} if settings.perceptual == "lpips" else {}
+        if gone := [f"{name}={path}" for name, path in given.items() if path and not Path(path).is_file()]:
+            raise ValueError(f"{', '.join(gone)}: no such file; give that of the perceptual distance")
         self.perceptual = None
         if settings.perceptual != "lpips" or settings.vgg16:     # else its files are yet to come, with_settings()
             self.perceptual = build_perceptual(settings.perceptual, self.discriminator, settings.pixels, settings.knee,

@@ -538,6 +538,8 @@ def test_a_model_calibrated_by_lpips_has_percentiles_once_its_files_are_named(in
     assert bundle.settings.reconstruction.perceptual == "lpips" and "vgg16=" in checkpoint.describe(tmp_path / "mine")
     with pytest.raises(ValueError, match="perceptual=lpips: .* give vgg16=FILE"):
         Projector(bundle)
+    with pytest.raises(ValueError, match="vgg16=absent.pth: no such file"):
+        Projector(bundle, bundle.settings.changed(["vgg16=absent.pth"]))
     projector = Projector(bundle, bundle.settings.changed([given]))
     assert projector.calibration["scans"] == 1 and projector.incomparable is None
     other = Projector(bundle, bundle.settings.replace(vgg16=tmp_path / "other.pth"))

@@ -14,9 +14,10 @@ import torch
 
 import projector
 from common.version import VERSION
+from common.weights import CheckpointError
 from ct.frame import PreprocessSettings
 from detect import calibration
-from detect.bundle import Bundle, load_bundle
+from detect.bundle import Bundle, load_bundle, save_bundle
 from detect.projection import Projector
 from detect.reconstruct import Reconstruction
 from detect.residual import MaskSettings
@@ -200,6 +201,22 @@ def test_settings_that_a_bundle_was_given_later_are_not_those_of_its_calibration
         assert Projector(changed, bundle.settings).incomparable is None
     drawn = bundle.with_settings(bundle.settings.replace(surprise_mask=0.0))
     assert Projector(drawn).calibrated_for.mask == bundle.settings.mask and Projector(drawn).calibration
+
+
+def test_a_calibration_is_not_saved_beside_other_settings(tmp_path):
+    """A bundle that was loaded, changed and saved again kept its percentiles."""
+    bundle = load_bundle(Path(__file__).resolve().parents[1] / "models" / "phantom-128")
+    other, normal = bundle.settings.replace(hypodense=0.3), bundle.measure.normal
+    with pytest.raises(CheckpointError, match=r"calibration in meta is of other settings \(hypodense\)"):
+        save_bundle(tmp_path / "other", bundle.reconstructor, other, bundle.meta, normal)
+    for settings, meta in ((bundle.settings.replace(surprise_mask=2.0), bundle.meta),
+                           (other, bundle.meta | {"calibration": None})):
+        save_bundle(tmp_path / "saved", bundle.reconstructor, settings, meta, normal, overwrite=True)
+        assert load_bundle(tmp_path / "saved").settings == settings
+    path = tmp_path / "saved" / "model.json"
+    path.write_text(path.read_text().replace('"hypodense": 0.3', '"hypodense": 1.0'))
+    with pytest.raises(CheckpointError, match="altered since it was written"):                     # by hand
+        load_bundle(tmp_path / "saved")
 
 
 # ---- what is flagged
