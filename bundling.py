@@ -6,7 +6,6 @@ And to what train_reader.py teaches a reader beside: networks of a run and those
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import platform
 import tempfile
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 import distributed
-from common.weights import CheckpointError
+from common.weights import CheckpointError, digest
 from ct.settings import PreprocessSettings
 from dataset import SliceDataset
 from detect.bundle import Bundle, load_bundle, save_bundle
@@ -247,13 +246,7 @@ def open_first(folder: Path) -> First:
 
 def digest_of(method: OfEncoder) -> str:
     """SHA-256 of a method's generator and encoder as bundles hold them: of a run and of its bundles it is the same."""
-    digest = hashlib.sha256()
-    networks = compact_networks({"generator": method.generator, "encoder": method.encoder}, torch.float16)
-    for network, weights in sorted(networks.items()):
-        for name, tensor in sorted(weights.items()):
-            digest.update(f"{network} {name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
+    return digest(compact_networks({"generator": method.generator, "encoder": method.encoder}, torch.float16))
 
 
 def other_range(trained: Trained, path: Path) -> SliceDataset:
@@ -274,8 +267,8 @@ def with_readers(trained: Trained, runs: Sequence[Path], settings: Settings, dev
         raise ValueError(f"--reader: for method={' or '.join(WITH_READER)}, not {settings.method}")
     if getattr(settings.scoring, "read", None) == 0:
         raise ValueError("--reader: read=0 gives a reader no weight; leave it out, or --set read=0.6, say")
-    digest, named = digest_of(trained.make()), ", ".join(map(str, runs))
-    every = [with_reader(trained, run, digest, device) for run in runs]
+    beside, named = digest_of(trained.make()), ", ".join(map(str, runs))
+    every = [with_reader(trained, run, beside, device) for run in runs]
     if twice := sorted(scan for scan, times in Counter(s for one in every for s in one.scans).items() if times > 1):
         raise ValueError(f"--reader {named}: {', '.join(twice)} held out by more than one of them; give readers of "
                          "different folds (train_reader.py --fold)")
@@ -288,8 +281,8 @@ def with_readers(trained: Trained, runs: Sequence[Path], settings: Settings, dev
     return every
 
 
-def with_reader(trained: Trained, run: Path, digest: str, device: torch.device) -> Trained:
-    snapshot = load_reader(run, trained.provenance, digest)
+def with_reader(trained: Trained, run: Path, beside: str, device: torch.device) -> Trained:
+    snapshot = load_reader(run, trained.provenance, beside)
     seen = not_held_out(trained.held_out_ids(), snapshot.meta, elsewhere=False)
     scans = [one for one in trained.held_out_ids() if one not in seen]
     tell_of_seen(scans, "--reader", run, snapshot.meta)
@@ -317,14 +310,14 @@ def taught(step: int, meta: dict[str, Any]) -> dict[str, Any]:
             "data": {"digest": meta["data"]["digest"], "counts": counts}, "init": first}
 
 
-def load_reader(run: Path, known: dict[str, Any], digest: str) -> Snapshot:
-    """A run of --reader. ValueError unless it was taught beside the networks of this digest.
+def load_reader(run: Path, known: dict[str, Any], beside: str) -> Snapshot:
+    """A run of --reader. ValueError unless it was taught beside the networks of this digest_of().
 
     known: their provenance, by which the run of an older version, which has no digest, is told.
     """
     snapshot = load_run(run, "--reader", "reader", "train_reader.py")
     if "beside" in snapshot.meta:
-        fits = snapshot.meta["beside"] == digest
+        fits = snapshot.meta["beside"] == beside
     else:
         its = provenance(snapshot.meta["encoder"]["step"], snapshot.meta["encoder"])
         fits = all(known.get(part) and same_run(its[part], known[part]) for part in ("encoder", "gan"))

@@ -45,6 +45,16 @@ def compact(state: Mapping[str, torch.Tensor], dtype: torch.dtype, network: str)
     return found
 
 
+def digest(networks: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
+    """SHA-256 of weights by network and name, on any device."""
+    found = hashlib.sha256()
+    for network, tensors in sorted(networks.items()):
+        for name, tensor in sorted(tensors.items()):
+            found.update(f"{network} {name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def save_tensors(state: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """A safetensors file of portable tensors, which others may read as they may any new file.
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import ConcatDataset
 
 import distributed
-from common.weights import CheckpointError
+from common.weights import CheckpointError, digest
 from ct.settings import PreprocessSettings
 from dataset import DatasetError, SliceDataset, slice_batches
 from detect.inversion import OfEncoder
@@ -84,7 +84,8 @@ def train(config: ReaderConfig, data: Path, beside: Beside, out: Path, device: t
         trainer.start_from(first.weights)
     meta = {"kind": "reader", "config": dataclasses.asdict(config), "model": {"widths": list(config.widths())},
             "data": known, "held_out": held_out.scan_ids, "beside": beside.digest, "encoder": beside.known,
-            "init": first.known if first else None}
+            "init": first.known if first else None,
+            "began_with": digest({"reader": first.weights}) if first else None}
     with Run(out, meta, trainer, config.seed, rollback) as run:
         distributed.check_same_state(trainer.reader)
         batches = slice_batches(slices, config.batch, run.seed, config.workers, trainer.images_seen,

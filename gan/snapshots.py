@@ -9,7 +9,6 @@ In a distributed run, save on rank 0 only.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import warnings
@@ -25,6 +24,7 @@ from torch import nn
 from common.files import flush, full_disk_named, put_in_place, require_space, sha256
 from common.weights import (
     CheckpointError,
+    digest,
     load_strictly,
     load_tensors,
     portable,
@@ -50,12 +50,7 @@ class Snapshot:
 
     def digest(self) -> str:
         """Of the weights: runs that tell the same of themselves may differ in these, such as from --init or machine."""
-        found = hashlib.sha256()
-        for network, tensors in sorted(self.weights.items()):
-            for name, tensor in sorted(tensors.items()):
-                found.update(f"{network} {name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-                found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-        return found.hexdigest()
+        return digest(self.weights)
 
     def restore(self, modules: Mapping[str, nn.Module]) -> None:
         """Load the weights into modules, strictly. Raises CheckpointError when names or shapes do not fit."""

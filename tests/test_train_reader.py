@@ -30,7 +30,7 @@ from gan.encoding import method_of
 from gan.reading import Examples, reading_loss, targets
 from gan.runlog import not_held_out
 from gan.settings import EveryNth, ReaderConfig
-from gan.snapshots import load_snapshot
+from gan.snapshots import load_snapshot, save_snapshot
 from op.banded import dilated
 from tests import processes
 from tests.helpers import synthetic_head
@@ -229,6 +229,17 @@ def test_another_run_gives_the_first_weights(reader_run, hiding_run, slices32, t
     assert run(slices32, hiding_run, tmp_path, "--init", reader_run, "--epochs", 0.25, "--lr", 1e-9) == 0
     mine, first = (load_snapshot(folder).weights["reader_ema"] for folder in (tmp_path, reader_run))
     assert all(torch.allclose(mine[key], first[key], atol=1e-6) for key in first)
+
+
+def test_a_run_does_not_go_on_from_other_weights_of_the_same_description(reader_run, hiding_run, slices32, tmp_path,
+                                                                         capsys):
+    out, other, first = tmp_path / "run", tmp_path / "other", load_snapshot(reader_run)
+    networks = {name: Reader([24, 32]) for name in first.weights}
+    save_snapshot(other, first.step, networks, first.state, first.meta)
+    assert run(slices32, hiding_run, out, "--init", reader_run, "--epochs", 0.25) == 0
+    assert run(slices32, hiding_run, out, "--init", other, "--epochs", 0.5) == 2
+    assert "the run there has another began_with" in capsys.readouterr().err
+    assert run(slices32, hiding_run, out, "--init", reader_run, "--epochs", 0.5) == 0
 
 
 @pytest.mark.parametrize("flags", (("--width", 48), ("--depth", 3)))
