@@ -12,8 +12,8 @@ some of the scans is left out. A held-out scan, as it is and with each lesion of
 its own fold's encoder; its residuals are told in the statistics of all other held-out scans. Writes table.md, one row a
 setting of ROWS: AUC of scans with a lesion of a kind against the healthy ones, the mean over the haemorrhages, and the
 AUC of slices with haemorrhage against all healthy slices; and changes.md: what each row changes against the row before,
-with intervals by bootstrap over heads, each drawn with all its lesions. Settings are chosen here, so that a test set is
-needed only once.
+with intervals by bootstrap over patients, each drawn with all heads and lesions. Settings are chosen here, so that a
+test set is needed only once.
 
 A head has the first lesion of each kind that pasted.py draws for it. With --lesions FIRST:LAST it has those of these
 numbers instead: 2:3 are two others of each kind, on which no setting was chosen. Cases are kept whole: memory.
@@ -241,10 +241,15 @@ def figures(pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]
     return {column: float(value[0]) for column, value in auc(pairs, np.ones((1, len(pairs["slices"][0])))).items()}
 
 
-def change(before: dict, after: dict, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """Interval of the change in AUC by column between two of compared(), by bootstrap over heads."""
-    heads = len(after["slices"][0])
-    times = np.random.default_rng(seed).multinomial(heads, np.full(heads, 1 / heads), RESAMPLES).astype(float)
+def change(before: dict, after: dict, patients: list[str], seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Interval of the change in AUC by column between two of compared(), by bootstrap over patients with their heads.
+
+    patients: of each head, as compared() sorts them.
+    """
+    _, index = np.unique(patients, return_inverse=True)
+    count = index.max() + 1
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
+    times = drawn[:, index].astype(float)
     old, new = auc(before, times), auc(after, times)
     return {column: tuple(np.quantile(new[column] - old[column], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])) for column in new}
 
@@ -264,10 +269,12 @@ def tables(cases: list[Case]) -> tuple[str, str]:
     rows = {plain: (scores[plain], "mean"), **{name: (scores[name], how) for name, (_, how) in row_of.items()}}
     pairs = {name: compared(cases, *row) for name, row in rows.items()}
     found = {name: figures(one) for name, one in pairs.items()}
+    owners = {c.scan_id: c.patient or c.scan_id for c in cases}
+    patients = [owners[head] for head in sorted(owners)]
     columns, names = ("haemorrhage", "slices", *pasted.KINDS), list(rows)
 
     def changed(before, after):
-        limits = change(pairs[before], pairs[after])
+        limits = change(pairs[before], pairs[after], patients)
         return ["{:+.2f} ({:+.2f} to {:+.2f})".format(found[after][c] - found[before][c], *limits[c]) for c in columns]
 
     def markdown(lines):

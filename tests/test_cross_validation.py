@@ -112,9 +112,13 @@ def test_a_cohort_of_some_heads_alone():
 
 def test_a_change_by_one_head_is_within_its_interval_and_one_in_all_is_not():
     cases, before = cohort(), compared(cohort(), peaks((1, 2, 3, 4, 5), (1, 2, 3, 4, 5)), "max")
-    low, high = change(before, compared(cases, peaks((1, 2, 3, 4, 5), (1, 2, 9, 4, 5)), "max"))["intraparenchymal"]
+    one = compared(cases, peaks((1, 2, 3, 4, 5), (1, 2, 9, 4, 5)), "max")
+    low, high = change(before, one, list("abcde"))["intraparenchymal"]
     assert low == 0 < high
-    low, high = change(before, compared(cases, peaks((1, 2, 3, 4, 5), (6, 7, 8, 9, 9)), "max"))["intraparenchymal"]
+    of_one_patient = change(before, one, list("aaaaa"))["intraparenchymal"]
+    assert of_one_patient == pytest.approx([figures(one)["intraparenchymal"] - 0.5] * 2)      # all heads, or none
+    low, high = change(before, compared(cases, peaks((1, 2, 3, 4, 5), (6, 7, 8, 9, 9)), "max"), list("abcde")
+                       )["intraparenchymal"]
     assert low == high == 0.5                                     # 1 against 1/2 in whatever cohort
 
 
