@@ -28,6 +28,7 @@ from detect.reader import Reader, grainless, seen
 from gan.augment import random_flip
 from gan.corrupt import draw_grained, scanner
 from gan.inpainting import bone_of
+from gan.quality import every_fourth
 from gan.runlog import load_optimiser
 from gan.settings import ReaderConfig
 
@@ -143,12 +144,13 @@ class ReadingTrainer:
                 "val_ap": float(np.mean(precisions)) if precisions else 0.0}
 
     def _examples(self, dataset: SliceDataset) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        """Every fourth slice of each scan with what is drawn into it, and what the reader sees of it."""
-        generator, found = torch.Generator().manual_seed(0), []
-        for s in range(len(dataset.scan_ids)):
-            examples = self.prepare({key: value[::4] for key, value in dataset.scan(s).items()
-                                     if key in ("hu", "brain")}, generator)
-            examples = {name: t.to(self.device) for name, t in examples.items()}
+        """Of each scan what every_fourth() takes with what is drawn into it, and what the reader sees of it."""
+        generator, found, by_scan = torch.Generator().manual_seed(0), [], {}
+        for one in map(dataset.__getitem__, every_fourth(dataset)):
+            by_scan.setdefault(one["scan"], []).append(one)
+        for slices in by_scan.values():
+            stacked = {key: torch.stack([one[key] for one in slices]) for key in ("hu", "brain")}
+            examples = {name: t.to(self.device) for name, t in self.prepare(stacked, generator).items()}
             found.append((examples, self.images(examples)))
         return found
 

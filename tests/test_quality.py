@@ -13,6 +13,7 @@ from dataset import SliceDataset
 from gan import loop
 from gan import quality as measures
 from gan.quality import InceptionFeatures, errors_hu, frechet_distance, laplacian_pyramid, means, sliced_wasserstein
+from gan.reading import ReadingTrainer
 from op import binomial_kernel, upfirdn2d
 
 
@@ -155,3 +156,15 @@ def test_every_fourth_slice_of_each_scan_evenly_spaced_where_they_are_many(slice
     assert measures.every_fourth(three) == [0, 4, 8, 12] and both[8]["scan"] == 1
     monkeypatch.setattr(measures, "MOST_HELD_OUT", 3)
     assert measures.every_fourth(both) == [0, 8, 16]
+
+
+def test_a_reader_keeps_as_many_held_out_slices_and_no_more(slices32, monkeypatch):
+    """All of every fourth slice of every scan stayed in memory, and what is drawn into them, to the end."""
+    trainer = SimpleNamespace(prepare=lambda slices, rng: slices, images=lambda examples: None, device="cpu")
+    dataset = SliceDataset(slices32, "all")
+    before = ReadingTrainer._examples(trainer, dataset)
+    for s, (examples, _) in enumerate(before):
+        assert torch.equal(examples["hu"], dataset.scan(s)["hu"][::4])
+        assert torch.equal(examples["brain"], dataset.scan(s)["brain"][::4])
+    monkeypatch.setattr(measures, "MOST_HELD_OUT", 3)
+    assert len(before) == 3 and sum(len(one["hu"]) for one, _ in ReadingTrainer._examples(trainer, dataset)) == 3
