@@ -112,6 +112,8 @@ def read_image(path: Path, settings: ImageSettings) -> np.ndarray:
     white_16bit says nothing: they are refused.
     """
     with Image.open(path) as image:
+        if image.format == "TIFF" and image.n_frames > 1:
+            raise ValueError(f"expected one image, found {image.n_frames} in a row: save each to a file of its own")
         if image.mode == "F":
             raise ValueError("expected 8 or 16 bits a pixel, found floating point")
         if not image.mode.startswith("I") and stored_bits(path, image) > 8:

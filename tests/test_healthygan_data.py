@@ -104,6 +104,13 @@ def test_a_tiff_in_which_zero_is_white_is_not_read_inverted(tmp_path, pixels, wh
     assert read_image(path, settings)[0, 0].tolist() == expected
 
 
+def test_a_stack_of_images_is_not_taken_for_its_first_one(tmp_path):
+    first, *others = [Image.fromarray(np.full((2, 2), 9 * i, np.uint8)) for i in range(3)]
+    first.save(tmp_path / "x.tif", save_all=True, append_images=others)
+    with pytest.raises(ValueError, match="expected one image, found 3 in a row"):
+        read_image(tmp_path / "x.tif", SETTINGS)
+
+
 @pytest.mark.parametrize("suffix, kind", [("png", np.uint8), ("png", np.uint16), ("tif", np.uint8), ("tif", np.uint16)])
 def test_an_image_is_turned_as_its_exif_says(tmp_path, suffix, kind):
     stored, exif = np.array([[255, 0], [255, 0]], kind) * (np.iinfo(kind).max // 255), Image.Exif()
