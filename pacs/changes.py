@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from pacs.orthanc import ID, Orthanc, OrthancAway, OrthancRefused
+from pacs.orthanc import ID, Change, Orthanc, OrthancAway, OrthancRefused
 from pacs.state import WAITING, State, digest, timestamp
 
 PAGE = 100                                            # changes asked for at a time
@@ -71,17 +71,28 @@ class ChangeLog:
 
         Returns how many entries are left at most.
 
-        A newest entry below our place does not tell: entries go with what is deleted. That it is younger does.
+        A newest entry below our place does not tell: entries go with what is deleted. An entry up to our place that is
+        younger than all we have read does.
         """
         newest = self.orthanc.last_change()
         if self.state.sequence is None:
-            from_now = self.from_now and newest is not None
-            self.state.date = newest.date if from_now else ""
-            self.state.advance(newest.sequence if from_now else 0)
-        elif newest and newest.sequence < self.state.sequence and newest.date > self.state.date:
+            place = newest.sequence if self.from_now and newest else 0
+            self.state.date = self._youngest(place, newest)
+            self.state.advance(place)
+        elif self._youngest(self.state.sequence, newest) > self.state.date:
             print("Orthanc's change log starts anew: read from its beginning", flush=True)
             self.state.advance(0)
         return newest.sequence - self.state.sequence if newest else 0
+
+    def _youngest(self, place: int, newest: Change | None) -> str:
+        """The date of the youngest of the last entries up to a place; empty where there is none.
+
+        Not of the newest alone: another log may have grown beyond our place.
+        """
+        if not place or newest is None:
+            return ""
+        before = [newest, *self.orthanc.changes(max(place - PAGE, 0), PAGE)[0]]
+        return max((change.date for change in before if change.sequence <= place), default="")
 
     def _arrive(self, instances: set[str]) -> None:
         """Note the CT series of new instances: Orthanc calls none stable that it was restarted before.

@@ -69,6 +69,7 @@ class Orthanc:
 
     def __init__(self, url: str, user: str | None = None, password: str | None = None, timeout_s: float = 30.0):
         self.url, self.timeout_s = checked_url("--orthanc", url), timeout_s
+        self._was_there = False                       # at this address
         self._headers = {}
         if user is not None:
             if ":" in user:
@@ -79,8 +80,13 @@ class Orthanc:
         self._open = urllib.request.build_opener(no_proxy, _NoRedirects).open
 
     def system(self) -> dict:
-        """Name, version and so on of the server."""
-        return self._json("/system", {})
+        """Name, version and so on of the server. Once it has been there, a 404 means that it is away."""
+        try:
+            return self._json("/system", {})
+        except OrthancRefused as error:
+            if error.status != 404 or not self._was_there:
+                raise
+            raise OrthancAway(str(error)) from error
 
     def changes(self, since: int, limit: int) -> tuple[list[Change], int, bool]:
         """Entries of the change log after `since`; the last entry looked at; whether that is all for now."""
@@ -151,7 +157,9 @@ class Orthanc:
             answer = json.loads(answer)
         except ValueError as error:
             raise OrthancAway(f"{self.url}{path}: the answer is no JSON; is this Orthanc?") from error
-        return _checked(answer, expected, self.url + path)
+        answer = _checked(answer, expected, self.url + path)
+        self._was_there = True
+        return answer
 
     def _request(self, path: str, body: bytes | None = None, method: str | None = None) -> bytes:
         headers = self._headers | ({"Content-Type": "application/dicom"} if body is not None else {})
@@ -168,6 +176,8 @@ class Orthanc:
                 if 300 <= error.code < 400:
                     raise OrthancRefused(f"{self.url}{path}: redirects to {_target(error, path)}; give --orthanc that "
                                          "address", error.code) from error
+                if error.code == 404 and path != "/system" and self._was_there:
+                    self.system()                     # a proxy's 404 before a server that is away deletes nothing
                 if error.code < 500 and error.code not in (408, 429):
                     raise OrthancRefused(f"{self.url}{path}: {error.code} {error.reason}", error.code) from error
                 raise OrthancAway(f"{self.url}{path}: {error.code} {error.reason}") from error

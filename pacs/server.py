@@ -56,6 +56,7 @@ def page(node: Node, link: str, days: float = DAYS) -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "CN-StyleGAN", ""
+    timeout = 60.0                                    # seconds: who asks nothing keeps no thread
 
     def __init__(self, node: Node, link: str, days: float, *args):
         self.node, self.link, self.days = node, link, days

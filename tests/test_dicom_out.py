@@ -223,6 +223,20 @@ def test_multi_frame_source(tmp_path):
         np.testing.assert_array_equal(image, result.anomaly[[2, 0, 5, 1, 4, 3][frame - 1]])
 
 
+def test_key_objects_name_the_key_frames_of_a_multi_frame_source(tmp_path):
+    """The whole image, which every viewer opens at its first frame, says nothing."""
+    path = write_enhanced_ct(tmp_path / "enhanced", HU, (5, 0.5, 0.4), order=[2, 0, 5, 1, 4, 3])
+    ds = pydicom.dcmread(path)
+    complete(ds, 0)
+    ds.save_as(path)
+    objects = build_objects(result_of(read_only(path)), IDENTITY)
+    named = [item.ReferencedSOPSequence[0] for item in objects["key-objects"].ContentSequence
+             if "ReferencedSOPSequence" in item]
+    source, = (item for item in named if item.ReferencedSOPInstanceUID == ds.SOPInstanceUID)
+    assert source.ReferencedFrameNumber == [5, 6, 1]                 # slices 4, 3 and 2
+    assert len(named) == 1 + len(objects) - 1
+
+
 # ---- the report
 
 def presence(report):
@@ -454,6 +468,13 @@ def test_a_scan_from_two_series_is_refused(series):
     ds.save_as(series / "003.dcm")
     with pytest.raises(DerivedError, match="003.dcm: another SeriesInstanceUID than .*000.dcm"):
         build_objects(result_of(scan), IDENTITY)
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_score_that_is_no_number_makes_no_report(series, score):
+    """It is above no threshold: the finding was absent."""
+    with pytest.raises(DerivedError, match="its score is no number"):
+        build_objects(result_of(read_only(series), score=score, flagged=False), IDENTITY)
 
 
 def test_a_scan_that_is_no_dicom_is_refused(tmp_path):

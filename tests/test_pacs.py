@@ -31,7 +31,7 @@ from ct.scan import ScanError
 from pacs.__main__ import main
 from pacs.node import Node
 from pacs.orthanc import Change, Orthanc, OrthancAway, OrthancRefused
-from pacs.server import page, serve, worklist
+from pacs.server import _Handler, page, serve, worklist
 from pacs.state import State, StateError
 from tests import processes
 from tests.helpers import tiny_bundle
@@ -469,6 +469,20 @@ def answering():
     server.shutdown()
 
 
+def test_a_proxys_404_before_a_server_that_is_away_deletes_nothing(answering):
+    """Some proxies answer so while what is behind them starts: series were passed over for good."""
+    client = Orthanc(answering.url)
+    answering.status, answering.body = 404, b"no such backend"
+    with pytest.raises(OrthancRefused, match="/changes.last: 404"):      # another address than Orthanc's
+        client.last_change()
+    answering.status, answering.body = 200, b"{}"
+    client.system()
+    answering.status = 404
+    for request in (lambda: client.series(S1), lambda: client.fetch(S1, Path("x")), lambda: client.delete(S1)):
+        with pytest.raises(OrthancAway, match="/system: 404"):
+            request()
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_not_followed(tmp_path, answering, status):
     answering.status, answering.headers = status, {"Location": answering.url + "/orthanc/changes?token=secret-word"}
@@ -651,6 +665,17 @@ def test_a_change_log_that_starts_anew_is_read_from_its_beginning(tmp_path):
     node.orthanc.log = log_of(d, date="20260101T000001")
     node.log.follow()
     assert node.state.waiting()[-1] == c and d in node.state.waiting() and node.state.sequence == 1
+
+
+@pytest.mark.parametrize("grown", [2, 3, 4, 250])
+def test_a_change_log_that_starts_anew_and_has_grown_beyond_our_place(tmp_path, grown):
+    """While a series was in work, or the node stopped; its first entries were lost."""
+    node = fake_node(tmp_path, log_of(*[dashed(f"before {i}") for i in range(3)]), queue=1000)
+    node.log.follow()
+    node.orthanc.log = log_of(*[dashed(f"anew {i}") for i in range(grown)], date="20260101T000001")
+    while node.log.follow():
+        pass
+    assert {dashed(f"anew {i}") for i in range(grown)} <= set(node.state.waiting()) and node.state.sequence == grown
 
 
 def test_a_change_log_whose_newest_entries_were_deleted_is_not_read_again(tmp_path):
@@ -842,7 +867,12 @@ def test_a_long_log_is_read_a_page_at_a_time_between_series(tmp_path, monkeypatc
     other = log_of(*[dashed(f"patient {i}") for i in range(400)], kind="StablePatient", first=2)
     archive.log = log_of(S1) + other + log_of(S2, first=402)
     own = archive.changes
-    monkeypatch.setattr(archive, "changes", lambda *page: pages.append(states(node).get(S1)) or own(*page))
+
+    def changes(since, limit):
+        if since == node.state.sequence:                             # not what lies before
+            pages.append(states(node).get(S1))
+        return own(since, limit)
+    monkeypatch.setattr(archive, "changes", changes)
     node = archive_node(tmp_path, archive, poll_s=0.0)
     assert node.step() and pages == [None] and states(node) == {S1: "done"}
     monkeypatch.setattr(node, "withdraw", lambda: len(pages) == 3 and node.stopping.set())
@@ -985,6 +1015,16 @@ def test_a_series_that_was_deleted_before_it_was_read_is_refused(tmp_path):
     node.step()
     row = node.state.rows[S1]
     assert (row["state"], row["reason"]) == ("refused", "deleted from Orthanc before it was read")
+
+
+def test_a_damaged_image_is_the_reason_of_its_series(tmp_path):
+    """It was told to send two scans as series of their own."""
+    archive = Archive(tmp_path, S1, slices=6)
+    path = archive.files[S1][2]
+    path.write_bytes(path.read_bytes()[:200])
+    node = archive_node(tmp_path, archive)
+    node.step()
+    assert states(node) == {S1: "refused"} and "00002.dcm: not a DICOM image" in node.state.rows[S1]["reason"]
 
 
 def test_an_image_that_is_named_but_not_there_is_tried_again_and_fails_in_the_end(tmp_path, monkeypatch):
@@ -1448,6 +1488,15 @@ def test_pages(tmp_path):
         get("/other")
     with urllib.request.urlopen(urllib.request.Request(url + "/", method="HEAD"), timeout=60) as answer:
         assert answer.status == 200 and int(answer.headers["Content-Length"]) > 1000 and not answer.read()
+    server.shutdown()
+
+
+def test_a_reader_who_asks_nothing_keeps_no_thread(tmp_path, monkeypatch):
+    assert 1 <= _Handler.timeout <= 300
+    monkeypatch.setattr(_Handler, "timeout", 0.1)
+    server = serve(fake_node(tmp_path, []), "127.0.0.1", 0)
+    with socket.create_connection(server.server_address[:2], timeout=60) as reader:
+        assert reader.recv(1) == b""                                 # hung up
     server.shutdown()
 
 

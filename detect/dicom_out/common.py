@@ -87,6 +87,8 @@ class Case(Derived):
 def open_case(result: Result, identity: Identity, phi: bool, made: datetime) -> Case:
     """Read the headers of the scan's files again. Raises DerivedError where results cannot refer to them."""
     scan = result.scan
+    if not np.isfinite(result.score):
+        raise DerivedError(f"{scan.scan_id}: its score is no number: a report would call the finding absent")
     for name in ("anomaly", "mask"):
         if getattr(result, name).shape != scan.hu.shape:
             raise DerivedError(f"{scan.scan_id}: {name} {list(getattr(result, name).shape)} does not fit the scan "
