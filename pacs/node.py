@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pydicom
+import torch
 
 from common.files import FullDiskError, full_disk_named
 from ct.read import find_scans, read_scan
@@ -24,6 +25,7 @@ BACKOFF_S = (1.0, 60.0)                               # first and longest pause 
 TRIES = 5                                             # of a series that Orthanc does not serve while it is there
 TRYING = ("tries", "since", "reason")                 # in the row of a series between its tries
 STILL_THERE = "results of fewer images are still in the archive: it does not let them be deleted"
+OF_THE_MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 STUCK_S = 1800.0                                      # no scan takes as long
 
 
@@ -175,9 +177,10 @@ class Node:
         except OrthancAway as error:
             self.orthanc.system()                     # raises where it is away for every series
             result = self._put_back(series_id, row, str(error))
-            if result is None:
-                self._no_room.discard(series_id)
-                return
+        except OF_THE_MACHINE as error:               # it may fail every series, until somebody mends it
+            traceback.print_tb(error.__traceback__)
+            result = self._put_back(series_id, row, f"{type(error).__name__}: memory or GPU of the node have failed; "
+                                                    "where is in its log")
         except (KeyboardInterrupt, SystemExit):
             raise
         except Exception as error:                    # a series that breaks us must not stop the others
@@ -185,6 +188,9 @@ class Node:
             result = {"state": FAILED, "reason": f"{type(error).__name__}; where it came from is in the node's log"}
         finally:
             self.state.clear_work()
+        if result is None:
+            self._no_room.discard(series_id)
+            return
         if self.stopping.is_set() and result["state"] != DONE:
             return                                    # the signal may have reached a decoder as well: at the next start
         result |= {"finished": timestamp(), "seconds": time.perf_counter() - started}

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pydicom
 import pytest
+import torch
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 
@@ -1311,6 +1312,25 @@ def test_a_series_is_not_failed_for_a_storage_that_serves_none(tmp_path, monkeyp
     while node.step():
         pass
     assert states(node) == {S1: "done", S2: "done"} and not node.state.rows[S1].get("reason")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   torch.AcceleratorError("CUDA error: unspecified launch failure")])
+def test_a_gpu_that_fails_costs_no_series(tmp_path, monkeypatch, error):
+    """Each that came was failed for good, until somebody looked at the page."""
+    def broken(scan):
+        raise error
+    archive = Archive(tmp_path, S1, S2)
+    monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
+    node = archive_node(tmp_path, archive, broken)
+    for _ in range(14):
+        node.step()
+    assert states(node) == {S1: "waiting", S2: "waiting"} and node.metrics.put_back == 14
+    assert f"another will follow: {type(error).__name__}: memory or GPU" in page(node, "http://fake")
+    node.project = at_once                                           # mended
+    while node.step():
+        pass
+    assert states(node) == {S1: "done", S2: "done"}
 
 
 def test_orthanc_away_as_a_whole_is_no_try_of_a_series(tmp_path):
