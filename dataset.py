@@ -159,7 +159,7 @@ class SliceWriter:
         remove_abandoned(self.path.parent, f".{glob.escape(self.path.name)}.*.partial")
 
     def __enter__(self) -> SliceWriter:
-        self._env = lmdb.open(str(self._partial), subdir=False, lock=False, map_size=1 << 26, sync=False)
+        self._env = lmdb.open(os.fsencode(self._partial), subdir=False, lock=False, map_size=1 << 26, sync=False)
         self._lock = os.open(self._partial, os.O_RDWR)
         with contextlib.suppress(OSError):             # a file system that knows no locks
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -264,7 +264,7 @@ _environments: dict[str, lmdb.Environment] = {}   # LMDB allows one environment 
 def _environment(path: Path) -> lmdb.Environment:
     key = str(path.resolve())
     if key not in _environments:
-        _environments[key] = lmdb.open(key, subdir=False, readonly=True, lock=False, readahead=False,
+        _environments[key] = lmdb.open(os.fsencode(key), subdir=False, readonly=True, lock=False, readahead=False,
                                        map_size=path.stat().st_size)
     return _environments[key]
 

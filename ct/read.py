@@ -95,10 +95,11 @@ def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = 5.0, ids:
         return find_scans(inputs[0], unknown_slice_spacing_mm, ids)
     several = []
     for folder in inputs:
-        name, sources = as_given(folder).name, find_scans(folder, unknown_slice_spacing_mm, ids)
+        name, sources = printable(as_given(folder).name), find_scans(folder, unknown_slice_spacing_mm, ids)
         is_scan = len(sources) == 1 and (Path(folder).is_file() or sources[0].scan_id in (name, _hashed(name, ())))
-        before = "" if is_scan or ids == "uid" else name + SEPARATOR
-        several.append([replace(source, scan_id=before + source.scan_id) for source in sources])
+        if not is_scan and ids == "path":
+            sources = [replace(source, scan_id=_within(name, source.scan_id)) for source in sources]
+        several.append(sources)
     found = [source for sources in several for source in sources]
     twice = [scan_id for scan_id, count in Counter(source.scan_id for source in found).items() if count > 1]
     if twice and ids == "path":
@@ -327,6 +328,12 @@ def _id(found: Found, root: Path, ids: str) -> str:
     name = printable(SEPARATOR.join(parts) or top.name or "scan") + (f"-{found.suffix}" if found.suffix else "")
     odd = any(SEPARATOR in part or part != part.strip("-") for part in parts) or len(name.encode()) > LONGEST_ID
     return _hashed(name, parts) if odd or name in RESERVED else name
+
+
+def _within(name: str, scan_id: str) -> str:
+    """The id of a scan in one of several inputs, of this name."""
+    whole = name + SEPARATOR + scan_id
+    return whole if len(whole.encode()) <= LONGEST_ID else _hashed(whole, (whole,))
 
 
 def _hashed(name: str, parts: tuple[str, ...]) -> str:

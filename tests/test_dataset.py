@@ -131,6 +131,15 @@ def test_the_map_grows_with_the_data(tmp_path, monkeypatch):
     assert (SliceDataset(tmp_path / "x.lmdb").scan(0)["hu"].numpy() == hu).all()
 
 
+def test_a_name_that_is_no_utf8_is_written_and_read(tmp_path):
+    """It ended in a traceback, after the scans were found."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xcf\xe5.lmdb")
+    hu, brain, mm = random_scan(3, slices=4)
+    with SliceWriter(path, {}) as writer:
+        writer.add(ScanRecord.encode("a", hu, brain, mm), "train", "a")
+    assert (SliceDataset(path).scan(0)["hu"].numpy() == hu).all()
+
+
 # ---- damage
 
 def test_every_flipped_bit_is_found_on_opening(database):

@@ -416,6 +416,16 @@ def test_several_inputs_name_their_scans_after_the_input(tmp_path):
         find_all([tmp_path / "a", tmp_path / "c/a"])
 
 
+def test_inputs_whose_names_are_no_utf8_or_long_give_ids_that_can_be_written(tmp_path):
+    """Of several inputs one such name ended the run; a long one and a scan's made a name that no folder can have."""
+    odd, long = os.fsdecode(os.fsencode(tmp_path) + b"/\xcf\xe5"), tmp_path / ("n" * 200)
+    for folder, number in ((tmp_path / "case", 0), (Path(odd), 1), (long / ("a" * 100), 2), (long / ("b" * 100), 3)):
+        write_slice_folder(folder, HU + number)
+    found = [source.scan_id for source in find_all([tmp_path / "case", odd, long])]
+    assert found[0] == "%CF%E5" and "case" in found and len(set(found)) == 4 and max(map(len, found)) < 130
+    assert [one for one in found if one.startswith("nnn")] and all(one.encode() for one in found)
+
+
 def test_a_link_is_named_by_its_own_name(tmp_path, monkeypatch):
     """A folder of links, given one by one, had ids of what they lead to."""
     write_slice_folder(tmp_path / "store" / "real", HU)
