@@ -57,7 +57,7 @@ def _share(right: np.ndarray, clusters: np.ndarray, level: float) -> dict | str:
     if not len(right):
         return "undefined: 0 of 0"
     hits, total = int(right.sum()), len(right)
-    value, *interval = metrics.proportion(hits, total, level, metrics.independent_units(right, clusters))
+    value, *interval = metrics.proportion(hits, total, level, metrics.independent_units(right, clusters, level))
     return {"value": value, "interval": interval, "hits": hits, "of": total}
 
 

@@ -242,12 +242,13 @@ def proportion(hits: int, total: int, level: float = 0.95,
     return share, float(max(0.0, centre - half)), float(min(1.0, centre + half))
 
 
-def independent_units(right: np.ndarray, clusters: np.ndarray) -> float:
-    """How many independent units n correlated ones are worth where their share of right ones is estimated, at most n.
+def independent_units(right: np.ndarray, clusters: np.ndarray, level: float = 0.95) -> float:
+    """How many independent units n correlated ones are worth where their share of right ones is estimated, 1 to n.
 
     right: bool [n]; clusters [n], whose units hang together (slices of a scan, scans of a patient). n over the design
     effect: the variance of the share with clusters as units over that with units as such (Rao and Scott, Biometrics
-    48:577, 1992). Where all are right, or none, no variance tells: it is the number of clusters. Not for n = 0.
+    48:577, 1992), and fewer still for an interval of this level where few clusters tell it (Korn and Graubard, Survey
+    Methodology 24:193, 1998). Where all are right, or none, it is the number of clusters. Not for n = 0.
     """
     right, (found, index) = np.asarray(right, float), np.unique(clusters, return_inverse=True)
     n, count, share = len(right), len(found), right.mean()
@@ -255,7 +256,8 @@ def independent_units(right: np.ndarray, clusters: np.ndarray) -> float:
         return float(count)
     residuals = np.bincount(index, weights=right - share)
     effect = count / (count - 1) * np.square(residuals).sum() / (n**2 * share * (1 - share) / (n - 1))
-    return float(n / max(1.0, effect))
+    few = stats.t.ppf((1 + level) / 2, n - 1) / stats.t.ppf((1 + level) / 2, count - 1)
+    return float(max(1.0, n / max(1.0, effect) * few**2))
 
 
 def ppv_at_prevalence(sensitivity: float, specificity: float, prevalence: float) -> float:

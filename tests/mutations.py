@@ -786,7 +786,7 @@ MUTANTS = (
     Mutant("of two pictures of one slice one counts", "evaluation/cohort.py",
            "if other != picture:", "if False:", "tests/test_evaluate.py -k both_named"),
     Mutant("slices of one patient are as many independent ones", "evaluation/figures.py",
-           "metrics.independent_units(right, clusters))", "len(right))", "tests/test_evaluate.py -k worth"),
+           "metrics.independent_units(right, clusters, level))", "len(right))", "tests/test_evaluate.py -k worth"),
     Mutant("an interval from one patient", "evaluation/metrics.py",
            "if len(np.unique(index[labels == value])) == 1:", "if False:",
            "tests/test_evaluate.py -k one_patient"),

@@ -14,7 +14,7 @@ import nibabel
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.stats import norm
+from scipy.stats import norm, t
 from sklearn.metrics import average_precision_score
 
 import evaluate
@@ -215,8 +215,11 @@ def test_correlated_units_are_worth_fewer_independent_ones():
     right = np.array([1, 1, 0, 1, 0, 0], bool)
     assert metrics.independent_units(right, np.arange(6)) == pytest.approx(6)    # each its own: Wilson's as it is
     assert metrics.independent_units(right.repeat(20), np.arange(6).repeat(20)) == pytest.approx(
-        120 / (6 / 5 * 6 * 100 / (120**2 / 4 / 119)))                            # copies: about as many as there were
-    assert metrics.independent_units(np.array([1, 0, 1, 0]), [0, 0, 1, 1]) == 4  # never more than there are
+        120 / (6 / 5 * 6 * 100 / (120**2 / 4 / 119)) * (t.ppf(0.975, 119) / t.ppf(0.975, 5)) ** 2)
+    balanced, clusters = np.tile([1, 0], 100), np.arange(200) // 2               # alike in each: never more than all
+    assert metrics.independent_units(balanced, clusters) == pytest.approx(
+        200 * (t.ppf(0.975, 199) / t.ppf(0.975, 99)) ** 2)
+    assert metrics.independent_units(np.array([1, 0, 1, 0]), [0, 0, 1, 1]) == 1  # two clusters tell next to nothing
     assert metrics.independent_units(np.ones(40), np.arange(4).repeat(10)) == 4  # all right: as many as patients
     assert metrics.independent_units(np.array([1, 0, 1]), [7, 7, 7]) == 1
     low, high = metrics.proportion(60, 120, independent=6)[1:]
@@ -231,7 +234,8 @@ def test_intervals_at_a_threshold_know_what_slices_of_one_patient_are_worth():
     args = SimpleNamespace(level=0.95, prevalence=None)
     found = at_threshold(units, labels == 1, 0.5, "", args)["sensitivity"]
     assert (found["value"], found["hits"], found["of"]) == (0.75, 30, 40)
-    assert found["interval"] == pytest.approx(metrics.proportion(30, 40, independent=40 / 13)[1:])
+    worth = 40 / 13 * (t.ppf(0.975, 39) / t.ppf(0.975, 3)) ** 2
+    assert found["interval"] == pytest.approx(metrics.proportion(30, 40, independent=worth)[1:])
     alone = at_threshold(dataclasses.replace(units, clusters=np.arange(40)), labels == 1, 0.5, "", args)["sensitivity"]
     assert alone["interval"] == pytest.approx(metrics.proportion(30, 40)[1:])
 
