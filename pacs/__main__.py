@@ -130,6 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     host, port = server.server_address[:2]
     print(f"worklist: http://{host}:{port}/", flush=True)
     try:

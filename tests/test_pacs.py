@@ -1206,6 +1206,17 @@ def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path, monkeypatch, defaul
     assert states(archive_node(tmp_path, archive)) == {S1: "done", S2: "done"}
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_while_the_model_is_loaded_ends_the_program(tmp_path, monkeypatch, default_signals, number, code):
+    asked = of_stub(monkeypatch, tmp_path, Archive(tmp_path, S1))
+    monkeypatch.setattr("pacs.__main__.load_bundle", lambda *_: os.kill(os.getpid(), number))
+    try:
+        assert main(asked) == code
+    except SystemExit as stop:                                       # of a command, that is the same
+        assert stop.code == code and number != signal.SIGINT
+    assert not (tmp_path / "state").exists()
+
+
 def test_a_second_ctrl_c_ends_the_node_at_once_and_leaves_no_patient_data(tmp_path, monkeypatch, default_signals):
     archive = Archive(tmp_path, S1)
 
