@@ -24,7 +24,7 @@ STAGES = ("fetch", "project", "write", "store")
 BACKOFF_S = (1.0, 60.0)                               # first and longest pause while Orthanc is away or the disk full
 TRIES = 5                                             # of a series that Orthanc does not serve while it is there
 TRYING = ("tries", "since", "reason")                 # in the row of a series between its tries
-STILL_THERE = "results of fewer images are still in the archive: it does not let them be deleted"
+STILL_THERE = "its earlier results are still in the archive: it does not let them be deleted"
 OF_THE_MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 STUCK_S = 1800.0                                      # no scan takes as long
 
