@@ -32,6 +32,7 @@ from common.weights import (
 from ct import frame
 from ct.frame import PreprocessSettings
 from detect import measure
+from detect.calibration import spacing_range
 from detect.latent import LatentStats
 from detect.measure import MEASURES, Measure
 from detect.normative import Normal
@@ -148,7 +149,8 @@ def _files_of_bundle(folder: Path) -> set[str]:
         content = read_json(folder / "model.json", "", FORMAT_VERSION)
     except CheckpointError:
         return set()
-    return {Path(name).name for name in content.get("files") or ()}
+    files = content.get("files")
+    return {Path(name).name for name in files} if isinstance(files, dict) else set()
 
 
 def read_bundle_meta(folder: str | Path) -> tuple[dict[str, Any], str]:
@@ -165,7 +167,14 @@ def read_bundle_meta(folder: str | Path) -> tuple[dict[str, Any], str]:
     verify(folder, content["files"], "not the file the bundle was made with; fetch the bundle again")
     names = sorted(content["files"])
     if content["format_version"] == 1:
-        content, names = upgraded(content, path), [name for name in VERSION_1_FILES if name in names]
+        names = [name for name in VERSION_1_FILES if name in names]
+        try:                                              # it has no digest, which would tell of a change by hand
+            content = upgraded(content, path)
+            if content["calibration"]:
+                spacing_range(content["calibration"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: projection or calibration are not as latent_stats.py wrote them ({error}); "
+                                  "fetch the bundle again") from error
     _count_scans(content)
     listing = "".join(f"{name} {content['files'][name]}\n" for name in names)
     return content, hashlib.sha256(listing.encode()).hexdigest()

@@ -6,6 +6,7 @@ measure.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,10 +179,10 @@ def usual_range(calibration: dict[str, Any], figure: str) -> tuple[float, float]
 
 def spacing_range(calibration: dict[str, Any]) -> tuple[float, float]:
     """The smallest and largest usual slice spacing of the healthy scans, mm."""
-    spacings = []
-    for scan in range(calibration["scans"]):
-        mm = [one["below_vertex_mm"] for one in calibration["slice_scores"] if one["scan"] == scan]
-        spacings.append(usual_spacing(mm))
+    positions_mm = defaultdict(list)
+    for one in calibration["slice_scores"]:
+        positions_mm[one["scan"]].append(one["below_vertex_mm"])
+    spacings = [usual_spacing(mm) for mm in positions_mm.values()]
     return min(spacings), max(spacings)
 
 

@@ -288,7 +288,8 @@ def test_a_bundle_stays_until_another_is_written(tmp_path, bundle_parts, monkeyp
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"format_version": 99}', "[" * 100_000])
+@pytest.mark.parametrize("content", ["", "{", '{"format_version": 99}', "[" * 100_000,
+                                     '{"format_version": 1, "files": 5}'])
 def test_a_damaged_bundle_can_be_overwritten(tmp_path, bundle_parts, content):
     (tmp_path / "model.json").write_text(content)
     save(tmp_path, *bundle_parts, overwrite=True)
@@ -350,6 +351,8 @@ def test_a_bundle_of_version_1_is_read(tmp_path, bundle_parts):
     assert bundle.weights_hash == hashlib.sha256(listing.encode()).hexdigest()
     with pytest.raises(CheckpointError, match="projection: unknown unheard_of; made by another version"):
         load_bundle(version_1(tmp_path / "odd", parts, latent, {"unheard_of": 1}))
+    with pytest.raises(CheckpointError, match="projection or calibration are not as latent_stats.py wrote them"):
+        load_bundle(version_1(tmp_path / "typed", parts, latent, {"steps_latent": "many"}))
 
 
 def test_ids_of_healthy_scans_in_older_bundles_are_read_as_their_number(tmp_path, bundle_parts):

@@ -170,11 +170,21 @@ def test_a_score_whose_reconstruction_is_at_fault_is_not_to_be_trusted(one, tmp_
     assert row["reason"] in row["notes"] and float(row["score"]) >= 0 and row["percentile"] == row["flagged"] == ""
 
 
-def test_what_is_not_to_be_trusted_stands_below_whatever_its_score(work, tmp_path):
-    results = [Result(work / "results" / "normal", {"scan_id": name, "status": status, "score": score}, {}, {})
-               for name, status, score in (("a", "failed", None), ("b", "unreliable", 9.0), ("c", "ok", 1.0))]
+def test_what_is_not_to_be_trusted_stands_below_whatever_its_score(tmp_path):
+    results = []
+    for name, status, score in (("a", "failed", None), ("b", "unreliable", 9.0), ("c", "ok", 1.0)):
+        scan = {"scan_id": name, "status": status, "score": score, "seconds": 1.0}
+        results.append(Result(tmp_path / name, scan, {}, {}))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps({"key": {}, "scan": scan, "slices": [], "seconds": {}}))
     write_tables(tmp_path, results)
     assert [row["scan_id"] for row in rows(tmp_path / "scores.csv")] == ["c", "b", "a"]
+
+    before = (tmp_path / "slices.csv").read_bytes()                    # by another run, while tables are made
+    (tmp_path / "b" / "result.json").write_text((tmp_path / "b" / "result.json").read_text().replace("9.0", "5.0"))
+    with pytest.raises(ValueError, match="b: another run has replaced its results while tables were made of them"):
+        write_tables(tmp_path, results)
+    assert (tmp_path / "slices.csv").read_bytes() == before
 
 
 def test_what_only_draws_the_mask_leaves_the_percentile(one, tmp_path):
