@@ -63,9 +63,13 @@ class Run:
     resumed   whether the folder held a snapshot
     """
 
-    def __init__(self, out: Path, meta: dict, trainer: Trainer, seed: int, rollback: bool = False):
-        """Collective. Raises CheckpointError when the folder holds a run of another kind."""
-        snapshot = start_run(out, meta, trainer.modules())
+    def __init__(self, out: Path, meta: dict, trainer: Trainer, seed: int, rollback: bool = False,
+                 told: Collection[str] = ()):
+        """Collective. Raises CheckpointError when the folder holds a run of another kind.
+
+        told: of meta's keys those without which no run goes on; of the others an older version's may lack some.
+        """
+        snapshot = start_run(out, meta, trainer.modules(), told)
         state = snapshot.state if snapshot else {}
         self.out, self.meta, self.trainer = out, meta, trainer
         self.resumed, self.saved_at = snapshot is not None, snapshot.step if snapshot else 0
@@ -315,7 +319,8 @@ def load_optimiser(optimiser: torch.optim.Optimizer, state: dict) -> None:
     optimiser.load_state_dict({**state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
-def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> Snapshot | None:
+def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module],
+              told: Collection[str] = ()) -> Snapshot | None:
     """Collective. Open the run folder and, if it holds snapshots, load the last one's weights into modules.
 
     Writes meta to config.json. Returns the snapshot (for its state), or None for a new run. Raises CheckpointError
@@ -328,6 +333,9 @@ def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> Sna
     if snapshot is not None:
         for key in [key for key in meta if key != "config"]:               # in order: the kind first
             now = json.loads(json.dumps(meta[key]))
+            if key in told and key not in snapshot.meta:
+                raise CheckpointError(f"{out}: the run there was started by an older version and does not tell its "
+                                      f"{key}; go on with that version, or choose another --out")
             if snapshot.meta.get(key, now) != now:                         # an older run may not say it
                 raise CheckpointError(
                     f"{out}: the run there has another {key} ({snapshot.meta[key]}, now {meta[key]}); go on with "

@@ -801,6 +801,8 @@ MUTANTS = (
            "tests/test_healthygan.py -k generators_gradient"),
     Mutant("healthygan's rate falls from the start", "healthygan/train.py",
            "round(self.decay * self.iterations)", "self.iterations", "tests/test_healthygan.py -k learning_rate"),
+    Mutant("healthygan goes on from a run of unknown images", "healthygan/train.py",
+           ', told=("digest",))', ")", "tests/test_healthygan.py -k does_not_tell"),
     Mutant("healthygan's average forgets faster while it copies", "healthygan/train.py",
            "self._update_ema(1)", "self._update_ema(self.config.critic_steps)",
            "tests/test_healthygan.py -k half_life"),

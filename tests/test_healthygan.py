@@ -540,6 +540,17 @@ def test_a_run_of_an_older_version_with_other_settings_is_not_gone_on_with(finis
     assert "older version, with settings that this one does not know (decay_iterations)" in capsys.readouterr().err
 
 
+def test_a_run_that_does_not_tell_what_it_kept_aside_is_not_gone_on_with(finished, run_train, tmp_path, capsys):
+    """With another --seed it went on, and its threshold was of images that it had been trained on."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for folder in tmp_path.glob("snapshot-*"):
+        content = json.loads((folder / "meta.json").read_text())
+        del content["meta"]["digest"]
+        write_json(folder / "meta.json", {key: value for key, value in content.items() if key != SEAL})
+    assert run_train(tmp_path, "--iterations", 25, "--seed", 1) == 2
+    assert "older version and does not tell its digest" in capsys.readouterr().err
+
+
 def test_the_script_leaves_no_metrics_of_other_data(tmp_path):
     script, results = tmp_path / "healthygan/test_covid.sh", tmp_path / "healthygan/results/covid"
     python = tmp_path / ".venv/bin/python"                        # tests nothing, writes nothing
