@@ -69,10 +69,13 @@ def test_other_threads_ask_for_no_signal():
 def test_sigterm_leaves_no_patient_data_in_the_temporary_folder(command, tmp_path):
     """It ended the run on the spot, and the unpacked files stayed for good."""
     hu, _ = synthetic_head(slices=6, size=48, spacing_mm=(20.0, 4.8, 4.8))
-    write_dicom_series(tmp_path / "series", hu, (20.0, 4.8, 4.8))
-    shutil.make_archive(str(tmp_path / "scans" / "head-00"), "zip", tmp_path / "series")
-    for k in range(1, 40):
-        os.link(tmp_path / "scans" / "head-00.zip", tmp_path / "scans" / f"head-{k:02d}.zip")
+    for k in range(40):                                                  # of as many patients: prepare.py splits them
+        name = f"head-{k:02d}"
+
+        def of_its_own(ds, _, name=name):
+            ds.PatientID = name
+        write_dicom_series(tmp_path / "series" / name, hu, (20.0, 4.8, 4.8), series=name, study=name, edit=of_its_own)
+        shutil.make_archive(str(tmp_path / "scans" / name), "zip", tmp_path / "series" / name)
     unpacked, log = tmp_path / "unpacked", tmp_path / "log"
     unpacked.mkdir()
     more = {"projector": ["--model", tiny_bundle(tmp_path / "model"), "--out", tmp_path / "out", "--device", "cpu",
