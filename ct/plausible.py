@@ -6,23 +6,48 @@ from dataclasses import replace
 
 import numpy as np
 
-from ct.scan import AIR_HU, Scan
+from ct.scan import AIR_HU, Scan, ScanError
 
 AIR_BELOW, SOFT, BONE_ABOVE = -300, (-100, 150), 300
+TISSUES = ("air", "bone", "soft tissue")
+LEAST_BESIDE, FALL = 0.05, 0.2  # soft tissue of a slice to be compared with; what both have five times as much of
+MUCH_BONE = 0.15                # of a slice of a head
 MIN_SOFT = 0.01                 # share of all voxels
 SOFT_BY_BONE = 0.3              # a head has several times as much soft tissue as bone
 
 
 def tissue_shares(hu: np.ndarray, saturation_hu: tuple[float, float] = (-np.inf, np.inf)) -> dict[str, float]:
     """The shares of air, bone and soft tissue; what the source clipped at its low end is air, at its high end bone."""
-    low, high = saturation_hu
-    counts = np.zeros(3)
-    for image in hu:                                  # without temporary volumes
+    return dict(zip(TISSUES, _shares(hu, saturation_hu).mean(axis=0).tolist()))
+
+
+def _shares(hu: np.ndarray, saturation_hu: tuple[float, float]) -> np.ndarray:
+    """The same of each slice, [S, 3]."""
+    (low, high), shares = saturation_hu, np.zeros((len(hu), 3))
+    for k, image in enumerate(hu):                    # without temporary volumes
         air = (image < AIR_BELOW) | (image <= low)
         bone = (image > BONE_ABOVE) | (image >= high)
         soft = (image > SOFT[0]) & (image < SOFT[1]) & ~air & ~bone
-        counts += air.sum(), bone.sum(), soft.sum()
-    return dict(zip(("air", "bone", "soft tissue"), (counts / hu.size).tolist()))
+        shares[k] = air.mean(), bone.mean(), soft.mean()
+    return shares
+
+
+def refuse_slices_unlike_their_neighbours(scan: Scan) -> None:
+    """ScanError for a slice without soft tissue, or with bone in place of it or of air, between two that have both.
+
+    Its rescale or its sign is another than its header says, or it is empty: no anatomy changes so from slice to slice.
+    """
+    shares = _shares(scan.hu, scan.saturation_hu)
+    beside = np.stack([shares[:-2], shares[2:]])
+    (least_air, _, least_soft), (_, most_bone, _) = beside.min(axis=0).T, beside.max(axis=0).T
+    air, bone, soft = shares[1:-1].T
+    turned = (bone > np.maximum(most_bone / FALL, MUCH_BONE)) & (air < FALL * least_air)
+    odd = (least_soft > LEAST_BESIDE) & ((soft < FALL * least_soft) | turned)
+    if odd.any():
+        k = int(odd.argmax()) + 1
+        raise ScanError(f"slice {k} (0: the most inferior): {describe(dict(zip(TISSUES, shares[k])))}, unlike both "
+                        f"slices beside it, and {int(odd.sum()) - 1} more such slices: an empty slice, or one whose "
+                        "rescale, sign or window is wrong; correct it at the source, or leave it out")
 
 
 def like_a_head(shares: dict[str, float]) -> bool:

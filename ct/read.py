@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ct import archive, dicom, nifti, slices
-from ct.plausible import without_blanks
+from ct.plausible import refuse_slices_unlike_their_neighbours, without_blanks
 from ct.scan import Found, Scan, ScanError, ScanSource, printable
 from ct.whole_head import upright
 
@@ -145,7 +145,9 @@ def _read(source: ScanSource) -> Scan:
     """With its format's reader. The system's errors quote whole paths, whose folders may be named after patients."""
     read = next(module.read for module in FORMATS if module.KIND == source.kind)
     try:
-        return upright(without_blanks(read(source)))
+        scan = without_blanks(read(source))
+        refuse_slices_unlike_their_neighbours(scan)
+        return upright(scan)
     except OSError as error:
         name = Path(error.filename).name if isinstance(error.filename, str) else source.paths[0].name
         raise ScanError(f"{name}: cannot be read ({error.strerror or type(error).__name__})") from error

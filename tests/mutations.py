@@ -641,6 +641,8 @@ MUTANTS = (
     Mutant("no contrast agent by its code", "ct/dicom.py",
            'coded = ds.get("ContrastBolusAgentSequence") or ()', "coded = ()",
            "tests/test_odd_inputs.py -k by_its_code"),
+    Mutant("a slice of other values than its neighbours passes", "ct/read.py",
+           "        refuse_slices_unlike_their_neighbours(scan)\n", "", "tests/test_odd_inputs.py -k no_hu"),
     Mutant("a link is named after what it leads to", "ct/read.py",
            "path.parent.resolve() / path.name", "path.resolve()", "tests/test_read.py -k own_name"),
     Mutant("one scan is given by two links", "ct/read.py", "    refuse_twice(several)\n", "",

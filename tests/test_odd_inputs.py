@@ -20,6 +20,7 @@ from ct.read import find_scans, read_scan
 from ct.scan import RESULT_MARK, ScanError
 from ct.slices import in_order
 from ct.write import write_nifti
+from tests.helpers import synthetic_head
 from tests.writers import make_uid, write_dicom_series, write_nifti_scan, write_scan_json, write_slice_folder
 
 RNG = np.random.default_rng(4)
@@ -193,6 +194,17 @@ def test_a_nifti_pair_is_read_and_analyze_is_refused(tmp_path):
     nib.save(nib.AnalyzeImage(np.zeros((4, 4, 4), np.int16), np.eye(4)), tmp_path / "old" / "a.hdr")
     with pytest.raises(ScanError, match="a.hdr: an Analyze 7.5 header"):
         read_all(tmp_path / "old")
+
+
+@pytest.mark.parametrize("change", [
+    lambda ds: setattr(ds, "RescaleSlope", 2), lambda ds: setattr(ds, "RescaleIntercept", 0),
+    lambda ds: setattr(ds, "PixelData", bytes(len(ds.PixelData)))])
+def test_one_slice_whose_values_are_no_hu_is_refused_by_its_number(tmp_path, change):
+    """As long as the scan as a whole looked like a head, a slice of bone in place of brain went in without a word."""
+    hu = np.round(synthetic_head(slices=14, size=48, spacing_mm=(8.0, 5.0, 5.0))[0])
+    write_dicom_series(tmp_path, hu, (8.0, 5.0, 5.0), edit=lambda ds, k: change(ds) if k == 5 else None)
+    with pytest.raises(ScanError, match=r"^slice 5 \(0: the most inferior\): .*unlike both slices beside it"):
+        read_all(tmp_path)
 
 
 def test_a_pair_is_read_whichever_of_its_files_is_given(tmp_path):
