@@ -641,6 +641,8 @@ MUTANTS = (
     Mutant("no contrast agent by its code", "ct/dicom.py",
            'coded = ds.get("ContrastBolusAgentSequence") or ()', "coded = ()",
            "tests/test_odd_inputs.py -k by_its_code"),
+    Mutant("no word of a field centre that changes", "ct/dicom.py", "if aside.max() <= ASIDE_MM:", "if True:",
+           "tests/test_dicom.py -k centre_that_changes"),
     Mutant("a slice of other values than its neighbours passes", "ct/read.py",
            "        refuse_slices_unlike_their_neighbours(scan)\n", "", "tests/test_odd_inputs.py -k no_hu"),
     Mutant("a link is named after what it leads to", "ct/read.py",

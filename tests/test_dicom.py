@@ -294,6 +294,16 @@ def test_uneven_spacing_is_resampled(tmp_path):
     np.testing.assert_array_equal(saved.get_fdata()[0, 0], [0, 0, 0, 0, 1, 1, 0])
 
 
+@pytest.mark.parametrize("tilt_deg", [0, 20])
+def test_a_field_centre_that_changes_is_noted(tmp_path, tilt_deg):
+    """The head went on displaced, without a word."""
+    def edit(ds, k):
+        ds.ImagePositionPatient[0] += 20 * (k > 2)
+    moved, = read_only(write_dicom_series(tmp_path / "moved", HU, tilt_deg=tilt_deg, edit=edit)).notes
+    assert moved.startswith("slices lie up to 20 mm beside those next to them") and "first 2 and the one above" in moved
+    assert read_only(write_dicom_series(tmp_path / "whole", HU, tilt_deg=tilt_deg)).notes == ()
+
+
 def test_slices_aside_of_the_line_are_moved_onto_it(tmp_path):
     """A block of slices with another field centre: their maps move with them."""
     image = np.full((6, 9, 9), -1000, np.float32)
@@ -302,6 +312,7 @@ def test_slices_aside_of_the_line_are_moved_onto_it(tmp_path):
     def edit(ds, k):
         ds.ImagePositionPatient[0] += 2 * (k in (2, 3))
     scan = read_only(write_dicom_series(tmp_path / "case", image, edit=edit))
+    assert scan.notes == ()                                                   # 2 mm
     note = write_nifti(tmp_path / "map.nii", scan.hu, scan)
     assert "shifted in plane" in note
     saved = nib.load(tmp_path / "map.nii")
