@@ -64,6 +64,8 @@ class PreprocessSettings:
 
 
 def _checked(cls: type, stored: dict, what: str) -> dict:
+    if not isinstance(stored, dict):
+        raise ValueError(f"{what}: expected an object of keys and values, found a {type(stored).__name__}")
     names = {f.name for f in dataclasses.fields(cls)}
     unknown, missing = sorted(set(stored) - names), sorted(names - LATER - set(stored))
     if unknown or missing:

@@ -36,7 +36,7 @@ class Projection:
                        hypodense: surprise, or votes times residual in HU
     mask, brain        bool: what is predicted anomalous, large components and what they extend to; the brain
     slice_scores       float32 [S], 0 where a slice was not projected
-    below_vertex_mm    float32 [S]; projected bool [S]: False where there was too little brain
+    below_vertex_mm    float64 [S]; projected bool [S]: False where there was too little brain
     score              of the scan
     percentile         among the healthy scans of the model's calibration; None where scores cannot be compared (notes)
     threshold          of the calibration; None without one. flagged: score > threshold; None without one

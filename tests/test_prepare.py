@@ -64,6 +64,8 @@ def test_settings_survive_json_and_refuse_what_they_do_not_know():
     with pytest.raises(ValueError, match=r"standardisation settings.*missing keys \['size'\]"):
         PreprocessSettings.from_json({**stored, "standardise": {
             k: v for k, v in stored["standardise"].items() if k != "size"}})
+    with pytest.raises(ValueError, match="standardisation settings: expected an object of keys.*found a int"):
+        PreprocessSettings.from_json({**stored, "standardise": 128})
 
 
 # ---- one scan
