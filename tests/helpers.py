@@ -133,9 +133,9 @@ def leaks(folder: Path, *more: bytes) -> list[str]:
 
 
 def write_smooth_images(folder: Path, count: int) -> None:
-    """Smooth grey noise, 48 x 40 pixels, as PNG."""
+    """Smooth grey noise, 48 x 40 pixels, as PNG: in folders of other names other images."""
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng([*folder.name.encode()])
     for i in range(count):
         pixels = np.kron(rng.integers(40, 120, (5, 6)), np.ones((8, 8)))
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02d}.png")
