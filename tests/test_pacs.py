@@ -1168,8 +1168,11 @@ def of_stub(monkeypatch, folder, archive, run=at_once):
 
 @pytest.fixture
 def default_signals():
-    """As a program is started from a terminal; what it sets is set back."""
+    """As a program is started from a terminal, whatever the tests were: in the background SIGINT is ignored. What it
+    sets is set back.
+    """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     yield
