@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -23,6 +24,9 @@ from tests.helpers import synthetic_head
 LOCAL = (None, "", "localhost", socket.gethostname(), "127.0.0.1", "::1", "0.0.0.0", "::")
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 THREADS = torch.get_num_threads()
+for number in (signal.SIGINT, signal.SIGHUP):    # ignored in a shell's background and under nohup, and what tests start
+    if signal.getsignal(number) == signal.SIG_IGN:                     # would inherit that, but not another handler
+        signal.signal(number, lambda *_: None)
 refused: list[str] = []                          # addresses beyond this machine that a test has tried to reach
 
 
