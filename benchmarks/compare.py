@@ -74,14 +74,20 @@ class Progress:
 def refuse_other_data(meta: dict, model: Path, data: SliceDataset, flag: str) -> None:
     """ValueError unless the model with this model.json was trained or calibrated on this database, that of `flag`.
 
-    The baselines are to learn from the same.
+    The baselines are to learn from the same. One of as many scans and slices is taken for the same, prepared anew, and
+    that is said: on another CPU, or by another version, a digest is another.
     """
     known = meta["provenance"] or {}
-    trained_on = known.get("data", {}).get("digest", "none it names")
-    calibrated_by = [known.get(part, {}).get("digest") for part in ("held_out", "calibration_data")]
-    if data.manifest["digest"] not in (trained_on, *calibrated_by):
-        raise ValueError(f"{flag} {data.path}: has the digest {data.manifest['digest'][:12]}, --model {model} was "
-                         f"trained on {trained_on[:12]}; give that database")
+    its = [known[part] for part in ("data", "held_out", "calibration_data") if part in known]
+    own = {key: data.manifest[key] for key in ("digest", "counts")}
+    if any(one["digest"] == own["digest"] for one in its):
+        return
+    if not any(one.get("counts") == own["counts"] for one in its):
+        trained_on = its[0]["digest"] if its else "none it names"
+        raise ValueError(f"{flag} {data.path}: has the digest {own['digest'][:12]}, --model {model} was trained on "
+                         f"{trained_on[:12]}; give that database")
+    say(f"note: {flag} {data.path} is taken for what --model {model} was trained or calibrated on, prepared anew: it "
+        "has as many scans and slices, and another digest")
 
 
 def project(scans: Path, model: Path, out: Path, device: str, flags: Sequence[str] = (), name: str = "") -> dict:

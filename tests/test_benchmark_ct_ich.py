@@ -172,10 +172,15 @@ def test_a_label_beyond_the_scan_is_refused():
         ct_ich.collect("test", labels, {"a": {3: labels["a"]}}, ours, {"a": {}}, [])
 
 
-def test_a_model_of_other_data_is_refused(database):
+def test_a_model_of_other_data_is_refused(database, capsys):
+    data = SliceDataset(database)
+    prepared_anew = {"data": {"digest": "0" * 64, "counts": {}}, "held_out": {"digest": "1" * 64,
+                                                                               "counts": data.manifest["counts"]}}
+    compare.refuse_other_data({"provenance": prepared_anew}, "model", data, "--database")
+    assert "was trained or calibrated on, prepared anew" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--database .*healthy\.lmdb.*trained on 123456789012; give that database"):
-        compare.refuse_other_data({"provenance": {"data": {"digest": "1234567890123"}}}, "model",
-                                  SliceDataset(database), "--database")
+        compare.refuse_other_data({"provenance": {"data": {"digest": "1234567890123", "counts": {}}}}, "model", data,
+                                  "--database")
 
 
 # ---- methods
