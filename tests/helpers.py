@@ -147,7 +147,7 @@ def tiny_bundle(folder: Path) -> Path:
     config = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=128, channel_max=16)
     inversion = Inversion(InversionSettings(), Generator(config), Encoder(config))
     preprocessing = PreprocessSettings(StandardiseSettings(size=32), min_brain_fraction=0.01)
-    meta = dict(preprocessing=preprocessing.to_json(), calibration=None, provenance={"data": "none"})
+    meta = dict(preprocessing=preprocessing.to_json(), calibration=None, provenance=None)
     quiet = Settings("inversion").replace(threshold_hu=1000.0)      # or the whole brain is marked, and no score trusted
     return save_bundle(folder, inversion, quiet, meta)
 
