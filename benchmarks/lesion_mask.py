@@ -127,13 +127,13 @@ def benchmark(args: argparse.Namespace) -> None:
     """Raises OSError, CheckpointError, DatasetError, and ValueError for flags and for files that do not fit."""
     if args.every < 1:
         raise ValueError(f"--every must be at least 1, got {args.every}")
+    make_writable(args.out)
     memory.keep_freed()
     bundle, data = load_bundle(args.model, distributed.pick_device(args.device)), SliceDataset(args.data, "val")
     check_preprocessing(bundle.meta["preprocessing"], data.manifest["settings"], f"--model {args.model}")
     bundle.measure.check()
     settings = settings_of(bundle.settings, args.mask_rows)
     side_mm = pasted.pixel_mm(data.size, data.manifest["settings"]["standardise"]["head_fraction"])
-    make_writable(args.out)
     rows = evaluate(bundle.reconstructor, {name: bundle.with_settings(one).measure for name, one in settings.items()},
                     held_out_scans(data)[::args.every], side_mm, compare.say)
     for reason in rows[OWN]["left_out"]:
