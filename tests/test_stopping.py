@@ -69,12 +69,13 @@ def test_other_threads_ask_for_no_signal():
 def test_sigterm_leaves_no_patient_data_in_the_temporary_folder(command, tmp_path):
     """It ended the run on the spot, and the unpacked files stayed for good."""
     hu, _ = synthetic_head(slices=6, size=48, spacing_mm=(20.0, 4.8, 4.8))
-    for k in range(40):                                                  # of as many patients: prepare.py splits them
+    for k in range(40):                            # of as many patients, and none a copy: prepare.py refuses those
         name = f"head-{k:02d}"
 
         def of_its_own(ds, _, name=name):
             ds.PatientID = name
-        write_dicom_series(tmp_path / "series" / name, hu, (20.0, 4.8, 4.8), series=name, study=name, edit=of_its_own)
+        write_dicom_series(tmp_path / "series" / name, hu + k - 20, (20.0, 4.8, 4.8), series=name, study=name,
+                           edit=of_its_own)
         shutil.make_archive(str(tmp_path / "scans" / name), "zip", tmp_path / "series" / name)
     unpacked, log = tmp_path / "unpacked", tmp_path / "log"
     unpacked.mkdir()
