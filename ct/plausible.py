@@ -28,8 +28,8 @@ def _shares(hu: np.ndarray, saturation_hu: tuple[float, float]) -> np.ndarray:
         air = (image < AIR_BELOW) | (image <= low)
         bone = (image > BONE_ABOVE) | (image >= high)
         soft = (image > SOFT[0]) & (image < SOFT[1]) & ~air & ~bone
-        shares[k] = air.mean(), bone.mean(), soft.mean()
-    return shares
+        shares[k] = [np.count_nonzero(tissue) for tissue in (air, bone, soft)]
+    return shares / np.prod(hu.shape[1:])
 
 
 def refuse_slices_unlike_their_neighbours(scan: Scan) -> None:

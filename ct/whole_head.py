@@ -15,6 +15,7 @@ from scipy import ndimage as ndi
 
 from ct.brain import bone_threshold, estimate_pixel_mm
 from ct.limits import SLICE_MM
+from ct.morphology import box, dilate
 from ct.plausible import AIR_BELOW
 from ct.scan import Scan, ScanError
 
@@ -123,17 +124,33 @@ def _at_edge_mm(scan: Scan, brain: np.ndarray) -> float:
     low = scan.saturation_hu[0]
     always = scan.hu.max(axis=0) <= max(AIR_BELOW, low + NOISE_HU)
     typical = scan.pixel_spacing_mm or (TYPICAL_FIELD_MM / max(scan.hu.shape[1:]),) * 2
-    reach = [2 * max(1, round(AT_EDGE_MM / mm)) + 1 for mm in typical]
+    reach = [max(1, round(AT_EDGE_MM / mm)) for mm in typical]
     stretches = []
     for image, hu in zip(brain, scan.hu):
-        labels, _ = ndi.label(np.pad(always | (hu <= max(AIR_BELOW, low)), 1, constant_values=True))
-        near = ndi.maximum_filter(labels == labels[0, 0], reach)[1:-1, 1:-1]
+        air = always | (hu <= max(AIR_BELOW, low))
+        if not _may_touch(image, air, max(reach)):
+            continue
+        labels, _ = ndi.label(np.pad(air, 1, constant_values=True))
+        near = ndi.maximum_filter(labels == labels[0, 0], [2 * pixels + 1 for pixels in reach])[1:-1, 1:-1]
         stretches += ndi.find_objects(ndi.label(image & near)[0])
     if not stretches:
         return 0.0
     row_mm, column_mm = scan.pixel_spacing_mm or (estimate_pixel_mm(scan),) * 2
     return max(float(np.hypot((rows.stop - rows.start) * row_mm, (columns.stop - columns.start) * column_mm))
                for rows, columns in stretches)
+
+
+def _may_touch(image: np.ndarray, air: np.ndarray, reach: int) -> bool:
+    """False where neither air nor the picture's edge is within `reach` pixels of a brain; both bool [H, W].
+
+    Air of a sinus counts, too: what of it reaches the edge takes long to tell, and is asked for only where this is True.
+    """
+    if not image.any():
+        return False
+    rows, columns = around = box(image, reach + 1)
+    if not (rows.start and columns.start and rows.stop < image.shape[0] and columns.stop < image.shape[1]):
+        return True
+    return bool((dilate(image[around], 1.5 * reach) & air[around]).any())
 
 
 def _enclosed(scan: Scan, brain: np.ndarray, slices: np.ndarray) -> float:
