@@ -10,7 +10,7 @@ from ct.scan import AIR_HU, Scan, ScanError
 
 AIR_BELOW, SOFT, BONE_ABOVE = -300, (-100, 150), 300
 TISSUES = ("air", "bone", "soft tissue")
-LEAST_BESIDE, FALL = 0.05, 0.2  # soft tissue of a slice to be compared with; what both have five times as much of
+LEAST_SOFT, FALL = 0.05, 0.2    # of a slice to be compared with; the part of its share that no slice between falls to
 MUCH_BONE = 0.15                # of a slice of a head
 MIN_SOFT = 0.01                 # share of all voxels
 SOFT_BY_BONE = 0.3              # a head has several times as much soft tissue as bone
@@ -32,22 +32,23 @@ def _shares(hu: np.ndarray, saturation_hu: tuple[float, float]) -> np.ndarray:
     return shares / np.prod(hu.shape[1:])
 
 
-def refuse_slices_unlike_their_neighbours(scan: Scan) -> None:
-    """ScanError for a slice without soft tissue, or with bone in place of it or of air, between two that have both.
+def refuse_odd_slices(scan: Scan) -> None:
+    """ScanError for slices, one or any number in a row, without soft tissue, or with bone in place of it or of air,
+    that lie between slices that have both.
 
-    Its rescale or its sign is another than its header says, or it is empty: no anatomy changes so from slice to slice.
+    Their rescale or their sign is another than their header says, or they are empty: towards the vertex and the neck a
+    head shrinks, but between two slices of it no anatomy has a fifth of what both show.
     """
-    shares = _shares(scan.hu, scan.saturation_hu)
-    beside = np.stack([shares[:-2], shares[2:]])
-    (least_air, _, least_soft), (_, most_bone, _) = beside.min(axis=0).T, beside.max(axis=0).T
-    air, bone, soft = shares[1:-1].T
-    turned = (bone > np.maximum(most_bone / FALL, MUCH_BONE)) & (air < FALL * least_air)
-    odd = (least_soft > LEAST_BESIDE) & ((soft < FALL * least_soft) | turned)
+    air, bone, soft = _shares(scan.hu, scan.saturation_hu).T
+    turned = (bone[:, None] > np.maximum(bone / FALL, MUCH_BONE)) & (air[:, None] < FALL * air)
+    unlike = (soft > LEAST_SOFT) & ((soft[:, None] < FALL * soft) | turned)         # [S, S]: a slice, another
+    odd = np.tril(unlike).any(axis=1) & np.triu(unlike).any(axis=1)
     if odd.any():
-        k = int(odd.argmax()) + 1
-        raise ScanError(f"slice {k} (0: the most inferior): {describe(dict(zip(TISSUES, shares[k])))}, unlike both "
-                        f"slices beside it, and {int(odd.sum()) - 1} more such slices: an empty slice, or one whose "
-                        "rescale, sign or window is wrong; correct it at the source, or leave it out")
+        k = int(odd.argmax())
+        shares = dict(zip(TISSUES, (air[k], bone[k], soft[k])))
+        raise ScanError(f"slice {k} (0: the most inferior): {describe(shares)}, unlike slices below and above it, and "
+                        f"{int(odd.sum()) - 1} more such slices: empty slices, or ones whose rescale, sign or window "
+                        "is wrong; correct them at the source, or leave them out")
 
 
 def like_a_head(shares: dict[str, float]) -> bool:

@@ -143,7 +143,7 @@ def _at_edge_mm(scan: Scan, brain: np.ndarray) -> float:
 def _may_touch(image: np.ndarray, air: np.ndarray, reach: int) -> bool:
     """False where neither air nor the picture's edge is within `reach` pixels of a brain; both bool [H, W].
 
-    Air of a sinus counts, too: what of it reaches the edge takes long to tell, and is asked for only where this is True.
+    Air of a sinus counts, too: what of it reaches the edge takes long to tell, and is asked only where this is True.
     """
     if not image.any():
         return False
@@ -212,7 +212,8 @@ def profile(scan: Scan) -> Profile:
 def ends(found: Profile) -> tuple[float | None, float | None]:
     """How large the outline still is beyond the lower and the upper end of the skull's inside, of the head's largest.
 
-    Above 1 where the shoulders are in the scan. None where the scan ends before the inside does.
+    Above 1 where the shoulders are in the scan. None where the scan, or what of it is no padding, ends before the
+    inside does.
     """
     inside, outline = found.inside, found.outline
     middle, largest = int(inside.argmax()), inside.max(initial=0)
@@ -224,7 +225,9 @@ def ends(found: Profile) -> tuple[float | None, float | None]:
 
     def beyond(areas: np.ndarray, outlines: np.ndarray) -> float | None:
         ended = np.flatnonzero(areas < ENDED * largest)
-        return None if not len(ended) else float(outlines[ended[0]:ended[0] + count].mean() / head)
+        if not len(ended) or not outlines[ended[0]:].any():
+            return None
+        return float(outlines[ended[0]:ended[0] + count].mean() / head)
 
     return beyond(inside[middle::-1], outline[middle::-1]), beyond(inside[middle:], outline[middle:])
 

@@ -196,14 +196,17 @@ def test_a_nifti_pair_is_read_and_analyze_is_refused(tmp_path):
         read_all(tmp_path / "old")
 
 
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("change", [
     lambda ds: setattr(ds, "RescaleSlope", 2), lambda ds: setattr(ds, "RescaleIntercept", 0),
     lambda ds: setattr(ds, "PixelData", bytes(len(ds.PixelData)))])
-def test_one_slice_whose_values_are_no_hu_is_refused_by_its_number(tmp_path, change):
-    """As long as the scan as a whole looked like a head, a slice of bone in place of brain went in without a word."""
+def test_slices_whose_values_are_no_hu_are_refused_by_number(tmp_path, change, count):
+    """As long as the scan as a whole looked like a head, a slice of bone in place of brain went in without a word; and
+    later two such slices beside each other, each of which had a neighbour like it."""
     hu = np.round(synthetic_head(slices=14, size=48, spacing_mm=(8.0, 5.0, 5.0))[0])
-    write_dicom_series(tmp_path, hu, (8.0, 5.0, 5.0), edit=lambda ds, k: change(ds) if k == 5 else None)
-    with pytest.raises(ScanError, match=r"^slice 5 \(0: the most inferior\): .*unlike both slices beside it"):
+    write_dicom_series(tmp_path, hu, (8.0, 5.0, 5.0), edit=lambda ds, k: change(ds) if 5 <= k < 5 + count else None)
+    with pytest.raises(ScanError, match=r"^slice 5 \(0: the most inferior\): .*unlike slices below and above it, and "
+                       f"{count - 1} more such slices"):
         read_all(tmp_path)
 
 

@@ -31,6 +31,15 @@ def test_a_stack_without_a_clear_vertex_is_left_as_it_is():
         assert upright(cut) is cut
 
 
+def test_air_that_pads_a_head_cut_off_at_its_base_is_no_vertex():
+    """A head that begins within the brain, in a volume that was padded, was put upside down."""
+    scan, _ = synthetic_scan(spacing_mm=SPACING)
+    hu = np.concatenate([np.full((4, *scan.hu.shape[1:]), -1000, np.float32), scan.hu[8:]])
+    padded = replace(scan, hu=hu, position_mm=5.0 * np.arange(len(hu)))
+    assert ends(profile(padded))[0] is None and upright(padded) is padded
+    np.testing.assert_array_equal(upright(reverse(padded)).hu, padded.hu)
+
+
 def test_the_outline_shrinks_towards_the_vertex():
     scan, _ = synthetic_scan(spacing_mm=SPACING)
     below, above = ends(profile(scan))
