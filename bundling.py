@@ -1,6 +1,7 @@
 """From a training run, a method's own file or a model bundle to a calibrated bundle: the work of latent_stats.py.
 
-And to what train_reader.py teaches a reader beside: networks of a run and those of a bundle are one thing to it.
+And to what other trainings begin with or are beside: networks and readers of a run and of a bundle are one thing to
+train_encoder.py and train_reader.py.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from detect.reconstruct import Reconstructor
 from detect.search import Search
 from detect.settings import Settings
 from gan.augment import random_flip, random_rotation
-from gan.encoding import method_of, restore
+from gan.encoding import FirstNetworks, method_of, restore
 from gan.reader_loop import Beside, First
 from gan.runlog import lineage, load_run, not_held_out, tell_of_seen
 from gan.snapshots import Snapshot
+from model import NETWORKS, ModelConfig
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
 WITH_READER = ("inpainting", "inversion")                  # methods that a reader can read beside
@@ -183,7 +185,7 @@ def open_model(data: Path, bundle: Bundle, keep_reader: bool) -> Trained:
 def learnt_by_networks(dataset: SliceDataset, known: dict[str, Any]) -> list[str]:
     """Scans that a database holds out and the networks of a bundle may have learnt from, by its provenance."""
     data = known.get("data")
-    return seen_of(dataset, {"data": data, "held_out": data["counts"]["val"]["scans"]} if data else None)
+    return seen_of(dataset, networks_known(known) if data else None)
 
 
 def learnt_by_reader(dataset: SliceDataset, known: dict[str, Any]) -> list[str]:
@@ -230,7 +232,31 @@ def open_beside(folder: Path, device: torch.device, precision: str) -> Beside:
                   lambda dataset: sorted(set(dataset.held_out_ids()) - set(snapshot.meta.get("held_out", ()))))
 
 
-def open_first(folder: Path) -> First:
+def networks_known(known: dict[str, Any]) -> dict[str, Any]:
+    """How the networks of a bundle were taught, by its provenance, as taught() tells it of a run."""
+    encoder, data = known.get("encoder") or {}, known["data"]
+    return {"images_seen": encoder.get("images_seen"), "config": encoder.get("config"), "data": data,
+            "held_out": data["counts"]["val"]["scans"], "init": known.get("init")}
+
+
+def open_first_networks(folder: Path) -> FirstNetworks:
+    """What --init of train_encoder.py names. Raises CheckpointError."""
+    if is_bundle(folder):
+        bundle = load_bundle(folder)
+        method, known = bundle.reconstructor, bundle.meta["provenance"] or {}
+        if bundle.settings.method not in OF_ENCODER_RUNS or not known.get("encoder"):
+            raise CheckpointError(f"--init {folder}: a model that holds no networks of train_encoder.py; leave --init "
+                                  "out, or give one that does (checkpoint.py show), or a run of train_encoder.py")
+        distributed.print0(f"note: what is measured on held-out scans says too much where {folder} was trained on "
+                           "scans that --data holds out: a bundle does not say on which")
+        weights = {name: network.state_dict() for name in NETWORKS if (network := getattr(method, name, None))}
+        return FirstNetworks(folder, weights, method.encoder.config, networks_known(known))
+    snapshot = load_run(folder, "--init", "encoder", "train_encoder.py")
+    return FirstNetworks(folder, snapshot.weights, ModelConfig(**snapshot.meta["model"]),
+                         {"step": snapshot.step, **snapshot.meta})
+
+
+def open_first_reader(folder: Path) -> First:
     """What --init of train_reader.py names. Raises CheckpointError."""
     if is_bundle(folder):
         bundle = load_bundle(folder)
@@ -297,17 +323,21 @@ def with_reader(trained: Trained, run: Path, beside: str, device: torch.device) 
 
 
 def taught(step: int, meta: dict[str, Any]) -> dict[str, Any]:
-    """How a run of train_reader.py was taught, at a step: JSON-able; no paths, no ids.
+    """How a run of train_reader.py or train_encoder.py was taught, at a step: JSON-able; no paths, no ids.
 
     data: all scans of that database taught it, but for the `held_out` of those that it holds out; init: the same of
     what the run began with.
     """
-    counts, first = meta["data"]["counts"], meta.get("init")
-    if first and "step" in first:                                  # of a run; a bundle's reader tells it so already
-        first = taught(first["step"], first)
+    counts = meta["data"]["counts"]
     held_out = len(meta["held_out"]) if "held_out" in meta else counts["val"]["scans"]        # an older run: all
     return {"images_seen": step, "config": meta["config"], "held_out": held_out,
-            "data": {"digest": meta["data"]["digest"], "counts": counts}, "init": first}
+            "data": {"digest": meta["data"]["digest"], "counts": counts}, "init": began_with(meta)}
+
+
+def began_with(meta: dict[str, Any]) -> dict[str, Any] | None:
+    """taught() of what a run of this meta began with by --init; a bundle tells it so already."""
+    first = meta.get("init")
+    return taught(first["step"], first) if first and "step" in first else first
 
 
 def load_reader(run: Path, known: dict[str, Any], beside: str) -> Snapshot:
@@ -378,4 +408,4 @@ def provenance(step: int, meta: dict[str, Any]) -> dict[str, Any]:
         return {"images_seen": step, "config": meta["config"], "data_digest": meta["data"]["digest"]}
 
     return {"data": {key: meta["data"][key] for key in ("digest", "counts")},
-            "gan": run(meta["gan"]["step"], meta["gan"]), "encoder": run(step, meta)}
+            "gan": run(meta["gan"]["step"], meta["gan"]), "encoder": run(step, meta), "init": began_with(meta)}

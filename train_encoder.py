@@ -4,7 +4,8 @@
     torchrun --nproc-per-node=8 train_encoder.py --data healthy.lmdb --gan runs/gan --out runs/encoder
 
 The generator stays as it is, unless --lr-generator says otherwise. With --init all three networks start from another
-run of this command, on other data (phantoms, say): real scans are few.
+run of this command, on other data (phantoms, say): real scans are few. Or from a model bundle, which holds no
+discriminator: that one starts from --gan's.
 First epochs: perceptual loss only. Then perceptual + adversarial + in-domain, with the discriminator trained on real
 against reconstructed slices. After every epoch PSNR and HU error in the brain of held-out scans. The same command
 goes on from the last snapshot. SIGINT, SIGTERM and SIGUSR1 end it with a snapshot after the step in progress. Exit
@@ -50,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--data", "--data_path", type=Path, required=True,
                             help="database made by prepare.py, or a folder of scans (one process prepares it)")
         parser.add_argument("--gan", type=Path, required=True, help="run folder of train.py")
-        parser.add_argument("--init", type=Path, help="run of this command whose networks are the first weights")
+        parser.add_argument("--init", type=Path, metavar="RUN",
+                            help="run of this command whose networks are the first weights, or a model bundle")
         parser.add_argument("--out", type=Path, default=Path("runs/encoder"),
                             help="run folder; an unfinished run goes on")
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -60,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
 
     config, args = parse(__doc__, PRESETS, arguments, argv)
 
-    from gan.database import ensure_database  # only now: --help needs none of what takes seconds to import
+    from bundling import open_first_networks  # only now: --help needs none of what takes seconds to import
+    from gan.database import ensure_database
     from gan.encoder_loop import train
     from gan.runlog import load_run, run_command
     from op import memory, set_impl
@@ -69,8 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         memory.keep_freed()
         set_impl(args.ops)
         size = load_run(args.gan, "--gan", "gan", "train.py").meta["model"]["size"]
+        first = open_first_networks(args.init) if args.init else None
         data = ensure_database(args.data, args.out, size)
-        train(config, data, args.gan, args.out, device, args.vgg16, args.lpips, args.init, rollback)
+        train(config, data, args.gan, args.out, device, args.vgg16, args.lpips, first, rollback)
 
     return run_command(work, args.device, args.out)
 

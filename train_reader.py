@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
     config, args = parse(__doc__, PRESETS, arguments, argv)
 
-    from bundling import open_beside, open_first  # only now: --help needs none of what takes seconds to import
+    from bundling import open_beside, open_first_reader  # only now: --help needs none of what takes seconds to import
     from gan.reader_loop import train
     from gan.runlog import run_command
     from op import memory, set_impl
@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         memory.keep_freed()
         set_impl(args.ops)
         beside = open_beside(args.encoder, device, config.precision)
-        train(config, args.data, beside, args.out, device, open_first(args.init) if args.init else None, args.fold,
-              rollback)
+        first = open_first_reader(args.init) if args.init else None
+        train(config, args.data, beside, args.out, device, first, args.fold, rollback)
 
     return run_command(work, args.device, args.out)
 

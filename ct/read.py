@@ -101,13 +101,17 @@ def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = 5.0, ids:
             sources = [replace(source, scan_id=_within(name, source.scan_id)) for source in sources]
         several.append(sources)
     found = [source for sources in several for source in sources]
-    twice = [scan_id for scan_id, count in Counter(source.scan_id for source in found).items() if count > 1]
-    if twice and ids == "path":
-        raise ScanError(f"{twice[0]}: two inputs of the same name hold a scan of this id; give the folder above them")
-    if twice:
-        raise ScanError(f"{twice[0]}: this scan is in two inputs; leave one of them out")
+    refuse_shared_ids(found)
     refuse_twice(several)
     return sorted(found, key=lambda source: source.scan_id)
+
+
+def refuse_shared_ids(sources: Iterable[ScanSource]) -> None:
+    """ScanError naming the ids that several sources have."""
+    count = Counter(source.scan_id for source in sources)
+    if twice := sorted(scan_id for scan_id in count if count[scan_id] > 1):
+        raise ScanError(f"{', '.join(twice[:5])}{' ...' * (len(twice) > 5)}: found more than once; leave one out or, if "
+                        "these are different scans, rename one or give the folder above them")
 
 
 def refuse_twice(inputs: Iterable[Sequence[ScanSource]]) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,9 +20,10 @@ from tqdm import tqdm
 
 import distributed
 from common.files import read_table as read_rows
+from common.groups import connected
 from ct import dicom, loose, slices
 from ct.frame import PreprocessSettings, clipped_below, preprocess_scan
-from ct.read import ScanSource, as_given, find_scans, read_scan, refuse_twice
+from ct.read import ScanSource, as_given, find_scans, read_scan, refuse_shared_ids, refuse_twice
 from ct.scan import Scan, ScanError, printable
 from ct.slab import Slabs
 from ct.standardise import StandardiseSettings
@@ -83,19 +83,9 @@ def split_by_patient(patients: dict[str, str], val_fraction: float, seed: int) -
 def patients_of(scans: Sequence[ScanSource]) -> dict[str, str]:
     """scan_id -> patient, who is called after one of the scans: scans that share a PatientID, a study or a series are
     of one patient. What is no DICOM tells nothing, and is a patient of its own."""
-    first: dict[str, str] = {}
-    patients = {scan.scan_id: scan.scan_id for scan in scans}
-
-    def patient(scan_id: str) -> str:
-        while patients[scan_id] != scan_id:
-            scan_id = patients[scan_id]
-        return scan_id
-
-    for scan in sorted(scans, key=lambda scan: scan.scan_id):
-        for key in scan.whose:
-            one, other = sorted(map(patient, (scan.scan_id, first.setdefault(key, scan.scan_id))))
-            patients[other] = one
-    return {scan_id: patient(scan_id) for scan_id in patients}
+    ordered = sorted(scans, key=lambda scan: scan.scan_id)
+    first = connected([scan.whose for scan in ordered])
+    return {scan.scan_id: ordered[i].scan_id for scan, i in zip(ordered, first)}
 
 
 def _assign(scans: list[ScanSource], patients_csv: PathLike | None, split_csv: PathLike | None,
@@ -286,16 +276,14 @@ def common_hu_range(sources: list[ScanSource], workers: int) -> tuple[float, flo
 def find_all(folders: Sequence[PathLike], unknown_slice_spacing_mm: float, ids: str = "path") -> list[ScanSource]:
     """The scans of several folders, and loose slices, each a source of its own (ct.loose). ids: as of find_scans.
 
-    DatasetError where a folder is missing or two sources share an id.
+    DatasetError where a folder is missing, ScanError where two sources share an id.
     """
     for folder in folders:
         if not Path(folder).exists():
             raise DatasetError(f"{folder}: no such file or folder; expected a folder of scans")
     found = [s for folder in folders for s in find_scans(Path(folder), unknown_slice_spacing_mm, ids)]
     sources = [one for source in found for one in loose.pictures(source) or [source]]
-    count = Counter(source.scan_id for source in sources)
-    if twice := sorted(scan_id for scan_id in count if count[scan_id] > 1):
-        raise DatasetError(f"scan ids found more than once: {_some(twice)}; rename, or leave one out")
+    refuse_shared_ids(sources)
     return sources
 
 

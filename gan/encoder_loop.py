@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 import distributed
-from common.weights import CheckpointError
+from common.weights import CheckpointError, digest
 from dataset import DatasetError, SliceDataset, slice_batches
 from gan.coding import CodeTrainer
-from gan.encoding import EncoderTrainer
+from gan.encoding import EncoderTrainer, FirstNetworks
 from gan.inpainting import InpaintingTrainer
 from gan.reading import ReadingTrainer
 from gan.runlog import Run, load_run, tell_of_seen
@@ -21,38 +21,33 @@ from model import ModelConfig
 
 
 def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch.device, vgg16=None,
-          lpips=None, init: Path | None = None, rollback: bool = False) -> None:
+          lpips=None, first: FirstNetworks | None = None, rollback: bool = False) -> None:
     """Train for config.epochs. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite.
 
     rollback: the run diverged; go on from its last snapshot with other random numbers.
     """
     # ---- Set up
     snapshot = load_run(gan, "--gan", "gan", "train.py")
-    first = load_run(init, "--init", "encoder", "train_encoder.py") if init else None
-    model = config.networks(snapshot.meta["model"])
-    if first and dataclasses.replace(ModelConfig(**first.meta["model"]), encoder_noise=model.encoder_noise) != model:
-        raise CheckpointError(f"--init {init}: its networks are {first.meta['model']}, those on --gan {gan} are to be "
-                              f"{dataclasses.asdict(model)}; they must be the same")
-    if first and first.meta["model"].get("encoder_noise") and not model.encoder_noise:
-        raise CheckpointError(f"--init {init}: its encoder predicts noise maps; pass --noise")
+    if first:
+        check_first(first, config.networks(snapshot.meta["model"]), gan)
     dataset, held_out = SliceDataset(data, "train"), SliceDataset(data, "val", check=False)
     if dataset.size != snapshot.meta["model"]["size"]:
         raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices, the GAN in {gan} draws "
                            f"{snapshot.meta['model']['size']}: prepare it with that --size")
-    for flag, folder, one in (("--gan", gan, snapshot), ("--init", init, first)):
-        if one:
-            tell_of_seen(dataset.held_out_ids(), flag, folder, one.meta)
+    known = {key: dataset.manifest[key] for key in ("digest", "counts", "settings")}
+    tell_of_seen(dataset.held_out_ids(), "--gan", gan, snapshot.meta)
+    if first:
+        tell_of_seen(dataset.held_out_ids(), "--init", first.folder, {"data": known, "init": first.known})
     objective = CodeTrainer if config.code_channels else InpaintingTrainer if config.hide else EncoderTrainer
     range_hu = dataset.manifest["settings"]["standardise"]["hu_clip"]
     trainer = objective(config, snapshot, range_hu, device, vgg16, lpips)
     if first:
         trainer.start_from(first)
     meta = {"kind": "encoder", "config": dataclasses.asdict(config), "model": dataclasses.asdict(trainer.model),
-            "data": {key: dataset.manifest[key] for key in ("digest", "counts", "settings")},
-            "held_out": dataset.held_out_ids(),          # neither digest nor counts tell which
+            "data": known, "held_out": dataset.held_out_ids(),         # neither digest nor counts tell which
             "gan": {"step": snapshot.step, **snapshot.meta},
-            "init": {"step": first.step, **first.meta} if first else None,
-            "began_with": {"gan": snapshot.digest(), "init": first.digest() if first else None}}
+            "init": first.known if first else None,
+            "began_with": {"gan": snapshot.digest(), "init": digest(first.weights) if first else None}}
     with Run(out, meta, trainer, config.seed, rollback) as run:
         distributed.check_same_state(trainer.e)
         batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen,
@@ -69,6 +64,15 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
             return trainer.learn(examples, index, done * config.epochs >= config.perceptual_epochs)
 
         go_through(config, run, trainer, learn, batches, held_out, len(dataset), out, device)
+
+
+def check_first(first: FirstNetworks, model: ModelConfig, gan: Path) -> None:
+    """CheckpointError unless the first weights fit networks that are to be these."""
+    if dataclasses.replace(first.model, encoder_noise=model.encoder_noise) != model:
+        raise CheckpointError(f"--init {first.folder}: its networks are {dataclasses.asdict(first.model)}, those on "
+                              f"--gan {gan} are to be {dataclasses.asdict(model)}; they must be the same")
+    if first.model.encoder_noise and not model.encoder_noise:
+        raise CheckpointError(f"--init {first.folder}: its encoder predicts noise maps; pass --noise")
 
 
 def go_through(config: EncoderConfig | ReaderConfig, run: Run, trainer: EncoderTrainer | ReadingTrainer,

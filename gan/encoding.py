@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import distributed
+from common.weights import load_strictly
 from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import SliceDataset
@@ -21,7 +24,23 @@ from gan.quality import MOST_HELD_OUT, errors_hu, evenly, means
 from gan.runlog import load_optimiser
 from gan.settings import EncoderConfig
 from gan.snapshots import Snapshot
-from model import NETWORKS, Discriminator, Encoder, Generator, ModelConfig, build_encoder
+from model import NETWORKS, Discriminator, Generator, ModelConfig, build_encoder
+
+
+@dataclass(frozen=True)
+class FirstNetworks:
+    """Networks whose weights are the first ones, of a run of train_encoder.py or of a model bundle.
+
+    folder   that --init names
+    weights  by network; a bundle may hold no discriminator, and holds averaged ones under the plain names
+    model    what it takes to rebuild them
+    known    how they were taught: what a run that begins with them keeps of that, JSON (gan.runlog.lineage)
+    """
+
+    folder: Path
+    weights: Mapping[str, Mapping[str, torch.Tensor]]
+    model: ModelConfig
+    known: dict[str, Any]
 
 
 class EncoderTrainer:
@@ -176,15 +195,17 @@ class EncoderTrainer:
     def modules(self) -> dict[str, torch.nn.Module]:
         return {"encoder": self.e, "discriminator": self.d, "generator": self.g}
 
-    def start_from(self, run: Snapshot) -> None:
-        """The weights of another run. Its encoder may lack the noise head: then that starts from nothing."""
-        if self.config.noise and not run.meta["model"].get("encoder_noise"):
-            plain = Encoder(ModelConfig(**run.meta["model"]))
-            run.restore({"encoder": plain})
-            self.e.load_state_dict({**self.e.state_dict(), **plain.state_dict()})
-            run.restore({"generator": self.g, "discriminator": self.d})
-        else:
-            run.restore(self.modules())
+    def start_from(self, first: FirstNetworks) -> None:
+        """Its weights. The encoder may lack the noise head: then that starts from nothing. Without a discriminator in
+        it the GAN's goes on."""
+        for name, module in self.modules().items():
+            stored = name if name in first.weights else name.removesuffix("_ema")
+            if stored not in first.weights:
+                continue
+            weights = dict(first.weights[stored])
+            if name == "encoder" and self.model.encoder_noise and not first.model.encoder_noise:
+                weights |= {key: t for key, t in module.state_dict().items() if key.startswith("noise_head.")}
+            load_strictly(module, weights, f"{first.folder} ({stored})")
 
     def state(self) -> dict:
         """Collective."""

@@ -23,11 +23,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from scipy import sparse
-from scipy.sparse import csgraph
 
 import distributed
 from common.files import read_table
+from common.groups import connected
 from ct.window import encode
 from dataset import DatasetError, InfiniteSampler, SliceDataset
 
@@ -427,7 +426,8 @@ def split_by_patient(healthy: Pictures, mixed: Pictures, fraction: float, seed: 
         patient = {name: listed[name] for name in names}
         others = [listed.get(name, nobody) if name not in patient else nobody
                   for name, nobody in zip(mixed.names, others)]
-    group = connected([*(patient[name] for name in names), *others], [*_looks(healthy), *_looks(mixed)])
+    people, looks = [*(patient[name] for name in names), *others], [*_looks(healthy), *_looks(mixed)]
+    group = connected([(("patient", person), ("look", look)) for person, look in zip(people, looks)])
     own: dict[int, str] = {}                                                    # the first patient of each, for order
     for name, number in zip(names, group):
         own[number] = min(own.get(number, patient[name]), patient[name])
@@ -444,18 +444,6 @@ def split_by_patient(healthy: Pictures, mixed: Pictures, fraction: float, seed: 
     held_out = {free[i] for i in np.random.default_rng(seed).permutation(len(free))[:wanted]}
     return ([i for i, number in enumerate(group[:len(names)]) if number not in held_out],
             [i for i, number in enumerate(group[:len(names)]) if number in held_out])
-
-
-def connected(*keys: Sequence[Hashable]) -> list[int]:
-    """A number for each of n things: the same for two that share a key, or that others with shared keys lie between.
-
-    keys: sequences of n each.
-    """
-    count, nodes = len(keys[0]), {}
-    edges = [(i, nodes.setdefault((kind, key), count + len(nodes)))
-             for kind, sequence in enumerate(keys) for i, key in enumerate(sequence)]
-    graph = sparse.coo_matrix((np.ones(len(edges)), tuple(zip(*edges))), shape=2 * (count + len(nodes),))
-    return csgraph.connected_components(graph, directed=False)[1][:count].tolist()
 
 
 def batches(pictures: Pictures, batch: int, seed: int, start: int = 0,

@@ -16,6 +16,7 @@ from PIL import Image
 from ct.frame import PreprocessSettings
 from ct.scan import Scan
 from ct.standardise import StandardiseSettings
+from dataset import ScanRecord, SliceWriter
 from detect.bundle import save_bundle
 from detect.inversion import Inversion, InversionSettings
 from detect.settings import Settings
@@ -82,6 +83,20 @@ def synthetic_head(slices=24, size=96, spacing_mm=(5.0, 2.4, 2.4), angle_deg=0.0
         hu[((z - lz) ** 2 + (y - ly) ** 2 + (x - lx) ** 2 <= radius**2) & brain] = value
     hu = hu + rng.normal(0, noise, hu.shape)
     return hu.astype(np.float32), brain
+
+
+def write_heads(path, splits, first=0, size=32, hu_clip=(-20, 180)):
+    """A database of heads, numbered from `first` on, of 4 slices, 5, 6 and so on."""
+    standardise = StandardiseSettings(size=size, hu_clip=tuple(float(v) for v in hu_clip))
+    with SliceWriter(path, PreprocessSettings(standardise).to_json()) as writer:
+        for number, split in enumerate(splits):
+            seed, mm = first + number, 7.0 * 32 / size
+            hu, brain = synthetic_head(slices=12, size=size, spacing_mm=(10.0, mm, mm), angle_deg=5 * seed, seed=seed)
+            shown = np.flatnonzero(brain.any((1, 2)))[:4 + number]
+            record = ScanRecord.encode(f"head{seed}", hu[shown].clip(*hu_clip), brain[shown],
+                                       10.0 * (shown.max() - shown))
+            writer.add(record, split, f"patient{seed}")
+    return path
 
 
 def synthetic_scan(scan_id="head", **kwargs) -> tuple[Scan, np.ndarray]:

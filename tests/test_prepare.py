@@ -470,7 +470,7 @@ def test_a_full_disk_and_an_interruption_end_without_a_traceback(folder, tmp_pat
 
 def test_missing_and_empty_folders_and_repeated_scans_are_refused(folder, tmp_path, capsys):
     for scans, message in (([tmp_path / "none"], "no such file or folder"), ([tmp_path], "no scans found"),
-                           ([folder, folder], "found more than once: one, three, two")):
+                           ([folder, folder], "one, three, two: found more than once")):
         with pytest.raises(SystemExit) as stop:
             prepare.main([*map(str, scans), "--out", str(tmp_path / "x.lmdb"), "--workers", "1"])
         assert stop.value.code == 2 and message in capsys.readouterr().err

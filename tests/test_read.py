@@ -412,7 +412,7 @@ def test_several_inputs_name_their_scans_after_the_input(tmp_path):
     ids = [source.scan_id for source in find_all([tmp_path / "b", tmp_path / "a"])]
     assert ids == ["a--case", "b--case"]
     assert [source.scan_id for source in find_all([tmp_path / "a"])] == ["case"]
-    with pytest.raises(ScanError, match="a--case: two inputs of the same name"):
+    with pytest.raises(ScanError, match="^a--case: found more than once; .*give the folder above"):
         find_all([tmp_path / "a", tmp_path / "c/a"])
 
 
@@ -462,7 +462,7 @@ def test_inputs_that_are_scans_are_named_once(tmp_path):
     write_nifti_scan(tmp_path / "vol.nii.gz", hu)
     ids = [source.scan_id for source in find_all([tmp_path / name for name in ("vol.nii.gz", "case", "many")])]
     assert ids == ["case", "many--one", "vol"]
-    with pytest.raises(ScanError, match="case: two inputs of the same name"):
+    with pytest.raises(ScanError, match="^case: found more than once"):
         find_all([tmp_path / "case", tmp_path / "other/case"])
 
 
@@ -491,9 +491,8 @@ def test_ids_by_uid_are_the_same_whatever_the_inputs(tmp_path):
     ids = [source.scan_id for source in find_all([tmp_path / "b", tmp_path / "a"], ids="uid")]
     assert len(set(ids)) == 2 and all(name.startswith("dicom-") for name in ids)
     assert sorted(source.scan_id for source in find_all([tmp_path], ids="uid")) == ids
-    with pytest.raises(ScanError, match=f"{ids[0]}: this scan is in two inputs") as error:
+    with pytest.raises(ScanError, match=f"^{', '.join(ids)}: found more than once; leave one out"):
         find_all([tmp_path, tmp_path / "a", tmp_path / "b"], ids="uid")
-    assert "same name" not in str(error.value)
 
 
 def test_ids_by_uid_hang_on_all_that_is_in_a_file(tmp_path):

@@ -11,13 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bundling
+import latent_stats
 import train_encoder
+from bundling import open_first_networks
+from common.weights import write_json
 from ct.window import decode, encode
+from dataset import SliceDataset
 from gan.augment import coarse_noise, erase, random_rotation
 from gan.encoding import EncoderTrainer
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
-from tests.helpers import GradientRecorder
+from tests.helpers import GradientRecorder, write_heads
 
 FLAGS = ["--preset", "smoke32", "--device", "cpu", "--precision", "fp32", "--batch", "4", "--epochs", "2",
          "--perceptual-epochs", "0.5", "--r1-every", "2"]
@@ -325,7 +330,7 @@ def noise_run(slices32, gan_run, encoder_run, tmp_path_factory) -> Path:
 def test_a_run_starts_from_another_runs_weights(gan_run, encoder_run):
     trainer = EncoderTrainer(EncoderConfig(noise=True), load_snapshot(gan_run), RANGE, torch.device("cpu"))
     first = load_snapshot(encoder_run)
-    trainer.start_from(first)
+    trainer.start_from(open_first_networks(encoder_run))
     for name, module in trainer.modules().items():
         state = module.state_dict()
         assert all(torch.equal(state[key], t) for key, t in first.weights[name].items()), name
@@ -342,7 +347,7 @@ def test_the_noise_head_is_trained_and_kept(noise_run, encoder_run):
 
 def test_images_alone_are_drawn_with_the_generators_own_noise(gan_run, noise_run):
     trainer = EncoderTrainer(EncoderConfig(noise=True), load_snapshot(gan_run), RANGE, torch.device("cpu"))
-    trainer.start_from(load_snapshot(noise_run))
+    trainer.start_from(open_first_networks(noise_run))
     for layer in trainer.g.convs:
         layer.noise.weight.data += 1                       # what the GAN has not learnt to use would change nothing
     images = 0.5 * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -358,3 +363,69 @@ def test_first_weights_that_do_not_fit_are_refused(slices32, gan_run, noise_run,
     assert "predicts noise maps; pass --noise" in capsys.readouterr().err
     assert run_encoder(slices32, gan_run, tmp_path / "b", "--init", gan_run) == 2
     assert "--init" in capsys.readouterr().err
+
+
+# ---- A model's weights
+
+def bundle_of(data, run, out, *flags) -> Path:
+    command = ["--data", data, "--encoder", run, "--out", out, "--preset", "smoke32", "--passes", 4, "--calibrate",
+               "none", "--set", "measure=votes", "scan_score=mean", *(flags or ["method=inversion"])]
+    assert latent_stats.main([str(word) for word in command]) == 0
+    return out
+
+
+@pytest.mark.parametrize("flags", [(), ("--hide", 0.9, "--encoder-code", 8, "--lr-generator", 1e-3),
+                                   ("--code-channels", 2, "--lr-generator", 1e-3)])
+def test_a_run_starts_from_a_models_weights(flags, slices32, gan_run, tmp_path, capsys):
+    """Rounded, as a bundle holds them; the discriminator, which it does not hold, is the GAN's."""
+    assert run_encoder(slices32, gan_run, tmp_path / "theirs", *flags) == 0
+    how = {"--hide": ("method=inpainting",), "--code-channels": ("method=search", "perceptual=pixels")}
+    model = bundle_of(slices32, tmp_path / "theirs", tmp_path / "model", *how.get(flags[0] if flags else None, ()))
+    rates = ("--lr", 1e-30, "--lr-trunk", 1e-30, "--lr-discriminator", 0, "--epochs", 0.25)
+    rates += ("--lr-generator", 1e-30) if flags else ()
+    capsys.readouterr()
+    assert run_encoder(slices32, gan_run, tmp_path / "ours", *flags, *rates, "--init", model) == 0
+    assert f"too much where {model} was trained on scans that --data holds out" in capsys.readouterr().out
+    theirs, ours, gan = (load_snapshot(run).weights for run in (tmp_path / "theirs", tmp_path / "ours", gan_run))
+    for name in ours.keys() - {"discriminator"}:
+        kept = theirs.get(f"{name.removesuffix('_ema')}_ema", theirs[name.removesuffix("_ema")])
+        for key, t in ours[name].items():
+            assert ".prior." in f".{key}" or torch.equal(t, kept[key].half().float()), (name, key)
+    assert all(torch.equal(t, gan["discriminator"][key]) for key, t in ours["discriminator"].items())
+
+
+def test_a_model_with_a_discriminator_gives_that_too(slices32, gan_run, encoder_run, tmp_path):
+    model = bundle_of(slices32, encoder_run, tmp_path / "model", "method=search")
+    trainer = EncoderTrainer(EncoderConfig(), load_snapshot(gan_run), RANGE, torch.device("cpu"))
+    trainer.start_from(open_first_networks(model))
+    kept = load_snapshot(encoder_run).weights["discriminator"]
+    assert all(torch.equal(t, kept[key].half().float()) for key, t in trainer.d.state_dict().items())
+
+
+def test_a_model_that_does_not_fit_is_refused(slices32, gan_run, encoder_run, tmp_path, capsys):
+    model = bundle_of(slices32, encoder_run, tmp_path / "model")
+    assert run_encoder(slices32, gan_run, tmp_path / "a", "--init", model, "--encoder-code", 8) == 2
+    assert f"--init {model}: its networks are" in capsys.readouterr().err
+    meta = json.loads((model / "model.json").read_text())
+    write_json(model / "model.json", meta | {"provenance": None})
+    assert run_encoder(slices32, gan_run, tmp_path / "b", "--init", model) == 2
+    assert f"--init {model}: a model that holds no networks of train_encoder.py" in capsys.readouterr().err
+
+
+def test_what_taught_a_model_is_known_for_ever(gan_run, tmp_path, capsys):
+    """Of the scans of a database with others of them held out: through a model, and through one that began with it."""
+    theirs, ours = (write_heads(tmp_path / f"{splits[0]}.lmdb", splits)
+                    for splits in (("train", "train", "val"), ("val", "train", "train")))
+    assert run_encoder(theirs, gan_run, tmp_path / "first", "--epochs", 0.25) == 0
+    model = bundle_of(theirs, tmp_path / "first", tmp_path / "model")
+    capsys.readouterr()
+    assert run_encoder(ours, gan_run, tmp_path / "run", "--init", model, "--epochs", 0.25) == 0
+    assert f"warning: --init {model}, or a run that it began with, did not hold out head0" in capsys.readouterr().out
+    second = bundle_of(ours, tmp_path / "run", tmp_path / "second")
+    assert "a run of --init, was trained on another database" in capsys.readouterr().out
+    known = json.loads((second / "model.json").read_text())["provenance"]
+    assert known["init"]["images_seen"] == 4 and known["init"]["held_out"] == 1 and known["init"]["init"] is None
+    assert "head" not in json.dumps(known)
+    own = write_heads(tmp_path / "own.lmdb", ("train", "val", "val"))
+    assert bundling.learnt_by_networks(SliceDataset(own, "val"), known | {"data": None}) == []
+    assert bundling.learnt_by_networks(SliceDataset(own, "val"), known) == ["head1", "head2"]

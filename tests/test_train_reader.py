@@ -17,9 +17,7 @@ import train_encoder
 import train_reader
 from benchmarks import cross_validation
 from common.weights import write_json
-from ct.frame import PreprocessSettings
-from ct.standardise import StandardiseSettings
-from dataset import ScanRecord, SliceDataset, SliceWriter
+from dataset import SliceDataset
 from detect.bundle import load_bundle
 from detect.inpainting import InpaintingSettings
 from detect.inversion import bone_mask
@@ -33,7 +31,7 @@ from gan.settings import EveryNth, ReaderConfig
 from gan.snapshots import load_snapshot, save_snapshot
 from op.banded import dilated
 from tests import processes
-from tests.helpers import synthetic_head
+from tests.helpers import write_heads
 
 RANGE = (-20.0, 100.0)
 
@@ -364,20 +362,6 @@ def test_what_a_run_began_with_counts_through_any_number_of_runs():
 
 
 # ---- In folds
-
-def write_heads(path, splits, first=0, size=32, hu_clip=(-20, 180)):
-    """A database of heads, numbered from `first` on, of 4 slices, 5, 6 and so on."""
-    standardise = StandardiseSettings(size=size, hu_clip=tuple(float(v) for v in hu_clip))
-    with SliceWriter(path, PreprocessSettings(standardise).to_json()) as writer:
-        for number, split in enumerate(splits):
-            seed, mm = first + number, 7.0 * 32 / size
-            hu, brain = synthetic_head(slices=12, size=size, spacing_mm=(10.0, mm, mm), angle_deg=5 * seed, seed=seed)
-            shown = np.flatnonzero(brain.any((1, 2)))[:4 + number]
-            record = ScanRecord.encode(f"head{seed}", hu[shown].clip(*hu_clip), brain[shown],
-                                       10.0 * (shown.max() - shown))
-            writer.add(record, split, f"patient{seed}")
-    return path
-
 
 @pytest.fixture(scope="module")
 def in_thirds(gan_run, tmp_path_factory):
