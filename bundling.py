@@ -18,6 +18,7 @@ import torch
 
 import distributed
 from common.weights import CheckpointError, digest
+from common.wording import some
 from ct.settings import PreprocessSettings
 from dataset import SliceDataset
 from detect.bundle import Bundle, load_bundle, save_bundle
@@ -164,7 +165,7 @@ def open_model(data: Path, bundle: Bundle, keep_reader: bool) -> Trained:
                          f"prepare them with --like {model}")
     if seen := learnt_by_networks(dataset, known):
         raise ValueError(f"--data {data}: is the database that --encoder {model} was trained on, with other scans held "
-                         f"out: {some(seen)} may be among its training scans; give other scans")
+                         f"out: {some(seen, 3)} may be among its training scans; give other scans")
     if getattr(method, "reader", None) and not (keep_reader and getattr(bundle.settings.scoring, "read", 0)):
         method.reader = None
         known = {key: value for key, value in known.items() if key not in ("reader", "readers")}
@@ -204,10 +205,6 @@ def seen_of(dataset: SliceDataset, known: dict[str, Any] | None) -> list[str]:
 def data_of(dataset: SliceDataset) -> dict[str, Any]:
     """What a bundle says of a database: no ids."""
     return {key: dataset.manifest[key] for key in ("digest", "counts")}
-
-
-def some(scans: Sequence[str]) -> str:
-    return ", ".join(scans[:3]) + " ..." * (len(scans) > 3)
 
 
 # ------------------------------------------------------------------------------------------------------------

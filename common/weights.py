@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from common.files import read_object, replace_text, sha256
+from common.wording import some
 
 SEAL = "sha256"                          # a JSON file's key for the digest of the rest
 SEALED_FROM = 2                          # the format version that came with it
@@ -78,6 +79,21 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
                               "again") from error
 
 
+def load_state(path: str | Path, flag: str = "") -> dict[str, torch.Tensor]:
+    """The state dict in a file of torch.save, of others' making. Raises CheckpointError naming it and its flag."""
+    where = f"{flag} {path}".strip()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:       # of text or damaged bytes the unpickler raises whatever the first odd one leads to
+        raise CheckpointError(f"{where}: cannot be read as a state dict ({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{where}: expected a state dict, found a {type(state).__name__}")
+    if strange := [name for name, value in state.items() if not torch.is_tensor(value)]:
+        raise CheckpointError(f"{where}: expected a state dict, found a {type(state[strange[0]]).__name__} at "
+                              f"{strange[0]!r}, no tensor")
+    return state
+
+
 def load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], source: str | Path) -> None:
     """Load a state dict whose names and shapes must be the module's. Raises CheckpointError naming `source`."""
     own = module.state_dict()
@@ -86,9 +102,8 @@ def load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], source: 
     wrong += [f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
               for name in own if name in state and state[name].shape != own[name].shape]
     if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{source}: does not fit this {type(module).__name__}: {'; '.join(wrong[:3])}"
-                              f"{more}. Use the configuration it was trained with")
+        raise CheckpointError(f"{source}: does not fit this {type(module).__name__}: {some(wrong, 3, '; ')}. Use the "
+                              "configuration it was trained with")
     module.load_state_dict(state)
 
 

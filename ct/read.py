@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from common.wording import some
 from ct import archive, dicom, nifti, slices
 from ct.plausible import refuse_odd_slices, without_blanks
 from ct.scan import Found, Scan, ScanError, ScanSource, printable
@@ -110,8 +111,8 @@ def refuse_shared_ids(sources: Iterable[ScanSource]) -> None:
     """ScanError naming the ids that several sources have."""
     count = Counter(source.scan_id for source in sources)
     if twice := sorted(scan_id for scan_id in count if count[scan_id] > 1):
-        raise ScanError(f"{', '.join(twice[:5])}{' ...' * (len(twice) > 5)}: found more than once; leave one out or, if "
-                        "these are different scans, rename one or give the folder above them")
+        raise ScanError(f"{some(twice)}: found more than once; leave one out or, if these are different scans, rename "
+                        "one or give the folder above them")
 
 
 def refuse_twice(inputs: Iterable[Sequence[ScanSource]]) -> None:

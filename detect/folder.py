@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.files import read_object, remove_abandoned, replace_text, write_table
+from common.wording import some
 from ct.read import ScanSource
 from detect.claims import STALE_S
 from detect.jobs import WORK
@@ -40,7 +41,6 @@ NOTE = {"part": int, "of": int, "found": str, "scans": list}         # of a part
 # With what is near the beginning of this program's own
 TABLES = {"scores.csv": ",".join(SCORE_COLUMNS), "slices.csv": ",".join(SLICE_COLUMNS),
           "seconds.csv": "scan_id,seconds", "run.json": "", "report.html": "<title>Head-CT anomaly report</title>"}
-NAMED = 5                        # parts and scans that are absent, the others are counted
 
 
 def collect(out: Path, sources: list[ScanSource], key: dict, writers: Iterable[str] = OUTPUTS
@@ -120,11 +120,11 @@ def absent(out: Path, results: list[Result]) -> list[str]:
     for run in _last_runs(out):
         count = run[0]["of"]
         if gone := _never_began(run):
-            named = _some([f"{number}/{count}" for number in gone])
+            named = some([f"{number}/{count}" for number in gone])
             words.append(f"{len(gone)} of {count} parts never began, or saw other scans than the last one: start "
                          f"them again, --part {named}")
         if left := [scan_id for note in run for scan_id in note["scans"] if scan_id not in done]:
-            words.append(f"{len(left)} scans have no result: {_some(left)}; start their runs again")
+            words.append(f"{len(left)} scans have no result: {some(left)}; start their runs again")
     return words
 
 
@@ -140,7 +140,7 @@ def unasked(out: Path, results: list[Result]) -> str | None:
     others = sorted({result.scan["scan_id"] for result in results} - asked)
     if not others:
         return None
-    return (f"{len(others)} scans that the last runs have not found: {_some(others)}; remove their folders to leave "
+    return (f"{len(others)} scans that the last runs have not found: {some(others)}; remove their folders to leave "
             "them out")
 
 
@@ -151,7 +151,7 @@ def further(out: Path, results: list[Result]) -> str | None:
                     if folder not in known and (folder / "result.json").is_file())
     if not others:
         return None
-    return (f"{len(others)} further scans have results in {out}: {_some(others)}; projector.py merge {out} makes "
+    return (f"{len(others)} further scans have results in {out}: {some(others)}; projector.py merge {out} makes "
             "tables of all")
 
 
@@ -176,10 +176,6 @@ def _never_began(run: list[dict]) -> list[int]:
 
 def _folders(out: Path) -> list[Path]:
     return [*out.iterdir(), *(out / BY_HASH).glob("??/*")]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def remove_leftovers(out: Path) -> None:

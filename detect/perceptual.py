@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.weights import load_state
 from detect.options import KNEE, PERCEPTUAL
 
 
@@ -120,17 +121,6 @@ class LpipsPerceptual(nn.Module):
             d = d.mean(1) if self.weights is None else (d * self.weights[i]).sum(1)
             total = total + d.mean((1, 2))
         return total
-
-
-def load_state(path: Path | str, flag: str) -> dict[str, torch.Tensor]:
-    """The state dict in a file that a flag names. Raises ValueError naming both."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:       # of text or damaged bytes the unpickler raises whatever the first odd one leads to
-        raise ValueError(f"{flag} {path}: cannot be read as a state dict ({type(error).__name__})") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{flag} {path}: expected a state dict, found a {type(state).__name__}")
-    return state
 
 
 def build_perceptual(kind: str, discriminator: nn.Module, pixels: float, knee: float = KNEE, vgg16=None,

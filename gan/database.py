@@ -21,6 +21,7 @@ from tqdm import tqdm
 import distributed
 from common.files import read_table as read_rows
 from common.groups import connected
+from common.wording import some
 from ct import dicom, loose, slices
 from ct.frame import PreprocessSettings, clipped_below, preprocess_scan
 from ct.read import ScanSource, as_given, find_scans, read_scan, refuse_shared_ids, refuse_twice
@@ -52,12 +53,8 @@ def _by_scan(path: PathLike, column: str, flag: str, scan_ids: Sequence[str]) ->
             raise DatasetError(f"{flag} {path}: {scan_id} is both '{values[scan_id]}' and '{value}'")
     missing = [s for s in scan_ids if not values.get(s)]
     if missing:
-        raise DatasetError(f"{flag} {path}: no {column} for {_some(missing)}: add a row for every scan")
+        raise DatasetError(f"{flag} {path}: no {column} for {some(missing)}: add a row for every scan")
     return {s: values[s] for s in scan_ids}
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def split_by_patient(patients: dict[str, str], val_fraction: float, seed: int) -> dict[str, str]:
@@ -126,11 +123,11 @@ def _left_out(csv_file: PathLike | None, found: Sequence[ScanSource]) -> dict[st
     whole = {scan_id for scan_id, index in rows if not index}
     listed = _listed(csv_file, "--leave-out", [row for row in rows if row[0] not in whole])
     if unknown := sorted((whole | listed.keys()) - {s.scan_id for s in found}):
-        raise DatasetError(f"--leave-out {csv_file}: not among the scans found: {_some(unknown)}")
+        raise DatasetError(f"--leave-out {csv_file}: not among the scans found: {some(unknown)}")
     single = {s.scan_id for s in found if s.kind == loose.KIND}
     if beyond := sorted(scan_id for scan_id, slices in listed.items() if scan_id in single and slices != {0}):
         raise DatasetError(f"--leave-out {csv_file}: a loose slice is slice 0 of its own, found others for "
-                           f"{_some(beyond)}")
+                           f"{some(beyond)}")
     return {**listed, **dict.fromkeys(whole | (single & listed.keys()))}
 
 
@@ -342,7 +339,7 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
         splits |= {s.scan_id: "train" for s in singles}
         patients |= {s.scan_id: s.scan_id for s in singles}
     if unlisted:
-        log(f"{len(unlisted)} further scans are not in --slices and left out: {_some(unlisted)}")
+        log(f"{len(unlisted)} further scans are not in --slices and left out: {some(unlisted)}")
     if len(remaining) < len(found):
         log(f"--leave-out: {len(found) - len(remaining)} scans or loose slices")
     hu_clip = hu_clip or common_hu_range(sources, workers)
@@ -377,7 +374,7 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
     for side, count in writer.manifest["counts"].items():
         meant = [scan_id for scan_id in splits if splits[scan_id] == side]
         if meant and not count["slices"]:
-            log(f"warning: {side} is empty: all of it has failed ({_some(meant)}); mend that, or choose others "
+            log(f"warning: {side} is empty: all of it has failed ({some(meant)}); mend that, or choose others "
                 "with --seed or --split")
     return writer.manifest
 

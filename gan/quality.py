@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
+from common.weights import load_state
 from dataset import SliceDataset
-from detect.perceptual import load_state
 from op import binomial_kernel, upfirdn2d
 
 Item = TypeVar("Item")

@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset
 
 import distributed
 from common.weights import CheckpointError, digest
+from common.wording import some
 from ct.settings import PreprocessSettings
 from dataset import DatasetError, SliceDataset, slice_batches
 from detect.inversion import OfEncoder
@@ -108,7 +109,7 @@ def check_database(dataset: SliceDataset, beside: Beside, config: ReaderConfig) 
         raise ValueError(f"--depth {config.depth}: slices of {dataset.size} x {dataset.size} pixels cannot be halved "
                          "so often; give a smaller one")
     if seen := beside.seen(dataset):
-        raise DatasetError(f"--data {dataset.path}: holds out {', '.join(seen[:3])}{' ...' if len(seen) > 3 else ''}, "
+        raise DatasetError(f"--data {dataset.path}: holds out {some(seen, 3)}, "
                            f"which --encoder {beside.folder} may have been trained on: hold out scans that it has not "
                            "seen (prepare.py --split)")
 

@@ -31,6 +31,7 @@ import torch
 import distributed
 from common.files import replace_text
 from common.weights import CheckpointError
+from common.wording import some
 from gan.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_steps
 
 # SIGUSR1 is what SLURM is asked to send before a time limit. Exit codes are the shell's, 128 + signal, of the first two
@@ -310,7 +311,7 @@ def tell_of_seen(held_out: Collection[str], flag: str, folder: Path, meta: dict)
     """Print a warning where scans that are held out now may have been trained on by the run of a flag."""
     if seen := not_held_out(held_out, meta):
         distributed.print0(f"warning: {flag} {folder}, or a run that it began with, did not hold out "
-                           f"{', '.join(seen[:3])}{' ...' if len(seen) > 3 else ''}, held out now. If one of them was "
+                           f"{some(seen, 3)}, held out now. If one of them was "
                            "trained on these, what is calibrated or measured on them says too much")
 
 

@@ -1,9 +1,9 @@
 """Generator and critic of HealthyGAN (Rahman Siddiquee et al. 2022, SASHIMI, arXiv:2209.01822).
 
-Parameter names and shapes are those of the released weights, `<iter>-G.ckpt` and `<iter>-D.ckpt`, which load
-strictly. Images are [B, 3, H, W] in [-1, 1], H and W divisible by 4. A network computes in `compute_dtype`: float32
-and contiguous by default; bfloat16 and channels-last where that is fast. Parameters stay float32; images, masks and
-critic values go in and out as float32.
+Parameter names and shapes are those of the released weights, `<iter>-G.ckpt` and `<iter>-D.ckpt`. Images are [B, 3, H,
+W] in [-1, 1], H and W divisible by 4. A network computes in `compute_dtype`: float32 and contiguous by default;
+bfloat16 and channels-last where that is fast. Parameters stay float32; images, masks and critic values go in and out as
+float32.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 class InstanceNorm2d(nn.Module):
     """Affine instance norm, always by the image's own statistics, which are computed in float32.
 
-    The released weights carry running statistics, which that code updates but never normalises by: they are read
-    past. PyTorch's own instance norm leaves channels-last; on the CPU a batch norm of each image in turn is the
-    same and several times faster.
+    PyTorch's own instance norm leaves channels-last; on the CPU a batch norm of each image in turn is the same and
+    several times faster.
     """
 
     def __init__(self, channels: int):
@@ -82,12 +79,6 @@ class InstanceNorm2d(nn.Module):
             return torch.cat([F.batch_norm(image, None, None, self.weight, self.bias, training=True)
                               for image in x.split(1)])
         return F.instance_norm(x, weight=self.weight.to(x.dtype), bias=self.bias.to(x.dtype))
-
-    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
-        for name in RUNNING_STATISTICS:
-            if prefix + name in unexpected:
-                unexpected.remove(prefix + name)
 
 
 class ResidualBlock(nn.Module):

@@ -13,19 +13,19 @@ import dataclasses
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from common.files import sha256
-from common.weights import CheckpointError, save_tensors
+from common.files import read_object, replace_text, replacing, sha256
+from common.weights import CheckpointError, compact, load_state, load_strictly, load_tensors, save_tensors
 from config import exit_code
 from healthygan.data import ImageSettings
-from healthygan.model import RUNNING_STATISTICS, Generator, ModelConfig
+from healthygan.model import Generator, ModelConfig
 
 FORMAT = "healthygan"
+RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +41,15 @@ class Model:
 def save_model(folder: Path, generator: Generator, meta: dict, dtype: torch.dtype = torch.float32) -> None:
     """Write a model; each file is replaced in one move, model.json last.
 
-    meta: JSON, with `model` (ModelConfig) and `image_settings` (ImageSettings) as dicts. Raises CheckpointError for
-    weights that are not finite in dtype.
+    meta: JSON, with `model` (ModelConfig) and `image_settings` (ImageSettings) as dicts. A tensor beyond the range of
+    dtype stays as it is. Raises CheckpointError for weights that are not finite.
     """
-    state = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in generator.state_dict().items()}
-    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise CheckpointError(f"{folder}: {broken[0]} is not finite in {dtype}: it diverged; use an earlier snapshot")
+    state = compact(generator.state_dict(), dtype, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    weights, writing = folder / "generator.safetensors", folder / ".writing"
-    save_tensors(state, writing)
-    digest = sha256(writing)
-    writing.replace(weights)
-    writing.write_text(json.dumps({"format": FORMAT, **meta, "sha256": digest}, indent=1) + "\n", encoding="utf-8")
-    writing.replace(folder / "model.json")
+    with replacing(folder / "generator.safetensors") as writing:
+        save_tensors(state, writing)
+        digest = sha256(writing)
+    replace_text(folder / "model.json", json.dumps({"format": FORMAT, **meta, "sha256": digest}, indent=1) + "\n")
 
 
 def load_model(folder: Path) -> Model:
@@ -62,7 +58,7 @@ def load_model(folder: Path) -> Model:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give a folder that healthygan.train has written (RUN/best)")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = read_object(path)
         config, settings = ModelConfig(**meta["model"]), ImageSettings(**meta["image_settings"])
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: not the description of a HealthyGAN model ({error}); fetch it again") from error
@@ -71,38 +67,27 @@ def load_model(folder: Path) -> Model:
         raise CheckpointError(f"{weights}: no such file; fetch the model again")
     if (digest := sha256(weights)) != meta.get("sha256"):
         raise CheckpointError(f"{weights}: not the file that {path} was written for; fetch the model again")
-    try:
-        state = load_file(weights)
-    except SafetensorError as error:
-        raise CheckpointError(f"{weights}: not a safetensors file ({error}); fetch it again") from error
-    return Model(load_generator(state, config, weights), settings, meta, digest)
+    return Model(load_generator(load_tensors(weights), config, weights), settings, meta, digest)
 
 
 def load_released(path: Path) -> Model:
     """The released `<iter>-G.ckpt`: full width, images of 256; no threshold. Raises CheckpointError."""
     config = ModelConfig()
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:       # of text or damaged bytes the unpickler raises whatever the first odd one leads to
-        raise CheckpointError(f"{path}: cannot be read as a state dict ({type(error).__name__})") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: expected a state dict, found a {type(state).__name__}")
-    return Model(load_generator(state, config, path), ImageSettings("images", config.size), {}, sha256(path))
+    generator = load_generator(without_running_statistics(load_state(path)), config, path)
+    settings = ImageSettings("images", config.size)
+    meta = {"model": dataclasses.asdict(config), "image_settings": dataclasses.asdict(settings)}
+    return Model(generator, settings, meta, sha256(path))
+
+
+def without_running_statistics(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Released weights but for what that code updates and never normalises by."""
+    return {name: value for name, value in state.items() if name.rpartition(".")[2] not in RUNNING_STATISTICS}
 
 
 def load_generator(state: dict[str, torch.Tensor], config: ModelConfig, source: Path) -> Generator:
     """A generator with these weights. Raises CheckpointError for missing or unknown names and other shapes."""
     generator = config.generator()
-    own = generator.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in state]
-    wrong += [f"{name} is not known" for name in state
-              if name not in own and name.rpartition(".")[2] not in RUNNING_STATISTICS]
-    wrong += [f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
-              for name in own if name in state and state[name].shape != own[name].shape]
-    if wrong:
-        raise CheckpointError(f"{source}: does not fit {config}: {'; '.join(wrong[:3])}"
-                              f"{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}")
-    generator.load_state_dict(state)
+    load_strictly(generator, state, source)
     return generator.eval().requires_grad_(False)
 
 

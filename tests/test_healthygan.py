@@ -407,9 +407,23 @@ def test_released_weights_can_be_tested(xrays, tmp_path):
     torch.save({**state, "main.0.weight": torch.zeros(3)}, tmp_path / "bad-G.ckpt")
     with pytest.raises(CheckpointError, match=r"main.0.weight is \[3\], expected \[64, 3, 7, 7\]"):
         weights.find_model(tmp_path / "bad-G.ckpt")
+    torch.save({**state, "main.0.weight": 3}, tmp_path / "odd-G.ckpt")
+    with pytest.raises(CheckpointError, match="found a int at 'main.0.weight', no tensor"):
+        weights.find_model(tmp_path / "odd-G.ckpt")
     (tmp_path / "text-G.ckpt").write_text("hello")
     with pytest.raises(CheckpointError, match="text-G.ckpt: cannot be read as a state dict"):
         weights.find_model(tmp_path / "text-G.ckpt")
+
+
+def test_released_weights_can_be_shipped(tmp_path):
+    """Their model.json did not say what network it is, and so could not be read."""
+    torch.manual_seed(0)
+    released = Generator()
+    torch.save(released.state_dict(), tmp_path / "360000-G.ckpt")
+    assert weights.main([str(tmp_path / "360000-G.ckpt"), "--out", str(tmp_path / "model")]) == 0
+    shipped = weights.find_model(tmp_path / "model")
+    assert shipped.settings == weights.find_model(tmp_path / "360000-G.ckpt").settings
+    torch.testing.assert_close(shipped.generator.main[0].weight, released.main[0].weight, atol=1e-3, rtol=0)
 
 
 def test_a_shipped_model_is_half_precision_and_scores_alike(finished, tmp_path):

@@ -13,7 +13,7 @@ APART = {"healthygan", "demos", "benchmarks", "recipes", "examples"}         # f
 MAY_IMPORT = {                                                   # besides itself
     "op": set(),
     "common": set(),
-    "ct": {"common.files", "common.stopping", "common.version"},
+    "ct": {"common.files", "common.stopping", "common.version", "common.wording"},
     "evaluation": {"common.files"},
     "distributed": set(),
     "config": set(),

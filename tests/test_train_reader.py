@@ -620,7 +620,7 @@ def test_a_models_training_scans_teach_and_calibrate_nothing(in_thirds, hospital
     assert run(data, model, tmp_path / "r", "--fold", "1:3") == 2
     assert f"which --encoder {model} may have been trained on: hold out scans" in capsys.readouterr().err
     assert calibrated(model, data, tmp_path / "m", "--set", "read=0") == 2
-    assert "head0, head1, head2 ... may be among its training scans" in capsys.readouterr().err
+    assert "head0, head1, head2 and 1 more may be among its training scans" in capsys.readouterr().err
 
 
 def test_first_weights_of_a_model_that_own_scans_have_taught_are_told_of(hospital, tmp_path, capsys):

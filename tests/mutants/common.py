@@ -34,4 +34,9 @@ MUTANTS = (
            "Path(path).write_bytes(save(dict(state), metadata))",
            "Path(path).write_bytes(save(dict(state), metadata)); Path(path).chmod(0o600)",
            "tests/test_checkpoint.py -k group"),
+    Mutant("a text file as weights ends in a traceback", "common/weights.py",
+           "except Exception as error:", "except (OSError, EOFError, RuntimeError) as error:",
+           "tests/test_quality.py -k inceptions"),
+    Mutant("a state dict may hold anything", "common/weights.py",
+           "if not torch.is_tensor(value)]:", "if False]:", "tests/test_healthygan.py -k released_weights"),
 )
