@@ -99,6 +99,7 @@ class CodeTrainer(InpaintingTrainer):
                      for mine, theirs in zip(stages[STAGES], wanted[STAGES])]
         return g_nonsaturating(logits), torch.stack(apart).mean()
 
+    @torch.no_grad()                                                 # or an average keeps the history of all its steps
     def _after(self, mean: torch.Tensor, log_variance: torch.Tensor, nats: torch.Tensor) -> None:
         """Collective. The rate, the codes that the prior is fitted to, and the averaged weights."""
         nats = distributed.all_reduce_sum(nats).item() / distributed.get_world_size()

@@ -108,7 +108,8 @@ class InceptionFeatures:
 
     def __init__(self, weights: Path | str, device: torch.device):
         from torchvision.models import inception_v3
-        net = inception_v3(weights=None, aux_logits=True, init_weights=False)
+        with torch.random.fork_rng(devices=[]):          # its first weights take nothing from the training's noise maps
+            net = inception_v3(weights=None, aux_logits=True, init_weights=False)
         try:
             net.load_state_dict(load_state(weights, "--inception"))
         except RuntimeError as error:

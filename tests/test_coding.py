@@ -165,6 +165,18 @@ def test_information_costs_more_while_the_code_holds_too_much(gan_run, slices32,
     assert one.rate == pytest.approx(5e-6 * (1.01005 if rises else 0.99005), rel=1e-5)
 
 
+def test_the_averages_follow_the_weights_and_keep_no_history(gan_run, slices32):
+    """With a history, some 80 kB a step, a training of hours filled the memory."""
+    one = trainer(gan_run)
+    before = [p.clone() for p in one.g_ema.parameters()]
+    one.images_seen = 3196                                        # after the step 3200: a half-life of 160 images
+    one.learn(examples(one, slices32), 0, full=False)
+    keep = 0.5 ** (4 / 160)
+    for averaged, old, new in zip(one.g_ema.parameters(), before, one.g.parameters()):
+        torch.testing.assert_close(averaged, keep * old + (1 - keep) * new.detach())
+    assert all(p.is_leaf and not p.requires_grad for net in (one.g_ema, one.e_ema) for p in net.parameters())
+
+
 def test_beyond_a_cut_value_nothing_is_wrong(gan_run):
     """Air and bone drawn beyond the ends of the range are met; short of them, or beyond where the slice is not, not."""
     one = trainer(gan_run)

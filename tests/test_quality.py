@@ -99,6 +99,15 @@ def test_a_file_that_is_not_inceptions_is_refused(content, said, tmp_path):
         InceptionFeatures(path, torch.device("cpu"))
 
 
+def test_inception_takes_no_random_numbers(tmp_path):
+    """They are those of the noise maps: a run with --inception went on with others than if it had not been stopped."""
+    torch.save({"bias": torch.zeros(1)}, tmp_path / "inception.pth")
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError):
+        InceptionFeatures(tmp_path / "inception.pth", torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class Held:
     """Held-out slices whose HU are their numbers, and no others are read."""
 
