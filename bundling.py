@@ -80,7 +80,7 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
     known = {"name": name or out.name, **trained[0].provenance, "latent_stats": dataclasses.asdict(config),
              "notes": notes, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     if held_out:
-        known["held_out"] = data_of(trained[0].dataset)
+        known["held_out"] = trained[0].dataset.facts()
     if further:
         known["folds"] = [{"encoder": one.provenance.get("encoder"), "held_out": len(one.held_out_ids())}
                           for one in trained]
@@ -147,7 +147,7 @@ def build_anew(model: Path, data: Path, changes: Sequence[str], out: Path, devic
     if readers:
         trained = with_readers(trained[0], readers, settings, device)
     known = trained[0].provenance | {
-        "name": name or out.name, "calibration_data": data_of(trained[0].dataset),
+        "name": name or out.name, "calibration_data": trained[0].dataset.facts(),
         "calibration_notes": notes or "anew: what other notes say of a calibration was before"}
     return write(trained, settings, known, out, device, precision, overwrite)
 
@@ -199,12 +199,7 @@ def learnt_by_reader(dataset: SliceDataset, known: dict[str, Any]) -> list[str]:
 
 def seen_of(dataset: SliceDataset, known: dict[str, Any] | None) -> list[str]:
     """Scans that a database holds out and a training may have learnt from, by what a bundle tells of it."""
-    return not_held_out(dataset.held_out_ids(), {"data": data_of(dataset), "init": known})
-
-
-def data_of(dataset: SliceDataset) -> dict[str, Any]:
-    """What a bundle says of a database: no ids."""
-    return {key: dataset.manifest[key] for key in ("digest", "counts")}
+    return not_held_out(dataset.held_out_ids(), {"data": dataset.facts(), "init": known})
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -401,6 +401,10 @@ class SliceDataset(Dataset):
         """float64 [len]: of every slice, without reading it; NaN where unknown, of loose slices."""
         return np.array([mm for scan in self._scans for mm in scan["below_vertex_mm"]], float)
 
+    def facts(self) -> dict:
+        """What a bundle says of a database: digest and counts, no ids."""
+        return {key: self.manifest[key] for key in ("digest", "counts")}
+
     def unlike(self, meta: dict) -> str | None:
         """What of the database that a run was trained on, as its meta has it, is not this one's; None: all is.
 
@@ -421,6 +425,17 @@ class SliceDataset(Dataset):
         stacked = {key: torch.stack([one[key] for one in slices]) for key in ("hu", "brain")}
         mm = torch.tensor([one["below_vertex_mm"] for one in slices], dtype=torch.float64)
         return {**stacked, "below_vertex_mm": mm}
+
+
+def is_same(one: dict, other: dict, split: str | None = None) -> bool:
+    """Whether two databases, by facts() of each, hold the same scans: in both of their splits alike, or in one.
+
+    By as many scans and slices, which hardly ever are another database's. By the digest it cannot be told: of the same
+    scans split otherwise it is the same, and of the same ones prepared anew, by another version or on another CPU, it
+    is another.
+    """
+    counts, others = one["counts"], other["counts"]
+    return counts == others if split is None else counts[split] == others[split]
 
 
 class InfiniteSampler(Sampler[int]):

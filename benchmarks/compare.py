@@ -31,7 +31,7 @@ from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan
 from ct.read import ScanSource, find_scans, read_scan
 from ct.scan import Scan
 from ct.standardise import standardise
-from dataset import SliceDataset
+from dataset import SliceDataset, is_same
 from detect import normative
 from detect.bundle import load_bundle, read_bundle_meta
 from detect.calibration import Fold, calibrate
@@ -74,20 +74,20 @@ class Progress:
 def refuse_other_data(meta: dict, model: Path, data: SliceDataset, flag: str) -> None:
     """ValueError unless the model with this model.json was trained or calibrated on this database, that of `flag`.
 
-    The baselines are to learn from the same. One of as many scans and slices is taken for the same, prepared anew, and
-    that is said: on another CPU, or by another version, a digest is another.
+    The baselines are to learn from the same. One prepared anew is taken for the same, and that is said.
     """
-    known = meta["provenance"] or {}
+    known, own = meta["provenance"] or {}, data.facts()
     its = [known[part] for part in ("data", "held_out", "calibration_data") if part in known]
-    own = {key: data.manifest[key] for key in ("digest", "counts")}
-    if any(one["digest"] == own["digest"] for one in its):
-        return
-    if not any(one.get("counts") == own["counts"] for one in its):
+    same = [one for one in its if is_same(one, own)]
+    if not same:
+        split_otherwise = any(one["digest"] == own["digest"] for one in its)
         trained_on = its[0]["digest"] if its else "none it names"
-        raise ValueError(f"{flag} {data.path}: has the digest {own['digest'][:12]}, --model {model} was trained on "
+        raise ValueError(f"{flag} {data.path}: " + ("holds other scans out than the database that" if split_otherwise
+                         else f"has the digest {own['digest'][:12]},") + f" --model {model} was trained on "
                          f"{trained_on[:12]}; give that database")
-    say(f"note: {flag} {data.path} is taken for what --model {model} was trained or calibrated on, prepared anew: it "
-        "has as many scans and slices, and another digest")
+    if all(one["digest"] != own["digest"] for one in same):
+        say(f"note: {flag} {data.path} is taken for what --model {model} was trained or calibrated on, prepared anew: "
+            "it has as many scans and slices, and another digest")
 
 
 def project(scans: Path, model: Path, out: Path, device: str, flags: Sequence[str] = (), name: str = "") -> dict:
@@ -132,8 +132,8 @@ def fitted(kinds: list[str], data: SliceDataset, folder: Path, device: torch.dev
             baseline.fit(data)
             baseline.save(path)
         found[kind] = baselines.load(path, device)
-        if found[kind].trained_on["data"]["digest"] != data.manifest["digest"]:
-            raise ValueError(f"{path}: fitted to another database than {data.path}; remove the file")
+        if key := data.unlike(found[kind].trained_on):
+            raise ValueError(f"{path}: fitted to another database than {data.path} (another {key}); remove the file")
     return found
 
 

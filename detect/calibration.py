@@ -69,8 +69,7 @@ def open_file(data: Path, path: Path, flag: str, settings: Settings, device: tor
     if "held_out" not in facts:
         print(f"warning: {path}: does not say which scans it was trained on: if held-out scans were among them, the "
               "healthy scores come out too low")
-    data_facts = {key: dataset.manifest[key] for key in ("digest", "counts")}
-    return Trained(dataset, data, reconstructor.config(), {"data": data_facts, "trained": facts.get("trained")},
+    return Trained(dataset, data, reconstructor.config(), {"data": dataset.facts(), "trained": facts.get("trained")},
                    lambda: reconstructor.with_settings(settings.reconstruction))
 
 

@@ -38,7 +38,7 @@ class Fitted(Reconstructor):
         """Learns from the slices of a database's split. Raises ValueError where they are too few."""
         self._fit(data)
         self.size = data.size
-        self.trained_on = {"data": {key: data.manifest[key] for key in ("digest", "counts", "settings")},
+        self.trained_on = {"data": data.facts() | {"settings": data.manifest["settings"]},
                            "held_out": data.held_out_ids()}
 
     @abstractmethod

@@ -34,7 +34,7 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
     if dataset.size != snapshot.meta["model"]["size"]:
         raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices, the GAN in {gan} draws "
                            f"{snapshot.meta['model']['size']}: prepare it with that --size")
-    known = {key: dataset.manifest[key] for key in ("digest", "counts", "settings")}
+    known = dataset.facts() | {"settings": dataset.manifest["settings"]}
     tell_of_seen(dataset.held_out_ids(), "--gan", gan, snapshot.meta)
     if first:
         tell_of_seen(dataset.held_out_ids(), "--init", first.folder, {"data": known, "init": first.known})

@@ -33,7 +33,7 @@ def train(config: TrainConfig, data: Path, out: Path, device: torch.device, ince
                            f"it with --size {config.size}, or choose another preset")
     trainer = Trainer(config, device)
     meta = {"kind": "gan", "config": dataclasses.asdict(config), "model": dataclasses.asdict(config.model()),
-            "data": {key: dataset.manifest[key] for key in ("digest", "counts", "settings")},
+            "data": dataset.facts() | {"settings": dataset.manifest["settings"]},
             "held_out": dataset.held_out_ids()}
     with Run(out, meta, trainer, config.seed, rollback) as run:
         if run.resumed:

@@ -75,7 +75,7 @@ def train(config: ReaderConfig, data: Path, beside: Beside, out: Path, device: t
     dataset = SliceDataset(data, "all")
     check_database(dataset, beside, config)
     slices, held_out, told = parts_of(dataset, fold)
-    known = {key: dataset.manifest[key] for key in ("digest", "counts", "settings")}
+    known = dataset.facts() | {"settings": dataset.manifest["settings"]}
     if first:
         check_first(first, beside, config)
         tell_of_seen(held_out.scan_ids, "--init", first.folder, {"data": known, "init": first.known})

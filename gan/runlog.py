@@ -32,6 +32,7 @@ import distributed
 from common.files import replace_text
 from common.weights import CheckpointError
 from common.wording import some
+from dataset import is_same
 from gan.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_steps
 
 # SIGUSR1 is what SLURM is asked to send before a time limit. Exit codes are the shell's, 128 + signal, of the first two
@@ -297,14 +298,12 @@ def not_held_out(scans: Collection[str], meta: dict, elsewhere: bool = True) -> 
 def has_learnt_from(known: dict, data: dict) -> bool:
     """Whether what a bundle tells of a training has learnt from scans that a database holds out, by all that is told.
 
-    known: data, digest and counts of its database, and held_out, how many scans of that it did not learn from. Scans
-    that were prepared again by a later version have another digest, and hardly ever other numbers.
+    known: data, facts() of its database, and held_out, how many scans of that it did not learn from.
     """
-    its, counts = known["data"], known["data"]["counts"]
-    if its["digest"] == data["digest"] and counts != data["counts"]:
+    its = known["data"]
+    if its["digest"] == data["digest"] and not is_same(its, data):
         return True                                        # the same scans, and others of them held out
-    same = its["digest"] == data["digest"] or counts["val"] == data["counts"]["val"]
-    return same and known["held_out"] < counts["val"]["scans"]
+    return is_same(its, data, "val") and known["held_out"] < its["counts"]["val"]["scans"]
 
 
 def tell_of_seen(held_out: Collection[str], flag: str, folder: Path, meta: dict) -> None:

@@ -68,8 +68,8 @@ def write_fits(folder: Path, database: Path) -> Path:
 
 def bundle_meta(database: Path):
     """A stand-in for read_bundle_meta: a model that was trained on this database."""
-    digest = SliceDataset(database).manifest["digest"]
-    return lambda folder: ({"provenance": {"data": {"digest": digest}}}, "0")
+    facts = SliceDataset(database).facts()
+    return lambda folder: ({"provenance": {"data": facts}}, "0")
 
 
 def project(scans: Path, model: Path, out: Path, device: str, flags=(), name: str = "") -> dict:

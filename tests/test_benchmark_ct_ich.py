@@ -181,6 +181,8 @@ def test_a_model_of_other_data_is_refused(database, capsys):
     with pytest.raises(ValueError, match=r"--database .*healthy\.lmdb.*trained on 123456789012; give that database"):
         compare.refuse_other_data({"provenance": {"data": {"digest": "1234567890123", "counts": {}}}}, "model", data,
                                   "--database")
+    with pytest.raises(ValueError, match="holds other scans out than the database that --model model was trained on"):
+        compare.refuse_other_data({"provenance": {"data": data.facts() | {"counts": {}}}}, "model", data, "--database")
 
 
 # ---- methods

@@ -506,7 +506,7 @@ def test_scans_prepared_in_another_way_are_told_of(shipped, tmp_path, capsys):
 
 def test_a_readers_own_scans_are_known_by_digest_or_by_number(shipped):
     data = SliceDataset(shipped[2])
-    its, scans = bundling.data_of(data), data.held_out_ids()
+    its, scans = data.facts(), data.held_out_ids()
 
     def seen(held_out=1, **other):
         return bundling.seen_of(data, {"data": its | other, "held_out": held_out})

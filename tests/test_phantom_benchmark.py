@@ -203,7 +203,7 @@ def project(folder, model, device):
 @pytest.fixture
 def patched(healthy, monkeypatch):
     """The stand-ins in place, with a model whose provenance names the database."""
-    bundle = {"provenance": {"data": {"digest": SliceDataset(healthy).manifest["digest"]}}}
+    bundle = {"provenance": {"data": SliceDataset(healthy).facts()}}
     monkeypatch.setattr(benchmark, "make_cohort", make_cohort)
     monkeypatch.setattr(benchmark, "project", project)
     monkeypatch.setattr(compare, "read_bundle_meta", lambda folder: (bundle, "0"))
@@ -260,7 +260,7 @@ def test_every_stage_going_on_and_another_mask(patched, healthy, tmp_path, capsy
 
 
 def test_a_model_of_other_data_is_refused_before_the_work(patched, healthy, tmp_path, capsys):
-    patched["provenance"]["data"]["digest"] = "f" * 64
+    patched["provenance"]["data"] |= {"digest": "f" * 64, "counts": {}}
     assert benchmark.main(command(healthy, tmp_path / "out")) == 2
     assert "trained on ffffffffffff" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -269,7 +269,12 @@ def test_baselines_of_another_database_are_refused(healthy, slices32, tmp_path):
     other = baselines.HuThresholds()
     other.fit(SliceDataset(slices32))
     other.save(tmp_path / "hu.safetensors")
-    with pytest.raises(ValueError, match="fitted to another database"):
+    with pytest.raises(ValueError, match=r"fitted to another database .*\(another digest\)"):
+        compare.fitted(["hu"], SliceDataset(healthy), tmp_path, torch.device("cpu"))
+    other.fit(SliceDataset(healthy))
+    other.trained_on["held_out"] = other.trained_on["held_out"][1:]         # it has learnt from one held out now
+    other.save(tmp_path / "hu.safetensors")
+    with pytest.raises(ValueError, match=r"\(another held_out\)"):
         compare.fitted(["hu"], SliceDataset(healthy), tmp_path, torch.device("cpu"))
 
 

@@ -527,7 +527,7 @@ def test_a_hospital_teaches_a_model_readers_of_its_own(in_thirds, hospital, tmp_
     assert after.meta["calibration"]["scans"] == 4
 
     known, theirs = after.meta["provenance"], before.meta["provenance"]
-    of_own = bundling.data_of(SliceDataset(own, "val"))
+    of_own = SliceDataset(own, "val").facts()
     assert known["reader"] == known["readers"][0] and [one["held_out"] for one in known["readers"]] == [2, 1, 1]
     assert known["reader"]["data"] == known["calibration_data"] == of_own
     assert known["reader"]["init"] == theirs["reader"] and theirs["reader"]["init"] is None

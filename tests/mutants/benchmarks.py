@@ -21,4 +21,10 @@ MUTANTS = (
            "tests/test_baselines.py -k thin_slices"),
     Mutant("distances to masks that were corrected since", "benchmarks/phe_sich.py",
            "mask_hashes(masks, source.scan_id)),", "{}),", "tests/test_benchmark_phe_sich.py -k going_on"),
+    Mutant("baselines of scans that are held out now are taken", "benchmarks/compare.py",
+           "if key := data.unlike(found[kind].trained_on):", "if key := '':",
+           "tests/test_phantom_benchmark.py -k another_database"),
+    Mutant("a model of the same scans split otherwise is compared with", "benchmarks/compare.py",
+           "for one in its if is_same(one, own)]", 'for one in its if one["digest"] == own["digest"]]',
+           "tests/test_benchmark_ct_ich.py -k other_data"),
 )

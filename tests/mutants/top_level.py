@@ -18,7 +18,7 @@ MUTANTS = (
            'for one in runs if one["data"] == known["data"]]', "for one in runs]",
            "tests/test_latent_stats.py -k known_by_digest"),
     Mutant("what calibrated a model has taught its reader", "bundling.py",
-           '"calibration_data": data_of', '"held_out": data_of', "tests/test_train_reader.py -k once_more"),
+           '"calibration_data": trained', '"held_out": trained', "tests/test_train_reader.py -k once_more"),
     Mutant("a model's training scans calibrate it", "bundling.py",
            "if seen := learnt_by_networks(dataset, known):", "if seen := []:",
            "tests/test_train_reader.py -k teach_and_calibrate_nothing"),
