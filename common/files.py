@@ -167,13 +167,13 @@ def sha256(path: Path) -> str:
 
 
 def known_sha256(path: Path) -> str:
-    """sha256, of a file that is asked for again and again: read once while its size and time of change stay."""
+    """sha256, of a file that is asked for again and again: read once while the system has not seen it change."""
     found = path.stat()
-    return _known_sha256(path, found.st_size, found.st_mtime_ns)
+    return _known_sha256(path, found.st_ino, found.st_ctime_ns)
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _known_sha256(path: Path, size: int, time_ns: int) -> str:
+def _known_sha256(path: Path, inode: int, ctime_ns: int) -> str:
     return sha256(path)
 
 

@@ -31,7 +31,8 @@ from detect.result import (
     read_result,
     refuse_another,
     refuse_others,
-    size_and_time,
+    seen,
+    stats,
 )
 from op import memory
 
@@ -149,6 +150,7 @@ class Job:
         self.made, self.writers, self.held = made, writers, held
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
+        self.seen: dict[str, str | None] = {}                # what its files were when they were read
         self.reason: str | None = None                       # why it has failed
         self.scan: Scan | None = None
         self.prepared: Preprocessed | None = None
@@ -166,6 +168,7 @@ class Job:
             self.large = True
             return
         with self._timed("read"), ExitStack() as opened:
+            self.seen = seen(self.source)
             scan = opened.enter_context(open_scan(self.source))
             if not alone and scan.hu.nbytes > LARGE_BYTES:       # compressed, or in an archive
                 self.large = True
@@ -197,7 +200,7 @@ class Job:
                 folder.mkdir()
                 scan = {"scan_id": self.source.scan_id, "status": "failed", "reason": self.reason}
                 rows = {"scan": scan, "slices": [], "seconds": {}}
-            found = {**self.made, "origin": origin(self.source), **rows}
+            found = {**self.made, **self.seen, "origin": origin(self.source), **rows}
             (folder / "result.json").write_text(json.dumps(found), encoding="utf-8")
         self.scan = self.prepared = self.projection = None       # now, and not when all threads have forgotten the job
         if self.reason is not None:
@@ -221,4 +224,4 @@ def _hu_bytes(source: ScanSource) -> int:
     """What a scan's HU take in float32, by the size of its files; too little of compressed ones, 0 of an archive's."""
     if source.archive is not None:                     # of which it may be a small part
         return 0
-    return HU_TO_FILES * sum(size_and_time(path)[0] for path in source.paths)
+    return HU_TO_FILES * sum(file.st_size for file in stats(source) or ())

@@ -6,6 +6,8 @@
 
 A scan is finished when its result.json holds the key of the projector, the fingerprint of its files and the outputs
 that are asked for. A failed scan has one, too, with the reason, and is tried again by the next run.
+Files of other content under the same names, sizes and times are told by what only the system sets, inode and time of
+status change; where these are others, as after a copy, the content decides. Files that are gone leave their result.
 Another scan of the same name, as of a second folder, takes no result's place but with --overwrite: result.json tells by
 hashes which scan it is of.
 """
@@ -13,13 +15,14 @@ hashes which scan it is of.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import known_sha256, read_object
+from common.files import known_sha256, read_object, sha256
 from ct.read import RESERVED, ScanSource
 from detect.outputs import WRITTEN
 
@@ -110,9 +113,14 @@ def _is_result(found: dict) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 # What a result is of, and made with
 
-def fingerprint(source: ScanSource) -> str:
-    """Changes with the scan's files (names, sizes, times), scan.json included, and with how they are read."""
-    facts = [(path.name, *size_and_time(path)) for path in source.files]
+def fingerprint(source: ScanSource) -> str | None:
+    """Changes with the scan's files (names, sizes, times), scan.json included, and with how they are read.
+
+    None where one is gone since the search, as where a share is no longer mounted.
+    """
+    if (found := stats(source)) is None:
+        return None
+    facts = [(path.name, one.st_size, one.st_mtime_ns) for path, one in zip(source.files, found)]
     read_as = {k: v for k, v in source.options.items() if not isinstance(v, Path)}
     return hashlib.sha256(repr((source.kind, facts, read_as)).encode()).hexdigest()
 
@@ -125,8 +133,43 @@ def made_with(key: dict, source: ScanSource, writers: Iterable[str]) -> dict:
 
 
 def is_made_with(made: dict, source: ScanSource, earlier: dict | None) -> bool:
-    """Whether a result is what made_with() says, failed or not."""
-    return bool(earlier) and made.items() <= earlier.items() and not is_another(source, earlier)
+    """Whether a result is what made_with() says, failed or not. Of files that are gone it stays the result."""
+    if not earlier or is_another(source, earlier):
+        return False
+    if made["files"] is None:
+        return all(earlier.get(name) == made[name] for name in ("key", "outputs"))
+    return made.items() <= earlier.items() and _holds_what_it_held(source, earlier)
+
+
+def seen(source: ScanSource) -> dict[str, str | None]:
+    """What the scan's files are just before they are read, for result.json, in hashes: `state`, which nobody can set
+    as it was when other content is put in their place, and `bytes`, all that is in them. None where one is gone.
+    """
+    state = _state(source)                             # before the content: what comes meanwhile has another one
+    return {"state": state, "bytes": state and _bytes(source.files, state)}
+
+
+def _holds_what_it_held(source: ScanSource, earlier: dict) -> bool:
+    """By `state`, and where that is another, as of a copy or another mode, by `bytes`. Results of earlier versions hold
+    neither, and count by their `files` alone.
+    """
+    state = _state(source)
+    if state is None or earlier.get("state") in (None, state):
+        return True
+    return earlier.get("bytes") == _bytes(source.files, state)
+
+
+def _state(source: ScanSource) -> str | None:
+    found = stats(source)
+    return None if found is None else digest([f"{one.st_ino} {one.st_ctime_ns}" for one in found])
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _bytes(files: tuple[Path, ...], state: str) -> str | None:
+    try:
+        return digest([sha256(path) for path in files])
+    except OSError:
+        return None
 
 
 def origin(source: ScanSource) -> dict[str, str | None]:
@@ -166,12 +209,12 @@ def _content(source: ScanSource) -> str | None:
         return None
 
 
-def size_and_time(path: Path) -> tuple[int, int]:
+def stats(source: ScanSource) -> list[os.stat_result] | None:
+    """Of the scan's files; None where one is gone since the search: read_scan will say so."""
     try:
-        found = path.stat()
-    except FileNotFoundError:                         # since the search: read_scan will say so
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
+        return [path.stat() for path in source.files]
+    except OSError:
+        return None
 
 
 def digest(words: list[str]) -> str:

@@ -717,6 +717,57 @@ def test_another_scan_of_the_same_name_takes_no_results_place(model, tmp_path, c
     assert "tuesday" not in text and str(tmp_path) not in text
 
 
+def test_other_content_of_the_same_size_and_time_is_projected_again(model, tmp_path, capsys):
+    """As of an export that sets all times alike: the first scan's results went on to stand for the second."""
+    monday, other = (write_head(tmp_path / day / "scan-1.nii", seed) for day, seed in (("monday", 0), ("other", 1)))
+    out = tmp_path / "out"
+    assert projector.main(flags(monday, model, out)) == 0 and made(capsys) == 1
+    first = tables(out)
+    (monday / "scan-1.nii").chmod(0o600)                                 # the system sees a change, but of nothing read
+    assert projector.main(flags(monday, model, out)) == 0 and made(capsys) == 0
+    earlier = monday.joinpath("scan-1.nii").stat()
+    shutil.copyfile(other / "scan-1.nii", monday / "scan-1.nii")
+    os.utime(monday / "scan-1.nii", (1, 1))
+    now = monday.joinpath("scan-1.nii").stat()
+    assert (now.st_ino, now.st_size, now.st_mtime) == (earlier.st_ino, earlier.st_size, earlier.st_mtime)
+    assert projector.main(flags(monday, model, out)) == 0 and made(capsys) == 1
+    assert tables(out) != first
+    of_this = read_result(out / "scan-1")
+    (out / "scan-1" / "result.json").write_text(json.dumps({k: v for k, v in of_this.items() if k != "state"}))
+    assert projector.main(flags(monday, model, out)) == 0 and made(capsys) == 0        # as earlier versions wrote it
+
+
+def test_files_go_and_results_stay(model, tmp_path, capsys, monkeypatch):
+    """A share that is gone, or an export that is cleared, when the scans are done: there were no tables, and exit 0."""
+    folder, out = write_head(tmp_path / "scans" / "scan-1.nii", seed=0), tmp_path / "out"
+    write_head(folder / "scan-2.nii", seed=1)
+    write, read = jobs.Job.write, jobs.Job.read
+
+    def then_gone(job):
+        said = write(job)
+        job.source.paths[0].unlink()
+        return said
+
+    def gone(job, alone=False):
+        if job.source.scan_id == "scan-2":
+            job.source.paths[0].unlink()
+        read(job, alone)
+
+    monkeypatch.setattr(jobs.Job, "write", then_gone)
+    assert projector.main(flags(folder, model, out, "--jobs", "1")) == 0 and made(capsys) == 2
+    before = tables(out)
+    sources = [ScanSource(name, "nifti", (folder / f"{name}.nii",)) for name in ("scan-1", "scan-2")]
+    monkeypatch.setattr("ct.read.find_all", lambda *_: sources)          # as if they went after the search
+    assert projector.main(flags(folder, model, out, "--jobs", "1")) == 0 and made(capsys) == 0
+    assert tables(out) == before
+    monkeypatch.setattr(jobs.Job, "write", write)
+    monkeypatch.setattr(jobs.Job, "read", gone)
+    write_head(folder / "scan-2.nii", seed=1)
+    assert projector.main(flags(folder, model, tmp_path / "new", "--jobs", "1")) == 3       # gone before it was read
+    rows = (tmp_path / "new" / "scores.csv").read_text()
+    assert "scan-2,,,,failed,scan-2.nii: cannot be read" in rows and str(tmp_path) not in rows
+
+
 def test_a_series_is_known_by_its_uid_wherever_it_lies(tmp_path):
     """More of its slices, another place: the same scan. Another series at the same place: another scan."""
     def source(where="a", uid="1.2|9|5.0", kind="dicom"):
