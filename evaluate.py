@@ -70,19 +70,27 @@ def slice_units(args, scan_scores: dict[Key, Score], scan_labels: dict[Key, Labe
     return units
 
 
-def own_threshold(path: Path) -> tuple[float | None, str]:
-    """The threshold of the model's calibration, from projector.py's run.json, and its source; None without one.
+def own_threshold(scores: Path, evaluated: list[Key]) -> tuple[float | None, str]:
+    """The threshold of the model's calibration, from projector.py's run.json beside the scores, and its source; None
+    without one.
 
-    Of a run that is not finished there is none: the scores may be those of an earlier one, by other settings.
+    Of a run that is not finished there is none: the scores may be those of an earlier one, by other settings. The
+    source tells how many of the evaluated scans have no flag: their scores cannot be compared with the calibration's.
     """
     from detect.report import read_json
+    from evaluation.cohort import read_table
 
+    path = scores.parent / "run.json"
     run = read_json(path) if path.is_file() else {}
     calibration, how = run.get("calibration"), run.get("settings", {}).get("scan_score")
     if run.get("seconds", 0) is None or not calibration or calibration["threshold"].get(how) is None:
         return None, ""
     source = (f"the model's own, at a false-positive rate of {calibration['threshold']['fpr']:g} on the healthy scans "
               "of its calibration, none of which may be among these")
+    without = {(row["scan_id"],) for row in read_table(scores, ("scan_id", "status"))
+               if row["status"] == "ok" and row.get("flagged") == ""}
+    if count := len(without & set(evaluated)):
+        source += f"; {count} of these scans projector.py has not flagged or cleared by it: their notes say why"
     return calibration["threshold"][how], source
 
 
@@ -122,7 +130,7 @@ def evaluate(args) -> None:
     thresholds = {"scan": (args.threshold, "--threshold"),
                   "slice": (args.slice_threshold, "--slice-threshold")}
     if args.threshold is None and not args.threshold_from:
-        thresholds["scan"] = own_threshold(args.scores.parent / "run.json")
+        thresholds["scan"] = own_threshold(args.scores, units["scan"].keys)
     if args.threshold_from:
         thresholds["scan"] = threshold_from(args.threshold_from, args.fpr, args.missing, units["scan"].keys)
     if args.slices:
@@ -160,9 +168,10 @@ def simulate_worklist(args) -> None:
     labels, not_chosen = read_labels(args.labels, args.where)
     units = join(read_scores(args.scores), labels, args.missing, not_chosen)
     settings = TriageSettings(**{f.name: getattr(args, f.name) for f in fields(TriageSettings)})
-    observed = [read_seconds(path) if path else None for path in (args.arrival_intervals, args.reading_times)]
+    intervals = read_seconds(args.arrival_intervals, may_be_0=True) if args.arrival_intervals else None
+    reading = read_seconds(args.reading_times) if args.reading_times else None
     try:
-        report = triage.simulate(units.scores, units.labels, settings, *observed)
+        report = triage.simulate(units.scores, units.labels, settings, intervals, reading)
     except Undefined as reason:
         raise InputError(f"{args.labels}: the simulation is undefined: {reason}") from None
     report |= {"load": asdict(settings), "left_out": units.left_out, "counted_worst": units.counted_worst,

@@ -232,6 +232,9 @@ def read_table(path: Path, columns: Sequence[str], error: type[ValueError] = Val
         raise error(f"{where}: cannot be read: no such file") from missing
     except (OSError, UnicodeDecodeError, csv.Error) as wrong:
         raise error(f"{where}: cannot be read as CSV in UTF-8 ({wrong}); save it as such") from wrong
+    if twice := sorted({column for column in found if column and found.count(column) > 1}):
+        raise error(f"{where}: has the column {', '.join(twice)} more than once; which one counts? Remove the others, "
+                    "or give them other names")
     if absent := [column for column in columns if column not in found]:
         raise error(f"{where}: has no {', '.join(absent)}: expected columns {', '.join(columns)}; found "
                     f"{', '.join(found) or 'no header'}; the first line holds the names, spelled so, and commas alone "

@@ -113,16 +113,17 @@ def read_labels(path: Path, where: Sequence[str] = (),
                 by_slice: bool = False) -> tuple[dict[Key, Label], set[Key]]:
     """Labels by key, and the keys that the conditions COLUMN=VALUE leave out. Raises InputError.
 
-    Of conditions on one column any may hold, and every column's must.
+    Of conditions on one column any may hold, and every column's must. One that no row meets is refused.
     """
     conditions: dict[str, set[str]] = {}
     for column, _, value in (condition.partition("=") for condition in where):
         conditions.setdefault(column, set()).add(value)
-    labels, not_chosen, seen = {}, set(), set()
+    labels, not_chosen, seen, met = {}, set(), set(), set()
     columns = ("scan_id", "slice", "label") if by_slice else ("scan_id", "label")
     for row in read_table(path, (*columns, *conditions)):
         key = _key(path, row, by_slice, seen)
         seen.add(key)
+        met.update(f"{column}={row[column]}" for column in conditions)
         if any(row[column] not in values for column, values in conditions.items()):
             not_chosen.add(key)
             continue
@@ -131,7 +132,9 @@ def read_labels(path: Path, where: Sequence[str] = (),
             raise InputError(f"{path}, line {row.line}: {name(key)} has label {row['label']!r} and types "
                              f"{'|'.join(types)!r}; "
                              "expected label 0 without types, or label 1")
-        labels[key] = Label(int(row["label"]), types, row.get("patient") or row["scan_id"])
+        labels[key] = Label(int(row["label"]), types, row.get("patient", "").strip() or row["scan_id"])
+    if unmet := [condition for condition in where if condition not in met]:
+        raise InputError(f"{path}: no row has {', '.join(unmet)}; correct --where, or leave that out")
     if not labels:
         raise InputError(f"{path}: no labels" + (f" where {', '.join(where)}" if where else ""))
     return labels, not_chosen
@@ -247,7 +250,7 @@ def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.nda
     count = like[0] if position_mm is None else len(position_mm)
     masks, given = np.zeros((count, *like[1:]), bool), np.zeros(count, bool)
     for number, picture in by_number.items():
-        mask = np.asarray(Image.open(picture).convert("L")) > 0
+        mask = _marked(picture)
         if number >= count or mask.shape != like[1:]:
             raise InputError(f"{picture}: expected a slice number below {count} and {like[1:]} pixels, "
                              f"found {number} and {mask.shape}")
@@ -263,12 +266,31 @@ def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.nda
     return masks[nearest], given[nearest] | (gaps == "empty")
 
 
-def read_seconds(path: Path) -> np.ndarray:
-    """Positive seconds, one a line."""
+def _marked(picture: Path) -> np.ndarray:
+    """Pixels of a mask that are not black, bool [H, W]; what is transparent is not there, whatever its colour."""
+    with Image.open(picture) as image:
+        marked = np.asarray(image.convert("L")) > 0
+        return marked & (np.asarray(image.convert("RGBA"))[..., 3] > 0) if image.has_transparency_data else marked
+
+
+def read_seconds(path: Path, may_be_0: bool = False) -> np.ndarray:
+    """Seconds above 0, or from 0 on, one number a line; empty lines do not count. Raises InputError."""
+    wanted = f"seconds {'from 0 on' if may_be_0 else 'above 0'}, one number a line, with a decimal point"
     try:
-        seconds = np.loadtxt(path, dtype=np.float64, ndmin=1)
-    except (OSError, ValueError) as problem:
-        raise InputError(f"{path}: expected seconds, one number a line ({problem})") from None
-    if len(seconds) == 0 or not (np.isfinite(seconds) & (seconds > 0)).all():
-        raise InputError(f"{path}: expected positive seconds, one number a line")
-    return seconds
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise InputError(f"{path}: expected {wanted}, in UTF-8 ({problem})") from None
+    seconds = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = float(line)
+        except ValueError:
+            value = np.nan
+        if not (0 < value < np.inf or (may_be_0 and value == 0)):
+            raise InputError(f"{path}, line {number}: expected {wanted}, found {line.strip()!r}")
+        seconds.append(value)
+    if not seconds:
+        raise InputError(f"{path}: expected {wanted}, found none")
+    return np.array(seconds)

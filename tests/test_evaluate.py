@@ -331,6 +331,56 @@ def test_labels_are_checked_and_chosen(tmp_path):
             cohort.read_labels(write_csv(path, "scan_id,split,label,types", [row]))
 
 
+def test_a_condition_that_no_row_meets_is_refused(tmp_path):
+    """A slip in one of two values of --where cost its scans without a word."""
+    path = write_csv(tmp_path / "labels.csv", "scan_id,split,label", [["a", "test", 1], ["b", "train", 0]])
+    with pytest.raises(cohort.InputError, match="labels.csv: no row has split=tets; correct --where"):
+        cohort.read_labels(path, ["split=train", "split=tets"])
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    """Of two merged tables' labels the last counted."""
+    path = write_csv(tmp_path / "labels.csv", "scan_id,label,note,label,", [["a", 1, "", 0, ""]])
+    with pytest.raises(cohort.InputError, match="labels.csv: has the column label more than once"):
+        cohort.read_labels(path)
+
+
+def test_a_patient_is_one_whatever_spaces_are_around(tmp_path):
+    """'p1' and 'p1 ' counted as two, and intervals came out too narrow."""
+    rows = [["a", 1, "p1 "], ["b", 0, " p1"], ["c", 0, " "]]
+    path = write_csv(tmp_path / "labels.csv", "scan_id,label,patient", rows)
+    assert [label.patient for label in cohort.read_labels(path)[0].values()] == ["p1", "p1", "c"]
+
+
+@pytest.mark.parametrize("content, message", [
+    ("20\n\n30,5\n", "line 3: expected seconds above 0, one number a line, with a decimal point, found '30,5'"),
+    ("1 2\n3 4\n", "line 1: .*found '1 2'"), ("3\n0\n", "line 2: .*found '0'"), ("1\ninf\n", "line 2: .*found 'inf'"),
+    ("\n", "expected seconds above 0, .*found none")])
+def test_what_is_no_list_of_seconds_is_named(tmp_path, content, message):
+    """Two numbers a line were a traceback, or other sessions than meant."""
+    (tmp_path / "seconds.txt").write_text(content)
+    with pytest.raises(cohort.InputError, match=f"seconds.txt(, |: ){message}"):
+        cohort.read_seconds(tmp_path / "seconds.txt")
+
+
+def test_scans_may_come_at_once_and_a_spreadsheet_may_mark_its_text(tmp_path):
+    (tmp_path / "seconds.txt").write_text("0\r\n2.5\r\n", encoding="utf-8-sig")
+    assert cohort.read_seconds(tmp_path / "seconds.txt", may_be_0=True).tolist() == [0, 2.5]
+    starts = triage.read_worklist(np.zeros(3), np.full(3, 10.0), np.array([1.0, 3, 3]), np.zeros(3))
+    assert starts.tolist() == [20, 0, 10]                                    # equal scores in order of arrival
+
+
+def test_transparent_pixels_of_a_mask_are_none(tmp_path):
+    """White behind full transparency marked the whole slice."""
+    picture = np.full((2, 2, 4), 255, np.uint8)
+    picture[1, :, 3] = 0
+    picture[0, 0] = (0, 0, 0, 255)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(picture).save(tmp_path / "a" / "0.png")
+    truth, counted = cohort.read_truth(tmp_path, "a", (1, 2, 2), np.eye(4), "error")
+    assert truth.tolist() == [[[False, True], [False, False]]] and counted.all()
+
+
 def test_labels_are_read_in_time_proportional_to_their_number(tmp_path, monkeypatch):
     """What has been seen is one set that grows, not one made anew for every row."""
     path = write_csv(tmp_path / "labels.csv", "scan_id,split,label", [[k, "ab"[k % 2], 0] for k in range(10)])
@@ -549,7 +599,12 @@ def test_the_models_own_threshold_is_taken_from_run_json(results):
         code, report = run(results)
         at = report["scan"]["at_threshold"]
         assert code == 0 and at["threshold"] == 0.65 and "model's own" in at["threshold_source"]
+        assert "flagged" not in at["threshold_source"]                   # which these scores do not tell
         assert run(results, "--threshold", 0.7)[1]["scan"]["at_threshold"]["threshold"] == 0.7
+        rows = [[n, s, "" if n in "bc" else int(s > 0.65), "ok"] for n, s in zip("abcdef", SCORES)]
+        write_csv(results / "scores.csv", "scan_id,score,flagged,status", rows)
+        assert "; 2 of these scans projector.py has not flagged or cleared by it" in (
+            run(results)[1]["scan"]["at_threshold"]["threshold_source"])
         began = {"calibration": calibration, "settings": {"scan_score": "max"}, "seconds": None}
         run_json.write_text(json.dumps(began))                           # its scores are not there yet
         assert run(results)[1]["scan"]["at_threshold"]["sensitivity"] == NO_THRESHOLD
