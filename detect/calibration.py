@@ -207,4 +207,5 @@ def at_rate(calibration: dict[str, Any], rate: float) -> dict[str, Any]:
 
 def percentile(calibration: dict[str, Any], score: float, how: str) -> float:
     """Of a scan's score among the healthy scans, 0 to 100 n / (n + 1)."""
-    return float(percentile_of(torch.tensor([score]), torch.tensor(calibration["scan_scores"][how]))[0])
+    healthy = torch.tensor(calibration["scan_scores"][how], dtype=torch.float64)         # as the threshold counts
+    return float(percentile_of(torch.tensor([score], dtype=torch.float64), healthy)[0])

@@ -38,21 +38,24 @@ def write_maps(folder: Path, projection: Projection) -> list[str]:
 
 
 def write_overlays(folder: Path, projection: Projection) -> list[str]:
-    """overlay/NN.png, one for each projected slab, named after the original slice nearest to it."""
+    """overlay/NN.png, one for each projected slab, named after the original slice nearest to it; of two slabs that are
+    nearest to one slice, as where spacing is uneven, the upper.
+    """
     folder = folder / "overlay"
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.png"):
         stale.unlink()
     pre = projection.working
+    nearest = {int(np.abs(pre.slabs.position_mm - pre.slabs.scan.position_mm[slab]).argmin()): slab
+               for slab in np.flatnonzero(pre.kept)}
 
-    def write(slab: int) -> None:
-        i = int(np.abs(pre.slabs.position_mm - pre.slabs.scan.position_mm[slab]).argmin())
+    def write(i: int, slab: int) -> None:
         picture = overlay_panels(pre.slabs.scan.hu[slab], projection.reconstruction_hu[i], projection.residual_hu[i],
                                  projection.mask[i])
         save_png(folder / f"{i:02d}.png", np.asarray(picture))
 
     with ThreadPoolExecutor(WRITERS) as pool:
-        list(pool.map(write, np.flatnonzero(pre.kept)))
+        list(pool.map(write, nearest.keys(), nearest.values()))
     return []
 
 

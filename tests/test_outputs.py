@@ -5,7 +5,11 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 
-from detect.outputs import STEPS, write_maps
+from ct.picture import save_png
+from ct.scan import Scan
+from ct.slab import to_slabs
+from detect import outputs
+from detect.outputs import STEPS, write_maps, write_overlays
 from tests.helpers import synthetic_scan
 
 
@@ -28,3 +32,23 @@ def test_maps_are_stored_in_steps_and_read_back_to_half_of_one(tmp_path):
             error = np.abs(found - volume).max()
             assert image.get_data_dtype() == np.int16
             assert 0.3 * STEPS[name] < error < 0.5001 * STEPS[name]              # in steps, and no coarser ones
+
+
+def test_two_slabs_that_are_nearest_to_one_slice_give_one_picture(tmp_path, monkeypatch):
+    """Two threads wrote one file at once. The pictures show where slabs lie: those of the upper one are 30 HU here."""
+    position = np.array([0, 3.58, 5.99, 10.41, 13.25, 15.92, 17.75, 20.75, 22.33, 27.05, 30.25, 30.85, 32.82])
+    scan = Scan("uneven", np.zeros((13, 16, 16), np.float32), position, (1.0, 1.0))
+    slabs = to_slabs(scan, slab_mm=3.0)
+    nearest = [int(np.abs(position - mm).argmin()) for mm in slabs.scan.position_mm]
+    assert len(set(nearest)) == len(nearest) - 1
+    upper = max(slab for slab, i in enumerate(nearest) if nearest.count(i) > 1)
+    slabs.scan.hu[upper] = 30
+    maps = {name: np.zeros((13, 16, 16), np.float32) for name in ("reconstruction_hu", "residual_hu")}
+    projection = SimpleNamespace(scan=scan, mask=np.zeros((13, 16, 16), bool), **maps, working=SimpleNamespace(
+        slabs=slabs, kept=np.ones(len(nearest), bool)))
+    written = []
+    monkeypatch.setattr(outputs, "save_png", lambda path, picture: written.append(path) or save_png(path, picture))
+    assert write_overlays(tmp_path, projection) == [] and len(written) == len(set(written))
+    pictures = {path.stem: path.read_bytes() for path in (tmp_path / "overlay").iterdir()}
+    assert sorted(pictures) == [f"{i:02d}" for i in sorted(set(nearest))]
+    assert [name for name in pictures if pictures[name] != pictures[f"{nearest[0]:02d}"]] == [f"{nearest[upper]:02d}"]

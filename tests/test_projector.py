@@ -303,6 +303,16 @@ def test_a_rate_that_the_scans_cannot_tell_is_refused_with_the_lowest_they_can()
         alarmed([1.0], alarm_rate=5)
 
 
+def test_percentile_and_flag_count_alike_at_a_healthy_score():
+    """Percentiles were counted in single precision: a flagged scan stood no higher than the healthy one below it."""
+    scores = [1 + i / 7 for i in range(19)]
+    facts = {"scan_scores": {"max": scores}}
+    threshold = calibration.thresholds(facts["scan_scores"], 0.05)["max"]
+    assert threshold == scores[-1]
+    just_above = float(np.nextafter(threshold, np.inf))
+    assert [calibration.percentile(facts, score, "max") for score in (threshold, just_above)] == [90, 95]
+
+
 def test_a_rate_needs_a_calibration_that_holds_the_scan_score():
     """One made before there was that score: only a note told that no scan would be flagged."""
     bundle = load_bundle(Path(__file__).resolve().parents[1] / "models" / "phantom-128")
