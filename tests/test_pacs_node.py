@@ -1,0 +1,191 @@
+"""The node's loop: tries, the queue, a full disk, its state on the disk."""
+
+from __future__ import annotations
+
+import errno
+import time
+from threading import Thread
+
+import pytest
+import torch
+
+from pacs.orthanc import OrthancAway, OrthancRefused
+from pacs.server import page
+from pacs.state import State, StateError
+from tests.pacs_archive import (
+    S1,
+    S2,
+    S3,
+    S4,
+    Archive,
+    archive_node,
+    at_once,
+    log_of,
+    one_answers_500,
+    states,
+    wait_for,
+)
+
+
+@pytest.mark.parametrize("name, text", [("state.json", "[]"), ("state.json", '{"model": 1}'), ("series/x.json", "null"),
+                                        ("series/x.json", '{"state": "done"}'), ("series/x.json", "")])
+def test_a_damaged_file_of_the_state_is_named(tmp_path, name, text):
+    State(tmp_path, {"weights": "a"}).close()
+    (tmp_path / name).write_text(text)
+    with pytest.raises(StateError, match=f"{name}: damaged; delete it"):
+        State(tmp_path, {"weights": "a"})
+
+
+@pytest.mark.parametrize("place", ["", "series", "work"])
+def test_a_state_that_cannot_be_written_is_told_by_its_flag(tmp_path, place):
+    (tmp_path / "state").mkdir() if place else None
+    (tmp_path / "state" / place).touch()
+    with pytest.raises(StateError, match=f"--state .*: cannot be used .*{place or 'state'}.*; mend that, or"):
+        State(tmp_path / "state", {"weights": "a"})
+
+
+def test_a_damaged_image_is_the_reason_of_its_series(tmp_path):
+    """It was told to send two scans as series of their own."""
+    archive = Archive(tmp_path, S1, slices=6)
+    path = archive.files[S1][2]
+    path.write_bytes(path.read_bytes()[:200])
+    node = archive_node(tmp_path, archive)
+    node.step()
+    assert states(node) == {S1: "refused"} and "00002.dcm: not a DICOM image" in node.state.rows[S1]["reason"]
+
+
+def test_an_image_that_is_named_but_not_there_is_tried_again_and_fails_in_the_end(tmp_path, monkeypatch):
+    archive = Archive(tmp_path, S1, S2)
+    monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
+
+    def turned_down(verb, what):
+        if verb == "fetch" and what == f"{S1}/2":
+            raise OrthancRefused(f"http://fake/{what}: 404 Not Found", 404)
+    archive.turned_down = turned_down
+    node = archive_node(tmp_path, archive)
+    for _ in range(10):
+        node.step()
+    assert states(node) == {S1: "failed", S2: "done"} and "given up after 5 tries" in node.state.rows[S1]["reason"]
+
+
+def test_a_series_that_orthanc_does_not_serve_lets_the_others_go_first_and_fails_in_the_end(tmp_path, monkeypatch):
+    archive = Archive(tmp_path, S1, S2, S3)
+    one_answers_500(archive, f"{S1}/2")
+    monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
+    node = archive_node(tmp_path, archive, queue=3)
+    node.step()
+    assert states(node) == dict.fromkeys((S1, S2, S3), "waiting") and node.state.waiting() == [S2, S3, S1]
+    assert f"try 1 failed, another will follow: http://fake/{S1}/2: 500" in page(node, "http://fake")
+    archive.files[S4] = archive.files[S3]
+    archive.log = log_of(S1, S2, S3, S4)
+    node.log.follow()
+    assert node.state.waiting() == [S2, S3, S1, S4]          # it keeps no room from others, nor its place
+    node.state.close()
+    again = archive_node(tmp_path, archive)                          # tries outlast the process
+    while again.step():
+        pass
+    assert states(again) == {S1: "failed", S2: "done", S3: "done", S4: "done"}
+    assert again.state.rows[S1]["reason"] == f"given up after 5 tries: http://fake/{S1}/2: 500 Internal Server Error"
+    assert archive.fetched.count(f"{S1}/2") == 5 and again.metrics.put_back == 3
+    assert "cn_stylegan_put_back_total 3" in again.metrics.text(0)
+
+
+def test_a_series_is_not_failed_for_a_storage_that_serves_none(tmp_path, monkeypatch):
+    archive = Archive(tmp_path, S1, S2)
+    one_answers_500(archive, "")
+    node = archive_node(tmp_path, archive)
+    for _ in range(3):
+        node.step()
+    assert archive.fetched == [f"{S1}/0", f"{S2}/0"]                       # a pause before each further try
+    monkeypatch.setattr("pacs.node.time.monotonic", lambda: 1e12)
+    monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
+    for _ in range(18):
+        node.step()
+    assert len(archive.fetched) == 20 and states(node) == {S1: "waiting", S2: "waiting"}
+    archive.turned_down = lambda *_: None                            # mended
+    while node.step():
+        pass
+    assert states(node) == {S1: "done", S2: "done"} and not node.state.rows[S1].get("reason")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   torch.AcceleratorError("CUDA error: unspecified launch failure")])
+def test_a_gpu_that_fails_costs_no_series(tmp_path, monkeypatch, error):
+    """Each that came was failed for good, until somebody looked at the page."""
+    def broken(scan):
+        raise error
+    archive = Archive(tmp_path, S1, S2)
+    monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
+    node = archive_node(tmp_path, archive, broken)
+    for _ in range(14):
+        node.step()
+    assert states(node) == {S1: "waiting", S2: "waiting"} and node.metrics.put_back == 14
+    assert f"another will follow: {type(error).__name__}: memory or GPU" in page(node, "http://fake")
+    node.project = at_once                                           # mended
+    while node.step():
+        pass
+    assert states(node) == {S1: "done", S2: "done"}
+
+
+def test_orthanc_away_as_a_whole_is_no_try_of_a_series(tmp_path):
+    archive = Archive(tmp_path, S1)
+
+    def away(asked, what):
+        if asked in ("fetch", "system"):
+            raise OrthancAway("refused")
+    archive.turned_down = away
+    node = archive_node(tmp_path, archive)
+    for _ in range(6):
+        with pytest.raises(OrthancAway):
+            node.step()
+    assert "tries" not in node.state.rows[S1] and node.metrics.put_back == 0
+
+
+def test_a_full_queue_that_cannot_go_on_is_no_work(tmp_path):
+    """Its loop would ask Orthanc without a pause."""
+    archive = Archive(tmp_path, S1, S2)
+    node = archive_node(tmp_path, archive, queue=1)
+    node.log.follow()
+    node._not_before[S1] = time.monotonic() + 60                     # as after a full disk
+    assert node.state.waiting() == [S1] and not node.step()
+    del node._not_before[S1]
+    assert node.step() and node.step() and states(node) == {S1: "done", S2: "done"}
+
+
+def test_a_full_disk_is_waited_for_and_said(tmp_path, monkeypatch, capsys):
+    archive = Archive(tmp_path, S1, S2)
+
+    def full(asked, what):
+        if asked == "fetch" and what.startswith(S1):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    archive.turned_down = full
+    node = archive_node(tmp_path, archive, poll_s=0.01)
+    monkeypatch.setattr("pacs.node.BACKOFF_S", (0.01, 0.01))
+    monkeypatch.setattr("pacs.node.RETRY_S", (3600, 3600))
+    loop = Thread(target=node.run)
+    loop.start()
+    try:
+        wait_for(lambda: node.metrics.outcomes["done"] == 1)         # what needs less room goes on
+        ticked = node._ticked
+        wait_for(lambda: node._ticked > ticked)                      # the loop has come round since
+        assert states(node) == {S1: "waiting", S2: "done"} and node.metrics.disk_full
+        assert "folder is full: make room" in page(node, "http://fake") and node.metrics.orthanc_up
+        assert "cn_stylegan_disk_full 1" in node.metrics.text(1)
+        archive.turned_down = lambda *_: None
+        node._not_before.clear()                                     # as if its pause were over
+        wait_for(lambda: node.metrics.outcomes["done"] == 2 and not node.metrics.disk_full)
+    finally:
+        node.stopping.set()
+        loop.join(60)
+    assert "folder is full" not in page(node, "http://fake")
+    said = capsys.readouterr().out
+    assert "trying again: [Errno 28] the disk is full" in said and "there is room on the disk again" in said
+
+
+def test_state_of_another_model_or_node_is_refused(tmp_path):
+    state = State(tmp_path, {"weights": "a"})
+    with pytest.raises(StateError, match="in use by another node"):
+        State(tmp_path, {"weights": "a"})
+    state.close()
+    with pytest.raises(StateError, match="belongs to another model"):
+        State(tmp_path, {"weights": "b"})
