@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 import distributed
 from common.weights import compact
 from config import option
-from dataset import InfiniteSampler, SliceDataset
+from dataset import SliceDataset
 from detect.fitted import RANGE_HU, Fitted
+from sampler import InfiniteSampler
 
 _MIDDLE, _HALF_RANGE = sum(RANGE_HU) / 2, (RANGE_HU[1] - RANGE_HU[0]) / 2
 

@@ -28,7 +28,8 @@ import distributed
 from common.files import read_table
 from common.groups import connected
 from ct.window import encode
-from dataset import DatasetError, InfiniteSampler, SliceDataset
+from dataset import DatasetError, SliceDataset
+from sampler import InfiniteSampler
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 FULL = 65535                             # white, as images are kept

@@ -1,8 +1,7 @@
-"""The slice database: what goes in comes out, damage is found before it hurts, and the sampler's arithmetic."""
+"""The slice database: what goes in comes out, damage is found before it hurts."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import pickle
 import time
@@ -15,16 +14,7 @@ from torch.utils.data import DataLoader
 
 import dataset
 from common.files import ABANDONED_S, remove_abandoned
-from dataset import (
-    DatasetError,
-    InfiniteSampler,
-    ScanRecord,
-    SliceDataset,
-    SliceWriter,
-    decode_slice,
-    encode_slice,
-    slice_batches,
-)
+from dataset import DatasetError, ScanRecord, SliceDataset, SliceWriter, decode_slice, encode_slice
 
 N = 16
 
@@ -285,51 +275,3 @@ def test_a_thousand_slices_at_256_take_less_than_40_mb_and_are_read_fast():
     for payload in payloads:
         decode_slice(payload, 256)
     assert len(payloads) / (time.process_time() - start) > 150     # goal 500 a second; slack for a busy machine
-
-
-# ---- the sampler
-
-def take(sampler, count):
-    return list(itertools.islice(sampler, count))
-
-
-def test_every_epoch_is_a_new_permutation():
-    drawn = take(InfiniteSampler(10, seed=1), 30)
-    epochs = [drawn[i:i + 10] for i in (0, 10, 20)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert drawn != take(InfiniteSampler(10, seed=2), 30)
-
-
-def test_sampler_resumes_at_any_global_position():
-    whole = take(InfiniteSampler(7, seed=3), 40)
-    for start in (1, 7, 20):
-        assert take(InfiniteSampler(7, seed=3, start=start), 40 - start) == whole[start:]
-
-
-def test_ranks_take_turns_in_one_stream():
-    whole = take(InfiniteSampler(5, seed=4), 26)
-    ranks = [take(InfiniteSampler(5, seed=4, rank=r, world=2, start=6), 10) for r in (0, 1)]
-    assert ranks[0] == [whole[g] for g in range(6, 26, 2)]
-    assert ranks[1] == [whole[g] for g in range(7, 26, 2)]
-
-
-def test_what_is_made_of_a_batch_hangs_on_its_place_alone(database):
-    """The same with and without loaders of its own, and from the middle on; other numbers for each batch and seed."""
-    def first(count, seed=5, workers=0, start=0):
-        batches = slice_batches(SliceDataset(database, "all"), 2, seed, workers, start, ("hu",), noisy)
-        return [batch["noise"].item() for batch in itertools.islice(batches, count)]
-
-    whole = first(4)
-    assert len(set(whole)) == 4 and first(4, workers=2) == whole and first(2, start=4) == whole[2:]
-    assert first(4, seed=6) != whole and first(1, seed=5 + (1 << 32)) != whole[:1]
-
-
-def noisy(batch, rng):
-    return {"noise": torch.randn((), generator=rng) + 0 * batch["hu"].sum()}
-
-
-@pytest.mark.parametrize("wrong", [dict(length=0), dict(rank=2, world=2), dict(start=-1)])
-def test_sampler_refuses_impossible_numbers(wrong):
-    with pytest.raises(ValueError, match="expected length"):
-        InfiniteSampler(**{"length": 4, "seed": 0, **wrong})

@@ -1,0 +1,96 @@
+"""Slices for a training, batch after batch for ever: a run that goes on, on however many ranks, meets the same ones."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+import distributed
+
+# From the parts of a batch of slices, and random numbers for it alone, to what a step takes. It is pickled.
+Prepare = Callable[[dict[str, torch.Tensor], torch.Generator], dict[str, torch.Tensor]]
+
+
+class InfiniteSampler(Sampler[int]):
+    """Indices 0..length-1 for ever, every epoch in a new order drawn from (seed, epoch).
+
+    One global stream has positions 0, 1, 2, ...; rank r of `world` takes start + r, start + r + world,
+    ... So all ranks together read what one rank would, and the global position is the whole state: to resume
+    after P indices (counted over all ranks), pass start=P.
+    """
+
+    def __init__(self, length: int, seed: int, rank: int = 0, world: int = 1, start: int = 0):
+        if length < 1 or start < 0 or not 0 <= rank < world:
+            raise ValueError(f"expected length >= 1, start >= 0 and 0 <= rank < world, got length={length}, "
+                             f"start={start}, rank={rank}, world={world}")
+        self.length, self.seed, self.rank, self.world, self.start = length, seed, rank, world, start
+
+    def __iter__(self) -> Iterator[int]:
+        return (index for _, index in self.placed())
+
+    def placed(self) -> Iterator[tuple[int, int]]:
+        """(global position, index) for ever."""
+        position, shuffled = self.start + self.rank, -1
+        while True:
+            epoch, offset = divmod(position, self.length)
+            if epoch != shuffled:
+                order, shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.length), epoch
+            yield position, int(order[offset])
+            position += self.world
+
+
+def image_batches(slices: Dataset, batch: int, seed: int, workers: int, start: int = 0) -> Iterator[torch.Tensor]:
+    """HU of training slices for ever: int16 [batch, N, N], this rank's share of the stream that begins at `start`."""
+    for found in slice_batches(slices, batch, seed, workers, start, ("hu",)):
+        yield found["hu"]
+
+
+def slice_batches(slices: Dataset, batch: int, seed: int, workers: int, start: int = 0,
+                  keys: tuple[str, ...] = ("hu", "brain"), prepare: Prepare | None = None
+                  ) -> Iterator[dict[str, torch.Tensor]]:
+    """The same with more of what SliceDataset holds of a slice; slices may be several of them in a ConcatDataset.
+
+    prepare  what the loader's processes make of a batch: from it, and random numbers that hang on the seed and its
+             place in the stream alone, so that a run that goes on meets the same batches, however many processes
+    """
+    sampler = InfiniteSampler(len(slices), seed, distributed.get_rank(), distributed.get_world_size(), start)
+    # A generator of its own: a loader that starts would else take a number from the stream of the noise maps.
+    yield from DataLoader(_Parts(slices, keys), batch, sampler=sampler.placed(), num_workers=workers,
+                          collate_fn=_Collate(seed, prepare), generator=torch.Generator(),
+                          pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
+                          worker_init_fn=_ignore_signals)
+
+
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C and a cluster's warning come to all processes of a job; the main one decides when to end (gan.runlog).
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _Parts(Dataset):
+    def __init__(self, slices: Dataset, keys: tuple[str, ...]):
+        self.slices, self.keys = slices, keys
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, placed: tuple[int, int]) -> tuple[int, dict[str, torch.Tensor]]:
+        position, index = placed
+        whole = self.slices[index]
+        return position, {key: whole[key] for key in self.keys}
+
+
+class _Collate:
+    def __init__(self, seed: int, prepare: Prepare | None):
+        self.seed, self.prepare = seed, prepare
+
+    def __call__(self, found: list[tuple[int, dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+        batch = default_collate([parts for _, parts in found])
+        if self.prepare is None:
+            return batch
+        state = np.random.SeedSequence((self.seed, found[0][0])).generate_state(1, np.uint64)
+        return self.prepare(batch, torch.Generator().manual_seed(int(state[0])))
