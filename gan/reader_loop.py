@@ -123,14 +123,14 @@ def differing(one: PreprocessSettings, other: PreprocessSettings) -> str:
 
 
 def check_first(first: First, beside: Beside, config: ReaderConfig) -> None:
-    """CheckpointError unless the first weights fit."""
+    """CheckpointError unless the first weights fit. Beside other networks than theirs they do, and are told of."""
     if first.widths != list(config.widths()):
         raise CheckpointError(f"--init {first.folder}: a reader of channels {first.widths}, this one is to have "
                               f"{list(config.widths())}; give --width {first.widths[0]} --depth {len(first.widths)} as "
                               "there, or leave --init out")
     if first.beside not in (None, beside.digest):
-        raise CheckpointError(f"--init {first.folder}: its reader was taught beside other networks than those of "
-                              f"--encoder {beside.folder}; give one that was taught beside these, or leave --init out")
+        distributed.print0(f"note: the reader of --init {first.folder} was taught beside other networks than those of "
+                           f"--encoder {beside.folder}: what these expect of a slice is new to it")
 
 
 def parts_of(dataset: SliceDataset, fold: EveryNth | None) -> tuple[ConcatDataset, SliceDataset, str]:

@@ -26,7 +26,7 @@ from detect.reader import Reader
 from gan import corrupt, reader_loop, reading
 from gan.encoding import method_of
 from gan.reading import Examples, reading_loss, targets
-from gan.runlog import not_held_out
+from gan.runlog import load_run, not_held_out
 from gan.settings import EveryNth, ReaderConfig
 from gan.snapshots import load_snapshot, save_snapshot
 from op.banded import dilated
@@ -454,6 +454,20 @@ def test_each_reader_calibrates_by_what_it_has_not_seen(in_thirds, tmp_path, cap
     assert "may all have been trained on head3, which are to calibrate" in capsys.readouterr().err
 
 
+def test_a_reader_goes_on_beside_other_networks(hospital, hiding_run, slices32, tmp_path, capsys):
+    """As after train_encoder.py --init: the run is beside those, and says what it began with."""
+    (model, own, readers), other = hospital, tmp_path / "other"
+    plain = ("--preset", "ct128", "--calibrate", "none", "--set", "measure=votes", "scan_score=mean")
+    assert calibrated(hiding_run, slices32, other, *plain) == 0
+    was = load_run(readers[0], "--reader", "reader", "train_reader.py").meta
+    for first in (model, readers[0]):
+        assert run(own, other, out := tmp_path / first.name, "--init", first, "--fold", "1:3", "--epochs", "0.1") == 0
+        assert (f"note: the reader of --init {first} was taught beside other networks than those of --encoder {other}"
+                in capsys.readouterr().out)
+        kept = load_run(out, "--reader", "reader", "train_reader.py").meta
+        assert kept["beside"] != was["beside"] and kept["began_with"] and kept["init"]
+
+
 def test_benchmarks_on_what_a_reader_has_learnt_from_leave_it_out(in_thirds, reader_run, tmp_path, capsys):
     data, encoder, readers = in_thirds
     given = [str(flag) for one in readers for flag in ("--reader", one)]
@@ -601,9 +615,7 @@ def test_models_that_no_reader_reads_beside_are_refused(in_thirds, hospital, hid
     capsys.readouterr()
     for encoder, first, words in (
             (tmp_path / "pca", None, "a model of method pca, beside which no reader reads"),
-            (model, tmp_path / "bare", "a model that holds no reader"),
-            (tmp_path / "other", model, "its reader was taught beside other networks than those of --encoder"),
-            (tmp_path / "other", readers[0], "its reader was taught beside other networks than those of --encoder")):
+            (model, tmp_path / "bare", "a model that holds no reader")):
         assert run(own, encoder, tmp_path / "r", "--fold", "1:3", *(("--init", first) if first else ())) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "r").exists()
     assert calibrated(tmp_path / "other", own, tmp_path / "no", "--set", "measure=surprise", *given(readers)) == 2
