@@ -16,7 +16,8 @@ import torch
 
 import distributed
 from benchmarks.measure import REFERENCE, medians, side_by_side
-from healthygan.train import PRESETS, TrainConfig, Trainer
+from healthygan.settings import PRESETS, TrainConfig
+from healthygan.training import Trainer
 
 OURS = "bf16 channels-last"
 

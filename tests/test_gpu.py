@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import healthygan.train
 import train
 import train_encoder
 from benchmarks import gpu
@@ -20,6 +19,8 @@ from detect.votes import Votes
 from gan.coding import CodeTrainer
 from gan.inpainting import InpaintingTrainer
 from gan.snapshots import Snapshot
+from healthygan.settings import PRESETS as HEALTHYGAN_PRESETS
+from healthygan.training import Trainer as HealthyganTrainer
 from model import Discriminator, Generator, ModelConfig
 from op import bias_act, layers, styled_act
 
@@ -115,8 +116,8 @@ def test_a_step_of_the_encoders(device, precision, kind, preset):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_step_of_healthygan(device, precision):
-    config = dataclasses.replace(healthygan.train.PRESETS["smoke32"], precision=precision, critic_steps=1)
-    trainer = healthygan.train.Trainer(config, torch.device(device))
+    config = dataclasses.replace(HEALTHYGAN_PRESETS["smoke32"], precision=precision, critic_steps=1)
+    trainer = HealthyganTrainer(config, torch.device(device))
     a, b = (torch.rand(4, 3, 32, 32, device=device) * 2 - 1 for _ in range(2))
     assert_finite(trainer.step(a, b))
 

@@ -22,10 +22,13 @@ from ct.window import encode
 from dataset import DatasetError
 from healthygan import sets, train, trivial, weights
 from healthygan import test as healthygan_test
-from healthygan.data import ImageSettings, load_training, read_slices
+from healthygan.data import ImageSettings, read_slices
 from healthygan.model import Generator, ModelConfig, Translation
 from healthygan.reconstruct import Translator, TranslatorSettings
 from healthygan.scoring import aucp, difference, unit_scores
+from healthygan.settings import PRESETS
+from healthygan.training import Trainer
+from healthygan.training_data import load_training
 from tests.helpers import GradientRecorder
 
 ROOT = Path(__file__).parent.parent
@@ -140,8 +143,8 @@ def test_no_generator_is_chosen_before_it_can_do_anything(run_train, tmp_path):
 
 
 def test_step_order_and_learning_rate():
-    config = dataclasses.replace(train.PRESETS["smoke32"], precision="fp32")
-    trainer = train.Trainer(config, torch.device("cpu"))
+    config = dataclasses.replace(PRESETS["smoke32"], precision="fp32")
+    trainer = Trainer(config, torch.device("cpu"))
     a, b = torch.rand(2, 4, 3, 32, 32) * 2 - 1
     before = [p.clone() for p in trainer.g.parameters()]
     assert "g_identity" not in trainer.step(a, b)                 # the generator takes every second step only
@@ -150,18 +153,18 @@ def test_step_order_and_learning_rate():
     assert not torch.equal(before[0], next(trainer.g.parameters()))
     assert [config.learning_rate(i) for i in (0, 15, 16, 19)] == pytest.approx([1e-4, 1e-4, 8e-5, 2e-5])
     assert dataclasses.replace(config, decay=0).learning_rate(19) == 1e-4
-    short = dataclasses.replace(train.PRESETS["full256"], iterations=5000)        # a part of whatever length there is
+    short = dataclasses.replace(PRESETS["full256"], iterations=5000)        # a part of whatever length there is
     assert [short.learning_rate(i) for i in (0, 3750, 4375)] == pytest.approx([1e-4, 1e-4, 5e-5])
 
 
 def test_the_masks_weight_rises():
-    config = dataclasses.replace(train.PRESETS["smoke32"], mask=0.2)
+    config = dataclasses.replace(PRESETS["smoke32"], mask=0.2)
     assert config.mask_weight(0) == 0.2
     rising = dataclasses.replace(config, mask_rampup=0.5)
     assert [rising.mask_weight(i) for i in (0, 5, 10, 19)] == pytest.approx([0, 0.1, 0.2, 0.2])
     later = dataclasses.replace(rising, copy_first=10)            # then over half of the 10 that are left
     assert [later.mask_weight(i) for i in (9, 10, 12, 15)] == pytest.approx([0, 0, 0.08, 0.2])
-    trainers = [train.Trainer(dataclasses.replace(c, critic_steps=1, flip=False, precision="fp32"),
+    trainers = [Trainer(dataclasses.replace(c, critic_steps=1, flip=False, precision="fp32"),
                               torch.device("cpu")) for c in (rising, dataclasses.replace(config, mask=0))]
     a, b = torch.rand(2, 4, 3, 32, 32) * 2 - 1
     for trainer in trainers:
@@ -171,8 +174,8 @@ def test_the_masks_weight_rises():
 
 
 def test_before_all_else_the_translation_learns_to_copy():
-    config = dataclasses.replace(train.PRESETS["smoke32"], precision="fp32", flip=False, copy_first=1, identity=7)
-    trainer, other = (train.Trainer(config, torch.device("cpu")) for _ in range(2))
+    config = dataclasses.replace(PRESETS["smoke32"], precision="fp32", flip=False, copy_first=1, identity=7)
+    trainer, other = (Trainer(config, torch.device("cpu")) for _ in range(2))
     a, b = torch.rand(2, 4, 3, 32, 32) * 2 - 1
     assert trainer.step(a, b).keys() == {"g_identity"} and trainer.iteration == 1
     (7 * (b - other.g(b).t).abs().mean()).backward()
@@ -183,9 +186,9 @@ def test_before_all_else_the_translation_learns_to_copy():
 
 
 def test_at_first_the_critic_sees_the_translation_itself():
-    config = dataclasses.replace(train.PRESETS["smoke32"], precision="fp32", flip=False, critic_steps=1, identity=0,
+    config = dataclasses.replace(PRESETS["smoke32"], precision="fp32", flip=False, critic_steps=1, identity=0,
                                  translate_first=1)
-    trainer = train.Trainer(config, torch.device("cpu"))
+    trainer = Trainer(config, torch.device("cpu"))
     a, b = torch.rand(2, 4, 3, 32, 32) * 2 - 1
     of_a = trainer._translate(a)
     assert torch.equal(of_a.y, of_a.t) and torch.equal(of_a.m, trainer.g(a).m)
@@ -199,7 +202,7 @@ def test_at_first_the_critic_sees_the_translation_itself():
 
 
 def test_images_are_moved_by_whole_pixels():
-    trainer = train.Trainer(dataclasses.replace(train.PRESETS["smoke32"], shift=2), torch.device("cpu"))
+    trainer = Trainer(dataclasses.replace(PRESETS["smoke32"], shift=2), torch.device("cpu"))
     x = torch.rand(4, 3, 32, 32)
     moved, side, moves = trainer._shift(x, "shift a"), torch.arange(32), []
     for before, after in zip(x, moved):
@@ -212,8 +215,8 @@ def test_images_are_moved_by_whole_pixels():
 
 
 def test_the_generators_gradient_is_that_of_its_loss():
-    config = dataclasses.replace(train.PRESETS["smoke32"], precision="fp32", flip=False, critic_steps=1, mask=0.3)
-    trainer, other = (train.Trainer(config, torch.device("cpu")) for _ in range(2))
+    config = dataclasses.replace(PRESETS["smoke32"], precision="fp32", flip=False, critic_steps=1, mask=0.3)
+    trainer, other = (Trainer(config, torch.device("cpu")) for _ in range(2))
     a, b = torch.rand(2, 4, 3, 32, 32) * 2 - 1
     trainer.step(a, b)
     other.d.load_state_dict(trainer.d.state_dict())               # the critic moves first
@@ -231,8 +234,8 @@ def test_the_generators_gradient_is_that_of_its_loss():
 
 def test_the_critics_gradient_is_that_of_its_loss():
     """It raises D(b) - D(y_a), and pays 10 (|grad D| - 1)^2 between the two."""
-    config = dataclasses.replace(train.PRESETS["smoke32"], precision="fp32", flip=False, critic_steps=2)
-    trainer = train.Trainer(config, torch.device("cpu"))
+    config = dataclasses.replace(PRESETS["smoke32"], precision="fp32", flip=False, critic_steps=2)
+    trainer = Trainer(config, torch.device("cpu"))
     trainer.d_opt = GradientRecorder(trainer.d_opt)
     a, b = torch.rand(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     y = trainer.g(a).y.detach()
@@ -249,17 +252,17 @@ def test_the_critics_gradient_is_that_of_its_loss():
 
 
 def test_the_faithful_preset_is_the_released_one():
-    config = train.PRESETS["faithful"]
+    config = PRESETS["faithful"]
     assert (config.size, config.batch, config.iterations, config.lr) == (256, 16, 400_000, 1e-4)
-    assert config.decay == 0 and config.ema_iterations == 0 and config.model() == train.ModelConfig()
-    trainer = train.Trainer(dataclasses.replace(train.PRESETS["smoke32"], ema_iterations=0), torch.device("cpu"))
+    assert config.decay == 0 and config.ema_iterations == 0 and config.model() == ModelConfig()
+    trainer = Trainer(dataclasses.replace(PRESETS["smoke32"], ema_iterations=0), torch.device("cpu"))
     assert trainer.best is trainer.g and trainer.modules().keys() == {"generator", "critic"}
 
 
 @pytest.mark.parametrize("mean, side, change", [(0.96, "over 0.95", "raise --mask"),
                                                 (0.0005, "under 0.001", "lower --mask")])
 def test_a_collapsed_mask_is_reported_with_what_to_change(mean, side, change):
-    trainer = train.Trainer(train.PRESETS["smoke32"], torch.device("cpu"))
+    trainer = Trainer(PRESETS["smoke32"], torch.device("cpu"))
     for _ in range(249):
         trainer._watch_mask(torch.tensor(mean))
     assert trainer.collapse() is None                             # 498 iterations
@@ -486,9 +489,9 @@ def test_train_refuses_values_that_cannot_be_meant(flag, xrays, capsys):
 @pytest.mark.parametrize("copy_first, rampup, half_life", [(4, 0, 8), (0, 0, 8), (4, 0.5, None)])
 def test_the_average_forgets_half_in_its_half_life_of_iterations(copy_first, rampup, half_life):
     """While it copies, too, where the generator takes a step at each: it forgot critic_steps times as fast."""
-    config = dataclasses.replace(train.PRESETS["smoke32"], copy_first=copy_first, ema_iterations=8, ema_rampup=rampup,
+    config = dataclasses.replace(PRESETS["smoke32"], copy_first=copy_first, ema_iterations=8, ema_rampup=rampup,
                                  precision="fp32", batch=1)
-    trainer = train.Trainer(config, torch.device("cpu"))
+    trainer = Trainer(config, torch.device("cpu"))
     kept = 1.0
     lerp, torch_lerp = [], torch._foreach_lerp_
     with pytest.MonkeyPatch.context() as patch:

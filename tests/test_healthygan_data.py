@@ -22,15 +22,12 @@ from healthygan.data import (
     WHITE_IS_ZERO,
     ImageSettings,
     Pictures,
-    batches,
     class_folders,
-    load_sources,
-    load_training,
     read_image,
     read_images,
     read_slices,
-    split_by_patient,
 )
+from healthygan.training_data import batches, load_sources, load_training, split_by_patient
 
 SETTINGS = ImageSettings("images", 4, crop_top=0)
 ORIENTATION = 0x112                      # EXIF's tag

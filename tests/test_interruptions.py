@@ -23,6 +23,7 @@ import train_reader
 from gan import encoding, reading, training
 from gan.snapshots import load_snapshot, snapshot_steps
 from healthygan import train as healthygan_train
+from healthygan import training as healthygan_training
 from tests import processes
 from tests.helpers import assert_identical, without_clock, write_smooth_images
 
@@ -79,7 +80,7 @@ def whole_runs(flags, gan_run, tmp_path_factory) -> dict[str, Path]:
 MAIN: dict[str, Callable] = {"train": train.main, "train_encoder": train_encoder.main,
                              "train_reader": train_reader.main, "healthygan.train": healthygan_train.main}
 STEPS = {"train": (training.Trainer, "step"), "train_encoder": (encoding.EncoderTrainer, "step"),
-         "train_reader": (reading.ReadingTrainer, "learn"), "healthygan.train": (healthygan_train.Trainer, "step")}
+         "train_reader": (reading.ReadingTrainer, "learn"), "healthygan.train": (healthygan_training.Trainer, "step")}
 
 
 @pytest.fixture
@@ -203,7 +204,7 @@ def poisoned(monkeypatch, command: str, calls: range) -> None:
     """Make a loss NaN at these of its calls (from 0)."""
     module, name = {"train": (training, "d_logistic"), "train_encoder": (encoding, "d_logistic"),
                     "train_reader": (reading, "reading_loss"),
-                    "healthygan.train": (healthygan_train.losses, "identity")}[command]
+                    "healthygan.train": (healthygan_training.losses, "identity")}[command]
     loss, count = getattr(module, name), iter(range(10**6))
     monkeypatch.setattr(module, name, lambda *a: loss(*a) * (torch.nan if next(count) in calls else 1))
 
