@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan
+from ct.frame import Preprocessed, PreprocessSettings, clipped_below, preprocess_scan
 from ct.scan import Scan
 from detect import calibration
 from detect.bundle import Bundle, versions
@@ -160,6 +160,7 @@ class Projector:
         notes += why_not
         if unreliable or pre.reservations:
             percentile = threshold = None
+            notes.append(no_percentile(scan, self.preprocessing))
         mask = pre.maps_to_scan(findings.mask.numpy())
         return Projection(
             scan=scan, reconstruction_hu=pre.maps_to_scan(found.normal_hu.numpy(), float(found.query_hu.min())),
@@ -230,6 +231,18 @@ def project_frame(reconstructor: Reconstructor, measure: Measure, hu: torch.Tens
     seen = measure.evidence(found, brain, below_vertex_mm, watch)
     findings = measure.assess(seen)
     return found, seen, findings, time.perf_counter() - started
+
+
+def no_percentile(scan: Scan, settings: PreprocessSettings) -> str:
+    """A note on a scan whose score is compared with nothing, for reasons that other notes tell; and on what would help
+    where its source has clipped HU.
+    """
+    note = "not compared with healthy scans: no percentile, no flag"
+    if clipped_below(scan, settings):
+        low, high = scan.saturation_hu
+        note += (f"; give the scan with all of its HU, or a model that looks at no more than {low:g}..{high:g} HU "
+                 "(hu_clip in its model.json)")
+    return note
 
 
 def volume_ml(mask: np.ndarray, scan: Scan) -> float | None:

@@ -135,6 +135,20 @@ def test_settings_of_the_mask_change_no_percentile_flag_or_status():
     assert len({(one.percentile, one.threshold, one.flagged, one.unreliable, one.notes) for one in found}) == 1
 
 
+def test_a_scan_that_is_compared_with_nothing_says_so_and_what_would_help():
+    """Pictures of 0..80 HU had no percentile with a model of -20..180 HU, and no word that this was why."""
+    bundle = load_bundle(Path(__file__).resolve().parents[1] / "models" / "phantom-128")
+    bundle.reconstructor.closest_normal = lambda hu, *_: Reconstruction(hu, hu - 4.0, {"reconstruct": 2.0}, {})
+    scan, _ = synthetic_scan(size=64, spacing_mm=(5.0, 3.6, 3.6))
+    pictures = dataclasses.replace(scan, hu=np.clip(scan.hu, 0, 80), saturation_hu=(0.0, 80.0))
+    whole, clipped = (Projector(bundle)(one) for one in (scan, pictures))
+    assert whole.percentile is not None and not any("not compared" in note for note in whole.notes)
+    assert clipped.percentile is None and clipped.flagged is None
+    assert clipped.notes[-1] == (
+        "not compared with healthy scans: no percentile, no flag; give the scan with all of its HU, or a model that "
+        "looks at no more than 0..80 HU (hu_clip in its model.json)")
+
+
 def test_changes_count_together_in_any_order():
     """grow_hu may be at most gate_hu, which was 8 before."""
     changes = {"gate_hu": "4", "grow_hu": "3"}
