@@ -20,6 +20,7 @@ from pydicom.valuerep import DA, DT, TM
 
 from ct.dicom import SliceStack, frame_value
 from ct.scan import Scan, ScanError
+from ct.slab import extents
 
 MANUFACTURER = "CN-StyleGAN"
 WARNING = "Research, unverified"              # opens every series' description
@@ -52,7 +53,7 @@ class Derived:
 
     images       per source file what may be referred to: identifiers and geometry, no patient data
     frames       [S] per slice its (image, frame from 0) among them
-    thickness    [S] slice thickness in mm; the distance to the neighbours where the source does not say
+    thickness    [S] slice thickness in mm; by where the neighbours lie, where the source does not say
     patient      the source's patient and study modules; None where they are not to be copied
     series_base  what this maker's series numbers begin after
     seed         what the objects' UIDs are made from
@@ -199,11 +200,11 @@ def _check_distinct(paths: Sequence[Path], headers: Sequence[Dataset]) -> None:
 
 
 def _thickness(scan: Scan, headers: Sequence[Dataset], paths: Sequence[Path]) -> np.ndarray:
-    """Slice thickness in mm, [S]; type 2 in CT, so it may be empty: then the distance to the neighbours."""
-    apart = np.gradient(scan.position_mm)
+    """Slice thickness in mm, [S]; type 2 in CT, so it may be empty: then what its neighbours leave it, as for slabs."""
+    low, high = extents(scan.position_mm)
     said = [frame_value(headers[paths.index(path)], frame, "PixelMeasuresSequence", "SliceThickness")
             for path, frame in scan.geometry.frames]
-    return np.array([float(value) if value else mm for value, mm in zip(said, apart)])
+    return np.array([float(value) if value else mm for value, mm in zip(said, high - low)])
 
 
 def _reference_image(header: Dataset, first: Dataset, thickness_mm: float) -> Dataset:

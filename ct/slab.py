@@ -75,10 +75,8 @@ def to_slabs(scan: Scan, slab_mm: float = 5.0, thin_mm: float = 4.0) -> Slabs:
 def _shares(position_mm: np.ndarray, slab_mm: float, thin_mm: float) -> tuple[np.ndarray, np.ndarray]:
     """How much of each slice is in each slab, float64 [T, S], inferior to superior, and all of it [S]: mm, or 1 of a
     thick slice."""
-    steps = np.diff(position_mm)
-    nearest = np.minimum(np.append(np.inf, steps), np.append(steps, np.inf))         # [S], to the nearer neighbour
-    low, high = _extents(position_mm, nearest)
-    thick, rows, s = nearest >= thin_mm, [], 0
+    low, high = extents(position_mm)
+    thick, rows, s = _nearest(position_mm) >= thin_mm, [], 0
     while s < len(position_mm):
         end = s + 1
         while not thick[s] and end < len(position_mm) and not thick[end]:
@@ -109,13 +107,19 @@ def _overlaps(low: np.ndarray, high: np.ndarray, slab_mm: float, bottom: bool) -
     return overlap[kept]
 
 
-def _extents(position_mm: np.ndarray, nearest_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper end of each slice, mm: halfway to its neighbours, but no farther than as if the one were 1.5
-    times as far as the nearer one, nearest_mm [S]; at the scan's ends as far as on the other side.
+def _nearest(position_mm: np.ndarray) -> np.ndarray:
+    """From each of two slices or more to its nearer neighbour, mm [S]."""
+    steps = np.diff(position_mm)
+    return np.minimum(np.append(np.inf, steps), np.append(steps, np.inf))
+
+
+def extents(position_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper end of each of two slices or more, mm [S]: halfway to its neighbours, but no farther than as if
+    the one were 1.5 times as far as the nearer one, so not into a gap; at the scan's ends as far as on the other side.
     """
     half = np.diff(position_mm) / 2
     below, above = np.append(half[:1], half), np.append(half, half[-1:])
-    most = 1.5 * nearest_mm / 2
+    most = 1.5 * _nearest(position_mm) / 2
     return position_mm - np.minimum(below, most), position_mm + np.minimum(above, most)
 
 

@@ -195,6 +195,15 @@ def test_slices_of_their_own_thickness(tmp_path):
     assert thickness == {10: 4, 14: 4, 18: 4, 23: 7, 30: 7, 37: 7}              # by height above the origin's 10 mm
 
 
+def test_a_slice_beside_a_gap_is_no_thicker_for_it(tmp_path):
+    """Of a source that leaves its slice thickness empty: 30 mm, half of it where there is no slice."""
+    folder = write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), position_mm=[0, 5, 10, 65, 70, 75],
+                                edit=lambda ds, k: (complete(ds, k), setattr(ds, "SliceThickness", None)))
+    surprise = build_objects(result_of(read_only(folder)), IDENTITY)["map"]
+    assert [float(group.PixelMeasuresSequence[0].SliceThickness)
+            for group in surprise.PerFrameFunctionalGroupsSequence] == [5, 5, 6.25, 6.25, 5, 5]
+
+
 def test_lossy_compression_of_the_source_is_told_with_ratio_and_method(tmp_path):
     """Each is required of an object that says it comes from lossy images."""
     def lossy(ds, k):

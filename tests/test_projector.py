@@ -16,9 +16,10 @@ import projector
 from common.version import VERSION
 from common.weights import CheckpointError
 from ct.frame import PreprocessSettings
+from ct.scan import Scan
 from detect import calibration
 from detect.bundle import Bundle, load_bundle, save_bundle
-from detect.projection import Projector
+from detect.projection import Projector, volume_ml
 from detect.reconstruct import Reconstruction
 from detect.residual import MaskSettings
 from detect.search import SearchSettings
@@ -147,6 +148,18 @@ def test_a_scan_that_is_compared_with_nothing_says_so_and_what_would_help():
     assert clipped.notes[-1] == (
         "not compared with healthy scans: no percentile, no flag; give the scan with all of its HU, or a model that "
         "looks at no more than 0..80 HU (hu_clip in its model.json)")
+
+
+@pytest.mark.parametrize("position_mm, ml", [
+    ([0, 5, 10, 15, 20], 0.05), ([0, 5, 10, 55, 60], 0.0625), ([0, 10, 20, 25, 30], 0.1), ([20], 0.05),
+    ([0, 6, 10, 15, 20], 0.045)])
+def test_a_volume_holds_nothing_of_a_gap(position_mm, ml):
+    """Half of 45 mm counted for the slice below a gap: five times what it showed."""
+    hu = np.zeros((len(position_mm), 4, 6), np.float32)
+    scan = Scan("gap", hu, np.array(position_mm, float), (1.0, 0.5))
+    mask = np.zeros(hu.shape, bool)
+    mask[position_mm.index(min(position_mm, key=lambda mm: abs(mm - 10))), :4, :5] = True          # 10 square mm
+    assert volume_ml(mask, scan) == pytest.approx(ml)
 
 
 def test_changes_count_together_in_any_order():
