@@ -130,7 +130,8 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
     scores = [one.slice_scores for one in findings]
     facts = summary([one.below_vertex_mm.tolist() for one in seen], scores, errors, brain_hu)
     for how, values in facts["scan_scores"].items():
-        log(f"healthy scores, {how}: " + " ".join(f"{value:.3g}" for value in sorted(values)))
+        log(f"scores of the healthy scans by {how}, lowest first: "
+            + " ".join(f"{value:.3g}" for value in sorted(values)))
     return facts | {"precision": str(folds[0].reconstructor.precision).removeprefix("torch.")}, fitted
 
 

@@ -190,7 +190,7 @@ class Projector:
             return None, self.threshold, [f"slices {spacing_mm:.3g} mm apart, those of the calibration "
                                 f"{low if low == high else f'{low} to {high}'} mm: no percentile"]
         threshold = self.calibration["threshold"][how] if self.threshold is None else self.threshold
-        notes = [] if threshold is not None else [
+        notes = [] if threshold is not None else [                   # the prefix: of older calibrations
             f"no threshold: {self.calibration['threshold']['reason'].removeprefix('threshold_at_fpr: ')}"]
         usual = Reconstruction.last_error(self.calibration["error_hu"])
         # Flagged all the same, in both cases: a head full of blood is so far off, too

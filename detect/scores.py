@@ -96,10 +96,10 @@ def threshold_at_fpr(healthy_scores: torch.Tensor, fpr: float) -> float:
     """
     healthy = _sorted_healthy(healthy_scores)
     if not 0 < fpr < 1:
-        raise ValueError(f"threshold_at_fpr: fpr must lie between 0 and 1, got {fpr}")
+        raise ValueError(f"a false-positive rate must lie between 0 and 1, got {fpr}")
     may_exceed = math.floor((len(healthy) + 1) * fpr + 1e-9)  # of n + 1 scans; 1e-9 for 20 * 0.05 just under 1
     if may_exceed == 0:
-        raise ValueError(f"threshold_at_fpr: a false-positive rate of {fpr} needs {math.ceil(1 / fpr - 1 - 1e-9)} "
+        raise ValueError(f"a false-positive rate of {fpr} needs {math.ceil(1 / fpr - 1 - 1e-9)} "
                          f"healthy scans, found {len(healthy)}; add scans or allow a higher rate")
     return healthy[len(healthy) - may_exceed].item()
 

@@ -38,7 +38,8 @@ def train(config: TrainConfig, data: Path, out: Path, device: torch.device, ince
             "held_out": dataset.held_out_ids()}
     with Run(out, meta, trainer, config.seed, rollback) as run:
         if run.resumed:
-            distributed.print0(f"Resuming at {trainer.images_seen / 1000:g} kimg")
+            distributed.print0(f"Resuming at {trainer.images_seen / 1000:g} kimg"
+                               + (": the training is over" if trainer.images_seen >= config.kimg * 1000 else ""))
         distributed.check_same_state(trainer.g)
         batches = image_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen)
         quality = Quality(held_out, dataset, inception, device) if distributed.is_main() else None

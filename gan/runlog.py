@@ -319,15 +319,25 @@ def load_optimiser(optimiser: torch.optim.Optimizer, state: dict) -> None:
     optimiser.load_state_dict({**state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
+def other_settings(before: dict, now: dict) -> str:
+    """What a run's settings are that were others before, in words; '' where none is."""
+    now = json.loads(json.dumps(now))
+    return ", ".join(f"{key} {now[key]} (before: {value})" for key, value in before.items() if now[key] != value)
+
+
 def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module],
               told: Collection[str] = ()) -> Snapshot | None:
     """Collective. Open the run folder and, if it holds snapshots, load the last one's weights into modules.
 
     Writes meta to config.json. Returns the snapshot (for its state), or None for a new run. Raises CheckpointError
-    when the folder holds a run whose meta differ in anything but the config (kind, networks, data, GAN).
+    when the folder holds a run whose meta differ in anything but the config (kind, networks, data, GAN), or cannot be
+    made.
     """
     if distributed.is_main():
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"--out {out}: cannot be made a folder ({error.strerror}); choose another") from error
     distributed.barrier()
     snapshot = load_snapshot(out) if snapshot_steps(out) else None
     if snapshot is not None:
@@ -344,6 +354,8 @@ def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module],
             raise CheckpointError(
                 f"{out}: the run there was started by an older version, with settings that this one does not know "
                 f"({', '.join(gone)}); go on with that version, or choose another --out")
+        if changed := other_settings(snapshot.meta.get("config", {}), meta["config"]):
+            distributed.print0(f"note: the run in {out} goes on with other settings: {changed}")
         snapshot.restore(modules)
     if distributed.is_main():
         replace_text(out / "config.json", json.dumps(meta, indent=2) + "\n")

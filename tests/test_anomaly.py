@@ -357,7 +357,7 @@ def test_threshold_and_percentile_agree():
 
 
 def test_too_few_healthy_scans():
-    with pytest.raises(ValueError, match="rate of 0.05 needs 19 healthy scans, found 18"):
+    with pytest.raises(ValueError, match="^a false-positive rate of 0.05 needs 19 healthy scans, found 18"):
         threshold_at_fpr(torch.arange(18.0), 0.05)
     with pytest.raises(ValueError, match="between 0 and 1, got 5"):
         threshold_at_fpr(torch.arange(18.0), 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "SECURITY.md", "demos/README.md", "healthygan/README.md", "models/README.md",
          *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 MOST_BYTES = 12_000                  # of README.md
+PACKAGES = ("benchmarks", "ct", "demos", "detect", "examples", "gan", "healthygan", "op", "pacs", "recipes")
+NOT_OURS = {"--network", "--read-only", "--tmpfs", "--build",                                       # of docker
+            "--max-restarts", "--rdzv-backend", "--shutdown-timeout"}                               # of torchrun
 SUFFIXES = (".py", ".sh", ".sbatch", ".yaml", ".toml", ".lock")          # of files that are named, not of results
 
 
@@ -85,6 +89,32 @@ def test_commands_are_understood(page):
     shell = "\n".join(shell_lines(page))
     for target in re.findall(r"`make ([a-z-]+)`", prose(page)) + re.findall(r"^make ([a-z-]+)", shell, re.M):
         assert re.search(rf"^{target}:", text("Makefile"), re.M), f"{page}: make {target}"
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+
+
+@functools.cache
+def known_flags() -> dict[str, set[str]]:
+    """By command, as its help has them; under '' those of all programs here, options of presets included."""
+    helps = {path.stem: flags_in(path.read_text(encoding="utf-8")) for path in (ROOT / "docs/help").glob("*.txt")}
+    every = set().union(NOT_OURS, *helps.values())
+    for path in ROOT.glob("*/**/*.py"):
+        if path.relative_to(ROOT).parts[0] in PACKAGES:
+            code = path.read_text(encoding="utf-8")
+            every |= set(re.findall(r'"(--[a-z][\w-]*)"', code))
+            every |= {"--" + name.replace("_", "-") for name in re.findall(r"^    (\w+): .* = option\(", code, re.M)}
+    return helps | {"": every}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_that_are_named_exist(page):
+    """In prose: a flag right behind a command's name is that command's, any other one of some program here."""
+    for span in re.findall(r"`([^`]+)`", prose(page)):
+        command = re.match(r"(\w+)\.py ", span)
+        known = known_flags().get(command[1] if command else "", known_flags()[""])
+        assert flags_in(span) <= known, f"{page}: {span}"
 
 
 def test_commands_of_the_readme_s_table_are_understood():

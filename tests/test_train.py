@@ -71,6 +71,25 @@ def test_training_changes_what_it_should(gan_run):
         assert torch.equal(last["generator"][name], first["generator"][name])
 
 
+def test_a_run_that_is_over_says_so_and_which_settings_are_others(train_gan, gan_run, tmp_path, capsys):
+    run = shutil.copytree(gan_run, tmp_path / "run")
+    assert train_gan(run, "--seed", 3, "--lr", 0.5) == 0
+    said = capsys.readouterr().out
+    assert "Resuming at 0.032 kimg: the training is over\n" in said
+    before = load_snapshot(run).meta["config"]
+    assert f"goes on with other settings: lr 0.5 (before: {before['lr']}), seed 3 (before: 0)\n" in said
+    assert train_gan(shutil.copytree(gan_run, tmp_path / "same")) == 0
+    assert "other settings" not in capsys.readouterr().out
+
+
+def test_a_file_in_place_of_the_run_is_named(train_gan, tmp_path, capsys):
+    (tmp_path / "healthy.lmdb").write_bytes(b"slices")
+    assert train_gan(tmp_path / "healthy.lmdb") == 2
+    said = capsys.readouterr().err
+    assert said == f"error: --out {tmp_path / 'healthy.lmdb'}: cannot be made a folder (File exists); choose another\n"
+    assert (tmp_path / "healthy.lmdb").read_bytes() == b"slices"
+
+
 def test_a_resumed_run_is_bit_identical(train_gan, gan_run, half):
     """Random noise maps, augmentation, sampler, optimisers and running means all go on where they were."""
     assert train_gan(half) == 0

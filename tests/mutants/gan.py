@@ -64,6 +64,8 @@ MUTANTS = (
            "tests/test_interruptions.py -k before_its_first"),
     Mutant("a run of an older version goes on with other settings", "gan/runlog.py",
            '- set(meta["config"])):', '- set(snapshot.meta["config"])):', "tests/test_healthygan.py -k older_version"),
+    Mutant("a run goes on with other settings without a word", "gan/runlog.py",
+           "if now[key] != value)", "if now[key] != now[key])", "tests/test_train.py -k is_over"),
     Mutant("generator scared of fooling the discriminator", "gan/losses.py",
            "F.softplus(-fake_logits).mean()", "F.softplus(fake_logits).mean()", "tests/test_losses.py -k adversarial"),
     Mutant("no in-domain term", "gan/encoding.py",
