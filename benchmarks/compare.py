@@ -71,13 +71,15 @@ class Progress:
 # ---------------------------------------------------------------------------------------------------------------
 # Ours
 
-def refuse_other_data(meta: dict, model: Path, data: SliceDataset, flag: str) -> None:
+def refuse_other_data(meta: dict, model: Path, data: SliceDataset, flag: str,
+                      parts: Sequence[str] = ("data", "held_out", "calibration_data")) -> None:
     """ValueError unless the model with this model.json was trained or calibrated on this database, that of `flag`.
 
-    The baselines are to learn from the same. One prepared anew is taken for the same, and that is said.
+    The baselines are to learn from the same. One prepared anew is taken for the same, and that is said. parts: of the
+    provenance, the databases that will do; ("data",): the one that its networks learnt from alone.
     """
     known, own = meta["provenance"] or {}, data.facts()
-    its = [known[part] for part in ("data", "held_out", "calibration_data") if part in known]
+    its = [known[part] for part in parts if part in known]
     same = [one for one in its if is_same(one, own)]
     if not same:
         split_otherwise = any(one["digest"] == own["digest"] for one in its)

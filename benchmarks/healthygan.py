@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     config = PRESETS[args.preset]
     try:
         config = config if args.batch is None else dataclasses.replace(config, batch=args.batch)
+        device = distributed.pick_device(args.device)
     except ValueError as error:
         parser.error(str(error))
-    device = distributed.pick_device(args.device)
     ms = compare(config, device, args.repeats)
     print(f"{args.preset}, batch {config.batch}, {device}, {torch.get_num_threads()} threads, median of {args.repeats}")
     print(f"reference, fp32 contiguous    {ms[REFERENCE]:8.0f} ms a round of {config.critic_steps} steps")

@@ -25,12 +25,12 @@ from scipy import ndimage as ndi
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a script from anywhere
 
+from common.files import read_table  # noqa: E402
 from ct.brain import brain_mask, estimate_pixel_mm  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from ct.read import ScanSource, find_scans, read_scan  # noqa: E402
 from ct.scan import Scan  # noqa: E402
 from ct.slab import to_slabs  # noqa: E402
-from gan.database import read_table  # noqa: E402
 
 COLUMNS = ("dataset", "scan_id", "slice", "row", "column", "inside", "structure")
 
@@ -64,13 +64,12 @@ class Verdict:
 def read_points(path: Path) -> list[Point]:
     """The points of a CSV file. ValueError names the line that is not one, or the file if it is none."""
     points = []
-    for line, cells in enumerate(read_table(path, COLUMNS, "--points"), start=2):
-        dataset, scan_id, *pixel, inside, structure = cells
-        if not (dataset and scan_id and structure and inside in ("0", "1") and all(n.isdigit() for n in pixel)):
-            raise ValueError(f"--points {path}, line {line}: expected names, whole numbers for slice, row and column, "
-                             f"and 0 or 1 for inside; found {','.join(cells)}")
-        s, row, column = map(int, pixel)
-        points.append(Point(dataset, scan_id, (s, row, column), inside == "1", structure))
+    for row in read_table(path, COLUMNS, flag="--points"):
+        dataset, scan_id, *pixel, inside, structure = cells = [row[column].strip() for column in COLUMNS]
+        if not (dataset and scan_id and structure and inside in ("0", "1") and all(n.isdecimal() for n in pixel)):
+            raise ValueError(f"--points {path}, line {row.line}: expected names, whole numbers for slice, row and "
+                             f"column, and 0 or 1 for inside; found {','.join(cells)}")
+        points.append(Point(dataset, scan_id, tuple(map(int, pixel)), inside == "1", structure))
     if not points:
         raise ValueError(f"--points {path}: no points in it")
     return points

@@ -111,7 +111,7 @@ def open_generator(args: argparse.Namespace, train: SliceDataset) -> Generator:
     device = distributed.pick_device(args.device)
     if args.model:
         bundle = load_bundle(args.model, device)
-        compare.refuse_other_data(bundle.meta, args.model, train, "--data")
+        compare.refuse_other_data(bundle.meta, args.model, train, "--data", ("data",))
         generator = getattr(bundle.reconstructor, "generator", None)
         if generator is None:
             raise ValueError(f"--model {args.model}: its method, {bundle.settings.method}, has no generator")

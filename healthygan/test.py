@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a sc
 
 import distributed
 from common.files import read_table, write_table
+from config import exit_code
 from dataset import DatasetError
 from healthygan.data import Pictures, class_folders, is_database, join, read_images, read_slices
 from healthygan.pictures import panels, save_map
@@ -179,11 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--batch must be at least 1, got {args.batch}")
     if args.white_16bit is not None and not 1 <= args.white_16bit <= 65535:
         parser.error(f"--white-16bit must lie in 1..65535, got {args.white_16bit}")
-    try:
-        return test(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(test, args)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,10 +122,13 @@ def _has_validation(path: Path) -> bool:
     return SliceDataset(path, "all", check=False).manifest["counts"]["val"]["slices"] > 0
 
 
-def _patients(paths: Sequence[Path], split: str) -> dict[str, str]:
-    """The patient of each scan in a split of databases."""
-    sets = [SliceDataset(path, split, check=False) for path in paths]
-    return {scan: patient for one in sets for scan, patient in zip(one.scan_ids, one.patients)}
+def _patients(paths: Sequence[Path], split: str) -> dict[str, set[str]]:
+    """The patients behind each scan id in a split of databases: two of these may give one id to scans of their own."""
+    found = defaultdict(set)
+    for one in (SliceDataset(path, split, check=False) for path in paths):
+        for scan, patient in zip(one.scan_ids, one.patients):
+            found[scan].add(patient)
+    return found
 
 
 def _looks(pictures: Pictures) -> list[Hashable]:
@@ -140,14 +144,16 @@ def _looks(pictures: Pictures) -> list[Hashable]:
     return found
 
 
-def refuse_seen(held_out: Pictures, aside: Mapping[str, str], training: Pictures, patients: Mapping[str, str]) -> None:
+def refuse_seen(held_out: Pictures, aside: Mapping[str, set[str]], training: Pictures,
+                patients: Mapping[str, set[str]]) -> None:
     """DatasetError where a scan to train on is one of those held out, or of its patient, or holds one of its slices.
 
-    aside, patients: the patient of each scan held out, and of each to train on.
+    aside, patients: the patients behind each scan id held out, and behind each to train on.
     """
-    def marks(pictures, patient_of):
+    def marks(pictures, patients_of):
         for unit, look in zip(pictures.units, _looks(pictures)):
-            yield from ((("scan id", unit), unit), (("patient", patient_of[unit]), unit), (("slice", look), unit))
+            yield from ((("scan id", unit), unit), (("slice", look), unit))
+            yield from ((("patient", patient), unit) for patient in sorted(patients_of[unit]))
 
     known = dict(marks(held_out, aside))
     for mark, unit in marks(training, patients):

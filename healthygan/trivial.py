@@ -17,6 +17,7 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
+from config import exit_code
 from evaluation import metrics
 from healthygan.data import ImageSettings, class_folders, read_images
 
@@ -69,15 +70,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.components < 1:
         parser.error(f"--components must be at least 1, got {args.components}")
-    try:
-        results = baselines(args.data, args.components)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(report, args)
+
+
+def report(args: argparse.Namespace) -> None:
+    """The table. Raises DatasetError, and ValueError for more --components than images."""
+    results = baselines(args.data, args.components)
     print("| baseline | test AUC | 95 % interval |\n| --- | --- | --- |")
     for name, auc, (low, high) in results:
         print(f"| {name} | {auc:.2f} | {low:.2f}-{high:.2f} |")
-    return 0
 
 
 if __name__ == "__main__":

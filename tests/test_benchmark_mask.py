@@ -91,6 +91,7 @@ def test_the_command_prints_leak_and_loss(data, capsys):
 @pytest.mark.parametrize("rows, message", [
     ("set,head,6,48,x,1,brain\n", "line 2: expected"),
     ("set,head,6,48,48,1,brain\nset,head,6,48,48,2,brain\n", "line 3: expected"),
+    ("\nset,head,6,48,²,1,brain\n", "line 3: expected"),
     ("", "no points"),
     ("set,other,6,48,48,1,brain\n", "no scan other"),
     ("else,head,6,48,48,1,brain\n", "add --data else=FOLDER"),

@@ -298,6 +298,17 @@ def test_a_scan_held_out_is_not_trained_on_from_another_database(slices32, tmp_p
             load_training(*sets, ImageSettings("slices", 32), 0, 0)
 
 
+def test_a_patient_held_out_is_known_behind_an_id_that_another_database_has_too(slices32, tmp_path):
+    """Of two scans of one id the last one's patient alone was looked at."""
+    hu = np.random.default_rng(0).normal(30, 5, (3, 32, 32))
+    for name, patient in (("a", "patient2"), ("b", "somebody")):
+        with SliceWriter(tmp_path / f"{name}.lmdb", SliceDataset(slices32).manifest["settings"]) as writer:
+            writer.add(ScanRecord.encode("x", hu, hu > 0, 10.0 * np.arange(3)[::-1]), "train", patient)
+    for names in ("ab", "ba"):
+        with pytest.raises(DatasetError, match="scan head2 is held out .* but x, .* has the same patient"):
+            load_training([slices32], [tmp_path / f"{name}.lmdb" for name in names], ImageSettings("slices", 32), 0, 0)
+
+
 def test_batches_go_on_where_they_stopped_and_two_sets_are_not_paired(tmp_path):
     for i in range(6):
         save(tmp_path / f"set/{i}.png", np.full((8, 8), 10 * i, np.uint8))

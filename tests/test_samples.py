@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,3 +69,12 @@ def test_other_data_than_the_runs_are_refused(gan_run, slices32, tmp_path, capsy
             writer.add(ScanRecord.encode(split, *parts), split, split)
     assert samples.main(["--run", str(gan_run), "--data", str(path), "--out", str(tmp_path)]) == 2
     assert "is not that of the database which --run" in capsys.readouterr().err
+
+
+def test_a_models_copies_are_not_looked_for_among_what_calibrated_it(slices32, tmp_path, monkeypatch, capsys):
+    """Its samples were said to repeat nothing, of slices that it had never seen."""
+    facts = SliceDataset(slices32).facts()
+    known = {"data": facts | {"digest": "1" * 64, "counts": {}}, "calibration_data": facts}
+    monkeypatch.setattr(samples, "load_bundle", lambda *_: SimpleNamespace(meta={"provenance": known}))
+    assert samples.main(["--model", "mine", "--data", str(slices32), "--out", str(tmp_path)]) == 2
+    assert "--model mine was trained on 111111111111; give that database" in capsys.readouterr().err

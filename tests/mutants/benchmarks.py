@@ -27,4 +27,7 @@ MUTANTS = (
     Mutant("a model of the same scans split otherwise is compared with", "benchmarks/compare.py",
            "for one in its if is_same(one, own)]", 'for one in its if one["digest"] == own["digest"]]',
            "tests/test_benchmark_ct_ich.py -k other_data"),
+    Mutant("copies are looked for among slices that a model has not learnt from", "benchmarks/samples.py",
+           'args.model, train, "--data", ("data",))', 'args.model, train, "--data")',
+           "tests/test_samples.py -k what_calibrated"),
 )

@@ -53,6 +53,8 @@ MUTANTS = (
     Mutant("a scan is held out and trained on from another database", "healthygan/training_data.py",
            "        if mark in known:", "        if mark in known and False:",
            "tests/test_healthygan_data.py -k from_another_database"),
+    Mutant("of two scans of one id one's patient counts", "healthygan/training_data.py",
+           "found[scan].add(patient)", "found[scan] = {patient}", "tests/test_healthygan_data.py -k behind_an_id"),
     Mutant("names lead out of the results", "healthygan/data.py",
            "Path(os.path.abspath(folder)).name", "Path(folder).name", "tests/test_healthygan_data.py -k however"),
     Mutant("a link to a folder loses its name", "healthygan/data.py",
