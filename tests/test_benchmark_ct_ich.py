@@ -142,7 +142,7 @@ def test_a_paired_test_of_slices_counts_patients():
 # ---- what is refused
 
 def test_tables_and_folders_must_match(data, tmp_path):
-    with pytest.raises(InputError, match="no labels where split=mixed"):
+    with pytest.raises(InputError, match="no row has split=mixed"):
         ct_ich.read_split(data, "mixed")
     rows = list(csv.DictReader((data / "scans.csv").open()))
     write_csv(tmp_path / "scans.csv", rows)
