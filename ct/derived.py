@@ -18,7 +18,8 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import CTImageStorage
 from pydicom.valuerep import DA, DT, TM
 
-from ct.dicom import SliceStack, frame_value
+from ct.dicom_header import frame_value
+from ct.geometry import SliceStack
 from ct.scan import Scan, ScanError
 from ct.slab import extents
 

@@ -3,7 +3,8 @@
 A series UID does not make a scan: anonymisers give one to two patients, scanners put two phases or two kernels
 under it, archives add screenshots and compressed copies. So images are grouped by study, series, frame of reference
 and patient, and what runs through the same stretch of the body twice is taken apart by the attribute that tells the
-two apart (TRAITS). Patient data is compared as a hash and never shown. ct.dicom reads the headers and the scans.
+two apart (TRAITS). Patient data is compared as a hash and never shown. ct.dicom_header reads the headers, ct.dicom the
+scans.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from ct.dicom_header import Frame, Header, number_of
 from ct.scan import Found
 
 KIND = "dicom"
@@ -26,54 +28,6 @@ MIN_SLICES = 3
 TRAITS = {"kernel": "reconstruction kernel", "type": "image type", "voltage": "tube voltage",
           "thickness": "slice thickness", "spacing": "pixel spacing", "phase": "temporal position",
           "contrast": "contrast agent", "acquisition": "acquisition number"}
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One image of a file, as its header tells it; with the reason for which it is left out, if any."""
-
-    path: Path
-    index: int                                        # frame in the file
-    size: tuple[int, int]                             # rows, columns
-    position: np.ndarray | None = None                # [3]
-    orientation: np.ndarray | None = None             # [2, 3] directions of increasing column and of row
-    spacing: tuple[float, float] | None = None        # (row, column) mm
-    rescale: tuple[float, float] | None = None        # slope, intercept
-    padding: tuple[int, int] | None = None            # stored values (inclusive) that mean: not measured
-    monochrome1: bool = False
-    bits: int = 16                                    # BitsStored
-    signed: bool = False
-    number: int | None = None                         # InstanceNumber, or the frame's in its file
-    copy: bool = False                                # marked as derived or lossy compressed
-    derived: bool = False                             # marked as derived and secondary
-    traits: dict[str, str] = field(default_factory=dict)
-    left_out: str | None = None
-
-    @property
-    def height(self) -> float:
-        """Place along the slice normal, mm."""
-        return float(self.position @ np.cross(*self.orientation))
-
-
-@dataclass(frozen=True)
-class Header:
-    """What discovery needs of a file: what it belongs to, and its frames."""
-
-    path: Path
-    study_uid: str
-    series_uid: str
-    frame_of_reference: str
-    patient: str                                      # a hash; empty where the header says nothing
-    whose: tuple[str, ...]                            # hashes of patient, study and series: see ct.scan.Found
-    series_number: int
-    instance_uid: str
-    frames: tuple[Frame, ...]
-
-    @property
-    def left_out(self) -> str | None:
-        """Why none of its frames is of use; None where one is."""
-        reasons = [frame.left_out for frame in self.frames]
-        return reasons[0] if all(reasons) else None
 
 
 def scans_of(headers: Sequence[Header]) -> list[Found]:
@@ -298,16 +252,6 @@ def _runs(frames: list[Frame]) -> list[list[Frame]]:
     runs = [ordered[low:high] for low, high in zip(edges, edges[1:])]
     apart = 2 <= len(runs) <= 4 and min(map(len, runs)) >= 5
     return runs if apart and all(_overlap(runs[0], run) for run in runs[1:]) else [frames]
-
-
-# ---- said of both
-
-def number_of(text: str) -> float:
-    """Of an attribute's text; infinite for what is no number, so that it comes last."""
-    try:
-        return float(text)
-    except ValueError:
-        return np.inf
 
 
 def describe_left_out(reasons: Sequence[str]) -> str:

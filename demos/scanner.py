@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from scipy import fft, sparse
 
-from ct.dicom import SliceStack
+from ct.geometry import SliceStack
 from ct.scan import Scan
 from demos.anatomy import Head
 

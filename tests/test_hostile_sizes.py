@@ -26,7 +26,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from ct import apart
-from ct.dicom import read_header
+from ct.dicom_header import read_header
 from ct.read import find_scans, read_scan
 from ct.scan import ScanError
 from tests.writers import write_dicom_series, write_scan_json, write_slice_folder

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ct.dicom import SliceStack
+from ct.geometry import SliceStack
 from ct.read import find_scans, read_scan
 from ct.scan import Scan
 from ct.write import write_nifti

@@ -1,0 +1,267 @@
+"""What the header of a DICOM file tells of its images: whether they are axial CT, where each lies, its HU."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from pydicom.multival import MultiValue
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    LegacyConvertedEnhancedCTImageStorage,
+    MediaStorageDirectoryStorage,
+)
+
+from ct.dicom_pixels import open_dicom
+from ct.limits import check_size
+from ct.scan import ScanError
+
+CT_CLASSES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
+HU_TYPES = ("", "HU", "HU_MOD", "US")                 # of RescaleType; US: unspecified
+AXIAL_COS = float(np.cos(np.deg2rad(45)))             # slice normal to body axis; gantries tilt up to 30 degrees
+PROJECTIONS = {"MIP", "MINIP", "AVERAGE", "AVERAGE_IP", "PROJECTION IMAGE", "MPR", "REFORMATTED", "VOLREN"}
+NO_AGENT = {"", "NO", "N", "NONE", "NO CONTRAST", "WITHOUT", "0"}
+HEADER_TAGS = (
+    "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality",
+    "PatientID", "PatientName", "PatientBirthDate", "ImageType", "SeriesNumber", "InstanceNumber", "AcquisitionNumber",
+    "ConvolutionKernel", "KVP", "SliceThickness", "ContrastBolusAgent", "ContrastBolusAgentSequence",
+    "TemporalPositionIdentifier", "LossyImageCompression", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
+    "BitsStored", "PixelRepresentation", "PhotometricInterpretation", "PixelPaddingValue", "PixelPaddingRangeLimit",
+    "RescaleSlope", "RescaleIntercept", "RescaleType", "ImageOrientationPatient", "ImagePositionPatient",
+    "PixelSpacing", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One image of a file, as its header tells it; with the reason for which it is left out, if any."""
+
+    path: Path
+    index: int                                        # frame in the file
+    size: tuple[int, int]                             # rows, columns
+    position: np.ndarray | None = None                # [3]
+    orientation: np.ndarray | None = None             # [2, 3] directions of increasing column and of row
+    spacing: tuple[float, float] | None = None        # (row, column) mm
+    rescale: tuple[float, float] | None = None        # slope, intercept
+    padding: tuple[int, int] | None = None            # stored values (inclusive) that mean: not measured
+    monochrome1: bool = False
+    bits: int = 16                                    # BitsStored
+    signed: bool = False
+    number: int | None = None                         # InstanceNumber, or the frame's in its file
+    copy: bool = False                                # marked as derived or lossy compressed
+    derived: bool = False                             # marked as derived and secondary
+    traits: dict[str, str] = field(default_factory=dict)
+    left_out: str | None = None
+
+    @property
+    def height(self) -> float:
+        """Place along the slice normal, mm."""
+        return float(self.position @ np.cross(*self.orientation))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What discovery needs of a file: what it belongs to, and its frames."""
+
+    path: Path
+    study_uid: str
+    series_uid: str
+    frame_of_reference: str
+    patient: str                                      # a hash; empty where the header says nothing
+    whose: tuple[str, ...]                            # hashes of patient, study and series: see ct.scan.Found
+    series_number: int
+    instance_uid: str
+    frames: tuple[Frame, ...]
+
+    @property
+    def left_out(self) -> str | None:
+        """Why none of its frames is of use; None where one is."""
+        reasons = [frame.left_out for frame in self.frames]
+        return reasons[0] if all(reasons) else None
+
+
+def read_header(path: Path) -> Header | None:
+    """The header of a DICOM file; None for a directory (DICOMDIR). Raises ScanError for a broken file."""
+    try:
+        ds = _read_tags(path)
+        if ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+            return None
+        if "SOPClassUID" not in ds:
+            raise ScanError(f"{path.name}: not a DICOM image (its header holds no SOPClassUID)")
+        patient = [" ".join(str(ds.get(tag, "")).upper().replace("^", " ").split())
+                   for tag in ("PatientID", "PatientName", "PatientBirthDate")]
+        uids = [str(ds.get(tag, "")) for tag in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")]
+        whose = {"patient": patient[0] or " ".join(filter(None, patient)), "study": uids[0], "series": uids[1]}
+        return Header(path, *uids, _hash("|".join(patient)) if any(patient) else "",
+                      tuple(_hash(f"{kind} {said}") for kind, said in whose.items() if said),
+                      int(ds.get("SeriesNumber") or 0), str(ds.get("SOPInstanceUID", "")), tuple(_frames(path, ds)))
+    except ScanError:
+        raise
+    except RecursionError as error:
+        raise ScanError(f"{path.name}: its header nests sequences deeper than any CT image's: it is damaged, or made "
+                        "to harm") from error
+    except Exception as error:     # a broken header can fail anywhere in pydicom; its message may quote patient data
+        raise ScanError(f"{path.name}: cannot be read as DICOM ({type(error).__name__})") from error
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_tags(path: Path) -> pydicom.Dataset:
+    return open_dicom(path, stop_before_pixels=True, specific_tags=list(HEADER_TAGS))
+
+
+def _frames(path: Path, ds: pydicom.Dataset) -> list[Frame]:
+    """The frames of a file, each with the reason for which it is left out, if any."""
+    count = int(ds.get("NumberOfFrames", 1) or 1)
+    size = (int(ds.get("Rows", 0) or 0), int(ds.get("Columns", 0) or 0))
+    modality, colours = str(ds.get("Modality", "")), str(ds.get("PhotometricInterpretation", ""))
+    reason = None
+    if modality != "CT":
+        known = modality if re.fullmatch("[A-Z]{2,10}", modality) else "not given" if not modality else "unknown"
+        reason = f"not CT (modality {known})"
+    elif ds.SOPClassUID not in CT_CLASSES:
+        name = UID(ds.SOPClassUID).name
+        reason = f"no CT image (SOP class {name if name != ds.SOPClassUID else 'unknown'})"
+    elif 0 in size:
+        reason = "no picture"
+    elif int(ds.get("SamplesPerPixel", 1) or 1) != 1 or not colours.startswith("MONOCHROME"):
+        reason = "in colour"
+    if reason is not None:
+        return [Frame(path, 0, size, left_out=reason)]
+    check_size(path.name, count, *size)
+    return [_frame(path, index, count, size, ds) for index in range(count)]
+
+
+def _frame(path: Path, index: int, count: int, size: tuple[int, int], ds: pydicom.Dataset) -> Frame:
+    def value(keyword: str, sequence: str = "", number: bool = False):
+        try:
+            found = frame_value(ds, index, sequence, keyword)
+            return np.asarray(found, np.float64).reshape(-1) if number and found is not None else found
+        except (ValueError, TypeError, OverflowError) as error:
+            comma = " (a decimal comma; DICOM wants a point)" if re.search(r"\d,\d", str(error)) else ""
+            raise ScanError(f"{path.name}: {keyword} is no number{comma}; correct the attribute, or export the series "
+                            "again") from error
+
+    def numbers(keyword: str, sequence: str, length: int) -> np.ndarray | None:
+        values = value(keyword, sequence, number=True)
+        return values if values is not None and len(values) == length and np.isfinite(values).all() else None
+
+    def text(keyword: str, sequence: str = "") -> str:
+        found = value(keyword, sequence)
+        found = "\\".join(map(str, found)) if isinstance(found, MultiValue) else found
+        return "" if found is None else str(found).strip().upper()
+
+    position = numbers("ImagePositionPatient", "PlanePositionSequence", 3)
+    orientation = numbers("ImageOrientationPatient", "PlaneOrientationSequence", 6)
+    orientation = None if orientation is None else orientation.reshape(2, 3)
+    spacing = numbers("PixelSpacing", "PixelMeasuresSequence", 2)
+    slope = numbers("RescaleSlope", "PixelValueTransformationSequence", 1)
+    intercept = numbers("RescaleIntercept", "PixelValueTransformationSequence", 1)
+    kind = text("RescaleType", "PixelValueTransformationSequence")
+    if kind not in HU_TYPES:
+        known = kind if re.fullmatch("[A-Z0-9_]{1,16}", kind) else "unknown"
+        raise ScanError(f"{path.name}: RescaleType is {known}: its values are no Hounsfield units; give the series "
+                        "that is in HU")
+    types = value("FrameType", "CTImageFrameTypeSequence") or ds.get("ImageType") or ()
+    types = [str(v).strip().upper() for v in ([types] if isinstance(types, str) else types)]
+    bits, signed = int(ds.get("BitsStored") or 16), bool(ds.get("PixelRepresentation"))
+    number = text("InstanceNumber")
+    traits = {
+        "kernel": text("ConvolutionKernel", "CTReconstructionSequence"), "type": " ".join(types[3:]),
+        "voltage": text("KVP", "CTXRayDetailsSequence"), "thickness": text("SliceThickness", "PixelMeasuresSequence"),
+        "spacing": f"{size} {spacing}", "phase": text("TemporalPositionIdentifier")
+        or text("TemporalPositionIndex", "FrameContentSequence"), "contrast": str(_has_contrast(ds)),
+        "acquisition": text("FrameAcquisitionNumber", "FrameContentSequence") or text("AcquisitionNumber")}
+    return Frame(
+        path, index, size, position, orientation, None if spacing is None else (float(spacing[0]), float(spacing[1])),
+        None if slope is None or intercept is None else (float(slope[0]), float(intercept[0])),
+        _padding(ds, bits, signed), text("PhotometricInterpretation") == "MONOCHROME1", bits, signed,
+        index if count > 1 else int(number) if number.lstrip("-").isdecimal() else None,
+        types[:1] == ["DERIVED"] or text("LossyImageCompression") == "01", types[:2] == ["DERIVED", "SECONDARY"],
+        {trait: _one_spelling(v) for trait, v in traits.items()},
+        _why_left_out(types, position, orientation))
+
+
+def number_of(text: str) -> float:
+    """Of an attribute's text; infinite for what is no number, so that it comes last."""
+    try:
+        return float(text)
+    except ValueError:
+        return np.inf
+
+
+def _one_spelling(text: str) -> str:
+    """A number as it is however it was written, whole ones with all their digits: AcquisitionNumber may be a date.
+
+    Others to six digits: a thickness of 4.9999998 is one of 5.
+    """
+    number = number_of(text)
+    if not np.isfinite(number):
+        return text
+    return f"{number:.15g}" if number.is_integer() else f"{number:g}"
+
+
+def _has_contrast(ds: pydicom.Dataset) -> bool:
+    """By the agent's name or, in Enhanced CT, its code."""
+    coded = ds.get("ContrastBolusAgentSequence") or ()
+    agents = [ds.get("ContrastBolusAgent"), *(item.get("CodeMeaning") or item.get("CodeValue") for item in coded)]
+    return any(str(agent or "").strip().upper() not in NO_AGENT for agent in agents)
+
+
+def _padding(ds: pydicom.Dataset, bits: int, signed: bool) -> tuple[int, int] | None:
+    """Stored values, inclusive, that mean: not measured; as the pixels are stored, whatever the VR says.
+
+    None where there are none, or where one has more bits than the pixels: no pixel has it, and cut to their bits it
+    could mean tissue.
+    """
+    value, limit = ds.get("PixelPaddingValue"), ds.get("PixelPaddingRangeLimit")
+    if value is None:
+        return None
+    pair = np.array([int(value), int(value if limit is None else limit)])
+    stored = stored_values(pair, bits, signed)
+    fits = ((pair & 0xFFFF) >> bits == 0) | (stored == stored_values(pair, 16, signed))       # the VR has 16 bits
+    return (int(stored.min()), int(stored.max())) if fits.all() else None
+
+
+def stored_values(raw: np.ndarray, bits: int, signed: bool) -> np.ndarray:
+    """Decoded integers as the `bits` lowest bits tell them, with their sign: overlays may lie in the bits above."""
+    if not 1 <= bits < 32:
+        return raw
+    values = raw.astype(np.int64) & ((1 << bits) - 1)
+    return np.where(values >> (bits - 1), values - (1 << bits), values) if signed else values
+
+
+def frame_value(ds: pydicom.Dataset, index: int, sequence: str, keyword: str):
+    """A frame's value: from its own functional groups, the shared ones, or the file (single-frame images)."""
+    per_frame = ds.get("PerFrameFunctionalGroupsSequence") or ()
+    groups = list(per_frame[index:index + 1]) + list(ds.get("SharedFunctionalGroupsSequence") or ())
+    for group in groups:
+        for item in group.get(sequence) or ():
+            if item.get(keyword) is not None:
+                return item.get(keyword)
+    return ds.get(keyword)
+
+
+def _why_left_out(image_type: list[str], position, orientation) -> str | None:
+    if "LOCALIZER" in image_type:
+        return "localiser"
+    # Lossy compression makes an axial slice DERIVED PRIMARY AXIAL, anonymisers and archives DERIVED SECONDARY AXIAL;
+    # reformats and projections say what they are.
+    if image_type[:1] == ["DERIVED"] and (image_type[2:3] != ["AXIAL"] or PROJECTIONS & set(image_type)):
+        return "derived"
+    if position is None or orientation is None:
+        return "without a position in space"
+    lengths = np.linalg.norm(orientation, axis=1)
+    if np.abs(lengths - 1).max() > 0.01 or abs(orientation[0] @ orientation[1]) > 0.01:
+        return "with an orientation that is none"
+    if abs(np.cross(*orientation)[2]) < AXIAL_COS:
+        return "not axial"
+    return None
