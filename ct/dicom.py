@@ -14,9 +14,9 @@ import numpy as np
 
 from ct.dicom_header import Frame, read_header, stored_values
 from ct.dicom_pixels import read_pixels
-from ct.geometry import SliceStack
+from ct.geometry import SliceStack, shear_deg
 from ct.limits import check_pixel_spacing, check_size, check_slice_spacing
-from ct.plausible import describe, like_a_head, tissue_shares
+from ct.plausible import coarse_steps, describe, like_a_head, tissue_shares
 from ct.scan import AIR_HU, Found, Scan, ScanError, ScanSource
 from ct.series import KIND, MIN_SLICES, SAME_PLACE_MM, describe_left_out, scans_of
 
@@ -26,6 +26,7 @@ TISSUE_HU = (-300, 300)                               # no padding value lies in
 # Hr68f, J70h), Canon FC30 to 39, 50 to 59 and 80 to 89, Philips D, E, L and the Y family, GE by name.
 SHARP_KERNEL = re.compile(r"(?:[A-Z][A-Z]?(?:5[5-9]|[6-9]\d)[A-Z]*|FC[358]\d|[DEL]|Y[A-D]|.*(?:BONE|EDGE|LUNG|"
                           r"SHARP).*)", re.IGNORECASE)
+TILT_DEG = 3.0                                        # of the gantry: two that differ by less are one, rounded
 ASIDE_MM = 3.0                                        # in plane, beyond what a tilted gantry or rounding moves
 VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT OB OF OW PN SH SL SQ SS ST TM UI UL UN US UT".split())
 
@@ -102,7 +103,8 @@ def read(source: ScanSource) -> Scan:
         raise ScanError(f"{min(source.paths).name} and what belongs to it: axial CT slices at {len(order)} different "
                         f"positions, at least {MIN_SLICES} are needed; give the whole series")
     check_slice_spacing(frames[0].path.name, float(np.median(np.diff(position[order]))))
-    notes += [*spacing_notes(position[order]), *_aside_notes(stack.origins[order], position[order])]
+    notes += [*spacing_notes(position[order]), *_aside_notes(stack.origins[order], position[order]),
+              *_tilt_notes(frames, stack.origins[order], position[order])]
     spacing = (float(np.linalg.norm(stack.row_step)), float(np.linalg.norm(stack.column_step)))
     files = tuple((frames[k].path, frames[k].index) for k in order)
     stack = replace(stack, origins=stack.origins[order], frames=files)
@@ -147,7 +149,7 @@ def _remarks(frames: list[Frame]) -> list[str]:
     derived = sum(frame.derived for frame in frames)
     if derived:
         notes.append(f"marked as derived and secondary (ImageType), taken as axial slices: {derived}")
-    return notes
+    return [*notes, *coarse_steps(max(abs(frame.rescale[0]) for frame in frames))]
 
 
 def _read_pixels(frames: list[Frame], notes: list[str]) -> list[np.ndarray]:
@@ -259,6 +261,17 @@ def _aside_notes(origins: np.ndarray, position_mm: np.ndarray) -> list[str]:
     return [f"slices lie up to {aside.max():.0f} mm beside those next to them, as with another field centre "
             f"(ImagePositionPatient), first {int((aside > ASIDE_MM).argmax())} and the one above; the head is "
             "displaced from there on, and what is found there means little"]
+
+
+def _tilt_notes(frames: list[Frame], origins: np.ndarray, position_mm: np.ndarray) -> list[str]:
+    """A note where the gantry was tilted by another angle than the slices are sheared by."""
+    told_deg, sheared_deg = max(frame.tilt_deg for frame in frames), shear_deg(origins, position_mm)
+    if not told_deg or abs(told_deg - sheared_deg) <= TILT_DEG:
+        return []
+    told, sheared = np.cos(np.deg2rad([told_deg, sheared_deg]))
+    return [f"GantryDetectorTilt is {told_deg:g} degrees, but by ImageOrientationPatient and ImagePositionPatient the "
+            f"slices are sheared by {sheared_deg:.0f}: unless they were straightened, heights are off by "
+            f"{abs(1 - told / sheared):.0%} and maps lie askew in space"]
 
 
 def spacing_notes(position_mm: np.ndarray) -> list[str]:

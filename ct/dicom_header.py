@@ -26,6 +26,7 @@ CT_CLASSES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTI
 HU_TYPES = ("", "HU", "HU_MOD", "US")                 # of RescaleType; US: unspecified
 AXIAL_COS = float(np.cos(np.deg2rad(45)))             # slice normal to body axis; gantries tilt up to 30 degrees
 PROJECTIONS = {"MIP", "MINIP", "AVERAGE", "AVERAGE_IP", "PROJECTION IMAGE", "MPR", "REFORMATTED", "VOLREN"}
+MIPS = {"MIP", "MINIP"}                               # also within a value, as in CT_SOM5 MIP
 NO_AGENT = {"", "NO", "N", "NONE", "NO CONTRAST", "WITHOUT", "0"}
 HEADER_TAGS = (
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality",
@@ -34,7 +35,7 @@ HEADER_TAGS = (
     "TemporalPositionIdentifier", "LossyImageCompression", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
     "BitsStored", "PixelRepresentation", "PhotometricInterpretation", "PixelPaddingValue", "PixelPaddingRangeLimit",
     "RescaleSlope", "RescaleIntercept", "RescaleType", "ImageOrientationPatient", "ImagePositionPatient",
-    "PixelSpacing", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "PixelSpacing", "GantryDetectorTilt", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 )
 
 
@@ -57,6 +58,7 @@ class Frame:
     copy: bool = False                                # marked as derived or lossy compressed
     derived: bool = False                             # marked as derived and secondary
     traits: dict[str, str] = field(default_factory=dict)
+    tilt_deg: float = 0.0                             # GantryDetectorTilt, either way; 0 where it is not given
     left_out: str | None = None
 
     @property
@@ -173,7 +175,7 @@ def _frame(path: Path, index: int, count: int, size: tuple[int, int], ds: pydico
     types = value("FrameType", "CTImageFrameTypeSequence") or ds.get("ImageType") or ()
     types = [str(v).strip().upper() for v in ([types] if isinstance(types, str) else types)]
     bits, signed = int(ds.get("BitsStored") or 16), bool(ds.get("PixelRepresentation"))
-    number = text("InstanceNumber")
+    number, tilt_deg = text("InstanceNumber"), number_of(text("GantryDetectorTilt", "CTAcquisitionDetailsSequence"))
     traits = {
         "kernel": text("ConvolutionKernel", "CTReconstructionSequence"), "type": " ".join(types[3:]),
         "voltage": text("KVP", "CTXRayDetailsSequence"), "thickness": text("SliceThickness", "PixelMeasuresSequence"),
@@ -186,7 +188,7 @@ def _frame(path: Path, index: int, count: int, size: tuple[int, int], ds: pydico
         _padding(ds, bits, signed), text("PhotometricInterpretation") == "MONOCHROME1", bits, signed,
         index if count > 1 else int(number) if number.lstrip("-").isdecimal() else None,
         types[:1] == ["DERIVED"] or text("LossyImageCompression") == "01", types[:2] == ["DERIVED", "SECONDARY"],
-        {trait: _one_spelling(v) for trait, v in traits.items()},
+        {trait: _one_spelling(v) for trait, v in traits.items()}, abs(tilt_deg) if np.isfinite(tilt_deg) else 0.0,
         _why_left_out(types, position, orientation))
 
 
@@ -257,6 +259,8 @@ def _why_left_out(image_type: list[str], position, orientation) -> str | None:
     # reformats and projections say what they are.
     if image_type[:1] == ["DERIVED"] and (image_type[2:3] != ["AXIAL"] or PROJECTIONS & set(image_type)):
         return "derived"
+    if MIPS & {word for value in image_type for word in value.split()}:
+        return "maximum or minimum projection"
     if position is None or orientation is None:
         return "without a position in space"
     lengths = np.linalg.norm(orientation, axis=1)

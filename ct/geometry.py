@@ -11,6 +11,7 @@ from scipy import ndimage
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 EVEN = 0.02                                           # of a step: headers round, a smaller offset is none
+SHEAR_DEG = 1.0                                       # less is none, by the same reason
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Placed:
     affine: np.ndarray                                # [4, 4]
     sform_code: int
     qform_code: int
-    note: str | None                                  # where it could not be placed as the input is
+    note: str | None                                  # where it is not as the input is, or may not be shown there
 
 
 class Geometry(Protocol):
@@ -76,6 +77,17 @@ def nominal_stack(position_mm: np.ndarray, pixel_spacing_mm: tuple[float, float]
     return SliceStack(origins, np.array([0.0, row, 0.0]), np.array([column, 0.0, 0.0]), note=note)
 
 
+def shear_deg(origins: np.ndarray, position_mm: np.ndarray) -> float:
+    """The angle between the line through the slices' origins [S, 3] and their normal, along which position_mm [S] is.
+
+    A gantry's tilt where the table moved on without it; 0 for a single slice.
+    """
+    if len(position_mm) < 2:
+        return 0.0
+    steps = np.diff(origins, axis=0) / np.diff(position_mm)[:, None]         # per mm of the normal: none is shorter
+    return float(np.rad2deg(np.arccos(1 / max(1.0, np.linalg.norm(np.median(steps, axis=0))))))
+
+
 def _even_grid(volume: np.ndarray, stack: SliceStack) -> tuple[np.ndarray, np.ndarray, str | None]:
     """Volume on an even, possibly sheared grid; its affine (column, row, slice -> RAS mm); what was done."""
     normal = np.cross(stack.column_step, stack.row_step)
@@ -94,6 +106,9 @@ def _even_grid(volume: np.ndarray, stack: SliceStack) -> tuple[np.ndarray, np.nd
     if np.abs(shift).max() > 0.5:                     # [S, 2] pixels
         volume = np.stack([_shift(image, by, nearest) for image, by in zip(volume, shift)])
         done.append(f"slices shifted in plane by up to {np.abs(shift).max():.1f} pixels onto one line")
+    if (angle := shear_deg(stack.origins, position_mm)) > SHEAR_DEG:
+        done.append(f"sheared by {angle:.0f} degrees, as the slices of the tilted gantry are: programs that know no "
+                    "shear show it askew or not at all")
     steps = np.diff(position_mm)
     spacing = float(steps.mean()) if len(steps) else 5.0
     if np.abs(position_mm - np.linspace(position_mm[0], position_mm[-1], len(position_mm))).max() > EVEN * spacing:

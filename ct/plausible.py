@@ -13,6 +13,7 @@ TISSUES = ("air", "bone", "soft tissue")
 LEAST_SOFT, FALL = 0.05, 0.2    # of a slice to be compared with; the part of its share that no slice between falls to
 MUCH_BONE = 0.15                # of a slice of a head
 MIN_SOFT = 0.01                 # share of all voxels
+COARSE_HU = 2.0                 # a haemorrhage is 20 HU denser than brain, an infarct 5 HU less dense
 SOFT_BY_BONE = 0.3              # a head has several times as much soft tissue as bone
 
 
@@ -60,6 +61,13 @@ def like_a_head(shares: dict[str, float]) -> bool:
 def describe(shares: dict[str, float]) -> str:
     """'62% air, 5% bone, 30% soft tissue'."""
     return ", ".join(f"{share:.0%} {name}" for name, share in shares.items())
+
+
+def coarse_steps(step_hu: float) -> tuple[str, ...]:
+    """A note where stored values are so many HU apart that faint lesions are lost between them."""
+    if step_hu <= COARSE_HU:
+        return ()
+    return (f"values are stored in steps of {step_hu:.3g} HU: what differs by less from healthy tissue is lost",)
 
 
 def without_blanks(scan: Scan) -> Scan:

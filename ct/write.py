@@ -16,7 +16,8 @@ GZIP_LEVEL = 1                                        # of ISA-L's 0 to 3; the h
 
 def write_nifti(path: Path, volume: np.ndarray, scan: Scan, dtype=None, step: float | None = None,
                 description: str = "") -> str | None:
-    """Write a map or mask [S, H, W] of a scan as NIfTI; gives a note where it could not be as the input is.
+    """Write a map or mask [S, H, W] of a scan as NIfTI; gives a note where it does not lie or may not be shown as the
+    input.
 
     A NIfTI input's map has the input's affine, axis order and shape. A DICOM input's map has an affine in RAS
     mm, sheared by the gantry tilt, and is resampled along the slice axis to the smallest spacing where spacing

@@ -167,6 +167,8 @@ def test_multi_frame(tmp_path):
 @pytest.mark.parametrize("edit, words", [
     (setting(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "localiser"),
     (setting(ImageType=["DERIVED", "SECONDARY", "MPR"]), "derived"),
+    (setting(ImageType=["DERIVED", "SECONDARY", "AXIAL", "CT_SOM5 MIP"]), "maximum or minimum projection"),
+    (setting(ImageType=["ORIGINAL", "PRIMARY", "AXIAL", "MINIP"]), "maximum or minimum projection"),
     (setting(ImageOrientationPatient=[1, 0, 0, 0, 0, -1]), "not axial"),
     (setting(ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), "not axial"),
     (setting(Modality="MR"), "not CT (modality MR)"),
@@ -265,7 +267,8 @@ def test_a_map_lies_where_the_slices_were(tmp_path, flip, positions):
                                 flip_rows=flip, transpose=flip)
     scan = read_only(folder)
     note = write_nifti(tmp_path / "map.nii.gz", scan.hu, scan)
-    assert (note is None) == (len(set(np.diff(positions))) == 1)
+    even = len(set(np.diff(positions))) == 1
+    assert note.startswith("sheared by 18 degrees") and ("resampled" in note) != even
     image = nib.load(tmp_path / "map.nii.gz")
     for k in range(6):
         ds = pydicom.dcmread(folder / f"{k:03d}.dcm")
@@ -274,7 +277,7 @@ def test_a_map_lies_where_the_slices_were(tmp_path, flip, positions):
         point = (np.array(ds.ImagePositionPatient) + row * ds.PixelSpacing[0] * down
                  + column * ds.PixelSpacing[1] * right)
         value = ds.pixel_array[row, column] * ds.RescaleSlope + ds.RescaleIntercept
-        if k in (0, 5) or note is None:
+        if k in (0, 5) or even:
             np.testing.assert_allclose(at_point(image, point), value, atol=0.1)
 
 
@@ -302,6 +305,18 @@ def test_a_field_centre_that_changes_is_noted(tmp_path, tilt_deg):
     moved, = read_only(write_dicom_series(tmp_path / "moved", HU, tilt_deg=tilt_deg, edit=edit)).notes
     assert moved.startswith("slices lie up to 20 mm beside those next to them") and "first 2 and the one above" in moved
     assert read_only(write_dicom_series(tmp_path / "whole", HU, tilt_deg=tilt_deg)).notes == ()
+
+
+@pytest.mark.parametrize("tilt_deg, told_deg, words", [
+    (0, "+18.5", "GantryDetectorTilt is 18.5 degrees, but .*sheared by 0: .*heights are off by 5%"),
+    (20, "10", "GantryDetectorTilt is 10 degrees, but .*sheared by 20: .*heights are off by 5%"),
+    (20, "-20.4", None), (-20, "20", None), (20, "0", None), (20, "", None)])
+def test_a_tilt_that_the_positions_do_not_show_is_noted(tmp_path, tilt_deg, told_deg, words):
+    """Some exporters keep the angle of the gantry and write the slices as if they were straight."""
+    def edit(ds, k):
+        ds.GantryDetectorTilt = told_deg
+    notes = read_only(write_dicom_series(tmp_path / "case", HU, tilt_deg=tilt_deg, edit=edit)).notes
+    assert re.match(words, *notes) if words else notes == ()
 
 
 def test_slices_aside_of_the_line_are_moved_onto_it(tmp_path):

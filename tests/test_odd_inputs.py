@@ -210,6 +210,20 @@ def test_slices_whose_values_are_no_hu_are_refused_by_number(tmp_path, change, c
         read_all(tmp_path)
 
 
+@pytest.mark.parametrize("bits, step_hu", [(8, 16), (16, 2)])
+def test_values_in_coarse_steps_are_noted(tmp_path, bits, step_hu):
+    """Eight bits for all that CT shows: levels 16 HU apart went in without a word, infarcts lost between them."""
+    write_dicom_series(tmp_path / "dicom", HU, slope=step_hu)
+    write_slice_folder(tmp_path / "pictures", HU, window=(-1000, 3080), bits=bits)
+    stored = ((HU + 1000) / step_hu).astype(f"u{bits // 8}").transpose(2, 1, 0)
+    image = nib.Nifti1Image(stored, np.diag([-1, -1, 5, 1]))
+    image.header.set_slope_inter(step_hu, -1000)
+    nib.save(image, tmp_path / "one.nii")
+    scans = read_all(tmp_path)
+    note = ("values are stored in steps of 16 HU: what differs by less from healthy tissue is lost",)
+    assert [scan.notes for scan in scans] == [note if bits == 8 else ()] * 3
+
+
 def test_a_pair_is_read_whichever_of_its_files_is_given(tmp_path):
     """Given by its .img it was no scan; and one whose header was damaged was passed over without a word."""
     image = nib.load(write_nifti_scan(tmp_path / "one.nii", HU))
