@@ -33,6 +33,11 @@ class FullDiskError(OSError):
     def __init__(self, path: Path, needed: int = 0):
         more = f"{megabytes(needed)} are needed" if needed else "more is needed"
         super().__init__(errno.ENOSPC, f"the disk is full: {more}, {megabytes(_free(path))} are free", str(path))
+        self.needed = needed
+
+    def __reduce__(self) -> tuple:
+        """For errors that a pool's worker hands on: OSError's own would give __init__ three words."""
+        return type(self), (Path(self.filename), self.needed)
 
 
 @contextlib.contextmanager

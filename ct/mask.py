@@ -20,6 +20,7 @@ from highdicom import AlgorithmIdentificationSequence
 from highdicom.seg import Segmentation, SegmentDescription
 from pydicom.sr.codedict import codes
 
+from common.files import full_disk_named
 from common.version import VERSION
 from ct.brain import brain_mask
 from ct.derived import MANUFACTURER, Derived, Maker
@@ -69,10 +70,11 @@ def main(argv: list[str] | None = None) -> int:
                     mask = brain_mask(scan)
                     dicom = args.dicom and scan.source == "dicom"
                     path = args.out / (source.scan_id + SUFFIXES[dicom])
-                    if dicom:
-                        write_dicom_mask(path, mask, scan, phi=not args.no_phi)
-                    else:
-                        write_nifti(path, mask, scan)
+                    with full_disk_named(path):
+                        if dicom:
+                            write_dicom_mask(path, mask, scan, phi=not args.no_phi)
+                        else:
+                            write_nifti(path, mask, scan)
             except ScanError as error:
                 failed += 1
                 print(f"{source.scan_id}: FAILED, {error}", file=sys.stderr)

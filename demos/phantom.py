@@ -37,6 +37,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.files import full_disk_named  # noqa: E402
 from config import RESUMES, exit_code  # noqa: E402
 from ct.scan import Scan  # noqa: E402
 from ct.write import write_nifti  # noqa: E402
@@ -225,11 +226,12 @@ def write_phantom(job: Job) -> tuple[dict, list[dict], float]:
     for old in (partial, job.path):
         if old.is_dir():
             shutil.rmtree(old)
-    if job.nifti:
-        write_nifti(partial, phantom.scan.hu, phantom.scan, np.int16)
-    else:
-        write_dicom(partial, phantom.scan, (job.kind, job.seed))
-    write_nifti(partial_mask, phantom.truth, phantom.scan)
+    with full_disk_named(job.path):
+        if job.nifti:
+            write_nifti(partial, phantom.scan.hu, phantom.scan, np.int16)
+        else:
+            write_dicom(partial, phantom.scan, (job.kind, job.seed))
+        write_nifti(partial_mask, phantom.truth, phantom.scan)
     os.replace(partial_mask, job.mask_path)
     os.replace(partial, job.path)
     types = job.kind or ""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +16,18 @@ import torch
 
 import dataset
 import train
-from common.files import replace_text
+from common.files import FullDiskError, replace_text
+from ct import mask
 from dataset import ScanRecord, SliceWriter
+from demos import phantom
 from detect.claims import Claims
 from gan import snapshots
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
+from tests.helpers import synthetic_head
+from tests.test_dicom_out import complete
+from tests.writers import write_dicom_series
+
+PYDICOMS = "With tag (7FE0,0010) got exception: [Errno 28] No space left on device\nTraceback (most recent call last):"
 
 
 @pytest.fixture
@@ -99,3 +108,30 @@ def test_a_training_says_so_and_goes_on_when_there_is_space(small_disk, gan_flag
     (small_disk / "ballast").unlink()
     assert train.main([*gan_flags, "--out", str(run)]) == 0
     assert load_snapshot(run).step == 32
+
+
+def test_workers_hand_it_on(tmp_path):
+    error = FullDiskError(tmp_path / "out", 5_000_000)
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is FullDiskError and again.errno == errno.ENOSPC
+    assert again.filename == error.filename and "5.0 MB are needed" in str(again)
+
+
+def test_a_phantom_that_does_not_fit(tmp_path, monkeypatch):
+    """pydicom's error has no errno, and quotes its traceback."""
+    def fill(*_):
+        raise OSError(PYDICOMS)
+
+    monkeypatch.setattr(phantom, "make", lambda *_: SimpleNamespace(scan=None, truth=None))
+    monkeypatch.setattr(phantom, "write_dicom", fill)
+    with pytest.raises(FullDiskError, match="^.Errno 28. the disk is full: more is needed, .*healthy-0001'$"):
+        phantom.write_phantom(phantom.Job("healthy-0001", None, 1, tmp_path, False))
+
+
+def test_a_brain_mask_that_does_not_fit(tmp_path, small_disk, capsys):
+    hu, _ = synthetic_head(slices=14, size=64, spacing_mm=(10.0, 3.6, 3.6))
+    write_dicom_series(tmp_path / "head", hu, (10, 3.6, 3.6), edit=complete)
+    (small_disk / "ballast").write_bytes(bytes(1_040_000))
+    assert mask.main([str(tmp_path / "head"), "--out", str(small_disk), "--dicom"]) == 2
+    said = capsys.readouterr().err
+    assert "the disk is full" in said and f"{small_disk / 'head.dcm'}" in said and "Traceback" not in said
