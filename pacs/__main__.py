@@ -28,7 +28,7 @@ from op import memory, set_impl
 from pacs.node import Node
 from pacs.orthanc import Orthanc, OrthancRefused, checked_url
 from pacs.server import serve
-from pacs.state import State
+from pacs.state import State, StateError
 
 DAY_S = 86_400
 
@@ -104,7 +104,7 @@ def start(args: argparse.Namespace) -> tuple[Node, ThreadingHTTPServer]:
 def run(node: Node) -> int:
     """Until SIGINT, SIGTERM or SIGHUP, of which the exit code tells: after the series in work; a second Ctrl-C at once.
 
-    Raises OrthancRefused, and KeyboardInterrupt at a second Ctrl-C.
+    Raises OrthancRefused, StateError, and KeyboardInterrupt at a second Ctrl-C.
     """
     got: list[int] = []
 
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"worklist: http://{host}:{port}/", flush=True)
     try:
         return run(node)
-    except OrthancRefused as error:
+    except (OrthancRefused, StateError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -18,12 +18,16 @@ from ct.scan import Scan, ScanError
 from detect.dicom_out import Identity, write_dicom
 from pacs.changes import RETRY_S, ChangeLog, series_or_none
 from pacs.orthanc import Orthanc, OrthancAway, OrthancRefused
-from pacs.state import DONE, FAILED, REFUSED, State, timestamp
+from pacs.state import DONE, FAILED, REFUSED, ROW, State, StateError, timestamp
 
 STAGES = ("fetch", "project", "write", "store")
 BACKOFF_S = (1.0, 60.0)                               # first and longest pause while Orthanc is away or the disk full
 TRIES = 5                                             # of a series that Orthanc does not serve while it is there
 TRYING = ("tries", "since", "reason")                 # in the row of a series between its tries
+DELETED = "deleted from Orthanc after its results were stored, which are taken back"
+CHECKED, CHECK_S = 20, 3600.0                         # done series asked after at a step; seconds between rounds
+RECOGNISED = 20                                       # series, those announced last, by which an Orthanc is known
+UIDS = ("study_uid", "series_uid")                    # of a row, beside what each has
 STILL_THERE = "its earlier results are still in the archive: it does not let them be deleted"
 OF_THE_MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 STUCK_S = 1800.0                                      # no scan takes as long
@@ -83,6 +87,8 @@ class Node:
         self.log = ChangeLog(orthanc, state, queue, from_now, self.stopping,
                              lambda series_id: self._not_before.pop(series_id, None))
         self._log_again = 0.0, BACKOFF_S[0]           # when the log is asked for again, and the next pause before it
+        self._unchecked: list[str] = []               # done series that are still to be asked after in this round
+        self._next_round = 0.0                        # on the clock of time.monotonic
         self._no_room: set[str] = set()               # series that found the disk full when they were last tried
         self._ticked = time.monotonic()
 
@@ -92,7 +98,10 @@ class Node:
         return time.monotonic() - self._ticked > STUCK_S
 
     def run(self) -> None:
-        """Until stopping is set; Orthanc being away or a full disk only makes it wait. Raises OrthancRefused."""
+        """Until stopping is set; Orthanc being away or a full disk only makes it wait.
+
+        Raises OrthancRefused, and StateError where the state is another Orthanc's.
+        """
         pause = BACKOFF_S[0]
         while not self.stopping.is_set():
             self._ticked = time.monotonic()
@@ -120,6 +129,8 @@ class Node:
 
     def step(self) -> bool:
         """Read a page of the change log, and do one series; False where there is nothing more to do now."""
+        if self.state.orthanc != self.orthanc.url:
+            self._recognise()
         more = self._follow()
         if self.stopping.is_set():
             return False
@@ -131,6 +142,7 @@ class Node:
                 self.do(due[0])
             finally:
                 self.in_work = None
+        self.look_after()
         self.withdraw()
         return bool(due) or more and self.log.room() > 0         # with a full queue the log can wait
 
@@ -202,8 +214,41 @@ class Node:
         said = result.get("reason") or f"score {result['score']:.3f}"
         print(f"{series_id}: {result['state']}, {said}", flush=True)
 
+    def _recognise(self) -> None:
+        """Take Orthanc's address for the state's. StateError where it was another, and none of the series is here."""
+        rows = self.state.rows
+        last = sorted(rows, key=lambda series_id: rows[series_id]["announced"])[-RECOGNISED:]
+        if self.state.orthanc and last and all(_is_gone(self.orthanc.series, series_id) for series_id in last):
+            raise StateError(f"--state {self.state.folder}: is of the Orthanc at {self.state.orthanc}, and none of the "
+                             f"{len(last)} series that came last is at {self.orthanc.url}; choose another folder")
+        self.state.belong_to(self.orthanc.url)
+
+    def look_after(self) -> None:
+        """Refuse what was done and whose series has been deleted since by itself, so that its results are withdrawn.
+
+        Orthanc's log tells of no deletion, so some of the done series are asked after at each step, and all of them
+        once in CHECK_S. Where the study is gone, the results went with it.
+        """
+        if not self._unchecked and time.monotonic() >= self._next_round:
+            self._unchecked = [id for id, row in self.state.rows.items() if row["state"] == DONE and row["objects"]]
+            self._next_round = time.monotonic() + CHECK_S
+        for _ in range(min(CHECKED, len(self._unchecked))):
+            series_id = self._unchecked.pop()
+            row = self.state.rows[series_id]
+            try:
+                alone = _is_gone(self.orthanc.series, series_id) and not _is_gone(self.orthanc.study, row["study"])
+            except (OrthancAway, OrthancRefused) as error:
+                if isinstance(error, OrthancRefused) and error.for_all:
+                    raise
+                self.orthanc.system()                 # raises where it is away
+                return                                # one time-out a step; that series again in the next round
+            if alone and row["state"] == DONE:        # without its digest: the same images, sent again, are new
+                known = {key: row[key] for key in (*ROW, *UIDS) if key in row}
+                self.state.put(series_id, known | {"state": REFUSED, "reason": DELETED, "finished": timestamp()})
+                print(f"{series_id}: {DELETED}", flush=True)
+
     def withdraw(self) -> None:
-        """Delete what a refused or failed series had as results when it had fewer images, and forget it.
+        """Delete what a refused or failed series had as results, of fewer images or before it was deleted; forget it.
 
         Forgotten when all is gone: whatever comes in between, the next step goes on, after a kill, too.
         """
@@ -308,6 +353,17 @@ class Node:
                 "flagged": None if result.flagged is None else bool(result.flagged), "threshold": result.threshold,
                 "unreliable": result.unreliable, "anomalous_ml": result.anomalous_ml, "notes": list(result.notes),
                 "objects": objects}
+
+
+def _is_gone(ask: Callable[[str], dict], known: str) -> bool:
+    """Whether Orthanc has nothing of this id. Raises OrthancAway and OrthancRefused where it does not tell."""
+    try:
+        ask(known)
+    except OrthancRefused as error:
+        if error.status != 404:
+            raise
+        return True
+    return False
 
 
 class _Timed:

@@ -1,8 +1,8 @@
 """What the node remembers on disk, so that it may be killed at any moment.
 
     state.json           the last entry of Orthanc's change log that is dealt with, the series that had new images and
-                         were not stable by then (an image, where Orthanc did not tell its series), and the model in
-                         use
+                         were not stable by then (an image, where Orthanc did not tell its series), the model in use,
+                         and Orthanc's address
     series/ID.json       one per CT series, named after Orthanc's id: waiting, done, refused or failed
     work/                files of the series in work; emptied at every start
 
@@ -71,6 +71,7 @@ class State:
         self.date: str = known["date"]                        # of the newest entry read, by Orthanc's clock; this
         self.arriving = set(known["arriving"])                # and these, Orthanc's ids, are written with `sequence`
         self.model = model
+        self.orthanc: str | None = known.get("orthanc")       # of an older version: not said
         self.rows: dict[str, dict] = {path.stem: _brief(self._read(path, ROW)) for path in self._series.glob("*.json")}
         self.clear_work()
         self.advance(self.sequence)
@@ -90,7 +91,16 @@ class State:
         """Changes up to `sequence` are dealt with, but for the series that are arriving."""
         self.sequence = sequence
         replace_text(self.folder / "state.json", json.dumps(
-            {"sequence": sequence, "date": self.date, "arriving": sorted(self.arriving), "model": self.model}))
+            {"sequence": sequence, "date": self.date, "arriving": sorted(self.arriving), "model": self.model,
+             "orthanc": self.orthanc}))
+
+    def belong_to(self, url: str) -> None:
+        """From here on the state is of the Orthanc at this address. Without a series it is as new, if it was another's.
+        """
+        if self.orthanc not in (None, url) and not self.rows:
+            self.sequence, self.date, self.arriving = None, "", set()
+        self.orthanc = url
+        self.advance(self.sequence)
 
     def clear_work(self) -> Path:
         """An empty work folder."""

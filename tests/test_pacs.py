@@ -243,6 +243,21 @@ def test_a_series_sent_again_with_other_pixels_under_the_same_uids_is_done_again
 
 
 @needs_orthanc
+def test_a_series_deleted_by_itself_takes_its_results_along(tmp_path, orthanc):
+    """Orthanc's log has no entry of it: the ones of the series are gone."""
+    orthanc.send(write_study(tmp_path, 1))
+    orthanc.send(write_study(tmp_path, 2))
+    node = node_of(orthanc, tmp_path / "state", at_once)
+    until_idle(node, 2)
+    gone, kept = node.state.rows
+    orthanc.client._request(f"/series/{gone}", method="DELETE")
+    node._next_round = 0.0                                           # as after an hour
+    wait_for(lambda: node.step() or node.state.rows[gone]["state"] == "refused")
+    assert orthanc.get("/studies") == [node.state.rows[kept]["study"]]                 # nothing was left in the other
+    assert len(orthanc.get("/series")) == 1 + len(("KO", "OT", "OT", "SEG", "SR"))
+
+
+@needs_orthanc
 def test_results_that_a_filter_turns_away_are_not_stored(tmp_path):
     script = tmp_path / "filter.lua"
     script.write_text("function ReceivedInstanceFilter(dicom, origin)\n  return dicom.Modality == 'CT'\nend\n")

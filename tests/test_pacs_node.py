@@ -18,8 +18,10 @@ from tests.pacs_archive import (
     S3,
     S4,
     Archive,
+    FakeOrthanc,
     archive_node,
     at_once,
+    dashed,
     log_of,
     one_answers_500,
     states,
@@ -189,3 +191,36 @@ def test_state_of_another_model_or_node_is_refused(tmp_path):
     state.close()
     with pytest.raises(StateError, match="belongs to another model"):
         State(tmp_path, {"weights": "b"})
+
+
+def test_a_state_of_another_orthanc_is_refused(tmp_path):
+    """Of its log entries were passed over, and its series were refused as deleted."""
+    archive = Archive(tmp_path, S1)
+    node = archive_node(tmp_path, archive)
+    while node.step():
+        pass
+    node.state.close()
+    archive.url = "http://renamed"                                   # the same: it has the series
+    node = archive_node(tmp_path, archive)
+    node.step()
+    node.state.close()
+    other = Archive(tmp_path / "other", S2)
+    other.url = "http://other"
+    node = archive_node(tmp_path, other)
+    with pytest.raises(StateError, match="--state .*: is of the Orthanc at http://renamed, and none of the 1 series "
+                                         "that came last is at http://other; choose another folder"):
+        node.run()
+    assert states(node) == {S1: "done"} and not other.fetched
+
+
+def test_a_state_without_series_is_as_new_at_another_orthanc(tmp_path):
+    node = archive_node(tmp_path, FakeOrthanc(log_of(*map(dashed, "abc"), kind="StablePatient")))
+    node.step()
+    assert node.state.sequence == 3
+    node.state.close()
+    other = Archive(tmp_path, S1, S2)
+    other.url = "http://other"
+    again = archive_node(tmp_path, other)
+    while again.step():
+        pass
+    assert states(again) == {S1: "done", S2: "done"}

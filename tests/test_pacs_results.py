@@ -17,6 +17,7 @@ from tests.pacs_archive import (
     Archive,
     archive_node,
     at_once,
+    dashed,
     log_of,
     more_images,
     one_answers_500,
@@ -217,3 +218,63 @@ def test_a_result_that_cannot_be_written_down_is_made_again(tmp_path, monkeypatc
         loop.join(60)
     assert node.metrics.outcomes["done"] == 1 and asked.count("done") == 2
     assert archive.uids() == set(node.state.rows[S1]["objects"])
+
+
+def test_a_series_deleted_by_itself_takes_its_results_along(tmp_path, capsys):
+    """They stayed beside no images, in a study that goes on."""
+    archive = Archive(tmp_path, S1, S2)
+    node = archive_node(tmp_path, archive)
+    while node.step():
+        pass
+    files, others = archive.files.pop(S1), set(node.state.rows[S2]["objects"])
+    node.step()
+    assert states(node) == {S1: "done", S2: "done"}                  # asked after once an hour
+    node._next_round = 0.0                                           # as after an hour
+    node.step()
+    row = node.state.rows[S1]
+    assert states(node) == {S1: "refused", S2: "done"} and archive.uids() == others and row["objects"] == []
+    assert row["reason"].startswith("deleted from Orthanc after its results") and "score" not in row
+    assert f"{S1}: deleted from Orthanc after" in capsys.readouterr().out
+    node.state.close()
+    archive.files[S1], archive.log = files, archive.log + log_of(S1, first=3)     # from a backup: nothing is new
+    again = archive_node(tmp_path, archive)
+    while again.step():
+        pass
+    assert states(again) == {S1: "done", S2: "done"} and len(archive.stored) == 14
+
+
+@pytest.mark.parametrize("gone", [("series", "study"), ("series",)])
+def test_a_study_that_is_gone_or_not_told_of_is_left_as_it_is(tmp_path, gone):
+    """Its results went with it; nor is there anything to do for a series of which Orthanc does not tell."""
+    archive = Archive(tmp_path, S1)
+    node = archive_node(tmp_path, archive)
+    while node.step():
+        pass
+    before = node.state.rows[S1]
+
+    def turned_down(verb, what):
+        if verb in gone:
+            raise OrthancRefused("gone", 404)
+        if verb == "study":
+            raise OrthancAway("http://fake: 500 Internal Server Error")
+    archive.turned_down = turned_down
+    for node._next_round in (0.0, 0.0):
+        node.step()
+    assert node.state.rows[S1] == before and len(archive.stored) == 7
+
+
+def test_what_was_done_is_asked_after_some_at_a_step(tmp_path):
+    archive, asked = Archive(tmp_path, S1), []
+    node = archive_node(tmp_path, archive)
+    while node.step():
+        pass
+    ids = [dashed(f"series {i}") for i in range(49)]
+    for series_id in ids:
+        node.state.put(series_id, node.state.rows[S1])
+    archive.turned_down = lambda verb, what: asked.append(what) if verb == "series" else None
+    archive.files |= dict.fromkeys(ids, archive.files[S1])
+    node._next_round, counts = 0.0, []
+    for _ in range(4):
+        node.step()
+        counts.append(len(asked))
+    assert counts == [20, 40, 50, 50] and sorted(asked) == sorted([S1, *ids])
