@@ -26,7 +26,9 @@ import torch
 import distributed
 from benchmarks import baselines
 from benchmarks.baselines import ScoredScan
+from bundling import learnt_by_networks
 from common.files import sha256
+from common.wording import some
 from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan
 from ct.read import ScanSource, find_scans, read_scan
 from ct.scan import Scan
@@ -90,6 +92,13 @@ def refuse_other_data(meta: dict, model: Path, data: SliceDataset, flag: str,
     if all(one["digest"] != own["digest"] for one in same):
         say(f"note: {flag} {data.path} is taken for what --model {model} was trained or calibrated on, prepared anew: "
             "it has as many scans and slices, and another digest")
+
+
+def refuse_learnt(meta: dict, data: SliceDataset, flags: str) -> None:
+    """ValueError where a model with this model.json is known to have learnt from scans that the database holds out."""
+    if seen := learnt_by_networks(data, meta["provenance"] or {}):
+        raise ValueError(f"{flags}: the model was trained on this database with other scans held out, and may have "
+                         f"learnt from {some(seen, 3)}; give scans that it has not seen")
 
 
 def project(scans: Path, model: Path, out: Path, device: str, flags: Sequence[str] = (), name: str = "") -> dict:
@@ -313,6 +322,12 @@ def differs(tested: dict) -> str:
     """A star where p_holm is SIGNIFICANT."""
     p = tested.get("p_holm", "")
     return "" if isinstance(p, str) or p >= SIGNIFICANT else "*"
+
+
+def facts(run: dict, data: SliceDataset) -> dict:
+    """What the figures of metrics.json come from: our projection, by its run.json, and the database."""
+    of_run = ("model", "weights_sha256", "settings", "versions", "device", "threads")
+    return {"database": data.manifest["digest"], **{key: run[key] for key in of_run}}
 
 
 def write_figures(out: Path, figures: dict, table: str) -> None:

@@ -44,6 +44,7 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 import distributed  # noqa: E402
 from benchmarks import pasted  # noqa: E402
+from benchmarks.compare import refuse_learnt  # noqa: E402
 from bundling import WITH_READER, digest_of, learnt_by_reader, load_reader, reader_of  # noqa: E402
 from config import exit_code  # noqa: E402
 from ct.settings import PreprocessSettings  # noqa: E402
@@ -120,6 +121,7 @@ def open_fold(data: Path, run: Path, device: torch.device) -> tuple[SliceDataset
 def open_model(data: Path, folder: Path, device: torch.device) -> tuple[SliceDataset, Reconstructor]:
     """The same of a --model, without a reader that has learnt from some of the scans."""
     bundle, held_out = load_bundle(folder, device), SliceDataset(data, "val")
+    refuse_learnt(bundle.meta, held_out, f"--model {data} {folder}")
     if learnt_by_reader(held_out, bundle.meta["provenance"] or {}):
         bundle.reconstructor.reader = None                        # it would find too little in them
     if PreprocessSettings.from_json(held_out.manifest["settings"]) != bundle.preprocessing:

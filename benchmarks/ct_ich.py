@@ -291,10 +291,8 @@ def benchmark(args: argparse.Namespace) -> int:
     if not cases:
         raise Undefined(f"--data {args.data}: no scan is left: {failed}")
     figures = report(cases, [*rows, *methods])
-    figures |= {"splits": args.split, "failed": failed, "database": data.manifest["digest"], "model": run["model"],
-                "weights_sha256": run["weights_sha256"], "settings": run["settings"],
-                "rows": {row: runs[args.split[0], row]["settings"] for row in rows}, "versions": run["versions"],
-                "device": run["device"], "threads": run["threads"]}
+    figures |= {"splits": args.split, "failed": failed, **compare.facts(run, data),
+                "rows": {row: runs[args.split[0], row]["settings"] for row in rows}}
     compare.write_figures(args.out, figures, table(figures))
     return 3 if failed else 0
 

@@ -169,25 +169,33 @@ def from_surroundings(inpainting: Inpainting) -> Reconstruct:
         *(part.to(inpainting.device) for part in (hu, bone_mask(hu))))
 
 
-def methods(args: argparse.Namespace, preprocessing: dict) -> dict[str, Reconstruct]:
-    """The rows of the table, by name. ValueError where a method expects slices that were prepared in another way."""
-    device, found = distributed.pick_device(args.device), {}
+def methods(args: argparse.Namespace, data: SliceDataset) -> dict[str, Reconstruct]:
+    """The rows of the table, by name. ValueError for two of one name, and where a method expects slices that were
+    prepared in another way, or is known to have learnt from held-out ones."""
+    device, preprocessing, found = distributed.pick_device(args.device), data.manifest["settings"], {}
+
+    def add(flag: str, name: str, reconstruct: Reconstruct) -> None:
+        if name in found:
+            raise ValueError(f"{flag}: a second row with the name {name!r}; leave one out, or rename its folder")
+        found[name] = reconstruct
+
     for folder in args.model:
-        bundle = load_bundle(folder, device)
-        check_preprocessing(bundle.meta["preprocessing"], preprocessing, f"--model {folder}")
-        found[folder.name] = of(bundle.reconstructor)
+        bundle, flag, name = load_bundle(folder, device), f"--model {folder}", folder.resolve().name
+        check_preprocessing(bundle.meta["preprocessing"], preprocessing, flag)
+        compare.refuse_learnt(bundle.meta, data, f"{flag} --data {args.data}")
+        add(flag, name, of(bundle.reconstructor))
         if bundle.settings.method == "inversion":
             alone = bundle.with_settings(bundle.settings.replace(predicted_noise=False))
-            found[f"{folder.name}, code alone"] = of(alone.reconstructor)
+            add(flag, f"{name}, code alone", of(alone.reconstructor))
         if bundle.settings.method == "inpainting":
-            found[f"{folder.name}, from surroundings alone"] = from_surroundings(bundle.reconstructor)
+            add(flag, f"{name}, from surroundings alone", from_surroundings(bundle.reconstructor))
     for path in args.baseline:
-        baseline = baselines.load(path, device)
+        baseline, flag = baselines.load(path, device), f"--baseline {path}"
         if isinstance(baseline, baselines.Unlearnt):
-            raise ValueError(f"--baseline {path}: {baseline.name} draws no closest normal; expected pca or dae")
-        check_preprocessing(baseline.trained_on["data"]["settings"], preprocessing, f"--baseline {path}")
+            raise ValueError(f"{flag}: {baseline.name} draws no closest normal; expected pca or dae")
+        check_preprocessing(baseline.trained_on["data"]["settings"], preprocessing, flag)
         kind = next(kind for kind, cls in baselines.KINDS.items() if type(baseline) is cls)
-        found[compare.NAMES[kind]] = of(baseline)
+        add(flag, compare.NAMES[kind], of(baseline))
     return found
 
 
@@ -227,7 +235,7 @@ def benchmark(args: argparse.Namespace) -> int:
     frame = data.manifest["settings"]["standardise"]
     side_mm = pasted.pixel_mm(data.size, frame["head_fraction"])
     scans, rows = held_out_scans(data, args.scans), {}
-    for name, reconstruct in methods(args, data.manifest["settings"]).items():
+    for name, reconstruct in methods(args, data).items():
         rows[name] = evaluate(reconstruct, scans, side_mm, tuple(frame["hu_clip"]), args.lesions,
                               lambda line, name=name: compare.say(f"{name} {line}"))
     for reason in next(iter(rows.values()))["left_out"]:            # the same lesions for every method

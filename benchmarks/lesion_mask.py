@@ -131,6 +131,7 @@ def benchmark(args: argparse.Namespace) -> None:
     memory.keep_freed()
     bundle, data = load_bundle(args.model, distributed.pick_device(args.device)), SliceDataset(args.data, "val")
     check_preprocessing(bundle.meta["preprocessing"], data.manifest["settings"], f"--model {args.model}")
+    compare.refuse_learnt(bundle.meta, data, f"--model {args.model} --data {args.data}")
     bundle.measure.check()
     settings = settings_of(bundle.settings, args.mask_rows)
     side_mm = pasted.pixel_mm(data.size, data.manifest["settings"]["standardise"]["head_fraction"])

@@ -249,9 +249,7 @@ def benchmark(args: argparse.Namespace) -> int:
     if not done:
         raise Undefined(f"--data {args.data}: no scan is left: {failed}")
     figures = report(measures, [OURS, *methods])
-    figures |= {"failed": failed, "trained_on": held, "database": data.manifest["digest"], "model": run["model"],
-                "weights_sha256": run["weights_sha256"], "settings": run["settings"], "versions": run["versions"],
-                "device": run["device"], "threads": run["threads"]}
+    figures |= {"failed": failed, "trained_on": held, **compare.facts(run, data)}
     compare.write_figures(args.out, figures, table(figures))
     if args.sheet:
         contact_sheet(done, results, masks, measures).save(args.sheet)

@@ -191,6 +191,9 @@ def test_a_reader_of_one_fold_alone_is_left_out_as_well(tmp_path, monkeypatch, h
     monkeypatch.setattr(cross_validation, "load_bundle", lambda *_: bundle)
     _, reconstructor = cross_validation.open_model(data.path, tmp_path, torch.device("cpu"))
     assert (reconstructor.reader == "its own") == reads
+    provenance["data"] = known | {"counts": known["counts"] | {"val": {"scans": 1, "slices": 6, "loose": 0}}}
+    with pytest.raises(ValueError, match="with other scans held out, and may have learnt from head0, head1, head2;"):
+        cross_validation.open_model(data.path, tmp_path, torch.device("cpu"))
 
 
 def test_who_has_taught_a_reader_is_left_out_with_all_scans(tmp_path, monkeypatch):

@@ -163,6 +163,10 @@ def test_command_refuses_what_cannot_be_measured(slices32, tmp_path, capsys):
     assert "hu draws no closest normal" in capsys.readouterr().err
     pca = baselines.KINDS["pca"](PcaFit(components=2, step_mm=20.0))
     pca.fit(SliceDataset(slices32, "train"))
+    pca.save(tmp_path / "pca.safetensors")
+    twice = ["--baseline", str(tmp_path / "pca.safetensors")] * 2                       # one row was lost
+    assert inversion.main(["--data", str(slices32), *twice]) == 2
+    assert "a second row with the name 'PCA by position'" in capsys.readouterr().err
     pca.trained_on["data"]["settings"] = {**pca.trained_on["data"]["settings"], "slab_mm": 7.0}
     pca.save(tmp_path / "pca.safetensors")
     assert inversion.main(["--data", str(slices32), "--baseline", str(tmp_path / "pca.safetensors")]) == 2

@@ -30,4 +30,9 @@ MUTANTS = (
     Mutant("copies are looked for among slices that a model has not learnt from", "benchmarks/samples.py",
            'args.model, train, "--data", ("data",))', 'args.model, train, "--data")',
            "tests/test_samples.py -k what_calibrated"),
+    Mutant("a model is judged by what it has learnt from", "benchmarks/compare.py",
+           'if seen := learnt_by_networks(data, meta["provenance"] or {}):', "if seen := []:",
+           "tests/test_cross_validation.py -k left_out_as_well"),
+    Mutant("of two rows of one name the last is kept", "benchmarks/inversion.py",
+           "        if name in found:", "        if False:", "tests/test_inversion.py -k cannot_be_measured"),
 )
