@@ -41,8 +41,9 @@ def worklist(node: Node, days: float = DAYS) -> tuple[list[dict], int]:
 @cache
 def _template() -> Template:
     here = Path(__file__).parent
-    return Environment(loader=FileSystemLoader([here, here.parent / "detect"]), autoescape=True, trim_blocks=True,
-                       lstrip_blocks=True, undefined=StrictUndefined).get_template("worklist.html.jinja")
+    places = FileSystemLoader([here, here.parent / "detect" / "report"])
+    return Environment(loader=places, autoescape=True, trim_blocks=True, lstrip_blocks=True,
+                       undefined=StrictUndefined).get_template("worklist.html.jinja")
 
 
 def page(node: Node, link: str, days: float = DAYS) -> str:

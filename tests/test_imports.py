@@ -33,7 +33,7 @@ MAY_IMPORT = {                                                   # besides itsel
 ALSO = {"demos": {"benchmarks"}, "benchmarks": {"train", "train_encoder", "healthygan"}}
 PACKAGES = ("common", "op", "ct", "evaluation", "gan", "detect", "pacs")
 # Commands of their own; and a class that the released checkpoint holds
-MAY_USE_ARGPARSE = {"detect/report.py", "detect/released.py", "ct/mask.py", "pacs/__main__.py"}
+MAY_USE_ARGPARSE = {"detect/report/__main__.py", "detect/released.py", "ct/mask.py", "pacs/__main__.py"}
 
 
 def ignored(root: Path) -> set[str]:

@@ -31,7 +31,8 @@ from detect.claims import Claims
 from detect.folder import PARTS, absent, collect, collect_all, note_part, remove_leftovers
 from detect.jobs import WORK, project_one
 from detect.outputs import OUTPUTS
-from detect.report import read_results, unshown
+from detect.report.tables import read_results
+from detect.report.words import unshown
 from detect.result import Result, find_result_folder, is_another, origin, read_result, result_folder
 from tests import processes
 from tests.helpers import synthetic_head, tiny_bundle

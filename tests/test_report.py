@@ -17,8 +17,8 @@ from PIL import Image
 
 import evaluate
 from ct.picture import pack_overlay
-from detect import report
-from detect.report import ReportError, write_report
+from detect.report import ReportError, read_json, tables, words, write_report
+from detect.report.__main__ import main
 
 RUN = {"weights_sha256": "f00d", "model": {"name": "tiny"},
        "settings": {"method": "search", "measure": "votes", "scoring": {"threshold_hu": 5.0}, "scan_score": "mean"},
@@ -54,8 +54,8 @@ def results(tmp_path):
                 slices.append([name, number, mm, 1, score])
                 noise = rng.integers(0, 255, (side, 4 * side, 3), np.uint8)
                 Image.fromarray(noise).save(folder / name / "overlay" / f"{number:02d}.png")
-        write_csv(folder / "scores.csv", report.SCAN_COLUMNS, rows)
-        write_csv(folder / "slices.csv", report.SLICE_COLUMNS, slices)
+        write_csv(folder / "scores.csv", tables.SCAN_COLUMNS, rows)
+        write_csv(folder / "slices.csv", tables.SLICE_COLUMNS, slices)
         (folder / "run.json").write_text(json.dumps(RUN | {"calibration": calibration}))
         return folder
     return make
@@ -86,7 +86,7 @@ def test_a_reader_that_has_a_say_is_named(model, read, said, results, tmp_path):
     settings = {"method": "inpainting", "measure": "surprise", "scoring": {"read": read}, "scan_score": "mean"}
     run = RUN | {"calibration": CALIBRATION, "settings": settings, "model": model}
     (folder / "run.json").write_text(json.dumps(run))
-    page = report.write_report(folder, tmp_path / "page.html").read_text()
+    page = write_report(folder, tmp_path / "page.html").read_text()
     assert ("has 40 % of the say in it" in page) == said and page.count("of the say") == said
 
 
@@ -114,8 +114,8 @@ def test_a_calibration_without_the_runs_scan_score_is_none(results):
                                                 "threshold": {"fpr": 0.2, "max": 1.0, "reason": None}})
     page = text_of(page_of(folder))
     assert "Highest: a, score 5." in page and "healthy scans: none can" not in page
-    assert report.read_calibration(RUN | {"calibration": CALIBRATION | {"scan_scores": {}}, "threshold": 3.0}
-                                   ) == report.Calibration([], 3.0, None, None, [])
+    assert tables.read_calibration(RUN | {"calibration": CALIBRATION | {"scan_scores": {}}, "threshold": 3.0}
+                                   ) == tables.Calibration([], 3.0, None, None, [])
 
 
 def test_it_says_what_was_found_where_and_how_sure(results):
@@ -131,7 +131,7 @@ def test_it_says_what_was_found_where_and_how_sure(results):
 
 def test_slices_above_the_top_are_said_to_be(results):
     """They were -5 mm below it."""
-    assert [report.level_of(mm) for mm in (-4.7, -0.3, 0, 30.4)] == [
+    assert [words.level_of(mm) for mm in (-4.7, -0.3, 0, 30.4)] == [
         "5 mm above the top", "0 mm below the top", "0 mm below the top", "30 mm below the top"]
     folder = results()
     text = (folder / "slices.csv").read_text()
@@ -264,7 +264,7 @@ def test_an_unfit_results_folder_is_refused(results, capsys, name, old, new, mes
     (folder / name).write_text((folder / name).read_text().replace(old, new, 1))
     with pytest.raises(ReportError, match=re.escape(message)):
         page_of(folder)
-    assert report.main([str(folder)]) == 2
+    assert main([str(folder)]) == 2
     told = capsys.readouterr().err
     assert name in told and message in told and not (folder / "report.html").exists()
 
@@ -274,15 +274,15 @@ def test_scans_beyond_the_page_count_by_their_status(results):
     lines = (folder / "scores.csv").read_text().splitlines()
     lines[3:3] = ["e,9.0,,,unreliable,too much,4,4,5.5,12.3,"]
     (folder / "scores.csv").write_text("\n".join(lines) + "\n")
-    entries, _, others = report.read_results(folder, most=1)
+    entries, _, others = tables.read_results(folder, most=1)
     assert [entry.scan_id for entry in entries] == ["a"]
     assert others == {"total": 4, "flagged": 0, "unreliable": 1, "failed": 2}
-    (sentence,) = report.unshown(entries, others)
+    (sentence,) = words.unshown(entries, others)
     assert "of the others none are flagged, 1 unreliable and 2 failed. scores.csv" in sentence
 
 
 def test_a_folder_without_results_is_refused(tmp_path, capsys):
-    assert report.main([str(tmp_path)]) == 2
+    assert main([str(tmp_path)]) == 2
     assert "scores.csv: cannot be read" in capsys.readouterr().err
 
 
@@ -303,7 +303,7 @@ def test_evaluate_writes_the_report_with_labels_and_roc(results, capsys):
     assert 'points="0.00,100.00 0.00,0.00 100.00,0.00 "' in page             # up, then right
     again = folder.parent / "again.html"
     flags = ["--out", again, "--evaluation", folder.parent / "metrics" / "metrics.json"]
-    assert report.main([str(folder), *map(str, flags)]) == 0
+    assert main([str(folder), *map(str, flags)]) == 0
     assert again.read_text(encoding="utf-8") == page
 
 
@@ -312,12 +312,12 @@ def test_an_evaluation_of_other_scores_is_refused(results, capsys):
     assert evaluated(folder) == 0
     (folder / "scores.csv").write_text((folder / "scores.csv").read_text().replace("5.0", "6.0", 1))
     flags = ["--evaluation", str(folder.parent / "metrics" / "metrics.json")]
-    assert report.main([str(folder), *flags]) == 2
+    assert main([str(folder), *flags]) == 2
     assert "made from another scores.csv" in capsys.readouterr().err
     with pytest.raises(ReportError, match="run it again"):
         page_of(folder, evaluation={"scan": {}})
     with pytest.raises(ReportError, match="has no labels; expected"):
-        page_of(folder, evaluation=report.read_json(folder.parent / "metrics" / "metrics.json") | {"labels": []})
+        page_of(folder, evaluation=read_json(folder.parent / "metrics" / "metrics.json") | {"labels": []})
 
 
 def test_evaluate_refuses_a_report_of_what_is_no_results_folder(results, capsys):

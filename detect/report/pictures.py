@@ -1,0 +1,66 @@
+"""The pictures of a page, within its limit: key slices of every scan, all slices of as many as fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from ct.picture import pack_overlay
+from detect.report.tables import Calibration, Entry
+
+KEY_SLICES = 3
+FULL, REDUCED = (360, 75), (256, 60)         # a panel's longer side in pixels, WebP quality
+
+
+def choose_key_slices(entry: Entry, calibration: Calibration) -> None:
+    """The slices with a picture that rise highest above healthy ones at their level (or score highest, without)."""
+    pictured = [s for s in entry.slices if s.number in entry.overlays]
+    entry.key = sorted(pictured, key=lambda s: calibration.above(s.below_vertex_mm) - s.score)[:KEY_SLICES]
+
+
+def _pack_scan(entry: Entry, numbers: list[int], size: tuple[int, int], pool: ThreadPoolExecutor) -> list:
+    """Pictures of these slices, inferior to superior; one that cannot be read is noted and forgotten."""
+    def attempt(number: int):
+        try:
+            return pack_overlay(entry.overlays[number], *size)
+        except OSError as error:
+            return error
+
+    pictures = []
+    for number, result in zip(sorted(numbers), pool.map(attempt, sorted(numbers))):
+        if isinstance(result, OSError):
+            entry.notes.append(f"overlay/{entry.overlays.pop(number).name} cannot be read as a picture")
+        else:
+            pictures.append((number, result[0]))
+            entry.aspect = result[1]
+    return pictures
+
+
+def add_pictures(entries: list[Entry], calibration: Calibration, room: int) -> None:
+    """Give scans their pictures, highest score first, within `room` bytes.
+
+    Half the room goes to all slices of the first scans, the rest to key slices of every further one; what is then left
+    makes more scans complete.
+    """
+    def size(pictures) -> int:
+        return sum(len(data) + 16 for _, data in pictures)
+
+    def fill(entries: list[Entry], of: Callable, packing: tuple[int, int], room: int) -> int:
+        """Stops at the first scan that does not fit; returns the room that is left."""
+        for entry in entries:
+            pictures = _pack_scan(entry, of(entry), packing, pool)
+            left = room + size(entry.pictures) - size(pictures)
+            if left < 0:
+                break
+            entry.pictures, room = pictures, left
+        return room
+
+    for entry in entries:
+        choose_key_slices(entry, calibration)
+    with ThreadPoolExecutor() as pool:
+        room = room - room // 2 + fill(entries, lambda e: [*e.overlays], FULL, room // 2)
+        lacking = [e for e in entries if not e.complete]
+        room = fill(lacking, lambda e: [s.number for s in e.key if s.number in e.overlays], REDUCED, room)
+        fill(lacking, lambda e: [*e.overlays], FULL, room)
+    for entry in entries:
+        entry.key = [s for s in entry.key if s.number in entry.overlays]

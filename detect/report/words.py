@@ -1,0 +1,134 @@
+"""What a page says: what was found, where, how sure that is, what it lacks."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from detect.report.tables import Calibration, Entry
+from detect.scores import rounded_up
+
+
+def digits(value: float | None) -> str:
+    """Three significant digits; a dash for None."""
+    return "–" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def level_of(below_vertex_mm: float) -> str:
+    """Of a slice, in words: the highest ones lie above the top of the brain."""
+    mm = round(below_vertex_mm)
+    return f"{abs(mm)} mm {'above' if mm < 0 else 'below'} the top"
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}" + "s" * (n != 1)
+
+
+def healthy_below(entry: Entry, calibration: Calibration) -> str:
+    """'4 of 5' healthy scans score lower; empty where that is not known."""
+    n = len(calibration.scores)
+    return f"{round(entry.percentile * (n + 1) / 100)} of {n}" if n and entry.percentile is not None else ""
+
+
+def found(entries: list[Entry], calibration: Calibration) -> list[str]:
+    """Sentences, the most telling first."""
+    done, n = [e for e in entries if e.ok], len(calibration.scores)
+    flags = [e.flagged for e in done if e.flagged is not None]
+    above = sum(healthy_below(e, calibration) == f"{n} of {n}" for e in done)
+    sentences = []
+    if flags:
+        sentences.append(f"{sum(flags) or 'None'} of {counted(len(flags), 'scan')} flagged: the score is above the "
+                         "threshold.")
+    elif n and len(done) > 1:
+        sentences.append(f"{above or 'None'} of {len(done)} scans scored above all {n} healthy scans.")
+    if done:
+        beats = healthy_below(done[0], calibration)
+        sentences.append(f"{'Highest: ' if len(done) > 1 else ''}{done[0].scan_id}, score {digits(done[0].score)}"
+                         f"{f', above {beats} healthy scans' if beats else ''}.")
+    sentences.append(f"{counted(len(done), 'scan')} compared, slice by slice, with the closest normal head CT that the "
+                     "model can draw.")
+    for status, what, where in (("unreliable", "not to be trusted", "apart, below the others"),
+                                ("failed", "failed", "last in the list")):
+        if count := sum(e.status == status for e in entries):
+            sentences.append(f"{counted(count, 'scan')} {what}: {'it stands' if count == 1 else 'they stand'} {where}.")
+    return sentences
+
+
+def unshown(entries: list[Entry], others: Counter) -> list[str]:
+    """A sentence about the scans that are only in scores.csv."""
+    if not others["total"]:
+        return []
+    return [f"This page shows the {len(entries)} scans with the highest scores of {len(entries) + others['total']}; of "
+            f"the others {others['flagged'] or 'none'} are flagged, {others['unreliable'] or 'none'} unreliable and "
+            f"{others['failed'] or 'none'} failed. scores.csv lists all of them."]
+
+
+def where(entries: list[Entry], calibration: Calibration) -> list[str]:
+    """Sentences, the most telling first."""
+    first = next((e for e in entries if e.key), None)
+    sentences = []
+    if first:
+        key = first.key[0]
+        sentences.append(f"{first.scan_id}: slice {key.number}, {level_of(key.below_vertex_mm)}.")
+    by = "rises highest above healthy slices at its level" if calibration.levels else "scores highest"
+    return [*sentences, f"Each scan opens at the slice that {by}. Red outlines mark what differs from normal."]
+
+
+def sure(entries: list[Entry], calibration: Calibration, evaluation: dict | None) -> list[str]:
+    """Sentences, the most telling first."""
+    n = len(calibration.scores)
+    sentences = []
+    if evaluation is not None:
+        scan = evaluation["scan"]
+        if isinstance(scan["auc"], str):
+            sentences.append(f"AUC against the labels: {scan['auc']}.")
+        else:
+            interval, level = scan["auc_delong"], evaluation["settings"]["level"]
+            said = interval if isinstance(interval, str) else f"{interval[0]:.2f} to {interval[1]:.2f}"
+            sentences += [f"AUC against the labels: {scan['auc']:.2f}.",
+                          f"{100 * level:g}% interval {said}, from {scan['abnormal']} abnormal "
+                          f"and {scan['normal']} normal scans."]
+    if n:
+        sentences.append(f"Scores are compared with {counted(n, 'healthy scan')}: none can be called rarer than one in "
+                         f"{n + 1}.")
+        if calibration.threshold is None:
+            sentences.append("That is too few for a threshold, so no scan is flagged or cleared.")
+        elif calibration.fpr is None:
+            passing = sum(score > calibration.threshold for score in calibration.scores)
+            sentences.append(f"The threshold was given for this run; {passing} of these healthy scans pass it.")
+        else:
+            sentences.append(f"A healthy scan passes the threshold with a chance of at most "
+                             f"{100 * rounded_up(calibration.fpr):.3g}%.")
+    elif any(e.percentile is not None for e in entries):
+        sentences.append("Percentiles are among the model's healthy scans; this run does not tell how many there are.")
+    else:
+        sentences.append("No percentiles: the model has no healthy scans scored with these settings. Only the order "
+                         "of the scans means something.")
+    if evaluation is None:
+        sentences.append("Without labels it is not known how well these scores tell ill from healthy.")
+    return sentences
+
+
+def coverage(entries: list[Entry], megabytes: float) -> str:
+    """Which pictures the page holds; nothing is left out without a word."""
+    pictured = [e for e in entries if e.overlays]
+    complete = sum(e.complete for e in pictured)
+    if complete == len(pictured):
+        return ""
+    key = sum(bool(e.pictures) for e in pictured) - complete
+    parts = [f"all slices of the {counted(complete, 'scan')} with the highest scores"] if complete else []
+    parts += [f"the key slices of {counted(key, 'further scan' if complete else 'scan')}, reduced"] if key else []
+    if complete + key < len(pictured):
+        parts.append(f"none of the other {counted(len(pictured) - complete - key, 'scan')}")
+    return (f"To stay within {megabytes:g} MB this page holds {'; '.join(parts)}. All pictures are in the results "
+            "folder, <scan>/overlay.")
+
+
+def facts(run: dict, hashes: dict[str, str]) -> list[tuple[str, str]]:
+    """What the foot of the page lists: names and values."""
+    rows = [("model", (run.get("model") or {}).get("name") or "unnamed"), ("weights, SHA-256", run["weights_sha256"])]
+    rows += [(f"{name}, SHA-256", value) for name, value in hashes.items()]
+    rows += [(name, str(run[name])) for name in ("device", "precision", "threads", "processes")]
+    rows += [("seconds", f"{run['seconds']:.0f}")]
+    rows += [(f"seconds per scan, {stage}", f"{value:.1f}")
+             for stage, value in run["seconds_per_scan_by_stage"].items()]
+    return rows + [(f"version of {name}", str(value)) for name, value in run["versions"].items()]
