@@ -1,1 +1,1 @@
-"""What every other room stands on: whole files, weights with hashes, the version."""
+"""What every other room stands on: whole files, weights with hashes, groups, wording, the version."""
