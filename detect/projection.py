@@ -23,6 +23,7 @@ from detect.scores import scan_score, thickness_mm
 from detect.settings import Settings, stored
 
 OTHER_SPACING = 1.25    # slices further apart than those of the calibration by this factor, or closer, do not compare
+ROUNDED_MM = 0.01       # headers round positions: slices this much further apart are as far apart
 TOO_FAR = 2.0           # times the mean error of healthy scans, where not each one's is known: did not come close
 TOO_MUCH = 0.35         # predicted part of the brain from which the reconstruction, not the brain, is at fault
 
@@ -185,7 +186,8 @@ class Projector:
             return None, self.threshold, []
         if how not in self.calibration["scan_scores"]:
             return None, self.threshold, [f"the calibration holds no scores by {how}: no percentile"]
-        if not self.spacing_mm[0] / OTHER_SPACING <= spacing_mm <= self.spacing_mm[1] * OTHER_SPACING:
+        least, most = self.spacing_mm[0] / OTHER_SPACING, self.spacing_mm[1] * OTHER_SPACING
+        if not least - ROUNDED_MM <= spacing_mm <= most + ROUNDED_MM:
             low, high = (f"{mm:.3g}" for mm in self.spacing_mm)
             return None, self.threshold, [f"slices {spacing_mm:.3g} mm apart, those of the calibration "
                                 f"{low if low == high else f'{low} to {high}'} mm: no percentile"]

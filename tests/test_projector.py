@@ -248,7 +248,7 @@ def test_a_calibration_is_not_saved_beside_other_settings(tmp_path):
 
 # ---- what is flagged
 
-def alarmed(scores, error_of_rest=3.0, brain_hu=30.0, healthy=None, **alarm):
+def alarmed(scores, error_of_rest=3.0, brain_hu=30.0, healthy=None, spacing_mm=5.0, **alarm):
     """A projector's calibration and what it says of a score of 2.5."""
     calibrated = {"scans": len(scores), "scan_scores": {"mean": scores},
                   "threshold": {"fpr": 0.05, "mean": None, "reason": "too few"}, "error_hu": {"reconstruct": 3.0},
@@ -257,7 +257,14 @@ def alarmed(scores, error_of_rest=3.0, brain_hu=30.0, healthy=None, **alarm):
         calibrated = calibration.at_rate(calibrated, alarm["alarm_rate"])
     self = SimpleNamespace(settings=Settings(scan_score="mean"), calibration=calibrated,
                            threshold=alarm.get("threshold"), spacing_mm=(5.0, 5.0))
-    return Projector._compare(self, 2.5, error_of_rest, 5.0, brain_hu)[:2]
+    return Projector._compare(self, 2.5, error_of_rest, spacing_mm, brain_hu)[:2]
+
+
+@pytest.mark.parametrize("spacing_mm, compared", [(3.98, False), (3.9999999, True), (4.0, True), (6.25, True),
+                                                  (6.2500001, True), (6.27, False)])
+def test_the_rounding_of_headers_costs_no_percentile(spacing_mm, compared):
+    """A tilted series with 6.25 mm between its slices had none, or one, by its eighth digit."""
+    assert alarmed([1.0, 2.0, 3.0], spacing_mm=spacing_mm)[0] == (50 if compared else None)
 
 
 def test_without_a_threshold_a_note_says_why():
