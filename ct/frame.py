@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ct.brain import brain_mask
+from ct.facing import check_facing
 from ct.scan import Scan, ScanError
 from ct.settings import PreprocessSettings
 from ct.slab import Slabs, to_slabs
@@ -31,7 +32,8 @@ class Preprocessed:
     brain         bool [T, H, W], in the geometry of the slabs
     standardised  hu and brain [T, N, N], below_vertex_mm [T], and the frame (ct.standardise.from_frame)
     kept          bool [T]: enough brain, and above the neck
-    reservations  why a score of this scan has no percentile (check_head, clipped_below); notes for the user
+    reservations  why a score of this scan has no percentile (check_head, clipped_below, check_facing); notes for the
+                  user
     """
 
     slabs: Slabs
@@ -94,4 +96,5 @@ def preprocess_scan(scan: Scan, settings: PreprocessSettings) -> Preprocessed:
     if not kept.any():
         raise ScanError(f"{scan.scan_id}: no slice has brain on {settings.min_brain_fraction:.1%} of the frame "
                         f"and lies within {settings.max_below_vertex_mm:g} mm below the vertex")
-    return Preprocessed(slabs, brain, standardised, kept, reservations)
+    facing = check_facing(standardised, settings.standardise.head_fraction, settings.standardise.hu_clip[0])
+    return Preprocessed(slabs, brain, standardised, kept, (*reservations, *facing))
