@@ -7,6 +7,7 @@ train_encoder.py and train_reader.py.
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import tempfile
 from collections import Counter
@@ -111,7 +112,10 @@ def write(trained: list[Trained], settings: Settings, known: dict[str, Any], out
 
 
 def refuse_bundle(out: Path, overwrite: bool) -> None:
-    """CheckpointError, before any work, where --out holds a bundle that is to stay."""
+    """CheckpointError, before any work, where --out holds a bundle that is to stay, or can be no folder."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise CheckpointError(f"--out {out}: {there} is no folder that can be written to; choose another --out")
     if (out / "model.json").exists() and not overwrite:
         raise CheckpointError(f"--out {out}: holds a model bundle; pass --overwrite, or another folder")
 

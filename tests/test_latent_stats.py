@@ -488,6 +488,11 @@ def test_what_cannot_calibrate_a_model_is_refused(shipped, tmp_path, capsys):
                                      np.array([5.0, 0])), "val", "p")
     assert f"slices of 64 pixels, --encoder {model} takes 32; prepare them with --like" in refused(model, large)
     assert calibrated_anew(model, own, model) == 2 and "holds a model bundle" in capsys.readouterr().err
+    for out in (own, own / "mine"):                              # before hours of calibration
+        assert calibrated_anew(model, own, out) == 2
+        said = capsys.readouterr()
+        assert said.err == f"error: --out {out}: {own} is no folder that can be written to; choose another --out\n"
+        assert not said.out
 
 
 def test_scans_prepared_in_another_way_are_told_of(shipped, tmp_path, capsys):

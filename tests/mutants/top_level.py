@@ -1,6 +1,8 @@
 from mutants.mutant import Mutant
 
 MUTANTS = (
+    Mutant("a file as --out is found only after the calibration", "bundling.py",
+           "if not (there.is_dir() and", "if not (True and", "tests/test_latent_stats.py -k cannot_calibrate"),
     Mutant("exit code 0 although scans failed", "projector.py", "in results) else 3", "in results) else 0",
            "tests/test_patient_data.py -k output"),
     Mutant("an lpips model's files are lost between its bundle and the calibration", "bundling.py",
