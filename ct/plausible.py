@@ -12,6 +12,7 @@ AIR_BELOW, SOFT, BONE_ABOVE = -300, (-100, 150), 300
 TISSUES = ("air", "bone", "soft tissue")
 LEAST_SOFT, FALL = 0.05, 0.2    # of a slice to be compared with; the part of its share that no slice between falls to
 MUCH_BONE = 0.15                # of a slice of a head
+NO_AIR = 0.005                  # of what most slices have: shoulders that fill the picture have more in the windpipe
 MIN_SOFT = 0.01                 # share of all voxels
 COARSE_HU = 2.0                 # a haemorrhage is 20 HU denser than brain, an infarct 5 HU less dense
 SOFT_BY_BONE = 0.3              # a head has several times as much soft tissue as bone
@@ -35,19 +36,19 @@ def _shares(hu: np.ndarray, saturation_hu: tuple[float, float]) -> np.ndarray:
 
 def refuse_odd_slices(scan: Scan) -> None:
     """ScanError for slices, one or any number in a row, without soft tissue, or with bone in place of it or of air,
-    that lie between slices that have both.
+    that lie between slices that have both; and, wherever they lie, for those without the air that most slices show.
 
     Their rescale or their sign is another than their header says, or they are empty: towards the vertex and the neck a
-    head shrinks, but between two slices of it no anatomy has a fifth of what both show.
+    head shrinks, but between two slices of it no anatomy has a fifth of what both show, and none takes the air away.
     """
     air, bone, soft = _shares(scan.hu, scan.saturation_hu).T
     turned = (bone[:, None] > np.maximum(bone / FALL, MUCH_BONE)) & (air[:, None] < FALL * air)
     unlike = (soft > LEAST_SOFT) & ((soft[:, None] < FALL * soft) | turned)         # [S, S]: a slice, another
-    odd = np.tril(unlike).any(axis=1) & np.triu(unlike).any(axis=1)
+    odd = np.tril(unlike).any(axis=1) & np.triu(unlike).any(axis=1) | (air < NO_AIR * np.median(air))
     if odd.any():
         k = int(odd.argmax())
         shares = dict(zip(TISSUES, (air[k], bone[k], soft[k])))
-        raise ScanError(f"slice {k} (0: the most inferior): {describe(shares)}, unlike slices below and above it, and "
+        raise ScanError(f"slice {k} (0: the most inferior): {describe(shares)}, unlike the slices around it, and "
                         f"{int(odd.sum()) - 1} more such slices: empty slices, or ones whose rescale, sign or window "
                         "is wrong; correct them at the source, or leave them out")
 

@@ -205,8 +205,18 @@ def test_slices_whose_values_are_no_hu_are_refused_by_number(tmp_path, change, c
     later two such slices beside each other, each of which had a neighbour like it."""
     hu = np.round(synthetic_head(slices=14, size=48, spacing_mm=(8.0, 5.0, 5.0))[0])
     write_dicom_series(tmp_path, hu, (8.0, 5.0, 5.0), edit=lambda ds, k: change(ds) if 5 <= k < 5 + count else None)
-    with pytest.raises(ScanError, match=r"^slice 5 \(0: the most inferior\): .*unlike slices below and above it, and "
+    with pytest.raises(ScanError, match=r"^slice 5 \(0: the most inferior\): .*unlike the slices around it, and "
                        f"{count - 1} more such slices"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize("first", [0, 11])
+def test_slices_without_air_are_refused_at_the_ends_too(tmp_path, first):
+    """Three at the vertex turned the scan upside down, with a note that the slices had run the other way."""
+    hu = np.round(synthetic_head(slices=14, size=48, spacing_mm=(8.0, 5.0, 5.0))[0])
+    write_dicom_series(tmp_path, hu, (8.0, 5.0, 5.0),
+                       edit=lambda ds, k: setattr(ds, "RescaleIntercept", 0) if first <= k < first + 3 else None)
+    with pytest.raises(ScanError, match=rf"^slice {first} \(0: the most inferior\): 0% air.* and 2 more such slices"):
         read_all(tmp_path)
 
 
