@@ -12,7 +12,7 @@ AIR_BELOW, SOFT, BONE_ABOVE = -300, (-100, 150), 300
 TISSUES = ("air", "bone", "soft tissue")
 LEAST_SOFT, FALL = 0.05, 0.2    # of a slice to be compared with; the part of its share that no slice between falls to
 MUCH_BONE = 0.15                # of a slice of a head
-NO_AIR = 0.005                  # of what most slices have: shoulders that fill the picture have more in the windpipe
+MUCH_AIR, NO_AIR = 0.2, 0.003   # of most slices; of shoulders that fill the picture their windpipe is more
 MIN_SOFT = 0.01                 # share of all voxels
 COARSE_HU = 2.0                 # a haemorrhage is 20 HU denser than brain, an infarct 5 HU less dense
 SOFT_BY_BONE = 0.3              # a head has several times as much soft tissue as bone
@@ -44,7 +44,9 @@ def refuse_odd_slices(scan: Scan) -> None:
     air, bone, soft = _shares(scan.hu, scan.saturation_hu).T
     turned = (bone[:, None] > np.maximum(bone / FALL, MUCH_BONE)) & (air[:, None] < FALL * air)
     unlike = (soft > LEAST_SOFT) & ((soft[:, None] < FALL * soft) | turned)         # [S, S]: a slice, another
-    odd = np.tril(unlike).any(axis=1) & np.triu(unlike).any(axis=1) | (air < NO_AIR * np.median(air))
+    odd = np.tril(unlike).any(axis=1) & np.triu(unlike).any(axis=1)
+    if np.median(air) > MUCH_AIR:
+        odd |= air < NO_AIR
     if odd.any():
         k = int(odd.argmax())
         shares = dict(zip(TISSUES, (air[k], bone[k], soft[k])))

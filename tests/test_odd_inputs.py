@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydicom.uid import SecondaryCaptureImageStorage
 
+from ct.plausible import refuse_odd_slices
 from ct.read import find_scans, read_scan
-from ct.scan import RESULT_MARK, ScanError
+from ct.scan import RESULT_MARK, Scan, ScanError
 from ct.slices import in_order
 from ct.write import write_nifti
 from tests.helpers import synthetic_head
@@ -218,6 +219,13 @@ def test_slices_without_air_are_refused_at_the_ends_too(tmp_path, first):
                        edit=lambda ds, k: setattr(ds, "RescaleIntercept", 0) if first <= k < first + 3 else None)
     with pytest.raises(ScanError, match=rf"^slice {first} \(0: the most inferior\): 0% air.* and 2 more such slices"):
         read_all(tmp_path)
+
+
+def test_a_picture_cut_within_the_head_may_hold_air_on_some_slices_alone(tmp_path):
+    """In a sinus, say."""
+    hu = np.clip(np.round(synthetic_head(slices=14, size=48, spacing_mm=(8.0, 5.0, 5.0))[0][:, 14:34, 14:34]), 20, 60)
+    hu[2:10, 3:5, 3:5] = -1000
+    refuse_odd_slices(Scan("cut", hu.astype(np.float32), np.arange(14) * 8.0, (5.0, 5.0)))
 
 
 @pytest.mark.parametrize("bits, step_hu", [(8, 16), (16, 2)])
