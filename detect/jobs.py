@@ -108,16 +108,6 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
         pending, waiting = waiting, []
 
 
-def project_one(projector: Projector, source: ScanSource, place: Path, work: Path, made: dict,
-                writers: Mapping[str, Writer] = OUTPUTS) -> str:
-    """Project one scan and replace its folder of results; returns what to say of it. Parameters: as of Job."""
-    with ExitStack() as held:
-        job = Job(projector, source, place, work, made, writers, held)
-        job.read(alone=True)
-        job.project()
-        return job.write()
-
-
 def stage(do: Callable[[Job], None]) -> Callable[[Job], None]:
     """A stage of Job: left out where one before has failed; an error is kept as the reason, FullDiskError is raised."""
     @wraps(do)

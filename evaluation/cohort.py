@@ -156,7 +156,7 @@ def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
     faults = {why: keys for why, keys in faults.items() if keys}
     if missing == "error" and faults:
         told = "; ".join(f"{len(keys)} {what} {why} ({_some(keys)})" for why, keys in faults.items())
-        raise InputError(f"scores and labels do not match: {told}. Mend the files, choose rows of the labels "
+        raise InputError(f"scores against labels: {told}. Mend the files, choose rows of the labels "
                          "with --where COLUMN=VALUE, or say --missing exclude or --missing worst")
     finite = {k: scores[k] for k in labels if k in scores and scores[k] not in UNSCORED}
     if not finite:

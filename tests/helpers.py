@@ -1,4 +1,4 @@
-"""For several test files: seeded synthetic heads, a recorder of gradients, a search for patient data."""
+"""For several test files: seeded synthetic heads, a recorder of gradients, a scan's job, a search for patient data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gzip
 import io
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from ct.standardise import StandardiseSettings
 from dataset import ScanRecord, SliceWriter
 from detect.bundle import save_bundle
 from detect.inversion import Inversion, InversionSettings
+from detect.jobs import Job
+from detect.outputs import OUTPUTS
 from detect.settings import Settings
 from model import Encoder, Generator, ModelConfig
 from tests.writers import PATIENT_MARKERS
@@ -173,3 +176,12 @@ def shuffled_head(shape, seed):
     air, soft = count // 2, count // 3
     hu = np.concatenate([np.full(air, -1000), rng.integers(0, 80, soft), rng.integers(300, 1500, count - air - soft)])
     return rng.permutation(hu).reshape(shape).astype(np.float32)
+
+
+def project_one(projector, source, place: Path, work: Path, made: dict, writers=OUTPUTS) -> str:
+    """One scan through the stages of detect/jobs.py, by itself: what is said of it."""
+    with ExitStack() as held:
+        job = Job(projector, source, place, work, made, writers, held)
+        job.read(alone=True)
+        job.project()
+        return job.write()

@@ -16,11 +16,11 @@ from ct.read import RESERVED
 from ct.scan import ScanSource
 from detect.bundle import load_bundle
 from detect.folder import collect, write_tables
-from detect.jobs import WORK, project_one
+from detect.jobs import WORK
 from detect.outputs import OUTPUTS
 from detect.projection import Projector
 from detect.result import made_with, read_result, result_folder
-from tests.helpers import tiny_bundle
+from tests.helpers import project_one, tiny_bundle
 
 PIECES = ("..", "../", "/", "\\", "\0", "=", "+1", "-1", "@SUM(A1)", "=cmd|' /C calc'!A0", "\t", "\r", "\n", "\x1b[31m",
           "\u202e", "\u2066", "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&lt;", '"', "'", ",", ";",

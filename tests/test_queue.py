@@ -29,13 +29,13 @@ from ct.scan import ScanSource
 from detect import Projector, jobs, load_bundle
 from detect.claims import Claims
 from detect.folder import PARTS, absent, collect, collect_all, note_part, remove_leftovers
-from detect.jobs import WORK, project_one
+from detect.jobs import WORK
 from detect.outputs import OUTPUTS
 from detect.report.tables import read_results
 from detect.report.words import unshown
 from detect.result import Result, find_result_folder, is_another, origin, read_result, result_folder
 from tests import processes
-from tests.helpers import synthetic_head, tiny_bundle
+from tests.helpers import project_one, synthetic_head, tiny_bundle
 from tests.writers import write_dicom_series
 
 TABLES = ("scores.csv", "slices.csv")
