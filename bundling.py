@@ -1,8 +1,4 @@
-"""From a training run, a method's own file or a model bundle to a calibrated bundle: the work of latent_stats.py.
-
-And to what other trainings begin with or are beside: networks and readers of a run and of a bundle are one thing to
-train_encoder.py and train_reader.py.
-"""
+"""From a training run, a method's own file or a model bundle to a calibrated bundle: the work of latent_stats.py."""
 
 from __future__ import annotations
 
@@ -18,32 +14,35 @@ from typing import Any
 import torch
 
 import distributed
-from common.weights import CheckpointError, digest
+from common.weights import CheckpointError
 from common.wording import some
 from ct.settings import PreprocessSettings
 from dataset import SliceDataset
 from detect.bundle import Bundle, load_bundle, save_bundle
 from detect.calibration import Fold, Trained, calibrate, check_held_out, open_file
 from detect.codes import fit_codes
-from detect.inpainting import InpaintingSettings
-from detect.inversion import InversionSettings, OfEncoder, compact_networks
 from detect.measure import MEASURES
 from detect.normative import Normal
 from detect.options import StatsConfig
-from detect.reader import Reader
 from detect.reconstruct import Reconstructor
 from detect.search import Search
 from detect.settings import Settings
 from gan.augment import random_flip, random_rotation
-from gan.encoding import FirstNetworks, method_of, restore
-from gan.reader_loop import Beside, First
+from gan.encoding import method_of, restore
 from gan.runlog import lineage, load_run, not_held_out, tell_of_seen
-from gan.snapshots import Snapshot
-from model import NETWORKS, ModelConfig
+from origins import (
+    OF_ENCODER_RUNS,
+    WITH_READER,
+    digest_of,
+    learnt_by_networks,
+    learnt_by_reader,
+    load_reader,
+    provenance,
+    reader_of,
+    taught,
+)
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
-WITH_READER = ("inpainting", "inversion")                  # methods that a reader can read beside
-OF_ENCODER_RUNS = (*WITH_READER, "search")                 # made of a run of train_encoder.py; others bring a file
 
 
 def augmented(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
@@ -88,6 +87,27 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
     return write(trained, settings, known, out, device, config.precision, overwrite, config.calibrate == "val")
 
 
+def build_anew(model: Path, data: Path, changes: Sequence[str], out: Path, device: torch.device,
+               precision: str = "auto", name: str | None = None, notes: str | dict | None = None,
+               overwrite: bool = False, readers: Sequence[Path] = ()) -> Path:
+    """Write a model bundle to `out` that is `model` calibrated anew, by the scans that a database holds out.
+
+    changes: KEY=VALUE over its settings. readers: runs of train_reader.py beside its networks, as of build(), in the
+    place of its own one. New scans are then prepared as those of the database are. Raises as build(), and ValueError
+    for scans that are known to be among those which its networks, or a reader that stays, have learnt from.
+    """
+    refuse_bundle(out, overwrite)
+    bundle = load_bundle(model, device, precision)
+    settings = bundle.settings.changed(changes)
+    trained = [open_model(data, bundle.with_settings(settings), keep_reader=not readers)]
+    if readers:
+        trained = with_readers(trained[0], readers, settings, device)
+    known = trained[0].provenance | {
+        "name": name or out.name, "calibration_data": trained[0].dataset.facts(),
+        "calibration_notes": notes or "anew: what other notes say of a calibration was before"}
+    return write(trained, settings, known, out, device, precision, overwrite)
+
+
 def write(trained: list[Trained], settings: Settings, known: dict[str, Any], out: Path, device: torch.device,
           precision: str, overwrite: bool, calibrated: bool = True) -> Path:
     """Write the bundle of what was trained, the first of several, with this provenance, and unless calibrated=False
@@ -129,31 +149,37 @@ def calibration_of(folds: Sequence[Fold], settings: Settings) -> tuple[dict[str,
     return calibration, fitted.normal
 
 
-def is_bundle(folder: Path) -> bool:
-    """Whether it is a model bundle, whole or not: HealthyGAN's runs have a model.json of their own."""
-    path = folder / "model.json"
-    return path.is_file() and b'"format_version"' in path.read_bytes()
+# ------------------------------------------------------------------------------------------------------------
+# What is to be calibrated, and with what
 
+def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings: Settings,
+                 device: torch.device) -> Trained:
+    """A run of train_encoder.py with its database. Raises unless they belong together."""
+    snapshot = load_run(run, flag, "encoder", "train_encoder.py")
+    dataset, named = SliceDataset(data, "train"), f"{'--data' if flag == '--encoder' else flag} {data}"
+    if (key := dataset.unlike(snapshot.meta)) == "held_out":
+        raise ValueError(f"{named}: holds other scans out than the database which the encoder in {run} was trained on: "
+                         "they would be among its training scans")
+    if key:
+        raise ValueError(f"{named}: its {key} {dataset.manifest[key]} is not that of the database which the encoder in "
+                         f"{run} was trained on, {snapshot.meta['data'][key]}; give that one: another's held-out scans "
+                         "may be among the encoder's training scans")
+    if (any(one["data"]["digest"] != snapshot.meta["data"]["digest"] for one in lineage(snapshot.meta))
+            or not_held_out(dataset.held_out_ids(), snapshot.meta)):
+        print(f"warning: {run}: its GAN, or a run of --init, was trained on another database, or another part of it: "
+              "if held-out scans were among its training scans, the healthy scores come out too low")
 
-def build_anew(model: Path, data: Path, changes: Sequence[str], out: Path, device: torch.device,
-               precision: str = "auto", name: str | None = None, notes: str | dict | None = None,
-               overwrite: bool = False, readers: Sequence[Path] = ()) -> Path:
-    """Write a model bundle to `out` that is `model` calibrated anew, by the scans that a database holds out.
+    def make() -> Reconstructor:
+        dtype = distributed.pick_precision(config.precision, device)
+        if settings.method in WITH_READER:
+            return method_of(snapshot, settings.reconstruction, device, dtype)
+        networks = restore(snapshot, device, dtype)
+        rng = torch.Generator().manual_seed(config.seed)
+        latent = fit_codes(networks["encoder"], dataset, config, config.batch, lambda images: augmented(images, rng))
+        return Search(settings.reconstruction, networks["generator"], networks["encoder"], latent.to(device),
+                      networks["discriminator"])
 
-    changes: KEY=VALUE over its settings. readers: runs of train_reader.py beside its networks, as of build(), in the
-    place of its own one. New scans are then prepared as those of the database are. Raises as build(), and ValueError
-    for scans that are known to be among those which its networks, or a reader that stays, have learnt from.
-    """
-    refuse_bundle(out, overwrite)
-    bundle = load_bundle(model, device, precision)
-    settings = bundle.settings.changed(changes)
-    trained = [open_model(data, bundle.with_settings(settings), keep_reader=not readers)]
-    if readers:
-        trained = with_readers(trained[0], readers, settings, device)
-    known = trained[0].provenance | {
-        "name": name or out.name, "calibration_data": trained[0].dataset.facts(),
-        "calibration_notes": notes or "anew: what other notes say of a calibration was before"}
-    return write(trained, settings, known, out, device, precision, overwrite)
+    return Trained(dataset, data, snapshot.meta["model"], provenance(snapshot.step, snapshot.meta), make)
 
 
 def open_model(data: Path, bundle: Bundle, keep_reader: bool) -> Trained:
@@ -185,90 +211,6 @@ def open_model(data: Path, bundle: Bundle, keep_reader: bool) -> Trained:
               f"same way prepare.py --like {model}", flush=True)
     return Trained(dataset, data, method.config(), known,
                    lambda: method.with_settings(bundle.settings.reconstruction))
-
-
-def learnt_by_networks(dataset: SliceDataset, known: dict[str, Any]) -> list[str]:
-    """Scans that a database holds out and the networks of a bundle may have learnt from, by its provenance."""
-    data = known.get("data")
-    return seen_of(dataset, networks_known(known) if data else None)
-
-
-def learnt_by_reader(dataset: SliceDataset, known: dict[str, Any]) -> list[str]:
-    """The same of its reader, or one that this began with; none without one."""
-    runs = list(lineage(known["reader"])) if "reader" in known else []
-    if "held_out" in known:            # the networks' database once more, what it holds out prepared as new scans are
-        runs += [one | {"data": known["held_out"]} for one in runs if one["data"] == known["data"]]
-    return sorted({scan for one in runs for scan in seen_of(dataset, one)})
-
-
-def seen_of(dataset: SliceDataset, known: dict[str, Any] | None) -> list[str]:
-    """Scans that a database holds out and a training may have learnt from, by what a bundle tells of it."""
-    return not_held_out(dataset.held_out_ids(), {"data": dataset.facts(), "init": known})
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Networks and readers, of runs and of bundles
-
-def open_beside(folder: Path, device: torch.device, precision: str) -> Beside:
-    """What --encoder of train_reader.py names. Raises CheckpointError."""
-    if is_bundle(folder):
-        bundle = load_bundle(folder, device, precision)
-        if bundle.settings.method not in WITH_READER:
-            raise CheckpointError(f"--encoder {folder}: a model of method {bundle.settings.method}, beside which no "
-                                  f"reader reads; give one of {' or '.join(WITH_READER)}, or a run of train_encoder.py")
-        known = bundle.meta["provenance"] or {}
-        return Beside(folder, bundle.reconstructor, digest_of(bundle.reconstructor), bundle.preprocessing,
-                      {part: known.get(part) for part in ("data", "gan", "encoder")},
-                      lambda dataset: learnt_by_networks(dataset, known))
-    snapshot = load_run(folder, "--encoder", "encoder", "train_encoder.py")
-    settings = InpaintingSettings() if snapshot.meta["model"].get("encoder_masks") else InversionSettings()
-    method = method_of(snapshot, settings, device, distributed.pick_precision(precision, device))
-    return Beside(folder, method, digest_of(method), PreprocessSettings.from_json(snapshot.meta["data"]["settings"]),
-                  {"step": snapshot.step, **snapshot.meta},
-                  lambda dataset: sorted(set(dataset.held_out_ids()) - set(snapshot.meta.get("held_out", ()))))
-
-
-def networks_known(known: dict[str, Any]) -> dict[str, Any]:
-    """How the networks of a bundle were taught, by its provenance, as taught() tells it of a run."""
-    encoder, data = known.get("encoder") or {}, known["data"]
-    return {"images_seen": encoder.get("images_seen"), "config": encoder.get("config"), "data": data,
-            "held_out": data["counts"]["val"]["scans"], "init": known.get("init")}
-
-
-def open_first_networks(folder: Path) -> FirstNetworks:
-    """What --init of train_encoder.py names. Raises CheckpointError."""
-    if is_bundle(folder):
-        bundle = load_bundle(folder)
-        method, known = bundle.reconstructor, bundle.meta["provenance"] or {}
-        if bundle.settings.method not in OF_ENCODER_RUNS or not known.get("encoder"):
-            raise CheckpointError(f"--init {folder}: a model that holds no networks of train_encoder.py; leave --init "
-                                  "out, or give one that does (checkpoint.py show), or a run of train_encoder.py")
-        distributed.print0(f"note: what is measured on held-out scans says too much where {folder} was trained on "
-                           "scans that --data holds out: a bundle does not say on which")
-        weights = {name: network.state_dict() for name in NETWORKS if (network := getattr(method, name, None))}
-        return FirstNetworks(folder, weights, method.encoder.config, networks_known(known))
-    snapshot = load_run(folder, "--init", "encoder", "train_encoder.py")
-    return FirstNetworks(folder, snapshot.weights, ModelConfig(**snapshot.meta["model"]),
-                         {"step": snapshot.step, **snapshot.meta})
-
-
-def open_first_reader(folder: Path) -> First:
-    """What --init of train_reader.py names. Raises CheckpointError."""
-    if is_bundle(folder):
-        bundle = load_bundle(folder)
-        reader, known = getattr(bundle.reconstructor, "reader", None), (bundle.meta["provenance"] or {}).get("reader")
-        if not reader or not known:
-            raise CheckpointError(f"--init {folder}: a model that holds no reader; leave --init out, or give one that "
-                                  "does (checkpoint.py show), or a run of train_reader.py")
-        return First(folder, reader.state_dict(), list(reader.widths), digest_of(bundle.reconstructor), known)
-    snapshot = load_run(folder, "--init", "reader", "train_reader.py")
-    return First(folder, snapshot.weights["reader_ema"], snapshot.meta["model"]["widths"], snapshot.meta.get("beside"),
-                 {"step": snapshot.step, **snapshot.meta})
-
-
-def digest_of(method: OfEncoder) -> str:
-    """SHA-256 of a method's generator and encoder as bundles hold them: of a run and of its bundles it is the same."""
-    return digest(compact_networks({"generator": method.generator, "encoder": method.encoder}, torch.float16))
 
 
 def other_range(trained: Trained, path: Path) -> SliceDataset:
@@ -316,92 +258,3 @@ def with_reader(trained: Trained, run: Path, beside: str, device: torch.device) 
 
     return dataclasses.replace(trained, scans=scans, make=make,
                                provenance=trained.provenance | {"reader": taught(snapshot.step, snapshot.meta)})
-
-
-def taught(step: int, meta: dict[str, Any]) -> dict[str, Any]:
-    """How a run of train_reader.py or train_encoder.py was taught, at a step: JSON-able; no paths, no ids.
-
-    data: all scans of that database taught it, but for the `held_out` of those that it holds out; init: the same of
-    what the run began with.
-    """
-    counts = meta["data"]["counts"]
-    held_out = len(meta["held_out"]) if "held_out" in meta else counts["val"]["scans"]        # an older run: all
-    return {"images_seen": step, "config": meta["config"], "held_out": held_out,
-            "data": {"digest": meta["data"]["digest"], "counts": counts}, "init": began_with(meta)}
-
-
-def began_with(meta: dict[str, Any]) -> dict[str, Any] | None:
-    """taught() of what a run of this meta began with by --init; a bundle tells it so already."""
-    first = meta.get("init")
-    return taught(first["step"], first) if first and "step" in first else first
-
-
-def load_reader(run: Path, known: dict[str, Any], beside: str) -> Snapshot:
-    """A run of --reader. ValueError unless it was taught beside the networks of this digest_of().
-
-    known: their provenance, by which the run of an older version, which has no digest, is told.
-    """
-    snapshot = load_run(run, "--reader", "reader", "train_reader.py")
-    if "beside" in snapshot.meta:
-        fits = snapshot.meta["beside"] == beside
-    else:
-        its = provenance(snapshot.meta["encoder"]["step"], snapshot.meta["encoder"])
-        fits = all(known.get(part) and same_run(its[part], known[part]) for part in ("encoder", "gan"))
-    if not fits:
-        raise ValueError(f"--reader {run}: was taught beside other networks than those that it is to read beside, of "
-                         "another run of train_encoder.py or another model; teach one beside these (train_reader.py)")
-    return snapshot
-
-
-def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two of provenance()'s are one run, by all that these tell: settings that only one has are of a later
-    version."""
-    shared = one["config"].keys() & other["config"].keys()
-    return (one["images_seen"], one["data_digest"]) == (other["images_seen"], other["data_digest"]) and all(
-        one["config"][key] == other["config"][key] for key in shared)
-
-
-def reader_of(snapshot: Snapshot, device: torch.device) -> Reader:
-    """The averaged reader of a run of train_reader.py."""
-    reader = Reader(snapshot.meta["model"]["widths"])
-    snapshot.restore({"reader_ema": reader})
-    return reader.eval().requires_grad_(False).to(device)
-
-
-def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings: Settings,
-                 device: torch.device) -> Trained:
-    """A run of train_encoder.py with its database. Raises unless they belong together."""
-    snapshot = load_run(run, flag, "encoder", "train_encoder.py")
-    dataset, named = SliceDataset(data, "train"), f"{'--data' if flag == '--encoder' else flag} {data}"
-    if (key := dataset.unlike(snapshot.meta)) == "held_out":
-        raise ValueError(f"{named}: holds other scans out than the database which the encoder in {run} was trained on: "
-                         "they would be among its training scans")
-    if key:
-        raise ValueError(f"{named}: its {key} {dataset.manifest[key]} is not that of the database which the encoder in "
-                         f"{run} was trained on, {snapshot.meta['data'][key]}; give that one: another's held-out scans "
-                         "may be among the encoder's training scans")
-    if (any(one["data"]["digest"] != snapshot.meta["data"]["digest"] for one in lineage(snapshot.meta))
-            or not_held_out(dataset.held_out_ids(), snapshot.meta)):
-        print(f"warning: {run}: its GAN, or a run of --init, was trained on another database, or another part of it: "
-              "if held-out scans were among its training scans, the healthy scores come out too low")
-
-    def make() -> Reconstructor:
-        dtype = distributed.pick_precision(config.precision, device)
-        if settings.method in WITH_READER:
-            return method_of(snapshot, settings.reconstruction, device, dtype)
-        networks = restore(snapshot, device, dtype)
-        rng = torch.Generator().manual_seed(config.seed)
-        latent = fit_codes(networks["encoder"], dataset, config, config.batch, lambda images: augmented(images, rng))
-        return Search(settings.reconstruction, networks["generator"], networks["encoder"], latent.to(device),
-                      networks["discriminator"])
-
-    return Trained(dataset, data, snapshot.meta["model"], provenance(snapshot.step, snapshot.meta), make)
-
-
-def provenance(step: int, meta: dict[str, Any]) -> dict[str, Any]:
-    """Where the weights of an encoder's run come from, at a step. JSON-able; no paths."""
-    def run(step: int, meta: dict) -> dict:
-        return {"images_seen": step, "config": meta["config"], "data_digest": meta["data"]["digest"]}
-
-    return {"data": {key: meta["data"][key] for key in ("digest", "counts")},
-            "gan": run(meta["gan"]["step"], meta["gan"]), "encoder": run(step, meta), "init": began_with(meta)}

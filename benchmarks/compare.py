@@ -26,7 +26,6 @@ import torch
 import distributed
 from benchmarks import baselines
 from benchmarks.baselines import ScoredScan
-from bundling import learnt_by_networks
 from common.files import sha256
 from common.wording import some
 from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan
@@ -44,6 +43,7 @@ from detect.reconstruct import Reconstructor
 from detect.settings import Settings
 from detect.surprise import Surprise
 from evaluation.cohort import read_volume
+from origins import learnt_by_networks
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "ours"

@@ -10,6 +10,7 @@ from torchvision.models import vgg16
 import bundling
 import checkpoint
 import latent_stats
+import origins
 from bundling import augmented
 from ct.frame import PreprocessSettings
 from ct.standardise import StandardiseSettings
@@ -514,19 +515,19 @@ def test_a_readers_own_scans_are_known_by_digest_or_by_number(shipped):
     its, scans = data.facts(), data.held_out_ids()
 
     def seen(held_out=1, **other):
-        return bundling.seen_of(data, {"data": its | other, "held_out": held_out})
+        return origins.seen_of(data, {"data": its | other, "held_out": held_out})
 
     assert seen() == seen(digest="of a later version") == scans and len(scans) == 4
     assert seen(held_out=4) == seen(held_out=4, digest="of a later version") == []
     counts = its["counts"] | {"val": {"scans": 4, "slices": 21, "loose": 0}}
     assert seen(counts=counts) == seen(held_out=4, counts=counts) == scans          # the same scans, split otherwise
-    assert seen(digest="of others", counts=counts) == [] and bundling.seen_of(data, None) == []
+    assert seen(digest="of others", counts=counts) == [] and origins.seen_of(data, None) == []
     # Of the networks' database what is held out is known as prepared for use, too: a reader of another has not seen it
     theirs, other = ({"digest": name, "counts": counts} for name in ("theirs", "another"))
     for learnt_from, expected in ((theirs, scans), (other, [])):
         reader = {"data": other, "held_out": 4, "init": {"data": learnt_from, "held_out": 1}}
-        assert bundling.learnt_by_reader(data, {"data": theirs, "held_out": its, "reader": reader}) == expected
-    assert bundling.learnt_by_reader(data, {"data": theirs, "held_out": its}) == []
+        assert origins.learnt_by_reader(data, {"data": theirs, "held_out": its, "reader": reader}) == expected
+    assert origins.learnt_by_reader(data, {"data": theirs, "held_out": its}) == []
 
 
 def test_a_model_calibrated_by_lpips_has_percentiles_once_its_files_are_named(inputs, tmp_path):

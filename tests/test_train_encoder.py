@@ -11,10 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import bundling
 import latent_stats
+import origins
 import train_encoder
-from bundling import open_first_networks
 from common.weights import write_json
 from ct.window import decode, encode
 from dataset import SliceDataset
@@ -330,7 +329,7 @@ def noise_run(slices32, gan_run, encoder_run, tmp_path_factory) -> Path:
 def test_a_run_starts_from_another_runs_weights(gan_run, encoder_run):
     trainer = EncoderTrainer(EncoderConfig(noise=True), load_snapshot(gan_run), RANGE, torch.device("cpu"))
     first = load_snapshot(encoder_run)
-    trainer.start_from(open_first_networks(encoder_run))
+    trainer.start_from(origins.open_first_networks(encoder_run))
     for name, module in trainer.modules().items():
         state = module.state_dict()
         assert all(torch.equal(state[key], t) for key, t in first.weights[name].items()), name
@@ -347,7 +346,7 @@ def test_the_noise_head_is_trained_and_kept(noise_run, encoder_run):
 
 def test_images_alone_are_drawn_with_the_generators_own_noise(gan_run, noise_run):
     trainer = EncoderTrainer(EncoderConfig(noise=True), load_snapshot(gan_run), RANGE, torch.device("cpu"))
-    trainer.start_from(open_first_networks(noise_run))
+    trainer.start_from(origins.open_first_networks(noise_run))
     for layer in trainer.g.convs:
         layer.noise.weight.data += 1                       # what the GAN has not learnt to use would change nothing
     images = 0.5 * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -397,7 +396,7 @@ def test_a_run_starts_from_a_models_weights(flags, slices32, gan_run, tmp_path, 
 def test_a_model_with_a_discriminator_gives_that_too(slices32, gan_run, encoder_run, tmp_path):
     model = bundle_of(slices32, encoder_run, tmp_path / "model", "method=search")
     trainer = EncoderTrainer(EncoderConfig(), load_snapshot(gan_run), RANGE, torch.device("cpu"))
-    trainer.start_from(open_first_networks(model))
+    trainer.start_from(origins.open_first_networks(model))
     kept = load_snapshot(encoder_run).weights["discriminator"]
     assert all(torch.equal(t, kept[key].half().float()) for key, t in trainer.d.state_dict().items())
 
@@ -427,5 +426,5 @@ def test_what_taught_a_model_is_known_for_ever(gan_run, tmp_path, capsys):
     assert known["init"]["images_seen"] == 4 and known["init"]["held_out"] == 1 and known["init"]["init"] is None
     assert "head" not in json.dumps(known)
     own = write_heads(tmp_path / "own.lmdb", ("train", "val", "val"))
-    assert bundling.learnt_by_networks(SliceDataset(own, "val"), known | {"data": None}) == []
-    assert bundling.learnt_by_networks(SliceDataset(own, "val"), known) == ["head1", "head2"]
+    assert origins.learnt_by_networks(SliceDataset(own, "val"), known | {"data": None}) == []
+    assert origins.learnt_by_networks(SliceDataset(own, "val"), known) == ["head1", "head2"]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-import bundling
 import checkpoint
 import latent_stats
+import origins
 import train_encoder
 import train_reader
 from benchmarks import cross_validation
@@ -536,7 +536,7 @@ def test_a_hospital_teaches_a_model_readers_of_its_own(in_thirds, hospital, tmp_
     assert asked == [(count, pytest.approx(bias[r])) for r, count in ((0, 4), (0, 7), (1, 5), (2, 6))]
     before, after = load_bundle(model), load_bundle(tmp_path / "own")
     assert after.settings == before.settings and after.settings.scoring.read == 0.5
-    assert bundling.digest_of(after.reconstructor) == bundling.digest_of(before.reconstructor)
+    assert origins.digest_of(after.reconstructor) == origins.digest_of(before.reconstructor)
     assert float(after.reconstructor.reader.last.bias.sum()) == pytest.approx(bias[0])
     assert after.meta["calibration"]["scans"] == 4
 
@@ -558,7 +558,7 @@ def test_a_reader_is_taught_beside_a_model_as_beside_its_run(in_thirds, hospital
     """Its networks, rounded, are those of the run by their digest, and a reader of one reads beside the other."""
     data, encoder, readers = in_thirds
     model, cpu = hospital[0], torch.device("cpu")
-    of_run, of_model, of_other = (bundling.open_beside(one, cpu, "fp32") for one in (encoder, model, hiding_run))
+    of_run, of_model, of_other = (origins.open_beside(one, cpu, "fp32") for one in (encoder, model, hiding_run))
     assert of_run.digest == of_model.digest != of_other.digest
     assert of_run.prepared == of_model.prepared
     assert calibrated(model, data, tmp_path / "again", *given(readers)) == 0
@@ -569,7 +569,7 @@ def test_a_reader_is_taught_beside_a_model_as_beside_its_run(in_thirds, hospital
 
 def test_what_a_reader_of_a_model_sees_ends_where_its_slices_do(hospital):
     """Training slices of a shipped model end at 70 HU, scans of a hospital do not: what is denser is no bone."""
-    beside = bundling.open_beside(hospital[0], torch.device("cpu"), "fp32")
+    beside = origins.open_beside(hospital[0], torch.device("cpu"), "fp32")
     assert beside.range_hu((-20, 180)) == (-20, 180)
     beside.method.range_hu = (0.0, 70.0)
     assert beside.range_hu((-20, 180)) == (0, 180) and beside.range_hu((0, 70)) == (0, 70)
@@ -577,7 +577,7 @@ def test_what_a_reader_of_a_model_sees_ends_where_its_slices_do(hospital):
 
 def test_slices_as_those_that_taught_a_models_networks_teach_a_reader_too(hospital, tmp_path):
     """Loose slices end at 70 HU, and so did all that the networks of a shipped model have seen."""
-    beside = bundling.open_beside(hospital[0], torch.device("cpu"), "fp32")
+    beside = origins.open_beside(hospital[0], torch.device("cpu"), "fp32")
     beside.method.range_hu = (0.0, 70.0)
     data = write_heads(tmp_path / "loose.lmdb", ("train", "train", "val"), first=10, hu_clip=(0, 70))
     config = ReaderConfig(epochs=0.1, width=24, depth=2, workers=0)

@@ -1,0 +1,178 @@
+"""What runs and bundles have left for others: networks and readers that a training begins with or is beside.
+
+A run of train_encoder.py or train_reader.py and a bundle made of it are one thing here: the same weights, known by one
+digest, with the same account of what has taught them, by which it is told whose scans may judge them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import distributed
+from common.weights import CheckpointError, digest
+from ct.settings import PreprocessSettings
+from dataset import SliceDataset
+from detect.bundle import load_bundle
+from detect.inpainting import InpaintingSettings
+from detect.inversion import InversionSettings, OfEncoder, compact_networks
+from detect.reader import Reader
+from gan.encoding import FirstNetworks, method_of
+from gan.reader_loop import Beside, First
+from gan.runlog import lineage, load_run, not_held_out
+from gan.snapshots import Snapshot
+from model import NETWORKS, ModelConfig
+
+WITH_READER = ("inpainting", "inversion")                  # methods that a reader can read beside
+OF_ENCODER_RUNS = (*WITH_READER, "search")                 # made of a run of train_encoder.py; others bring a file
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether it is a model bundle, whole or not: HealthyGAN's runs have a model.json of their own."""
+    path = folder / "model.json"
+    return path.is_file() and b'"format_version"' in path.read_bytes()
+
+
+def open_beside(folder: Path, device: torch.device, precision: str) -> Beside:
+    """What --encoder of train_reader.py names. Raises CheckpointError."""
+    if is_bundle(folder):
+        bundle = load_bundle(folder, device, precision)
+        if bundle.settings.method not in WITH_READER:
+            raise CheckpointError(f"--encoder {folder}: a model of method {bundle.settings.method}, beside which no "
+                                  f"reader reads; give one of {' or '.join(WITH_READER)}, or a run of train_encoder.py")
+        known = bundle.meta["provenance"] or {}
+        return Beside(folder, bundle.reconstructor, digest_of(bundle.reconstructor), bundle.preprocessing,
+                      {part: known.get(part) for part in ("data", "gan", "encoder")},
+                      lambda dataset: learnt_by_networks(dataset, known))
+    snapshot = load_run(folder, "--encoder", "encoder", "train_encoder.py")
+    settings = InpaintingSettings() if snapshot.meta["model"].get("encoder_masks") else InversionSettings()
+    method = method_of(snapshot, settings, device, distributed.pick_precision(precision, device))
+    return Beside(folder, method, digest_of(method), PreprocessSettings.from_json(snapshot.meta["data"]["settings"]),
+                  {"step": snapshot.step, **snapshot.meta},
+                  lambda dataset: sorted(set(dataset.held_out_ids()) - set(snapshot.meta.get("held_out", ()))))
+
+
+def open_first_networks(folder: Path) -> FirstNetworks:
+    """What --init of train_encoder.py names. Raises CheckpointError."""
+    if is_bundle(folder):
+        bundle = load_bundle(folder)
+        method, known = bundle.reconstructor, bundle.meta["provenance"] or {}
+        if bundle.settings.method not in OF_ENCODER_RUNS or not known.get("encoder"):
+            raise CheckpointError(f"--init {folder}: a model that holds no networks of train_encoder.py; leave --init "
+                                  "out, or give one that does (checkpoint.py show), or a run of train_encoder.py")
+        distributed.print0(f"note: what is measured on held-out scans says too much where {folder} was trained on "
+                           "scans that --data holds out: a bundle does not say on which")
+        weights = {name: network.state_dict() for name in NETWORKS if (network := getattr(method, name, None))}
+        return FirstNetworks(folder, weights, method.encoder.config, networks_known(known))
+    snapshot = load_run(folder, "--init", "encoder", "train_encoder.py")
+    return FirstNetworks(folder, snapshot.weights, ModelConfig(**snapshot.meta["model"]),
+                         {"step": snapshot.step, **snapshot.meta})
+
+
+def open_first_reader(folder: Path) -> First:
+    """What --init of train_reader.py names. Raises CheckpointError."""
+    if is_bundle(folder):
+        bundle = load_bundle(folder)
+        reader, known = getattr(bundle.reconstructor, "reader", None), (bundle.meta["provenance"] or {}).get("reader")
+        if not reader or not known:
+            raise CheckpointError(f"--init {folder}: a model that holds no reader; leave --init out, or give one that "
+                                  "does (checkpoint.py show), or a run of train_reader.py")
+        return First(folder, reader.state_dict(), list(reader.widths), digest_of(bundle.reconstructor), known)
+    snapshot = load_run(folder, "--init", "reader", "train_reader.py")
+    return First(folder, snapshot.weights["reader_ema"], snapshot.meta["model"]["widths"], snapshot.meta.get("beside"),
+                 {"step": snapshot.step, **snapshot.meta})
+
+
+def load_reader(run: Path, known: dict[str, Any], beside: str) -> Snapshot:
+    """A run of --reader. ValueError unless it was taught beside the networks of this digest_of().
+
+    known: their provenance, by which the run of an older version, which has no digest, is told.
+    """
+    snapshot = load_run(run, "--reader", "reader", "train_reader.py")
+    if "beside" in snapshot.meta:
+        fits = snapshot.meta["beside"] == beside
+    else:
+        its = provenance(snapshot.meta["encoder"]["step"], snapshot.meta["encoder"])
+        fits = all(known.get(part) and same_run(its[part], known[part]) for part in ("encoder", "gan"))
+    if not fits:
+        raise ValueError(f"--reader {run}: was taught beside other networks than those that it is to read beside, of "
+                         "another run of train_encoder.py or another model; teach one beside these (train_reader.py)")
+    return snapshot
+
+
+def reader_of(snapshot: Snapshot, device: torch.device) -> Reader:
+    """The averaged reader of a run of train_reader.py."""
+    reader = Reader(snapshot.meta["model"]["widths"])
+    snapshot.restore({"reader_ema": reader})
+    return reader.eval().requires_grad_(False).to(device)
+
+
+def digest_of(method: OfEncoder) -> str:
+    """SHA-256 of a method's generator and encoder as bundles hold them: of a run and of its bundles it is the same."""
+    return digest(compact_networks({"generator": method.generator, "encoder": method.encoder}, torch.float16))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What has taught them
+
+def taught(step: int, meta: dict[str, Any]) -> dict[str, Any]:
+    """How a run of train_reader.py or train_encoder.py was taught, at a step: JSON-able; no paths, no ids.
+
+    data: all scans of that database taught it, but for the `held_out` of those that it holds out; init: the same of
+    what the run began with.
+    """
+    counts = meta["data"]["counts"]
+    held_out = len(meta["held_out"]) if "held_out" in meta else counts["val"]["scans"]        # an older run: all
+    return {"images_seen": step, "config": meta["config"], "held_out": held_out,
+            "data": {"digest": meta["data"]["digest"], "counts": counts}, "init": began_with(meta)}
+
+
+def began_with(meta: dict[str, Any]) -> dict[str, Any] | None:
+    """taught() of what a run of this meta began with by --init; a bundle tells it so already."""
+    first = meta.get("init")
+    return taught(first["step"], first) if first and "step" in first else first
+
+
+def provenance(step: int, meta: dict[str, Any]) -> dict[str, Any]:
+    """Where the weights of an encoder's run come from, at a step. JSON-able; no paths."""
+    def run(step: int, meta: dict) -> dict:
+        return {"images_seen": step, "config": meta["config"], "data_digest": meta["data"]["digest"]}
+
+    return {"data": {key: meta["data"][key] for key in ("digest", "counts")},
+            "gan": run(meta["gan"]["step"], meta["gan"]), "encoder": run(step, meta), "init": began_with(meta)}
+
+
+def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two of provenance()'s are one run, by all that these tell: settings that only one has are of a later
+    version."""
+    shared = one["config"].keys() & other["config"].keys()
+    return (one["images_seen"], one["data_digest"]) == (other["images_seen"], other["data_digest"]) and all(
+        one["config"][key] == other["config"][key] for key in shared)
+
+
+def networks_known(known: dict[str, Any]) -> dict[str, Any]:
+    """How the networks of a bundle were taught, by its provenance, as taught() tells it of a run."""
+    encoder, data = known.get("encoder") or {}, known["data"]
+    return {"images_seen": encoder.get("images_seen"), "config": encoder.get("config"), "data": data,
+            "held_out": data["counts"]["val"]["scans"], "init": known.get("init")}
+
+
+def learnt_by_networks(dataset: SliceDataset, known: dict[str, Any]) -> list[str]:
+    """Scans that a database holds out and the networks of a bundle may have learnt from, by its provenance."""
+    data = known.get("data")
+    return seen_of(dataset, networks_known(known) if data else None)
+
+
+def learnt_by_reader(dataset: SliceDataset, known: dict[str, Any]) -> list[str]:
+    """The same of its reader, or one that this began with; none without one."""
+    runs = list(lineage(known["reader"])) if "reader" in known else []
+    if "held_out" in known:            # the networks' database once more, what it holds out prepared as new scans are
+        runs += [one | {"data": known["held_out"]} for one in runs if one["data"] == known["data"]]
+    return sorted({scan for one in runs for scan in seen_of(dataset, one)})
+
+
+def seen_of(dataset: SliceDataset, known: dict[str, Any] | None) -> list[str]:
+    """Scans that a database holds out and a training may have learnt from, by what a bundle tells of it."""
+    return not_held_out(dataset.held_out_ids(), {"data": dataset.facts(), "init": known})
