@@ -65,7 +65,10 @@ def claims(path: Path, head: bytes) -> bool:
     if path.name.lower().endswith(VALUES):
         return _other_of_pair(path) is not None
     if head[:2] == GZIP:
-        head = _begin(path)
+        try:
+            head = _begin(path)
+        except OSError:                               # its name alone tells
+            head = b""
     return head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] in (b"n+2\0", b"ni2\0") or (
         path.name.lower().endswith((".hdr", ".hdr.gz")) and _header_size(head) is not None)
 
@@ -109,11 +112,11 @@ def _beside(path: Path) -> Path | None:
 
 
 def _begin(path: Path, count: int = 540) -> bytes:
-    """The first bytes of a file, unpacked; empty where it cannot be."""
+    """The first bytes of a file, unpacked; empty where they cannot be. Raises OSError where it cannot be opened."""
     try:
         with _open(path) as stream:
             return stream.read(count)
-    except (OSError, EOFError, isal_zlib.error):
+    except (igzip.BadGzipFile, EOFError, isal_zlib.error):
         return b""
 
 
@@ -318,9 +321,11 @@ def _check_hu(path: Path, hu: np.ndarray) -> tuple[np.ndarray, list[str]]:
         raise ScanError(f"{path.name}: holds no finite value; export the scan again")
     low, high = (float(end(hu, where=finite, initial=start)) for end, start in ((np.min, np.inf), (np.max, -np.inf)))
     if low >= 0 or high - low <= 50:
+        others = "" if finite.all() else (f", and {int((~finite).sum())} of {hu.size} values are not finite (NaN): if "
+                                          "these are its air, export it with -1000 there")
         raise ScanError(f"{path.name}: this NIfTI doesn't look like HU: its values are {low:g}..{high:g}, but air is "
                         "-1000 and brain 30 (a mask, a picture, normalised values, or values without the rescale "
-                        "intercept?)")
+                        f"intercept?){others}")
     if finite.all():
         return hu, []
     return np.where(finite, hu, np.float32(AIR_HU)), [f"{int((~finite).sum())} values not finite, taken as air"]

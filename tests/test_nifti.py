@@ -106,6 +106,13 @@ def test_not_finite_becomes_air_with_a_note(tmp_path):
     assert scan.notes == ("2 values not finite, taken as air",)
 
 
+def test_air_that_is_no_number_is_named(tmp_path):
+    """Nothing told why a scan in HU should not look like HU."""
+    hu = np.where(HU < -50, np.nan, np.abs(HU))
+    with pytest.raises(ScanError, match=rf"{np.isnan(hu).sum()} of 480 values are not finite \(NaN\)"):
+        read_nifti("vol", write_nifti_scan(tmp_path / "vol.nii", hu))
+
+
 @pytest.mark.parametrize("values", [RNG.random(HU.shape), np.clip(HU, 0, 255), HU + 1024, RNG.normal(0, 1, HU.shape)])
 def test_values_that_are_no_hu_are_refused(tmp_path, values):
     with pytest.raises(ScanError, match="doesn't look like HU"):
@@ -122,6 +129,15 @@ def test_unknown_orientation_is_refused(tmp_path):
     nib.save(nib.Nifti1Image(HU, None), tmp_path / "vol.nii")
     with pytest.raises(ScanError, match="sform and qform codes are 0"):
         read_nifti("vol", tmp_path / "vol.nii")
+
+
+@pytest.mark.parametrize("name", ["vol.nii", "vol.nii.gz"])
+def test_a_file_that_is_gone_is_no_damaged_header(tmp_path, name):
+    path = write_nifti_scan(tmp_path / name, HU)
+    source, = find_scans(tmp_path)
+    path.unlink()
+    with pytest.raises(ScanError, match=f"^{name}: cannot be read \\(No such file or directory\\)$"):
+        read_scan(source)
 
 
 def test_truncated_file_is_refused_by_name(tmp_path):
