@@ -71,9 +71,9 @@ def open_dicom(path: Path, **how) -> pydicom.Dataset:
 
 def read_pixels(path: Path) -> tuple[np.ndarray, bool]:
     """The stored values of a file, [H, W] or [frames, H, W], and whether its transfer syntax says compressed where they
-    are not. Raises ScanError where they cannot be decoded.
+    are not. Raises ScanError where they cannot be decoded, OSError where the file cannot be read.
     """
-    relabelled, name = False, "not given"
+    relabelled, syntax = False, None
     try:
         ds = open_dicom(path)
         syntax = ds.file_meta.get("TransferSyntaxUID")
@@ -82,18 +82,20 @@ def read_pixels(path: Path) -> tuple[np.ndarray, bool]:
             ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
         elif syntax.is_compressed and _is_native(ds):
             ds.file_meta.TransferSyntaxUID, relabelled = ExplicitVRLittleEndian, True
-        name = ds.file_meta.TransferSyntaxUID.name
-        if ds.file_meta.TransferSyntaxUID.is_compressed:
+        syntax = ds.file_meta.TransferSyntaxUID
+        if syntax.is_compressed:
             pixels, = decode_apart("dicom", path, _size(ds))
             return pixels, False
         return ds.pixel_array, relabelled
-    except ScanError:
+    except (ScanError, OSError):
         raise
     except Exception as error:                  # every decoder raises its own
         reason = str(error) if isinstance(error, DecodingError) else type(error).__name__
-        raise ScanError(f"{path.name}: its pixels cannot be decoded ({reason}): the file is damaged or truncated, or "
-                        f"its transfer syntax is not supported ({name}); export it uncompressed or in JPEG Lossless"
-                        ) from error
+        told = f"{path.name}: its pixels cannot be decoded ({reason}): the file is damaged or truncated"
+        if syntax is not None and syntax.is_compressed:
+            raise ScanError(f"{told}, or its transfer syntax is not supported ({syntax.name}); export it uncompressed "
+                            "or in JPEG Lossless") from error
+        raise ScanError(f"{told}; copy or export it again") from error
 
 
 def _size(ds: pydicom.Dataset) -> int:
