@@ -20,7 +20,7 @@ from highdicom import AlgorithmIdentificationSequence
 from highdicom.seg import Segmentation, SegmentDescription
 from pydicom.sr.codedict import codes
 
-from common.files import full_disk_named
+from common.files import replacing
 from common.version import VERSION
 from ct.brain import brain_mask
 from ct.derived import MANUFACTURER, Derived, Maker
@@ -70,11 +70,11 @@ def main(argv: list[str] | None = None) -> int:
                     mask = brain_mask(scan)
                     dicom = args.dicom and scan.source == "dicom"
                     path = args.out / (source.scan_id + SUFFIXES[dicom])
-                    with full_disk_named(path):
+                    with replacing(path) as writing:
                         if dicom:
-                            write_dicom_mask(path, mask, scan, phi=not args.no_phi)
+                            write_dicom_mask(writing, mask, scan, phi=not args.no_phi)
                         else:
-                            write_nifti(path, mask, scan)
+                            write_nifti(writing, mask, scan, packed=True)
             except ScanError as error:
                 failed += 1
                 print(f"{source.scan_id}: FAILED, {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """python -m ct.mask: the mask in the scan's geometry as NIfTI and as DICOM Segmentation, failures as exit code 3."""
 
 import logging
+import pathlib
 import threading
 import warnings
 
@@ -62,6 +63,22 @@ def test_a_mask_never_takes_the_place_of_its_scan(tmp_path, capsys):
     assert mask.main([str(path), "--out", str(tmp_path)]) == 2
     assert "head.nii.gz there is a scan" in capsys.readouterr().err and path.read_bytes() == before
     assert mask.main([str(path), "--out", str(tmp_path / "masks")]) in (0, 3)
+
+
+@pytest.mark.parametrize("flags, name", [([], "head.nii.gz"), (["--dicom"], "head.dcm")])
+def test_a_mask_is_whole_or_the_one_before(scans, tmp_path, monkeypatch, flags, name):
+    """Half a file stayed under the mask's name where a write was broken off."""
+    def broken_off(path, content):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise KeyboardInterrupt
+
+    (tmp_path / name).write_bytes(b"before")
+    monkeypatch.setattr(pathlib.Path, "write_bytes", broken_off)
+    monkeypatch.setattr(mask, "write_dicom_mask", lambda path, *args, **how: broken_off(path, b""))
+    with pytest.raises(KeyboardInterrupt):
+        mask.main([str(scans / "head"), "--out", str(tmp_path), *flags])
+    assert {path.name for path in tmp_path.iterdir()} == {name} and (tmp_path / name).read_text() == "before"
 
 
 def test_a_write_hides_headers_and_no_other_threads_warnings(monkeypatch, tmp_path, caplog):
