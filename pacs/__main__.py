@@ -58,6 +58,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--timeout-s", type=float, default=30.0, help="seconds to wait for Orthanc's answers (default: %(default)g)")
     add("--since", default="beginning", choices=("beginning", "now"), help="of Orthanc's change log: where a new "
         "--state starts; now passes over what is in the archive already (default: %(default)s)")
+    add("--withdraw-deleted", action="store_true", help="delete results, too, where their series is deleted by "
+        "itself after they were stored; without this they stay")
     add("--days", type=float, default=7.0, help="of finished series that the pages show, the older ones are counted "
         "(default: %(default)g)")
     add("--no-phi", action=NoPhi, nargs=0, help=argparse.SUPPRESS)
@@ -93,7 +95,7 @@ def start(args: argparse.Namespace) -> tuple[Node, ThreadingHTTPServer]:
     projector = Projector(load_bundle(args.model, distributed.pick_device(args.device), args.precision))
     state = State(args.state, projector.key())
     node = Node(orthanc, state, projector, identity_of(projector), queue=args.queue, poll_s=args.poll_s,
-                from_now=args.since == "now")
+                from_now=args.since == "now", withdraw_deleted=args.withdraw_deleted)
     try:
         return node, serve(node, args.host, args.port, link, args.days)
     except (OSError, UnicodeError) as error:          # the latter of a host that is no name

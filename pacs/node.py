@@ -74,12 +74,13 @@ class Node:
     identity  of the model, for the objects and their UIDs
     queue     series that may wait; while so many do, the change log is left alone
     from_now  with a state that is new, pass over what the change log holds already
+    withdraw_deleted  delete the results of a done series that is deleted by itself
     """
 
     def __init__(self, orthanc: Orthanc, state: State, project: Callable[[Scan], object], identity: Identity, *,
-                 queue: int = 32, poll_s: float = 5.0, from_now: bool = False):
+                 queue: int = 32, poll_s: float = 5.0, from_now: bool = False, withdraw_deleted: bool = False):
         self.orthanc, self.state, self.project, self.identity = orthanc, state, project, identity
-        self.poll_s = poll_s
+        self.poll_s, self.withdraw_deleted = poll_s, withdraw_deleted
         self.metrics = Metrics()
         self.stopping = threading.Event()
         self.in_work: str | None = None
@@ -142,7 +143,8 @@ class Node:
                 self.do(due[0])
             finally:
                 self.in_work = None
-        self.look_after()
+        if self.withdraw_deleted:
+            self.look_after()
         self.withdraw()
         return bool(due) or more and self.log.room() > 0         # with a full queue the log can wait
 

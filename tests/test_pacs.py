@@ -247,7 +247,7 @@ def test_a_series_deleted_by_itself_takes_its_results_along(tmp_path, orthanc):
     """Orthanc's log has no entry of it: the ones of the series are gone."""
     orthanc.send(write_study(tmp_path, 1))
     orthanc.send(write_study(tmp_path, 2))
-    node = node_of(orthanc, tmp_path / "state", at_once)
+    node = node_of(orthanc, tmp_path / "state", at_once, withdraw_deleted=True)
     until_idle(node, 2)
     gone, kept = node.state.rows
     orthanc.client._request(f"/series/{gone}", method="DELETE")

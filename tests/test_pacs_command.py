@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from ct.scan import ScanError
-from pacs.__main__ import main
+from pacs.__main__ import main, parse, start
 from pacs.orthanc import OrthancRefused
 from tests import processes
 from tests.helpers import tiny_bundle
@@ -62,6 +62,17 @@ def test_a_setting_out_of_range_is_wrong_usage(flag, value, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--model", "m", "--orthanc", "http://fake", "--state", "s", f"--{flag}={value}"])
     assert f"--{flag}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("more", [[], ["--withdraw-deleted"]])
+def test_results_of_deleted_series_are_deleted_only_where_that_is_asked_for(tmp_path, more):
+    model, state = str(tiny_bundle(tmp_path / "model")), str(tmp_path / "state")
+    node, server = start(parse(["--model", model, "--orthanc", "http://fake", "--state", state, "--port", "0",
+                                "--device", "cpu", *more]))
+    server.shutdown()
+    server.server_close()
+    node.state.close()
+    assert node.withdraw_deleted == bool(more)
 
 
 @pytest.mark.parametrize("user, password", [("node", ""), ("", "secret-word"), ("no:de", "secret-word")])

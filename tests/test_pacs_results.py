@@ -220,10 +220,23 @@ def test_a_result_that_cannot_be_written_down_is_made_again(tmp_path, monkeypatc
     assert archive.uids() == set(node.state.rows[S1]["objects"])
 
 
-def test_a_series_deleted_by_itself_takes_its_results_along(tmp_path, capsys):
-    """They stayed beside no images, in a study that goes on."""
+def test_a_series_deleted_by_itself_leaves_its_results_where_nothing_else_is_asked_for(tmp_path):
+    """A site may delete images by a rule, and keep the reports."""
     archive = Archive(tmp_path, S1, S2)
     node = archive_node(tmp_path, archive)
+    while node.step():
+        pass
+    before, stored = node.state.rows[S1], archive.uids()
+    del archive.files[S1]
+    node._next_round = 0.0
+    node.step()
+    assert node.state.rows[S1] == before and archive.uids() == stored
+
+
+def test_a_series_deleted_by_itself_takes_its_results_along_where_that_is_asked_for(tmp_path, capsys):
+    """They stayed beside no images, in a study that goes on."""
+    archive = Archive(tmp_path, S1, S2)
+    node = archive_node(tmp_path, archive, withdraw_deleted=True)
     while node.step():
         pass
     files, others = archive.files.pop(S1), set(node.state.rows[S2]["objects"])
@@ -247,7 +260,7 @@ def test_a_series_deleted_by_itself_takes_its_results_along(tmp_path, capsys):
 def test_a_study_that_is_gone_or_not_told_of_is_left_as_it_is(tmp_path, gone):
     """Its results went with it; nor is there anything to do for a series of which Orthanc does not tell."""
     archive = Archive(tmp_path, S1)
-    node = archive_node(tmp_path, archive)
+    node = archive_node(tmp_path, archive, withdraw_deleted=True)
     while node.step():
         pass
     before = node.state.rows[S1]
@@ -265,7 +278,7 @@ def test_a_study_that_is_gone_or_not_told_of_is_left_as_it_is(tmp_path, gone):
 
 def test_what_was_done_is_asked_after_some_at_a_step(tmp_path):
     archive, asked = Archive(tmp_path, S1), []
-    node = archive_node(tmp_path, archive)
+    node = archive_node(tmp_path, archive, withdraw_deleted=True)
     while node.step():
         pass
     ids = [dashed(f"series {i}") for i in range(49)]

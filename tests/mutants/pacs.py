@@ -124,6 +124,8 @@ MUTANTS = (
            'sum("tries" not in', 'sum("" not in', "tests/test_pacs_node.py -k does_not_serve"),
     Mutant("a series deleted by itself leaves its results", "pacs/node.py",
            "if alone and row", "if False and row", "tests/test_pacs_results.py -k deleted_by_itself"),
+    Mutant("results of a series deleted by a rule are deleted unasked", "pacs/node.py",
+           "if self.withdraw_deleted:", "if True:", "tests/test_pacs_results.py -k deleted_by_itself"),
     Mutant("another Orthanc's series are refused as deleted", "pacs/node.py",
            'and not _is_gone(self.orthanc.study, row["study"])', "",
            "tests/test_pacs_results.py -k study_that_is_gone"),
