@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import dataset
 from common.files import ABANDONED_S, remove_abandoned
-from dataset import DatasetError, ScanRecord, SliceDataset, SliceWriter, decode_slice, encode_slice
+from dataset import DatasetError, ScanRecord, SliceDataset, SliceWriter, decode_slice, encode_slice, is_same
 
 N = 16
 
@@ -254,6 +254,16 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
         with SliceWriter(tmp_path / name, {"a": 1}) as writer:
             writer.add(ScanRecord.encode("a", *random_scan(0)), "train", "a")
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+
+
+def test_databases_of_as_many_scans_and_slices_are_the_same():
+    """Also where one tells of no loose slices: an earlier version's, such as that of models/phantom-128."""
+    train, val = {"scans": 5, "slices": 120}, {"scans": 2, "slices": 49}
+    now = {"digest": "1", "counts": {"train": train | {"loose": 0}, "val": val | {"loose": 0}}}
+    before = {"digest": "2", "counts": {"train": train, "val": val}}
+    assert is_same(now, before) and is_same(before, now) and is_same(before, now, "val")
+    more = {"digest": "1", "counts": now["counts"] | {"train": train | {"loose": 3}}}
+    assert not is_same(now, more) and is_same(now, more, "val") and not is_same(before, more, "train")
 
 
 def grey_jpeg_like(count: int, size: int = 256) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,8 @@
 from mutants.mutant import Mutant
 
 MUTANTS = (
+    Mutant("a database that does not count loose slices is another", "dataset.py",
+           '{"loose": 0, **facts', "{**facts", "tests/test_dataset.py -k as_many_scans"),
     Mutant("a file as --out is found only after the calibration", "bundling.py",
            "if not (there.is_dir() and", "if not (True and", "tests/test_latent_stats.py -k cannot_calibrate"),
     Mutant("exit code 0 although scans failed", "projector.py", "in results) else 3", "in results) else 0",
