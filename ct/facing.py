@@ -1,7 +1,7 @@
 """Whether a head in the canonical frame lies nose down, as where a picture of it was turned or mirrored.
 
-DICOM and NIfTI say how the patient lay; pictures do not, and some exporters turn them. Nothing is turned back: whether
-left and right changed places, too, cannot be seen.
+DICOM says how the patient lay; pictures do not, and some exporters turn them, also before they become NIfTI. Nothing is
+turned back: whether left and right changed places, too, cannot be seen.
 """
 
 from __future__ import annotations

@@ -96,5 +96,7 @@ def preprocess_scan(scan: Scan, settings: PreprocessSettings) -> Preprocessed:
     if not kept.any():
         raise ScanError(f"{scan.scan_id}: no slice has brain on {settings.min_brain_fraction:.1%} of the frame "
                         f"and lies within {settings.max_below_vertex_mm:g} mm below the vertex")
-    facing = check_facing(standardised, settings.standardise.head_fraction, settings.standardise.hu_clip[0])
-    return Preprocessed(slabs, brain, standardised, kept, (*reservations, *facing))
+    if scan.source != "dicom":                         # which states how the patient lay
+        frame = settings.standardise
+        reservations += check_facing(standardised, frame.head_fraction, frame.hu_clip[0])
+    return Preprocessed(slabs, brain, standardised, kept, reservations)

@@ -55,3 +55,4 @@ def test_a_nose_down_scan_has_a_reservation():
     down = replace(upright, hu=hu[:, ::-1, ::-1].copy(), brain=upright.brain[:, ::-1, ::-1].copy())
     assert preprocess_scan(upright, settings).reservations == ()
     assert preprocess_scan(down, settings).reservations == (NOSE_DOWN,)
+    assert preprocess_scan(replace(down, source="dicom"), settings).reservations == ()      # its header says so

@@ -127,6 +127,8 @@ MUTANTS = (
            "if step_hu <= COARSE_HU:", "if True:", "tests/test_odd_inputs.py -k coarse_steps"),
     Mutant("a nose-down head passes", "ct/facing.py", "return (NOSE_DOWN,) if", "return () if",
            "tests/test_facing.py"),
+    Mutant("shapes overrule how the patient lay by DICOM", "ct/frame.py", 'if scan.source != "dicom":', "if True:",
+           "tests/test_facing.py"),
     Mutant("one sign of a nose-down head is enough", "ct/facing.py", "<= SKEWED:", "<= -9:", "tests/test_facing.py"),
     Mutant("hollows say nothing of a nose-down head", "ct/facing.py",
            "total / count if count >= LEAST_HOLLOW else -np.inf", "np.inf", "tests/test_facing.py"),
