@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import known_sha256, read_object, sha256
+from common.files import known_sha256, read_object
 from ct.read import RESERVED, ScanSource
 from detect.outputs import WRITTEN
 
@@ -167,7 +167,7 @@ def _state(source: ScanSource) -> str | None:
 @functools.lru_cache(maxsize=1 << 16)
 def _bytes(files: tuple[Path, ...], state: str) -> str | None:
     try:
-        return digest([sha256(path) for path in files])
+        return digest([known_sha256(path) for path in files])
     except OSError:
         return None
 

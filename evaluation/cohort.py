@@ -274,7 +274,9 @@ def _marked(picture: Path) -> np.ndarray:
 
 
 def read_seconds(path: Path, may_be_0: bool = False) -> np.ndarray:
-    """Seconds above 0, or from 0 on, one number a line; empty lines do not count. Raises InputError."""
+    """Seconds above 0, or from 0 on, one number a line; empty lines, and what # begins, do not
+    count. Raises InputError.
+    """
     wanted = f"seconds {'from 0 on' if may_be_0 else 'above 0'}, one number a line, with a decimal point"
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -282,14 +284,15 @@ def read_seconds(path: Path, may_be_0: bool = False) -> np.ndarray:
         raise InputError(f"{path}: expected {wanted}, in UTF-8 ({problem})") from None
     seconds = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
+        text = line.partition("#")[0].strip()
+        if not text:
             continue
         try:
-            value = float(line)
+            value = float(text)
         except ValueError:
             value = np.nan
         if not (0 < value < np.inf or (may_be_0 and value == 0)):
-            raise InputError(f"{path}, line {number}: expected {wanted}, found {line.strip()!r}")
+            raise InputError(f"{path}, line {number}: expected {wanted}, found {text!r}")
         seconds.append(value)
     if not seconds:
         raise InputError(f"{path}: expected {wanted}, found none")

@@ -364,7 +364,7 @@ def test_what_is_no_list_of_seconds_is_named(tmp_path, content, message):
 
 
 def test_scans_may_come_at_once_and_a_spreadsheet_may_mark_its_text(tmp_path):
-    (tmp_path / "seconds.txt").write_text("0\r\n2.5\r\n", encoding="utf-8-sig")
+    (tmp_path / "seconds.txt").write_text("# s\r\n0\r\n2.5  # a pause\r\n", encoding="utf-8-sig")
     assert cohort.read_seconds(tmp_path / "seconds.txt", may_be_0=True).tolist() == [0, 2.5]
     starts = triage.read_worklist(np.zeros(3), np.full(3, 10.0), np.array([1.0, 3, 3]), np.zeros(3))
     assert starts.tolist() == [20, 0, 10]                                    # equal scores in order of arrival
