@@ -12,18 +12,20 @@ import argparse
 import json
 import signal
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 
 def describe(folder: str | Path) -> str:
-    """What a bundle is, for people to read: method, files, settings, versions and provenance."""
+    """What a bundle is, for people to read: method, files, settings, versions, and provenance in short."""
     from common.weights import load_tensors
     from detect.bundle import load_bundle
 
     bundle = load_bundle(folder)
     meta = bundle.meta
     lines = [f"{folder}: format version {meta['format_version']}, weights {bundle.weights_hash[:16]}"]
-    lines += [f"  {key:20} {value}" for key, value in meta["config"].items()]
+    lines += rows(meta["config"])
     for name in meta["files"]:
         path = Path(folder) / name
         count = sum(tensor.numel() for tensor in load_tensors(path).values())
@@ -33,23 +35,67 @@ def describe(folder: str | Path) -> str:
         lines.append(f"  {'latent statistics':20} {len(stats.positions_mm)} positions, {stats.positions_mm[0]:g} to "
                      f"{stats.positions_mm[-1]:g} mm below the vertex; {stats.components.shape[-1]} of "
                      f"{stats.components.shape[-2]} components, {stats.explained().mean():.0%} of the variance")
-    lines += taught_by((meta["provenance"] or {}).get("reader"))
     lines.append("  settings, for --set of projector.py:")
     lines += [f"    {f'{name}={value}':32} {what}" for name, value, what in bundle.settings.listing()]
-    shown = shortened(meta)
-    return "\n".join(lines + [f"  {key:20} {json.dumps(value)}" for key, value in shown.items()])
+    lines += rows({"versions": meta["versions"], "preprocessing": meta["preprocessing"]})
+    lines += calibrated_by(meta["calibration"]) + comes_from(meta["provenance"] or {})
+    return "\n".join([*lines, f"  {'in full':20} {Path(folder) / 'model.json'}, or show --json"])
 
 
-def taught_by(reader: dict | None) -> list[str]:
-    """Lines of what taught a bundle's reader and those that it began with, by its provenance."""
-    lines, title = [], "reader taught by"
-    while reader:
-        counts = reader["data"]["counts"]
+def comes_from(known: dict) -> list[str]:
+    """Lines of where a bundle comes from, by its provenance: a few, whatever that holds."""
+    notes = known.get("notes")
+    notes = {f"note: {key}": value for key, value in notes.items()} if isinstance(notes, dict) else {"notes": notes}
+    others = {key: value for key, value in known.items()
+              if key not in ("reader", "readers", "init", "notes", "versions")}
+    return [*rows(others | {"made with": known.get("versions")}), *taught_by("begun with", known.get("init")),
+            *taught_by("reader taught by", known.get("reader")), *rows(notes)]
+
+
+def taught_by(title: str, run: dict | None) -> list[str]:
+    """Lines of what taught a run and those that it began with, by a bundle's provenance."""
+    lines = []
+    while run:
+        counts = run["data"]["counts"]
         scans = counts["train"]["scans"] + counts["val"]["scans"]
-        lines.append(f"  {title:20} {scans - reader['held_out']} of the {scans} scans of database "
-                     f"{reader['data']['digest'][:16]}, {reader['images_seen']} images")
-        reader, title = reader.get("init"), "having begun with"
+        lines.append(f"  {title:20} {scans - run['held_out']} of the {scans} scans of database "
+                     f"{run['data']['digest'][:16]}, {run['images_seen']} images")
+        run, title = run.get("init"), "having begun with"
     return lines
+
+
+def calibrated_by(calibration: dict | None) -> list[str]:
+    """The line of the scans that a bundle is calibrated by, and its thresholds."""
+    if not calibration:
+        return rows({"calibration": "none: scores without percentiles"})
+    found = calibration["threshold"]
+    values = ", ".join(f"{how} {found[how]:.3g}" for how in calibration["scan_scores"] if found.get(how) is not None)
+    return rows({"calibration": f"{calibration['scans']} healthy scans; " + (
+        f"thresholds, exceeded by {found['fpr']:.0%} of such scans at most: {values}" if values else
+        f"no thresholds: {found['reason']}")})
+
+
+def rows(table: dict) -> list[str]:
+    """A line for each value of a table, wrapped; none for what is None."""
+    indent = " " * 23
+    return [line for key, value in table.items() if value is not None
+            for line in textwrap.wrap(in_short(value), 118, initial_indent=f"  {key:20} ", subsequent_indent=indent,
+                                      break_long_words=False, break_on_hyphens=False)]
+
+
+def in_short(value: Any) -> str:
+    """A value of model.json for people: databases and runs by their numbers, a list of objects by its length."""
+    if isinstance(value, dict) and "counts" in value:
+        scans = {split: count["scans"] for split, count in value["counts"].items()}
+        return f"database {value['digest'][:16]}: {scans['train']} scans to train on, {scans['val']} held out"
+    if isinstance(value, dict) and "images_seen" in value:
+        return f"{value['images_seen']} images" + (
+            f" of database {value['data_digest'][:16]}" if "data_digest" in value else "")
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {in_short(one)}" for key, one in value.items())
+    if isinstance(value, list) and any(isinstance(one, dict | str) for one in value):
+        return f"{len(value)} entries"
+    return str(value)
 
 
 def shortened(meta: dict) -> dict:

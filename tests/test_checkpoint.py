@@ -597,6 +597,27 @@ def test_import_released_command(tmp_path, capsys):
     assert "s.pkl: variance: every variance must be" in capsys.readouterr().err
 
 
+def test_where_a_bundle_comes_from_is_shown_in_short(tmp_path, bundle_parts):
+    """It was one line of kilobytes of JSON. Whatever the provenance holds, the whole is in model.json."""
+    shown = checkpoint.describe(ROOT / "models" / "head-128").partition("\n  versions")[2]
+    lines = shown.splitlines()
+    assert "{" not in shown and len(lines) < 30 and max(map(len, lines[:-1])) <= 120
+    for expected in ("28 healthy scans; thresholds, exceeded by 5% of such scans at most: max 0.689, top3 0.598, mean",
+                     "gan                  50384 images of database 228332711f900338\n",
+                     "data                 database 6e4c8ca28f8c3b4d: 80 scans to train on, 28 held out\n",
+                     "reader taught by     98 of the 108 scans of database 6e4c8ca28f8c3b4d, 3744 images\n",
+                     "note: use            non-commercial research: trained on CT-ICH",
+                     "note: how            9 entries\n",
+                     "in full              " + str(ROOT / "models" / "head-128" / "model.json")):
+        assert expected in shown
+    known = {"notes": "two\nlines", "folds": [{"held_out": 3}] * 2, "whatever": [1, 2], "encoder": None}
+    save(tmp_path / "bundle", *bundle_parts, {"preprocessing": None, "calibration": None, "provenance": known})
+    shown = checkpoint.describe(tmp_path / "bundle")
+    for expected in ("notes                two lines\n", "folds                2 entries\n",
+                     "whatever             [1, 2]\n", "calibration          none: scores without percentiles\n"):
+        assert f"\n  {expected}" in shown
+
+
 def test_a_bundle_that_cannot_be_written_is_told_so(tmp_path, capsys, monkeypatch):
     released_checkpoint(tmp_path / "c.pth", networks(RELEASED))
     statistics_file(tmp_path / "s.pkl")
