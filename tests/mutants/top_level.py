@@ -33,7 +33,7 @@ MUTANTS = (
            '"counts": counts}, "init": began_with(meta)}', '"counts": counts}, "init": None}',
            "tests/test_train_reader.py -k readers_of_its_own"),
     Mutant("a reader is said to be taught by what it held out", "checkpoint.py",
-           "{scans - reader['held_out']} of the", "{scans} of the", "tests/test_train_reader.py -k readers_of_its_own"),
+           "{scans - run['held_out']} of the", "{scans} of the", "tests/test_train_reader.py -k readers_of_its_own"),
     Mutant("a model's readers are those it had", "bundling.py",
            'readers = {"readers": [', 'readers = {"others": [', "tests/test_train_reader.py -k readers_of_its_own"),
     Mutant("what a model's reader has learnt from is asked of its successors", "bundling.py",
