@@ -21,7 +21,7 @@ from pydicom.valuerep import DA, DT, TM
 from ct.dicom_header import frame_value
 from ct.geometry import SliceStack
 from ct.scan import Scan, ScanError
-from ct.slab import extents
+from ct.slab import slice_thickness_mm
 
 MANUFACTURER = "CN-StyleGAN"
 WARNING = "Research, unverified"              # opens every series' description
@@ -201,11 +201,10 @@ def _check_distinct(paths: Sequence[Path], headers: Sequence[Dataset]) -> None:
 
 
 def _thickness(scan: Scan, headers: Sequence[Dataset], paths: Sequence[Path]) -> np.ndarray:
-    """Slice thickness in mm, [S]; type 2 in CT, so it may be empty: then what its neighbours leave it, as for slabs."""
-    low, high = extents(scan.position_mm)
+    """Slice thickness in mm, [S]; type 2 in CT, so it may be empty: then what its neighbours leave it."""
     said = [frame_value(headers[paths.index(path)], frame, "PixelMeasuresSequence", "SliceThickness")
             for path, frame in scan.geometry.frames]
-    return np.array([float(value) if value else mm for value, mm in zip(said, high - low)])
+    return np.array([float(value) if value else mm for value, mm in zip(said, slice_thickness_mm(scan.position_mm))])
 
 
 def _reference_image(header: Dataset, first: Dataset, thickness_mm: float) -> Dataset:

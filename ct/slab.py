@@ -75,7 +75,7 @@ def to_slabs(scan: Scan, slab_mm: float = 5.0, thin_mm: float = 4.0) -> Slabs:
 def _shares(position_mm: np.ndarray, slab_mm: float, thin_mm: float) -> tuple[np.ndarray, np.ndarray]:
     """How much of each slice is in each slab, float64 [T, S], inferior to superior, and all of it [S]: mm, or 1 of a
     thick slice."""
-    low, high = extents(position_mm)
+    low, high = _extents(position_mm)
     thick, rows, s = _nearest(position_mm) >= thin_mm, [], 0
     while s < len(position_mm):
         end = s + 1
@@ -113,9 +113,22 @@ def _nearest(position_mm: np.ndarray) -> np.ndarray:
     return np.minimum(np.append(np.inf, steps), np.append(steps, np.inf))
 
 
-def extents(position_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def slice_thickness_mm(position_mm: np.ndarray) -> np.ndarray:
+    """What each of two slices or more stands for, mm [S]: it reaches halfway to its neighbours, at the scan's ends as
+    far as on the other side.
+
+    A gap, a step over 1.5 times as large as both beside it, counts as if it were just that. Where one spacing ends and
+    another begins there may be a short step: there is no gap.
+    """
+    steps = np.diff(position_mm)
+    if len(steps) > 1:
+        steps = np.minimum(steps, 1.5 * np.maximum(np.append(0, steps[:-1]), np.append(steps[1:], 0)))
+    return (np.append(steps[:1], steps) + np.append(steps, steps[-1:])) / 2
+
+
+def _extents(position_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper end of each of two slices or more, mm [S]: halfway to its neighbours, but no farther than as if
-    the one were 1.5 times as far as the nearer one, so not into a gap; at the scan's ends as far as on the other side.
+    the one were 1.5 times as far as the nearer one; at the scan's ends as far as on the other side.
     """
     half = np.diff(position_mm) / 2
     below, above = np.append(half[:1], half), np.append(half, half[-1:])

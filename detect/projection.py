@@ -13,7 +13,7 @@ import torch
 
 from ct.frame import Preprocessed, PreprocessSettings, clipped_below, preprocess_scan
 from ct.scan import Scan
-from ct.slab import extents
+from ct.slab import slice_thickness_mm
 from detect import calibration
 from detect.bundle import Bundle, versions
 from detect.measure import Measure
@@ -251,13 +251,12 @@ def no_percentile(scan: Scan, settings: PreprocessSettings) -> str:
 def volume_ml(mask: np.ndarray, scan: Scan) -> float | None:
     """Volume of a mask [S, H, W] in millilitres; None where the source does not tell its pixel spacing.
 
-    What may lie where slices are missing does not count: a slice beside a gap is as thick as on its other side, or half
-    as much again.
+    What may lie where slices are missing does not count (ct.slab.slice_thickness_mm).
     """
     if scan.pixel_spacing_mm is None:
         return None
-    low, high = extents(scan.position_mm) if len(scan.position_mm) > 1 else (0.0, np.array([scan.slice_spacing_mm]))
-    thickness = high - low
+    one = len(scan.position_mm) == 1
+    thickness = np.array([scan.slice_spacing_mm]) if one else slice_thickness_mm(scan.position_mm)
     return float((mask.sum((1, 2)) * thickness).sum() * np.prod(scan.pixel_spacing_mm) / 1000)
 
 

@@ -152,7 +152,8 @@ def test_a_scan_that_is_compared_with_nothing_says_so_and_what_would_help():
 
 @pytest.mark.parametrize("position_mm, ml", [
     ([0, 5, 10, 15, 20], 0.05), ([0, 5, 10, 55, 60], 0.0625), ([0, 10, 20, 25, 30], 0.1), ([20], 0.05),
-    ([0, 6, 10, 15, 20], 0.045)])
+    ([0, 6, 10, 15, 20], 0.045),
+    ([2, 6, 10, 11, 18, 25], 0.025), ([3, 4, 10, 20, 30], 0.08), ([10, 55], 0.45), ([10, 55, 60], 0.075)])
 def test_a_volume_holds_nothing_of_a_gap(position_mm, ml):
     """Half of 45 mm counted for the slice below a gap: five times what it showed."""
     hu = np.zeros((len(position_mm), 4, 6), np.float32)
