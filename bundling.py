@@ -239,6 +239,9 @@ def with_readers(trained: Trained, runs: Sequence[Path], settings: Settings, dev
     if seen := sorted(set(trained.held_out_ids()).difference(*(one.scans for one in every))):
         raise ValueError(f"--reader {named}: may all have been trained on {', '.join(seen)}, which "
                          "are to calibrate; give the readers of all folds (train_reader.py --fold)")
+    if idle := [str(run) for run, one in zip(runs, every) if not one.scans]:
+        raise ValueError(f"--reader {', '.join(idle)}: may have been trained on all scans that are to calibrate: "
+                         "leave it out")
     if len(every) > 1:
         readers = {"readers": [one.provenance["reader"] for one in every]}
         every = [dataclasses.replace(one, provenance=one.provenance | readers) for one in every]

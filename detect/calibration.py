@@ -20,7 +20,16 @@ from detect import normative
 from detect.measure import Measure
 from detect.reconstruct import Reconstruction, Reconstructor, method
 from detect.residual import Evidence
-from detect.scores import SCAN_SCORES, SLICE_MM, percentile_of, rounded_up, scan_score, thickness_mm, threshold_at_fpr
+from detect.scores import (
+    SCAN_SCORES,
+    SLICE_MM,
+    least_healthy,
+    percentile_of,
+    rounded_up,
+    scan_score,
+    thickness_mm,
+    threshold_at_fpr,
+)
 from detect.settings import Settings
 
 FPR = 0.05                            # of the stored thresholds
@@ -101,10 +110,11 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
     """Reconstruct the held-out scans, each by its own fold, and keep what a new scan is compared with. JSON-able:
 
     split, scans   'val', and the number of its scans: their ids, names of folders, are not kept
+    patients       the number of people whose scans these are
     scan_scores    by each of SCAN_SCORES, scan by scan
     slice_scores   one dict per slice: scan (index into these), below_vertex_mm, score
     threshold      by each of SCAN_SCORES, exceeded by a healthy scan with probability `fpr` at most; None
-                   where there are too few scans, with the `reason`
+                   where there are too few patients, with the `reason`
     error_hu       mean absolute error of the reconstruction in the brain after each stage, HU, mean over scans
     healthy        error_hu and brain_hu of each scan: that error, and the median of its brain, HU
     precision      of the networks
@@ -128,7 +138,10 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
                 + ", ".join(f"{stage} {error:.2f}" for stage, error in found.error_hu.items()))
     fitted, findings = measure.fit(seen, patients)
     scores = [one.slice_scores for one in findings]
-    facts = summary([one.below_vertex_mm.tolist() for one in seen], scores, errors, brain_hu)
+    facts = summary([one.below_vertex_mm.tolist() for one in seen], scores, errors, brain_hu, len(set(patients)))
+    if facts["patients"] < facts["scans"]:
+        log(f"note: {facts['scans']} scans of {facts['patients']} patients: those of one are alike, and tell less of "
+            "another's than scans of as many patients would")
     for how, values in facts["scan_scores"].items():
         log(f"scores of the healthy scans by {how}, lowest first: "
             + " ".join(f"{value:.3g}" for value in sorted(values)))
@@ -136,24 +149,31 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
 
 
 def summary(positions: list[list[float]], scores: list[torch.Tensor],
-            errors: list[dict[str, float]], brain_hu: list[float]) -> dict[str, Any]:
-    """The calibration's JSON from the slice scores, errors and the brain's median of each scan."""
+            errors: list[dict[str, float]], brain_hu: list[float], patients: int) -> dict[str, Any]:
+    """The calibration's JSON from the slice scores, errors and the brain's median of each scan, of so many patients."""
     scan_scores = {how: [scan_score(one, how, thickness_mm(mm)) for one, mm in zip(scores, positions)]
                    for how in SCAN_SCORES}
     slice_scores = [{"scan": s, "below_vertex_mm": round(mm, 3), "score": score}
                     for s, (one, places) in enumerate(zip(scores, positions))
                     for score, mm in zip(one.tolist(), places)]
     mean_error = {stage: sum(error[stage] for error in errors) / len(errors) for stage in errors[0]}
-    return {"split": "val", "scans": len(scores), "scan_scores": scan_scores, "slice_scores": slice_scores,
-            "threshold": thresholds(scan_scores, FPR), "error_hu": mean_error,
+    return {"split": "val", "scans": len(scores), "patients": patients, "scan_scores": scan_scores,
+            "slice_scores": slice_scores, "threshold": thresholds(scan_scores, FPR, patients), "error_hu": mean_error,
             "healthy": {"error_hu": [Reconstruction.last_error(error) for error in errors], "brain_hu": brain_hu}}
 
 
-def thresholds(scan_scores: dict[str, list[float]], fpr: float) -> dict[str, Any]:
-    """{fpr, a threshold or None for each way of scoring, reason}: reason says why there is none, else None."""
+def thresholds(scan_scores: dict[str, list[float]], fpr: float, patients: int | None = None) -> dict[str, Any]:
+    """{fpr, a threshold or None for each way of scoring, reason}: reason says why there is none, else None.
+
+    patients: how many people's scans these are; None: each of another's. 20 scans of one head do not tell what one head
+    in 20 exceeds.
+    """
     try:
         by_score = {how: threshold_at_fpr(torch.tensor(scores, dtype=torch.float64), fpr)
                     for how, scores in scan_scores.items()}
+        if patients is not None and patients < (needed := least_healthy(fpr)):
+            raise ValueError(f"a false-positive rate of {fpr} needs healthy scans of {needed} patients, found those of "
+                             f"{patients}; add scans of others or allow a higher rate")
     except ValueError as error:
         return {"fpr": fpr} | dict.fromkeys(scan_scores) | {"reason": str(error)}
     return {"fpr": fpr} | by_score | {"reason": None}
@@ -198,11 +218,13 @@ def at_rate(calibration: dict[str, Any], rate: float) -> dict[str, Any]:
     """
     if not 0 < rate < 1:
         raise ValueError(f"alarm rate: expected a share between 0 and 1, such as 0.05, got {rate:g}")
-    found = thresholds(calibration["scan_scores"], rate)
+    found = thresholds(calibration["scan_scores"], rate, calibration.get("patients"))
     if found["reason"]:
-        n = calibration["scans"]
-        raise ValueError(f"alarm rate {rate:g}: {n} healthy scans cannot tell it; the lowest rate that they allow is "
-                         f"{rounded_up(1 / (n + 1)):.3g}, or calibrate with more scans (latent_stats.py)")
+        n = calibration.get("patients", calibration["scans"])                            # an older one does not say
+        whose = f" of {n} patients" if n < calibration["scans"] else ""
+        raise ValueError(f"alarm rate {rate:g}: {calibration['scans']} healthy scans{whose} cannot tell it; the lowest "
+                         f"rate that they allow is {rounded_up(1 / (n + 1)):.3g}, or calibrate with more scans "
+                         "(latent_stats.py)")
     return calibration | {"threshold": found}
 
 

@@ -87,6 +87,11 @@ def percentile_of(scores: torch.Tensor, healthy_scores: torch.Tensor) -> torch.T
     return 100 * below / (len(healthy) + 1)
 
 
+def least_healthy(fpr: float) -> int:
+    """How many healthy scans, each of another patient, a false-positive rate needs at least."""
+    return math.ceil(1 / fpr - 1 - 1e-9)
+
+
 def threshold_at_fpr(healthy_scores: torch.Tensor, fpr: float) -> float:
     """The threshold that a healthy scan exceeds with a probability of at most fpr, from n healthy scores [n].
 
@@ -99,7 +104,7 @@ def threshold_at_fpr(healthy_scores: torch.Tensor, fpr: float) -> float:
         raise ValueError(f"a false-positive rate must lie between 0 and 1, got {fpr}")
     may_exceed = math.floor((len(healthy) + 1) * fpr + 1e-9)  # of n + 1 scans; 1e-9 for 20 * 0.05 just under 1
     if may_exceed == 0:
-        raise ValueError(f"a false-positive rate of {fpr} needs {math.ceil(1 / fpr - 1 - 1e-9)} "
+        raise ValueError(f"a false-positive rate of {fpr} needs {least_healthy(fpr)} "
                          f"healthy scans, found {len(healthy)}; add scans or allow a higher rate")
     return healthy[len(healthy) - may_exceed].item()
 

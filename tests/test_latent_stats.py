@@ -17,7 +17,7 @@ from ct.standardise import StandardiseSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
 from detect.autoencoder import Autoencoder, AutoencoderFit
 from detect.bundle import load_bundle
-from detect.calibration import thresholds
+from detect.calibration import Trained, at_rate, thresholds
 from detect.codes import encode_slices, fit
 from detect.options import StatsConfig
 from detect.pca import PcaFit, PositionPca
@@ -256,6 +256,19 @@ def test_thresholds():
     assert few["max"] is None and "needs 19" in few["reason"]
 
 
+def test_twenty_scans_of_one_head_are_no_threshold():
+    """They were: what one healthy head in 20 exceeds was told by the scans of however few."""
+    scores = {"max": [float(i) for i in range(1, 21)]}
+    assert thresholds(scores, 0.05, 19) == thresholds(scores, 0.05) == {"fpr": 0.05, "max": 20.0, "reason": None}
+    few = thresholds(scores, 0.05, 18)
+    assert few["max"] is None and "needs healthy scans of 19 patients, found those of 18" in few["reason"]
+    assert thresholds(scores, 0.2, 4)["max"] == 17.0                       # of 21 scans four may exceed it
+    calibration = {"scans": 20, "patients": 3, "scan_scores": scores}
+    with pytest.raises(ValueError, match="0.2: 20 healthy scans of 3 patients cannot tell it; the lowest .* is 0.25,"):
+        at_rate(calibration, 0.2)
+    assert at_rate(calibration, 0.25)["threshold"]["max"] == 16.0
+
+
 def test_notes(tmp_path):
     path = tmp_path / "notes.json"
     path.write_text(json.dumps({"machine": "one core"}))
@@ -287,14 +300,17 @@ def test_presets():
 
 # ---- surprise
 
-def test_a_patients_other_scan_does_not_judge_his_first(tmp_path):
+def test_a_patients_other_scan_does_not_judge_his_first(tmp_path, capsys):
     scores = []
     for name, patients in (("own", range(6)), ("shared", (0, 1, 2, 3, 4, 2))):
         data = write_slices(tmp_path / f"{name}.lmdb", held_out=(2, 3, 4, 5), patients=patients)
         run = write_run(tmp_path / name, SliceDataset(data).manifest)
         assert command(data, run, tmp_path / f"{name}-model", "--set", "measure=surprise", "surprise_above=0", *PLAIN,
                        "steps_noise=0", "--components", "2", "--passes", "4") == 0
-        found = load_bundle(tmp_path / f"{name}-model").meta["calibration"]["slice_scores"]
+        calibration = load_bundle(tmp_path / f"{name}-model").meta["calibration"]
+        of_fewer = "note: 4 scans of 3 patients" in capsys.readouterr().out
+        assert (calibration["patients"], of_fewer) == ((4, False) if name == "own" else (3, True))
+        found = calibration["slice_scores"]
         scores.append([[one["score"] for one in found if one["scan"] == scan] for scan in range(4)])
     assert not any(own == shared for own, shared in zip(*scores))      # others by the tails, which come of all
 
@@ -365,6 +381,20 @@ def test_a_scan_held_out_twice_is_refused(tmp_path, capsys):
     one, _ = fold_inputs(tmp_path)
     assert command(*one, tmp_path / "mine", "--fold", *map(str, one)) == 2
     assert "head4, head5 held out in" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_all_is_named(inputs, monkeypatch):
+    """Beside readers of all folds it was taken for a database that holds nothing out."""
+    data = SliceDataset(inputs[0])
+    trained = Trained(data, inputs[0], {}, {}, lambda: None)
+    unseen = {"one": ["head5"], "all": []}
+    monkeypatch.setattr(bundling, "digest_of", lambda method: "")
+    monkeypatch.setattr(bundling, "with_reader", lambda trained, run, *rest: dataclasses.replace(
+        trained, scans=unseen[run], provenance={"reader": run}))
+    settings, device = Settings("inversion", measure="surprise"), torch.device("cpu")
+    with pytest.raises(ValueError, match="--reader all: may have been trained on all scans that are to calibrate"):
+        bundling.with_readers(trained, ["one", "all"], settings, device)
+    assert [one.scans for one in bundling.with_readers(trained, ["one"], settings, device)] == [["head5"]]
 
 
 # ---- other methods, by the same code
