@@ -70,10 +70,12 @@ def read_data(data: Path, model: Model) -> tuple[Pictures, dict[str, int] | None
 
 
 def clear(out: Path) -> None:
-    """Removes what an earlier run has written, lest pictures and labels of other data stay beside these scores.
+    """Removes what an earlier run has written, lest scores, labels and pictures of other data stay side by side.
 
-    Ours are tables as write_results makes them, and pictures that are both in maps/ and overlays/; all else stays.
+    Of scores.csv and run.json whatever is there: this run writes them anew. Else ours are tables as write_results makes them, and pictures that are both in maps/ and overlays/; all else stays.
     """
+    for name in ("scores.csv", "run.json"):
+        (out / name).unlink(missing_ok=True)
     begins = {None: "", **{str(label): f"{name}/" for label, name in enumerate(CLASSES)}}      # names, by their label
     for path, columns in ((out / "slices.csv", SLICE_COLUMNS), (out / "labels.csv", LABEL_COLUMNS)):
         with contextlib.suppress(ValueError):                         # there is none, or no table of ours

@@ -97,7 +97,7 @@ def train(config: TrainConfig, data: TrainingData, out: Path, device: torch.devi
             distributed.print0(f"Resuming at iteration {trainer.iteration}")
         distributed.check_same_state(trainer.g)
         batch = config.batch * trainer.world
-        streams = [batches(part, config.batch, 2 * run.seed + i, trainer.iteration * batch, device)
+        streams = [batches(part, config.batch, 2 * run.seed + i, trainer.images_seen, device)
                    for i, part in enumerate((data.mixed, data.healthy))]
         distributed.print0(f"{len(data.healthy)} healthy images, {len(data.mixed)} unannotated, "
                            f"{len(data.held_out) if data.held_out else 0} healthy kept aside; 2 x {trainer.world} x "

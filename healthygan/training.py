@@ -30,6 +30,7 @@ class Trainer:
         self.config, self.device = config, device
         self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
         self.iteration = 0
+        self.images_seen = 0                                       # of each set, over all ranks
         self.highest_aucp = -math.inf                              # of the generators so far, on rank 0
         self.reseed(config.seed)
         torch.backends.cudnn.benchmark = True                      # every step has the same shapes
@@ -59,6 +60,7 @@ class Trainer:
 
     def step(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
         """One step on images a, b [batch, 3, N, N]; returns scalars for the log."""
+        self.images_seen += len(a) * self.world
         a, b = (self._shift(self._flip(x, f"flip {name}"), f"shift {name}") for x, name in ((a, "a"), (b, "b")))
         for optimiser in (self.g_opt, self.d_opt):
             for group in optimiser.param_groups:
@@ -191,10 +193,11 @@ class Trainer:
     def state(self) -> dict:
         """Everything but the weights that a resumed run needs."""
         return {"g_opt": self.g_opt.state_dict(), "d_opt": self.d_opt.state_dict(), "iteration": self.iteration,
-                "collapsed": self.collapsed.cpu(), "highest_aucp": self.highest_aucp}
+                "images_seen": self.images_seen, "collapsed": self.collapsed.cpu(), "highest_aucp": self.highest_aucp}
 
     def load_state(self, state: dict) -> None:
         load_optimiser(self.g_opt, state["g_opt"])
         load_optimiser(self.d_opt, state["d_opt"])
         self.iteration, self.collapsed = state["iteration"], state["collapsed"].to(self.device)
         self.highest_aucp = state["highest_aucp"]
+        self.images_seen = state.get("images_seen", self.iteration * self.config.batch * self.world)   # an older run

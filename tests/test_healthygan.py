@@ -78,6 +78,17 @@ def stats(run: Path) -> dict[int, dict]:
 # ---------------------------------------------------------------------------------------------------------------
 # Training
 
+def test_a_run_goes_on_in_its_stream_with_other_batches(tmp_path, run_train, monkeypatch):
+    """As with another number of ranks: the images used up were counted as if the batches had always been today's."""
+    run_train(tmp_path, "--iterations", 10, "--decay", 0, "--batch", 4)
+    starts, real = [], train.batches
+    monkeypatch.setattr(train, "batches", lambda part, batch, seed, start, device: (
+        starts.append(start), real(part, batch, seed, start, device))[1])
+    run_train(tmp_path, "--iterations", 11, "--decay", 0, "--batch", 2)
+    run_train(tmp_path, "--iterations", 12, "--decay", 0, "--batch", 2)
+    assert starts == [40, 40, 42, 42]
+
+
 def test_a_run_writes_what_it_promises(finished):
     row = stats(finished)[20]
     assert {"wasserstein", "d_b", "d_y", "penalty", "g_identity", "mask_a", "mask_b", "aucp"} <= row.keys()
@@ -317,6 +328,15 @@ def test_a_second_run_leaves_nothing_of_the_first_ones_data(finished, xrays, tmp
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     pictures = {f"{kind}/mixed/{i:02d}.png" for kind in ("maps", "overlays") for i in range(10)}
     assert found == {"scores.csv", "run.json", *own, *pictures} and not (out / "maps/healthy").exists()
+
+
+def test_a_run_that_is_killed_leaves_no_scores_beside_other_maps(finished, xrays, tmp_path, monkeypatch):
+    """The scores of the data before stood beside the maps of these."""
+    flags = ["--model", str(finished), "--out", str(tmp_path), "--device", "cpu", "--precision", "fp32"]
+    assert healthygan_test.main(["--data", str(xrays), *flags]) == 0
+    monkeypatch.setattr(healthygan_test, "score_rows", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert healthygan_test.main(["--data", str(xrays / "train/mixed"), *flags]) == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"maps", "overlays"}
 
 
 @pytest.mark.parametrize("name, text", [
