@@ -183,6 +183,18 @@ def score(args: argparse.Namespace) -> int:
     baseline = load(args.baseline, distributed.pick_device(args.device))
     settings = PreprocessSettings.from_json(baseline.trained_on["data"]["settings"])
     scans, slices = [], []
+    try:
+        _score_each(args, baseline, settings, scans, slices)
+    finally:                                           # what is done is kept, whatever ends the work
+        for name, columns, rows in (("scores", ("scan_id", "score", "status", "reason"), scans),
+                                    ("slices", ("scan_id", "slice", "score"), slices)):
+            write_table(args.out / f"{name}.csv", columns, rows)
+    return 3 if any(row["status"] == "failed" for row in scans) else 0
+
+
+def _score_each(args: argparse.Namespace, baseline: Fitted, settings: PreprocessSettings, scans: list[dict],
+                slices: list[dict]) -> None:
+    """Writes the maps and appends the rows of scores.csv and slices.csv, scan by scan."""
     for source in find_scans(args.scans):
         try:
             scan = read_scan(source)
@@ -200,10 +212,6 @@ def score(args: argparse.Namespace) -> int:
         slices += [{"scan_id": source.scan_id, "slice": i, "score": float(scored.slice_scores[i])}
                    for i in np.flatnonzero(scored.shown)]
         print(f"{source.scan_id}: score {scans[-1]['score']:.3f} HU", flush=True)
-    for name, columns, rows in (("scores", ("scan_id", "score", "status", "reason"), scans),
-                                ("slices", ("scan_id", "slice", "score"), slices)):
-        write_table(args.out / f"{name}.csv", columns, rows)
-    return 3 if any(row["status"] == "failed" for row in scans) else 0
 
 
 def parser() -> argparse.ArgumentParser:

@@ -276,6 +276,22 @@ def test_a_broken_scan_is_a_row_with_a_reason(fits, tmp_path):
     assert row["status"] == "failed" and row["reason"]
 
 
+def test_an_error_that_is_no_scans_keeps_the_scores_before_it(fits, tmp_path, monkeypatch, capsys):
+    """A full disk at the second scan: the first one's scores were lost."""
+    fits["hu"].save(tmp_path / "hu.safetensors")
+    head = synthetic_head(slices=14, size=64, spacing_mm=(10.0, 3.6, 3.6))[0]
+    for name in ("a", "b"):
+        write_slice_folder(tmp_path / "scans" / name, head, slice_spacing_mm=10.0)
+    real = baselines.write_nifti
+    monkeypatch.setattr(baselines, "write_nifti", lambda path, *rest: (
+        real(path, *rest) if path.parent.name == "a" else (_ for _ in ()).throw(OSError(28, "No space left on device"))))
+    flags = ["--out", str(tmp_path / "results"), "--device", "cpu"]
+    assert baselines.main(["score", str(tmp_path / "hu.safetensors"), str(tmp_path / "scans"), *flags]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert set(read_scores(tmp_path / "results/scores.csv")) == {("a",)}
+    assert {key[0] for key in read_scores(tmp_path / "results/slices.csv", by_slice=True)} == {"a"}
+
+
 def test_a_missing_database_is_wrong_usage(tmp_path, capsys):
     assert baselines.main(["fit", "hu", "--data", str(tmp_path / "no.lmdb"), "--out", str(tmp_path / "x")]) == 2
     assert "no.lmdb" in capsys.readouterr().err
