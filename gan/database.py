@@ -29,6 +29,7 @@ from ct.scan import Scan, ScanError, printable
 from ct.slab import Slabs
 from ct.standardise import StandardiseSettings
 from dataset import SPLITS, DatasetError, ScanRecord, SliceWriter
+from gan.snapshots import snapshot_steps
 
 PathLike = str | os.PathLike
 HU_RANGE = (-20.0, 180.0)     # what the three windows show
@@ -383,10 +384,14 @@ def ensure_database(data: Path, out: Path, size: int) -> Path:
     """`data` itself if it is a database; a folder of scans is prepared first, into out/data.lmdb.
 
     An existing out/data.lmdb is taken as it is (a run that goes on must not see other slices). Raises DatasetError for
-    a folder under torchrun: the other ranks would wait longer for the first one than they may.
+    a training run's folder, and for any under torchrun: the other ranks would wait longer for the first one than they
+    may.
     """
     if not data.is_dir():
         return data
+    if snapshot_steps(data):
+        raise DatasetError(f"--data {data}: the folder of a training run, which holds networks; give the database that "
+                           "it was trained on, or a folder of scans")
     database = out / "data.lmdb"
     if not database.exists():
         if distributed.get_world_size() > 1:

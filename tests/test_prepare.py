@@ -445,6 +445,13 @@ def test_a_folder_to_train_on_is_prepared_once(folder, database, tmp_path):
     assert ensure_database(folder, tmp_path / "run", 32).stat().st_mtime_ns == before
 
 
+def test_a_run_to_train_on_is_no_folder_of_pictures(gan_run, tmp_path):
+    """Its sample grids were read as one."""
+    with pytest.raises(DatasetError, match=f"--data {gan_run}: the folder of a training run, .* give the database"):
+        ensure_database(gan_run, tmp_path / "run", 32)
+    assert not (tmp_path / "run").exists()
+
+
 def test_several_processes_do_not_prepare_a_folder(folder, tmp_path, monkeypatch):
     """Those that wait for the first one give up after half an hour."""
     made = ensure_database(folder, tmp_path / "run", 32)
