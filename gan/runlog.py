@@ -134,6 +134,7 @@ class Run:
                  "seconds": self.seconds()}
         if distributed.is_main():
             save_snapshot(self.out, step, modules, state, self.meta, distance=distance)
+            _write_config(self.out, self.meta)
         distributed.barrier()
 
 
@@ -329,7 +330,7 @@ def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module],
               told: Collection[str] = ()) -> Snapshot | None:
     """Collective. Open the run folder and, if it holds snapshots, load the last one's weights into modules.
 
-    Writes meta to config.json. Returns the snapshot (for its state), or None for a new run. Raises CheckpointError
+    Returns the snapshot (for its state), or None for a new run, whose meta go to config.json. Raises CheckpointError
     when the folder holds a run whose meta differ in anything but the config (kind, networks, data, GAN), or cannot be
     made.
     """
@@ -357,6 +358,11 @@ def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module],
         if changed := other_settings(snapshot.meta.get("config", {}), meta["config"]):
             distributed.print0(f"note: the run in {out} goes on with other settings: {changed}")
         snapshot.restore(modules)
-    if distributed.is_main():
-        replace_text(out / "config.json", json.dumps(meta, indent=2) + "\n")
+    elif distributed.is_main():
+        _write_config(out, meta)
     return snapshot
+
+
+def _write_config(out: Path, meta: dict) -> None:
+    """With a new run and with each of its snapshots: a later call that takes no step leaves it as it is."""
+    replace_text(out / "config.json", json.dumps(meta, indent=2) + "\n")

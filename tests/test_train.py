@@ -74,6 +74,7 @@ def test_training_changes_what_it_should(gan_run):
 def test_a_run_that_is_over_says_so_and_which_settings_are_others(train_gan, gan_run, tmp_path, capsys):
     run = shutil.copytree(gan_run, tmp_path / "run")
     assert train_gan(run, "--seed", 3, "--lr", 0.5) == 0
+    assert (run / "config.json").read_bytes() == (gan_run / "config.json").read_bytes()   # nothing was trained with them
     said = capsys.readouterr().out
     assert "Resuming at 0.032 kimg: the training is over\n" in said
     before = load_snapshot(run).meta["config"]
@@ -97,6 +98,12 @@ def test_a_resumed_run_is_bit_identical(train_gan, gan_run, half):
     assert_identical(whole.weights, resumed.weights)
     assert_identical(without_clock(whole.state), without_clock(resumed.state))
     assert without_clock(rows(gan_run)[-1]) == without_clock(rows(half)[-1])
+
+
+def test_config_json_tells_what_the_last_snapshot_was_trained_with(train_gan, half):
+    assert train_gan(half, "--lr", 0.003) == 0
+    assert json.loads((half / "config.json").read_text()) == load_snapshot(half).meta
+    assert load_snapshot(half).meta["config"]["lr"] == 0.003
 
 
 def test_a_finished_run_has_nothing_to_do(train_gan, half):
