@@ -135,12 +135,20 @@ def save_bundle(folder: str | Path, reconstructor: Reconstructor, settings: Sett
             save_tensors(content, writing)
             flush(writing)
             files[path.name] = sha256(writing)
-        content = dict(meta) | dict(format_version=FORMAT_VERSION, settings=settings.to_json(), versions=versions(),
-                                    config=reconstructor.config(), files=files)
+        content = dict(meta) | dict(format_version=FORMAT_VERSION, settings=settings.to_json(),
+                                    versions=versions() | _of_calibration(meta), config=reconstructor.config(),
+                                    files=files)
         model_json.write_text(sealed(content, folder), encoding="utf-8")
     for name in earlier - files.keys():
         (folder / name).unlink(missing_ok=True)
     return folder
+
+
+def _of_calibration(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The versions that a loaded bundle's calibration was made by: saved once more, it is no newer."""
+    if not meta["calibration"] or "versions" not in meta:
+        return {}
+    return {what: meta["versions"][what] for what in ("preprocessing", "measure")}
 
 
 def _files_of_bundle(folder: Path) -> set[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ct import frame
 from dataset import SliceDataset
 from detect import normative
 from detect.measure import Measure
@@ -83,7 +84,7 @@ def open_file(data: Path, path: Path, flag: str, settings: Settings, device: tor
 
 
 def check_held_out(settings: Settings, trained: list[Trained]) -> None:
-    """ValueError unless every database holds scans out, none twice, and enough of them for surprises."""
+    """ValueError unless every database holds scans out, none twice, prepared as new scans are, enough for surprises."""
     seen: dict[str, Path] = {}
     for one in trained:
         held_out = one.held_out_ids()
@@ -93,6 +94,9 @@ def check_held_out(settings: Settings, trained: list[Trained]) -> None:
         if twice := [scan_id for scan_id in held_out if scan_id in seen]:
             raise ValueError(f"--fold {one.path}: {', '.join(twice)} held out in {seen[twice[0]]} already: folds hold "
                              "different scans out (prepare.py --split)")
+        if (version := one.dataset.manifest.get("preprocessing_version", 1)) != frame.VERSION:       # 1 did not say
+            raise ValueError(f"--data {one.path}: was prepared by version {version} of the preprocessing, and new "
+                             f"scans are by version {frame.VERSION}: prepare it anew with prepare.py")
         seen |= dict.fromkeys(held_out, one.path)
         if one.networks != trained[0].networks or (
                 one.dataset.manifest["settings"] != trained[0].dataset.manifest["settings"]):

@@ -22,7 +22,7 @@ import distributed
 from common.files import read_table as read_rows
 from common.groups import connected
 from common.wording import some
-from ct import dicom, loose, slices
+from ct import dicom, frame, loose, slices
 from ct.frame import PreprocessSettings, clipped_below, preprocess_scan
 from ct.read import ScanSource, as_given, find_scans, read_scan, refuse_shared_ids, refuse_twice
 from ct.scan import Scan, ScanError, printable
@@ -370,7 +370,7 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
                                f"{splits[source.scan_id]}", *record.notes)))
         if len(failed) == len(jobs):
             raise DatasetError(f"no scan of {len(jobs)} could be prepared; the first: {failed[0]['reason']}")
-        writer.facts = {"split": how, "failed": failed, "unlisted": unlisted,
+        writer.facts = {"preprocessing_version": frame.VERSION, "split": how, "failed": failed, "unlisted": unlisted,
                         "left_out": sorted({s.scan_id for s in found} - {s.scan_id for s in remaining})}
     for side, count in writer.manifest["counts"].items():
         meant = [scan_id for scan_id in splits if splits[scan_id] == side]

@@ -200,6 +200,19 @@ def test_bundle_round_trip(tmp_path, bundle_parts):
     assert bundle.settings == Settings("search") and bundle.meta["versions"] == versions()
 
 
+def test_a_calibration_that_is_saved_once_more_is_no_newer(tmp_path, bundle_parts, monkeypatch):
+    """Saved by a later version, a bundle's calibration passed for one of that: percentiles of other brain masks."""
+    made = {"preprocessing": None, "calibration": {"scans": 1, "threshold": {}}, "provenance": None}
+    save(tmp_path / "first", *bundle_parts, made)
+    first = load_bundle(tmp_path / "first")
+    monkeypatch.setattr("ct.frame.VERSION", first.meta["versions"]["preprocessing"] + 1)
+    monkeypatch.setattr("detect.measure.VERSION", first.meta["versions"]["measure"] + 1)
+    for calibration, expected in ((first.meta["calibration"], first.meta["versions"]), (None, versions())):
+        save_bundle(tmp_path / "next", first.reconstructor, first.settings, first.meta | {"calibration": calibration},
+                    overwrite=True)
+        assert load_bundle(tmp_path / "next").meta["versions"] == expected
+
+
 def test_a_group_may_read_what_one_of_it_has_written(tmp_path, bundle_parts):
     """Runs and bundles in a shared folder, as umask says."""
     before = os.umask(0o027)

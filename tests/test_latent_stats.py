@@ -186,6 +186,15 @@ def test_errors_name_the_flag(inputs, tmp_path, capsys, flags, expected):
     assert code == 2 and expected in message and not (tmp_path / "mine").exists()
 
 
+def test_a_database_of_another_preprocessing_calibrates_nothing(inputs, tmp_path, capsys, monkeypatch):
+    """The bundle said that it was calibrated by today's, and gave percentiles among scans of other brain masks."""
+    monkeypatch.setattr("ct.frame.VERSION", 2)
+    assert command(*inputs, tmp_path / "mine") == 2
+    error = capsys.readouterr().err
+    assert "healthy.lmdb: was prepared by version 1 of the preprocessing, and new scans are by version 2" in error
+    assert command(*inputs, tmp_path / "mine", "--calibrate", "none") == 0
+
+
 def test_missing_run_and_data(inputs, tmp_path, capsys):
     assert command(inputs[0], tmp_path / "nowhere", tmp_path / "mine") == 2
     assert "nowhere" in capsys.readouterr().err

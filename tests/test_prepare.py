@@ -14,6 +14,7 @@ import pytest
 import distributed
 import prepare
 from common.weights import read_json, write_json
+from ct import frame
 from ct.frame import PreprocessSettings, preprocess_scan
 from ct.read import find_scans, open_scan, read_scan
 from ct.scan import ScanError
@@ -220,6 +221,7 @@ def test_the_command_writes_what_preprocess_scan_gives(folder, database):
     assert manifest["settings"]["standardise"]["hu_clip"] == [-20.0, 100.0]      # what the pictures can show
     assert [manifest["counts"][s]["scans"] for s in ("train", "val")] == [2, 1]
     assert manifest["failed"] == [] and "a patient of its own" in manifest["split"]
+    assert manifest["preprocessing_version"] == frame.VERSION
     data = SliceDataset(database, "all")
     assert sorted(data.scan_ids) == ["one", "three", "two"]
     source = next(s for s in find_scans(folder) if s.scan_id == "two")
