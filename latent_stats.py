@@ -25,6 +25,7 @@ import os
 import sys
 from pathlib import Path
 
+from common.stopping import orderly_end
 from config import parse
 from detect.options import StatsConfig
 
@@ -70,6 +71,7 @@ def read_notes(value: str | None) -> str | dict | None:
         raise ValueError(f"--provenance {value}: expected a text or a JSON file: {error}") from error
 
 
+@orderly_end()
 def main(argv: list[str] | None = None) -> int:
     def arguments(parser):
         add = parser.add_argument

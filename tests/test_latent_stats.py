@@ -1,6 +1,9 @@
 import dataclasses
 import json
 import math
+import os
+import signal
+import tempfile
 
 import numpy as np
 import pytest
@@ -193,6 +196,27 @@ def test_a_database_of_another_preprocessing_calibrates_nothing(inputs, tmp_path
     error = capsys.readouterr().err
     assert "healthy.lmdb: was prepared by version 1 of the preprocessing, and new scans are by version 2" in error
     assert command(*inputs, tmp_path / "mine", "--calibrate", "none") == 0
+
+
+def test_a_stopped_calibration_leaves_no_weights_behind(inputs, tmp_path, monkeypatch):
+    """SIGTERM, a time limit's, ended it on the spot, and a copy of the networks stayed in the temporary folder."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def stop(*args):
+        assert list(temporary.rglob("generator.safetensors"))
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL             # or the tests would end here
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(bundling, "calibrate", stop)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            command(*inputs, tmp_path / "mine")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 143 and not any(temporary.iterdir()) and not (tmp_path / "mine").exists()
 
 
 def test_missing_run_and_data(inputs, tmp_path, capsys):

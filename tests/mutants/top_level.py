@@ -70,6 +70,8 @@ MUTANTS = (
            "return 3 if missed else exit_code", "return exit_code", "tests/test_queue.py -k never_began"),
     Mutant("projector.py ends on the spot", "projector.py",
            "@orderly_end()", "", "tests/test_stopping.py -k leaves_no_patient"),
+    Mutant("latent_stats.py ends on the spot", "latent_stats.py",
+           "@orderly_end()", "", "tests/test_latent_stats.py -k leaves_no_weights"),
     Mutant("the coarse maps are noise, too", "model.py",
            "enumerate(self.fine_noise, FIRST_FINE)", "enumerate(self.fine_noise, 1)",
            "tests/test_coding.py -k only_the_finest"),
