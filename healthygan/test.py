@@ -72,7 +72,8 @@ def read_data(data: Path, model: Model) -> tuple[Pictures, dict[str, int] | None
 def clear(out: Path) -> None:
     """Removes what an earlier run has written, lest scores, labels and pictures of other data stay side by side.
 
-    Of scores.csv and run.json whatever is there: this run writes them anew. Else ours are tables as write_results makes them, and pictures that are both in maps/ and overlays/; all else stays.
+    Of scores.csv and run.json whatever is there: this run writes them anew. Else ours are tables as write_results makes
+    them, and pictures that are both in maps/ and overlays/; all else stays.
     """
     for name in ("scores.csv", "run.json"):
         (out / name).unlink(missing_ok=True)

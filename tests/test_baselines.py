@@ -283,8 +283,13 @@ def test_an_error_that_is_no_scans_keeps_the_scores_before_it(fits, tmp_path, mo
     for name in ("a", "b"):
         write_slice_folder(tmp_path / "scans" / name, head, slice_spacing_mm=10.0)
     real = baselines.write_nifti
-    monkeypatch.setattr(baselines, "write_nifti", lambda path, *rest: (
-        real(path, *rest) if path.parent.name == "a" else (_ for _ in ()).throw(OSError(28, "No space left on device"))))
+
+    def full(path, *rest):
+        if path.parent.name != "a":
+            raise OSError(28, "No space left on device")
+        real(path, *rest)
+
+    monkeypatch.setattr(baselines, "write_nifti", full)
     flags = ["--out", str(tmp_path / "results"), "--device", "cpu"]
     assert baselines.main(["score", str(tmp_path / "hu.safetensors"), str(tmp_path / "scans"), *flags]) == 2
     assert "No space left" in capsys.readouterr().err

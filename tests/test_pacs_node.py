@@ -209,7 +209,7 @@ def test_a_state_of_another_orthanc_is_refused(tmp_path):
     node = archive_node(tmp_path, other)
     with pytest.raises(StateError, match="--state .*: is of the Orthanc at http://renamed, and none of the 1 series "
                                          "that came last is at http://other; choose another folder"):
-        node.run()
+        node.step()
     assert states(node) == {S1: "done"} and not other.fetched
 
 

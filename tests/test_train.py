@@ -74,7 +74,7 @@ def test_training_changes_what_it_should(gan_run):
 def test_a_run_that_is_over_says_so_and_which_settings_are_others(train_gan, gan_run, tmp_path, capsys):
     run = shutil.copytree(gan_run, tmp_path / "run")
     assert train_gan(run, "--seed", 3, "--lr", 0.5) == 0
-    assert (run / "config.json").read_bytes() == (gan_run / "config.json").read_bytes()   # nothing was trained with them
+    assert (run / "config.json").read_bytes() == (gan_run / "config.json").read_bytes()  # nothing was trained so
     said = capsys.readouterr().out
     assert "Resuming at 0.032 kimg: the training is over\n" in said
     before = load_snapshot(run).meta["config"]
