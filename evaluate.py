@@ -132,7 +132,7 @@ def evaluate(args) -> None:
     if args.threshold is None and not args.threshold_from:
         thresholds["scan"] = own_threshold(args.scores, units["scan"].keys)
     if args.threshold_from:
-        thresholds["scan"] = threshold_from(args.threshold_from, args.fpr, args.missing, units["scan"].keys)
+        thresholds["scan"] = threshold_from(args.threshold_from, args.fpr, args.missing, units["scan"])
     if args.slices:
         units["slice"] = slice_units(args, scores, labels, not_chosen)
     report = {level: level_figures(u, *thresholds[level], args) for level, u in units.items()}

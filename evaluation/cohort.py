@@ -173,14 +173,15 @@ def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
                  np.array([k not in finite for k in kept], bool))
 
 
-def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: list[Key]) -> tuple[float, str]:
+def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: Units) -> tuple[float, str]:
     """Threshold at `fpr` on the normal scans of other data, SCORES (all healthy) or SCORES LABELS; and its source."""
     scores = read_scores(paths[0])
     labels = read_labels(paths[1])[0] if len(paths) > 1 else {key: Label(0, (), key[0]) for key in scores}
-    shared = sorted(set(labels) & set(evaluated))
+    keys, patients = set(evaluated.keys), set(evaluated.clusters.tolist())
+    shared = sorted(key for key, label in labels.items() if key in keys or label.patient in patients)
     if shared:
-        raise InputError(f"--threshold-from {paths[0]}: {len(shared)} of its scans are evaluated here too "
-                         f"({_some(shared)}); a threshold must come from other data")
+        raise InputError(f"--threshold-from {paths[0]}: {len(shared)} of its scans are evaluated here too, or "
+                         f"others of their patients ({_some(shared)}); a threshold must come from other data")
     units = join(scores, labels, missing)
     normal = np.where(units.worst, np.inf, units.scores)[units.labels == 0]         # no threshold clears the worst
     if not len(normal):

@@ -555,6 +555,16 @@ def test_threshold_comes_from_other_data(results, capsys):
     assert "other data" in capsys.readouterr().err
 
 
+def test_a_threshold_comes_from_other_patients(results, capsys):
+    """Scans of the patients evaluated here, under other names, set their threshold."""
+    other = write_csv(results.parent / "other.csv", "scan_id,score,status", [[f"h{i}", i, "ok"] for i in range(4)])
+    theirs = write_csv(results.parent / "theirs.csv", "scan_id,label,patient", [[f"h{i}", 0, f"p{i}"] for i in range(4)])
+    here = [(scan, int(i < 3), f"p{3 + i}") for i, scan in enumerate("abcdef")]
+    write_csv(results.parent / "labels.csv", "scan_id,label,patient", here)
+    assert run(results, "--threshold-from", other, theirs) == (2, None)
+    assert "1 of its scans are evaluated here too, or others of their patients (h3)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("failed, threshold", [("a", -5), ("d", 5)])
 def test_failed_scans_are_called_wrongly_whatever_the_threshold(results, failed, threshold):
     """All that have a score lie above -5 and below 5: the other two of the class are called rightly."""
