@@ -16,7 +16,7 @@ from ct.dicom_header import Frame, read_header, stored_values
 from ct.dicom_pixels import read_pixels
 from ct.geometry import SliceStack, shear_deg
 from ct.limits import check_pixel_spacing, check_size, check_slice_spacing
-from ct.plausible import coarse_steps, describe, like_a_head, tissue_shares
+from ct.plausible import describe, like_a_head, tissue_shares
 from ct.scan import AIR_HU, Found, Scan, ScanError, ScanSource
 from ct.series import KIND, MIN_SLICES, SAME_PLACE_MM, describe_left_out, scans_of
 
@@ -149,7 +149,7 @@ def _remarks(frames: list[Frame]) -> list[str]:
     derived = sum(frame.derived for frame in frames)
     if derived:
         notes.append(f"marked as derived and secondary (ImageType), taken as axial slices: {derived}")
-    return [*notes, *coarse_steps(max(abs(frame.rescale[0]) for frame in frames))]
+    return notes
 
 
 def _read_pixels(frames: list[Frame], notes: list[str]) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from isal import igzip, isal_zlib
 
 from ct.geometry import Placed
 from ct.limits import SLICE_MM, check_pixel_spacing, check_ratio, check_size, check_slice_spacing
-from ct.plausible import coarse_steps, describe, like_a_head, tissue_shares
+from ct.plausible import describe, like_a_head, tissue_shares
 from ct.scan import AIR_HU, RESULT_MARK, Found, Scan, ScanError, ScanSource
 
 KIND = "nifti"
@@ -170,8 +170,7 @@ def read(source: ScanSource) -> Scan:
     if not like_a_head(shares):
         raise ScanError(f"{path.name}: the values do not look like HU of a head in air: {describe(shares)} (an offset "
                         "such as 1024 added, no skull, or another kind of map?); give the scan in HU")
-    slope = float(header["scl_slope"])
-    notes += [*more, *(coarse_steps(abs(slope)) if dtype.kind in "iu" and np.isfinite(slope) else ())]
+    notes += more
     if np.isfinite(saturation).any():
         notes.append(f"values saturate at {saturation[0]:g}..{saturation[1]:g} HU")
     hu = np.maximum(np.ascontiguousarray(grid.to_display(hu)), np.float32(AIR_HU))

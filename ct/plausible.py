@@ -66,9 +66,18 @@ def describe(shares: dict[str, float]) -> str:
     return ", ".join(f"{share:.0%} {name}" for name, share in shares.items())
 
 
-def coarse_steps(step_hu: float) -> tuple[str, ...]:
-    """A note where stored values are so many HU apart that faint lesions are lost between them."""
-    if step_hu <= COARSE_HU:
+def coarse_steps(scan: Scan) -> tuple[str, ...]:
+    """A note where a scan's values are so many HU apart that faint lesions are lost between them.
+
+    By the values themselves: a header tells a step that whoever rounded them before did not keep to.
+    """
+    levels = np.empty(0, np.float32)
+    for image in scan.hu:                             # the first one with soft tissue is enough where they are fine
+        levels = np.union1d(levels, image[(image > SOFT[0]) & (image < SOFT[1])])
+        step_hu = np.diff(levels).min(initial=np.inf)
+        if step_hu <= COARSE_HU:
+            return ()
+    if len(levels) < 2:
         return ()
     return (f"values are stored in steps of {step_hu:.3g} HU: what differs by less from healthy tissue is lost",)
 

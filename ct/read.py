@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common.wording import some
 from ct import archive, dicom, nifti, slices
-from ct.plausible import refuse_odd_slices, without_blanks
+from ct.plausible import coarse_steps, refuse_odd_slices, without_blanks
 from ct.scan import Found, Scan, ScanError, ScanSource, printable
 from ct.whole_head import upright
 
@@ -152,7 +152,8 @@ def _read(source: ScanSource) -> Scan:
     try:
         scan = without_blanks(read(source))
         refuse_odd_slices(scan)
-        return upright(scan)
+        scan = upright(scan)
+        return replace(scan, notes=(*scan.notes, *coarse_steps(scan)))
     except OSError as error:
         name = Path(error.filename).name if isinstance(error.filename, str) else source.paths[0].name
         raise ScanError(f"{name}: cannot be read ({error.strerror or type(error).__name__})") from error

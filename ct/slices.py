@@ -15,7 +15,6 @@ import numpy as np
 from ct.geometry import nominal_stack
 from ct.limits import check_pixel_spacing, check_ratio, check_slice_spacing
 from ct.picture_pixels import MAGIC, read_pixels
-from ct.plausible import coarse_steps
 from ct.scan import Found, Scan, ScanError, ScanSource
 from ct.window import WINDOWS_HU, decode
 
@@ -263,14 +262,14 @@ def read(source: ScanSource) -> Scan:
                             "--unknown-slice-spacing-mm a number above 0")
         notes = (f"slice spacing unknown, {spacing:g} mm assumed (--unknown-slice-spacing-mm)", *notes)
     check_slice_spacing(SCAN_JSON, spacing)
-    hu, step_hu = _read_pictures(pictures, spec)
+    hu = _read_pictures(pictures, spec)
     brain = None if mask is None else _read_mask(mask, hu.shape)
     if spec.order == "superior-to-inferior":
         hu, brain = hu[::-1].copy(), None if brain is None else brain[::-1].copy()
     _refuse_inverted(pictures, hu, spec.saturation_hu)
     position = np.arange(len(hu)) * spacing
     return Scan(source.scan_id, hu, position, spec.pixel_spacing_mm, spec.saturation_hu, brain,
-                nominal_stack(position, spec.pixel_spacing_mm), KIND, (*notes, *coarse_steps(step_hu)))
+                nominal_stack(position, spec.pixel_spacing_mm), KIND, notes)
 
 
 def _skipped_numbers(numbers: Sequence[float]) -> tuple[str, ...]:
@@ -283,8 +282,8 @@ def _skipped_numbers(numbers: Sequence[float]) -> tuple[str, ...]:
     return (f"slices missing, by their numbers: {len(skipped)} ({shown}); the others are taken as evenly spaced",)
 
 
-def _read_pictures(pictures: list[Path], spec: SliceSpec) -> tuple[np.ndarray, float]:
-    """HU, float32 [S, H, W], of pictures of one size, and how many HU their levels are apart at least."""
+def _read_pictures(pictures: list[Path], spec: SliceSpec) -> np.ndarray:
+    """HU, float32 [S, H, W], of pictures of one size."""
     hu, brightest = None, 0
     for k, path in enumerate(pictures):
         pixels, outside, full = read_pixels(path, len(pictures))
@@ -301,7 +300,7 @@ def _read_pictures(pictures: list[Path], spec: SliceSpec) -> tuple[np.ndarray, f
     if brightest <= TWELVE_BITS:
         raise ScanError(f"{pictures[0].name} and the other 16-bit pictures reach {brightest} of 65535 only: 12-bit "
                         "values? Scale them to the full 16 bits, so that 65535 is the window's high end")
-    return hu, min(high - low for low, high in spec.windows_hu) / full
+    return hu
 
 
 def read_picture(path: Path, spec: SliceSpec) -> np.ndarray:

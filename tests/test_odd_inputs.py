@@ -242,6 +242,20 @@ def test_values_in_coarse_steps_are_noted(tmp_path, bits, step_hu):
     assert [scan.notes for scan in scans] == [note if bits == 8 else ()] * 3
 
 
+@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+@pytest.mark.parametrize("step_hu", [1, 8])
+def test_coarse_steps_are_noted_by_the_values_where_the_header_tells_none(tmp_path, kind, step_hu):
+    """A slope of 1, and values 8 HU apart: what is coarse was told by the header alone."""
+    rounded = np.round(HU / step_hu) * step_hu
+    write_dicom_series(tmp_path / "dicom", rounded)
+    write_slice_folder(tmp_path / "pictures", rounded, window=(-1024, 2251.75), bits=16)      # 0.05 HU a level
+    image = nib.Nifti1Image((rounded + 1024).astype(kind).transpose(2, 1, 0), np.diag([-1, -1, 5, 1]))
+    image.header.set_slope_inter(1, -1024)
+    nib.save(image, tmp_path / "one.nii")
+    note = ("values are stored in steps of 8 HU: what differs by less from healthy tissue is lost",)
+    assert [scan.notes for scan in read_all(tmp_path)] == [note if step_hu == 8 else ()] * 3
+
+
 def test_a_pair_is_read_whichever_of_its_files_is_given(tmp_path):
     """Given by its .img it was no scan; and one whose header was damaged was passed over without a word."""
     image = nib.load(write_nifti_scan(tmp_path / "one.nii", HU))
