@@ -123,7 +123,8 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
     healthy        error_hu and brain_hu of each scan: that error, and the median of its brain, HU
     precision      of the networks
 
-    and the measure that these scans make. Raises ValueError where they are too few for it.
+    and the measure that these scans make. Raises ValueError where they are too few for it, and naming the scan that
+    cannot be reconstructed or judged.
     """
     seen: list[Evidence] = []
     patients = [patient for fold in folds for patient in fold.held_out.patients]
@@ -134,8 +135,11 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
             scan = fold.held_out.scan(s)
             brain, mm = scan["brain"], scan["below_vertex_mm"].numpy()
             watch = measure.watch(brain, mm)
-            found = fold.reconstructor.closest_normal(scan["hu"].float(), brain, mm, watch)
-            seen.append(measure.evidence(found, brain, mm, watch))
+            try:
+                found = fold.reconstructor.closest_normal(scan["hu"].float(), brain, mm, watch)
+                seen.append(measure.evidence(found, brain, mm, watch))
+            except ValueError as error:
+                raise ValueError(f"{fold.held_out.path}: {scan_id}: {error}") from error
             errors.append(found.error_hu)
             brain_hu.append(median_hu(scan["hu"], brain))
             log(f"{scan_id}: {len(mm)} slices, {sum(found.seconds.values()):.0f} s, error in HU "

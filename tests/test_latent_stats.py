@@ -219,6 +219,12 @@ def test_a_stopped_calibration_leaves_no_weights_behind(inputs, tmp_path, monkey
     assert stopped.value.code == 143 and not any(temporary.iterdir()) and not (tmp_path / "mine").exists()
 
 
+def test_a_scan_that_cannot_be_judged_is_named(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("detect.inversion.draw", lambda *args: torch.full((5, 3, 32, 32), torch.nan))
+    assert command(*inputs, tmp_path / "mine", "--set", "method=inversion") == 2
+    assert "healthy.lmdb: head5: median2d: the input holds NaN" in capsys.readouterr().err
+
+
 def test_missing_run_and_data(inputs, tmp_path, capsys):
     assert command(inputs[0], tmp_path / "nowhere", tmp_path / "mine") == 2
     assert "nowhere" in capsys.readouterr().err

@@ -109,6 +109,27 @@ def test_z_is_0_outside_the_brain_and_interpolates_between_positions():
     assert not stats.z(torch.full((3, 2, N, N), 6.0), ~BRAIN, [0.0, 2.5, 99.0]).any()
 
 
+def test_beyond_the_ends_of_the_healthy_the_nearest_position_judges():
+    places, std = torch.tensor([0.0, 5.0, 10.0]), torch.tensor([1.0, 2.0, 4.0])
+    stats = ResidualStats(places, torch.ones(3, 2, 8, 8), std[:, None, None, None].expand(3, 2, 8, 8).contiguous())
+    z = stats.z(torch.full((5, 2, N, N), 9.0), torch.ones(5, N, N, dtype=torch.bool), [99.0, 10.0, 9.0, 0.0, -3.0])
+    assert [one[0, 0, 0].item() for one in z] == pytest.approx([2, 2, 8 / 3.6, 8, 8])
+
+
+@pytest.mark.parametrize("deepest, count", [(0.0, 2), (7.4, 2), (7.6, 3), (12.4, 3)])
+def test_positions_reach_as_deep_as_a_healthy_slice_is_nearest(deepest, count):
+    assert normative.positions(deepest).tolist() == [5.0 * i for i in range(count)]
+
+
+def test_moments_by_hand():
+    """Slices at 0 and 5 mm: weights of a Gaussian of 5 mm, made to sum to 1 where they sum to more."""
+    residuals = torch.stack([torch.full((1, 2, 2), 3.0), torch.full((1, 2, 2), 6.0)])
+    sums = moments(residuals, torch.ones(2, 2, 2, dtype=torch.bool), [0.0, 5.0], torch.tensor([0.0, 10.0]))
+    near, far = 1 / (1 + np.exp(-0.5)), np.exp([-2.0, -0.5])
+    assert sums[0, :, 0, 0, 0].tolist() == pytest.approx([1, 3 * near + 6 * (1 - near), 9 * near + 36 * (1 - near)])
+    assert sums[1, :, 0, 0, 0].tolist() == pytest.approx([far.sum(), far @ [3, 6], far @ [9, 36]])
+
+
 def test_surprise_is_the_share_of_healthy_brain_beyond():
     # |z| is uniform on 0..10 on the dense side: a tenth lies above 9, so z = 9 has surprise 1.
     z = torch.zeros(1, 2, 100, 200)
