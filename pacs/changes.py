@@ -52,7 +52,7 @@ class ChangeLog:
                 if room == 0:
                     return True
                 with self._or_later(change.id):
-                    room -= self._announce(change.sequence, change.id)
+                    room -= self.announce(change.sequence, change.id)
                     self.state.arriving.discard(change.id)
                 self.state.advance(change.sequence)
                 if change.id in self._unserved:
@@ -149,7 +149,7 @@ class ChangeLog:
             if self.room() <= 0 or self._stopping.is_set():
                 return True
             with self._or_later(series_id):
-                self._announce(self.state.sequence, series_id)
+                self.announce(self.state.sequence, series_id)
                 self.state.arriving.discard(series_id)
             self.state.advance(self.state.sequence)
             if series_id in self._unserved:
@@ -177,8 +177,10 @@ class ChangeLog:
         else:
             self._unserved.pop(known, None)
 
-    def _announce(self, sequence: int, series_id: str) -> bool:
-        """Whether the series is one to project, and is now waiting. Our own results are no CT series."""
+    def announce(self, sequence: int, series_id: str) -> bool:
+        """Write a series down as waiting, if it is one to project with other images than before; whether it is. Our own
+        results are no CT series.
+        """
         series = series_or_none(self.orthanc.series, series_id)
         if series is None or not _is_ct(series):
             return False

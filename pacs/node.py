@@ -74,7 +74,7 @@ class Node:
     identity  of the model, for the objects and their UIDs
     queue     series that may wait; while so many do, the change log is left alone
     from_now  with a state that is new, pass over what the change log holds already
-    withdraw_deleted  delete the results of a done series that is deleted by itself
+    withdraw_deleted  delete the results of a done series that is deleted by itself, and replace those of a part
     """
 
     def __init__(self, orthanc: Orthanc, state: State, project: Callable[[Scan], object], identity: Identity, *,
@@ -226,7 +226,8 @@ class Node:
         self.state.belong_to(self.orthanc.url)
 
     def look_after(self) -> None:
-        """Refuse what was done and whose series has been deleted since by itself, so that its results are withdrawn.
+        """Refuse what was done and whose series has been deleted since by itself, so that its results are withdrawn;
+        a series of which only some images have been waits again, so that they are replaced.
 
         Orthanc's log tells of no deletion, so some of the done series are asked after at each step, and all of them
         once in CHECK_S. Where the study is gone, the results went with it.
@@ -238,7 +239,11 @@ class Node:
             series_id = self._unchecked.pop()
             row = self.state.rows[series_id]
             try:
-                alone = _is_gone(self.orthanc.series, series_id) and not _is_gone(self.orthanc.study, row["study"])
+                series = series_or_none(self.orthanc.series, series_id)
+                if series and len(series["Instances"]) < row["images"] and row["state"] == DONE and self.log.room() > 0:
+                    self.log.announce(self.state.sequence, series_id)
+                alone = (series is None and _is_gone(self.orthanc.series, series_id)
+                         and not _is_gone(self.orthanc.study, row["study"]))
             except (OrthancAway, OrthancRefused) as error:
                 if isinstance(error, OrthancRefused) and error.for_all:
                     raise

@@ -256,6 +256,25 @@ def test_a_series_deleted_by_itself_takes_its_results_along_where_that_is_asked_
     assert states(again) == {S1: "done", S2: "done"} and len(archive.stored) == 14
 
 
+def test_a_series_of_which_images_are_deleted_is_done_again_with_those_that_stay(tmp_path):
+    """The results of the whole stayed beside a part."""
+    archive = Archive(tmp_path, S1, S2, slices=6)
+    node = archive_node(tmp_path, archive, withdraw_deleted=True)
+    while node.step():
+        pass
+    others = set(node.state.rows[S2]["objects"])
+    archive.files[S1].pop()
+    node._next_round = 0.0                                           # as after an hour
+    node.step()
+    assert states(node) == {S1: "waiting", S2: "done"}
+    while node.step():
+        pass
+    row = node.state.rows[S1]
+    assert (row["state"], row["images"]) == ("done", 5) and archive.uids() == others | set(row["objects"])
+    node._next_round = 0.0
+    assert not node.step() and node.metrics.outcomes["done"] == 3    # what was projected is what is known
+
+
 @pytest.mark.parametrize("gone", [("series", "study"), ("series",)])
 def test_a_study_that_is_gone_or_not_told_of_is_left_as_it_is(tmp_path, gone):
     """Its results went with it; nor is there anything to do for a series of which Orthanc does not tell."""
