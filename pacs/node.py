@@ -240,7 +240,8 @@ class Node:
             row = self.state.rows[series_id]
             try:
                 series = series_or_none(self.orthanc.series, series_id)
-                if series and len(series["Instances"]) < row["images"] and row["state"] == DONE and self.log.room() > 0:
+                fewer = series is not None and len(series["Instances"]) < row["images"]
+                if fewer and row["state"] == DONE and 0 < self.log.room():
                     self.log.announce(self.state.sequence, series_id)
                 alone = (series is None and _is_gone(self.orthanc.series, series_id)
                          and not _is_gone(self.orthanc.study, row["study"]))

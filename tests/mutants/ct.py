@@ -159,4 +159,7 @@ MUTANTS = (
     Mutant("a stop ends the decoder before the program", "ct/apart.py",
            "for number in (signal.SIGINT, *SIGNALS):", "for number in (signal.SIGINT,):",
            "tests/test_picture_pixels.py -k signal_for"),
+    Mutant("half a mask stays after a write that is broken off", "ct/mask.py",
+           "with replacing(path) as writing:", "for writing in [path]:",
+           "tests/test_mask.py -k whole_or_the_one_before"),
 )

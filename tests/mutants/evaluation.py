@@ -55,4 +55,7 @@ MUTANTS = (
     Mutant("two scans of a patient are two patients to the interval of Dice", "evaluation/figures.py",
            "clusters=[patient[scan_id] for scan_id in tally.dice_by_scan],", "",
            "tests/test_evaluate.py -k resamples_patients"),
+    Mutant("a threshold comes from the patients that are evaluated", "evaluation/cohort.py",
+           "if key in keys or label.patient in patients)", "if key in keys)",
+           "tests/test_evaluate.py -k other_patients"),
 )

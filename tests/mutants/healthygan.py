@@ -74,4 +74,7 @@ MUTANTS = (
            "SliceWriter(args.healthy, settings, args.overwrite)", "tests/test_healthygan_sets.py -k replaced_only"),
     Mutant("healthygan goes on with other images", "healthygan/train.py",
            ', "digest": data.digest()}', "}", "tests/test_healthygan.py -k kept_aside"),
+    Mutant("a run on other ranks jumps in its stream", "healthygan/train.py",
+           "trainer.images_seen, device)", "trainer.iteration * batch, device)",
+           "tests/test_healthygan.py -k in_its_stream"),
 )

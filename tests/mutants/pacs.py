@@ -149,4 +149,6 @@ MUTANTS = (
     Mutant("a full disk ends the node", "pacs/node.py",
            "except (OrthancAway, FullDiskError) as error:", "except OrthancAway as error:",
            "tests/test_pacs_results.py -k cannot_be_written_down"),
+    Mutant("results of a whole series stay beside a part", "pacs/node.py",
+           "if fewer and row", "if False and row", "tests/test_pacs_results.py -k images_are_deleted"),
 )
