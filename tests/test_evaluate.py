@@ -558,7 +558,8 @@ def test_threshold_comes_from_other_data(results, capsys):
 def test_a_threshold_comes_from_other_patients(results, capsys):
     """Scans of the patients evaluated here, under other names, set their threshold."""
     other = write_csv(results.parent / "other.csv", "scan_id,score,status", [[f"h{i}", i, "ok"] for i in range(4)])
-    theirs = write_csv(results.parent / "theirs.csv", "scan_id,label,patient", [[f"h{i}", 0, f"p{i}"] for i in range(4)])
+    healthy = [[f"h{i}", 0, f"p{i}"] for i in range(4)]
+    theirs = write_csv(results.parent / "theirs.csv", "scan_id,label,patient", healthy)
     here = [(scan, int(i < 3), f"p{3 + i}") for i, scan in enumerate("abcdef")]
     write_csv(results.parent / "labels.csv", "scan_id,label,patient", here)
     assert run(results, "--threshold-from", other, theirs) == (2, None)
