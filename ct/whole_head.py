@@ -131,8 +131,10 @@ def _at_edge_mm(scan: Scan, brain: np.ndarray) -> float:
         if not _may_touch(image, air, max(reach)):
             continue
         labels, _ = ndi.label(np.pad(air, 1, constant_values=True))
-        near = ndi.maximum_filter(labels == labels[0, 0], [2 * pixels + 1 for pixels in reach])[1:-1, 1:-1]
-        stretches += ndi.find_objects(ndi.label(image & near)[0])
+        image = np.pad(image, 1)
+        around = box(image, max(reach))
+        near = ndi.maximum_filter(labels[around] == labels[0, 0], [2 * pixels + 1 for pixels in reach])
+        stretches += ndi.find_objects(ndi.label(image[around] & near)[0])
     if not stretches:
         return 0.0
     row_mm, column_mm = scan.pixel_spacing_mm or (estimate_pixel_mm(scan),) * 2
