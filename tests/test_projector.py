@@ -271,7 +271,8 @@ def test_the_rounding_of_headers_costs_no_percentile(spacing_mm, compared):
 def test_without_a_threshold_a_note_says_why():
     """The finding in DICOM is then undetermined, and the notes are where its reader learns of what."""
     def notes(error_of_rest=3.0, threshold=None, how="mean"):
-        calibrated = calibration.summary([[5.0, 0.0]] * 4, [torch.ones(2)] * 4, [{"reconstruct": 3.0}] * 4, [30.0] * 4)
+        calibrated = calibration.summary([[5.0, 0.0]] * 4, [torch.ones(2)] * 4, [{"reconstruct": 3.0}] * 4, [30.0] * 4,
+                                         patients=4)
         self = SimpleNamespace(settings=Settings(scan_score="mean"), calibration=calibrated, threshold=threshold,
                                spacing_mm=(5.0, 5.0))
         calibrated["scan_scores"] = {how: calibrated["scan_scores"]["mean"]}
