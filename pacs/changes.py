@@ -207,15 +207,19 @@ class ChangeLog:
 
 def series_or_none(ask: Callable[[str], dict], known: str) -> dict | None:
     """Orthanc's answer; None for what was deleted since, or has no id of Orthanc's."""
-    if not _is_id(known):
-        return None
+    series = answer_or_none(ask, known) if _is_id(known) else None
+    return series if series is not None and _is_id(series["ID"]) else None
+
+
+def answer_or_none(ask: Callable[[str], dict], known: str) -> dict | None:
+    """Orthanc's answer; None where it has nothing of this id. Raises OrthancAway and OrthancRefused where it does not
+    tell."""
     try:
-        series = ask(known)
+        return ask(known)
     except OrthancRefused as error:
         if error.status == 404:
             return None
         raise
-    return series if _is_id(series["ID"]) else None
 
 
 def _is_ct(series: dict) -> bool:

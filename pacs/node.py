@@ -16,7 +16,7 @@ from common.files import FullDiskError, full_disk_named
 from ct.read import find_scans, read_scan
 from ct.scan import Scan, ScanError
 from detect.dicom_out import Identity, write_dicom
-from pacs.changes import RETRY_S, ChangeLog, series_or_none
+from pacs.changes import RETRY_S, ChangeLog, answer_or_none, series_or_none
 from pacs.orthanc import Orthanc, OrthancAway, OrthancRefused
 from pacs.state import DONE, FAILED, REFUSED, ROW, State, StateError, timestamp
 
@@ -220,7 +220,7 @@ class Node:
         """Take Orthanc's address for the state's. StateError where it was another, and none of the series is here."""
         rows = self.state.rows
         last = sorted(rows, key=lambda series_id: rows[series_id]["announced"])[-RECOGNISED:]
-        if self.state.orthanc and last and all(_is_gone(self.orthanc.series, series_id) for series_id in last):
+        if self.state.orthanc and last and all(answer_or_none(self.orthanc.series, one) is None for one in last):
             raise StateError(f"--state {self.state.folder}: is of the Orthanc at {self.state.orthanc}, and none of the "
                              f"{len(last)} series that came last is at {self.orthanc.url}; choose another folder")
         self.state.belong_to(self.orthanc.url)
@@ -239,12 +239,11 @@ class Node:
             series_id = self._unchecked.pop()
             row = self.state.rows[series_id]
             try:
-                series = series_or_none(self.orthanc.series, series_id)
+                series = answer_or_none(self.orthanc.series, series_id)
                 fewer = series is not None and len(series["Instances"]) < row["images"]
                 if fewer and row["state"] == DONE and 0 < self.log.room():
                     self.log.announce(self.state.sequence, series_id)
-                alone = (series is None and _is_gone(self.orthanc.series, series_id)
-                         and not _is_gone(self.orthanc.study, row["study"]))
+                alone = series is None and answer_or_none(self.orthanc.study, row["study"]) is not None
             except (OrthancAway, OrthancRefused) as error:
                 if isinstance(error, OrthancRefused) and error.for_all:
                     raise
@@ -361,17 +360,6 @@ class Node:
                 "flagged": None if result.flagged is None else bool(result.flagged), "threshold": result.threshold,
                 "unreliable": result.unreliable, "anomalous_ml": result.anomalous_ml, "notes": list(result.notes),
                 "objects": objects}
-
-
-def _is_gone(ask: Callable[[str], dict], known: str) -> bool:
-    """Whether Orthanc has nothing of this id. Raises OrthancAway and OrthancRefused where it does not tell."""
-    try:
-        ask(known)
-    except OrthancRefused as error:
-        if error.status != 404:
-            raise
-        return True
-    return False
 
 
 class _Timed:

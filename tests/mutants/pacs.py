@@ -127,7 +127,7 @@ MUTANTS = (
     Mutant("results of a series deleted by a rule are deleted unasked", "pacs/node.py",
            "if self.withdraw_deleted:", "if True:", "tests/test_pacs_results.py -k deleted_by_itself"),
     Mutant("another Orthanc's series are refused as deleted", "pacs/node.py",
-           'and not _is_gone(self.orthanc.study, row["study"])', "",
+           'and answer_or_none(self.orthanc.study, row["study"]) is not None', "",
            "tests/test_pacs_results.py -k study_that_is_gone"),
     Mutant("another Orthanc's log is followed from our place", "pacs/node.py",
            "if self.state.orthanc and last and all(", "if False and all(",
