@@ -102,12 +102,12 @@ def main(argv: list[str] | None = None) -> int:
     config, args = parse(__doc__, PRESETS, arguments, argv)
 
     import distributed  # only now: --help needs none of what takes seconds to import
-    from bundling import build, build_anew
+    from bundling.build import build, build_anew
+    from bundling.origins import OF_ENCODER_RUNS, is_bundle
     from detect.settings import Settings
     from gan.database import ensure_database
     from gan.runlog import load_run
     from op import memory, set_impl
-    from origins import OF_ENCODER_RUNS, is_bundle
 
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:

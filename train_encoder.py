@@ -62,11 +62,11 @@ def main(argv: list[str] | None = None) -> int:
 
     config, args = parse(__doc__, PRESETS, arguments, argv)
 
+    from bundling.origins import open_first_networks
     from gan.database import ensure_database  # only now: --help needs none of what takes seconds to import
     from gan.encoder_loop import train
     from gan.runlog import load_run, run_command
     from op import memory, set_impl
-    from origins import open_first_networks
 
     def work(device, rollback):
         memory.keep_freed()

@@ -60,10 +60,10 @@ def main(argv: list[str] | None = None) -> int:
 
     config, args = parse(__doc__, PRESETS, arguments, argv)
 
+    from bundling.origins import open_beside, open_first_reader
     from gan.reader_loop import train  # only now: --help needs none of what takes seconds to import
     from gan.runlog import run_command
     from op import memory, set_impl
-    from origins import open_beside, open_first_reader
 
     def work(device, rollback):
         memory.keep_freed()

@@ -26,6 +26,7 @@ import torch
 import distributed
 from benchmarks import baselines
 from benchmarks.baselines import ScoredScan
+from bundling.origins import learnt_by_networks
 from common.files import sha256
 from common.wording import some
 from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan
@@ -43,7 +44,6 @@ from detect.reconstruct import Reconstructor
 from detect.settings import Settings
 from detect.surprise import Surprise
 from evaluation.cohort import read_volume
-from origins import learnt_by_networks
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "ours"

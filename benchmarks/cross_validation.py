@@ -45,6 +45,7 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 import distributed  # noqa: E402
 from benchmarks import pasted  # noqa: E402
 from benchmarks.compare import refuse_learnt  # noqa: E402
+from bundling.origins import WITH_READER, digest_of, learnt_by_reader, load_reader, reader_of  # noqa: E402
 from config import exit_code  # noqa: E402
 from ct.settings import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
@@ -59,7 +60,6 @@ from detect.surprise import Surprise, SurpriseSettings  # noqa: E402
 from gan.runlog import load_run, not_held_out  # noqa: E402
 from model import Encoder, Generator, ModelConfig  # noqa: E402
 from op import memory  # noqa: E402
-from origins import WITH_READER, digest_of, learnt_by_reader, load_reader, reader_of  # noqa: E402
 
 HAEMORRHAGES = ("intraparenchymal", "subdural", "epidural", "subarachnoid", "intraventricular")
 HEALTHY = "healthy"

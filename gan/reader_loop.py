@@ -30,7 +30,7 @@ class Beside:
 
     folder    that --encoder names
     method    as which they are used
-    digest    of their weights (origins.digest_of)
+    digest    of their weights (bundling.origins.digest_of)
     prepared  how the slices that they are for are prepared
     known     where they come from: what a reader's run keeps of that, JSON
     seen      of a database, the scans that it holds out and they may have been trained on

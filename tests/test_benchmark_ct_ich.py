@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-import bundling
 import latent_stats
 from benchmarks import baselines, compare, ct_ich
 from benchmarks.ct_ich import Case
+from bundling.build import build
 from ct.frame import preprocess_scan
 from ct.standardise import StandardiseSettings
 from dataset import DatasetError, ScanRecord, SliceDataset, SliceWriter
@@ -222,7 +222,7 @@ def bundle(database, fits, tmp_path_factory):
     """A bundle of the small PCA, calibrated on the held-out heads."""
     out = tmp_path_factory.mktemp("bundles") / "another"
     settings = Settings("pca", measure="surprise", scan_score="top3")
-    return bundling.build(StatsConfig(), settings, database, fits / "pca.safetensors", out, torch.device("cpu"))
+    return build(StatsConfig(), settings, database, fits / "pca.safetensors", out, torch.device("cpu"))
 
 
 def test_a_bundle_beside_is_scored_as_ours_is(bundle, database, fits):

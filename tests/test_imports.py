@@ -23,8 +23,7 @@ MAY_IMPORT = {                                                   # besides itsel
     "gan": {"op", "model", "common", "ct", "dataset", "sampler", "distributed", "config", "detect.options",
             "detect.perceptual", "detect.inpainting", "detect.inversion", "detect.reader"},
     "detect": {"op", "model", "common", "ct", "dataset", "sampler", "distributed", "config"},
-    "origins": {"common", "ct.settings", "dataset", "detect", "distributed", "gan", "model"},
-    "bundling": {"common", "ct.settings", "dataset", "detect", "distributed", "gan", "origins"},
+    "bundling": {"common", "ct.settings", "dataset", "detect", "distributed", "gan", "model"},
     "pacs": {"op", "common.files", "common.stopping", "ct", "detect", "distributed"},
     "healthygan": {"op", "common", "ct", "gan", "dataset", "sampler", "distributed", "config", "evaluation",
                    "detect.reconstruct"},
@@ -32,7 +31,7 @@ MAY_IMPORT = {                                                   # besides itsel
 # Beyond the library: the phantom benchmark stands beside its baselines; the speed benchmark times
 # the trainings' own steps
 ALSO = {"demos": {"benchmarks"}, "benchmarks": {"train", "train_encoder", "healthygan"}}
-PACKAGES = ("common", "op", "ct", "evaluation", "gan", "detect", "pacs")
+PACKAGES = ("common", "op", "ct", "evaluation", "gan", "detect", "bundling", "pacs")
 # Commands of their own; and a class that the released checkpoint holds
 MAY_USE_ARGPARSE = {"detect/report/__main__.py", "detect/released.py", "ct/mask.py", "pacs/__main__.py"}
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torchvision.models import vgg16
 
-import bundling
 import checkpoint
 import latent_stats
-import origins
-from bundling import augmented
+from bundling import build, origins
+from bundling.build import augmented
 from ct.frame import PreprocessSettings
 from ct.standardise import StandardiseSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
@@ -137,8 +136,8 @@ def test_calibrates_the_weights_it_stores(inputs, tmp_path, monkeypatch):
         projected.extend(fold.reconstructor.encoder.final_linear.weight.clone() for fold in folds)
         return real(folds, *rest)
 
-    real = bundling.calibrate
-    monkeypatch.setattr(bundling, "calibrate", remember)
+    real = build.calibrate
+    monkeypatch.setattr(build, "calibrate", remember)
     assert command(*inputs, tmp_path / "mine") == 0
     stored = load_bundle(tmp_path / "mine").reconstructor.encoder.final_linear.weight
     assert len(projected) == 1 and torch.equal(projected[0], stored) and torch.equal(stored, stored.half().float())
@@ -210,7 +209,7 @@ def test_a_stopped_calibration_leaves_no_weights_behind(inputs, tmp_path, monkey
         assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL             # or the tests would end here
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(bundling, "calibrate", stop)
+    monkeypatch.setattr(build, "calibrate", stop)
     try:
         with pytest.raises(SystemExit) as stopped:
             command(*inputs, tmp_path / "mine")
@@ -427,13 +426,13 @@ def test_a_reader_that_has_seen_all_is_named(inputs, monkeypatch):
     data = SliceDataset(inputs[0])
     trained = Trained(data, inputs[0], {}, {}, lambda: None)
     unseen = {"one": ["head5"], "all": []}
-    monkeypatch.setattr(bundling, "digest_of", lambda method: "")
-    monkeypatch.setattr(bundling, "with_reader", lambda trained, run, *rest: dataclasses.replace(
+    monkeypatch.setattr(build, "digest_of", lambda method: "")
+    monkeypatch.setattr(build, "with_reader", lambda trained, run, *rest: dataclasses.replace(
         trained, scans=unseen[run], provenance={"reader": run}))
     settings, device = Settings("inversion", measure="surprise"), torch.device("cpu")
     with pytest.raises(ValueError, match="--reader all: may have been trained on all scans that are to calibrate"):
-        bundling.with_readers(trained, ["one", "all"], settings, device)
-    assert [one.scans for one in bundling.with_readers(trained, ["one"], settings, device)] == [["head5"]]
+        build.with_readers(trained, ["one", "all"], settings, device)
+    assert [one.scans for one in build.with_readers(trained, ["one"], settings, device)] == [["head5"]]
 
 
 # ---- other methods, by the same code

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import latent_stats
-import origins
 import train_encoder
+from bundling import origins
 from common.weights import write_json
 from ct.window import decode, encode
 from dataset import SliceDataset

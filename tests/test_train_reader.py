@@ -12,10 +12,10 @@ import torch
 
 import checkpoint
 import latent_stats
-import origins
 import train_encoder
 import train_reader
 from benchmarks import cross_validation
+from bundling import origins
 from common.weights import write_json
 from dataset import SliceDataset
 from detect.bundle import load_bundle

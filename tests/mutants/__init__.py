@@ -3,8 +3,22 @@
 Those of ct/ are in ct.py, and so on; those of modules at the top level in top_level.py.
 """
 
-from mutants import benchmarks, common, ct, demos, detect, evaluation, gan, healthygan, op, pacs, recipes, top_level
+from mutants import (
+    benchmarks,
+    bundling,
+    common,
+    ct,
+    demos,
+    detect,
+    evaluation,
+    gan,
+    healthygan,
+    op,
+    pacs,
+    recipes,
+    top_level,
+)
 from mutants.mutant import Mutant
 
-ROOMS = (benchmarks, common, ct, demos, detect, evaluation, gan, healthygan, op, pacs, recipes, top_level)
+ROOMS = (benchmarks, bundling, common, ct, demos, detect, evaluation, gan, healthygan, op, pacs, recipes, top_level)
 MUTANTS: tuple[Mutant, ...] = tuple(mutant for room in ROOMS for mutant in room.MUTANTS)

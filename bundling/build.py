@@ -14,6 +14,17 @@ from typing import Any
 import torch
 
 import distributed
+from bundling.origins import (
+    OF_ENCODER_RUNS,
+    WITH_READER,
+    digest_of,
+    learnt_by_networks,
+    learnt_by_reader,
+    load_reader,
+    provenance,
+    reader_of,
+    taught,
+)
 from common.weights import CheckpointError
 from common.wording import some
 from ct.settings import PreprocessSettings
@@ -30,17 +41,6 @@ from detect.settings import Settings
 from gan.augment import random_flip, random_rotation
 from gan.encoding import method_of, restore
 from gan.runlog import lineage, load_run, not_held_out, tell_of_seen
-from origins import (
-    OF_ENCODER_RUNS,
-    WITH_READER,
-    digest_of,
-    learnt_by_networks,
-    learnt_by_reader,
-    load_reader,
-    provenance,
-    reader_of,
-    taught,
-)
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
 
