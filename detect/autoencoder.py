@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import distributed
+from common.sampler import InfiniteSampler
 from common.weights import compact
 from config import option
 from dataset import SliceDataset
 from detect.fitted import RANGE_HU, Fitted
-from sampler import InfiniteSampler
 
 _MIDDLE, _HALF_RANGE = sum(RANGE_HU) / 2, (RANGE_HU[1] - RANGE_HU[0]) / 2
 

@@ -1,1 +1,1 @@
-"""What only training needs: losses, augmentation, quality, the run's log and snapshots, the database's building."""
+"""What only training needs: batches, losses, augmentation, quality, a run's folder, the database's making."""

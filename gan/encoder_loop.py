@@ -11,6 +11,7 @@ import torch
 import distributed
 from common.weights import CheckpointError, digest
 from dataset import DatasetError, SliceDataset
+from gan.batches import slice_batches
 from gan.coding import CodeTrainer
 from gan.encoding import EncoderTrainer, FirstNetworks
 from gan.inpainting import InpaintingTrainer
@@ -18,7 +19,6 @@ from gan.reading import ReadingTrainer
 from gan.runlog import Run, load_run, tell_of_seen
 from gan.settings import EncoderConfig, ReaderConfig
 from model import ModelConfig
-from sampler import slice_batches
 
 
 def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch.device, vgg16=None,

@@ -47,7 +47,7 @@ class EncoderTrainer:
     """Encoder and discriminator against a generator (frozen, as published), and the two phases of a step."""
 
     BETAS = (0.9, 0.999)                 # Adam's
-    PREPARE = None                       # what makes a step's examples of a batch from the database (sampler.Prepare)
+    PREPARE = None                       # what makes a step's examples of a batch from the database (gan.batches)
 
     def __init__(self, config: EncoderConfig, gan: Snapshot, range_hu: tuple[float, float], device: torch.device,
                  vgg16=None, lpips=None):

@@ -11,11 +11,11 @@ import distributed
 from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import DatasetError, SliceDataset
+from gan.batches import image_batches
 from gan.quality import MOST_HELD_OUT, InceptionFeatures, evenly, frechet_distance, sliced_wasserstein
 from gan.runlog import Run
 from gan.settings import TrainConfig
 from gan.training import Trainer
-from sampler import image_batches
 
 MOST_REAL = 2048                         # training slices whose features the Frechet distance is to
 

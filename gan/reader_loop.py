@@ -17,11 +17,11 @@ from common.wording import some
 from ct.settings import PreprocessSettings
 from dataset import DatasetError, SliceDataset
 from detect.inversion import OfEncoder
+from gan.batches import slice_batches
 from gan.encoder_loop import go_through
 from gan.reading import ReadingTrainer
 from gan.runlog import Run, tell_of_seen
 from gan.settings import EveryNth, ReaderConfig
-from sampler import slice_batches
 
 
 @dataclass(frozen=True)

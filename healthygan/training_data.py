@@ -16,9 +16,9 @@ import torch
 import distributed
 from common.files import read_table
 from common.groups import connected
+from common.sampler import InfiniteSampler
 from dataset import DatasetError, SliceDataset
 from healthygan.data import ImageSettings, Pictures, is_database, join, read_images, read_slices, without_suffix
-from sampler import InfiniteSampler
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,12 @@ MAY_IMPORT = {                                                   # besides itsel
     "config": set(),
     "model": {"op"},
     "dataset": {"common.files"},
-    "sampler": {"distributed"},
-    "gan": {"op", "model", "common", "ct", "dataset", "sampler", "distributed", "config", "detect.options",
+    "gan": {"op", "model", "common", "ct", "dataset", "distributed", "config", "detect.options",
             "detect.perceptual", "detect.inpainting", "detect.inversion", "detect.reader"},
-    "detect": {"op", "model", "common", "ct", "dataset", "sampler", "distributed", "config"},
+    "detect": {"op", "model", "common", "ct", "dataset", "distributed", "config"},
     "bundling": {"common", "ct.settings", "dataset", "detect", "distributed", "gan", "model"},
     "pacs": {"op", "common.files", "common.stopping", "ct", "detect", "distributed"},
-    "healthygan": {"op", "common", "ct", "gan", "dataset", "sampler", "distributed", "config", "evaluation",
+    "healthygan": {"op", "common", "ct", "gan", "dataset", "distributed", "config", "evaluation",
                    "detect.reconstruct"},
 }
 # Beyond the library: the phantom benchmark stands beside its baselines; the speed benchmark times

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
+from common.sampler import InfiniteSampler
 from dataset import SliceDataset
-from sampler import InfiniteSampler, slice_batches
+from gan.batches import slice_batches
 
 
 def take(sampler, count):

@@ -172,4 +172,6 @@ MUTANTS = (
            "yield from lineage(meta[flag])", "yield meta[flag]", "tests/test_train_reader.py -k any_number_of_runs"),
     Mutant("nobody is told what first weights have seen", "gan/runlog.py",
            "not_held_out(held_out, meta):", "[]:", "tests/test_train_reader.py -k first_weights"),
+    Mutant("every batch corrupted alike", "gan/batches.py", "(self.seed, found[0][0])", "(self.seed, 0)",
+           "tests/test_sampler.py -k hangs_on_its_place"),
 )

@@ -44,8 +44,6 @@ MUTANTS = (
     Mutant("the coarse maps are noise, too", "model.py",
            "enumerate(self.fine_noise, FIRST_FINE)", "enumerate(self.fine_noise, 1)",
            "tests/test_coding.py -k only_the_finest"),
-    Mutant("every batch corrupted alike", "sampler.py", "(self.seed, found[0][0])", "(self.seed, 0)",
-           "tests/test_sampler.py -k hangs_on_its_place"),
     Mutant("prepare.py ignores --slab-mm", "prepare.py",
            "slab_mm=args.slab_mm", "slab_mm=5.0", "tests/test_prepare.py -k flags_reach"),
     Mutant("a range without end is taken", "prepare.py", "args.hu_clip[1] < math.inf:", "args.hu_clip[1]:",
