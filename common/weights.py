@@ -20,7 +20,6 @@ from common.files import read_object, replace_text, sha256
 from common.wording import some
 
 SEAL = "sha256"                          # a JSON file's key for the digest of the rest
-SEALED_FROM = 2                          # the format version that came with it
 
 
 class CheckpointError(ValueError):
@@ -152,18 +151,18 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_json(path: Path, mend: str, newest: int) -> dict[str, Any]:
-    """A JSON file of format version `newest` or before. Raises CheckpointError, ending with `mend`."""
+def read_json(path: Path, mend: str, version: int) -> dict[str, Any]:
+    """A JSON file of this format version. Raises CheckpointError, ending with `mend` where that helps."""
     try:
         content = read_object(path, CheckpointError, mend)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file: {mend}") from error
-    version = content.get("format_version")
-    if not isinstance(version, int):
+    found = content.get("format_version")
+    if not isinstance(found, int):
         raise CheckpointError(f"{path}: no format_version: {mend}")
-    if version > newest:
-        raise CheckpointError(f"{path}: format version {version}, this code reads up to {newest}; update it")
-    seal = content.pop(SEAL, None)
-    if seal != _digest(content) and (seal is not None or version >= SEALED_FROM):
+    if found != version:
+        raise CheckpointError(f"{path}: format version {found}, this program reads {version}: "
+                              + ("update it" if found > version else mend))
+    if content.pop(SEAL, None) != _digest(content):
         raise CheckpointError(f"{path}: altered since it was written (its own SHA-256 is another): {mend}")
     return content

@@ -32,7 +32,6 @@ from common.weights import (
 from ct import frame
 from ct.frame import PreprocessSettings
 from detect import measure
-from detect.calibration import spacing_range
 from detect.latent import LatentStats
 from detect.measure import MEASURES, Measure
 from detect.normative import Normal
@@ -42,7 +41,7 @@ from detect.search import Search, SearchSettings
 from detect.settings import Settings
 from model import NETWORKS, Discriminator, Encoder, Generator
 
-FORMAT_VERSION = 2                             # newer ones are refused; version 1 is read, see upgraded()
+FORMAT_VERSION = 2                             # the only one that is read
 BUNDLE_META = ("preprocessing", "calibration", "provenance")        # required; may be None
 
 
@@ -157,8 +156,7 @@ def _files_of_bundle(folder: Path) -> set[str]:
         content = read_json(folder / "model.json", "", FORMAT_VERSION)
     except CheckpointError:
         return set()
-    files = content.get("files")
-    return {Path(name).name for name in files} if isinstance(files, dict) else set()
+    return {Path(name).name for name in content["files"]}
 
 
 def read_bundle_meta(folder: str | Path) -> tuple[dict[str, Any], str]:
@@ -168,32 +166,12 @@ def read_bundle_meta(folder: str | Path) -> tuple[dict[str, Any], str]:
         raise CheckpointError(f"{folder}: no such folder; give the folder of a model bundle")
     path = folder / "model.json"
     content = read_json(path, "not a model bundle; latent_stats.py writes one", FORMAT_VERSION)
-    kinds = {"config": dict, "files": dict, **dict.fromkeys(BUNDLE_META, dict | None)}
-    kinds |= {"projection": dict | None} if content["format_version"] == 1 else {"settings": dict, "versions": dict}
+    kinds = dict.fromkeys(("settings", "versions", "config", "files"), dict) | dict.fromkeys(BUNDLE_META, dict | None)
     if absent := [key for key, kind in kinds.items() if not isinstance(content.get(key, ""), kind)]:
         raise CheckpointError(f"{path}: must say {', '.join(absent)}; fetch the bundle again")
     verify(folder, content["files"], "not the file the bundle was made with; fetch the bundle again")
-    names = sorted(content["files"])
-    if content["format_version"] == 1:
-        names = [name for name in VERSION_1_FILES if name in names]
-        try:                                              # it has no digest, which would tell of a change by hand
-            content = upgraded(content, path)
-            if content["calibration"]:
-                spacing_range(content["calibration"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: projection or calibration are not as latent_stats.py wrote them ({error}); "
-                                  "fetch the bundle again") from error
-    _count_scans(content)
-    listing = "".join(f"{name} {content['files'][name]}\n" for name in names)
+    listing = "".join(f"{name} {content['files'][name]}\n" for name in sorted(content["files"]))
     return content, hashlib.sha256(listing.encode()).hexdigest()
-
-
-def _count_scans(meta: dict[str, Any]) -> None:
-    """Numbers for the ids of healthy scans, names of folders, which bundles held before: no run.json shows them."""
-    for part, key in [(meta["calibration"], "scans"),
-                      *((fold, "held_out") for fold in (meta["provenance"] or {}).get("folds", ()))]:
-        if part and isinstance(part.get(key), list):
-            part[key] = len(part[key])
 
 
 def load_bundle(folder: str | Path, device: torch.device | str = "cpu", precision: str = "auto") -> Bundle:
@@ -227,40 +205,6 @@ def _load_normal(path: Path) -> Normal:
         return Normal.from_tensors(load_tensors(path))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Bundles of format version 1: the search's and the measure's settings in one table, and always the same files
-
-VERSION_1_FILES = tuple(f"{name}.safetensors" for name in (*NETWORKS, "latent", "normal"))
-_SEARCH = ("steps_latent", "steps_noise", "predicted_noise", "lr_latent", "lr_noise", "domain", "perceptual", "pixels",
-           "knee")
-_SURPRISE = {"median_at_512": "median_at_512", "filter": "filter", "scale": "scale", "thin": "hypodense",
-             "pool": "pool", "surprise_above": "surprise_above"}
-_SURPRISE_DEFAULTS = {"filter": "median", "scale": "both", "hypodense": 1.0, "pool": "area", "surprise_above": 2.5}
-_VOTES = ("median_at_512", "threshold_hu", "max_gap_mm")
-_MASK = ("surprise_mask", "component_at_512")
-
-
-def upgraded(meta: dict[str, Any], path: Path) -> dict[str, Any]:
-    """model.json of version 1 as one of today. Raises CheckpointError for settings that version 1 did not have."""
-    old = {"predicted_noise": True} | (meta.pop("projection") or {})
-    known = {*_SEARCH, *_SURPRISE, *_VOTES, *_MASK, "measure", "scan_score"}
-    if unknown := sorted(old.keys() - known):
-        raise CheckpointError(f"{path}: projection: unknown {', '.join(unknown)}; made by another version: run "
-                              "latent_stats.py again")
-
-    def chosen(names) -> dict[str, Any]:
-        return {name: old[name] for name in names if name in old}
-
-    steps = old.get("steps_latent", 100) + old.get("steps_noise", 100)
-    measure = old.get("measure", "votes")
-    surprise = _SURPRISE_DEFAULTS | {new: old[name] for name, new in _SURPRISE.items() if name in old}
-    settings = {"method": "search" if steps else "inversion",
-                "reconstruction": chosen(_SEARCH if steps else ("predicted_noise",)), "measure": measure,
-                "scoring": surprise if measure == "surprise" else chosen(_VOTES), "mask": chosen(_MASK),
-                "scan_score": old.get("scan_score", "mean")}
-    return meta | {"settings": settings, "versions": {"program": "0.1.0", "preprocessing": 1, "measure": 1}}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from common.weights import (
     write_json,
 )
 
-FORMAT_VERSION = 2                       # newer ones are refused; version 1 has no digest of meta.json itself
+FORMAT_VERSION = 2                       # the only one that is read
 _PLAIN = (bool, int, float, str, bytes, type(None))
 
 
