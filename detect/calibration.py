@@ -25,7 +25,6 @@ from detect.scores import (
     SCAN_SCORES,
     SLICE_MM,
     least_healthy,
-    percentile_of,
     rounded_up,
     scan_score,
     thickness_mm,
@@ -177,8 +176,7 @@ def thresholds(scan_scores: dict[str, list[float]], fpr: float, patients: int | 
     in 20 exceeds.
     """
     try:
-        by_score = {how: threshold_at_fpr(torch.tensor(scores, dtype=torch.float64), fpr)
-                    for how, scores in scan_scores.items()}
+        by_score = {how: threshold_at_fpr(scores, fpr) for how, scores in scan_scores.items()}
         if patients is not None and patients < (needed := least_healthy(fpr)):
             raise ValueError(f"a false-positive rate of {fpr} needs healthy scans of {needed} patients, found those of "
                              f"{patients}; add scans of others or allow a higher rate")
@@ -234,9 +232,3 @@ def at_rate(calibration: dict[str, Any], rate: float) -> dict[str, Any]:
                          f"rate that they allow is {rounded_up(1 / (n + 1)):.3g}, or calibrate with more scans "
                          "(latent_stats.py)")
     return calibration | {"threshold": found}
-
-
-def percentile(calibration: dict[str, Any], score: float, how: str) -> float:
-    """Of a scan's score among the healthy scans, 0 to 100 n / (n + 1)."""
-    healthy = torch.tensor(calibration["scan_scores"][how], dtype=torch.float64)         # as the threshold counts
-    return float(percentile_of(torch.tensor([score], dtype=torch.float64), healthy)[0])

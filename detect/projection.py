@@ -19,7 +19,7 @@ from detect.bundle import Bundle, versions
 from detect.measure import Measure
 from detect.reconstruct import Reconstruction, Reconstructor
 from detect.residual import Evidence, Findings
-from detect.scores import scan_score, thickness_mm
+from detect.scores import percentile_of, scan_score, thickness_mm
 from detect.settings import Settings, stored
 
 OTHER_SPACING = 1.25    # slices further apart than those of the calibration by this factor, or closer, do not compare
@@ -192,8 +192,7 @@ class Projector:
             return None, self.threshold, [f"slices {spacing_mm:.3g} mm apart, those of the calibration "
                                 f"{low if low == high else f'{low} to {high}'} mm: no percentile"]
         threshold = self.calibration["threshold"][how] if self.threshold is None else self.threshold
-        notes = [] if threshold is not None else [                   # the prefix: of older calibrations
-            f"no threshold: {self.calibration['threshold']['reason'].removeprefix('threshold_at_fpr: ')}"]
+        notes = [] if threshold is not None else [f"no threshold: {self.calibration['threshold']['reason']}"]
         usual = Reconstruction.last_error(self.calibration["error_hu"])
         # Flagged all the same, in both cases: a head full of blood is so far off, too
         within = calibration.usual_range(self.calibration, "brain_hu")
@@ -205,7 +204,7 @@ class Projector:
         if error_of_rest > (within[1] if within else TOO_FAR * usual):
             return None, threshold, [f"the closest normal is off by {error_of_rest:.1f} HU where nothing is marked, of "
                                      f"healthy scans by {usual:.1f}: it does not come close; no percentile", *notes]
-        return calibration.percentile(self.calibration, score, how), threshold, notes
+        return percentile_of(score, self.calibration["scan_scores"][how]), threshold, notes
 
     def key(self) -> dict:
         """What this projector's results hang on, JSON: results of another key are not mixed with them.

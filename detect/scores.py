@@ -76,15 +76,14 @@ def rounded_up(rate: float) -> float:
     return math.ceil(rate / step - 1e-9) * step                      # 1e-9 for 0.05, which is 500.00000000000006 steps
 
 
-def percentile_of(scores: torch.Tensor, healthy_scores: torch.Tensor) -> torch.Tensor:
-    """Percentile of each score among healthy ones, [...] in 0 to 100 n / (n + 1).
+def percentile_of(score: float, healthy_scores: Sequence[float]) -> float:
+    """Percentile of a score among n healthy ones, 0 to 100 n / (n + 1).
 
     100 * (healthy scores below it) / (n + 1), which is 100 * (1 - p) for the conformal p-value (1 + healthy scores
     at or above it) / (n + 1): with n healthy scans no scan can be called rarer than one in n + 1.
     """
     healthy = _sorted_healthy(healthy_scores)
-    below = torch.searchsorted(healthy, scores.to(healthy).contiguous(), right=False)
-    return 100 * below / (len(healthy) + 1)
+    return float(100 * np.searchsorted(healthy, score) / (len(healthy) + 1))
 
 
 def least_healthy(fpr: float) -> int:
@@ -92,7 +91,7 @@ def least_healthy(fpr: float) -> int:
     return math.ceil(1 / fpr - 1 - 1e-9)
 
 
-def threshold_at_fpr(healthy_scores: torch.Tensor, fpr: float) -> float:
+def threshold_at_fpr(healthy_scores: Sequence[float], fpr: float) -> float:
     """The threshold that a healthy scan exceeds with a probability of at most fpr, from n healthy scores [n].
 
     The ceil((n + 1)(1 - fpr))-th smallest of them. For a new healthy scan exchangeable with these, the probability of
@@ -106,11 +105,11 @@ def threshold_at_fpr(healthy_scores: torch.Tensor, fpr: float) -> float:
     if may_exceed == 0:
         raise ValueError(f"a false-positive rate of {fpr} needs {least_healthy(fpr)} "
                          f"healthy scans, found {len(healthy)}; add scans or allow a higher rate")
-    return healthy[len(healthy) - may_exceed].item()
+    return float(healthy[-may_exceed])
 
 
-def _sorted_healthy(healthy_scores: torch.Tensor) -> torch.Tensor:
-    healthy = torch.as_tensor(healthy_scores, dtype=torch.float64).flatten()
-    if len(healthy) == 0 or not torch.isfinite(healthy).all():
+def _sorted_healthy(healthy_scores: Sequence[float]) -> np.ndarray:
+    healthy = np.sort(np.asarray(healthy_scores, np.float64))
+    if len(healthy) == 0 or not np.isfinite(healthy).all():
         raise ValueError(f"calibration needs finite scores of healthy scans, got {healthy.tolist()}")
-    return healthy.sort().values
+    return healthy

@@ -22,6 +22,7 @@ from detect.bundle import Bundle, load_bundle, save_bundle
 from detect.projection import Projector, volume_ml
 from detect.reconstruct import Reconstruction
 from detect.residual import MaskSettings
+from detect.scores import percentile_of, threshold_at_fpr
 from detect.search import SearchSettings
 from detect.settings import Settings
 from detect.surprise import SurpriseSettings
@@ -342,11 +343,10 @@ def test_a_rate_that_the_scans_cannot_tell_is_refused_with_the_lowest_they_can()
 def test_percentile_and_flag_count_alike_at_a_healthy_score():
     """Percentiles were counted in single precision: a flagged scan stood no higher than the healthy one below it."""
     scores = [1 + i / 7 for i in range(19)]
-    facts = {"scan_scores": {"max": scores}}
-    threshold = calibration.thresholds(facts["scan_scores"], 0.05)["max"]
+    threshold = threshold_at_fpr(scores, 0.05)
     assert threshold == scores[-1]
     just_above = float(np.nextafter(threshold, np.inf))
-    assert [calibration.percentile(facts, score, "max") for score in (threshold, just_above)] == [90, 95]
+    assert [percentile_of(score, scores) for score in (threshold, just_above)] == [90, 95]
 
 
 def test_a_rate_needs_a_calibration_that_holds_the_scan_score():
