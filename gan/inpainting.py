@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import distributed
 from ct.picture import save_hu_grid
 from ct.window import BONE_HU, decode, encode
 from dataset import SliceDataset
@@ -116,10 +117,10 @@ class InpaintingTrainer(EncoderTrainer):
 
     def weight(self, brain: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor, changed: torch.Tensor
                ) -> torch.Tensor:
-        """Of each pixel in the distance [B, N, N], 1 in the mean. Bone is never hidden."""
+        """Collective. Of each pixel in the distance [B, N, N], 1 in the mean over all ranks. Bone is never hidden."""
         inside = (brain & ~bone).float()
         weight = OUTSIDE + inside * (1 + self.config.hidden * hidden + self.config.changed * changed)
-        return weight / weight.mean()
+        return weight / (distributed.all_reduce_sum(weight.mean()) / distributed.get_world_size())
 
     def draw(self, images: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, N, N] of which `hidden` is not seen, bool [B, N, N], as generator and encoder draw them."""

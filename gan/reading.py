@@ -104,7 +104,8 @@ class ReadingTrainer:
         return {"loss": torch.stack(losses).mean()}
 
     def _step(self, images: torch.Tensor, present: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-        loss = reading_loss(self.reader(images), present, counted)
+        pixels = distributed.all_reduce_sum(counted.sum()) / distributed.get_world_size()
+        loss = reading_loss(self.reader(images), present, counted, pixels)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         distributed.average_gradients(self.reader.parameters())
@@ -185,13 +186,16 @@ def targets(change_hu: torch.Tensor, soft: torch.Tensor) -> tuple[torch.Tensor, 
     return present, counted[:, None].float()
 
 
-def reading_loss(found: torch.Tensor, present: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+def reading_loss(found: torch.Tensor, present: torch.Tensor, counted: torch.Tensor,
+                 pixels: torch.Tensor | None = None) -> torch.Tensor:
     """Cross-entropy over the pixels that count, and how little found and present overlap in each image (Dice).
 
-    found: log odds [B, 2, N, N]; present and counted as of targets().
+    found: log odds [B, 2, N, N]; present and counted as of targets(). pixels: how many count, in the mean over ranks, so
+    that a pixel weighs the same on all of them; None: those of counted.
     """
+    pixels = counted.sum() if pixels is None else pixels
     weight = torch.tensor(PRESENT, device=found.device)
     entropy = F.binary_cross_entropy_with_logits(found, present, reduction="none", pos_weight=weight)
     share, present = found.sigmoid() * counted, present * counted
     overlap = (2 * (share * present).sum((2, 3)) + FEW) / (share.sum((2, 3)) + present.sum((2, 3)) + FEW)
-    return (entropy * counted).sum() / counted.sum().clamp(min=1) / 2 + OVERLAP * (1 - overlap).mean()
+    return (entropy * counted).sum() / pixels.clamp(min=1) / 2 + OVERLAP * (1 - overlap).mean()

@@ -3,6 +3,10 @@ from mutants.mutant import Mutant
 MUTANTS = (
     Mutant("critic lowers what it should raise", "healthygan/training.py",
            "* penalty - distance", "* penalty + distance", "tests/test_healthygan.py -k critics_gradient"),
+    Mutant("every rank trains a healthygan of its own", "healthygan/training.py",
+           "distributed.average_gradients(net.parameters())", "pass", "tests/test_ranks.py -k healthygan"),
+    Mutant("ranks of healthygan draw the same", "healthygan/training.py",
+           "[self.rank::self.world].to(", "[:self.config.batch].to(", "tests/test_ranks.py -k healthygan"),
     Mutant("generator's terms all weigh 1", "healthygan/training.py",
            "weights[name] * term for", "term for",
            "tests/test_healthygan.py -k generators_gradient"),
