@@ -52,8 +52,9 @@ class Maker:
 class Derived:
     """A scan read from DICOM, and what its derived objects need of its files; open() makes one.
 
-    images       per source file what may be referred to: identifiers and geometry, no patient data
-    frames       [S] per slice its (image, frame from 0) among them
+    images       per source file what may be referred to: identifiers and geometry, no patient data; of a multi-frame
+                 file the frames that are slices, in the order of the slices
+    frames       [S] per slice its (image, frame from 0 in its file) among them
     thickness    [S] slice thickness in mm; by where the neighbours lie, where the source does not say
     patient      the source's patient and study modules; None where they are not to be copied
     series_base  what this maker's series numbers begin after
@@ -91,8 +92,9 @@ class Derived:
             _check_source(path, header, headers[0], alone=len(paths) == 1)
         _check_distinct(paths, headers)
         thickness = _thickness(scan, headers, paths)
-        images = tuple(_reference_image(header, headers[0], thickness[0]) for header in headers)
         frames = tuple((paths.index(path), frame) for path, frame in stack.frames)
+        images = tuple(_reference_image(header, headers[0], thickness[0], [frame for _, frame in frames])
+                       for header in headers)
         instances = tuple(sorted((images[image].SOPInstanceUID, frame) for image, frame in frames))
         seed = (images[0].SeriesInstanceUID, instances, maker.name, maker.version, maker.serial, words, phi)
         number = min(max(int(headers[0].get("SeriesNumber") or 0), 0), 10**7)
@@ -123,13 +125,8 @@ class Derived:
         return item
 
     def on_source(self, volume: np.ndarray) -> np.ndarray:
-        """A map [S, H, W] as the source's frames are stored; frames of a multi-frame source without a slice are 0."""
-        stored = self.scan.geometry.to_stored(volume)
-        if len(self.images) > 1:
-            return stored
-        full = np.zeros((int(self.images[0].NumberOfFrames), *stored.shape[1:]), stored.dtype)
-        full[[frame for _, frame in self.frames]] = stored
-        return full
+        """A map [S, H, W] as the source's frames are stored."""
+        return self.scan.geometry.to_stored(volume)
 
     def reference(self, k: int) -> tuple[Dataset, list[int] | None]:
         """The image of slice k and, of a multi-frame image, its frame as DICOM counts, from 1."""
@@ -156,9 +153,18 @@ class Derived:
             item.ContributionDateTime = DT(self.made)
         for item in (*ds.get("DimensionOrganizationSequence", ()), *ds.get("DimensionIndexSequence", ())):
             item.DimensionOrganizationUID = self.uid("dimensions", ds.Modality)
-        if "PerFrameFunctionalGroupsSequence" in ds and np.ptp(self.thickness) > 0:
-            self._own_thickness(ds)
+        if "PerFrameFunctionalGroupsSequence" in ds:
+            self._number_sources(ds)
+            if np.ptp(self.thickness) > 0:
+                self._own_thickness(ds)
         return ds
+
+    def _number_sources(self, ds: Dataset) -> None:
+        """Source frames by their numbers in a multi-frame file: highdicom counts those that it was given."""
+        for group in ds.PerFrameFunctionalGroupsSequence:
+            source = group.DerivationImageSequence[0].SourceImageSequence[0]
+            if "ReferencedFrameNumber" in source:
+                source.ReferencedFrameNumber = self.frames[int(source.ReferencedFrameNumber) - 1][1] + 1
 
     def _own_thickness(self, ds: Dataset) -> None:
         """Pixel measures per frame: highdicom has one slice thickness for all, that of the first source image."""
@@ -207,11 +213,12 @@ def _thickness(scan: Scan, headers: Sequence[Dataset], paths: Sequence[Path]) ->
     return np.array([float(value) if value else mm for value, mm in zip(said, slice_thickness_mm(scan.position_mm))])
 
 
-def _reference_image(header: Dataset, first: Dataset, thickness_mm: float) -> Dataset:
+def _reference_image(header: Dataset, first: Dataset, thickness_mm: float, frames: Sequence[int]) -> Dataset:
     """Identifiers and geometry of a source image, and nothing else: what highdicom looks at and refers to.
 
     Orientation and pixel spacing are the first image's; ct.dicom has seen to it that they agree but for rounding,
-    which highdicom does not forgive.
+    which highdicom does not forgive. Of a multi-frame image it has these `frames` alone: others, of a second phase or
+    copies, lie at the same places, which highdicom refuses.
     """
     image = Dataset()
     for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID",
@@ -223,20 +230,20 @@ def _reference_image(header: Dataset, first: Dataset, thickness_mm: float) -> Da
     for keyword in TYPE_2:
         setattr(image, keyword, "")
     measures = Dataset()
-    measures.PixelSpacing = frame_value(first, 0, "PixelMeasuresSequence", "PixelSpacing")
+    measures.PixelSpacing = frame_value(first, frames[0], "PixelMeasuresSequence", "PixelSpacing")
     measures.SliceThickness = thickness_mm
-    orientation = frame_value(first, 0, "PlaneOrientationSequence", "ImageOrientationPatient")
-    if "SharedFunctionalGroupsSequence" not in header:
+    orientation = frame_value(first, frames[0], "PlaneOrientationSequence", "ImageOrientationPatient")
+    if "PerFrameFunctionalGroupsSequence" not in header:
         image.update(measures)
         image.ImageOrientationPatient = orientation
         image.ImagePositionPatient = header.ImagePositionPatient
         return image
-    image.NumberOfFrames = header.NumberOfFrames
+    image.NumberOfFrames = len(frames)
     plane, shared = Dataset(), Dataset()
     plane.ImageOrientationPatient = orientation
     shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [plane]
     image.SharedFunctionalGroupsSequence, image.PerFrameFunctionalGroupsSequence = [shared], []
-    for frame in range(int(header.NumberOfFrames)):
+    for frame in frames:
         group, position = Dataset(), Dataset()
         position.ImagePositionPatient = frame_value(header, frame, "PlanePositionSequence", "ImagePositionPatient")
         group.PlanePositionSequence = [position]

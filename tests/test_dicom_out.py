@@ -232,6 +232,34 @@ def test_multi_frame_source(tmp_path):
         np.testing.assert_array_equal(image, result.anomaly[[2, 0, 5, 1, 4, 3][frame - 1]])
 
 
+def test_frames_of_a_multi_frame_source_that_are_no_slices_have_no_part_in_its_objects(tmp_path):
+    """A localiser in front, whose orientation the maps had; and a second phase or copies at the places of the first,
+    which highdicom refuses: no scan of such a file had objects."""
+    path = write_enhanced_ct(tmp_path / "enhanced", HU, (5, 0.5, 0.4), order=[5, 3, 2, 0, 5, 1, 4, 3])
+    ds = pydicom.dcmread(path)
+    complete(ds, 0)
+    shared, plane, kind = ds.SharedFunctionalGroupsSequence[0], pydicom.Dataset(), pydicom.Dataset()
+    plane.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+    kind.FrameType = ["ORIGINAL", "PRIMARY", "LOCALIZER", "NONE"]
+    for k, group in enumerate(ds.PerFrameFunctionalGroupsSequence):
+        group.PixelMeasuresSequence = shared.PixelMeasuresSequence
+        group.PlaneOrientationSequence = shared.PlaneOrientationSequence if k else [plane]
+        if not k:
+            group.CTImageFrameTypeSequence = [kind]
+    del ds.SharedFunctionalGroupsSequence
+    ds.save_as(path)
+    result = result_of(read_only(path))
+    objects = build_objects(result, IDENTITY)
+    found = frames_by_source(objects["map"])
+    assert {frame for _, frame in found} == {3, 4, 5, 6, 7, 2} and len(objects["seg"].pixel_array) == 6
+    for (_, frame), (image, place) in found.items():
+        k = [5, 3, 2, 0, 5, 1, 4, 3][frame - 1]
+        np.testing.assert_array_equal(image, result.anomaly[k])
+        assert place == [-40, -60, 10 + 5 * k]
+    shared = objects["map"].SharedFunctionalGroupsSequence[0]
+    assert list(shared.PlaneOrientationSequence[0].ImageOrientationPatient) == [1, 0, 0, 0, 1, 0]
+
+
 def test_key_objects_name_the_key_frames_of_a_multi_frame_source(tmp_path):
     """The whole image, which every viewer opens at its first frame, says nothing."""
     path = write_enhanced_ct(tmp_path / "enhanced", HU, (5, 0.5, 0.4), order=[2, 0, 5, 1, 4, 3])

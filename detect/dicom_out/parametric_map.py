@@ -12,7 +12,7 @@ from detect.dicom_out.common import Case
 
 
 def build(case: Case) -> ParametricMap:
-    """All frames of the source; stored values are the map's own, and the real-world mapping is the identity."""
+    """All slices; stored values are the map's own, and the real-world mapping is the identity."""
     values = case.on_source(case.result.anomaly.astype(np.float32))
     low, high = float(values.min()), float(values.max())
     mapping = RealWorldValueMapping(
