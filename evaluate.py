@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.files import sha256
+from common.files import replace_text, sha256
 from evaluation.settings import TriageSettings
 
 if TYPE_CHECKING:                         # what takes seconds to import, functions import: --help needs none of it
@@ -37,9 +37,8 @@ LIBRARIES = ("numpy", "scipy", "scikit-learn", "matplotlib")             # that 
 
 def write(out: Path, stem: str, report: dict, table: str) -> None:
     """<stem>.json and <stem>.md in the folder."""
-    (out / f"{stem}.json").write_text(json.dumps(report, indent=2, allow_nan=False, default=os.fspath)
-                                     + "\n", encoding="utf-8")
-    (out / f"{stem}.md").write_text(table, encoding="utf-8")
+    replace_text(out / f"{stem}.json", json.dumps(report, indent=2, allow_nan=False, default=os.fspath) + "\n")
+    replace_text(out / f"{stem}.md", table)
 
 
 def provenance(args) -> dict:

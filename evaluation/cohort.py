@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from PIL import Image
 
 from common.files import Row
 from common.files import read_table as read_rows
+from common.wording import some
 from evaluation.metrics import empirical_threshold
 
 Key = tuple                                # (scan_id,) or (scan_id, slice)
@@ -59,8 +60,8 @@ def name(key: Key) -> str:
     return shown if shown.isprintable() and shown == shown.strip() else ascii(shown)
 
 
-def _some(keys: list[Key]) -> str:
-    return ", ".join(map(name, keys[:3])) + ", ..." * (len(keys) > 3)
+def _names(keys: Sequence[Key]) -> str:
+    return some([*map(name, keys)], 3)
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
@@ -68,15 +69,19 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
     return read_rows(path, columns, InputError)
 
 
-def _key(path: Path, row: Row, by_slice: bool, seen: Container[Key]) -> Key:
-    if not row["scan_id"]:
-        raise InputError(f"{path}, line {row.line}: has no scan_id; give it one, or remove the line")
-    if by_slice and not row["slice"].isdecimal():
-        raise InputError(f"{path}, line {row.line}: slice must be a whole number from 0, found {row['slice']!r}")
-    key = (row["scan_id"], int(row["slice"])) if by_slice else (row["scan_id"],)
-    if key in seen:
-        raise InputError(f"{path}, line {row.line}: {name(key)} is there twice; each may have one row")
-    return key
+def _rows_by_key(path: Path, columns: Sequence[str], by_slice: bool) -> Iterator[tuple[Key, Row]]:
+    """Rows of a table of scans or slices, each with its key. Raises InputError for a key that is no key or not new."""
+    seen = set()
+    for row in read_table(path, ("scan_id", *(["slice"] if by_slice else []), *columns)):
+        if not row["scan_id"]:
+            raise InputError(f"{path}, line {row.line}: has no scan_id; give it one, or remove the line")
+        if by_slice and not row["slice"].isdecimal():
+            raise InputError(f"{path}, line {row.line}: slice must be a whole number from 0, found {row['slice']!r}")
+        key = (row["scan_id"], int(row["slice"])) if by_slice else (row["scan_id"],)
+        if key in seen:
+            raise InputError(f"{path}, line {row.line}: {name(key)} is there twice; each may have one row")
+        seen.add(key)
+        yield key, row
 
 
 def seconds_by_scan(path: Path) -> dict[str, float]:
@@ -87,9 +92,7 @@ def seconds_by_scan(path: Path) -> dict[str, float]:
 def read_scores(path: Path, by_slice: bool = False) -> dict[Key, Score]:
     """Score by key; of a scan whose status is one of UNSCORED, that (slices have none). Raises InputError."""
     scores = {}
-    columns = ("scan_id", "slice", "score") if by_slice else ("scan_id", "score", "status")
-    for row in read_table(path, columns):
-        key = _key(path, row, by_slice, scores)
+    for key, row in _rows_by_key(path, ("score",) if by_slice else ("score", "status"), by_slice):
         status = "ok" if by_slice else row["status"]
         if status not in ("ok", *UNSCORED):
             raise InputError(f"{path}, line {row.line}: {name(key)} has status {status!r}; expected 'ok' or 'failed' "
@@ -118,11 +121,8 @@ def read_labels(path: Path, where: Sequence[str] = (),
     conditions: dict[str, set[str]] = {}
     for column, _, value in (condition.partition("=") for condition in where):
         conditions.setdefault(column, set()).add(value)
-    labels, not_chosen, seen, met = {}, set(), set(), set()
-    columns = ("scan_id", "slice", "label") if by_slice else ("scan_id", "label")
-    for row in read_table(path, (*columns, *conditions)):
-        key = _key(path, row, by_slice, seen)
-        seen.add(key)
+    labels, not_chosen, met = {}, set(), set()
+    for key, row in _rows_by_key(path, ("label", *conditions), by_slice):
         met.update(f"{column}={row[column]}" for column in conditions)
         if any(row[column] not in values for column, values in conditions.items()):
             not_chosen.add(key)
@@ -155,8 +155,8 @@ def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
               "scored without a label": [k for k in scores if k not in labels and k not in not_chosen]}
     faults = {why: keys for why, keys in faults.items() if keys}
     if missing == "error" and faults:
-        told = "; ".join(f"{len(keys)} {what} {why} ({_some(keys)})" for why, keys in faults.items())
-        raise InputError(f"scores against labels: {told}. Mend the files, choose rows of the labels "
+        listed = "; ".join(f"{len(keys)} {what} {why} ({_names(keys)})" for why, keys in faults.items())
+        raise InputError(f"scores against labels: {listed}. Mend the files, choose rows of the labels "
                          "with --where COLUMN=VALUE, or say --missing exclude or --missing worst")
     finite = {k: scores[k] for k in labels if k in scores and scores[k] not in UNSCORED}
     if not finite:
@@ -181,7 +181,7 @@ def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: Units
     shared = sorted(key for key, label in labels.items() if key in keys or label.patient in patients)
     if shared:
         raise InputError(f"--threshold-from {paths[0]}: {len(shared)} of its scans are evaluated here too, or "
-                         f"others of their patients ({_some(shared)}); a threshold must come from other data")
+                         f"others of their patients ({_names(shared)}); a threshold must come from other data")
     units = join(scores, labels, missing)
     normal = np.where(units.worst, np.inf, units.scores)[units.labels == 0]         # no threshold clears the worst
     if not len(normal):
@@ -229,14 +229,7 @@ def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.nda
     None if there is neither. Raises InputError, also where a scan or a slice has two masks.
     """
     path = folder / f"{scan_id}.nii.gz"
-    by_number: dict[int, Path] = {}
-    for picture in sorted((folder / scan_id).glob("*.png")):
-        if not picture.stem.isdecimal():
-            raise InputError(f"{picture}: expected the number of a slice, from 0, found {picture.stem!r}")
-        other = by_number.setdefault(int(picture.stem), picture)
-        if other != picture:
-            raise InputError(f"{other} and {picture} are both masks of slice {int(picture.stem)}; expected one: remove "
-                             "the other")
+    by_number = _pictures_by_slice(folder / scan_id)
     if path.is_file() and by_number:
         raise InputError(f"{path} and {next(iter(by_number.values()))} are both masks of {scan_id}; expected a volume "
                          "or pictures, not both: remove one or the others")
@@ -265,6 +258,18 @@ def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.nda
         nearest = count - 1 - np.abs(even[:, None] - position_mm[::-1]).argmin(axis=1)        # half way: the upper
     nearest = nearest[::-1] if upended else nearest
     return masks[nearest], given[nearest] | (gaps == "empty")
+
+
+def _pictures_by_slice(folder: Path) -> dict[int, Path]:
+    by_number: dict[int, Path] = {}
+    for picture in sorted(folder.glob("*.png")):
+        if not picture.stem.isdecimal():
+            raise InputError(f"{picture}: expected the number of a slice, from 0, found {picture.stem!r}")
+        other = by_number.setdefault(int(picture.stem), picture)
+        if other != picture:
+            raise InputError(f"{other} and {picture} are both masks of slice {int(picture.stem)}; expected one: remove "
+                             "the other")
+    return by_number
 
 
 def _marked(picture: Path) -> np.ndarray:

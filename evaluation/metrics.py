@@ -40,14 +40,19 @@ def placements(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.n
     v10 is, for each abnormal unit, the share of normals scored below it; v01 is, for each normal unit, the
     share of the abnormal scored above it. Raises Undefined with one class only.
     """
-    scores, positive = np.asarray(scores, np.float64), np.asarray(labels) == 1
-    m, n = int(positive.sum()), int((~positive).sum())
-    if m == 0 or n == 0:
-        raise Undefined(f"only one class ({m} abnormal, {n} normal)")
+    scores, positive = np.asarray(scores, np.float64), _abnormal(labels)
     ranks = stats.rankdata(scores)
-    v10 = (ranks[positive] - stats.rankdata(scores[positive])) / n
-    v01 = 1 - (ranks[~positive] - stats.rankdata(scores[~positive])) / m
+    v10 = (ranks[positive] - stats.rankdata(scores[positive])) / (~positive).sum()
+    v01 = 1 - (ranks[~positive] - stats.rankdata(scores[~positive])) / positive.sum()
     return v10, v01
+
+
+def _abnormal(labels: np.ndarray) -> np.ndarray:
+    """Which units are abnormal, bool [n]. Raises Undefined with one class only."""
+    positive = np.asarray(labels) == 1
+    if positive.all() or not positive.any():
+        raise Undefined(f"only one class ({positive.sum()} abnormal, {(~positive).sum()} normal)")
+    return positive
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -57,11 +62,8 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 def roc_points(scores: np.ndarray, labels: np.ndarray) -> list[tuple[float, float]]:
     """Points (1 - specificity, sensitivity) of the ROC curve from (0, 0) to (1, 1). Raises Undefined with one class."""
-    labels = np.asarray(labels)
-    if len(np.unique(labels)) < 2:
-        raise Undefined(f"only one class ({(labels == 1).sum()} abnormal, {(labels == 0).sum()} normal)")
-    x, y, _ = roc_curve(labels, scores)
-    return [(float(a), float(b)) for a, b in zip(x, y)]
+    x, y, _ = roc_curve(_abnormal(labels), scores)
+    return list(zip(x.tolist(), y.tolist()))
 
 
 def _delong_covariance(scores: list[np.ndarray], labels: np.ndarray,

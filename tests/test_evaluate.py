@@ -381,13 +381,8 @@ def test_transparent_pixels_of_a_mask_are_none(tmp_path):
     assert truth.tolist() == [[[False, True], [False, False]]] and counted.all()
 
 
-def test_labels_are_read_in_time_proportional_to_their_number(tmp_path, monkeypatch):
-    """What has been seen is one set that grows, not one made anew for every row."""
-    path = write_csv(tmp_path / "labels.csv", "scan_id,split,label", [[k, "ab"[k % 2], 0] for k in range(10)])
-    own, sets = cohort._key, []
-    monkeypatch.setattr(cohort, "_key", lambda *given: sets.append(given[-1]) or own(*given))
-    labels, not_chosen = cohort.read_labels(path, ["split=a"])
-    assert len(labels) == len(not_chosen) == 5 and len(sets) == 10 and all(seen is sets[0] for seen in sets)
+def test_a_scan_that_is_there_twice_is_refused_whichever_row_is_chosen(tmp_path):
+    path = tmp_path / "labels.csv"
     for twice in ([1, "a", 0], [2, "a", 0]):                                 # one that is not chosen, one that is
         write_csv(path, "scan_id,split,label", [[1, "b", 0], [2, "a", 0], twice])
         with pytest.raises(cohort.InputError, match=f"line 4: {twice[0]} is there twice"):

@@ -14,7 +14,7 @@ MAY_IMPORT = {                                                   # besides itsel
     "op": set(),
     "common": set(),
     "ct": {"common.files", "common.stopping", "common.version", "common.wording"},
-    "evaluation": {"common.files"},
+    "evaluation": {"common.files", "common.wording"},
     "distributed": set(),
     "config": set(),
     "model": {"op"},
