@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from pacs.orthanc import ID, Change, Orthanc, OrthancAway, OrthancRefused
+from pacs.orthanc import ID, Change, Orthanc, OrthancAway, OrthancRefused, raise_if_general
 from pacs.state import WAITING, State, digest, timestamp
 
 PAGE = 100                                            # changes asked for at a time
@@ -51,7 +51,7 @@ class ChangeLog:
             if change.kind == "StableSeries":
                 if room == 0:
                     return True
-                with self._or_later(change.id):
+                with self._retry_later(change.id):
                     room -= self.announce(change.sequence, change.id)
                     self.state.arriving.discard(change.id)
                 self.state.advance(change.sequence)
@@ -103,7 +103,7 @@ class ChangeLog:
         instances = instances - self._no_ct
         while instances and not self._stopping.is_set():
             instance = instances.pop()
-            with self._or_later(instance):
+            with self._retry_later(instance):
                 series = series_or_none(self.orthanc.series_of, instance)
                 if series:
                     instances -= set(series["Instances"])
@@ -121,7 +121,7 @@ class ChangeLog:
                 break
             if known not in self.state.arriving or self._unserved.get(known, (now,))[0] > now:
                 continue                              # of a series that has just been noted, or for later
-            with self._or_later(known):
+            with self._retry_later(known):
                 series = series_or_none(self.orthanc.series, known) or series_or_none(self.orthanc.series_of, known)
                 self._note(known, series)
                 if series and series["IsStable"]:
@@ -148,7 +148,7 @@ class ChangeLog:
         for series_id in sorted(settled & self.state.arriving):
             if self.room() <= 0 or self._stopping.is_set():
                 return True
-            with self._or_later(series_id):
+            with self._retry_later(series_id):
                 self.announce(self.state.sequence, series_id)
                 self.state.arriving.discard(series_id)
             self.state.advance(self.state.sequence)
@@ -157,7 +157,7 @@ class ChangeLog:
         return False
 
     @contextlib.contextmanager
-    def _or_later(self, known: str) -> Iterator[None]:
+    def _retry_later(self, known: str) -> Iterator[None]:
         """What Orthanc does not serve while it is there keeps nobody: `known` stays arriving, to be asked after later.
 
         known: the id of a series or of an instance. Raises OrthancAway where it is away for every series, and
@@ -166,9 +166,7 @@ class ChangeLog:
         try:
             yield
         except (OrthancAway, OrthancRefused) as error:
-            if isinstance(error, OrthancRefused) and error.for_all:
-                raise
-            self.orthanc.system()
+            raise_if_general(self.orthanc, error)
             if known not in self._unserved:
                 print(f"{known}: passed over, to be asked after again: {error}", flush=True)
             pause = min(2 * self._unserved.get(known, (0.0, RETRY_S[0] / 2))[1], RETRY_S[1])
@@ -185,12 +183,9 @@ class ChangeLog:
         if series is None or not _is_ct(series):
             return False
         self.state.arriving -= set(series["Instances"])
-        try:
-            study = self.orthanc.study(series["ParentStudy"])
-        except OrthancRefused as error:
-            if error.status == 404:                   # deleted since
-                return False
-            raise
+        study = answer_or_none(self.orthanc.study, series["ParentStudy"])
+        if study is None:                             # deleted since
+            return False
         earlier = self.state.rows.get(series_id, {})
         instances = sorted(series["Instances"])
         if earlier.get("digest") == digest(instances) and earlier.get("updated") == series["LastUpdate"]:

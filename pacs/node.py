@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pydicom
@@ -17,7 +18,7 @@ from ct.read import find_scans, read_scan
 from ct.scan import Scan, ScanError
 from detect.dicom_out import Identity, write_dicom
 from pacs.changes import RETRY_S, ChangeLog, answer_or_none, series_or_none
-from pacs.orthanc import Orthanc, OrthancAway, OrthancRefused
+from pacs.orthanc import Orthanc, OrthancAway, OrthancRefused, raise_if_general
 from pacs.state import DONE, FAILED, REFUSED, ROW, State, StateError, timestamp
 
 STAGES = ("fetch", "project", "write", "store")
@@ -29,7 +30,7 @@ CHECKED, CHECK_S = 20, 3600.0                         # done series asked after 
 RECOGNISED = 20                                       # series, those announced last, by which an Orthanc is known
 UIDS = ("study_uid", "series_uid")                    # of a row, beside what each has
 STILL_THERE = "its earlier results are still in the archive: it does not let them be deleted"
-OF_THE_MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+MACHINE_ERRORS = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 STUCK_S = 1800.0                                      # no scan takes as long
 
 
@@ -44,26 +45,31 @@ class Metrics:
         self.orthanc_up = self.changes_up = True
         self.disk_full = False
 
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the seconds inside to a stage, if all went well."""
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - started
+        self.runs[stage] += 1
+
     def text(self, waiting: int) -> str:
         """Prometheus' text format, version 0.0.4."""
-        lines = ["# HELP cn_stylegan_queue_length CT series that wait or are in work.",
-                 "# TYPE cn_stylegan_queue_length gauge", f"cn_stylegan_queue_length {waiting}",
-                 "# HELP cn_stylegan_orthanc_up Whether Orthanc answered last.",
-                 "# TYPE cn_stylegan_orthanc_up gauge", f"cn_stylegan_orthanc_up {int(self.orthanc_up)}",
-                 "# HELP cn_stylegan_changes_up Whether Orthanc served its change log last.",
-                 "# TYPE cn_stylegan_changes_up gauge", f"cn_stylegan_changes_up {int(self.changes_up)}",
-                 "# HELP cn_stylegan_disk_full Whether the node waits for room on its disk.",
-                 "# TYPE cn_stylegan_disk_full gauge", f"cn_stylegan_disk_full {int(self.disk_full)}",
-                 "# HELP cn_stylegan_scans_total CT series finished since the start.",
-                 "# TYPE cn_stylegan_scans_total counter"]
-        lines += [f'cn_stylegan_scans_total{{outcome="{name}"}} {count}' for name, count in self.outcomes.items()]
-        lines += ["# HELP cn_stylegan_put_back_total CT series put behind the others, to be tried again.",
-                  "# TYPE cn_stylegan_put_back_total counter", f"cn_stylegan_put_back_total {self.put_back}"]
-        lines += ["# HELP cn_stylegan_stage_seconds Seconds spent on CT series by stage.",
-                  "# TYPE cn_stylegan_stage_seconds summary"]
-        for stage in STAGES:
-            lines.append(f'cn_stylegan_stage_seconds_sum{{stage="{stage}"}} {self.seconds[stage]:.6f}')
-            lines.append(f'cn_stylegan_stage_seconds_count{{stage="{stage}"}} {self.runs[stage]}')
+        seconds = {f'_sum{{stage="{stage}"}}': f"{self.seconds[stage]:.6f}" for stage in STAGES}
+        runs = {f'_count{{stage="{stage}"}}': self.runs[stage] for stage in STAGES}
+        lines = []
+        for name, kind, meaning, values in (
+                ("queue_length", "gauge", "CT series that wait or are in work.", {"": waiting}),
+                ("orthanc_up", "gauge", "Whether Orthanc answered last.", {"": int(self.orthanc_up)}),
+                ("changes_up", "gauge", "Whether Orthanc served its change log last.", {"": int(self.changes_up)}),
+                ("disk_full", "gauge", "Whether the node waits for room on its disk.", {"": int(self.disk_full)}),
+                ("scans_total", "counter", "CT series finished since the start.",
+                 {f'{{outcome="{name}"}}': count for name, count in self.outcomes.items()}),
+                ("put_back_total", "counter", "CT series put behind the others, to be tried again.",
+                 {"": self.put_back}),
+                ("stage_seconds", "summary", "Seconds spent on CT series by stage.", seconds | runs)):
+            lines += [f"# HELP cn_stylegan_{name} {meaning}", f"# TYPE cn_stylegan_{name} {kind}"]
+            lines += [f"cn_stylegan_{name}{label} {value}" for label, value in values.items()]
         return "\n".join(lines) + "\n"
 
 
@@ -111,16 +117,16 @@ class Node:
                     busy = self.step()
             except (OrthancAway, FullDiskError) as error:
                 away = isinstance(error, OrthancAway)
-                self._take_down(not away, not away or bool(self._no_room), error)
+                self._note_health(not away, not away or bool(self._no_room), error)
                 self.stopping.wait(pause)
                 pause = min(2 * pause, BACKOFF_S[1])
                 continue
-            self._take_down(True, bool(self._no_room))
+            self._note_health(True, bool(self._no_room))
             pause = BACKOFF_S[0]
             if not busy:
                 self.stopping.wait(self.poll_s)
 
-    def _take_down(self, orthanc_up: bool, disk_full: bool, why: Exception | None = None) -> None:
+    def _note_health(self, orthanc_up: bool, disk_full: bool, why: Exception | None = None) -> None:
         """What the node waits for, for the page and the metrics; said where it is new."""
         if orthanc_up != self.metrics.orthanc_up:
             print("Orthanc is back" if orthanc_up else f"Orthanc is away, trying again: {why}", flush=True)
@@ -144,7 +150,7 @@ class Node:
             finally:
                 self.in_work = None
         if self.withdraw_deleted:
-            self.look_after()
+            self.check_done()
         self.withdraw()
         return bool(due) or more and self.log.room() > 0         # with a full queue the log can wait
 
@@ -191,7 +197,7 @@ class Node:
         except OrthancAway as error:
             self.orthanc.system()                     # raises where it is away for every series
             result = self._put_back(series_id, row, str(error))
-        except OF_THE_MACHINE as error:               # it may fail every series, until somebody mends it
+        except MACHINE_ERRORS as error:               # it may fail every series, until somebody mends it
             traceback.print_tb(error.__traceback__)
             result = self._put_back(series_id, row, f"{type(error).__name__}: memory or GPU of the node have failed; "
                                                     "where is in its log")
@@ -225,7 +231,7 @@ class Node:
                              f"{len(last)} series that came last is at {self.orthanc.url}; choose another folder")
         self.state.belong_to(self.orthanc.url)
 
-    def look_after(self) -> None:
+    def check_done(self) -> None:
         """Refuse what was done and whose series has been deleted since by itself, so that its results are withdrawn;
         a series of which only some images have been waits again, so that they are replaced.
 
@@ -245,9 +251,7 @@ class Node:
                     self.log.announce(self.state.sequence, series_id)
                 alone = series is None and answer_or_none(self.orthanc.study, row["study"]) is not None
             except (OrthancAway, OrthancRefused) as error:
-                if isinstance(error, OrthancRefused) and error.for_all:
-                    raise
-                self.orthanc.system()                 # raises where it is away
+                raise_if_general(self.orthanc, error)
                 return                                # one time-out a step; that series again in the next round
             if alone and row["state"] == DONE:        # without its digest: the same images, sent again, are new
                 known = {key: row[key] for key in (*ROW, *UIDS) if key in row}
@@ -265,9 +269,7 @@ class Node:
             try:
                 self._delete(row["objects"], row["study"])
             except (OrthancAway, OrthancRefused) as error:
-                if isinstance(error, OrthancRefused) and error.for_all:
-                    raise
-                self.orthanc.system()                 # raises where it is away
+                raise_if_general(self.orthanc, error)
                 if row.get("notes") != [STILL_THERE]:
                     print(f"{series_id}: {STILL_THERE}; trying again: {error}", flush=True)
                     self.state.put(series_id, row | {"notes": [STILL_THERE]})
@@ -337,19 +339,19 @@ class Node:
             raise ScanError("Orthanc files its results under another patient or study; correct its PatientID")
 
     def _project(self, series_id: str, row: dict) -> dict:
-        with _Timed(self.metrics, "fetch"):
+        with self.metrics.timed("fetch"):
             folder, row = self._fetch(series_id, row)
-        with _Timed(self.metrics, "project"):
+        with self.metrics.timed("project"):
             sources = find_scans(folder)
             if errors := [source.options["error"] for source in sources if "error" in source.options]:
                 raise ScanError(errors[0])                          # beside the scan of its other images
             if len(sources) != 1:
                 raise ScanError(f"{series_id}: {len(sources)} scans in one series; put each in a series of its own")
             result = self.project(read_scan(sources[0]))
-        with _Timed(self.metrics, "write"):
+        with self.metrics.timed("write"):
             paths = write_dicom(self.state.work / "results", result, self.identity)
             objects = [str(pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID) for path in paths]
-        with _Timed(self.metrics, "store"):
+        with self.metrics.timed("store"):
             self._check_source(series_id, row)                      # or they would bring a deleted study back
             self._delete(row["objects"], row["study"])              # earlier ones: their UIDs may be the same
             self.state.put(series_id, row | {"objects": objects})   # before any is there
@@ -360,18 +362,3 @@ class Node:
                 "flagged": None if result.flagged is None else bool(result.flagged), "threshold": result.threshold,
                 "unreliable": result.unreliable, "anomalous_ml": result.anomalous_ml, "notes": list(result.notes),
                 "objects": objects}
-
-
-class _Timed:
-    """Adds the seconds inside to a stage, if all went well."""
-
-    def __init__(self, metrics: Metrics, stage: str):
-        self.metrics, self.stage = metrics, stage
-
-    def __enter__(self) -> None:
-        self.started = time.perf_counter()
-
-    def __exit__(self, kind, *_) -> None:
-        if kind is None:
-            self.metrics.seconds[self.stage] += time.perf_counter() - self.started
-            self.metrics.runs[self.stage] += 1

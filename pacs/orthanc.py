@@ -38,6 +38,13 @@ class OrthancRefused(Exception):
         return self.status in (401, 403) or 300 <= self.status < 400
 
 
+def raise_if_general(orthanc: Orthanc, error: OrthancAway | OrthancRefused) -> None:
+    """Raise where every request would fail: Orthanc is away, or refuses this user. Else the error is of one alone."""
+    if isinstance(error, OrthancRefused) and error.for_all:
+        raise error
+    orthanc.system()
+
+
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """urllib would make a GET of a POST, and send the credentials to whatever address is named."""
 

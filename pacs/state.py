@@ -62,7 +62,7 @@ class State:
                              "choose another") from error
 
     def _open(self, model: dict) -> None:
-        known = {"sequence": None, "date": "", "arriving": [], "model": model}
+        known = {"sequence": None, "date": "", "arriving": [], "model": model, "orthanc": None}
         if (path := self.folder / "state.json").exists():
             known = self._read(path, known)
         if known["model"] != model:
@@ -71,8 +71,9 @@ class State:
         self.date: str = known["date"]                        # of the newest entry read, by Orthanc's clock; this
         self.arriving = set(known["arriving"])                # and these, Orthanc's ids, are written with `sequence`
         self.model = model
-        self.orthanc: str | None = known.get("orthanc")       # of an older version: not said
-        self.rows: dict[str, dict] = {path.stem: _brief(self._read(path, ROW)) for path in self._series.glob("*.json")}
+        self.orthanc: str | None = known["orthanc"]           # its address; None before it was ever asked
+        self.rows: dict[str, dict] = {path.stem: _compact(self._read(path, ROW))
+                                      for path in self._series.glob("*.json")}
         self.clear_work()
         self.advance(self.sequence)
 
@@ -83,7 +84,7 @@ class State:
 
     def put(self, series_id: str, row: dict) -> None:
         """Write a series' row down for good; `instances` of one that is finished become their `digest`."""
-        row = _brief(row)
+        row = _compact(row)
         replace_text(self._series / f"{series_id}.json", json.dumps(row))
         self.rows = self.rows | {series_id: row}              # a new dict: the server reads from another thread
 
@@ -123,7 +124,7 @@ class State:
         return found
 
 
-def _brief(row: dict) -> dict:
+def _compact(row: dict) -> dict:
     if row["state"] == WAITING or "instances" not in row:
         return row
     return {key: value for key, value in row.items() if key != "instances"} | {"digest": digest(row["instances"])}
