@@ -38,7 +38,7 @@ PRESETS = {
                      workers=8),
     "ct128": replace(RECOMMENDED, workers=0),
     "noise128": NOISE,
-    # A generator of heads from random codes (gan/coding.py): docs/RESULTS.md, 'The generator'
+    # A generator of heads from random codes (gan/coding.py): docs/RESULTS.md
     "heads128": EncoderConfig(epochs=20, perceptual_epochs=11, batch=16, lr_trunk=1e-3, lr_discriminator=1e-3,
                               lr_generator=1e-3, decay=0.15, adversarial=0.05, r1_gamma=2, knee=0.04, code_channels=8,
                               encoder_width=0.5, rotate=0, jitter_hu=0, workers=0),
