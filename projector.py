@@ -28,17 +28,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import functools
 import math
 import os
-import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.files import read_object, replace_text
 from common.stopping import Terminated, orderly_end
 from common.version import VERSION
 from ct.settings import PreprocessSettings
@@ -48,64 +45,7 @@ if TYPE_CHECKING:                         # what takes seconds to import, functi
     from detect import Bundle, Projector, Settings
     from detect.outputs import Writer
     from detect.result import Result
-
-TABLES_EVERY_S = 60.0                     # a run of its own keeps its tables so fresh
-
-
-def run_report(projector: Projector, processes: int) -> dict:
-    """What runs on what with which weights, and the healthy scores it may be held against: JSON."""
-    import numpy as np
-    import torch
-
-    from detect.bundle import versions
-
-    bundle = projector.bundle
-    return {
-        "key": projector.key(), "weights_sha256": bundle.weights_hash, "model": bundle.meta["provenance"],
-        "settings": projector.settings.to_json(), "preprocessing": projector.preprocessing.to_json(),
-        "calibration": projector.calibration, "threshold": projector.threshold,
-        "device": str(bundle.reconstructor.device),
-        "precision": str(bundle.reconstructor.precision).removeprefix("torch."), "processes": processes,
-        "threads": torch.get_num_threads(),
-        "versions": versions() | {"python": platform.python_version(), "torch": torch.__version__,
-                                  "numpy": np.__version__},
-    }
-
-
-def begin_report(out: Path, report: dict) -> None:
-    """run.json from a run's beginning on, for a merge. One of the same key stays: a finished run's says more.
-
-    Without seconds it is of no finished run: tables that lie beside it may be those of the one before.
-    """
-    path = out / "run.json"
-    if not path.is_file() or read_run(path).get("key") != report["key"]:
-        replace_text(path, json.dumps(report | {"seconds": None}, indent=2) + "\n")
-
-
-def read_run(path: Path) -> dict:
-    """A run.json; empty where it is damaged."""
-    try:
-        return read_object(path)
-    except ValueError:
-        return {}
-
-
-def write_all(out: Path, results: list[Result], report: dict, seconds: float) -> None:
-    """The tables, run.json and the page."""
-    from detect.folder import write_tables
-    from detect.report import write_report
-
-    done = [result for result in results if result.ok]
-    stages: dict[str, float] = {}
-    for result in done:
-        for stage, value in result.seconds.items():
-            stages[stage] = stages.get(stage, 0) + value / len(done)
-    write_tables(out, results)
-    report = report | {"scans": len(done), "failed": len(results) - len(done), "seconds": seconds,
-                       "seconds_per_scan_by_stage": stages}
-    replace_text(out / "run.json", json.dumps(report, indent=2) + "\n")
-    page = write_report(out, out / "report.html")
-    print(f"{len(done)} scans projected, {len(results) - len(done)} failed: {out / 'scores.csv'}, {page}", flush=True)
+    from detect.run import Run
 
 
 def merge(argv: list[str]) -> int:
@@ -115,20 +55,10 @@ def merge(argv: list[str]) -> int:
                                      "without a result are named (exit code 3).")
     parser.add_argument("out", type=Path, help="results folder")
     out = parser.parse_args(argv).out
-    from detect.folder import absent, collect_all, refuse_other_tables, unasked
+    from detect.run import merge as merge_results
 
     try:
-        refuse_other_tables(out)
-        if not (out / "run.json").is_file():
-            raise ValueError(f"{out}: no run.json; give a folder of results of projector.py")
-        results = collect_all(out)
-        missed, others = absent(out, results), unasked(out, results)
-        report = read_run(out / "run.json")
-        if results and report.get("key") != results[0].key:
-            raise ValueError(f"{out / 'run.json'}: is of a run with another model or calibration, other settings or "
-                             "another version of this program than the results, or damaged; start the run that made "
-                             "the results again, or the other one with --overwrite until it is done")
-        write_all(out, results, report, sum(r.scan["seconds"] for r in results if r.ok))
+        results, missed, others = merge_results(out)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -238,7 +168,7 @@ def part_of_job_array() -> str | None:
     return f"{(int(number) - first) / step:g}/{count}" if number and count else None
 
 
-def build(args: argparse.Namespace) -> tuple[Projector, dict[str, Writer]]:
+def load(args: argparse.Namespace) -> tuple[Projector, dict[str, Writer]]:
     """The model with its settings, and what is written of a scan."""
     import distributed
     from detect.bundle import load_bundle
@@ -257,53 +187,12 @@ def build(args: argparse.Namespace) -> tuple[Projector, dict[str, Writer]]:
     return projector, writers
 
 
-def project(args: argparse.Namespace, projector: Projector, writers: dict[str, Writer], sources: list[ScanSource],
-            numbers: Iterable[int], tables: Callable[[], None] | None = None) -> None:
-    """Project those of `sources`; now and then, and where it is interrupted, write the tables of what is done."""
-    from detect.jobs import project_all
+def make_run(args: argparse.Namespace, sources: list[ScanSource],
+             loaded: tuple[Projector, dict[str, Writer]] | None = None) -> Run:
+    """The run of these scans; loaded: what load() has given, loaded anew where this is another process of it."""
+    from detect.run import Run
 
-    written = time.perf_counter()
-    try:
-        for _ in project_all(projector, sources, args.out, writers, bool(args.part), numbers, args.overwrite):
-            if tables and time.perf_counter() - written > TABLES_EVERY_S:
-                tables()
-                written = time.perf_counter()
-    except (KeyboardInterrupt, Terminated):
-        if tables:
-            tables()
-        raise
-
-
-def share_in(args: argparse.Namespace, threads: int, sources: list[ScanSource], numbers: Iterable[int]) -> None:
-    """What each further process of --jobs does. Errors are the first one's to tell: it finds what is left undone."""
-    import torch
-
-    torch.set_num_threads(threads)
-    try:
-        project(args, *build(args), sources, numbers)
-    except (OSError, ValueError) as error:
-        sys.exit(f"one of {args.jobs} processes: {error}")
-
-
-def share_out(args: argparse.Namespace, projector: Projector, writers: dict[str, Writer], sources: list[ScanSource],
-              tables: Callable[[], None]) -> None:
-    """Project all of `sources` by args.jobs processes; this is the first, and does what one that dies leaves undone."""
-    import torch
-
-    from detect.folder import collect
-    from detect.processes import shared
-
-    failed = {result.scan["scan_id"]: result.written
-              for result in collect(args.out, sources, projector.key(), writers)[0] if not result.ok}
-    with shared(args.jobs, len(sources), share_in, args, torch.get_num_threads(), sources) as turns:
-        project(args, projector, writers, sources, turns, tables)
-    if turns.died:
-        results, missing = collect(args.out, sources, projector.key(), writers)
-        untried = [result.scan["scan_id"] for result in results
-                   if not result.ok and failed.get(result.scan["scan_id"]) == result.written]
-        undone = {*missing, *untried}
-        numbers = [number for number, source in enumerate(sources) if source.scan_id in undone]
-        project(args, projector, writers, sources, numbers, tables)
+    return Run(*(loaded or load(args)), sources, args.out, bool(args.part), args.overwrite)
 
 
 @orderly_end()
@@ -318,52 +207,35 @@ def main(argv: list[str] | None = None) -> int:
 
     import distributed
     from ct.read import find_all
-    from detect.folder import (
-        collect,
-        further,
-        make_writable,
-        note_part,
-        refuse_other_files,
-        refuse_other_results,
-        remove_leftovers,
-        write_tables,
-    )
+    from detect.folder import further, remove_leftovers
     from detect.processes import suitable
+    from detect.run import begin_report, run_report, write_all
 
     threads = torch.get_num_threads()
     try:
-        projector, writers = build(args)
+        loaded = load(args)
         found = find_all(args.scans, args.unknown_slice_spacing_mm, args.ids)
         number, count = args.part or (0, 1)
         sources = found[number::count]
         if args.part:
             print(f"part {number} of {count} of {len(found)} scans; all of them: --part 0/1", flush=True)
-        make_writable(args.out)
-        refuse_other_files(args.out, sources, bool(args.part))
-        if not args.overwrite:
-            refuse_other_results(args.out, sources, projector.key())
-        note_part(args.out, args.scans, found, number, count)
+        run = make_run(args, sources, loaded)
+        run.begin(args.scans, found, number, count)
         rank, ranks = distributed.launched()
         if ranks > 1 and args.jobs:
             raise ValueError("--jobs: torchrun has started processes already; give one of the two")
         if not args.jobs:
-            undone = len(collect(args.out, sources, projector.key(), writers)[1])
-            on_cpu = projector.bundle.reconstructor.device.type == "cpu"
-            args.jobs = suitable(undone) if on_cpu and ranks == 1 else 1
-
-        def tables():
-            if not args.part:
-                write_tables(args.out, collect(args.out, sources, projector.key(), writers)[0])
+            on_cpu = run.projector.bundle.reconstructor.device.type == "cpu"
+            args.jobs = suitable(len(run.collect()[1])) if on_cpu and ranks == 1 else 1
 
         torch.set_num_threads(max(1, threads // args.jobs))
-        report = run_report(projector, args.jobs * ranks)
+        report = run_report(run.projector, args.jobs * ranks)
         begin_report(args.out, report)
         if args.jobs > 1:
-            share_out(args, projector, writers, sources, tables)
+            run.share_out(args.jobs, functools.partial(make_run, args, sources))
         else:
-            numbers = range(rank, len(sources), ranks)
-            project(args, projector, writers, sources, numbers, tables if ranks == 1 else None)
-        results, missing = collect(args.out, sources, projector.key(), writers)
+            run.project(range(rank, len(sources), ranks), tables=ranks == 1)
+        results, missing = run.collect()
         if missing:                       # no waiting: the run that finishes last finds nothing missing
             print(f"{len(missing)} scans are not finished by other runs, such as {missing[0]}; the last run writes the "
                   f"tables. Should it be gone: run this again, or projector.py merge {args.out}", flush=True)

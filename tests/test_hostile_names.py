@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import projector
 from common.files import FORMULA, from_cell, to_cell
 from ct.read import RESERVED
 from ct.scan import ScanSource
@@ -20,6 +19,7 @@ from detect.jobs import WORK
 from detect.outputs import OUTPUTS
 from detect.projection import Projector
 from detect.result import made_with, read_result, result_folder
+from detect.run import run_report, write_all
 from tests.helpers import project_one, tiny_bundle
 
 PIECES = ("..", "../", "/", "\\", "\0", "=", "+1", "-1", "@SUM(A1)", "=cmd|' /C calc'!A0", "\t", "\r", "\n", "\x1b[31m",
@@ -74,8 +74,8 @@ def test_tables_and_page_show_names_as_text(tmp_path):
     results, missing = collect(out, sources, {})
     assert len(results) == len(possible) and missing == []
 
-    report = projector.run_report(Projector(load_bundle(tiny_bundle(tmp_path / "model"))), 1)
-    projector.write_all(out, results, report, 1.0)
+    report = run_report(Projector(load_bundle(tiny_bundle(tmp_path / "model"))), 1)
+    write_all(out, results, report, 1.0)
     with open(out / "scores.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert sorted(from_cell(row["scan_id"]) for row in rows) == sorted(possible)

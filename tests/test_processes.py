@@ -206,13 +206,13 @@ def test_the_callers_threads_are_left_alone(scans, model, alone, jobs):
 
 
 def test_a_job_that_is_killed_costs_no_scan(scans, model, alone, tmp_path, monkeypatch):
-    monkeypatch.setattr(projector, "share_in", _killed)
+    monkeypatch.setattr("detect.run.share_in", _killed)
     monkeypatch.setattr(processes, "Turns", OthersFirst)
     assert projector.main(flags(scans, model, tmp_path / "out", "--jobs", "2")) == 3
     assert tables(tmp_path / "out") == tables(alone)
 
 
-def _killed(args, threads, sources, numbers) -> None:
+def _killed(make, threads, processes, numbers) -> None:
     next(iter(numbers))
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -34,6 +34,7 @@ from detect.outputs import OUTPUTS
 from detect.report.tables import read_results
 from detect.report.words import unshown
 from detect.result import Result, find_result_folder, is_another, origin, read_result, result_folder
+from detect.run import begin_report
 from tests import processes
 from tests.helpers import project_one, synthetic_head, tiny_bundle
 from tests.writers import write_dicom_series
@@ -324,7 +325,7 @@ def test_merge_knows_whose_run_json_it_is(two, model, tmp_path, capsys, monkeypa
     out, part, other = tmp_path / "out", ("--part", "0/1"), ("--threshold", "0.001", "--scan-score", "max")
     run_json = out / "run.json"
 
-    def stopped(*args):
+    def stopped(*args, **named):
         raise KeyboardInterrupt
 
     assert projector.main(flags(two, model, out, *part)) == 0
@@ -332,7 +333,7 @@ def test_merge_knows_whose_run_json_it_is(two, model, tmp_path, capsys, monkeypa
     before = tables(out)
     for way in (part, ()):
         with monkeypatch.context() as patch:
-            patch.setattr(projector, "project", stopped)
+            patch.setattr("detect.run.Run.project", stopped)
             assert projector.main(flags(two, model, out, *way, "--overwrite", *other)) == 130
         assert json.loads(run_json.read_text())["threshold"] == 0.001    # a whole run's, too, from its beginning on
         capsys.readouterr()
@@ -358,7 +359,7 @@ def test_a_whole_run_that_leaves_a_scan_to_another_can_be_merged(two, model, tmp
     assert "1 scans have no result: scan-001" in capsys.readouterr().err
     finished = json.loads((out / "run.json").read_text())
     assert finished["seconds"] > 0
-    projector.begin_report(out, {"key": finished["key"]})                # the next run of this key keeps it
+    begin_report(out, {"key": finished["key"]})                          # the next run of this key keeps it
     assert json.loads((out / "run.json").read_text()) == finished
 
 
