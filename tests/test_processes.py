@@ -15,7 +15,7 @@ import torch
 import projector
 from detect import processes
 from tests.helpers import tiny_bundle
-from tests.test_queue import flags, make_scans, tables
+from tests.queue_data import flags, make_scans, run_whole, tables
 
 
 def take(folder: Path, numbers, pause: float = 0.02) -> None:
@@ -167,9 +167,7 @@ def scans(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(scans, model, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("results") / "alone"
-    assert projector.main(flags(scans, model, out, "--jobs", "1")) == 3                  # one scan is broken
-    return out
+    return run_whole(scans, model, tmp_path_factory.mktemp("results") / "alone", "--jobs", "1")
 
 
 class OthersFirst(processes.Turns):
