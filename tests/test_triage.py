@@ -1,0 +1,81 @@
+"""The worklist simulation."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import evaluate
+from evaluation import cohort, triage
+from evaluation.metrics import Undefined
+from tests.evaluation_data import write_results
+
+
+def test_scans_may_come_at_once_and_a_spreadsheet_may_mark_its_text(tmp_path):
+    (tmp_path / "seconds.txt").write_text("# s\r\n0\r\n2.5  # a pause\r\n", encoding="utf-8-sig")
+    assert cohort.read_seconds(tmp_path / "seconds.txt", may_be_0=True).tolist() == [0, 2.5]
+    starts = triage.read_worklist(np.zeros(3), np.full(3, 10.0), np.array([1.0, 3, 3]), np.zeros(3))
+    assert starts.tolist() == [20, 0, 10]                                    # equal scores in order of arrival
+
+
+def test_worklist_of_four_scans_by_hand():
+    arrivals, reading = np.array([0.0, 1, 2, 3]), np.full(4, 10.0)
+    assert triage.read_worklist(arrivals, reading).tolist() == [0, 10, 20, 30]
+    # All scores at once: 0 is being read already, then 3 (highest), 2, 1
+    scores, known = np.array([0.0, 1, 2, 3]), arrivals
+    assert triage.read_worklist(arrivals, reading, scores, known).tolist() == [0, 30, 20, 10]
+    # The score of 3 comes at 12: at 10 it stands behind the scored 2; at 20 it goes first
+    known = np.array([0.0, 1, 2, 12])
+    assert triage.read_worklist(arrivals, reading, scores, known).tolist() == [0, 30, 10, 20]
+    # No score in time: in order of arrival
+    assert triage.read_worklist(arrivals, reading, scores, np.full(4, 99.0)).tolist() == [0, 10, 20, 30]
+
+
+def test_reader_comes_late_and_idles():
+    arrivals, reading = np.array([0.0, 5, 100]), np.full(3, 10.0)
+    assert triage.read_worklist(arrivals, reading, reader_start_s=50).tolist() == [50, 60, 100]
+    by_score = triage.read_worklist(arrivals, reading, np.array([1.0, 2, 3]), arrivals + 1, reader_start_s=50)
+    assert by_score.tolist() == [60, 50, 100]                                # 100 is read before it has a score
+
+
+def test_scores_queue_for_the_machines():
+    arrivals = np.array([0.0, 1, 2, 50])
+    assert triage.scores_known_from(arrivals, 10, machines=1).tolist() == [10, 20, 30, 60]
+    assert triage.scores_known_from(arrivals, 10, machines=2).tolist() == [10, 11, 20, 60]
+
+
+def test_simulation_helps_with_good_scores_and_not_with_late_ones():
+    labels = np.repeat([1, 0], [20, 80])
+    scores = labels + np.linspace(0, 0.5, 100)
+    settings = triage.TriageSettings(repeats=40, seed=1)
+    result = triage.simulate(scores, labels, settings)
+    assert result == triage.simulate(scores, labels, settings)
+    emergency, other = result["emergency"], result["other"]
+    assert emergency["by_score_wait_s"]["median"] < 0.4 * emergency["first_come_wait_s"]["median"]
+    assert emergency["wilcoxon_p"] < 0.001
+    assert other["mean_wait_change_s"] > 0                                   # the price
+    assert emergency["cases"] + other["cases"] == 40 * 60
+    late = triage.simulate(scores, labels, triage.TriageSettings(repeats=5, latency_s=1e5))["emergency"]
+    assert late["by_score_wait_s"] == late["first_come_wait_s"]
+    assert late["wilcoxon_p"].startswith("undefined")
+    with pytest.raises(Undefined, match="only one class"):
+        triage.simulate(scores, np.ones(100, int), settings)
+
+
+@pytest.fixture
+def results(tmp_path):
+    return write_results(tmp_path / "results")
+
+
+def test_triage_command(results):
+    base = results.parent
+    (base / "reading.txt").write_text("20\n25\n")
+    command = ["triage", str(results / "scores.csv"), str(base / "labels.csv"), "--out", str(base / "triage")]
+    assert evaluate.main([*command, "--repeats", "5", "--reading-times", str(base / "reading.txt")]) == 0
+    report = json.loads((base / "triage" / "triage.json").read_text())
+    assert report["load"]["latency_s"] == 10 and report["emergency"]["scans"] == 3
+    assert "| emergency (3 scans) | by score |" in (base / "triage" / "triage.md").read_text()
+    (base / "reading.txt").write_text("20\n-1\n")
+    assert evaluate.main([*command, "--reading-times", str(base / "reading.txt")]) == 2
