@@ -16,7 +16,7 @@ from detect.bundle import save_bundle
 from detect.inversion import Inversion, InversionSettings
 from detect.pca import PcaFit
 from detect.settings import Settings
-from tests.test_checkpoint import TINY, networks
+from tests.bundle_data import TINY, networks
 from tests.test_pasted import MM, SIDE, head
 
 CLIP = (0.0, 70.0)

@@ -24,7 +24,7 @@ MUTANTS = (
            'run.get("seconds", 0) is None or not calibration', "not calibration",
            "tests/test_evaluate.py -k from_run_json"),
     Mutant("a bundle that cannot be written ends in a traceback", "checkpoint.py",
-           "except (CheckpointError, OSError)", "except CheckpointError", "tests/test_checkpoint.py -k told_so"),
+           "except (CheckpointError, OSError)", "except CheckpointError", "tests/test_released.py -k told_so"),
     Mutant("merge keeps to itself what is missing", "projector.py",
            "return 3 if missed else exit_code", "return exit_code", "tests/test_parts.py -k never_began"),
     Mutant("projector.py ends on the spot", "projector.py",
@@ -54,7 +54,7 @@ MUTANTS = (
     Mutant("slices of scans that are not to be trusted counted", "evaluate.py",
            "if scan_scores.get(k[:1]) in UNSCORED", "if False", "tests/test_evaluate.py -k to_be_trusted"),
     Mutant("checkpoint.py ends with 0 for a damaged bundle", "checkpoint.py",
-           "return 2", "return 0", "tests/test_checkpoint.py -k command"),
+           "return 2", "return 0", "tests/test_released.py -k command"),
     Mutant("checkpoint.py halves what --fp32 should keep", "checkpoint.py",
-           "torch.float32 if args.fp32", "torch.float16 if args.fp32", "tests/test_checkpoint.py -k command"),
+           "torch.float32 if args.fp32", "torch.float16 if args.fp32", "tests/test_released.py -k command"),
 )
