@@ -2,10 +2,10 @@ from mutants.mutant import Mutant
 
 MUTANTS = (
     Mutant("a file as --out is found only after the calibration", "bundling/build.py",
-           "if not (there.is_dir() and", "if not (True and", "tests/test_latent_stats.py -k cannot_calibrate"),
+           "if not (there.is_dir() and", "if not (True and", "tests/test_calibrated_anew.py -k cannot_calibrate"),
     Mutant("an lpips model's files are lost between its bundle and the calibration", "bundling/build.py",
            "saved.with_settings(settings).reconstructor", "saved.reconstructor",
-           "tests/test_latent_stats.py -k by_lpips"),
+           "tests/test_calibrated_methods.py -k by_lpips"),
     Mutant("a model that is calibrated anew forgets its reader's scans", "bundling/build.py",
            "if learnt_by_reader(dataset, known):", "if False:", "tests/test_train_reader.py -k once_more"),
     Mutant("what a model's networks began with is forgotten", "bundling/origins.py",
@@ -13,7 +13,7 @@ MUTANTS = (
            "tests/test_train_encoder.py -k known_for_ever"),
     Mutant("what the networks' database held out has taught every reader", "bundling/origins.py",
            'for one in runs if one["data"] == known["data"]]', "for one in runs]",
-           "tests/test_latent_stats.py -k known_by_digest"),
+           "tests/test_calibrated_anew.py -k known_by_digest"),
     Mutant("what calibrated a model has taught its reader", "bundling/build.py",
            '"calibration_data": trained', '"held_out": trained', "tests/test_train_reader.py -k once_more"),
     Mutant("a model's training scans calibrate it", "bundling/build.py",

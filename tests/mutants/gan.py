@@ -3,9 +3,9 @@ from mutants.mutant import Mutant
 MUTANTS = (
     Mutant("a reader's own scans, prepared again, calibrate it", "gan/runlog.py",
            'return is_same(its, data, "val") and', 'return its["digest"] == data["digest"] and',
-           "tests/test_latent_stats.py -k known_by_digest"),
+           "tests/test_calibrated_anew.py -k known_by_digest"),
     Mutant("a database split otherwise holds no training scans out", "gan/runlog.py",
-           'and not is_same(its, data):', "and False:", "tests/test_latent_stats.py -k known_by_digest"),
+           'and not is_same(its, data):', "and False:", "tests/test_calibrated_anew.py -k known_by_digest"),
     Mutant("what a model's reader has learnt from is forgotten by what begins with it", "gan/runlog.py",
            'held_out = () if has_learnt_from(one, meta["data"]) else scans', "held_out = scans",
            "tests/test_train_reader.py -k own_scans_have_taught"),

@@ -1,0 +1,103 @@
+"""Methods other than ours are calibrated, stored and projected by the same code."""
+
+import pytest
+import torch
+from torchvision.models import vgg16
+
+import checkpoint
+from dataset import SliceDataset
+from detect.bundle import load_bundle
+from detect.pca import PcaFit, PositionPca
+from detect.projection import Projector, project_frame
+from detect.votes import Votes
+from healthygan import model as healthygan_model
+from healthygan.weights import save_model
+from tests.calibration_data import PLAIN, SETTINGS, autoencoder_file, command, write_inputs, write_slices
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def test_a_method_with_a_file_of_its_own_is_calibrated_like_ours(tmp_path, capsys):
+    data = write_slices(tmp_path / "healthy.lmdb", held_out=(2, 3, 4, 5))
+    pca = PositionPca(PcaFit(components=2, step_mm=20.0))
+    pca.fit(SliceDataset(data, "train"))
+    pca.save(tmp_path / "pca.safetensors")
+    flags = ["--set", "method=pca", "measure=surprise", *PLAIN, "scan_score=max"]
+    assert command(data, tmp_path / "pca.safetensors", tmp_path / "mine", *flags) == 0
+    bundle = load_bundle(tmp_path / "mine")
+    assert sorted(bundle.meta["files"]) == ["normal.safetensors", "pca.safetensors"]
+    assert bundle.meta["provenance"]["trained"] == {"size": 32, "components": 2, "step_mm": 20.0}
+    assert len(bundle.meta["calibration"]["scan_scores"]["max"]) == 4
+    assert Projector(bundle).calibration is not None
+    scan = SliceDataset(data, "val").scan(0)
+    hu, brain, mm = scan["hu"].float(), scan["brain"], scan["below_vertex_mm"].numpy()
+    fitted = pca.closest_normal(hu, brain, mm)
+    stored = bundle.reconstructor.closest_normal(hu, brain, mm)
+    torch.testing.assert_close(stored.normal_hu, fitted.normal_hu, atol=0.5, rtol=0)          # kept as float16
+
+    other = write_slices(tmp_path / "other.lmdb", held_out=(1, 2, 3))
+    assert command(other, tmp_path / "pca.safetensors", tmp_path / "no", *flags) == 2
+    assert "was trained on another database" in capsys.readouterr().err
+    assert command(data, tmp_path / "nowhere.safetensors", tmp_path / "no", *flags) == 2
+    assert "nowhere.safetensors: cannot be read" in capsys.readouterr().err
+
+
+def healthygan_folder(data, folder):
+    torch.manual_seed(0)
+    config = healthygan_model.ModelConfig(size=16, width=4, blocks=1, critic_layers=2)          # of shrunk slices
+    meta = {"model": vars(config), "image_settings": {"kind": "slices", "size": 16, "slices": SETTINGS}}
+    save_model(folder / "healthygan", config.generator(), meta)
+    return folder / "healthygan"
+
+
+@pytest.mark.parametrize("method, trained", [("autoencoder", autoencoder_file), ("healthygan", healthygan_folder)])
+def test_every_method_is_calibrated_stored_and_projected(tmp_path, capsys, method, trained):
+    data = write_slices(tmp_path / "healthy.lmdb", held_out=(2, 3, 4, 5))
+    flags = ["--set", f"method={method}", "measure=surprise", *PLAIN, "scan_score=max"]
+    assert command(data, trained(data, tmp_path), tmp_path / "mine", *flags) == 0
+    warned = "does not say which scans it was trained on" in capsys.readouterr().out
+    assert warned == (method == "healthygan")
+    bundle = load_bundle(tmp_path / "mine", precision="fp32")
+    scan = SliceDataset(data, "val").scan(0)
+    hu, brain, mm = scan["hu"].float(), scan["brain"], scan["below_vertex_mm"].numpy()
+    found, seen, findings, _ = project_frame(bundle.reconstructor, bundle.measure, hu, brain, mm)
+    assert found.normal_hu.shape == hu.shape and found.normal_hu.isfinite().all()
+    assert found.error == pytest.approx((found.query_hu - found.normal_hu).abs()[brain].mean().item(), rel=1e-4)
+    assert findings.slice_scores.shape == (5,) and not findings.anomaly[~brain].any()
+    # By votes, too: a method without steps votes once.
+    votes = Votes()
+    _, seen, findings, _ = project_frame(bundle.reconstructor, votes, hu, brain, mm)
+    assert seen.steps == 1 and torch.equal(findings.predicted, seen.votes > 1)
+
+
+def test_a_healthygan_of_images_is_no_method_for_slices(inputs, tmp_path, capsys):
+    config = healthygan_model.ModelConfig(size=32, width=4, blocks=1, critic_layers=2)
+    save_model(tmp_path / "images", config.generator(), {"model": vars(config),
+                                                         "image_settings": {"kind": "images", "size": 32}})
+    assert command(inputs[0], tmp_path / "images", tmp_path / "no", "--set", "method=healthygan") == 2
+    assert "images: learnt from images, not from the slices of a database" in capsys.readouterr().err
+
+
+def test_a_model_calibrated_by_lpips_has_percentiles_once_its_files_are_named(inputs, tmp_path):
+    """A bundle holds their hashes: without them it could be neither calibrated nor loaded, and had no percentile."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in vgg16(weights=None).state_dict().items()}
+    for name, value in (("vgg16", 0.01), ("other", 0.02)):
+        state = {key: torch.full((1,), value).expand(shape) for key, shape in shapes.items()}
+        torch.save(state, tmp_path / f"{name}.pth")
+    given = f"vgg16={tmp_path / 'vgg16.pth'}"
+    assert command(*inputs, tmp_path / "mine", "--set", "perceptual=lpips", given) == 0
+
+    bundle = load_bundle(tmp_path / "mine")
+    assert bundle.settings.reconstruction.perceptual == "lpips" and "vgg16=" in checkpoint.describe(tmp_path / "mine")
+    with pytest.raises(ValueError, match="perceptual=lpips: .* give vgg16=FILE"):
+        Projector(bundle)
+    with pytest.raises(ValueError, match="vgg16=absent.pth: no such file"):
+        Projector(bundle, bundle.settings.changed(["vgg16=absent.pth"]))
+    projector = Projector(bundle, bundle.settings.changed([given]))
+    assert projector.calibration["scans"] == 1 and projector.incomparable is None
+    other = Projector(bundle, bundle.settings.replace(vgg16=tmp_path / "other.pth"))
+    assert other.calibration is None and "(vgg16_sha256)" in other.incomparable
