@@ -3,7 +3,7 @@ from mutants.mutant import Mutant
 MUTANTS = (
     Mutant("all networks have one digest", "common/weights.py",
            "found.update(tensor.detach()", "(tensor.detach()",
-           "tests/test_train_reader.py -k as_beside_its_run"),
+           "tests/test_reader_folds.py -k as_beside_its_run"),
     Mutant("all processes write a table at one place", "common/files.py",
            "{uuid.uuid4().hex}.writing\")", "writing\")", "tests/test_files.py -k at_once"),
     Mutant("a full disk in a worker is told as a killed worker", "common/files.py",

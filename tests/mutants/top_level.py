@@ -9,7 +9,7 @@ MUTANTS = (
            "args.threshold is not None and not math.isfinite(args.threshold)", "False",
            "tests/test_projector.py -k no_number"),
     Mutant("a reader is said to be taught by what it held out", "checkpoint.py",
-           "{scans - run['held_out']} of the", "{scans} of the", "tests/test_train_reader.py -k readers_of_its_own"),
+           "{scans - run['held_out']} of the", "{scans} of the", "tests/test_reader_folds.py -k readers_of_its_own"),
     Mutant("what is hidden is seen", "model.py",
            "[images * ~hidden, ", "[images, ", "tests/test_inpainting.py -k cannot_be_seen"),
     Mutant("an encoder's training takes a reader's run", "train_encoder.py",

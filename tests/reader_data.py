@@ -1,0 +1,36 @@
+"""What the tests of runs of train_reader.py need: the command, and runs that say something else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import train_reader
+from common.weights import write_json
+from gan.snapshots import load_snapshot
+
+
+def run(slices, encoder, out, *flags) -> int:
+    """Exit code of train_reader.py."""
+    command = ["--data", slices, "--encoder", encoder, "--out", out, "--preset", "smoke32", "--batch", 4, *flags]
+    return train_reader.main([str(word) for word in command])
+
+
+def with_meta(run, copy, change):
+    """A copy of a run whose meta change(meta) has changed."""
+    shutil.copytree(run, copy)
+    path = copy / load_snapshot(run).path.name / "meta.json"
+    content = json.loads(path.read_text())
+    change(content["meta"])
+    write_json(path, {key: value for key, value in content.items() if key != "digest"})
+    return copy
+
+
+def with_held_out(run, held_out, copy):
+    """A copy of a run that says it held these scans out; None: an older run, which does not say."""
+    def change(meta):
+        del meta["held_out"]
+        if held_out:
+            meta["held_out"] = held_out
+
+    return with_meta(run, copy, change)
