@@ -29,7 +29,7 @@ from scipy import ndimage
 import distributed
 import train
 import train_encoder
-from benchmarks import cohort, gpu, new_file
+from benchmarks import cohort, gpu, new_file, timed
 from benchmarks.measure import REFERENCE, Row, bandwidth, machine, medians, operations, rate, side_by_side, table
 from benchmarks.reference import ReferenceGenerator
 from gan.inpainting import InpaintingTrainer
@@ -80,7 +80,7 @@ def generator_rows(repeats: int, config: ModelConfig, batch: int = 4, precisions
 
 def training_rows(repeats: int, preset: str = "noise128", precisions: tuple[str, ...] = PRECISIONS) -> list[Row]:
     config = dataclasses.replace(train.PRESETS[preset], batch=8)
-    return gpu.training_row(f"cpu training step, {preset}", config, CPU, repeats, "4x", least_ratio=4,
+    return timed.training_row(f"cpu training step, {preset}", config, CPU, repeats, "4x", least_ratio=4,
                             precisions=precisions)
 
 

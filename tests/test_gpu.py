@@ -12,7 +12,7 @@ import torch
 
 import train
 import train_encoder
-from benchmarks import gpu
+from benchmarks import timed
 from detect.projection import project_frame
 from detect.search import SearchSettings
 from detect.votes import Votes
@@ -88,7 +88,7 @@ def by_kind(device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def test_a_step_of_every_phase(device, precision):
     config = dataclasses.replace(train.PRESETS["smoke32"], style_dim=8, channel_base=128, channel_max=16, batch=4,
                                  precision=precision)
-    trainer = gpu.make_trainer(config, torch.device(device))
+    trainer = timed.make_trainer(config, torch.device(device))
     assert_finite(trainer.step(torch.rand(4, 3, 32, 32, device=device) * 2 - 1, 0))
     trainer.load_state(trainer.state())
     assert_finite(trainer.step(torch.rand(4, 3, 32, 32, device=device) * 2 - 1, 1))
@@ -125,7 +125,7 @@ def test_a_step_of_healthygan(device, precision):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_the_search_of_a_scan(device, precision):
-    search = gpu.random_search(TINY, torch.device(device))
+    search = timed.random_search(TINY, torch.device(device))
     search.set_precision(precision)
     search = search.with_settings(SearchSettings(steps_latent=2, steps_noise=2, batch=2))
     hu, brain = torch.rand(3, 32, 32) * 80, torch.zeros(3, 32, 32, dtype=torch.bool)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train
-from benchmarks import cohort, gpu, measure, peer, speed
+from benchmarks import cohort, gpu, measure, peer, speed, timed
 from benchmarks.measure import REFERENCE, Row, medians, operations, side_by_side, table
 from benchmarks.reference import ReferenceDiscriminator, ReferenceGenerator
 from detect.search import SearchSettings
@@ -44,7 +44,7 @@ def pair(ours, reference, fold):
 @pytest.fixture(autouse=True)
 def quick_rates(monkeypatch):
     """The machine's rates take a second to measure; any will do here."""
-    for module in (gpu, speed):
+    for module in (timed, speed):
         monkeypatch.setattr(module, "rate", lambda device, dtype: 1e9)
         monkeypatch.setattr(module, "bandwidth", lambda device: 1e9)
     yield
@@ -72,11 +72,11 @@ def test_the_reference_discriminator_is_the_same_function(fold):
 
 def test_the_reference_trainer_has_the_published_networks_in_float32_and_leaves_ours_alone():
     config = dataclasses.replace(train.PRESETS["smoke32"], precision="bf16")
-    reference, ours = gpu.make_trainer(config, CPU, reference=True), gpu.make_trainer(config, CPU)
+    reference, ours = timed.make_trainer(config, CPU, reference=True), timed.make_trainer(config, CPU)
     assert isinstance(reference.g, ReferenceGenerator) and isinstance(reference.d, ReferenceDiscriminator)
     assert reference.g.compute_dtype == torch.float32 and ours.g.compute_dtype == torch.bfloat16
     assert type(ours.g) is Generator and type(ours.d) is Discriminator
-    assert reference.ada.p == ours.ada.p == gpu.ADA_P
+    assert reference.ada.p == ours.ada.p == timed.ADA_P
 
 
 # ---- Arithmetic
@@ -94,9 +94,9 @@ def test_the_median_counts():
 
 def test_the_average_step_counts_every_phase_as_often_as_it_comes():
     config = dataclasses.replace(train.PRESETS["smoke32"], path_every=4, r1_every=16)
-    assert gpu.average_step({"plain": 1.0, "path": 5.0, "all": 21.0}, config) == 1 + 4 / 4 + 16 / 16
+    assert timed.average_step({"plain": 1.0, "path": 5.0, "all": 21.0}, config) == 1 + 4 / 4 + 16 / 16
     without = dataclasses.replace(config, path_every=0, r1_every=0)
-    assert gpu.average_step({"plain": 1.0, "path": 1.0, "all": 1.0}, without) == 1
+    assert timed.average_step({"plain": 1.0, "path": 1.0, "all": 1.0}, without) == 1
 
 
 def test_operations_of_a_convolution_count_whatever_kernel_does_it():
@@ -139,12 +139,12 @@ def test_the_median_row_counts_all_planes():
 
 def test_the_training_row_runs_every_phase_and_judges_by_both_goals():
     config = dataclasses.replace(train.PRESETS["smoke32"], style_dim=8, channel_base=64, channel_max=8, batch=4)
-    (row,) = gpu.training_row("training", config, CPU, 1, "goal", most_s_per_kimg=1e9, least_ratio=0)
+    (row,) = timed.training_row("training", config, CPU, 1, "goal", most_s_per_kimg=1e9, least_ratio=0)
     assert row.met and row.floor > 0 and row.unit == "s/kimg"
     assert len(row.samples) == 6
-    (row,) = gpu.training_row("training", config, CPU, 1, "goal", most_s_per_kimg=1e-9)
+    (row,) = timed.training_row("training", config, CPU, 1, "goal", most_s_per_kimg=1e-9)
     assert not row.met
-    (row,) = gpu.training_row("training", config, CPU, 1, "goal", least_ratio=1, reference=False)
+    (row,) = timed.training_row("training", config, CPU, 1, "goal", least_ratio=1, reference=False)
     assert row.reference is row.ratio is row.met is None and set(row.samples) == {"auto plain", "auto path", "auto all"}
 
 
@@ -158,10 +158,10 @@ def test_the_encoders_row():
 
 def test_the_projection_row():
     settings = SearchSettings(steps_latent=2, steps_noise=2)
-    row = gpu.projection_row("projection", TINY, 3, settings, CPU, 1, "goal", 1e9)
+    row = timed.projection_row("projection", TINY, 3, settings, CPU, 1, "goal", 1e9)
     assert row.met and row.reference == 10 * row.samples[REFERENCE][0] and row.floor > 0
     assert row.ours == row.samples["ours"][0]
-    row = gpu.projection_row("projection", TINY, 3, settings, CPU, 1, "goal", 1e9, (10, 2), reference=False)
+    row = timed.projection_row("projection", TINY, 3, settings, CPU, 1, "goal", 1e9, (10, 2), reference=False)
     assert row.reference is None and row.ours == 2 * row.samples["ours"][0]
 
 
@@ -176,22 +176,23 @@ def test_the_log_says_how_long_each_turn_took(caplog):
 def test_a_reference_of_fewer_images_counts_for_as_many():
     config = dataclasses.replace(train.PRESETS["smoke32"], style_dim=8, channel_base=64, channel_max=8, batch=4,
                                  path_every=0, r1_every=0)
-    (row,) = gpu.training_row("training", dataclasses.replace(config, ada_target=0), CPU, 1, "goal", reference_batch=2)
+    (row,) = timed.training_row("training", dataclasses.replace(config, ada_target=0), CPU, 1, "goal",
+                                reference_batch=2)
     assert row.reference == 1000 / 2 * row.samples[f"{REFERENCE} plain"][0] and "reference's batch 2" in row.note
     assert row.ours == 1000 / 4 * row.samples["auto plain"][0]
 
 
 def test_the_rows_of_the_ops():
-    rows = list(gpu.op_rows(2, ((3, 8),), CPU, 1, calls=1))
+    rows = list(timed.op_rows(2, ((3, 8),), CPU, 1, calls=1))
     assert len(rows) == 5 and all(row.ours > 0 for row in rows)
     assert rows[-1].floor == 1e3 * 2 * (2 * 3 * 8 * 8 * 2) / 1e9                   # bias_act: read and written once
-    assert gpu.median_row((2, 8, 8), 3, CPU, 1).reference > 0
-    alone = gpu.median_row((2, 8, 8), 3, CPU, 1, reference=False)
+    assert timed.median_row((2, 8, 8), 3, CPU, 1).reference > 0
+    alone = timed.median_row((2, 8, 8), 3, CPU, 1, reference=False)
     assert alone.reference is None and alone.ours > 0 and alone.floor == 1e3 * 2 * (2 * 8 * 8 * 4) / 1e9
 
 
 def test_the_rows_of_a_styled_layer():
-    rows = list(gpu.styled_rows(2, ((32, 4),), CPU, 1, calls=1))
+    rows = list(timed.styled_rows(2, ((32, 4),), CPU, 1, calls=1))
     tensor = 1e3 * 2 * 32 * 4 * 4 * 2 / 1e9                                        # ms, of 1 GB/s
     assert [row.floor for row in rows] == [2 * tensor, 6 * tensor, 6 * tensor] and all(row.ours > 0 for row in rows)
 
