@@ -50,9 +50,9 @@ def provenance(args) -> dict:
 # Commands
 
 def slice_units(args, scan_scores: dict[Key, Score], scan_labels: dict[Key, Label], not_chosen: set[Key]) -> Units:
-    """Slices of the labelled scans, clustered by patient; what belongs to other scans is left out and counted.
+    """Slices of the labelled scans, clustered by patient; those of other scans are left out and counted.
 
-    A slice has no more of a score than its scan: none where that failed, is unreliable or is not there.
+    Slices of a scan that failed, is unreliable or absent have no score either.
     """
     from evaluation.cohort import UNSCORED, join, read_labels, read_scores
 
@@ -70,11 +70,10 @@ def slice_units(args, scan_scores: dict[Key, Score], scan_labels: dict[Key, Labe
 
 
 def own_threshold(scores: Path, evaluated: list[Key]) -> tuple[float | None, str]:
-    """The threshold of the model's calibration, from projector.py's run.json beside the scores, and its source; None
-    without one.
+    """The threshold of the model's calibration, from projector.py's run.json beside the scores, and its source.
 
-    Of a run that is not finished there is none: the scores may be those of an earlier one, by other settings. The
-    source tells how many of the evaluated scans have no flag: their scores cannot be compared with the calibration's.
+    None without one, and for an unfinished run, since the scores may be an earlier run's, by other settings. The source
+    says how many of the evaluated scans have no flag: their scores cannot be compared with the calibration's.
     """
     from detect.report import read_json
     from evaluation.cohort import read_table
@@ -94,10 +93,10 @@ def own_threshold(scores: Path, evaluated: list[Key]) -> tuple[float | None, str
 
 
 def find_maps(args, scan_id: str) -> tuple[Path, bool]:
-    """Where projector.py put a scan's maps, with or without --part, and whether the stack was put upright (ct.read).
+    """The folder of a scan's maps, with or without --part, and whether the stack was put upright (ct.read).
 
-    Then its slices count from the head's lower end, while its maps lie where the input did, the other way round. The
-    note says so; maps without a result.json are taken as they lie. Raises InputError for an id that is no folder's.
+    If so, its slices count from the head's lower end while its maps lie the other way round, as the input did; a note
+    in result.json says so. Raises InputError for an id that cannot be a folder's name.
     """
     from ct.whole_head import UPSIDE_DOWN
     from detect.result import find_result_folder, read_result, result_folder

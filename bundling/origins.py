@@ -17,7 +17,7 @@ from ct.settings import PreprocessSettings
 from dataset import SliceDataset
 from detect.bundle import load_bundle
 from detect.inpainting import InpaintingSettings
-from detect.inversion import InversionSettings, OfEncoder, compact_networks
+from detect.inversion import EncoderMethod, InversionSettings, compact_networks
 from detect.reader import Reader
 from gan.encoding import FirstNetworks, method_of
 from gan.reader_loop import Beside, First
@@ -109,7 +109,7 @@ def reader_of(snapshot: Snapshot, device: torch.device) -> Reader:
     return reader.eval().requires_grad_(False).to(device)
 
 
-def digest_of(method: OfEncoder) -> str:
+def digest_of(method: EncoderMethod) -> str:
     """SHA-256 of a method's generator and encoder as bundles hold them: of a run and of its bundles it is the same."""
     return digest(compact_networks({"generator": method.generator, "encoder": method.encoder}, torch.float16))
 

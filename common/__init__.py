@@ -1,1 +1,1 @@
-"""What every other room stands on: whole files, weights with hashes, groups, the sampler, wording, the version."""
+"""What all other packages use: whole files, weights with hashes, groups, the sampler, wording, the version."""

@@ -1,6 +1,6 @@
-"""Files that are whole or not there: written beside their place and moved to it in one step; a full disk is named.
+"""Files written whole or not at all: beside their place, then moved to it in one step; full disks are reported as such.
 
-Tables, JSON and hashes of files, too: one reader, one writer, one hash. Text in a table stays text in a spreadsheet.
+Also tables, JSON and hashes of files: one reader, one writer, one hash. Text in a table stays text in a spreadsheet.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")          # text that begins so is no formula behind an apostrophe
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")          # spreadsheets run text that begins so; an apostrophe stops it
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
-ABANDONED_S = 3600.0             # who has written nothing to a file for so long was killed at it
+ABANDONED_S = 3600.0             # a half-written file untouched for so long was left by a killed process
 
 
 class FullDiskError(OSError):
-    """The disk of `path` is full; needed: bytes, 0 where that is not known."""
+    """The disk of `path` is full; needed: bytes, 0 where unknown."""
 
     def __init__(self, path: Path, needed: int = 0):
         more = f"{megabytes(needed)} are needed" if needed else "more is needed"
@@ -36,16 +36,16 @@ class FullDiskError(OSError):
         self.needed = needed
 
     def __reduce__(self) -> tuple:
-        """For errors that a pool's worker hands on: OSError's own would give __init__ three words."""
+        """For errors from a pool's workers: OSError's own would call __init__ with three arguments."""
         return type(self), (Path(self.filename), self.needed)
 
 
 @contextlib.contextmanager
 def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
-    """A place beside `path` to write a file at; it becomes `path` when the block has ended well, and else is removed.
+    """A path beside `path` to write to; the file becomes `path` when the block ends well, and is removed otherwise.
 
-    Nobody sees half a file, and a power cut leaves the old or the new one. Of several processes that write it at once
-    the last one's stays: each has a place of its own. needed: as in full_disk_named.
+    Nobody sees half a file, and a power cut leaves the old or the new one. Several processes may write at once: each
+    has a path of its own, and the last to finish wins. needed: as in full_disk_named.
     """
     _tidy(path.parent.absolute(), int(time.time() / ABANDONED_S))
     writing = path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing")
@@ -61,13 +61,13 @@ def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
 
 @functools.lru_cache(maxsize=1 << 12)
 def _tidy(folder: Path, hour: int) -> None:
-    """Once an hour: to look through a folder at each of the files that come into it would take ever longer."""
+    """Once an hour and folder: with a look at every file written, each would take longer than the last."""
     remove_abandoned(folder, f".*.{'[0-9a-f]' * 32}.writing")
 
 
 @contextlib.contextmanager
 def replacing_folder(path: Path, work: Path) -> Iterator[Path]:
-    """As `replacing`, for a folder, which is written in the folder `work` on the same disk."""
+    """`replacing` for a folder, which is written in the folder `work` on the same disk."""
     writing, old = (work / f"{uuid.uuid4().hex}.{what}" for what in ("writing", "old"))
     writing.mkdir(parents=True)
     try:
@@ -84,7 +84,7 @@ def replacing_folder(path: Path, work: Path) -> Iterator[Path]:
 
 
 def put_in_place(writing: Path, path: Path, old: Path) -> None:
-    """Rename the folder `writing` to `path`, and what was there to `old`; it comes back if that is broken off."""
+    """Rename the folder `path` to `old`, and `writing` to `path`; if that is interrupted, `old` comes back."""
     try:
         if path.exists():
             path.rename(old)
@@ -95,9 +95,9 @@ def put_in_place(writing: Path, path: Path, old: Path) -> None:
 
 
 def remove_abandoned(folder: Path, pattern: str, age_s: float = ABANDONED_S) -> None:
-    """Remove the files of this pattern to which nobody has written for `age_s` seconds: killed processes began them.
+    """Remove files of this pattern that have not been written to for `age_s` seconds: killed processes left them.
 
-    Not those that a process holds a lock of (flock): it lives, however long it has written nothing.
+    Files that a process has locked (flock) stay, however old.
     """
     for path in folder.glob(pattern):
         with contextlib.suppress(FileNotFoundError):                  # moved to its place, or removed by another
@@ -113,37 +113,37 @@ def _is_locked(path: Path) -> bool:
         return True
     except FileNotFoundError:
         raise
-    except OSError:                                    # a file system that knows no locks: its age alone tells
+    except OSError:                                    # a file system without locks: the age alone decides
         return False
     return False
 
 
 def replace_text(path: Path, text: str) -> None:
-    """The whole text as UTF-8 or, where the program is stopped, the file as it was."""
+    """Write a text file in UTF-8, replaced in one move."""
     with replacing(path, len(text)) as writing:
         writing.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def full_disk_named(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turns whatever a library raises when the disk of `path` is full into a FullDiskError.
+    """Turn whatever a library raises when the disk of `path` is full into a FullDiskError.
 
-    needed: bytes that the block writes at most; libraries that do not pass on the system's error (torch, LMDB) are
-    recognised by less than that being free.
+    needed: the most bytes that the block writes. Libraries that hide the system's error (torch, LMDB) are taken to
+    have met a full disk where fewer are free.
     """
     try:
         yield
     except FullDiskError:                              # named already, by a block within this one
         raise
     except Exception as error:
-        told = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not told and "No space left on device" not in str(error) and _free(path) >= needed:
+        reported = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not reported and "No space left on device" not in str(error) and _free(path) >= needed:
             raise
         raise FullDiskError(path, needed) from error
 
 
 def require_space(path: Path, needed: int) -> None:
-    """FullDiskError before anything is written where `needed` bytes do not fit on the disk of `path`."""
+    """Raise FullDiskError where `needed` bytes do not fit on the disk of `path`."""
     if _free(path) < needed:
         raise FullDiskError(path, needed)
 
@@ -157,7 +157,7 @@ def megabytes(count: int) -> str:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Wait until a file or folder is on the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -172,7 +172,7 @@ def sha256(path: Path) -> str:
 
 
 def known_sha256(path: Path) -> str:
-    """sha256, of a file that is asked for again and again: read once while the system has not seen it change."""
+    """sha256 of a file, cached until its inode or time of status change differs."""
     found = path.stat()
     return _known_sha256(path, found.st_ino, found.st_ctime_ns)
 
@@ -183,8 +183,10 @@ def _known_sha256(path: Path, inode: int, ctime_ns: int) -> str:
 
 
 def read_object(path: Path, error: type[ValueError] = ValueError, mend: str = "") -> dict[str, Any]:
-    """The object in a JSON file. Raises FileNotFoundError, and `error`, naming the file and ending with the mend, for
-    what is no JSON, NaN and infinity among it, or no object.
+    """The object in a JSON file.
+
+    Raises FileNotFoundError, and `error`, naming the file and ending with `mend`, for what is no JSON object; NaN and
+    infinity are no JSON.
     """
     after = f": {mend}" if mend else ""
 
@@ -205,17 +207,17 @@ def read_object(path: Path, error: type[ValueError] = ValueError, mend: str = ""
 
 
 class Row(dict[str, str]):
-    """A row of a table: cells by column. line: in its file, from 1, where the row ends; the header is a line, too."""
+    """A row of a table: cells by column. line: the line of the file on which it ends, from 1 for the header."""
 
     line = 0
 
 
 def read_table(path: Path, columns: Sequence[str], error: type[ValueError] = ValueError,
                flag: str = "", keep: Callable[[Row], bool] = lambda row: True) -> list[Row]:
-    """Rows of a CSV file in UTF-8 whose header has at least these columns; cells that are not there are empty.
+    """Rows of a CSV file in UTF-8 whose header has at least these columns; missing cells are empty.
 
-    keep: whether a row is kept, of a table that may be too long to be held whole. Raises `error`, naming the flag it
-    was given with, the file, what was expected and what was found; where a row has cells beyond the header's, too.
+    keep: which rows to keep, for tables too long to hold whole. Raises `error`, naming the flag, the file, what was
+    expected and what was found; also for a row with more cells than the header.
     """
     where = f"{flag} {path}".strip()
 
@@ -248,7 +250,7 @@ def read_table(path: Path, columns: Sequence[str], error: type[ValueError] = Val
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """CSV with these columns, replaced in one move; None and what a row lacks are empty, floats have six digits."""
+    """Write CSV with these columns, replaced in one move. None and missing cells are empty, floats have six digits."""
     with replacing(path) as writing, open(writing, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
@@ -262,10 +264,10 @@ def _cell(value: Any) -> Any:
 
 
 def to_cell(text: str) -> str:
-    """Text for a CSV file that may be opened in a spreadsheet: what that would take for a formula stays text."""
+    """A cell that a spreadsheet shows as this text, even where it looks like a formula."""
     return "'" + text if text.startswith(FORMULA) and not NUMBER.fullmatch(text) else text
 
 
 def from_cell(cell: str) -> str:
-    """The text that to_cell was given."""
+    """The inverse of to_cell."""
     return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell

@@ -1,4 +1,4 @@
-"""What belongs together because it shares something, such as scans of one patient and copies of one picture."""
+"""Groups of things that share keys, such as scans of one patient and copies of one picture."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from scipy.sparse import csgraph
 
 
 def connected(keys: Sequence[Iterable[Hashable]]) -> list[int]:
-    """Of each of n things, given its keys, the index of the first in its group: of those that share a key with it, or
-    with others of the group."""
+    """The group of each of n things, as the index of its first member. Things are connected where they share a key.
+
+    keys [n]: the keys of each.
+    """
     nodes: dict[Hashable, int] = {}
     edges = [(i, len(keys) + nodes.setdefault(key, len(nodes))) for i, own in enumerate(keys) for key in own]
     graph = sparse.coo_matrix((np.ones(len(edges)), np.array(edges, int).reshape(-1, 2).T),

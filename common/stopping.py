@@ -1,4 +1,4 @@
-"""An orderly end by a signal: `with` blocks let go of what they hold, such as patients' files in temporary folders."""
+"""An orderly end by a signal: `with` blocks clean up, such as temporary folders with patients' files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Terminated(SystemExit):
 
 @contextlib.contextmanager
 def orderly_end() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP raise Terminated, where they would else end the process on the spot.
+    """Within the block SIGTERM and SIGHUP raise Terminated, instead of ending the process on the spot.
 
-    Once: a second one must not break off what the first has begun to clean up. Signals that somebody else handles, or
-    ignores, stay theirs. Only the main thread can ask for signals: in another the block is a block, and no more.
+    Only once: a second signal must not interrupt the cleaning up. Signals that are handled or ignored already stay so.
+    In other threads than the main one, which cannot set handlers, this does nothing.
     """
     mine = [number for number in SIGNALS if _in_main_thread() and signal.getsignal(number) == signal.SIG_DFL]
 

@@ -27,7 +27,7 @@ class CheckpointError(ValueError):
 
 
 def portable(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU as safetensors wants them: contiguous, sharing no memory."""
+    """Copies on the CPU, contiguous and sharing no memory, as safetensors requires."""
     return {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in state.items()}
 
 
@@ -56,10 +56,7 @@ def digest(networks: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
 
 
 def save_tensors(state: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file of portable tensors, which others may read as they may any new file.
-
-    safetensors' own save_file lets nobody but its writer read it: a model in a shared folder would be of no use.
-    """
+    """Write portable tensors as a safetensors file with the usual permissions: save_file's is for its owner alone."""
     Path(path).write_bytes(save(dict(state), metadata))
 
 
@@ -125,7 +122,7 @@ def to_json(content: Mapping[str, Any], folder: Path) -> str:
 
 
 def _laid_out(value: Any, line: str) -> str:
-    """JSON with a line for every item that holds no lists or objects: thousands of numbers are to be read, too."""
+    """JSON with one line for each innermost list or object, so that thousands of numbers stay readable."""
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
     if not any(isinstance(item, (Mapping, list, tuple)) for item in items):
         return json.dumps(value, allow_nan=False)
@@ -137,12 +134,12 @@ def _laid_out(value: Any, line: str) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A JSON file, replaced in one move, with a SHA-256 of its own content by which read_json finds a changed bit."""
+    """Write a JSON file, replaced in one move, with a SHA-256 of its content by which read_json finds any change."""
     replace_text(path, sealed(content, path.parent))
 
 
 def sealed(content: Mapping[str, Any], folder: Path) -> str:
-    """The text of such a file in `folder`. Raises CheckpointError as to_json does."""
+    """The text that write_json writes. Raises CheckpointError as to_json does."""
     content = json.loads(to_json({key: value for key, value in content.items() if key != SEAL}, folder))
     return to_json(content | {SEAL: _digest(content)}, folder)
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 import distributed
 from common.sampler import InfiniteSampler
 from common.weights import compact
-from config import option
+from config import check_range, option
 from dataset import SliceDataset
 from detect.fitted import RANGE_HU, Fitted
 
@@ -46,9 +46,7 @@ class AutoencoderFit:
     seed: int = option(0, "of weights, order and noise")
 
     def __post_init__(self):
-        for name in ("width", "depth", "noise_hu", "noise_size", "steps", "batch", "lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name):g}")
+        check_range(self, ("width", "depth", "noise_hu", "noise_size", "steps", "batch", "lr"), 0, above=True)
 
 
 def coarse_noise(shape: tuple[int, int, int], coarse: int, generator: torch.Generator) -> torch.Tensor:

@@ -49,9 +49,9 @@ BUNDLE_META = ("preprocessing", "calibration", "provenance")        # required; 
 class Bundle:
     """A model ready to project: networks in eval mode with frozen float32 weights, on one device.
 
-    settings      those that it is calibrated for, or with_settings() has been given
+    settings      those that it is calibrated for, or given to with_settings()
     meta          model.json: the keys BUNDLE_META, settings, versions, config, files, format_version
-    weights_hash  SHA-256 over all weight files: names the weights that a result was made with
+    weights_hash  SHA-256 over the hashes of all weight files
     """
 
     reconstructor: Reconstructor
@@ -63,12 +63,12 @@ class Bundle:
 
     @property
     def preprocessing(self) -> PreprocessSettings | None:
-        """How its scans were prepared; None where an imported bundle does not say."""
+        """How its scans were prepared; None in an imported bundle."""
         stored = self.meta["preprocessing"]
         return None if stored is None else PreprocessSettings.from_json(stored)
 
     def with_settings(self, settings: Settings) -> Bundle:
-        """The same weights with other settings. Another method needs its files in this folder: CheckpointError."""
+        """The same weights with other settings. Raises CheckpointError for another method that lacks its files here."""
         if settings.method == self.settings.method:
             reconstructor = self.reconstructor.with_settings(settings.reconstruction)
         else:
@@ -82,10 +82,9 @@ class Bundle:
         return replace(self, reconstructor=reconstructor, measure=fitted, settings=settings)
 
     def published(self) -> Settings:
-        """The published search and votes, whatever the bundle is calibrated for.
+        """Settings of the published search and votes, whatever the bundle is calibrated for.
 
-        The perceptual distance stays the bundle's own, if it is one of a search, else that which its encoder was
-        trained with.
+        The perceptual distance is the bundle's own if it is one of a search, else that of its encoder's training.
         """
         if self.settings.method == "search":
             known = asdict(self.settings.reconstruction)
@@ -96,20 +95,19 @@ class Bundle:
 
 
 def versions() -> dict[str, Any]:
-    """Of this program, its preprocessing and its measures: scores of other ones of the last two are not comparable."""
+    """Versions of program, preprocessing and measures; scores compare only where the last two are the same."""
     return {"program": VERSION, "preprocessing": frame.VERSION, "measure": measure.VERSION}
 
 
 def save_bundle(folder: str | Path, reconstructor: Reconstructor, settings: Settings, meta: Mapping[str, Any],
                 normal: Normal | None = None, dtype: torch.dtype = torch.float16, overwrite: bool = False) -> Path:
-    """Write a model bundle. One that is there stays until all is written; then the files are moved, model.json last.
+    """Write a model bundle. An earlier one stays until all is written; then the files are moved, model.json last.
 
-    load_bundle refuses a bundle whose move was broken off: its hashes are others.
-    Weights and principal components are stored in dtype; a tensor with values beyond its range, or not a
-    float, stays as it is. meta needs the keys BUNDLE_META. normal: of healthy residuals; None where nothing was
-    calibrated. Raises CheckpointError for weights that are not finite, parts that do not fit together, a loaded
-    bundle's meta with other settings than its calibration's, and a folder that holds a bundle already, unless
-    overwrite.
+    If the move is interrupted, the hashes do not fit and load_bundle refuses the bundle.
+    Weights and principal components are stored in dtype; a tensor with values beyond its range, or not of floats,
+    stays as it is. meta needs the keys BUNDLE_META. normal: of healthy residuals; None without a calibration. Raises
+    CheckpointError for weights that are not finite, parts that do not fit together, settings other than those of the
+    calibration in meta, and a folder that holds a bundle already, unless overwrite.
     """
     folder = Path(folder)
     if (folder / "model.json").exists() and not overwrite:
@@ -144,7 +142,7 @@ def save_bundle(folder: str | Path, reconstructor: Reconstructor, settings: Sett
 
 
 def _of_calibration(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The versions that a loaded bundle's calibration was made by: saved once more, it is no newer."""
+    """The versions of a loaded bundle's calibration: it is no newer for being saved again."""
     if not meta["calibration"] or "versions" not in meta:
         return {}
     return {what: meta["versions"][what] for what in ("preprocessing", "measure")}
@@ -160,7 +158,7 @@ def _files_of_bundle(folder: Path) -> set[str]:
 
 
 def read_bundle_meta(folder: str | Path) -> tuple[dict[str, Any], str]:
-    """model.json of a bundle and its weights hash, after checking that every file is there and unaltered."""
+    """model.json of a bundle and its weights hash. Raises CheckpointError unless every file is there and unaltered."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder of a model bundle")

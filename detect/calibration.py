@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.wording import some
 from ct import frame
 from dataset import SliceDataset
 from detect import normative
@@ -47,13 +48,13 @@ class Fold:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training has left, and its database.
+    """What a training left, and its database.
 
-    dataset     its training part; path: of the database
-    networks    JSON: what folds must have in common
+    dataset     the training part of the database at path
+    networks    JSON that all folds must have in common
     provenance  where the weights come from, JSON
-    make        makes the method; takes a while where statistics are fitted
-    scans       held-out scans that this training has not seen, where that is not all of them
+    make        builds the method; takes a while where statistics are fitted
+    scans       the held-out scans that this training has not seen; None: all of them
     """
 
     dataset: SliceDataset
@@ -64,26 +65,26 @@ class Trained:
     scans: Sequence[str] | None = None
 
     def held_out_ids(self) -> list[str]:
-        """The scans that calibrate."""
+        """Ids of the scans to calibrate on."""
         return self.dataset.held_out_ids() if self.scans is None else list(self.scans)
 
 
 def open_file(data: Path, path: Path, flag: str, settings: Settings, device: torch.device) -> Trained:
-    """What the training of another method has left, with its database. Raises unless they belong together."""
-    reconstructor, facts = method(settings.method).from_training(path, device)
+    """The training that left the file `path`, of a method that is one file. Raises unless it is of this database."""
+    reconstructor, known = method(settings.method).from_training(path, device)
     dataset = SliceDataset(data, "train")
-    if key := dataset.unlike(facts):
+    if key := dataset.unlike(known):
         raise ValueError(f"{flag} {path}: was trained on another database than {data} (another {key}); give that one: "
                          "this one's held-out scans may be among its training scans")
-    if "held_out" not in facts:
+    if "held_out" not in known:
         print(f"warning: {path}: does not say which scans it was trained on: if held-out scans were among them, the "
               "healthy scores come out too low")
-    return Trained(dataset, data, reconstructor.config(), {"data": dataset.facts(), "trained": facts.get("trained")},
+    return Trained(dataset, data, reconstructor.config(), {"data": dataset.facts(), "trained": known.get("trained")},
                    lambda: reconstructor.with_settings(settings.reconstruction))
 
 
 def check_held_out(settings: Settings, trained: list[Trained]) -> None:
-    """ValueError unless every database holds scans out, none twice, prepared as new scans are, enough for surprises."""
+    """ValueError unless each database holds out scans, of this preprocessing, no scan twice, and enough patients."""
     seen: dict[str, Path] = {}
     for one in trained:
         held_out = one.held_out_ids()
@@ -91,7 +92,7 @@ def check_held_out(settings: Settings, trained: list[Trained]) -> None:
             raise ValueError(f"--data {one.path}: no held-out scans to calibrate on; prepare it with a --val-fraction "
                              "above 0, or pass --calibrate none")
         if twice := [scan_id for scan_id in held_out if scan_id in seen]:
-            raise ValueError(f"--fold {one.path}: {', '.join(twice)} held out in {seen[twice[0]]} already: folds hold "
+            raise ValueError(f"--fold {one.path}: {some(twice)} held out in {seen[twice[0]]} already: folds hold "
                              "different scans out (prepare.py --split)")
         if (version := one.dataset.manifest.get("preprocessing_version", 1)) != frame.VERSION:       # 1 did not say
             raise ValueError(f"--data {one.path}: was prepared by version {version} of the preprocessing, and new "
@@ -110,10 +111,11 @@ def check_held_out(settings: Settings, trained: list[Trained]) -> None:
 
 def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None] = print
               ) -> tuple[dict[str, Any], Measure]:
-    """Reconstruct the held-out scans, each by its own fold, and keep what a new scan is compared with. JSON-able:
+    """The calibration, as JSON, and the fitted measure, from the held-out scans, each reconstructed by its own fold.
 
-    split, scans   'val', and the number of its scans: their ids, names of folders, are not kept
-    patients       the number of people whose scans these are
+    split          'val'
+    scans          their number: their ids are names of folders, and not kept
+    patients       the number of patients
     scan_scores    by each of SCAN_SCORES, scan by scan
     slice_scores   one dict per slice: scan (index into these), below_vertex_mm, score
     threshold      by each of SCAN_SCORES, exceeded by a healthy scan with probability `fpr` at most; None
@@ -122,10 +124,9 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
     healthy        error_hu and brain_hu of each scan: that error, and the median of its brain, HU
     precision      of the networks
 
-    and the measure that these scans make. Raises ValueError where they are too few for it, and naming the scan that
-    cannot be reconstructed or judged.
+    Raises ValueError for too few scans, and naming a scan that cannot be reconstructed or judged.
     """
-    seen: list[Evidence] = []
+    evidence: list[Evidence] = []
     patients = [patient for fold in folds for patient in fold.held_out.patients]
     errors: list[dict[str, float]] = []
     brain_hu: list[float] = []
@@ -136,28 +137,29 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
             watch = measure.watch(brain, mm)
             try:
                 found = fold.reconstructor.closest_normal(scan["hu"].float(), brain, mm, watch)
-                seen.append(measure.evidence(found, brain, mm, watch))
+                evidence.append(measure.evidence(found, brain, mm, watch))
             except ValueError as error:
                 raise ValueError(f"{fold.held_out.path}: {scan_id}: {error}") from error
             errors.append(found.error_hu)
             brain_hu.append(median_hu(scan["hu"], brain))
             log(f"{scan_id}: {len(mm)} slices, {sum(found.seconds.values()):.0f} s, error in HU "
                 + ", ".join(f"{stage} {error:.2f}" for stage, error in found.error_hu.items()))
-    fitted, findings = measure.fit(seen, patients)
+    fitted, findings = measure.fit(evidence, patients)
     scores = [one.slice_scores for one in findings]
-    facts = summary([one.below_vertex_mm.tolist() for one in seen], scores, errors, brain_hu, len(set(patients)))
-    if facts["patients"] < facts["scans"]:
-        log(f"note: {facts['scans']} scans of {facts['patients']} patients: those of one are alike, and tell less of "
-            "another's than scans of as many patients would")
-    for how, values in facts["scan_scores"].items():
+    calibration = summary([one.below_vertex_mm.tolist() for one in evidence], scores, errors, brain_hu,
+                          len(set(patients)))
+    if calibration["patients"] < calibration["scans"]:
+        log(f"note: {calibration['scans']} scans of {calibration['patients']} patients: those of one are alike, and "
+            "tell less of another's than scans of as many patients would")
+    for how, values in calibration["scan_scores"].items():
         log(f"scores of the healthy scans by {how}, lowest first: "
             + " ".join(f"{value:.3g}" for value in sorted(values)))
-    return facts | {"precision": str(folds[0].reconstructor.precision).removeprefix("torch.")}, fitted
+    return calibration | {"precision": str(folds[0].reconstructor.precision).removeprefix("torch.")}, fitted
 
 
 def summary(positions: list[list[float]], scores: list[torch.Tensor],
             errors: list[dict[str, float]], brain_hu: list[float], patients: int) -> dict[str, Any]:
-    """The calibration's JSON from the slice scores, errors and the brain's median of each scan, of so many patients."""
+    """The calibration's JSON from positions, slice scores, errors and median of the brain (HU) of each scan."""
     scan_scores = {how: [scan_score(one, how, thickness_mm(mm)) for one, mm in zip(scores, positions)]
                    for how in SCAN_SCORES}
     slice_scores = [{"scan": s, "below_vertex_mm": round(mm, 3), "score": score}
@@ -191,10 +193,10 @@ def median_hu(hu: torch.Tensor, brain: torch.Tensor) -> float:
 
 
 def usual_range(calibration: dict[str, Any], figure: str) -> tuple[float, float] | None:
-    """What a scan that is like the healthy ones has of 'error_hu' or 'brain_hu', HU.
+    """Range of 'error_hu' or 'brain_hu', HU, in which a scan counts as like the healthy ones.
 
-    Their range, and as much again on both sides. None where there are too few, or the calibration, an older one, does
-    not say.
+    Their own range, and as much again on both sides. None for too few scans, or where the calibration lacks them, as
+    that of models/phantom-128 does.
     """
     values = calibration.get("healthy", {}).get(figure, ())
     if len(values) < FIGURES:
@@ -204,7 +206,7 @@ def usual_range(calibration: dict[str, Any], figure: str) -> tuple[float, float]
 
 
 def spacing_range(calibration: dict[str, Any]) -> tuple[float, float]:
-    """The smallest and largest usual slice spacing of the healthy scans, mm."""
+    """The smallest and the largest usual_spacing of the healthy scans, mm."""
     positions_mm = defaultdict(list)
     for one in calibration["slice_scores"]:
         positions_mm[one["scan"]].append(one["below_vertex_mm"])
@@ -226,7 +228,7 @@ def at_rate(calibration: dict[str, Any], rate: float) -> dict[str, Any]:
         raise ValueError(f"alarm rate: expected a share between 0 and 1, such as 0.05, got {rate:g}")
     found = thresholds(calibration["scan_scores"], rate, calibration.get("patients"))
     if found["reason"]:
-        n = calibration.get("patients", calibration["scans"])                            # an older one does not say
+        n = calibration.get("patients", calibration["scans"])         # the shipped ones do not hold it: one scan each
         whose = f" of {n} patients" if n < calibration["scans"] else ""
         raise ValueError(f"alarm rate {rate:g}: {calibration['scans']} healthy scans{whose} cannot tell it; the lowest "
                          f"rate that they allow is {rounded_up(1 / (n + 1)):.3g}, or calibrate with more scans "

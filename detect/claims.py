@@ -1,9 +1,9 @@
 """Claims on scans: how runs that write into one folder of results share the work without talking to each other.
 
-A claim is a file that exists or not: making it is one atomic step, on network file systems, too. Its holder touches it
-now and then. When the holder has died on this machine, or has not touched it for some minutes, the next one takes it
-over. Should that one wake up after all, or the file system know no locks, two runs may, rarely, project one scan twice;
-as results replace each other whole, nothing is spoilt.
+A claim is a file that exists or not: creating it is one atomic step, on network file systems as well. Its holder
+touches it now and then. When the holder has died on this machine, or has not touched it for some minutes, another run
+takes it over. If the holder wakes up after all, or the file system has no locks, two runs may, rarely, project one scan twice;
+results replace each other whole, so nothing is spoilt.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pathlib import Path
 from common.files import full_disk_named, read_object
 
 BEAT_S = 20.0
-STALE_S = 300.0                  # a holder that has not touched its claim for so long is taken for dead
-JUDGING = ".judging"             # locked by who removes the claim of a dead holder
-LARGE = ".large"                 # and by who holds what is too large to be held twice on a machine, with its name
+STALE_S = 300.0                  # the holder of a claim untouched for so long counts as dead
+JUDGING = ".judging"             # locked while the claim of a dead holder is removed
+LARGE = ".large"                 # with the host's name: locked while a scan too large to be held twice is in memory
 
 
 class Claims:
@@ -39,7 +39,7 @@ class Claims:
 
     @contextlib.contextmanager
     def hold(self, name: str) -> Iterator[bool]:
-        """Whether the claim on `name` is ours for the length of the block; False when a living run has it."""
+        """Take the claim on `name` for the length of the block; False where a living run has it."""
         path = self.path(name)
         if not self._take(path):
             yield False
@@ -76,7 +76,7 @@ class Claims:
     def _remove_abandoned(self, path: Path) -> bool:
         """Remove the claim if its holder is dead; False where it lives.
 
-        One run at a time judges and removes: else one could remove what another has just put in a dead one's place.
+        Under a lock: otherwise one run could remove the claim that another has just put in the dead one's place.
         """
         with self._alone():
             try:
@@ -87,20 +87,20 @@ class Claims:
                 pass
         return True
 
-    def one_here(self) -> contextlib.AbstractContextManager:
-        """One run on this machine at a time is in it."""
+    def one_on_this_machine(self) -> contextlib.AbstractContextManager:
+        """A lock that one run on this machine holds at a time."""
         return self._alone(f"{LARGE}-{self.me['host']}")
 
     @contextlib.contextmanager
     def _alone(self, lock: str = JUDGING) -> Iterator[None]:
-        """Wait for all others that are in it, threads of this process among them. A dead run's lock is free."""
+        """A lock across runs and threads; a dead run's is free."""
         with open(self.folder / lock, "a", encoding="utf-8") as file:
             with contextlib.suppress(OSError):                     # a file system without locks: then without
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def _now(self) -> float:
-        """By the clock that the claims' times are from: the file server's."""
+        """By the file server's clock, as the claims' times are."""
         with tempfile.TemporaryFile(dir=self.folder) as file:
             return os.fstat(file.fileno()).st_mtime
 

@@ -1,4 +1,4 @@
-"""Methods that are fitted to a database in one go and kept in one file: fit(data), save(path), from_training(path)."""
+"""Base of the methods that are fitted to a database in one go and kept in one file: autoencoder and PCA."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ RANGE_HU = (-20.0, 100.0)       # what these methods see: brain, blood and the e
 
 
 class Fitted(Reconstructor):
-    """A method with a dataclass `Fit` of settings that count when it is fitted.
+    """fit(data), save(path), from_training(path). `Fit` is the dataclass of the settings of fitting.
 
-    trained_on  JSON, once it is fitted: `data` (digest, counts and settings of the database) and the scans `held_out`
+    trained_on  JSON, once fitted: `data` (digest, counts and settings of the database) and the ids `held_out`
     """
 
     Fit: ClassVar[type]
@@ -35,7 +35,7 @@ class Fitted(Reconstructor):
         self.trained_on: dict[str, Any] = {}
 
     def fit(self, data: SliceDataset) -> None:
-        """Learns from the slices of a database's split. Raises ValueError where they are too few."""
+        """Learn from the slices of a database's split. Raises ValueError where they are too few."""
         self._fit(data)
         self.size = data.size
         self.trained_on = {"data": data.facts() | {"settings": data.manifest["settings"]},
@@ -50,11 +50,11 @@ class Fitted(Reconstructor):
 
     @abstractmethod
     def state(self) -> dict[str, torch.Tensor]:
-        """What was learnt."""
+        """The learnt tensors by name."""
 
     @abstractmethod
     def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Takes what state() gave."""
+        """The inverse of state()."""
 
     @torch.no_grad()
     def closest_normal(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,
@@ -96,7 +96,7 @@ class Fitted(Reconstructor):
             raise CheckpointError(f"{path}: does not fit method {self.name} with {self.fitting}: {error}") from error
 
     def save(self, path: Path) -> None:
-        """One safetensors file: what was learnt, and method, settings and what it was fitted to as its metadata."""
+        """Write one safetensors file: state(), and method, settings and trained_on as its metadata."""
         meta = {"method": self.name, "config": json.dumps(self.config()), "trained_on": json.dumps(self.trained_on)}
         save_tensors(portable(self.state()), path, metadata=meta)
 

@@ -31,10 +31,10 @@ import torch
 from common.weights import CheckpointError
 from config import option
 from ct.window import BONE_HU, decode, encode
-from detect.inversion import OfEncoder, bone_mask
+from detect.inversion import EncoderMethod, bone_mask
 from detect.reader import Reader
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
-from detect.residual import with_what_touches, without_small
+from detect.residual import components_touching, without_small_components
 from model import Encoder, Generator
 from op.banded import dilated, smoothed
 
@@ -79,7 +79,7 @@ class InpaintingSettings:
             raise ValueError(f"bright_rim must be at least {AROUND} pixel, got {self.bright_rim}")
 
 
-class Inpainting(OfEncoder):
+class Inpainting(EncoderMethod):
     """range_hu: the HU that the networks were trained on. What is denser, up to BONE_HU, is no bone, but blood."""
 
     name, Settings = "inpainting", InpaintingSettings
@@ -98,11 +98,11 @@ class Inpainting(OfEncoder):
         bone = bone_mask(hu)
         query_hu, soft, stages = hu.clamp(self.range_hu[0], BONE_HU), brain & ~bone, Stages()
         with stages.stage("surroundings", lambda: error_hu(query_hu, expected_hu, soft)):
-            expected_hu, anomalous, hidden = self.anomalous(query_hu, soft, bone)
+            expected_hu, anomalous, hidden = self.find_anomalous(query_hu, soft, bone)
             read = self.read(query_hu, expected_hu, brain, bone)
         with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, soft)):
             kept = bone | (~brain & (query_hu <= self.range_hu[0]))            # and air: the networks draw it badly
-            normal_hu = torch.where(kept, query_hu, self.draw(self.seen(hu), hidden, bone))
+            normal_hu = torch.where(kept, query_hu, self.draw(self.images(hu), hidden, bone))
             normal_hu += self.detail(query_hu - normal_hu, soft, hidden, hidden & ~anomalous)
         if watch:
             watch(query_hu, normal_hu)
@@ -111,9 +111,9 @@ class Inpainting(OfEncoder):
             judged_hu = torch.where(anomalous, expected_hu, torch.where(hidden, query_hu, normal_hu)).cpu()
         return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds, judged_hu, read)
 
-    def anomalous(self, query_hu: torch.Tensor, soft: torch.Tensor, bone: torch.Tensor
-                  ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Slices [S, N, N] as their surroundings call for, HU, and what gate() gives of their difference from that."""
+    def find_anomalous(self, query_hu: torch.Tensor, soft: torch.Tensor, bone: torch.Tensor
+                       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Slices [S, N, N] as their surroundings call for, HU, and gate() of the difference from that."""
         expected_hu = self.from_surroundings(query_hu, bone)
         return expected_hu, *self.gate(query_hu - expected_hu, soft)
 
@@ -121,35 +121,35 @@ class Inpainting(OfEncoder):
         return self.from_surroundings(hu.clamp(*self.range_hu), bone)
 
     def from_surroundings(self, hu: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
-        """Slices [S, N, N], HU, every place drawn while it and what is next to it are hidden; bone as it is."""
-        images = self.seen(hu)
+        """Slices [S, N, N], HU, with every place drawn while it and its neighbours are hidden; bone stays."""
+        images = self.images(hu)
         found = torch.zeros_like(hu)
         for hidden, centre in blocks(self.size, self.settings.hidden):
             hidden, centre = (mask.to(self.device).expand_as(found) for mask in (hidden, centre))
             found += self.draw(images, hidden, bone) * centre
         return torch.where(bone, hu, found)
 
-    def seen(self, hu: torch.Tensor) -> torch.Tensor:
-        """Images [S, 3, N, N] of slices [S, N, N], HU: what the networks see of them."""
+    def images(self, hu: torch.Tensor) -> torch.Tensor:
+        """The networks' images [S, 3, N, N] of slices [S, N, N], HU."""
         return encode(hu.clamp(*self.range_hu))
 
     def gate(self, difference_hu: torch.Tensor, soft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a difference [S, N, N] from the surroundings is anomalous in soft brain, and what to hide of that."""
+        """Where a difference [S, N, N], HU, from the surroundings is anomalous in soft brain; and what to hide."""
         unit, gate, clipped = self.size / AT, self.settings.gate_hu, difference_hu.clamp(-CLIP_HU, CLIP_HU)
         smooth = smoothed(clipped, soft, SMOOTH * unit)
-        found = without_small(smooth.abs() > gate, SPECK * unit**2)
+        found = without_small_components(smooth.abs() > gate, SPECK * unit**2)
         dark = found & (smooth < 0)
         bright = _with_rim(found & (smooth > 0), self.settings.bright_rim * unit)
-        whole = _with_rim(with_what_touches(dark, smooth < -self.settings.grow_hu), AROUND * unit)
+        whole = _with_rim(components_touching(dark, smooth < -self.settings.grow_hu), AROUND * unit)
         if self.settings.spared:
             whole &= ~soft | (smoothed(clipped, soft, NEAR * unit) < -self.settings.spared * gate)
         return bright | _with_rim(dark, AROUND * unit), bright | whole
 
     def detail(self, difference_hu: torch.Tensor, soft: torch.Tensor, drawn_anew: torch.Tensor,
                grown: torch.Tensor) -> torch.Tensor:
-        """What of a slice is too fine for the networks, HU [S, N, N]; difference_hu: the slice less what they drew.
+        """Detail too fine for the networks, HU [S, N, N]; difference_hu: the slice less what they drew.
 
-        grown: the part of drawn_anew in which no more than a fainter edge of something hypodense is.
+        grown: the part of drawn_anew that grow_hu has added.
         """
         unit, hidden = self.size / AT, soft & drawn_anew
 

@@ -34,8 +34,8 @@ class InversionSettings:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
 
 
-class OfEncoder(Reconstructor):
-    """What methods share that are made of a generator and an encoder of one run, and may hold a reader."""
+class EncoderMethod(Reconstructor):
+    """Base of the methods that are a generator and an encoder of one run, with or without a reader."""
 
     def __init__(self, settings: Any, generator: Generator, encoder: Encoder, reader: Reader | None = None):
         self.settings, self.generator, self.encoder, self.reader = settings, generator, encoder, reader
@@ -43,11 +43,11 @@ class OfEncoder(Reconstructor):
 
     @abstractmethod
     def expected(self, hu: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
-        """What a reader sees slices beside, HU: hu float32 [S, N, N] and bone bool -> float32 [S, N, N]."""
+        """What a reader compares slices with: hu float32 [S, N, N], HU, and bone bool -> float32 [S, N, N], HU."""
 
     def read(self, query_hu: torch.Tensor, expected_hu: torch.Tensor, brain: torch.Tensor, bone: torch.Tensor
              ) -> torch.Tensor | None:
-        """What the reader says, on the CPU; None without one."""
+        """The reader's output (Reader.read), on the CPU; None without a reader."""
         return self.reader.read(query_hu, expected_hu, brain, bone).cpu() if self.reader else None
 
     def config(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class OfEncoder(Reconstructor):
                 "reader": None if reader is None else load_reader(folder, reader, device)}
 
 
-class Inversion(OfEncoder):
+class Inversion(EncoderMethod):
     name, Settings = "inversion", InversionSettings
 
     def closest_normal(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,

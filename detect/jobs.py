@@ -98,7 +98,7 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
     @contextmanager
     def alone() -> Iterator[None]:
         memory.give_back()                           # where only reading has told how large the scan is
-        with claims.one_here():
+        with claims.one_on_this_machine():
             yield
             memory.give_back()                       # a process would else go on holding as much
 

@@ -42,7 +42,7 @@ PRIOR_SCANS = 2.0            # a place's variance is drawn to its position's as 
 FLOOR_HU = 0.5               # no healthy spread is taken to be under this
 SCALES = ("fine", "coarse")
 FILTERS = ("median", "band", "hyperdense")
-COMBINED = (*SCALES, "both", "sides")
+COMBINED = ("both", "sides")
 LEVELS = torch.arange(0.5, 4.51, 0.25)       # surprises whose z is kept; beyond the last one a line goes on
 MIN_SCANS = 3                # each scan is judged by the statistics of the others, and needs two of them
 HIGHEST = 8.0                # no surprise is higher: nobody has seen so much healthy brain
@@ -236,13 +236,12 @@ def fit_leaving_out(residuals: Sequence[torch.Tensor], brains: Sequence[torch.Te
 
 
 def combine(surprise: torch.Tensor, which: str, hypodense: float = 1.0) -> torch.Tensor:
-    """Signed surprise [S, 2, N, N] -> [S, N, N]: that of a scale of SCALES, or the larger of the two ('both').
+    """Signed surprise [S, 2, N, N] of SCALES -> [S, N, N], by one of COMBINED.
 
-    'sides' takes what is hyperdense from the fine scale and what is hypodense, times `hypodense`, from the coarse one:
-    blood is distinct, an infarct faint and large, and hypodense places are many in healthy heads (sulci, atrophy).
+    'both' takes the larger of the two. 'sides' takes what is hyperdense from the fine scale and what is hypodense, with
+    weight `hypodense`, from the coarse one: blood is distinct, an infarct faint and large, and hypodense places are
+    many in healthy heads (sulci, atrophy).
     """
-    if which in SCALES:
-        return surprise[:, SCALES.index(which)]
     if which == "sides":
         high, low = surprise[:, 0].clamp(min=0), hypodense * surprise[:, 1].clamp(max=0)
         return torch.where(high >= -low, high, low)

@@ -15,7 +15,7 @@ from detect.projection import Projection
 
 SCORE_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason", "slices", "projected_slices",
                  "error_hu", "anomalous_ml", "notes")
-# What a whole number in a map's file stands for: 0.1 HU, far below a scanner's noise; 0.01 of a surprise
+# The unit of the whole numbers in a map's file: 0.1 HU, far below a scanner's noise; a surprise of 0.01
 STEPS = {"reconstruction": 0.1, "residual": 0.1, "anomaly": 0.01}
 # What lies in a scan's folder of results
 WRITTEN = {"result.json", "overlay", "dicom", *(f"{name}.nii.gz" for name in (*STEPS, "mask", "brain"))}
@@ -38,8 +38,9 @@ def write_maps(folder: Path, projection: Projection) -> list[str]:
 
 
 def write_overlays(folder: Path, projection: Projection) -> list[str]:
-    """overlay/NN.png, one for each projected slab, named after the original slice nearest to it; of two slabs that are
-    nearest to one slice, as where spacing is uneven, the upper.
+    """overlay/NN.png for each projected slab, named after the original slice nearest to it.
+
+    Of two slabs nearest to one slice, as with uneven spacing, the upper is drawn.
     """
     folder = folder / "overlay"
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,13 +60,13 @@ def write_overlays(folder: Path, projection: Projection) -> list[str]:
     return []
 
 
-# What is written into the folder of a scan: of each writer(folder, projection) -> notes for the reader
+# Each writes into a scan's folder of results: writer(folder, projection) -> notes for the reader
 Writer = Callable[[Path, Projection], list[str]]
 OUTPUTS: dict[str, Writer] = {"maps": write_maps, "overlays": write_overlays}
 
 
 def scan_row(projection: Projection, seconds: float, notes: list[str]) -> dict:
-    """A row of scores.csv; notes beyond those of the projection."""
+    """A row of scores.csv; notes: further ones than the projection's."""
     p = projection
     return dict(scan_id=p.scan.scan_id, score=p.score, percentile=p.percentile,
                 flagged=None if p.flagged is None else int(p.flagged), status="unreliable" if p.unreliable else "ok",

@@ -17,7 +17,7 @@ OUTSIDE_HU = 30.0               # what is seen outside the brain: bone must not 
 
 @dataclass(frozen=True)
 class PcaSettings:
-    """All that counts is chosen when it is fitted."""
+    """None: all is chosen when it is fitted (PcaFit)."""
 
 
 @dataclass(frozen=True)

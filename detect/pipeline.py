@@ -1,4 +1,4 @@
-"""Three stages of successive jobs at the same time: while one is worked on, the next is read and the last written."""
+"""Three stages in parallel: while one job is worked on, the next is read and the previous one written."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def overlapped(items: Iterable[Item], read: Callable[[Item], Job | None], work: 
                large: Callable[[], AbstractContextManager] = nullcontext) -> Iterator[None]:
     """read(item) one item ahead, in a thread of its own; work(job) here; write(job) in another thread, one behind.
 
-    Yields when an item is through, or read gives None. Each stage takes the items in their order. Three jobs are held
-    at a time, or a large one alone, within large(). What a stage raises is raised here; drop(job) is then called for
-    what was read but not handed to write, and what is being written is waited for.
+    Yields after each item, also where read returns None. Each stage takes the items in order. At most three jobs are
+    held at a time, or a large one alone, within large(). Errors of a stage are raised here: then drop(job) is called
+    for jobs read but not handed to write, and the write in progress is waited for.
     """
     items = iter(items)
     coming: deque[Future] = deque()

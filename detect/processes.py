@@ -22,12 +22,12 @@ DIE_WITH_PARENT = 1              # Linux: PR_SET_PDEATHSIG
 
 
 def suitable(scans: int) -> int:
-    """Processes for so many scans: at most one a core, by what memory is free."""
+    """How many processes to use for so many scans: at most one per core, as free memory allows."""
     return max(1, min(len(os.sched_getaffinity(0)), int(free_memory() / BYTES), scans // SCANS))
 
 
 class Turns:
-    """The numbers from 0 on, each given to one of the processes that iterate."""
+    """The numbers 0 to count - 1, each given to one of the processes that iterate."""
 
     def __init__(self, count: int, context: multiprocessing.context.BaseContext):
         self.count, self._next = count, context.Value("q", 0)
@@ -45,11 +45,11 @@ class Turns:
 
 @contextlib.contextmanager
 def shared(processes: int, count: int, work: Callable[..., None], *args) -> Iterator[Turns]:
-    """Runs work(*args, turns) in processes - 1 new ones, and gives this one the same turns, of `count`.
+    """Run work(*args, turns) in processes - 1 new ones, and yield the same turns, of `count`, to this one.
 
-    At the end of the block the others are waited for, and turns.died tells how many have not ended well: what they left
-    undone is for the caller to find. Where the block raises, they are stopped: with SIGTERM, so that they clean up, as
-    they do when this process dies. They do not outlive it but for that.
+    At the end of the block the others are waited for; turns.died is then how many did not end well, and the caller has
+    to find what they left undone. Where the block raises, or this process dies, they are stopped with SIGTERM, so that
+    they clean up.
     """
     context = multiprocessing.get_context("spawn")                    # threads and a fork do not go together
     turns = Turns(count, context)

@@ -74,10 +74,10 @@ class Projection:
 class Projector:
     """Projects scans with a bundle: Projector(load_bundle(folder))(read_scan(source)) -> Projection.
 
-    settings       others than the bundle is calibrated for: bundle.settings.replace(name=value)
+    settings       None: the bundle's; others by bundle.settings.replace(name=value)
     preprocessing  None: the bundle's; needed for an imported bundle, which has none
-    threshold      flags the scans with a higher score, instead of the calibration's threshold
-    alarm_rate     the calibration's threshold at this share of healthy scans, 0 to 1, instead of the stored one
+    threshold      scans with a higher score are flagged; None: the calibration's
+    alarm_rate     takes the calibration's threshold at this share of healthy scans, 0 to 1, instead of the stored one
 
     Raises ValueError where the bundle lacks what the settings or the alarm rate need, and for a threshold that is no
     number.
@@ -86,7 +86,7 @@ class Projector:
     def __init__(self, bundle: Bundle, settings: Settings | None = None,
                  preprocessing: PreprocessSettings | None = None, threshold: float | None = None,
                  alarm_rate: float | None = None):
-        self.calibrated_for = Settings.from_json(bundle.meta["settings"])     # whatever with_settings() has made of it
+        self.calibrated_for = Settings.from_json(bundle.meta["settings"])     # bundle.settings may be others since
         self.bundle = bundle if settings is None else bundle.with_settings(settings)
         self.preprocessing = preprocessing or bundle.preprocessing
         if self.preprocessing is None:
@@ -139,11 +139,11 @@ class Projector:
             seconds["standardise"] = time.perf_counter() - started
         hu, brain, below_vertex_mm = pre.kept_slices()
         hu, brain = torch.from_numpy(hu), torch.from_numpy(brain)
-        found, seen, findings, measuring = project_frame(self.bundle.reconstructor, self.bundle.measure, hu, brain,
-                                                         below_vertex_mm)
+        found, evidence, findings, measuring = project_frame(self.bundle.reconstructor, self.bundle.measure, hu, brain,
+                                                             below_vertex_mm)
         seconds |= found.seconds | {"measure": measuring}
         started = time.perf_counter()
-        # By the model's own mask: that of the settings only draws, and no score, percentile or flag hangs on it
+        # By the calibration's mask settings: those of this run only draw, and must not change what is trusted
         predicted = self.bundle.measure.predicted(findings, self.calibrated_for.mask)
         share = float(predicted.sum() / brain.sum())
         notes = [*scan.notes, *pre.reservations]
@@ -166,7 +166,7 @@ class Projector:
         mask = pre.maps_to_scan(findings.mask.numpy())
         return Projection(
             scan=scan, reconstruction_hu=pre.maps_to_scan(found.normal_hu.numpy(), float(found.query_hu.min())),
-            residual_hu=pre.maps_to_scan(seen.residual.numpy()), anomaly=pre.maps_to_scan(findings.anomaly.numpy()),
+            residual_hu=pre.maps_to_scan(evidence.residual.numpy()), anomaly=pre.maps_to_scan(findings.anomaly.numpy()),
             mask=mask, brain=pre.slabs.from_slabs(pre.brain),
             slice_scores=pre.scores_to_scan(findings.slice_scores.numpy()),
             below_vertex_mm=pre.values_to_scan(pre.standardised.below_vertex_mm),
@@ -177,9 +177,9 @@ class Projector:
 
     def _compare(self, score: float, error_of_rest: float, spacing_mm: float,
                  brain_hu: float) -> tuple[float | None, float | None, list[str]]:
-        """Percentile and threshold of a score, None where they are not known; notes on why the calibration lacks them.
+        """Percentile and threshold of a score, None where unknown, with notes that say why.
 
-        Where there is none that compares, self.incomparable says so.
+        Without a calibration that compares there is no note here: self.incomparable is one already.
         """
         how = self.settings.scan_score
         if not self.calibration:
@@ -207,9 +207,9 @@ class Projector:
         return percentile_of(score, self.calibration["scan_scores"][how]), threshold, notes
 
     def key(self) -> dict:
-        """What this projector's results hang on, JSON: results of another key are not mixed with them.
+        """All that results depend on, as JSON: results of different keys are never mixed in a folder.
 
-        The calibration is no weights, and may be made anew on the same ones.
+        The calibration by its hash: it may be made again for the same weights.
         """
         precision = str(self.bundle.reconstructor.precision)
         alarm, own = {"threshold": self.threshold, "alarm_rate": self.alarm_rate}, self.calibrated_for.mask
@@ -223,22 +223,20 @@ class Projector:
 
 def project_frame(reconstructor: Reconstructor, measure: Measure, hu: torch.Tensor, brain: torch.Tensor,
                   below_vertex_mm: np.ndarray) -> tuple[Reconstruction, Evidence, Findings, float]:
-    """The slices of one scan in the standard frame, from their closest normals to the scores; seconds of the measure.
+    """Closest normal, evidence and findings of one scan in the standard frame, and the seconds that the measure took.
 
     hu float32 [S, N, N], HU; brain bool [S, N, N]; below_vertex_mm [S]: all slices, in order.
     """
     watch = measure.watch(brain, below_vertex_mm)
     found = reconstructor.closest_normal(hu, brain, below_vertex_mm, watch)
     started = time.perf_counter()
-    seen = measure.evidence(found, brain, below_vertex_mm, watch)
-    findings = measure.assess(seen)
-    return found, seen, findings, time.perf_counter() - started
+    evidence = measure.evidence(found, brain, below_vertex_mm, watch)
+    findings = measure.assess(evidence)
+    return found, evidence, findings, time.perf_counter() - started
 
 
 def no_percentile(scan: Scan, settings: PreprocessSettings) -> str:
-    """A note on a scan whose score is compared with nothing, for reasons that other notes tell; and on what would help
-    where its source has clipped HU.
-    """
+    """The note of a scan that is not compared, for reasons in other notes; with the remedy where its HU are clipped."""
     note = "not compared with healthy scans: no percentile, no flag"
     if clipped_below(scan, settings):
         low, high = scan.saturation_hu

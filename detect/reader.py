@@ -26,7 +26,7 @@ from op.banded import smoothed
 from op.conv import conv2d, ready
 from op.layers import Kept
 
-CHANNELS = 6                              # of seen()
+CHANNELS = 6                              # of reader_input()
 GROUPS = 8                                # of channels that are normalised together
 AT, SMOOTH = 128, 0.7                     # Gaussian that takes away the grain, pixels of images of this side
 TOP_HU = 70.0                             # what is denser looks alike: training slices end there
@@ -77,7 +77,7 @@ class Reader(nn.Module):
         nn.init.constant_(self.last.bias, RARE)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, 6, N, N] of seen() -> log odds float32 [B, 2, N, N]: too dense to belong there, not dense enough.
+        """reader_input() [B, 6, N, N] -> log odds float32 [B, 2, N, N]: too dense to belong there, not dense enough.
 
         N must be divisible by 2 to the power of the number of widths.
         """
@@ -95,15 +95,16 @@ class Reader(nn.Module):
         """What it says of slices, float32 [S, 2, N, N]: above 0 where too dense; below where not dense enough.
 
         Beyond what it says of half of the slice's soft brain: where a bleed is bright and large, it comes to doubt all
-        that is in the slice (its normalisations see the whole). Arguments as of seen(). 0 outside soft brain.
+        that is in the slice (its normalisations see the whole). Arguments as of reader_input(). 0 outside soft brain.
         """
-        images, soft = seen(query_hu, expected_hu, brain, bone), brain & ~bone
+        images, soft = reader_input(query_hu, expected_hu, brain, bone), brain & ~bone
         found = torch.cat([self(part) for part in images.split(AT_ONCE)])
         found = found - middle(found, soft)[..., None, None]
         return SCALE * torch.stack([found[:, 0], -found[:, 1]], dim=1) * soft[:, None]
 
 
-def seen(query_hu: torch.Tensor, expected_hu: torch.Tensor, brain: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
+def reader_input(query_hu: torch.Tensor, expected_hu: torch.Tensor, brain: torch.Tensor, bone: torch.Tensor
+                 ) -> torch.Tensor:
     """What a reader sees, float32 [S, 6, N, N]: slice, other side, difference from the expected, that, bone and brain.
 
     query_hu [S, N, N]: slices, HU; expected_hu [S, N, N]: what their surroundings call for; brain and bone bool.

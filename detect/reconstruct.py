@@ -1,4 +1,4 @@
-"""The closest normal slice, by any method: what every method takes and gives, and the methods by name.
+"""The closest normal slice by any method: the interface of all methods, and the methods by name.
 
 A new method is one file with a Reconstructor in it and one entry in METHODS; calibration, projection, comparison and
 bundles then know it.
@@ -37,17 +37,15 @@ Watch = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Reconstruction:
     """S slices and their closest normal ones, on the CPU.
 
-    query_hu     float32 [S, N, N], HU: the slices as the method sees them; what it cannot see is no anomaly
+    query_hu     float32 [S, N, N], HU: the slices as the method sees them: what it cannot see is no anomaly
     normal_hu    float32 [S, N, N], HU
     error_hu     mean absolute difference in the brain, HU, after each stage of the method, in order
     seconds      by stage
-    expected_hu  float32 [S, N, N], HU: what the slices are judged against where that is not normal_hu, as in a method
-                 that draws an anomalous place only once it knows its shape; None: normal_hu
-    read         float32 [S, 2, N, N]: what a reader says of the slices, in log odds beyond those of half of a slice
-                 (reader.py): above 0 where too dense to belong there; below where not dense enough. None without a
-                 reader
-    drawn_hu     float32 [S, N, N], HU: the normal before texture was copied into it, as by the noise stage of the
-                 search, which makes it look better; None: normal_hu
+    expected_hu  float32 [S, N, N], HU: what the slices are judged against where that is not normal_hu; None: normal_hu
+    read         float32 [S, 2, N, N]: a reader's log odds less their median in the slice (Reader.read): channel 0 above
+                 0 where too dense, channel 1 below 0 where not dense enough; None without a reader
+    drawn_hu     float32 [S, N, N], HU: the normal before texture was copied into it, as the noise stage of the search
+                 does; None: normal_hu
     """
 
     query_hu: torch.Tensor
@@ -60,26 +58,23 @@ class Reconstruction:
 
     @property
     def difference_hu(self) -> torch.Tensor:
-        """What is judged, float32 [S, N, N], HU: the slices less what is expected of them."""
+        """What a measure judges, float32 [S, N, N], HU: the slices less what is expected."""
         return self.query_hu - (self.normal_hu if self.expected_hu is None else self.expected_hu)
 
     @property
     def error(self) -> float:
-        """How close the normal comes, HU: the last stage's error, but that of the search's code where it has one.
-
-        That is the error of drawn_hu.
-        """
+        """How close the normal comes, HU: the error of the last stage before texture is copied (drawn_hu)."""
         return self.last_error(self.error_hu)
 
     def error_in(self, where: torch.Tensor) -> float:
-        """The same in a part of the brain, bool [S, N, N]; `error` where that is empty."""
+        """`error` in a part of the brain, bool [S, N, N]; that of the whole brain where the part is empty."""
         if not where.any():
             return self.error
         return error_hu(self.query_hu, self.normal_hu if self.drawn_hu is None else self.drawn_hu, where)
 
     @staticmethod
     def last_error(error_hu: dict[str, float]) -> float:
-        """The same of a calibration's mean errors by stage."""
+        """`error` from errors by stage: the search's code is the stage 'latent'."""
         return error_hu.get("latent", list(error_hu.values())[-1])
 
 
@@ -107,7 +102,7 @@ class Reconstructor(ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """What rebuilds the networks beside their weights; JSON."""
+        """JSON that rebuilds the networks, apart from their weights."""
 
     @abstractmethod
     def tensors(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
@@ -120,11 +115,11 @@ class Reconstructor(ABC):
 
     @classmethod
     def from_training(cls, path: Path, device: torch.device) -> tuple[Reconstructor, dict[str, Any]]:
-        """From what training has left at `path`: for methods that bring their own file.
+        """A method of one file, from what its training left at `path`, and facts about that training.
 
-        With what they were trained on: `data` (what is known of the database's digest, counts and settings),
-        `held_out` (the scans that were), `trained` (for the provenance). Raises ValueError naming the file. Methods
-        that share an encoder's run are made by latent_stats.py.
+        These are `data` (digest, counts and settings of the database, as far as known), `held_out` (ids of the scans
+        held out) and `trained` (for the provenance). Raises ValueError naming the file. Methods of an encoder's run
+        are built by latent_stats.py instead.
         """
         raise ValueError(f"method {cls.name}: has no weights of its own; give the run of train_encoder.py")
 
@@ -139,7 +134,7 @@ class Reconstructor(ABC):
         return other
 
     def check(self) -> None:  # noqa: B027 - most methods lack nothing
-        """ValueError where something is lacking that a bundle does not hold and the settings are to name."""
+        """ValueError where a file is missing that no bundle holds and the settings must name."""
 
     def check_shapes(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> None:
         n = self.size

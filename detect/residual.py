@@ -1,4 +1,4 @@
-"""The residual between a scan and its closest normal, and what the two measures share: evidence, findings, the mask.
+"""The residual of a scan against its closest normal, and what both measures use: evidence, findings, the mask.
 
 A tensor [S, H, W] is always a whole scan: neighbouring slices count, so no measure may be called on a part of one.
 Residuals are in HU, query minus reconstruction: positive where the scan is denser than its closest normal.
@@ -26,12 +26,12 @@ PAPER_SIZE = 512                # the frame, in pixels, that the paper's pixel c
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a measure needs to know of a scan, on the CPU; S slices.
+    """All that a measure needs of a scan, on the CPU; S slices.
 
     residual  float32 [S, N, N], HU: query minus closest normal in the brain, median-filtered, signed
     brain     bool [S, N, N]; below_vertex_mm float64 [S]
-    scales    float32 [S, 2, N, N], HU: the residual at the scales of normative.py, and [S, 4, N, N] where a reader
-              says something, too; None by votes
+    scales    float32 [S, 2, N, N], HU: the residual at the scales of normative.py; [S, 4, N, N] with the output of a
+              reader; None by votes
     searched  bool [S, N, N]: the part of the brain in which surprises are looked for; the brain by votes
     votes     int32 [S, N, N] over `steps` steps, two a step at most; None by surprise
     """
@@ -47,11 +47,12 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a measure makes of a scan; S slices.
+    """The verdict of a measure on a scan; S slices.
 
     anomaly       float32 [S, N, N], signed: votes times residual (HU), or surprise
     predicted     bool [S, N, N]: what is predicted anomalous
-    mask          bool [S, N, N]: predicted without small components, and, by surprise, what those left extend to
+    mask          bool [S, N, N]: predicted without small components; by surprise those left are grown to half of
+                  their contrast
     slice_scores  float32 [S]
     """
 
@@ -63,13 +64,12 @@ class Findings:
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """What only draws the mask: scores, percentiles and flags do not hang on it."""
+    """How the mask is drawn: scores, percentiles and flags do not depend on it."""
 
     surprise_mask: float = option(2.5, "surprise from which a pixel is predicted anomalous (by surprise)")
     component_at_512: int = option(600, "smaller predicted components are dropped, pixels at 512; scales with area")
-    extent_hu: float = option(8.0, "what is left ends where the difference is half of its highest, and goes on over "
-                              "all that adjoins it and differs by that and by this, HU, at least; 0: neither (by "
-                              "surprise)")
+    extent_hu: float = option(8.0, "components are grown and cut to half of their contrast, and grow over no less than "
+                              "this, HU; 0: neither (by surprise)")
 
     def __post_init__(self):
         check_range(self, ("surprise_mask", "component_at_512", "extent_hu"))
@@ -97,7 +97,7 @@ def residual(query_hu: torch.Tensor, recon_hu: torch.Tensor, brain: torch.Tensor
 
 
 def filtered(found: Reconstruction, brain: torch.Tensor, median_at_512: int) -> torch.Tensor:
-    """residual() of what a method has found, with the window that is right for the frame."""
+    """residual() of a reconstruction, with the median window scaled to its frame."""
     return residual(found.query_hu, found.normal_hu, brain, scale_median_size(brain.shape[-1], median_at_512))
 
 
@@ -110,15 +110,15 @@ def lesion_mask(predicted: torch.Tensor, frame_size: int, min_component_px_at_51
     Components are taken slice by slice, as in the paper; pixels that touch at a corner belong together (8-connected).
     The limit scales with area: frame_size is the side, in pixels, of the frame that predicted lies in.
     """
-    return without_small(predicted, min_component_px_at_512 * (frame_size / PAPER_SIZE) ** 2)
+    return without_small_components(predicted, min_component_px_at_512 * (frame_size / PAPER_SIZE) ** 2)
 
 
-def to_half(mask: torch.Tensor, residual_hu: torch.Tensor, least_hu: float) -> torch.Tensor:
-    """mask (bool [S, H, W]), its components as far as half of their contrast goes, slice by slice.
+def to_half_contrast(mask: torch.Tensor, residual_hu: torch.Tensor, least_hu: float) -> torch.Tensor:
+    """mask (bool [S, H, W]) with each component grown and cut to half of its contrast, slice by slice.
 
-    residual_hu float [S, H, W], signed. A component is dense to the side to which its residual adds up; what adjoins
-    it and has half of its contrast to that side, and least_hu at least, belongs to it, as far as REACH_AT_512. What in
-    it has less than half, to either side, does not: what is anomalous beside a bleed is its shine.
+    residual_hu float [S, H, W], signed. The sign of its sum over a component says whether that is hyper- or hypodense.
+    Adjoining pixels with half of its contrast to that side, and at least least_hu, are added, up to REACH_AT_512.
+    Pixels with less than half, to either side, are removed: they are the shine of a bleed.
     """
     check_same_shape(mask=mask, residual_hu=residual_hu)
     whole, components = torch.zeros_like(mask), _components(mask)
@@ -128,11 +128,11 @@ def to_half(mask: torch.Tensor, residual_hu: torch.Tensor, least_hu: float) -> t
         away = residual_hu[place] * residual_hu[place][own].sum().sign()
         half = HALF * float(np.percentile(away[own].cpu().numpy(), HIGH))
         core = own & (away.abs() >= half)
-        whole[place] |= with_what_touches(core, core | (away > max(least_hu, half)) & dilated(own, reach))
+        whole[place] |= components_touching(core, core | (away > max(least_hu, half)) & dilated(own, reach))
     return whole
 
 
-def without_small(mask: torch.Tensor, pixels: float) -> torch.Tensor:
+def without_small_components(mask: torch.Tensor, pixels: float) -> torch.Tensor:
     """mask (bool [S, H, W]) without its 8-connected components of fewer pixels, slice by slice."""
     components = _components(mask)
     keep = np.bincount(components.ravel()) >= pixels
@@ -140,7 +140,7 @@ def without_small(mask: torch.Tensor, pixels: float) -> torch.Tensor:
     return torch.from_numpy(keep[components]).to(mask.device)
 
 
-def with_what_touches(seed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def components_touching(seed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The 8-connected components of mask that hold some of seed, slice by slice; both bool [S, H, W]."""
     check_same_shape(seed=seed, mask=mask)
     components = _components(mask)

@@ -1,4 +1,4 @@
-"""The settings of a projection in three groups: what scores hang on, what only draws the mask, one method's own."""
+"""The settings of a projection in three groups: of the method, of the measure, and of how the mask is drawn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from detect.scores import SCAN_SCORES
 class Settings:
     """method           of METHODS; reconstruction: its own settings
     measure          of MEASURES; scoring: its own settings
-    mask             what only draws the mask
+    mask             how the mask is drawn; no score depends on it
     scan_score       of SCAN_SCORES; a calibration holds all of them
     """
 
@@ -44,9 +44,9 @@ class Settings:
                 raise ValueError(f"{name}: expected {kind.__name__}, got {type(getattr(self, name)).__name__}")
 
     def other_than(self, calibrated: Mapping[str, Any]) -> list[str]:
-        """Names of the settings that scores hang on and that are not those of a to_json(), such as a calibration's.
+        """Names of the settings that scores depend on and that differ from a to_json(), such as a calibration's.
 
-        A percentile means something where there are none. Files, of which a to_json() holds hashes, count by these.
+        Percentiles mean something only where there are none. Files are compared by the hashes that to_json() holds.
         """
         ours, theirs = self.to_json(), Settings.from_json(calibrated).to_json()
         if choices := [name for name in ("method", "measure") if ours[name] != theirs[name]]:
@@ -65,9 +65,9 @@ class Settings:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Settings:
-        """The inverse of to_json, but for the files, of which that holds hashes; what it does not say is the default.
+        """The inverse of to_json, except for files, of which that holds hashes alone. Absent settings get defaults.
 
-        ValueError for what this version lacks.
+        Raises ValueError for settings unknown to this version.
         """
         content = dict(content)
         try:
@@ -83,8 +83,8 @@ class Settings:
     def replace(self, **changes: Any) -> Settings:
         """Settings with some values replaced, by name, whatever their group.
 
-        Another method or measure comes with its own defaults, under the other changes. Values may be texts, as of the
-        command line. ValueError names what is unknown or does not fit.
+        Another method or measure brings its own defaults; the other changes apply on top. Values may be texts, as from
+        the command line. Raises ValueError naming what is unknown or does not fit.
         """
         groups = {name: changes.pop(name, getattr(self, name)) for name in ("method", "measure", "scan_score")}
         kept = {"reconstruction": self.reconstruction if groups["method"] == self.method else None,

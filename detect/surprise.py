@@ -25,7 +25,7 @@ from detect.residual import (
     lesion_mask,
     residual,
     scale_median_size,
-    to_half,
+    to_half_contrast,
 )
 from detect.scores import SLICE_MM
 from op.banded import gaussian_blur
@@ -36,18 +36,18 @@ POOL_MM = 15.0                  # what 'peak' takes a mean over along the body a
 
 @dataclass(frozen=True)
 class SurpriseSettings:
-    """What a score by surprise hangs on. The defaults are what the benchmarks on real scans recommend."""
+    """All that a score by surprise depends on. The defaults are those that did best on real scans (docs/RESULTS.md)."""
 
     median_at_512: int = option(19, "side of the residual's median filter, pixels at 512; scales with the frame")
     filter: str = option("hyperdense", "fine scale: the median-filtered residual, a band of it away from bone, or of "
                                        "that band what is hyperdense", normative.FILTERS)
-    scale: str = option("sides", "scale of the residual; sides: hyperdense at the fine scale, hypodense at the coarse "
-                                "one", normative.COMBINED)
+    scale: str = option("sides", "sides: what is hyperdense by the fine scale, what is hypodense by the coarse one; "
+                                "both: the more surprising of the two scales", normative.COMBINED)
     hypodense: float = option(0.6, "weight of the surprise of what is hypodense in scale=sides")
     pool: str = option("peak", "a slice's score: mean over the brain (area), or highest mean about any place (peak)")
     surprise_above: float = option(2.0, "surprise (-log10 of the share of healthy brain) that a score counts from")
-    read: float = option(0.6, "weight of the surprise of what a reader says, 0 to 1, where the model holds one; that "
-                              "of the residual has the rest")
+    read: float = option(0.6, "weight, 0 to 1, of the surprise of the reader's output where the model holds a reader; "
+                              "the residual has the rest")
 
     def __post_init__(self):
         check_median(self)
@@ -57,9 +57,9 @@ class SurpriseSettings:
         for name, allowed in (("filter", normative.FILTERS), ("scale", normative.COMBINED), ("pool", SLICE_SCORES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.filter == "hyperdense" and self.scale not in ("sides", "coarse"):
-            raise ValueError(f"filter hyperdense: needs scale sides or coarse, got {self.scale!r}: at its fine scale "
-                             "nothing is hypodense")
+        if self.filter == "hyperdense" and self.scale != "sides":
+            raise ValueError(f"filter hyperdense: needs scale sides, got {self.scale!r}: at its fine scale nothing is "
+                             "hypodense")
 
 
 class Surprise:
@@ -114,35 +114,35 @@ class Surprise:
 
     def fit(self, healthy: Sequence[Evidence], patients: Sequence[str] | None = None
             ) -> tuple[Surprise, list[Findings]]:
-        """The measure that healthy scans make, and what is found in each by the statistics of the other patients.
+        """The measure fitted to healthy scans, and the findings in each by the statistics of the other patients.
 
-        patients: whose scans these are; None: each of another one. Raises ValueError for fewer than
-        normative.MIN_SCANS of them.
+        patients: of each scan; None: all different. Raises ValueError for fewer than normative.MIN_SCANS of them.
         """
         normal, surprises = normative.fit_normal([e.scales for e in healthy], [e.searched for e in healthy],
                                                  [e.below_vertex_mm for e in healthy], patients)
         fitted = Surprise(self.settings, self.mask, normal)
         return fitted, [self.findings(surprise, e) for surprise, e in zip(surprises, healthy)]
 
-    def assess(self, seen: Evidence) -> Findings:
+    def assess(self, evidence: Evidence) -> Findings:
         self.check()
-        return self.findings(self.normal.surprise(seen.scales, seen.searched, seen.below_vertex_mm), seen)
+        surprise = self.normal.surprise(evidence.scales, evidence.searched, evidence.below_vertex_mm)
+        return self.findings(surprise, evidence)
 
     def predicted(self, found: Findings, mask: MaskSettings) -> torch.Tensor:
-        """What these findings would predict anomalous with `mask`, bool [S, N, N]."""
+        """What would be predicted anomalous with other mask settings, bool [S, N, N]."""
         return found.anomaly.abs() > mask.surprise_mask
 
-    def findings(self, surprise: torch.Tensor, seen: Evidence) -> Findings:
-        """What signed surprises [S, K, N, N] of normative.Normal amount to."""
+    def findings(self, surprise: torch.Tensor, evidence: Evidence) -> Findings:
+        """Findings of signed surprises [S, K, N, N] of normative.Normal."""
         s, kinds = self.settings, len(normative.SCALES)
         if surprise.shape[1] > kinds:
             surprise = torch.lerp(surprise[:, :kinds], surprise[:, kinds:], s.read)
         combined = normative.combine(surprise, s.scale, s.hypodense)
         predicted = combined.abs() > self.mask.surprise_mask
-        scores = SLICE_SCORES[s.pool].of(combined, seen.searched, s.surprise_above, seen.below_vertex_mm)
+        scores = SLICE_SCORES[s.pool].of(combined, evidence.searched, s.surprise_above, evidence.below_vertex_mm)
         mask = lesion_mask(predicted, predicted.shape[-1], self.mask.component_at_512)
         if self.mask.extent_hu:
-            mask = to_half(mask, seen.residual, self.mask.extent_hu)
+            mask = to_half_contrast(mask, evidence.residual, self.mask.extent_hu)
         return Findings(combined, predicted, mask, scores)
 
 

@@ -1,4 +1,4 @@
-"""Who is evaluated: scores and labels from CSV files, matched by scan or by slice, with nobody lost silently."""
+"""Who is evaluated: scores and labels from CSV files, matched by scan or by slice; nobody is left out silently."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from common.wording import some
 from evaluation.metrics import empirical_threshold
 
 Key = tuple                                # (scan_id,) or (scan_id, slice)
-Score = float | str                        # or, where there is none that counts, why: one of UNSCORED
+Score = float | str                        # or one of UNSCORED where there is none that counts
 UNSCORED = ("failed", "unreliable")        # status of a scan in scores.csv other than 'ok'
 
 
 class InputError(ValueError):
-    """Files or flags that do not fit; the message names them, what was expected, what was found and the mend."""
+    """Files or flags that do not fit; the message names them, what was expected and found, and how to fix it."""
 
 
 @dataclass(frozen=True)
 class Label:
     label: int                             # 0 normal, 1 abnormal
     types: tuple[str, ...]                 # kinds of finding, none for a normal one
-    patient: str                           # the scan where no patient is given
+    patient: str                           # the scan's id where no patient is given
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Units:
     types: list[tuple[str, ...]]
     clusters: np.ndarray                   # [n], the patient
     left_out: dict[str, int]               # why -> how many
-    worst: np.ndarray                      # bool [n]: without a score that counts, ranked wrongly, and called wrongly
-                                           # at whatever threshold
+    worst: np.ndarray                      # bool [n]: without a score that counts; ranked and, at any threshold,
+                                           # called wrongly
 
     @property
     def counted_worst(self) -> int:
@@ -55,7 +55,7 @@ class Units:
 
 
 def name(key: Key) -> str:
-    """For messages; a space at an end and characters that do not print are made visible."""
+    """A key for messages, with leading and trailing spaces and unprintable characters made visible."""
     shown = " slice ".join(map(str, key))
     return shown if shown.isprintable() and shown == shown.strip() else ascii(shown)
 
@@ -90,7 +90,7 @@ def seconds_by_scan(path: Path) -> dict[str, float]:
 
 
 def read_scores(path: Path, by_slice: bool = False) -> dict[Key, Score]:
-    """Score by key; of a scan whose status is one of UNSCORED, that (slices have none). Raises InputError."""
+    """Score by key, or the status of a scan where that is one of UNSCORED (slices have none). Raises InputError."""
     scores = {}
     for key, row in _rows_by_key(path, ("score",) if by_slice else ("score", "status"), by_slice):
         status = "ok" if by_slice else row["status"]
@@ -114,9 +114,10 @@ def _finite(path: Path, row: Row, column: str) -> float:
 
 def read_labels(path: Path, where: Sequence[str] = (),
                 by_slice: bool = False) -> tuple[dict[Key, Label], set[Key]]:
-    """Labels by key, and the keys that the conditions COLUMN=VALUE leave out. Raises InputError.
+    """Labels by key, and the keys left out by the conditions COLUMN=VALUE. Raises InputError.
 
-    Of conditions on one column any may hold, and every column's must. One that no row meets is refused.
+    Of several conditions on one column one must hold; every column with conditions must meet them. A condition that no
+    row meets is refused.
     """
     conditions: dict[str, set[str]] = {}
     for column, _, value in (condition.partition("=") for condition in where):
@@ -144,10 +145,10 @@ def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
          not_chosen: Iterable[Key] = (), what: str = "scans") -> Units:
     """Scores and labels by key.
 
-    missing: what to do when a unit has no score (failed or absent), none to be trusted (unreliable) or no label:
-    'error' (InputError), 'exclude', or 'worst': without a score it counts as ranked wrongly, below all if abnormal,
-    above all if normal, and as called wrongly; without a label it can only be excluded. What was done is counted in
-    the result. not_chosen: scored keys left out on purpose.
+    missing: what to do with a unit without a score (failed or absent), with an unreliable one, or without a label:
+    'error' (InputError), 'exclude', or 'worst'. With 'worst' a unit without a score is ranked wrongly, below all
+    others if abnormal and above them if normal, and called wrongly; one without a label is excluded. The result counts
+    them. not_chosen: scored keys left out on purpose.
     """
     not_chosen = set(not_chosen)
     faults = {**{why: [k for k in labels if scores.get(k) == why] for why in UNSCORED},
@@ -195,7 +196,7 @@ def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: Units
 
 
 def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A NIfTI file as [S, H, W], inferior to superior, anterior first, the patient's right first; and its affine."""
+    """A NIfTI file as [S, H, W], inferior, anterior and the patient's right first; and its affine."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -206,9 +207,9 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def slice_positions(path: Path) -> dict[str, np.ndarray]:
-    """Where each scan's slices lie along the axis, mm, increasing, from slices.csv of projector.py.
+    """Positions of each scan's slices along the axis, mm, increasing, from slices.csv of projector.py.
 
-    Nothing where there is no such file, or it does not say. Raises InputError.
+    Empty without the file or without positions in it. Raises InputError.
     """
     found: dict[str, list[float]] = {}
     for row in read_table(path, ("scan_id", "slice")) if path.is_file() else ():
@@ -222,11 +223,14 @@ def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.nda
                upended: bool = False) -> tuple[np.ndarray, np.ndarray] | None:
     """Truth bool [S, H, W] in the geometry of a predicted map of shape `like`, and which slices count, bool [S].
 
-    <scan_id>.nii.gz, or <scan_id>/NN.png where NN is the scan's slice from 0. position_mm: where the scan's slices
-    lie; a map of unevenly spaced ones is resampled to even steps from the first to the last (ct.write), and each of
-    its slices then has the mask of the slice nearest to it. Without it, NN counts the map's slices. upended: the stack
-    came upside down: NN counts from the head's lower end, and the map, which lies as the stack came, ends with that.
-    None if there is neither. Raises InputError, also where a scan or a slice has two masks.
+    From <scan_id>.nii.gz, or <scan_id>/NN.png where NN is the scan's slice from 0; None without either. Raises
+    InputError, also where a scan or a slice has two masks.
+
+    gaps         what slices without a picture are: 'error', 'empty' or 'skip'
+    position_mm  of the scan's slices. The map of an unevenly spaced scan is resampled to even steps (ct.write), and
+                 each of its slices gets the mask of the nearest slice. None: NN counts the map's slices
+    upended      the stack came upside down: NN counts from the head's lower end, and the map, which lies as the stack
+                 came, ends there
     """
     path = folder / f"{scan_id}.nii.gz"
     by_number = _pictures_by_slice(folder / scan_id)
@@ -273,16 +277,14 @@ def _pictures_by_slice(folder: Path) -> dict[int, Path]:
 
 
 def _marked(picture: Path) -> np.ndarray:
-    """Pixels of a mask that are not black, bool [H, W]; what is transparent is not there, whatever its colour."""
+    """Pixels of a mask that are neither black nor transparent, bool [H, W]."""
     with Image.open(picture) as image:
         marked = np.asarray(image.convert("L")) > 0
         return marked & (np.asarray(image.convert("RGBA"))[..., 3] > 0) if image.has_transparency_data else marked
 
 
 def read_seconds(path: Path, may_be_0: bool = False) -> np.ndarray:
-    """Seconds above 0, or from 0 on, one number a line; empty lines, and what # begins, do not
-    count. Raises InputError.
-    """
+    """Seconds above 0, or from 0 on, one number a line; empty lines and # comments are skipped. Raises InputError."""
     wanted = f"seconds {'from 0 on' if may_be_0 else 'above 0'}, one number a line, with a decimal point"
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()

@@ -37,8 +37,10 @@ def ranking(scores, labels, clusters, args) -> dict:
 
 
 def at_threshold(units: Units, chosen: np.ndarray, threshold: float | None, source: str, args) -> dict:
-    """Sensitivity and its kin of the chosen units, a bool [n], as {value, interval, hits, of}; 'undefined' without a
-    threshold. The intervals count units of one patient as what they are worth together."""
+    """Sensitivity, specificity, PPV and NPV of the chosen units, bool [n], as {value, interval, hits, of}.
+
+    NO_THRESHOLD without a threshold. The intervals count correlated units of a patient as fewer independent ones.
+    """
     names = [*CALLED, "ppv_at_prevalence"]
     if threshold is None:
         return {name: NO_THRESHOLD for name in names}
@@ -62,8 +64,7 @@ def _share(right: np.ndarray, clusters: np.ndarray, level: float) -> dict | str:
 
 
 def _ppv(sensitivity, specificity, prevalence):
-    """PPV at the prevalence; its interval puts both Wilson bounds at their low, then their high end:
-    conservative."""
+    """PPV at a prevalence. Its interval is conservative: both Wilson intervals at their lower, then upper ends."""
     if prevalence is None:
         return "undefined: no --prevalence given"
     if isinstance(sensitivity, str) or isinstance(specificity, str):
@@ -77,7 +78,7 @@ def _ppv(sensitivity, specificity, prevalence):
 
 
 def level_figures(units: Units, threshold: float | None, source: str, args) -> dict:
-    """Everything about scans, or about slices."""
+    """All figures of one level, scans or slices."""
     everything = np.ones(len(units.keys), bool)
     result = {"n": len(units.keys), "left_out": units.left_out, "counted_worst": units.counted_worst,
               **ranking(*units.where(everything), args), "roc": defined(metrics.roc_points, units.scores, units.labels),
@@ -96,9 +97,10 @@ def level_figures(units: Units, threshold: float | None, source: str, args) -> d
 # Masks
 
 def pixel_figures(units: Units, args, maps_of: Callable[[str], tuple[Path, bool]]) -> dict:
-    """Dice by scan (where the truth is not empty), pooled Dice and pixel AP, by how far the anomaly map is from 0 to
-    either side. A scan labelled 0 has an empty truth. maps_of: by a scan's id, the folder with its maps, and whether
-    these run the other way than its slices (read_truth)."""
+    """Dice by scan with a lesion, pooled Dice, and average precision of pixels by |anomaly|.
+
+    A scan labelled 0 has an empty truth. maps_of: from a scan's id to its folder of maps and `upended` of read_truth.
+    """
     tally, absent = metrics.PixelTally(), []
     positions = slice_positions(args.maps / "slices.csv")
     patient = {scan_id: cluster for (scan_id,), cluster in zip(units.keys, units.clusters)}
@@ -211,8 +213,7 @@ def markdown(columns: list[str], rows: list[list[str]], notes: list[str]) -> str
 
 
 def plot_curves(levels: dict[str, Units], report: dict, out: Path) -> None:
-    """roc.png and pr.png, one curve a level; a level with one class only is said to be undefined in the
-    legend."""
+    """roc.png and pr.png, one curve per level; for a level with one class only the legend says 'undefined'."""
     for kind, axes in (("roc", ("1 - specificity", "sensitivity")), ("pr", ("recall", "precision"))):
         figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
         ax = figure.add_subplot(xlabel=axes[0], ylabel=axes[1], xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))

@@ -1,4 +1,4 @@
-"""The worklist simulation: does reading by score bring emergencies to the reader sooner, and at whose price?
+"""The worklist simulation: does reading by score bring emergencies to the reader sooner, and at what cost to others?
 
 One reader, one list. Scans arrive one after another; whenever the reader is free the list is sorted anew and
 its first scan is read to the end (non-preemptive). First-come-first-served sorts by arrival. By-score sorts

@@ -16,7 +16,7 @@ from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import SliceDataset
 from detect.inpainting import Inpainting
-from detect.inversion import Inversion, OfEncoder
+from detect.inversion import EncoderMethod, Inversion
 from detect.perceptual import build_perceptual
 from gan.augment import coarse_noise, erase, random_flip, random_rotation
 from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
@@ -231,7 +231,7 @@ def restore(snapshot: Snapshot, device: torch.device, dtype: torch.dtype) -> dic
     return networks
 
 
-def method_of(snapshot: Snapshot, settings: Any, device: torch.device, dtype: torch.dtype) -> OfEncoder:
+def method_of(snapshot: Snapshot, settings: Any, device: torch.device, dtype: torch.dtype) -> EncoderMethod:
     """The networks of an encoder run as the method whose settings these are, inpainting's or inversion's."""
     networks = restore(snapshot, device, dtype)
     generator, encoder = networks["generator"], networks["encoder"]

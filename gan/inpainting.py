@@ -113,7 +113,7 @@ class InpaintingTrainer(EncoderTrainer):
     def found_anomalous(self, examples: dict[str, torch.Tensor], count: int) -> torch.Tensor:
         """What the networks, as they are, would hide of the first `count` queries as anomalous: bool [count, N, N]."""
         query, brain, bone = (examples[name][:count] for name in ("query", "brain", "bone"))
-        return self.method.anomalous(query, brain & ~bone, bone)[2] if count else bone
+        return self.method.find_anomalous(query, brain & ~bone, bone)[2] if count else bone
 
     def weight(self, brain: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor, changed: torch.Tensor
                ) -> torch.Tensor:

@@ -16,7 +16,7 @@ from common.weights import CheckpointError, digest
 from common.wording import some
 from ct.settings import PreprocessSettings
 from dataset import DatasetError, SliceDataset
-from detect.inversion import OfEncoder
+from detect.inversion import EncoderMethod
 from gan.batches import slice_batches
 from gan.encoder_loop import go_through
 from gan.reading import ReadingTrainer
@@ -37,7 +37,7 @@ class Beside:
     """
 
     folder: Path
-    method: OfEncoder
+    method: EncoderMethod
     digest: str
     prepared: PreprocessSettings
     known: dict[str, Any]

@@ -23,8 +23,8 @@ from sklearn.metrics import average_precision_score
 import distributed
 from ct.picture import save_hu_grid
 from dataset import SliceDataset
-from detect.inversion import OfEncoder
-from detect.reader import Reader, grainless, seen
+from detect.inversion import EncoderMethod
+from detect.reader import Reader, grainless, reader_input
 from gan.augment import random_flip
 from gan.corrupt import draw_grained, scanner
 from gan.inpainting import bone_of
@@ -66,7 +66,8 @@ class Examples:
 class ReadingTrainer:
     """A reader, its running average and its optimiser, with a method whose networks stay as they are."""
 
-    def __init__(self, config: ReaderConfig, method: OfEncoder, range_hu: tuple[float, float], device: torch.device):
+    def __init__(self, config: ReaderConfig, method: EncoderMethod, range_hu: tuple[float, float],
+                 device: torch.device):
         self.config, self.method, self.device = config, method, device
         self.prepare = Examples(config, range_hu)
         torch.manual_seed(config.seed)                            # the same weights on every rank
@@ -116,7 +117,7 @@ class ReadingTrainer:
     def images(self, examples: dict[str, torch.Tensor]) -> torch.Tensor:
         """What the reader sees of examples, [B, 6, N, N]."""
         query, brain, bone = (examples[name] for name in ("query_hu", "brain", "bone"))
-        return seen(query, self.method.expected(query, bone), brain, bone)
+        return reader_input(query, self.method.expected(query, bone), brain, bone)
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -18,10 +18,10 @@ RETRY_S = (60.0, 3600.0)                              # first and longest pause 
 class ChangeLog:
     """Follows the log of one Orthanc server and writes new stable CT series down as waiting.
 
-    queue      series that may wait; while so many do, the log is left alone
-    from_now   with a state that is new, pass over what the log holds already
+    queue      series that may wait; while so many do, the log is not read
+    from_now   with a new state, skip what the log holds already
     stopping   once it is set, Orthanc is asked nothing more
-    announced  told of each series that is written down
+    announced  called with the id of each series that is written down
     """
 
     def __init__(self, orthanc: Orthanc, state: State, queue: int, from_now: bool, stopping: threading.Event,
@@ -32,10 +32,10 @@ class ChangeLog:
         self._unserved: dict[str, tuple[float, float]] = {}     # what arrives, but is not served: not before, pause
 
     def follow(self) -> bool:
-        """Write new stable CT series down as waiting, of one page of the log, as far as the queue has room.
+        """Write down the new stable CT series of one page of the log, as far as the queue has room.
 
-        Whether there is more, for the next step: an archive's log is long, and meanwhile series are done and the node
-        can be stopped. So, too, after a series that Orthanc does not serve: a time-out takes long.
+        Returns whether there is more, for the next step: an archive's log is long, and between its pages series are
+        done and the node can be stopped. A series that Orthanc does not serve ends the step, too: time-outs take long.
         """
         near = self._find_place() <= PAGE             # only then: what arrives is asked after one by one
         room = self.room()
@@ -63,16 +63,14 @@ class ChangeLog:
         return self._announce_settled(settled)
 
     def room(self) -> int:
-        """Series that may still be written down. Those that are tried again keep no room from others."""
+        """How many series may still be written down; those that are being tried again do not count."""
         return self.queue - sum("tries" not in self.state.rows[series_id] for series_id in self.state.waiting())
 
     def _find_place(self) -> int:
-        """Where to read on: where a new state begins, and at the beginning of a log that is another one than before.
+        """Set where to read on: where a new state begins, and at the beginning of a log that has started anew.
 
-        Returns how many entries are left at most.
-
-        A newest entry below our place does not tell: entries go with what is deleted. An entry up to our place that is
-        younger than all we have read does.
+        Returns how many entries are left at most. A log has started anew where an entry up to our place is younger
+        than all that we have read. A newest entry below our place shows nothing: entries go with what is deleted.
         """
         newest = self.orthanc.last_change()
         if self.state.sequence is None:
@@ -85,9 +83,9 @@ class ChangeLog:
         return newest.sequence - self.state.sequence if newest else 0
 
     def _youngest(self, place: int, newest: Change | None) -> str:
-        """The date of the youngest of the last entries up to a place; empty where there is none.
+        """The date of the youngest of the last PAGE entries up to a place; empty without any.
 
-        Not of the newest alone: another log may have grown beyond our place.
+        The newest entry alone is not enough: another log may have grown beyond our place.
         """
         if not place or newest is None:
             return ""
@@ -95,10 +93,10 @@ class ChangeLog:
         return max((change.date for change in before if change.sequence <= place), default="")
 
     def _arrive(self, instances: set[str]) -> None:
-        """Note the CT series of new instances: Orthanc calls none stable that it was restarted before.
+        """Note the CT series of new instances: after a restart Orthanc never announces those that were arriving.
 
-        One request for each series, whose answer names the others of its instances. Where Orthanc does not serve one,
-        those that are left are noted in place of their series: most are probably of the same.
+        One request for each series: the answer names all of its instances. Where Orthanc does not serve one, the
+        remaining instances are noted in place of their series: most are probably of the same.
         """
         instances = instances - self._no_ct
         while instances and not self._stopping.is_set():
@@ -113,7 +111,7 @@ class ChangeLog:
                 return
 
     def _settled(self) -> set[str]:
-        """Those of the arriving series that are stable; what has been deleted, or is no CT, is arriving no longer."""
+        """The arriving series that are stable by now; those deleted, or not CT, are arriving no longer."""
         self._unserved = {known: when for known, when in self._unserved.items() if known in self.state.arriving}
         settled, now = set(), time.monotonic()
         for known in sorted(self.state.arriving):
@@ -131,7 +129,7 @@ class ChangeLog:
         return settled & self.state.arriving
 
     def _note(self, known: str, series: dict | None) -> None:
-        """Have the series arrive, if it is a CT, in place of `known`, its id or that of an instance."""
+        """Note the series as arriving, if it is a CT, in place of `known`, its id or that of an instance."""
         self.state.arriving.discard(known)
         if series is None:
             return
@@ -144,7 +142,7 @@ class ChangeLog:
             self._no_ct.update(series["Instances"])
 
     def _announce_settled(self, settled: set[str]) -> bool:
-        """Announce those that the log has not called stable either, as far as there is room; whether there are more."""
+        """Announce those that the log has not announced, as far as there is room; returns whether there are more."""
         for series_id in sorted(settled & self.state.arriving):
             if self.room() <= 0 or self._stopping.is_set():
                 return True
@@ -158,10 +156,9 @@ class ChangeLog:
 
     @contextlib.contextmanager
     def _retry_later(self, known: str) -> Iterator[None]:
-        """What Orthanc does not serve while it is there keeps nobody: `known` stays arriving, to be asked after later.
+        """Where the block fails for one series alone, keep `known` as arriving, to be tried again after a pause.
 
-        known: the id of a series or of an instance. Raises OrthancAway where it is away for every series, and
-        OrthancRefused where the node is not allowed what it needs.
+        known: the id of a series or of an instance. Raises as raise_if_general().
         """
         try:
             yield
@@ -176,9 +173,7 @@ class ChangeLog:
             self._unserved.pop(known, None)
 
     def announce(self, sequence: int, series_id: str) -> bool:
-        """Write a series down as waiting, if it is one to project with other images than before; whether it is. Our own
-        results are no CT series.
-        """
+        """Write a series down as waiting, if it is a CT series with other images than before; returns whether it is."""
         series = series_or_none(self.orthanc.series, series_id)
         if series is None or not _is_ct(series):
             return False
@@ -207,8 +202,7 @@ def series_or_none(ask: Callable[[str], dict], known: str) -> dict | None:
 
 
 def answer_or_none(ask: Callable[[str], dict], known: str) -> dict | None:
-    """Orthanc's answer; None where it has nothing of this id. Raises OrthancAway and OrthancRefused where it does not
-    tell."""
+    """Orthanc's answer; None where it has nothing of this id. Raises OrthancAway and OrthancRefused."""
     try:
         return ask(known)
     except OrthancRefused as error:
@@ -218,12 +212,12 @@ def answer_or_none(ask: Callable[[str], dict], known: str) -> dict | None:
 
 
 def _is_ct(series: dict) -> bool:
-    """Our own results are no CT."""
+    """Our own results are of other modalities."""
     return series["MainDicomTags"].get("Modality") == "CT"
 
 
 def _is_id(text: str) -> bool:
-    """Whether it has the form of Orthanc's ids; said where not. A server could name any file as a series' id."""
+    """Whether it has the form of Orthanc's ids, which become file names; prints a line where not."""
     if ID.fullmatch(text):
         return True
     print(f"passed over: {text[:50]!r} is no id of Orthanc's", flush=True)

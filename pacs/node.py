@@ -31,7 +31,7 @@ RECOGNISED = 20                                       # series, those announced 
 UIDS = ("study_uid", "series_uid")                    # of a row, beside what each has
 STILL_THERE = "its earlier results are still in the archive: it does not let them be deleted"
 MACHINE_ERRORS = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-STUCK_S = 1800.0                                      # no scan takes as long
+STUCK_S = 1800.0                                      # no scan takes so long
 
 
 class Metrics:
@@ -101,11 +101,11 @@ class Node:
 
     @property
     def stuck(self) -> bool:
-        """Whether the loop has not come round for longer than any scan takes."""
+        """Whether one step of the loop has taken longer than any scan does."""
         return time.monotonic() - self._ticked > STUCK_S
 
     def run(self) -> None:
-        """Until stopping is set; Orthanc being away or a full disk only makes it wait.
+        """Run until stopping is set. While Orthanc is away or the disk is full, it waits.
 
         Raises OrthancRefused, and StateError where the state is another Orthanc's.
         """
@@ -127,7 +127,7 @@ class Node:
                 self.stopping.wait(self.poll_s)
 
     def _note_health(self, orthanc_up: bool, disk_full: bool, why: Exception | None = None) -> None:
-        """What the node waits for, for the page and the metrics; said where it is new."""
+        """Note what the node waits for, for the page and the metrics; print changes."""
         if orthanc_up != self.metrics.orthanc_up:
             print("Orthanc is back" if orthanc_up else f"Orthanc is away, trying again: {why}", flush=True)
         if disk_full != self.metrics.disk_full:
@@ -155,7 +155,7 @@ class Node:
         return bool(due) or more and self.log.room() > 0         # with a full queue the log can wait
 
     def _follow(self) -> bool:
-        """Follow the change log; where Orthanc serves only that not, what waits is done meanwhile, and it is said."""
+        """Follow the change log. Where Orthanc fails for that alone, say so and try later: what waits is still done."""
         not_before, pause = self._log_again
         if time.monotonic() < not_before:
             return False
@@ -174,10 +174,9 @@ class Node:
         return more
 
     def do(self, series_id: str) -> None:
-        """Fetch, project and store one waiting series, and write down what came of it.
+        """Fetch, project and store one waiting series, and write down the outcome.
 
-        Raises OrthancAway, FullDiskError, and OrthancRefused where the node is not allowed what it needs; the series
-        then waits on.
+        Raises OrthancAway, FullDiskError, and OrthancRefused where the node lacks rights; the series then waits on.
         """
         row = self.state.rows[series_id]
         started = time.perf_counter()
@@ -223,7 +222,7 @@ class Node:
         print(f"{series_id}: {result['state']}, {said}", flush=True)
 
     def _recognise(self) -> None:
-        """Take Orthanc's address for the state's. StateError where it was another, and none of the series is here."""
+        """Note Orthanc's address in the state. StateError where it was another, and none of the series is here."""
         rows = self.state.rows
         last = sorted(rows, key=lambda series_id: rows[series_id]["announced"])[-RECOGNISED:]
         if self.state.orthanc and last and all(answer_or_none(self.orthanc.series, one) is None for one in last):
@@ -232,11 +231,10 @@ class Node:
         self.state.belong_to(self.orthanc.url)
 
     def check_done(self) -> None:
-        """Refuse what was done and whose series has been deleted since by itself, so that its results are withdrawn;
-        a series of which only some images have been waits again, so that they are replaced.
+        """Withdraw the results of done series that were deleted since; do those again that lost some of their images.
 
-        Orthanc's log tells of no deletion, so some of the done series are asked after at each step, and all of them
-        once in CHECK_S. Where the study is gone, the results went with it.
+        Orthanc's log holds no deletions, so some of the done series are asked after at each step, and all of them once
+        in CHECK_S. Where the whole study is gone, the results went with it.
         """
         if not self._unchecked and time.monotonic() >= self._next_round:
             self._unchecked = [id for id, row in self.state.rows.items() if row["state"] == DONE and row["objects"]]
@@ -259,9 +257,10 @@ class Node:
                 print(f"{series_id}: {DELETED}", flush=True)
 
     def withdraw(self) -> None:
-        """Delete what a refused or failed series had as results, of fewer images or before it was deleted; forget it.
+        """Delete the earlier results of refused and failed series.
 
-        Forgotten when all is gone: whatever comes in between, the next step goes on, after a kill, too.
+        They are forgotten only when all are gone, so that the next step, or the next start, goes on where this one
+        was interrupted.
         """
         for series_id, row in self.state.rows.items():
             if row["state"] not in (REFUSED, FAILED) or not row["objects"]:
@@ -282,10 +281,10 @@ class Node:
                 self.orthanc.delete(instance)
 
     def _put_back(self, series_id: str, row: dict, why: str) -> dict | None:
-        """Behind all that wait, to be tried again after a pause; or, after TRIES, the result: failed.
+        """Put a series behind all that wait, to be tried again after a pause; after TRIES, return the result: failed.
 
-        Only if meanwhile another series got through: else it may be Orthanc's storage that fails every series, which
-        a night's scans should outlast.
+        It fails only if another series was done meanwhile: otherwise Orthanc's storage may be failing every series,
+        and a night's scans should survive that.
         """
         tries, since = row.get("tries", 0) + 1, row.get("since") or timestamp()
         if tries >= TRIES and any(other["state"] == DONE and other["finished"] >= since
@@ -300,9 +299,9 @@ class Node:
         return None
 
     def _fetch(self, series_id: str, row: dict) -> tuple[Path, dict]:
-        """The folder with the series' files, and its row: with what is there now where images have been deleted.
+        """The folder with the series' files, and its row, updated where images were deleted meanwhile.
 
-        Raises ScanError where the series has been.
+        Raises ScanError where the series was deleted.
         """
         while True:
             folder = self.state.clear_work() / series_id
@@ -324,7 +323,7 @@ class Node:
                 self.state.put(series_id, row)
 
     def _check_source(self, series_id: str, row: dict) -> None:
-        """Raises ScanError where the series was deleted since it was fetched, OrthancAway where some images were."""
+        """Raise ScanError where the series was deleted since it was fetched, OrthancAway where some images were."""
         series = series_or_none(self.orthanc.series, series_id)
         if series is None:
             raise ScanError("deleted from Orthanc before its results were stored")
@@ -332,7 +331,7 @@ class Node:
             raise OrthancAway(f"{len(gone)} of its images were deleted while it was in work")
 
     def _store(self, path: Path, study_id: str) -> None:
-        """Raises ScanError where Orthanc files it under another study, which is a patient's of its own."""
+        """Store a file. Raises ScanError where Orthanc files it under another study, and so another patient."""
         instance, filed_under = self.orthanc.store(path)
         if filed_under != study_id:
             self.orthanc.delete(instance)

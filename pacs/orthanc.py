@@ -34,12 +34,12 @@ class OrthancRefused(Exception):
 
     @property
     def for_all(self) -> bool:
-        """Whether it is true of every request, and mended by people alone: missing rights, another address."""
+        """Whether every request will fail until somebody changes the set-up: missing rights, another address."""
         return self.status in (401, 403) or 300 <= self.status < 400
 
 
 def raise_if_general(orthanc: Orthanc, error: OrthancAway | OrthancRefused) -> None:
-    """Raise where every request would fail: Orthanc is away, or refuses this user. Else the error is of one alone."""
+    """Raise where every request would fail: Orthanc is away, or refuses this user. Return where only this one did."""
     if isinstance(error, OrthancRefused) and error.for_all:
         raise error
     orthanc.system()
@@ -119,9 +119,9 @@ class Orthanc:
         return self._json(f"/studies/{study_id}", {"MainDicomTags": dict})
 
     def find(self, uid: str, study_id: str) -> list[str]:
-        """Orthanc's ids of the instances with this SOP Instance UID in a study, of which it names one by its own id.
+        """Orthanc's ids of the instances with this SOP Instance UID in the study of this Orthanc id.
 
-        Asked, not computed: they are hashes of the PatientID, too, as Orthanc decodes and trims it.
+        Not computed here: the ids are hashes that include the PatientID as Orthanc decodes and trims it.
         """
         found = []
         for match in self._json("/tools/lookup", list, uid.encode()):

@@ -1,4 +1,4 @@
-"""What the node remembers on disk, so that it may be killed at any moment.
+"""What the node keeps on disk, so that it may be killed at any moment.
 
     state.json           the last entry of Orthanc's change log that is dealt with, the series that had new images and
                          were not stable by then (an image, where Orthanc did not tell its series), the model in use,
@@ -29,7 +29,7 @@ ROW = ("state", "sequence", "images", "announced", "study", "objects")          
 
 
 def digest(instances: list[str]) -> str:
-    """What a finished row keeps of its sorted instances: a SHA-256, since there may be hundreds."""
+    """SHA-256 of sorted instances: what a finished row keeps of them, since there may be hundreds."""
     return hashlib.sha256("\n".join(instances).encode()).hexdigest()
 
 
@@ -83,21 +83,20 @@ class State:
                       key=lambda id: (self.rows[id]["sequence"], self.rows[id].get("tries", 0)))
 
     def put(self, series_id: str, row: dict) -> None:
-        """Write a series' row down for good; `instances` of one that is finished become their `digest`."""
+        """Write a series' row to disk; a finished one keeps the digest of its instances alone."""
         row = _compact(row)
         replace_text(self._series / f"{series_id}.json", json.dumps(row))
         self.rows = self.rows | {series_id: row}              # a new dict: the server reads from another thread
 
     def advance(self, sequence: int | None) -> None:
-        """Changes up to `sequence` are dealt with, but for the series that are arriving."""
+        """Write down that changes up to `sequence` are dealt with, except the series that are arriving."""
         self.sequence = sequence
         replace_text(self.folder / "state.json", json.dumps(
             {"sequence": sequence, "date": self.date, "arriving": sorted(self.arriving), "model": self.model,
              "orthanc": self.orthanc}))
 
     def belong_to(self, url: str) -> None:
-        """From here on the state is of the Orthanc at this address. Without a series it is as new, if it was another's.
-        """
+        """From now on the state is of the Orthanc at this address; without a series, another's place is forgotten."""
         if self.orthanc not in (None, url) and not self.rows:
             self.sequence, self.date, self.arriving = None, "", set()
         self.orthanc = url

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from detect.residual import Evidence, MaskSettings, lesion_mask, residual, scale_median_size, to_half, with_what_touches
+from detect.residual import (
+    Evidence,
+    MaskSettings,
+    components_touching,
+    lesion_mask,
+    residual,
+    scale_median_size,
+    to_half_contrast,
+)
 from detect.scores import SCAN_SCORES, percentile_of, scan_score, thickness_mm, threshold_at_fpr
 from detect.surprise import Surprise, SurpriseSettings, peak_scores, pool_along_axis, surprise_scores
 from detect.votes import VoteCounter, anomaly_map, frame_votes, slice_scores
@@ -195,8 +203,8 @@ def test_what_touches_a_seed_is_whole_and_the_rest_is_not_there():
     seed[0, 1, 1] = seed[1, 6, 6] = True
     expected = mask.clone()
     expected[0, 6, 6] = expected[1] = False
-    assert torch.equal(with_what_touches(seed, mask), expected)
-    assert not with_what_touches(seed, torch.zeros_like(mask)).any()
+    assert torch.equal(components_touching(seed, mask), expected)
+    assert not components_touching(seed, torch.zeros_like(mask)).any()
 
 
 def test_lesion_mask_of_nothing_and_of_everything():
@@ -217,15 +225,15 @@ def test_the_mask_goes_on_to_half_of_its_contrast():
     expected = mask.clone()
     expected[0, 4:10, 4:10] = True
     for side in (1, -1):
-        assert torch.equal(to_half(mask, side * residual, 8.0), expected)
-    assert torch.equal(to_half(mask, residual, 20.0)[0], residual[0] == 30)
+        assert torch.equal(to_half_contrast(mask, side * residual, 8.0), expected)
+    assert torch.equal(to_half_contrast(mask, residual, 20.0)[0], residual[0] == 30)
     shine = torch.zeros_like(mask)
     shine[0, 2:11, 2:10] = True                                  # what is around it is anomalous, and hardly differs
     for side in (1, -1):
-        assert torch.equal(to_half(shine, side * residual, 8.0), expected)
-    assert torch.equal(to_half(shine, 0 * residual, 8.0), shine)               # without any contrast it stays
+        assert torch.equal(to_half_contrast(shine, side * residual, 8.0), expected)
+    assert torch.equal(to_half_contrast(shine, 0 * residual, 8.0), shine)               # without any contrast it stays
     residual[:, 4:10, 10:14] = -16
-    assert not to_half(mask, residual, 8.0)[:, :, 10:].any()
+    assert not to_half_contrast(mask, residual, 8.0)[:, :, 10:].any()
 
 
 @pytest.mark.parametrize("size, reach", [(128, 6), (512, 24)])
@@ -234,7 +242,7 @@ def test_the_mask_goes_on_for_10_mm_at_most(size, reach):
     mask[0, 50:60, 50:60] = True
     expected = torch.zeros_like(mask)
     expected[0, 50 - reach:60 + reach, 50 - reach:60 + reach] = True
-    assert torch.equal(to_half(mask, residual, 8.0), expected)
+    assert torch.equal(to_half_contrast(mask, residual, 8.0), expected)
 
 
 def test_a_mask_by_surprise_goes_on_unless_told_not_to():

@@ -163,7 +163,7 @@ def test_what_a_process_that_died_was_to_redo_is_redone(two, scans, model, tmp_p
 @pytest.mark.parametrize("told_by", ["files", "reading"])
 def test_a_large_scan_is_in_memory_only_while_no_other_is(two, model, tmp_path, monkeypatch, told_by):
     """Each process had its own read, and held it while it waited for its turn."""
-    read, held, opened, one_here = [], [], jobs.open_scan, Claims.one_here
+    read, held, opened, one_on_this_machine = [], [], jobs.open_scan, Claims.one_on_this_machine
     given_back = []
 
     @contextmanager
@@ -178,11 +178,11 @@ def test_a_large_scan_is_in_memory_only_while_no_other_is(two, model, tmp_path, 
     @contextmanager
     def turn(claims):
         held.append(count())
-        with one_here(claims):
+        with one_on_this_machine(claims):
             yield
 
     monkeypatch.setattr(jobs, "open_scan", noted)
-    monkeypatch.setattr(Claims, "one_here", turn)
+    monkeypatch.setattr(Claims, "one_on_this_machine", turn)
     monkeypatch.setattr(jobs.memory, "give_back", lambda: given_back.append(count()))
     monkeypatch.setattr(jobs, "LARGE_BYTES", 4 * 6 * 48 * 48 - 1)      # a scan's HU, and no other's
     if told_by == "reading":

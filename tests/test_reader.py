@@ -12,7 +12,7 @@ from common.weights import CheckpointError, write_json
 from detect.bundle import load_bundle, save_bundle
 from detect.inpainting import Inpainting, InpaintingSettings
 from detect.normative import Normal, fit_normal
-from detect.reader import SCALE, Reader, middle, seen
+from detect.reader import SCALE, Reader, middle, reader_input
 from detect.reconstruct import Reconstruction
 from detect.settings import Settings
 from detect.surprise import Surprise, SurpriseSettings
@@ -55,7 +55,7 @@ def test_a_reader_sees_the_slice_its_mirror_image_and_the_difference_in_soft_bra
     brain[:, :, :2], bone[:, 5, 5] = False, True
     query, expected = torch.full((1, N, N), 50.0), torch.full((1, N, N), 30.0)
     query[:, 20, 4] = 90.0                                             # one pixel: grain, and denser than TOP_HU
-    images = seen(query, expected, brain, bone)
+    images = reader_input(query, expected, brain, bone)
     assert images.shape == (1, 6, N, N)
     assert torch.equal(images[:, 1], images[:, 0].flip(-1))
     assert images[0, [0, 2], 9, 9].tolist() == pytest.approx([1, 1])   # (50 - 30) / 20
@@ -71,7 +71,7 @@ def test_grain_is_smoothed_away_before_it_is_read():
     size = 4 * N                                                       # at 128 pixels the Gaussian is 0.7 of one
     hu, soft, bone = (t.repeat_interleave(4, 1).repeat_interleave(4, 2) for t in (hu, soft, bone))
     grain = 6 * torch.randn(hu.shape, generator=torch.Generator().manual_seed(2))
-    plain, rough = (seen(q, torch.full_like(hu, 30), soft, bone) for q in (hu, hu + grain * soft))
+    plain, rough = (reader_input(q, torch.full_like(hu, 30), soft, bone) for q in (hu, hu + grain * soft))
     assert plain.shape[-1] == size
     for channel in (0, 2):
         assert 20 * (rough - plain)[:, channel][soft].std() < 0.6 * 6
@@ -131,13 +131,14 @@ def test_slices_do_not_hang_on_each_other():
 # ---- What the measure makes of it
 
 def test_what_it_says_is_judged_by_what_it_says_of_the_healthy_and_weighs_as_told():
-    measure, rng = Surprise(SurpriseSettings(filter="band", scale="fine")), torch.Generator().manual_seed(0)
+    measure, rng = Surprise(SurpriseSettings(filter="band", hypodense=0)), torch.Generator().manual_seed(0)
     hu, brain, bone = head()
 
     def found(seed, spot=0.0):
         difference = torch.randn(hu.shape, generator=rng)
         read = torch.randn(4, 2, N, N, generator=rng)
         read[2, 0, 15:18, 15:18] += spot
+        difference[2, 15:18, 15:18] += spot / 10
         return Reconstruction(hu, hu - difference, {}, {}, None, read)
 
     fitted, _ = measure.fit([measure.evidence(found(s), brain, MM) for s in range(8)])
@@ -147,10 +148,10 @@ def test_what_it_says_is_judged_by_what_it_says_of_the_healthy_and_weighs_as_tol
     surprise = fitted.normal.surprise(evidence.scales, evidence.searched, MM)
 
     def at_the_spot(read):
-        weighed = Surprise(SurpriseSettings(filter="band", scale="fine", read=read), None, fitted.normal)
+        weighed = Surprise(SurpriseSettings(filter="band", hypodense=0, read=read), None, fitted.normal)
         return weighed.assess(evidence).anomaly[2, 16, 16]
 
-    assert surprise[2, 2, 16, 16] > 4
+    assert surprise[2, 2, 16, 16] > 4 and surprise[2, 0, 16, 16] > 0.5
     assert at_the_spot(0.0) == surprise[2, 0, 16, 16]
     assert at_the_spot(1.0) == surprise[2, 2, 16, 16]
     assert at_the_spot(0.25) == pytest.approx(0.75 * surprise[2, 0, 16, 16].item() + surprise[2, 2, 16, 16].item() / 4)

@@ -17,6 +17,7 @@ from PIL import Image
 
 import evaluate
 from ct.picture import pack_overlay
+from detect.outputs import SCORE_COLUMNS
 from detect.report import ReportError, read_json, tables, words, write_report
 from detect.report.__main__ import main
 
@@ -24,7 +25,7 @@ RUN = {"weights_sha256": "f00d", "model": {"name": "tiny"},
        "settings": {"method": "search", "measure": "votes", "scoring": {"threshold_hu": 5.0}, "scan_score": "mean"},
        "device": "cpu", "precision": "float32", "threads": 1, "processes": 1, "seconds": 3.0,
        "seconds_per_scan_by_stage": {"encode": 0.5}, "versions": {"python": "3.11"}}
-CALIBRATION = {"scans": ["h1", "h2", "h3", "h4"], "scan_scores": {"mean": [4.0, 1.0, 3.0, 2.0]},
+CALIBRATION = {"scans": 4, "scan_scores": {"mean": [4.0, 1.0, 3.0, 2.0]},
                "threshold": {"fpr": 0.2, "mean": 3.5, "reason": None},
                "slice_scores": [{"scan": 0, "below_vertex_mm": mm, "score": 9.0 if mm > 35 else 1.0}
                                 for mm in (40, 30, 20, 10)]}
@@ -54,7 +55,7 @@ def results(tmp_path):
                 slices.append([name, number, mm, 1, score])
                 noise = rng.integers(0, 255, (side, 4 * side, 3), np.uint8)
                 Image.fromarray(noise).save(folder / name / "overlay" / f"{number:02d}.png")
-        write_csv(folder / "scores.csv", tables.SCAN_COLUMNS, rows)
+        write_csv(folder / "scores.csv", SCORE_COLUMNS, rows)
         write_csv(folder / "slices.csv", tables.SLICE_COLUMNS, slices)
         (folder / "run.json").write_text(json.dumps(RUN | {"calibration": calibration}))
         return folder

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from common.files import read_object, read_table
+from detect.outputs import SCORE_COLUMNS
 from detect.result import find_result_folder
 
-SCAN_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason", "slices", "projected_slices",
-                "error_hu", "anomalous_ml", "notes")
 RUN_KEYS = {"weights_sha256": str, "model": dict | None, "settings": dict, "device": str, "precision": str,
             "threads": int, "processes": int, "seconds": int | float, "seconds_per_scan_by_stage": dict,
             "versions": dict}
@@ -109,7 +108,7 @@ def read_results(results: Path, most: int = MOST_SCANS) -> tuple[list[Entry], di
                 others[row["status"]] += 1
         return len(ids) <= most
 
-    entries = [_entry(path, row) for row in read_table(path, SCAN_COLUMNS, ReportError, keep=is_shown)]
+    entries = [_entry(path, row) for row in read_table(path, SCORE_COLUMNS, ReportError, keep=is_shown)]
     if not entries:
         raise ReportError(f"{results / 'scores.csv'}: holds no scan; run projector.py first")
     by_id = {entry.scan_id: entry for entry in entries}
