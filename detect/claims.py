@@ -2,8 +2,8 @@
 
 A claim is a file that exists or not: creating it is one atomic step, on network file systems as well. Its holder
 touches it now and then. When the holder has died on this machine, or has not touched it for some minutes, another run
-takes it over. If the holder wakes up after all, or the file system has no locks, two runs may, rarely, project one scan twice;
-results replace each other whole, so nothing is spoilt.
+takes it over. If the holder wakes up after all, or the file system has no locks, two runs may, rarely, project one
+scan twice; results replace each other whole, so nothing is spoilt.
 """
 
 from __future__ import annotations

@@ -82,18 +82,21 @@ class Fitted(Reconstructor):
 
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any], settings: Any, device: torch.device) -> Fitted:
+        path = folder / f"{cls.name}.safetensors"
+        return cls._rebuilt(path, config, load_tensors(path), settings, device)
+
+    @classmethod
+    def _rebuilt(cls, path: Path, config: Mapping[str, Any], state: Mapping[str, torch.Tensor], settings: Any,
+                 device: torch.device) -> Fitted:
         fitting = dict(config)
         size = fitting.pop("size")
-        found, path = cls(cls.Fit(**fitting), settings, device), folder / f"{cls.name}.safetensors"
-        found._take(load_tensors(path), path)
+        found = cls(cls.Fit(**fitting), settings, device)
+        try:
+            found.set_state(state)
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: does not fit method {cls.name} with {found.fitting}: {error}") from error
         found.size = size
         return found
-
-    def _take(self, state: Mapping[str, torch.Tensor], path: Path) -> None:
-        try:
-            self.set_state(state)
-        except (KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: does not fit method {self.name} with {self.fitting}: {error}") from error
 
     def save(self, path: Path) -> None:
         """Write one safetensors file: state(), and method, settings and trained_on as its metadata."""
@@ -109,10 +112,6 @@ class Fitted(Reconstructor):
             raise ValueError(f"{path}: cannot be read ({error}); fit it with benchmarks/baselines.py fit") from error
         if meta.get("method") != cls.name:
             raise ValueError(f"{path}: expected method {cls.name}, found {meta.get('method')!r}")
-        fitting = json.loads(meta["config"])
-        size = fitting.pop("size")
-        found = cls(cls.Fit(**fitting), device=device)
-        found._take(state, path)
-        found.size = size
+        found = cls._rebuilt(path, json.loads(meta["config"]), state, None, device)
         found.trained_on = json.loads(meta["trained_on"])
         return found, {**found.trained_on, "trained": found.config()}

@@ -25,9 +25,9 @@ from common.stopping import SIGNALS, orderly_end
 from detect import Projector, load_bundle
 from detect.dicom_out import identity_of
 from op import memory, set_impl
-from pacs.node import Node
-from pacs.orthanc import Orthanc, OrthancRefused, checked_url
-from pacs.server import serve
+from pacs.node import POLL_S, QUEUE, Node
+from pacs.orthanc import TIMEOUT_S, Orthanc, OrthancRefused, checked_url
+from pacs.server import DAYS, serve
 from pacs.state import State, StateError
 
 DAY_S = 86_400
@@ -53,14 +53,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address that the pages are served on (default: %(default)s)")
     add("--port", type=int, default=8043, help="of the pages (default: %(default)s)")
     add("--link", metavar="URL", help="Orthanc's address for the links on the page (default: that of --orthanc)")
-    add("--queue", type=int, default=32, help="series that may wait, the rest stays in the log (default: %(default)s)")
-    add("--poll-s", type=float, default=5.0, help="seconds between looks at the change log (default: %(default)g)")
-    add("--timeout-s", type=float, default=30.0, help="seconds to wait for Orthanc's answers (default: %(default)g)")
+    add("--queue", type=int, default=QUEUE,
+        help="series that may wait, the rest stays in the log (default: %(default)s)")
+    add("--poll-s", type=float, default=POLL_S, help="seconds between looks at the change log (default: %(default)g)")
+    add("--timeout-s", type=float, default=TIMEOUT_S,
+        help="seconds to wait for Orthanc's answers (default: %(default)g)")
     add("--since", default="beginning", choices=("beginning", "now"), help="of Orthanc's change log: where a new "
         "--state starts; now passes over what is in the archive already (default: %(default)s)")
     add("--withdraw-deleted", action="store_true", help="delete results, too, where their series is deleted by "
         "itself after they were stored; without this they stay")
-    add("--days", type=float, default=7.0, help="of finished series that the pages show, the older ones are counted "
+    add("--days", type=float, default=DAYS, help="of finished series that the pages show, the older ones are counted "
         "(default: %(default)g)")
     add("--no-phi", action=NoPhi, nargs=0, help=argparse.SUPPRESS)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")

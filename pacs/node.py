@@ -22,6 +22,8 @@ from pacs.orthanc import Orthanc, OrthancAway, OrthancRefused, raise_if_general
 from pacs.state import DONE, FAILED, REFUSED, ROW, State, StateError, timestamp
 
 STAGES = ("fetch", "project", "write", "store")
+QUEUE = 32                                            # series that may wait
+POLL_S = 5.0                                          # between looks at the change log
 BACKOFF_S = (1.0, 60.0)                               # first and longest pause while Orthanc is away or the disk full
 TRIES = 5                                             # of a series that Orthanc does not serve while it is there
 TRYING = ("tries", "since", "reason")                 # in the row of a series between its tries
@@ -84,7 +86,7 @@ class Node:
     """
 
     def __init__(self, orthanc: Orthanc, state: State, project: Callable[[Scan], object], identity: Identity, *,
-                 queue: int = 32, poll_s: float = 5.0, from_now: bool = False, withdraw_deleted: bool = False):
+                 queue: int = QUEUE, poll_s: float = POLL_S, from_now: bool = False, withdraw_deleted: bool = False):
         self.orthanc, self.state, self.project, self.identity = orthanc, state, project, identity
         self.poll_s, self.withdraw_deleted = poll_s, withdraw_deleted
         self.metrics = Metrics()

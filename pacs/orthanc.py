@@ -16,6 +16,7 @@ from urllib.parse import urljoin, urlsplit
 ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{8}){4}")       # of a patient, study, series or instance: a hash
 BASE = re.compile('[!"$->@-~]+')                       # of a URL's characters, ASCII without blanks, all but ? and #
 STORED = ("Success", "AlreadyStored")
+TIMEOUT_S = 30.0
 FILTERED = "; let the server's ReceivedInstanceFilter take SR, SEG, KO and OT from this node"
 SERIES = {"ID": str, "MainDicomTags": dict, "Instances": list, "ParentStudy": str, "IsStable": bool,
           "LastUpdate": str}
@@ -74,7 +75,7 @@ class Orthanc:
     the path asked for, never the credentials.
     """
 
-    def __init__(self, url: str, user: str | None = None, password: str | None = None, timeout_s: float = 30.0):
+    def __init__(self, url: str, user: str | None = None, password: str | None = None, timeout_s: float = TIMEOUT_S):
         self.url, self.timeout_s = checked_url("--orthanc", url), timeout_s
         self._was_there = False                       # at this address
         self._headers = {}

@@ -1,4 +1,4 @@
-"""What all DICOM objects of a scan's results share: the case, and which model made it."""
+"""What all DICOM objects of a scan's results share: the case and the identity of the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRACKING_ID = "Differs from the closest normal"         # one for the scan: SEG 
 
 @dataclass(frozen=True)
 class Identity:
-    """What made the results; the objects' UIDs depend on all of it.
+    """The model that made the results; the objects' UIDs depend on all of it.
 
     name          of the model, such as 'head-128'; made to fit where DICOM has a place for it, see fitting()
     version       of the software
@@ -53,7 +53,7 @@ def fitting(name: str) -> str:
 
 
 class Result(Protocol):
-    """What the objects need of a projected scan (detect.Projection); maps are [S, H, W] of the scan's own slices."""
+    """The part of a detect.Projection that the objects need; maps are [S, H, W] of the scan's own slices."""
 
     scan: Scan
     anomaly: np.ndarray                       # float: the surprise, no unit
@@ -69,7 +69,7 @@ class Result(Protocol):
 
 @dataclass(frozen=True)
 class Case(Derived):
-    """One scan's results on their way to DICOM; key_slices: see choose_key_slices."""
+    """One scan's results to be written as DICOM; key_slices: see choose_key_slices."""
 
     result: Result
     identity: Identity

@@ -13,13 +13,13 @@ FULL, REDUCED = (360, 75), (256, 60)         # a panel's longer side in pixels, 
 
 
 def choose_key_slices(entry: Entry, calibration: Calibration) -> None:
-    """The slices with a picture that rise highest above healthy ones at their level (or score highest, without)."""
+    """Set key: the slices with a picture that rise highest above healthy ones at their level, or score highest."""
     pictured = [s for s in entry.slices if s.number in entry.overlays]
     entry.key = sorted(pictured, key=lambda s: calibration.above(s.below_vertex_mm) - s.score)[:KEY_SLICES]
 
 
 def _pack_scan(entry: Entry, numbers: list[int], size: tuple[int, int], pool: ThreadPoolExecutor) -> list:
-    """Pictures of these slices, inferior to superior; one that cannot be read is noted and forgotten."""
+    """Pictures of these slices, inferior to superior; one that cannot be read is noted and left out."""
     def attempt(number: int):
         try:
             return pack_overlay(entry.overlays[number], *size)

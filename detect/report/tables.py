@@ -1,4 +1,4 @@
-"""What a page is made of: scans of a folder of results, their run, the healthy scans that they are held against."""
+"""The data of a page: scans of a folder of results, their run, and the healthy scans they are compared with."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Slice:
 
 @dataclasses.dataclass
 class Entry:
-    """A row of the worklist, and what its pictures show."""
+    """A row of the worklist, with its slices and pictures."""
 
     scan_id: str
     status: str                              # 'ok', 'unreliable' (a score not to be trusted) or 'failed'
@@ -55,7 +55,7 @@ class Entry:
     key: list[Slice] = dataclasses.field(default_factory=list)             # what stands out most, first
     pictures: list[tuple[int, str]] = dataclasses.field(default_factory=list)     # slice number, WebP in base64
     aspect: float = 1.0                      # width by height of a panel
-    label: str = ""                          # what the evaluation's labels say
+    label: str = ""                          # from an evaluation: 'normal', its types, or 'abnormal'
 
     @property
     def ok(self) -> bool:
@@ -63,7 +63,7 @@ class Entry:
 
     @property
     def done(self) -> bool:
-        """Whether there is anything to look at, as there is of unreliable scans: their reason asks for a look."""
+        """Whether there are slices to look at: also of unreliable scans, whose reason asks for a look."""
         return self.status != "failed"
 
     @property
@@ -73,9 +73,9 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Held-out healthy scans that scores are compared with; empty where the run had none that fits its settings."""
+    """Held-out healthy scans that scores are compared with; empty where the run had no calibration for its settings."""
 
-    scores: list[float]                      # one a scan, ascending
+    scores: list[float]                      # one per scan, ascending
     threshold: float | None
     fpr: float | None
     reason: str | None                       # why there is no threshold
@@ -90,10 +90,9 @@ class Calibration:
 
 
 def read_results(results: Path, most: int = MOST_SCANS) -> tuple[list[Entry], dict, Counter]:
-    """The first `most` scans of scores.csv in its order; run.json; how many others there are: total, flagged, and by
-    status where that is not 'ok'.
+    """The first `most` scans of scores.csv in its order; run.json; counts of the others. Raises ReportError.
 
-    Raises ReportError.
+    The counts are 'total', 'flagged', and by status where that is not 'ok'.
     """
     path, ids, others = results / "scores.csv", set(), Counter()
 
@@ -134,7 +133,7 @@ def read_results(results: Path, most: int = MOST_SCANS) -> tuple[list[Entry], di
 
 
 def _absent(content: dict, kinds: dict[str, type]) -> str:
-    """Names of what is not there, or of another kind."""
+    """Names of members that are absent or of another type."""
     return ", ".join(name for name, kind in kinds.items() if not isinstance(content.get(name, ...), kind))
 
 
@@ -160,7 +159,7 @@ def _entry(path: Path, row: dict[str, str]) -> Entry:
 
 
 def _find_overlays(entry: Entry, folder: Path) -> None:
-    """Overlays by the slice number in their names (of two digits or more); what has none is noted."""
+    """Find overlays by the slice number in their names (of two digits or more); others are noted."""
     known = {s.number for s in entry.slices}
     for path in sorted(folder.glob("*.png")):
         if path.stem.isdecimal() and int(path.stem) in known:
@@ -180,10 +179,9 @@ def read_json(path: Path) -> dict:
 
 
 def read_calibration(run: dict) -> Calibration:
-    """From run.json's `calibration`: the model's own, or null where the run's settings differ from it. One that lacks
-    the run's scan score is none.
+    """From run.json's `calibration`, null where the run's settings are others; empty if it lacks the run's scan score.
 
-    A `threshold` that was given for the run stands in place of the model's, and then there is no rate for it.
+    A `threshold` given for the run replaces the model's, and has no false-positive rate.
     """
     found, given = run.get("calibration"), run.get("threshold")
     how = run["settings"].get("scan_score")
@@ -201,7 +199,7 @@ def read_calibration(run: dict) -> Calibration:
 
 
 def attach_labels(entries: list[Entry], evaluation: dict, scores_sha256: str) -> None:
-    """Labels of an evaluation beside the scans. Raises ReportError if it was made from other scores."""
+    """Set the scans' labels from an evaluation. Raises ReportError if it was made from other scores."""
     if absent := _absent(evaluation, EVALUATION_KEYS):
         raise ReportError(f"the evaluation has no {absent}; expected metrics.json of evaluate.py of this version: run "
                           "it again")

@@ -1,4 +1,4 @@
-"""What a page says: what was found, where, how sure that is, what it lacks."""
+"""The sentences of a page: what was found, where, how certain it is, what the page leaves out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from detect.scores import rounded_up
 
 
 def digits(value: float | None) -> str:
-    """Three significant digits; a dash for None."""
+    """Three significant digits, whole numbers from 1000 on; a dash for None."""
     return "–" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def level_of(below_vertex_mm: float) -> str:
-    """Of a slice, in words: the highest ones lie above the top of the brain."""
+    """The level of a slice in words; the highest slices lie above the top of the brain."""
     mm = round(below_vertex_mm)
     return f"{abs(mm)} mm {'above' if mm < 0 else 'below'} the top"
 
@@ -24,13 +24,13 @@ def counted(n: int, what: str) -> str:
 
 
 def healthy_below(entry: Entry, calibration: Calibration) -> str:
-    """'4 of 5' healthy scans score lower; empty where that is not known."""
+    """How many healthy scans score lower, such as '4 of 5'; empty where unknown."""
     n = len(calibration.scores)
     return f"{round(entry.percentile * (n + 1) / 100)} of {n}" if n and entry.percentile is not None else ""
 
 
 def found(entries: list[Entry], calibration: Calibration) -> list[str]:
-    """Sentences, the most telling first."""
+    """Sentences on what was found, the most important first."""
     done, n = [e for e in entries if e.ok], len(calibration.scores)
     flags = [e.flagged for e in done if e.flagged is not None]
     above = sum(healthy_below(e, calibration) == f"{n} of {n}" for e in done)
@@ -63,7 +63,7 @@ def unshown(entries: list[Entry], others: Counter) -> list[str]:
 
 
 def where(entries: list[Entry], calibration: Calibration) -> list[str]:
-    """Sentences, the most telling first."""
+    """Sentences on where it was found, the most important first."""
     first = next((e for e in entries if e.key), None)
     sentences = []
     if first:
@@ -74,7 +74,7 @@ def where(entries: list[Entry], calibration: Calibration) -> list[str]:
 
 
 def sure(entries: list[Entry], calibration: Calibration, evaluation: dict | None) -> list[str]:
-    """Sentences, the most telling first."""
+    """Sentences on how certain it is, the most important first."""
     n = len(calibration.scores)
     sentences = []
     if evaluation is not None:
@@ -109,7 +109,7 @@ def sure(entries: list[Entry], calibration: Calibration, evaluation: dict | None
 
 
 def coverage(entries: list[Entry], megabytes: float) -> str:
-    """Which pictures the page holds; nothing is left out without a word."""
+    """Which pictures the page holds; empty where it holds all."""
     pictured = [e for e in entries if e.overlays]
     complete = sum(e.complete for e in pictured)
     if complete == len(pictured):
@@ -124,7 +124,7 @@ def coverage(entries: list[Entry], megabytes: float) -> str:
 
 
 def facts(run: dict, hashes: dict[str, str]) -> list[tuple[str, str]]:
-    """What the foot of the page lists: names and values."""
+    """Rows (name, value) of the foot of the page."""
     rows = [("model", (run.get("model") or {}).get("name") or "unnamed"), ("weights, SHA-256", run["weights_sha256"])]
     rows += [(f"{name}, SHA-256", value) for name, value in hashes.items()]
     rows += [(name, str(run[name])) for name in ("device", "precision", "threads", "processes")]
