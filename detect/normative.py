@@ -104,7 +104,8 @@ class ResidualStats:
         """From the moments() of healthy scans. Leave some out by leaving them out of the list."""
         if not moments:
             raise ValueError("residual statistics: at least one healthy scan is needed")
-        count, first, second = _symmetric(torch.stack(list(moments)).sum(0)).unbind(1)      # each (P, K, n, n)
+        sums = torch.stack(list(moments)).sum(0)
+        count, first, second = ((sums + sums.flip(-1)) / 2).unbind(1)                       # each (P, K, n, n)
         sigma = BLUR_AT_512 * frame_size / 512 / 2                                          # on the grid
         overall = [m.sum((2, 3), keepdim=True) for m in (count, first, second)]
         average = overall[1] / overall[0].clamp(min=1e-6)
@@ -282,7 +283,3 @@ def moments(residuals: torch.Tensor, brain: torch.Tensor, below_vertex_mm: Seque
     sums = torch.stack([inside, residuals * inside, residuals.square() * inside], dim=1)     # (S, 3, K, N, N)
     grid = F.avg_pool2d(sums.flatten(0, 2).float(), 2).unflatten(0, sums.shape[:3])
     return torch.einsum("ps,smchw->pmchw", near, grid)
-
-
-def _symmetric(sums: torch.Tensor) -> torch.Tensor:
-    return (sums + sums.flip(-1)) / 2

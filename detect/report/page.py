@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -17,10 +18,6 @@ from detect.scores import SCAN_SCORES
 from detect.settings import Settings
 
 MEGABYTES = 40.0
-
-
-def _pretty(value) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 def _slices_json(entry: Entry) -> list:
@@ -45,7 +42,8 @@ def write_report(results: Path, out: Path, evaluation: dict | None = None, megab
         attach_labels(entries, evaluation, hashes["scores.csv"])
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"digits": digits, "slices": _slices_json, "pretty": _pretty,
+    environment.filters |= {"digits": digits, "slices": _slices_json,
+                            "pretty": partial(json.dumps, indent=2, ensure_ascii=False),
                             "below": lambda entry: healthy_below(entry, calibration)}
     template = environment.get_template("page.html.jinja")
     end = max([*(e.score for e in entries if e.ok), *calibration.scores, calibration.threshold or 0, 1e-9])
