@@ -28,6 +28,8 @@ MIN_SLICES = 3
 TRAITS = {"kernel": "reconstruction kernel", "type": "image type", "voltage": "tube voltage",
           "thickness": "slice thickness", "spacing": "pixel spacing", "phase": "temporal position",
           "contrast": "contrast agent", "acquisition": "acquisition number"}
+# Of these, what may be told otherwise of slices of one pass, if only by rounding: the others change the pictures.
+BOOKKEEPING = {"type", "thickness", "spacing", "acquisition"}
 
 
 def scans_of(headers: Sequence[Header]) -> list[Found]:
@@ -76,19 +78,29 @@ def _find_series(headers: Sequence[Header]) -> list[Found]:
 
 
 def _by_series(headers: list[Header]) -> list[list[Header]]:
-    """The headers of a study by series UID, over folders; by folder where it is missing or an image is in two."""
-    series: dict[str, list[Header]] = {}
+    """The headers of a study by series UID, over folders but for copies; by folder where it is missing."""
+    series: dict[str, dict[Path, list[Header]]] = {}
     for header in headers:
-        series.setdefault(header.series_uid, []).append(header)
-    apart = []
-    for uid, members in series.items():
-        folders: dict[Path, list[Header]] = {}
-        for header in members:
-            folders.setdefault(header.path.parent, []).append(header)
-        images = sum(len({header.instance_uid for header in files}) for files in folders.values())
-        copied = images > len({header.instance_uid for header in members})
-        apart += list(folders.values()) if copied or not uid else [members]
-    return apart
+        series.setdefault(header.series_uid, {}).setdefault(header.path.parent, []).append(header)
+    return [group for uid, folders in series.items()
+            for group in (_without_copied(list(folders.values())) if uid else folders.values())]
+
+
+def _without_copied(folders: list[list[Header]]) -> list[list[Header]]:
+    """The folders of a series joined, but for those of which most is in another: they are copies.
+
+    A few images in two folders make none: taken apart, each would be a part of the head that passes for a scan.
+    """
+    joined: list[list[Header]] = []
+    for folder in sorted(folders, key=len, reverse=True):
+        images = {header.instance_uid for header in folder}
+        for group in joined:
+            if len(images & {header.instance_uid for header in group}) <= len(images) / 2:
+                group += folder
+                break
+        else:
+            joined.append(list(folder))
+    return joined
 
 
 def _by_identity(headers: list[Header]) -> list[_Group]:
@@ -189,8 +201,9 @@ def _separate(frames: list[Frame]) -> tuple[list[tuple[list[Frame], str]], list[
     """Stacks of slices, each with what tells it from the others, and the reasons of those that are left out."""
     frames, copies = _without_copies(frames)
     left = ["copy of another slice (derived or lossy compressed)"] * len(copies)
+    once = _shown_once(frames)
     for trait, name in TRAITS.items():
-        stacks = _stacks(frames, trait)
+        stacks = [frames] if once and trait in BOOKKEEPING else _stacks(frames, trait)
         large = [stack for stack in stacks if len(stack) >= MIN_SLICES]
         if len(stacks) == 1 or not large or (trait == "spacing" and len(large) < len(stacks)):
             continue
@@ -201,13 +214,24 @@ def _separate(frames: list[Frame]) -> tuple[list[tuple[list[Frame], str]], list[
             parts += [(part, f"{name}, {also}" if also else name) for part, also in inner]
             left += more
         return parts, left
-    runs = _runs(frames)
+    runs = [frames] if once else _runs(frames)
     return [(run, "image number" if len(runs) > 1 else "") for run in runs], left
+
+
+def _shown_once(frames: list[Frame]) -> bool:
+    """Whether the slices lie one above the other, without overlap and gaps: one pass, whatever is told of them."""
+    told = [number_of(frame.traits["thickness"]) for frame in frames]
+    thickness, steps = np.median([mm for mm in told if np.isfinite(mm)] or [0]), np.diff(_heights(frames))
+    return bool(len(steps) and thickness > 0 and steps.min() > 0.9 * thickness and np.median(steps) < 1.1 * thickness)
+
+
+def _heights(frames: list[Frame]) -> np.ndarray:
+    return np.sort([frame.height for frame in frames])
 
 
 def _without_copies(frames: list[Frame]) -> tuple[list[Frame], list[Frame]]:
     """Slices, and those marked as derived or compressed that lie where one lies that is not."""
-    places = np.sort([frame.height for frame in frames if not frame.copy])
+    places = _heights([frame for frame in frames if not frame.copy])
     copies = [frame for frame in frames if frame.copy and len(places)
               and np.abs(places - frame.height).min() <= SAME_PLACE_MM]
     return [frame for frame in frames if not any(frame is copy for copy in copies)], copies
@@ -240,7 +264,8 @@ def _overlap(first: list[Frame], second: list[Frame]) -> bool:
 def _runs(frames: list[Frame]) -> list[list[Frame]]:
     """Frames apart where their numbers run through the same stretch again: two to four times, of 5 slices or more.
 
-    Anything else, numbers in no order above all, is one run.
+    Anything else is one run: numbers in no order above all, and those of slices that are no closer together than within
+    a run, as where files were numbered by their names (1, 10, 11, 2).
     """
     numbers = [frame.number for frame in frames]
     if None in numbers or len(set(numbers)) < len(numbers):
@@ -250,7 +275,9 @@ def _runs(frames: list[Frame]) -> list[list[Frame]]:
     breaks = np.flatnonzero(np.sign(steps) != np.sign(np.median(steps))) + 1 if len(steps) else []
     edges = [0, *breaks, len(ordered)]
     runs = [ordered[low:high] for low, high in zip(edges, edges[1:])]
-    apart = 2 <= len(runs) <= 4 and min(map(len, runs)) >= 5
+    if not (2 <= len(runs) <= 4 and min(map(len, runs)) >= 5):
+        return [frames]
+    apart = np.ptp(_heights(frames)) / len(steps) < 0.75 * min(np.median(np.diff(_heights(run))) for run in runs)
     return runs if apart and all(_overlap(runs[0], run) for run in runs[1:]) else [frames]
 
 

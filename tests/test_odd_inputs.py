@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -82,6 +83,49 @@ def test_acquisitions_above_each_other_are_one_scan(tmp_path):
     scan, = read_all(tmp_path)
     np.testing.assert_array_equal(scan.hu, HU)
     assert scan.notes == ()
+
+
+@pytest.mark.parametrize("values", [
+    [{"SliceThickness": 5}, {"SliceThickness": 4.8}], [{"SliceThickness": 5}, {"SliceThickness": None}],
+    [{"AcquisitionNumber": 1}, {}], [{"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL", "HELIX"]}, {}],
+    [{"PixelSpacing": ["0.48828125", "1"]}, {"PixelSpacing": ["0.488281", "1"]}]])
+def test_slices_that_fill_each_others_gaps_are_one_scan(tmp_path, values):
+    """Every second one, told otherwise, was a scan of its own: half the slices, twice as far apart."""
+    hu = np.concatenate([HU, HU])
+
+    def change(ds, k):
+        for keyword, value in ({"SliceThickness": 5} | values[k % 2]).items():
+            setattr(ds, keyword, value)
+    write_dicom_series(tmp_path / "case", hu, edit=change)
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, hu)
+    assert scan.notes == ()
+
+
+@pytest.mark.parametrize("number, thickness_mm", [
+    (lambda k: 1 + sorted(map(str, range(1, 30))).index(str(k + 1)), None), (lambda k: 1 + k // 2 + 15 * (k % 2), 5)])
+def test_slices_numbered_by_their_names_or_every_second_first_are_one_scan(tmp_path, number, thickness_mm):
+    """1, 10, 11 ... 19, 2, 20 ...: runs through the same stretch, which were taken for phases."""
+    hu = RNG.integers(-1000, 600, (29, 10, 8)).astype(np.float32)
+
+    def change(ds, k):
+        ds.InstanceNumber, ds.SliceThickness = number(k), thickness_mm
+    write_dicom_series(tmp_path / "case", hu, edit=change)
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, hu)
+    assert scan.notes == ()
+
+
+def test_a_series_in_two_folders_that_share_a_slice_is_one_scan(tmp_path):
+    """It was two, the upper one a head without its base that nothing was said of."""
+    write_dicom_series(tmp_path / "case" / "a", HU)
+    (tmp_path / "case" / "b").mkdir()
+    for k in (3, 4, 5):
+        (tmp_path / "case" / "a" / f"{k:03d}.dcm").rename(tmp_path / "case" / "b" / f"{k:03d}.dcm")
+    shutil.copy(tmp_path / "case" / "b" / "003.dcm", tmp_path / "case" / "a")
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, HU)
+    assert scan.scan_id == "case" and scan.notes == ("duplicate slices dropped: 1",)
 
 
 def test_two_patients_under_one_uid_are_two_scans_without_names(tmp_path):
