@@ -191,8 +191,8 @@ def reading_loss(found: torch.Tensor, present: torch.Tensor, counted: torch.Tens
                  pixels: torch.Tensor | None = None) -> torch.Tensor:
     """Cross-entropy over the pixels that count, and how little found and present overlap in each image (Dice).
 
-    found: log odds [B, 2, N, N]; present and counted as of targets(). pixels: how many count, in the mean over ranks, so
-    that a pixel weighs the same on all of them; None: those of counted.
+    found: log odds [B, 2, N, N]; present and counted as of targets(). pixels: how many count, in the mean over ranks,
+    so that a pixel weighs the same on all of them; None: those of counted.
     """
     pixels = counted.sum() if pixels is None else pixels
     weight = torch.tensor(PRESENT, device=found.device)

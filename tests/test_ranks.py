@@ -98,7 +98,8 @@ class Surroundings:
 
 def reader():
     """Both steps, of the batch and of its mirror images."""
-    trainer, (hu, brain) = ReadingTrainer(share(train_reader.PRESETS["smoke32"]), Surroundings(), (0, 70), CPU), brains()
+    trainer = ReadingTrainer(share(train_reader.PRESETS["smoke32"]), Surroundings(), (0.0, 70.0), CPU)
+    hu, brain = brains()
     trainer.optimiser = plain(trainer.optimiser)
     torch.nn.init.normal_(trainer.reader.last.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     change = 12 * (rand(BATCH, SIZE, SIZE, seed=5) - 0.5)
