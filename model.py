@@ -173,10 +173,13 @@ class Generator(nn.Module):
         return image if self.config.fold == 1 else self.to_fine(x, w[-1], image)
 
     def forward(self, z: torch.Tensor, truncation_psi: float = 1.0, noise="random") -> torch.Tensor:
-        """z [B, style_dim] -> images [B, 3, N, N]; truncation_psi < 1 draws codes towards the mean."""
+        """z [B, style_dim] -> images [B, 3, N, N]; truncation_psi < 1 draws codes towards the mean.
+
+        The mean is over the same random codes each time: a code gives one image.
+        """
         w = self.mapping(z)
         if truncation_psi != 1:
-            mean = self.mean_latent()
+            mean = self.mean_latent(generator=torch.Generator().manual_seed(0))
             w = mean + truncation_psi * (w - mean)
         return self.synthesis(w, noise)
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """The defaults are the paper's, but for `noise`, which the released code keeps fixed, and `ema_rampup`."""
+
     # Networks
     size: int = option(512, "side of the images; must equal the database's")
     style_dim: int = option(512, "length of z and of a style vector")
@@ -130,6 +132,8 @@ class EveryNth:
 
 @dataclass(frozen=True)
 class EncoderConfig:
+    """The defaults are the paper's, but for `perceptual`: its LPIPS needs weights that do not come with the program."""
+
     epochs: float = option(65, "passes over the training slices")
     hours: float = option(0.0, "end after so long, all sessions together, however many epochs are done, with rates "
                                "that have fallen as at the end of them; 0: no limit")

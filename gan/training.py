@@ -132,7 +132,10 @@ class Trainer:
         return drawn.to(self.device, non_blocking=True)            # a waiting copy would empty the GPU's queue
 
     def _w_plus(self, part: slice, purpose: str) -> torch.Tensor:
-        """W+ codes [micro-batch, L, D] of random z, with the mixing of two styles."""
+        """W+ codes [micro-batch, L, D] of random z, with the mixing of two styles.
+
+        Each image draws for itself whether and where; the reference implementations draw once for the batch.
+        """
         dim, layers = self.config.style_dim, self.config.model().n_latent
         z = self._draw(purpose + " z", lambda g, n: torch.randn(n, 2, dim, generator=g))[part]
         crossover = self._draw(purpose + " mix", lambda g, n: torch.where(
@@ -143,12 +146,18 @@ class Trainer:
         return self.ada(images, self.rng) if self.ada else images
 
     def _update_path_mean(self, lengths: list[torch.Tensor]) -> None:
-        """Collective. Once a step, so that neither ranks nor micro-batches change what it becomes."""
+        """Collective. Once a step, so that neither ranks nor micro-batches change what it becomes.
+
+        So lengths are held against the mean before the step; in the reference implementations they have moved it by
+        then, by path_decay of the way.
+        """
         mean = distributed.all_reduce_sum(torch.stack(lengths).mean()) / self.world
         self.path_mean = torch.lerp(self.path_mean, mean, self.config.path_decay)
 
     @torch.no_grad()
     def _update_ema(self) -> None:
+        """The ramp is of StyleGAN2-ADA's training: the first weights, which draw nothing, are soon left behind. None
+        (ema_rampup 0) is published."""
         half_life = self.config.ema_kimg * 1000
         if self.config.ema_rampup:
             half_life = min(half_life, self.images_seen * self.config.ema_rampup)

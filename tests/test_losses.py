@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +126,59 @@ def test_perceptual_distance_by_hand():
     query, other = torch.full((1, 3, 2, 2), 2.0), torch.full((1, 3, 2, 2), 3.0)
     distance = perceptual.distance(perceptual.features(query), perceptual.features(other))
     torch.testing.assert_close(distance, torch.tensor([0.745]), atol=1e-4, rtol=0)  # (1/4 + 100/400) / 2 + 0.99/2
+
+
+@pytest.fixture(scope="module")
+def vgg_files(tmp_path_factory) -> tuple[Path, Path]:
+    """Random weights of VGG16's convolutions and of LPIPS."""
+    folder, rng = tmp_path_factory.mktemp("vgg"), torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in vgg16().state_dict().items()}
+    state = {name: torch.randn(shape, generator=rng) * (2 / math.prod(shape[1:])) ** 0.5
+             if name.startswith("features") else torch.zeros(1).expand(shape) for name, shape in shapes.items()}
+    torch.save(state, folder / "vgg16.pth")
+    torch.save({f"lin{i}.model.1.weight": torch.rand(1, channels, 1, 1, generator=rng)
+                for i, channels in enumerate((64, 128, 256, 512, 512))}, folder / "lpips.pth")
+    return folder / "vgg16.pth", folder / "lpips.pth"
+
+
+def plain_lpips(vgg: dict, weights: dict | None, query: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Zhang et al. 2018, eq. 1, of VGG16 and as released (version 0.1), in double precision: [B]."""
+    def stages(images):
+        x = (images.double() - torch.tensor([-0.030, -0.088, -0.188]).reshape(3, 1, 1)) / torch.tensor(
+            [0.458, 0.448, 0.450]).reshape(3, 1, 1)
+        for number, convs in enumerate(((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))):
+            x = torch.nn.functional.max_pool2d(x, 2) if number else x
+            for conv in convs:
+                weight, bias = (vgg[f"features.{conv}.{part}"].double() for part in ("weight", "bias"))
+                x = torch.nn.functional.conv2d(x, weight, bias, padding=1).relu()
+            yield x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
+    total = 0
+    for i, (a, b) in enumerate(zip(stages(query), stages(other))):
+        weight = 1 / a.shape[1] if weights is None else weights[f"lin{i}.model.1.weight"].double()
+        total = total + ((a - b).square() * weight).sum(1).mean((1, 2))
+    return total
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_lpips_is_the_published_distance(vgg_files, weighted):
+    perceptual = build_perceptual("lpips", None, 0.0, vgg16=vgg_files[0], lpips=vgg_files[1] if weighted else None)
+    query, other = rand(2, 3, 32, 32), rand(2, 3, 32, 32, seed=2)
+    ours = perceptual.distance(perceptual.features(query), perceptual.features(other))
+    vgg, weights = (torch.load(path) for path in vgg_files)
+    expected = plain_lpips(vgg, weights if weighted else None, query, other)
+    torch.testing.assert_close(ours.double(), expected, atol=0, rtol=1e-4)
+    assert perceptual.distance(*[perceptual.features(query)] * 2).abs().max() == 0
+
+
+def test_lpips_looks_at_256_pixels(vgg_files):
+    perceptual = build_perceptual("lpips", None, 0.0, vgg16=vgg_files[0])
+    perceptual.net = perceptual.net[:4]                              # its first stage is enough
+    images = rand(1, 3, 512, 512)
+    (large,), (small,) = (perceptual.features(x) for x in (images, torch.nn.functional.avg_pool2d(images, 2)))
+    assert large.shape == (1, 64, 256, 256)
+    torch.testing.assert_close(large, small, atol=1e-5, rtol=0)
 
 
 def test_files_that_hold_no_weights_name_their_flag(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gan.losses import path_lengths, r1_penalty
 from model import Discriminator, Encoder, Generator, ModelConfig, minibatch_stddev
 from op import modulated_conv
 
@@ -123,7 +124,7 @@ FILTER = TAPS[:, None] * TAPS / 64
 def plain_filter(x, pad, kernel):
     b, c, h, w = x.shape
     x = F.pad(x, (pad[0], pad[1], pad[0], pad[1])).reshape(b * c, 1, h + sum(pad), w + sum(pad))
-    y = F.conv2d(x, kernel[None, None])                                        # the filter is symmetric
+    y = F.conv2d(x, kernel.to(x)[None, None])                                      # the filter is symmetric
     return y.reshape(b, c, *y.shape[2:])
 
 
@@ -163,7 +164,7 @@ def plain_to_rgb(state, name, x, w, skip=None):
     y = plain_modulated(state, f"{name}.conv", x, w, demodulate=False) + state[f"{name}.bias"]
     if skip is None:
         return y
-    spread = torch.zeros(*skip.shape[:2], 2 * skip.shape[2], 2 * skip.shape[3])
+    spread = skip.new_zeros(*skip.shape[:2], 2 * skip.shape[2], 2 * skip.shape[3])
     spread[:, :, ::2, ::2] = skip
     return y + plain_filter(spread, (2, 1), 4 * FILTER)
 
@@ -196,7 +197,7 @@ def plain_trunk(state, x, blocks):
 
 
 def plain_stddev(x, group):
-    channel = torch.empty(len(x), 1, *x.shape[2:])
+    channel = x.new_empty(len(x), 1, *x.shape[2:])
     step = len(x) // group
     for j in range(step):
         members = x[j::step]
@@ -242,6 +243,46 @@ def test_encoder_is_the_published_forward_pass(stddev):
     x = plain_activation(plain_conv(state, "final_conv.0", x, padding=1), state["final_conv.1.bias"]).flatten(1)
     x = F.leaky_relu(x @ state["final_linear.weight"].T + state["final_linear.bias"], 0.2)
     close(e(images), x.reshape(6, TINY.n_latent, 8))
+
+
+WIDE = replace(TINY, channel_base=512, channel_max=32)       # convolutions of op/winograd.py have whole panels here
+
+
+def doubles(net) -> dict[str, torch.Tensor]:
+    """The state in double precision, parameters to be differentiated by."""
+    return {name: value.double().requires_grad_() for name, value in net.state_dict().items()}
+
+
+def assert_same_slopes(net, ours, state, published):
+    """By every parameter, of a scalar of the network and of the published one in double precision."""
+    names, parameters = zip(*net.named_parameters())
+    found = torch.autograd.grad(ours, parameters, materialize_grads=True, allow_unused=True)
+    wanted = torch.autograd.grad(published, [state[name] for name in names], materialize_grads=True, allow_unused=True)
+    assert sum(bool(t.abs().max() > 0) for t in wanted) > len(names) / 2
+    for name, one, other in zip(names, found, wanted):
+        torch.testing.assert_close(one.double(), other, atol=1e-4 * other.abs().max().item() + 1e-9, rtol=0, msg=name)
+
+
+def test_r1_pulls_at_the_discriminator_as_at_the_published_one():
+    """Second derivatives through every op of the network: bias_act, upfirdn2d, convolutions, minibatch_stddev."""
+    net, images = build(Discriminator, WIDE).requires_grad_(), rand(4, 3, 32, 32)
+    state, exact, seen = doubles(net), images.double().requires_grad_(), images.clone().requires_grad_()
+    penalty = r1_penalty(net(seen), seen)
+    (slope,) = torch.autograd.grad(plain_discriminator(state, exact, 3, 4).sum(), exact, create_graph=True)
+    published = slope.square().sum((1, 2, 3)).mean()
+    torch.testing.assert_close(penalty.double(), published, atol=0, rtol=1e-4)
+    assert_same_slopes(net, penalty, state, published)
+
+
+def test_path_length_pulls_at_the_generator_as_at_the_published_one():
+    net, w_plus, noise = build(Generator, WIDE).requires_grad_(), rand(4, WIDE.n_latent, 8), rand(4, 3, 32, 32, seed=2)
+    state, exact, seen = doubles(net), w_plus.double().requires_grad_(), w_plus.clone().requires_grad_()
+    penalty = (path_lengths(net.synthesis(seen, "const"), seen, noise) - 0.3).square().mean()
+    image = plain_generator(state, exact, [state[f"noises.noise_{i}"] for i in range(len(net.noise_sizes))])
+    (slope,) = torch.autograd.grad((image * noise.double() / 32).sum(), exact, create_graph=True)      # sqrt(H W) = 32
+    published = (slope.square().sum(2).mean(1).sqrt() - 0.3).square().mean()
+    torch.testing.assert_close(penalty.double(), published, atol=0, rtol=1e-4)
+    assert_same_slopes(net, penalty, state, published)
 
 
 def test_minibatch_stddev_by_hand():
@@ -293,10 +334,9 @@ def test_a_single_code_serves_all_layers_and_mixing_switches_at_the_crossover():
 
 def test_truncation_draws_codes_towards_the_mean():
     g, z = build(Generator), rand(2, 8)
-    torch.manual_seed(3)
-    half = g(z, truncation_psi=0.5, noise="const")
-    torch.manual_seed(3)
-    mean = g.mean_latent()
+    half, again = (g(z, truncation_psi=0.5, noise="const") for _ in range(2))
+    assert torch.equal(half, again)                              # the mean was over other codes each time
+    mean = g.mean_latent(generator=torch.Generator().manual_seed(0))
     close(half, g.synthesis(0.5 * (mean + g.mapping(z)), "const"))
     none = g(z, truncation_psi=0.0, noise="const")
     close(none[0], none[1])

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from ct.window import decode, encode
 from detect.bundle import load_bundle, save_bundle
@@ -107,6 +108,83 @@ def test_every_step_votes(bundle):
     assert 0 < result.votes.max() <= 14
     assert not result.votes[~BRAIN].any() and not result.residual[~BRAIN].any()
     torch.testing.assert_close(result.predicted, result.votes > 7)
+
+
+# ---- the published search, written out plainly
+
+def plain_median(slices):
+    return torch.from_numpy(np.stack([ndimage.median_filter(one, 3, mode="constant") for one in slices.numpy()]))
+
+
+def plain_adam(values, moments, gradients, step, rate):
+    """Adam's step number `step`, from 1, of each tensor in place (Kingma and Ba 2015, algorithm 1)."""
+    for value, (first, second), gradient in zip(values, moments, gradients):
+        first.mul_(0.9).add_(0.1 * gradient)
+        second.mul_(0.999).add_(0.001 * gradient.square())
+        value -= rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+
+
+def plain_search(search, hu, settings):
+    """Lee et al. 2022 step by step, all slices at once: the reconstruction and the votes."""
+    stats, query = search.latent.at(torch.as_tensor(POSITIONS.copy())), encode(hu)
+    with torch.no_grad():
+        p_encoder = stats.to_p(search.encoder(query))
+    p, maps = p_encoder.clone(), [m.repeat(5, 1, 1, 1) for m in search.generator.noise_maps("const")]
+    votes, seen = torch.zeros(5, 32, 32, dtype=torch.int32), search.perceptual.features(query)
+
+    def draw(p, maps):
+        return search.generator.synthesis(stats.to_w(p), maps)
+
+    def vote(image):
+        away = (plain_median((decode(query) - decode(image)) * BRAIN) * BRAIN).abs() > 5
+        for i in range(5):
+            near = sum(away[j].int() for j in (i - 1, i, i + 1) if 0 <= j < 5)
+            votes[i] += away[i].int() + (near >= 2).int()
+
+    def advance(values, loss, count, peak, casts):
+        moments = [(torch.zeros_like(v), torch.zeros_like(v)) for v in values]
+        for step in range(count):
+            leaves = [v.clone().requires_grad_() for v in values]
+            image, total = loss(leaves)
+            gradients = torch.autograd.grad(total, leaves)
+            casts(image.detach())
+            t = step / count
+            down = 0.5 - 0.5 * np.cos(np.pi * min(1, (1 - t) / 0.25))
+            plain_adam(values, moments, gradients, step + 1, peak * min(1, t / 0.05) * down)
+
+    def by_code(leaves):
+        image = draw(leaves[0], maps)
+        away = (leaves[0] - p_encoder).square() * (leaves[0].abs() > p_encoder.abs())
+        distance = search.perceptual.distance(seen, search.perceptual.features(image))
+        return image, (distance + settings.domain * away.mean((1, 2))).sum()
+
+    advance([p], by_code, settings.steps_latent, settings.lr_latent, vote)
+    normal = draw(p, [m.clone().requires_grad_() for m in maps]).detach()      # by the kernels that the steps draw with
+    done = [settings.steps_latent]
+
+    def by_noise(leaves):
+        image = draw(p, leaves)
+        target = torch.where((votes > done[0])[:, None], normal, query)
+        done[0] += 1
+        return image, sum((image[i] - target[i]).abs().mean() for i in range(5))
+
+    advance(maps, by_noise, settings.steps_noise, settings.lr_noise, vote)
+    with torch.no_grad():
+        return decode(draw(p, maps)), votes
+
+
+def test_the_search_is_the_published_one(bundle):
+    hu = tissue()
+    hu[1:4, 12:20, 12:20] += 25                              # predicted anomalous: the target of some of the noise
+    settings = SearchSettings(steps_latent=5, steps_noise=5, domain=3.0, lr_noise=0.5)
+    found, expected = run(bundle, hu, settings), plain_search(bundle.with_settings(settings), hu, settings)
+    assert 0 < found.predicted.float().mean() < 0.5
+    # Where a gradient is near 0 rounding decides which way Adam goes, and so of some pixels of noise
+    assert (found.reconstruction - expected[0]).abs().mean() < 0.002
+    assert (found.votes != expected[1]).float().mean() < 0.001
+    away = plain_median((decode(encode(hu)) - expected[0]) * BRAIN).abs()
+    scores = (expected[1] / 10 * away * BRAIN).sum((1, 2)) / BRAIN.sum((1, 2))
+    torch.testing.assert_close(found.slice_scores, scores, rtol=0.005, atol=0.005)
 
 
 # ---- what a result may depend on
