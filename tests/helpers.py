@@ -185,3 +185,14 @@ def project_one(projector, source, place: Path, work: Path, made: dict, writers=
         job.read(alone=True)
         job.project()
         return job.write()
+
+
+def frames_by_source(ds):
+    """(source instance, its frame) -> (pixels as stored, position) of a multi-frame object."""
+    pixels = ds.pixel_array.reshape(int(ds.NumberOfFrames), ds.Rows, ds.Columns)
+    found = {}
+    for image, group in zip(pixels, ds.PerFrameFunctionalGroupsSequence):
+        source, = group.DerivationImageSequence[0].SourceImageSequence
+        key = source.ReferencedSOPInstanceUID, int(source.get("ReferencedFrameNumber", 1))
+        found[key] = image, list(group.PlanePositionSequence[0].ImagePositionPatient)
+    return found

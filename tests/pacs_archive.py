@@ -20,8 +20,7 @@ from pacs.node import Node
 from pacs.orthanc import Change, OrthancAway, OrthancRefused
 from pacs.state import State
 from tests.pacs_process import IDENTITY, project
-from tests.test_dicom_out import complete
-from tests.writers import write_dicom_series
+from tests.writers import complete, write_dicom_series
 
 PATIENT_IDS = (b"ID 1", b" ID1", b"DEPT\\1234", b"ID1\xa0", b"ID1\r\n")          # what hospitals send; Latin-1
 

@@ -20,8 +20,8 @@ from ct.scan import Scan
 from ct.write import write_nifti
 from detect.dicom_out import Identity, build_objects, dicom_writer, write_dicom
 from detect.dicom_out.common import choose_key_slices
-from tests.helpers import synthetic_head
-from tests.writers import make_uid, write_dicom_series, write_enhanced_ct, write_slice_folder
+from tests.helpers import frames_by_source, synthetic_head
+from tests.writers import complete, make_uid, write_dicom_series, write_enhanced_ct, write_slice_folder
 
 RNG = np.random.default_rng(2)
 HU = RNG.permutation(np.arange(6 * 12 * 10)).reshape(6, 12, 10).astype(np.float32) - 700    # every pixel its own value
@@ -60,14 +60,6 @@ def result_of(scan, kind=Result, **values):
     return kind(scan, scan.hu.copy(), mask, scores, np.arange(len(scan.hu)) < 5, **values)
 
 
-def complete(ds, k):
-    """What a scanner writes besides the pixels."""
-    ds.FrameOfReferenceUID, ds.PositionReferenceIndicator = make_uid("frame of reference"), ""
-    ds.PatientBirthDate, ds.PatientSex, ds.AccessionNumber, ds.StudyID = "", "", "", "1"
-    ds.StudyDate, ds.StudyTime, ds.ReferringPhysicianName = "20240506", "070000", ""
-    ds.SliceThickness = 5
-
-
 def read_only(folder):
     source, = find_scans(folder)
     return read_scan(source)
@@ -76,17 +68,6 @@ def read_only(folder):
 @pytest.fixture
 def series(tmp_path):
     return write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), edit=complete)
-
-
-def frames_by_source(ds):
-    """(source instance, its frame) -> (pixels as stored, position) of a multi-frame object."""
-    pixels = ds.pixel_array.reshape(int(ds.NumberOfFrames), ds.Rows, ds.Columns)
-    found = {}
-    for image, group in zip(pixels, ds.PerFrameFunctionalGroupsSequence):
-        source, = group.DerivationImageSequence[0].SourceImageSequence
-        key = source.ReferencedSOPInstanceUID, int(source.get("ReferencedFrameNumber", 1))
-        found[key] = image, list(group.PlanePositionSequence[0].ImagePositionPatient)
-    return found
 
 
 @pytest.mark.parametrize("name, shown, charset, patient", [

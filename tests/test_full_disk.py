@@ -24,8 +24,7 @@ from detect.claims import Claims
 from gan import snapshots
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
 from tests.helpers import synthetic_head
-from tests.test_dicom_out import complete
-from tests.writers import write_dicom_series
+from tests.writers import complete, write_dicom_series
 
 PYDICOMS = "With tag (7FE0,0010) got exception: [Errno 28] No space left on device\nTraceback (most recent call last):"
 

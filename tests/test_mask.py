@@ -13,9 +13,8 @@ import pytest
 from ct import mask
 from ct.brain import brain_mask
 from ct.read import find_scans, read_scan
-from tests.helpers import synthetic_head
-from tests.test_dicom_out import complete, frames_by_source
-from tests.writers import write_dicom_series, write_nifti_scan
+from tests.helpers import frames_by_source, synthetic_head
+from tests.writers import complete, write_dicom_series, write_nifti_scan
 
 
 @pytest.fixture(scope="module")

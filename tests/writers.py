@@ -173,3 +173,11 @@ def write_nifti_scan(path, hu, spacing_mm=(5.0, 1.0, 1.0), axes="LPS", affine=No
                                            nib.orientations.axcodes2ornt(tuple(axes)))
     nib.save(image.as_reoriented(turn), path)
     return Path(path)
+
+
+def complete(ds, k):
+    """What a scanner writes besides the pixels: `edit` of write_dicom_series()."""
+    ds.FrameOfReferenceUID, ds.PositionReferenceIndicator = make_uid("frame of reference"), ""
+    ds.PatientBirthDate, ds.PatientSex, ds.AccessionNumber, ds.StudyID = "", "", "", "1"
+    ds.StudyDate, ds.StudyTime, ds.ReferringPhysicianName = "20240506", "070000", ""
+    ds.SliceThickness = 5
