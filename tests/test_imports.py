@@ -100,6 +100,7 @@ def test_no_package_knows_the_command_line():
     ("ct/frame.py", "from dataset import SliceDataset", "ct/frame.py imports dataset"),
     ("gan/losses.py", "def f():\n    import detect.bundle", "gan/losses.py imports detect.bundle"),
     ("detect/search.py", "from gan.losses import in_domain", "detect/search.py imports gan.losses"),
+    ("detect/bundle.py", "from bundling.origins import taught", "detect/bundle.py imports bundling.origins"),
     ("ct/mask.py", "from common.weights import verify", "ct/mask.py imports common.weights"),
     ("evaluation/metrics.py", "import ct.scan", "evaluation/metrics.py imports ct.scan"),
     ("model.py", "from op.bias_act import bias_act\nimport common.weights as w", "model.py imports common.weights"),
@@ -110,8 +111,8 @@ def test_no_package_knows_the_command_line():
     ("utils.py", "", "utils has no row in MAY_IMPORT"),
 ])
 def test_a_wrong_arrow_is_found(tmp_path, name, source, complaint):
-    for other in ("op/__init__.py", "ct/scan.py", "gan/losses.py", "detect/bundle.py", "demos/phantom.py", "model.py",
-                  "common/weights.py", "dataset.py", "train.py", "checkpoint.py", name):
+    for other in ("op/__init__.py", "ct/scan.py", "gan/losses.py", "detect/bundle.py", "bundling/origins.py",
+                  "demos/phantom.py", "model.py", "common/weights.py", "dataset.py", "train.py", "checkpoint.py", name):
         (tmp_path / other).parent.mkdir(exist_ok=True)
         (tmp_path / other).touch()
     (tmp_path / "train.py").write_text("import json\nimport common.weights\nfrom ct.scan import Scan\n")
