@@ -291,6 +291,7 @@ def test_generator_and_discriminator_pull_apart(tiny_gan_config):
     assert stats["loss_g"].item() == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(trainer.g_opt.steps[0], list(expected), rtol=1e-4, atol=1e-6)
 
+
 def test_real_and_fake_images_are_augmented_alike(tiny_gan_config, monkeypatch):
     """In every phase that looks through the discriminator, or it would tell them apart by the augmentation."""
     trainer = training.Trainer(tiny_gan_config, CPU)
@@ -309,6 +310,15 @@ def test_styles_are_mixed_as_often_as_told(tiny_gan_config):
         w_plus = trainer._w_plus(slice(None), "g")
         return (w_plus[:, 0] != w_plus[:, -1]).any(1).float().mean().item()
     assert (mixed(0.0), mixed(1.0)) == (0.0, 1.0)
+
+
+def test_half_of_the_images_are_mixed_from_any_layer_on_but_the_first(tiny_gan_config):
+    trainer = training.Trainer(dataclasses.replace(tiny_gan_config, mixing=0.5, batch=400), CPU)
+    w_plus, layers = trainer._w_plus(slice(None), "g"), tiny_gan_config.model().n_latent
+    own = (w_plus == w_plus[:, :1]).all(2).sum(1)                # layers of the first style; all of them: not mixed
+    assert (own < layers).float().mean().item() == pytest.approx(0.5, abs=0.08)
+    assert set(own.tolist()) == set(range(1, layers + 1))
+
 
 @pytest.mark.parametrize("values", [{"batch": 0}, {"accumulate": 0}, {"batch": 8, "accumulate": 3}])
 def test_batches_that_cannot_be_are_refused(values):

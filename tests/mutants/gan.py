@@ -35,6 +35,8 @@ MUTANTS = (
            "tests/test_train.py -k alike"),
     Mutant("styles mixed where they should not be", "gan/training.py",
            "< self.config.mixing", "> self.config.mixing", "tests/test_train.py -k styles"),
+    Mutant("styles are never mixed from the second layer on", "gan/training.py",
+           "torch.randint(1, layers, (n,)", "torch.randint(2, layers, (n,)", "tests/test_train.py -k any_layer"),
     Mutant("a resumed discriminator forgets Adam's averages", "gan/training.py",
            'load_optimiser(self.d_opt, state["d_opt"])', "pass", "tests/test_train.py -k bit_identical"),
     Mutant("all held-out slices measured, however many", "gan/loop.py",
