@@ -24,4 +24,6 @@ flags=()
 threshold=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["threshold"])' "$results/run.json")
 [ "$threshold" = None ] || flags+=(--threshold "$threshold")
 "$python" "$here/../evaluate.py" "$results/scores.csv" "$results/labels.csv" --out "$results/metrics" "${flags[@]}"
+echo "Where the classes are of different collections, as the usual chest X-rays with COVID-19 are, a high AUC may detect" \
+    "the source and not the disease: compare python -m healthygan.trivial --data DATA"
 exit $status

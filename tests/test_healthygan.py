@@ -275,6 +275,21 @@ def test_the_script_leaves_no_metrics_of_other_data(tmp_path):
     assert [path.name for path in results.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_figures_of_x_rays_come_with_what_they_may_mean(labelled, tmp_path):
+    """An AUC was printed without a word of the two collections that the usual classes come from."""
+    script, python = tmp_path / "healthygan/test_covid.sh", tmp_path / ".venv/bin/python"
+    labels = tmp_path / "healthygan/results/covid/labels.csv"
+    for folder in (labels.parent, python.parent):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "healthygan/test_covid.sh", script)
+    tests = f"touch {labels}" if labelled else ":"
+    python.write_text(f'#!/bin/sh\ncase $1 in *test.py) {tests} ;; -c) echo None ;; *) echo auc 0.95 ;; esac\n')
+    python.chmod(0o755)
+    done = subprocess.run(["bash", str(script), "data"], check=True, timeout=60, capture_output=True, text=True)
+    assert ("auc 0.95\n" in done.stdout) == ("may detect the source" in done.stdout) == labelled
+
+
 def test_scripts_run_from_their_folder():
     folder = ROOT / "healthygan"
     usage = subprocess.run(["bash", "test_covid_pretrained.sh"], cwd=folder, capture_output=True, text=True)

@@ -69,6 +69,8 @@ MUTANTS = (
            'begins.get(row.get("label"), "\\0")', '""', "tests/test_healthygan.py -k not_its_own"),
     Mutant("healthygan removes pictures that are not its own", "healthygan/test.py",
            "if all(path.is_file() for path in both):", "if True:", "tests/test_healthygan.py -k second_run"),
+    Mutant("figures without a word of the classes' collections", "healthygan/test_covid.sh",
+           'echo "Where the classes', ': "Where the classes', "tests/test_healthygan.py -k may_mean"),
     Mutant("metrics of other data stay", "healthygan/test_covid.sh",
            'rm -rf "$results/metrics"', ":", "tests/test_healthygan.py -k metrics_of_other"),
     Mutant("a set is written over what it is made of", "healthygan/sets.py",
