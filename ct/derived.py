@@ -97,10 +97,9 @@ class Derived:
                        for header in headers)
         instances = tuple(sorted((images[image].SOPInstanceUID, frame) for image, frame in frames))
         seed = (images[0].SeriesInstanceUID, instances, maker.name, maker.version, maker.serial, words, phi)
-        number = min(max(int(headers[0].get("SeriesNumber") or 0), 0), 10**7)
         return cls(scan=scan, maker=maker, images=images, frames=frames, thickness=thickness,
-                   patient=_patient(headers[0]) if phi else None, series_base=9000 + 10 * number, seed=seed, made=made,
-                   **own)
+                   patient=_patient(headers[0]) if phi else None, series_base=9000 + 10 * _series_number(headers[0]),
+                   seed=seed, made=made, **own)
 
     def uid(self, *words) -> str:
         return make_uid(*self.seed, *words)
@@ -181,6 +180,14 @@ class Derived:
 def make_uid(*words) -> str:
     """A UID under the root 2.25 (PS3.5 B.2), the same for the same words."""
     return f"2.25.{int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:16])}"
+
+
+def _series_number(header: Dataset) -> int:
+    """0 where it is not given or no number; no more than leaves room for ours."""
+    try:
+        return min(max(int(header.get("SeriesNumber") or 0), 0), 10**7)
+    except (ValueError, TypeError, OverflowError):
+        return 0
 
 
 def _check_source(path: Path, header: Dataset, first: Dataset, alone: bool) -> None:

@@ -30,7 +30,7 @@ MIPS = {"MIP", "MINIP"}                               # also within a value, as 
 NO_AGENT = {"", "NO", "N", "NONE", "NO CONTRAST", "WITHOUT", "0"}
 HEADER_TAGS = (
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality",
-    "PatientID", "PatientName", "PatientBirthDate", "ImageType", "SeriesNumber", "InstanceNumber", "AcquisitionNumber",
+    "PatientID", "PatientName", "PatientBirthDate", "ImageType", "InstanceNumber", "AcquisitionNumber",
     "ConvolutionKernel", "KVP", "SliceThickness", "ContrastBolusAgent", "ContrastBolusAgentSequence",
     "TemporalPositionIdentifier", "LossyImageCompression", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
     "BitsStored", "PixelRepresentation", "PhotometricInterpretation", "PixelPaddingValue", "PixelPaddingRangeLimit",
@@ -77,7 +77,6 @@ class Header:
     frame_of_reference: str
     patient: str                                      # a hash; empty where the header says nothing
     whose: tuple[str, ...]                            # hashes of patient, study and series: see ct.scan.Found
-    series_number: int
     instance_uid: str
     frames: tuple[Frame, ...]
 
@@ -102,7 +101,7 @@ def read_header(path: Path) -> Header | None:
         whose = {"patient": patient[0] or " ".join(filter(None, patient)), "study": uids[0], "series": uids[1]}
         return Header(path, *uids, _hash("|".join(patient)) if any(patient) else "",
                       tuple(_hash(f"{kind} {said}") for kind, said in whose.items() if said),
-                      int(ds.get("SeriesNumber") or 0), str(ds.get("SOPInstanceUID", "")), tuple(_frames(path, ds)))
+                      str(ds.get("SOPInstanceUID", "")), tuple(_frames(path, ds)))
     except ScanError:
         raise
     except RecursionError as error:

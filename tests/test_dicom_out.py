@@ -255,6 +255,20 @@ def test_key_objects_name_the_key_frames_of_a_multi_frame_source(tmp_path):
     assert len(named) == 1 + len(objects) - 1
 
 
+@pytest.mark.parametrize("told, number", [("2A", 9001), ("20", 9201), ("-1", 9001)])
+def test_a_series_number_that_is_none_costs_nothing(tmp_path, told, number):
+    """No file of the series could be read."""
+    def edit(ds, k):
+        complete(ds, k)
+        ds.SeriesNumber = 77
+    folder = write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), edit=edit)
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"IS\x02\x0077", b"IS\x02\x00" + told.encode()))
+    scan = read_only(folder)
+    np.testing.assert_array_equal(scan.hu, HU)
+    assert build_objects(result_of(scan), IDENTITY)["sr"].SeriesNumber == number
+
+
 # ---- the report
 
 def presence(report):
