@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import distributed
     from ct.read import find_all
-    from detect.folder import further, remove_leftovers
+    from detect.folder import further_results, remove_leftovers
     from detect.processes import suitable
     from detect.run import begin_report, run_report, write_all
 
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
                   f"projector.py merge {args.out}", flush=True)
         else:
             write_all(args.out, results, report, time.perf_counter() - started)
-            if others := further(args.out, results):
+            if others := further_results(args.out, results):
                 print(f"not in the tables: {others}")
             remove_leftovers(args.out)
     except (OSError, ValueError) as error:

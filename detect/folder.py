@@ -27,13 +27,13 @@ from detect.result import (
     Result,
     digest,
     find_result_folder,
-    folders_of,
     is_made_with,
     made_with,
     read_result,
-    refuse_another,
-    refuse_others,
-    twice,
+    refuse_foreign_folder,
+    refuse_other_result,
+    source_folders,
+    two_results_error,
 )
 
 PARTS = ".parts"
@@ -75,7 +75,7 @@ def collect_all(out: Path) -> list[Result]:
     for result in results:
         first = by_id.setdefault(result.scan["scan_id"], result)
         if first is not result:
-            raise twice(result.scan["scan_id"], first.folder, result.folder)
+            raise two_results_error(result.scan["scan_id"], first.folder, result.folder)
     return results
 
 
@@ -100,21 +100,18 @@ def write_tables(out: Path, results: list[Result]) -> None:
 
 
 def note_part(out: Path, inputs: Iterable[Path], found: list[ScanSource], number: int, count: int) -> None:
-    """Leave word of what a run sets out to do, before it does: part `number` of `count` of what was found in `inputs`.
-
-    A whole run is part 0 of 1.
-    """
+    """Note what a run is about to do: part `number` of `count` of what was found in `inputs`; a whole run is 0 of 1."""
     where, ids = sorted(str(path.resolve()) for path in inputs), [source.scan_id for source in found]
     (out / PARTS).mkdir(exist_ok=True)
     note = {"part": number, "of": count, "found": digest(ids), "scans": ids[number::count]}
     replace_text(out / PARTS / f"{digest(where)[:16]}-{number}-of-{count}.json", json.dumps(note) + "\n")
 
 
-def absent(out: Path, results: list[Result]) -> list[str]:
-    """What runs set out to do and is not among the results, in words: parts that never began, scans without a result.
+def missing_results(out: Path, results: list[Result]) -> list[str]:
+    """Sentences on what runs set out to do and is not among the results: parts that never began, scans without a result.
 
-    For each set of inputs the last run counts, whole or in parts: it knew which scans there are. Of runs that
-    left no word, as before there was any, nothing is missed. Raises ValueError for a note that cannot be read.
+    For each set of inputs only the last run counts, whole or in parts: it knew which scans there are. Raises ValueError
+    for a note that cannot be read.
     """
     done, words = {result.scan["scan_id"] for result in results}, []
     for run in _last_runs(out):
@@ -128,10 +125,10 @@ def absent(out: Path, results: list[Result]) -> list[str]:
     return words
 
 
-def unasked(out: Path, results: list[Result]) -> str | None:
-    """Results of scans that the last runs have not found, in words: they may be gone, or have another id now.
+def unexpected_results(out: Path, results: list[Result]) -> str | None:
+    """A sentence on results of scans that the last runs did not find: these may be gone, or have another id now.
 
-    None where there are none, or a part that may have found them never began.
+    None without any, or where a part that may have found them never began.
     """
     runs = _last_runs(out)
     if not runs or any(map(_never_began, runs)):
@@ -144,8 +141,8 @@ def unasked(out: Path, results: list[Result]) -> str | None:
             "them out")
 
 
-def further(out: Path, results: list[Result]) -> str | None:
-    """Results that lie there of scans other than these, in words; None where there are none."""
+def further_results(out: Path, results: list[Result]) -> str | None:
+    """A sentence on the results that lie there of scans other than these; None without any."""
     known = {result.folder for result in results}
     others = sorted(folder.name for folder in _folders(out)
                     if folder not in known and (folder / "result.json").is_file())
@@ -179,7 +176,7 @@ def _folders(out: Path) -> list[Path]:
 
 
 def remove_leftovers(out: Path) -> None:
-    """What runs that were killed had begun to write. Nothing while any run is at work."""
+    """Remove what killed runs left half-written; nothing while any run is at work."""
     work = out / WORK
     leftovers = [*work.glob("*.writing"), *work.glob("*.old")]
     if {path for path in work.iterdir() if not path.name.startswith(".")} == set(leftovers):
@@ -194,7 +191,7 @@ def remove_leftovers(out: Path) -> None:
 # Before
 
 def make_writable(out: Path) -> None:
-    """Makes the folder. ValueError where nothing can be written there, before hours of work for it."""
+    """Make the folder. ValueError where it cannot be written to, before hours of work."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -206,9 +203,9 @@ def make_writable(out: Path) -> None:
 def refuse_other_files(out: Path, sources: list[ScanSource], by_hash: bool) -> None:
     """ValueError if results or tables would replace anything but results or tables, such as the scans themselves."""
     refuse_other_tables(out)
-    folders = folders_of(sources)
+    folders = source_folders(sources)
     for source in sources:
-        refuse_others(find_result_folder(out, source.scan_id, by_hash), folders)
+        refuse_foreign_folder(find_result_folder(out, source.scan_id, by_hash), folders)
 
 
 def refuse_other_tables(out: Path) -> None:
@@ -220,7 +217,7 @@ def refuse_other_tables(out: Path) -> None:
 
 
 def _is_own_table(path: Path) -> bool:
-    """By what it begins with; run.json by its key, or by being damaged, which merge tells of."""
+    """By what it begins with; run.json by its key, or where it is damaged, which merge reports."""
     if path.name != "run.json":
         with open(path, encoding="utf-8", errors="replace") as file:
             return TABLES[path.name] in file.read(1000)
@@ -233,4 +230,4 @@ def _is_own_table(path: Path) -> bool:
 def refuse_other_results(out: Path, sources: list[ScanSource], key: dict) -> None:
     """ValueError if a scan's results there are of another scan, another model, other settings or another version."""
     for source in sources:
-        refuse_another(out, source, read_result(find_result_folder(out, source.scan_id)), key)
+        refuse_other_result(out, source, read_result(find_result_folder(out, source.scan_id)), key)

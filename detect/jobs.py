@@ -23,16 +23,16 @@ from detect.outputs import OUTPUTS, Writer, scan_row, slice_rows
 from detect.pipeline import overlapped
 from detect.projection import Projection, Projector
 from detect.result import (
+    file_hashes,
+    file_stats,
     find_result_folder,
-    folders_of,
     is_made_with,
     made_with,
     origin,
     read_result,
-    refuse_another,
-    refuse_others,
-    seen,
-    stats,
+    refuse_foreign_folder,
+    refuse_other_result,
+    source_folders,
 )
 from op import memory
 
@@ -54,7 +54,7 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
     settings, and of other scans of the same ids, may be replaced. Raises FullDiskError, and ValueError where a scan's
     results would take the place of these, or of anything else.
     """
-    claims, key, folders = Claims(out / WORK), projector.key(), folders_of(sources)
+    claims, key, folders = Claims(out / WORK), projector.key(), source_folders(sources)
     pending: Iterable[tuple[int, ScanSource]] = ((number, sources[number]) for number in (
         range(len(sources)) if numbers is None else numbers))
     waiting: list[tuple[int, ScanSource]] = []
@@ -80,9 +80,9 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
                     waiting.append(numbered)
                     outcome = "another run has it"
                 elif not is_finished():              # another run may have finished it before we had the claim
-                    refuse_others(place(), folders)
+                    refuse_foreign_folder(place(), folders)
                     if not overwrite:
-                        refuse_another(out, source, read_result(place()), key)
+                        refuse_other_result(out, source, read_result(place()), key)
                     job = Job(projector, source, place(), out / WORK, made, writers, held)
                     job.read()
                     job.number, job.held = number, held.pop_all()
@@ -140,7 +140,7 @@ class Job:
         self.made, self.writers, self.held = made, writers, held
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
-        self.seen: dict[str, str | None] = {}                # what its files were when they were read
+        self.hashes: dict[str, str | None] = {"state": None, "bytes": None}     # of its files just before reading
         self.reason: str | None = None                       # why it has failed
         self.scan: Scan | None = None
         self.prepared: Preprocessed | None = None
@@ -158,7 +158,7 @@ class Job:
             self.large = True
             return
         with self._timed("read"), ExitStack() as opened:
-            self.seen = seen(self.source)
+            self.hashes = file_hashes(self.source)
             scan = opened.enter_context(open_scan(self.source))
             if not alone and scan.hu.nbytes > LARGE_BYTES:       # compressed, or in an archive
                 self.large = True
@@ -190,7 +190,7 @@ class Job:
                 folder.mkdir()
                 scan = {"scan_id": self.source.scan_id, "status": "failed", "reason": self.reason}
                 rows = {"scan": scan, "slices": [], "seconds": {}}
-            found = {**self.made, **self.seen, "origin": origin(self.source), **rows}
+            found = {**self.made, **self.hashes, "origin": origin(self.source), **rows}
             (folder / "result.json").write_text(json.dumps(found), encoding="utf-8")
         self.scan = self.prepared = self.projection = None       # now, and not when all threads have forgotten the job
         if self.reason is not None:
@@ -214,4 +214,4 @@ def _hu_bytes(source: ScanSource) -> int:
     """What a scan's HU take in float32, by the size of its files; too little of compressed ones, 0 of an archive's."""
     if source.archive is not None:                     # of which it may be a small part
         return 0
-    return HU_TO_FILES * sum(file.st_size for file in stats(source) or ())
+    return HU_TO_FILES * sum(file.st_size for file in file_stats(source) or ())

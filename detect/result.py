@@ -1,14 +1,14 @@
-"""What a scan's result is on the disk: its folder, result.json, which scan it is of and what made it, what it replaces.
+"""A scan's result on the disk: its folder, and result.json, which says what scan it is of and what made it.
 
-    OUT/SCAN/             a scan's results, written elsewhere and moved here whole; its result.json tells what with
+    OUT/SCAN/             a scan's results, written elsewhere and moved here whole
     OUT/scans/ab/SCAN/    with --part, for very many scans: 256 folders by hash of the name. A scan that has results
-                          keeps its place, whichever way the next run goes
+                          keeps its place, with or without --part
 
 A scan is finished when its result.json holds the key of the projector, the fingerprint of its files and the outputs
-that are asked for. A failed scan has one, too, with the reason, and is tried again by the next run.
-Files of other content under the same names, sizes and times are told by what only the system sets, inode and time of
-status change; where these are others, as after a copy, the content decides. Files that are gone leave their result.
-Another scan of the same name, as of a second folder, takes no result's place but with --overwrite: result.json tells by
+that are asked for. A failed scan has one as well, with the reason, and is tried again by the next run.
+Other content under the same names, sizes and times is noticed by what only the system sets, inode and time of status
+change; where these differ, as after a copy, a hash of the content decides. Results stay when the files are gone.
+Another scan of the same name, as from a second folder, replaces a result only with --overwrite: result.json says by
 hashes which scan it is of.
 """
 
@@ -31,7 +31,7 @@ BY_HASH = "scans"
 
 @dataclass(frozen=True)
 class Result:
-    """What the tables need of a scan's result.json; its slices stay on the disk."""
+    """The part of a scan's result.json that the tables need; its slices stay on the disk."""
 
     folder: Path
     scan: dict                   # its row of scores.csv
@@ -44,7 +44,7 @@ class Result:
 
     @property
     def written(self) -> tuple[int, int]:
-        """Tells a result from the one that it has replaced, or that has replaced it."""
+        """Differs between a result and the one that replaces it."""
         found = (self.folder / "result.json").stat()
         return found.st_ino, found.st_mtime_ns
 
@@ -58,7 +58,7 @@ class Result:
 
 
 def result_folder(out: Path, scan_id: str, by_hash: bool = False) -> Path:
-    """Where a scan's results go. Raises ValueError for an id that would lead elsewhere, or is a table's name."""
+    """The folder for a scan's results. Raises ValueError for an id that would lead elsewhere, or is a table's name."""
     if Path(scan_id).name != scan_id or scan_id in ("", ".", "..", *RESERVED) or "\0" in scan_id:
         raise ValueError(f"a scan's id becomes the name of a folder; {scan_id!r} cannot: give the scan another id "
                          "(ct.read.find_scans does)")
@@ -67,18 +67,18 @@ def result_folder(out: Path, scan_id: str, by_hash: bool = False) -> Path:
 
 
 def find_result_folder(out: Path, scan_id: str, by_hash: bool = False) -> Path:
-    """Where a scan's results are, whichever way they were made; where by_hash puts them if there are none.
+    """The folder of a scan's results, made with or without --part; where by_hash puts them if there are none.
 
-    Raises ValueError where there are two, as earlier versions made with and without --part.
+    Raises ValueError where there are two, as after merging folders by hand.
     """
     places = [result_folder(out, scan_id, way) for way in (by_hash, not by_hash)]
     found = [place for place in places if (place / "result.json").is_file()]
     if len(found) > 1:
-        raise twice(scan_id, *found)
+        raise two_results_error(scan_id, *found)
     return (found or places)[0]
 
 
-def twice(scan_id: str, one: Path, other: Path) -> ValueError:
+def two_results_error(scan_id: str, one: Path, other: Path) -> ValueError:
     return ValueError(f"{scan_id}: has two results, {one} and {other}; remove one of these folders (their result.json "
                       "tells what each was made with)")
 
@@ -93,15 +93,15 @@ def read_result(folder: Path) -> dict | None:
     except (FileNotFoundError, ValueError):           # another run is replacing it; half of it is none
         return None
     if found is not None and not _is_result(found):
-        raise ValueError(f"{path}: another program's, or changed: expected key, scan (scan_id, status, score, seconds),"
-                         " slices and seconds, as projector.py writes them; move its folder away, or choose another "
-                         "--out")
+        raise ValueError(f"{path}: another program's, or changed: expected key, origin, scan (scan_id, status, score, "
+                         "seconds), slices and seconds, as projector.py writes them; move its folder away, or choose "
+                         "another --out")
     return found
 
 
 def _is_result(found: dict) -> bool:
     row = found.get("scan")
-    kinds = {"key": dict, "scan": dict, "slices": list, "seconds": dict}
+    kinds = {"key": dict, "origin": dict, "scan": dict, "slices": list, "seconds": dict}
     if not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
         return False
     numbers = () if row.get("status") == "failed" else ("score", "seconds")
@@ -114,11 +114,11 @@ def _is_result(found: dict) -> bool:
 # What a result is of, and made with
 
 def fingerprint(source: ScanSource) -> str | None:
-    """Changes with the scan's files (names, sizes, times), scan.json included, and with how they are read.
+    """Hash of the scan's files (names, sizes, times), scan.json included, and of how they are read.
 
-    None where one is gone since the search, as where a share is no longer mounted.
+    None where one is gone since the search, as when a share is no longer mounted.
     """
-    if (found := stats(source)) is None:
+    if (found := file_stats(source)) is None:
         return None
     facts = [(path.name, one.st_size, one.st_mtime_ns) for path, one in zip(source.files, found)]
     read_as = {k: v for k, v in source.options.items() if not isinstance(v, Path)}
@@ -126,46 +126,43 @@ def fingerprint(source: ScanSource) -> str | None:
 
 
 def made_with(key: dict, source: ScanSource, writers: Iterable[str]) -> dict:
-    """What a scan's result.json must say for its results to be those of this key, of its files as they are now, and
-    of these outputs.
+    """The entries of result.json that results must have to be of this key, the files as they are now, and the outputs.
     """
     return {"key": key, "files": fingerprint(source), "outputs": sorted(writers)}
 
 
 def is_made_with(made: dict, source: ScanSource, earlier: dict | None) -> bool:
-    """Whether a result is what made_with() says, failed or not. Of files that are gone it stays the result."""
-    if not earlier or is_another(source, earlier):
+    """Whether a result, failed or not, has the entries of made_with(). Files that are gone are not compared."""
+    if not earlier or is_other_scan(source, earlier):
         return False
     if made["files"] is None:
         return all(earlier.get(name) == made[name] for name in ("key", "outputs"))
-    return made.items() <= earlier.items() and _holds_what_it_held(source, earlier)
+    return made.items() <= earlier.items() and _content_unchanged(source, earlier)
 
 
-def seen(source: ScanSource) -> dict[str, str | None]:
-    """What the scan's files are just before they are read, for result.json, in hashes: `state`, which nobody can set
-    as it was when other content is put in their place, and `bytes`, all that is in them. None where one is gone.
+def file_hashes(source: ScanSource) -> dict[str, str | None]:
+    """Hashes of the scan's files, for result.json, taken just before they are read; None where one is gone.
+
+    state  of inodes and times of status change, which nobody can set back after changing a file
+    bytes  of the content
     """
-    state = _state(source)                             # before the content: what comes meanwhile has another one
-    return {"state": state, "bytes": state and _bytes(source.files, state)}
+    state = _system_state(source)                      # first: a file that changes meanwhile then has another state
+    return {"state": state, "bytes": state and _content_hash(source.files, state)}
 
 
-def _holds_what_it_held(source: ScanSource, earlier: dict) -> bool:
-    """By `state`, and where that is another, as of a copy or another mode, by `bytes`. Results of earlier versions hold
-    neither, and count by their `files` alone.
-    """
-    state = _state(source)
-    if state is None or earlier.get("state") in (None, state):
-        return True
-    return earlier.get("bytes") == _bytes(source.files, state)
+def _content_unchanged(source: ScanSource, earlier: dict) -> bool:
+    """By `state`, and where that differs, as after a copy or a change of mode, by `bytes`."""
+    state = _system_state(source)
+    return state is None or earlier["state"] == state or earlier["bytes"] == _content_hash(source.files, state)
 
 
-def _state(source: ScanSource) -> str | None:
-    found = stats(source)
+def _system_state(source: ScanSource) -> str | None:
+    found = file_stats(source)
     return None if found is None else digest([f"{one.st_ino} {one.st_ctime_ns}" for one in found])
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _bytes(files: tuple[Path, ...], state: str) -> str | None:
+def _content_hash(files: tuple[Path, ...], state: str) -> str | None:
     try:
         return digest([known_sha256(path) for path in files])
     except OSError:
@@ -173,23 +170,22 @@ def _bytes(files: tuple[Path, ...], state: str) -> str | None:
 
 
 def origin(source: ScanSource) -> dict[str, str | None]:
-    """Which scan it is, for result.json, in hashes alone: results hold no UIDs, and no folders' names.
+    """Hashes that say which scan it is, for result.json, which must hold no UIDs and no folders' names.
 
-    uid      of its series, wherever it lies; where it has none:
-    place    of its files
+    uid      of its series, wherever it lies; without a UID:
+    place    of the folder of its files
     content  of its pictures, whatever a scan.json says of them; None where they cannot be read
     """
     uid = source.uid.partition("|")[0]
     return {"uid": digest([uid])} if uid else {"place": _place(source), "content": _content(source)}
 
 
-def is_another(source: ScanSource, earlier: dict) -> bool:
-    """Whether earlier results of this id are of another scan: another series or, without UIDs, files that lie elsewhere
-    and hold something else. Files that changed where they lie, and a folder that was moved, are the same scan.
+def is_other_scan(source: ScanSource, earlier: dict) -> bool:
+    """Whether earlier results of this id are of another scan: another series or, without UIDs, other files elsewhere.
+
+    Files that changed in place, and a folder that was moved, are the same scan.
     """
-    known, uid = earlier.get("origin"), source.uid.partition("|")[0]
-    if not known:
-        return False
+    known, uid = earlier["origin"], source.uid.partition("|")[0]
     if uid or "uid" in known:
         return known.get("uid") != digest([uid])
     return known["place"] != _place(source) and known["content"] != (_content(source) or "unknown")
@@ -209,8 +205,8 @@ def _content(source: ScanSource) -> str | None:
         return None
 
 
-def stats(source: ScanSource) -> list[os.stat_result] | None:
-    """Of the scan's files; None where one is gone since the search: read_scan will say so."""
+def file_stats(source: ScanSource) -> list[os.stat_result] | None:
+    """Status of the scan's files; None where one is gone since the search: read_scan will say so."""
     try:
         return [path.stat() for path in source.files]
     except OSError:
@@ -224,8 +220,8 @@ def digest(words: list[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 # What a result may replace
 
-def folders_of(sources: Iterable[ScanSource]) -> set[tuple[int, int]]:
-    """The folders that scans lie in, at any depth, by device and inode: known by any name, through links, too."""
+def source_folders(sources: Iterable[ScanSource]) -> set[tuple[int, int]]:
+    """All folders above the scans' files by device and inode, so that links and other names lead to the same."""
     places = {path.parent for source in sources for path in source.files}
     real = {Path(os.path.realpath(place)) for place in places}
     found = set()
@@ -235,8 +231,8 @@ def folders_of(sources: Iterable[ScanSource]) -> set[tuple[int, int]]:
     return found
 
 
-def refuse_others(place: Path, folders: set[tuple[int, int]]) -> None:
-    """folders: those of scans, folders_of()."""
+def refuse_foreign_folder(place: Path, folders: set[tuple[int, int]]) -> None:
+    """ValueError if results would replace anything but results. folders: source_folders() of the scans."""
     if not os.path.lexists(place):
         return
     if not place.is_dir() or _identity(place) in folders or not (read_result(place) or _is_left_over(place)):
@@ -255,9 +251,9 @@ def _is_left_over(place: Path) -> bool:
     return not names or ("result.json" in names and names <= WRITTEN)
 
 
-def refuse_another(out: Path, source: ScanSource, earlier: dict | None, key: dict) -> None:
+def refuse_other_result(out: Path, source: ScanSource, earlier: dict | None, key: dict) -> None:
     """ValueError if a scan's earlier result is of another scan, another model, other settings or another version."""
-    if earlier and is_another(source, earlier):
+    if earlier and is_other_scan(source, earlier):
         raise ValueError(f"--out {out}: {source.scan_id} is another scan than the one whose results lie there; choose "
                          "another --out, or --ids uid, which no two scans share, or --overwrite")
     if earlier and earlier["scan"]["status"] != "failed" and earlier["key"] != key:

@@ -18,15 +18,15 @@ from common.stopping import Terminated
 from ct.read import ScanSource
 from detect.bundle import versions
 from detect.folder import (
-    absent,
     collect,
     collect_all,
     make_writable,
+    missing_results,
     note_part,
     refuse_other_files,
     refuse_other_results,
     refuse_other_tables,
-    unasked,
+    unexpected_results,
     write_tables,
 )
 from detect.jobs import project_all
@@ -161,13 +161,13 @@ def write_all(out: Path, results: list[Result], report: dict, seconds: float) ->
 
 
 def merge(out: Path) -> tuple[list[Result], list[str], str | None]:
-    """Write tables, run.json and page of all results in a folder; these results, and detect.folder.absent() and
-    unasked() of them. Raises ValueError where they are not of one run, or run.json is not theirs."""
+    """Write tables, run.json and page of all results in a folder; these results, and detect.folder.missing_results() and
+    unexpected_results() of them. Raises ValueError where they are not of one run, or run.json is not theirs."""
     refuse_other_tables(out)
     if not (out / "run.json").is_file():
         raise ValueError(f"{out}: no run.json; give a folder of results of projector.py")
     results = collect_all(out)
-    missed, others = absent(out, results), unasked(out, results)
+    missed, others = missing_results(out, results), unexpected_results(out, results)
     report = _read_report(out / "run.json")
     if results and report.get("key") != results[0].key:
         raise ValueError(f"{out / 'run.json'}: is of a run with another model or calibration, other settings or "

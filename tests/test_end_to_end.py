@@ -176,7 +176,8 @@ def test_what_is_not_to_be_trusted_stands_below_whatever_its_score(tmp_path):
         scan = {"scan_id": name, "status": status, "score": score, "seconds": 1.0}
         results.append(Result(tmp_path / name, scan, {}, {}))
         (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(json.dumps({"key": {}, "scan": scan, "slices": [], "seconds": {}}))
+        result = {"key": {}, "origin": {}, "scan": scan, "slices": [], "seconds": {}}
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
     write_tables(tmp_path, results)
     assert [row["scan_id"] for row in rows(tmp_path / "scores.csv")] == ["c", "b", "a"]
 

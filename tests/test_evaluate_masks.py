@@ -200,7 +200,7 @@ def test_pictures_of_a_stack_that_was_put_upright_lie_on_their_slices(results, r
     write_nifti(folder / "mask.nii.gz", mask, scan)
     write_nifti(folder / "anomaly.nii.gz", mask.astype(np.float32), scan)
     row = {"scan_id": "a", "status": "ok", "score": 1.0, "seconds": 1.0, "notes": " | ".join([*scan.notes, "another"])}
-    (folder / "result.json").write_text(json.dumps({"key": {}, "scan": row, "slices": [], "seconds": {}}))
+    (folder / "result.json").write_text(json.dumps({"key": {}, "origin": {}, "scan": row, "slices": [], "seconds": {}}))
     write_csv(results / "slices.csv", "scan_id,slice,position_mm", [["a", *p] for p in enumerate(scan.position_mm)])
     (results.parent / "masks" / "a").mkdir(parents=True)
     for k in (20, 21, 22):

@@ -18,7 +18,7 @@ from ct.read import find_scans
 from ct.scan import ScanSource
 from detect import Projector, jobs, load_bundle
 from detect.claims import Claims
-from detect.folder import PARTS, absent, collect_all, note_part
+from detect.folder import PARTS, collect_all, missing_results, note_part
 from detect.jobs import WORK
 from detect.result import Result, find_result_folder, result_folder
 from detect.run import begin_report
@@ -154,7 +154,7 @@ def test_the_last_run_on_the_same_inputs_says_what_there_is(tmp_path):
                 if path.stat().st_mtime > 1e6:
                     os.utime(path, (k, k))
         done = [Result(tmp_path, {"scan_id": one, "status": "ok"}, {}, {}) for one in "ab"]
-        return absent(tmp_path, done)
+        return missing_results(tmp_path, done)
 
     assert noted() == []                                                 # of a version that left no word
     assert noted(("x", "ab", 0, 2), ("x", "ab", 1, 2)) == noted(("x", "ab", 0, 1)) == []

@@ -23,7 +23,7 @@ from detect import Projector, jobs, load_bundle
 from detect.folder import PARTS, collect
 from detect.jobs import WORK
 from detect.outputs import OUTPUTS
-from detect.result import is_another, origin, read_result
+from detect.result import is_other_scan, origin, read_result
 from tests.helpers import project_one, synthetic_head, tiny_bundle
 from tests.queue_data import flags, link_two, made, make_scans, run_whole, tables
 from tests.writers import write_dicom_series
@@ -181,8 +181,6 @@ def test_another_scan_of_the_same_name_takes_no_results_place(model, tmp_path, c
     one = Projector(load_bundle(model, precision="fp32"))
     with pytest.raises(ValueError, match="is another scan"):             # two runs at once, neither of which knew
         list(jobs.project_all(one, find_scans(tuesday), out))
-    as_before = {name: value for name, value in read_result(out / "scan-1").items() if name not in ("state", "bytes")}
-    (out / "scan-1" / "result.json").write_text(json.dumps(as_before))   # of an earlier version, which held less
     assert collect(out, find_scans(tuesday), one.key(), [*OUTPUTS, "dicom"]) == ([], ["scan-1"])
 
     moved = shutil.move(monday, tmp_path / "elsewhere")                  # the same scan: nothing to do
@@ -210,9 +208,6 @@ def test_other_content_of_the_same_size_and_time_is_projected_again(model, tmp_p
     assert (now.st_ino, now.st_size, now.st_mtime) == (earlier.st_ino, earlier.st_size, earlier.st_mtime)
     assert projector.main(flags(monday, model, out)) == 0 and made(capsys) == 1
     assert tables(out) != first
-    of_this = read_result(out / "scan-1")
-    (out / "scan-1" / "result.json").write_text(json.dumps({k: v for k, v in of_this.items() if k != "state"}))
-    assert projector.main(flags(monday, model, out)) == 0 and made(capsys) == 0        # as earlier versions wrote it
 
 
 def test_files_go_and_results_stay(model, tmp_path, capsys, monkeypatch):
@@ -253,12 +248,12 @@ def test_a_series_is_known_by_its_uid_wherever_it_lies(tmp_path):
 
     earlier = {"origin": origin(source())}
     assert "1.2" not in str(earlier).replace(earlier["origin"]["uid"], "")
-    assert not is_another(source(where="b", uid="1.2|9|2.5"), earlier)
-    assert is_another(source(uid="1.3|9|5.0"), earlier)
-    assert is_another(source(uid="", kind="nifti"), earlier)
+    assert not is_other_scan(source(where="b", uid="1.2|9|2.5"), earlier)
+    assert is_other_scan(source(uid="1.3|9|5.0"), earlier)
+    assert is_other_scan(source(uid="", kind="nifti"), earlier)
     without = {"origin": origin(source(uid=""))}                   # its file is not there: no content to know
-    assert not is_another(source(uid=""), without) and is_another(source("b", uid=""), without)
-    assert is_another(source(), without) and not is_another(source(), {})
+    assert not is_other_scan(source(uid=""), without) and is_other_scan(source("b", uid=""), without)
+    assert is_other_scan(source(), without)
 
 
 def test_a_scan_is_replaced_whole(scans, tmp_path):
