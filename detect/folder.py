@@ -100,7 +100,7 @@ def write_tables(out: Path, results: list[Result]) -> None:
 
 
 def note_part(out: Path, inputs: Iterable[Path], found: list[ScanSource], number: int, count: int) -> None:
-    """Note what a run is about to do: part `number` of `count` of what was found in `inputs`; a whole run is 0 of 1."""
+    """Note what a run is about to do: part `number` of `count` of what was found in `inputs`. A whole run is 0 of 1."""
     where, ids = sorted(str(path.resolve()) for path in inputs), [source.scan_id for source in found]
     (out / PARTS).mkdir(exist_ok=True)
     note = {"part": number, "of": count, "found": digest(ids), "scans": ids[number::count]}
@@ -108,7 +108,7 @@ def note_part(out: Path, inputs: Iterable[Path], found: list[ScanSource], number
 
 
 def missing_results(out: Path, results: list[Result]) -> list[str]:
-    """Sentences on what runs set out to do and is not among the results: parts that never began, scans without a result.
+    """Sentences on what runs set out to do that is not among the results: parts that never began, scans without one.
 
     For each set of inputs only the last run counts, whole or in parts: it knew which scans there are. Raises ValueError
     for a note that cannot be read.

@@ -161,8 +161,11 @@ def write_all(out: Path, results: list[Result], report: dict, seconds: float) ->
 
 
 def merge(out: Path) -> tuple[list[Result], list[str], str | None]:
-    """Write tables, run.json and page of all results in a folder; these results, and detect.folder.missing_results() and
-    unexpected_results() of them. Raises ValueError where they are not of one run, or run.json is not theirs."""
+    """Write tables, run.json and page of all results in a folder.
+
+    Returns these results, and missing_results() and unexpected_results() of them. Raises ValueError where they are not
+    of one run, or run.json is not theirs.
+    """
     refuse_other_tables(out)
     if not (out / "run.json").is_file():
         raise ValueError(f"{out}: no run.json; give a folder of results of projector.py")
