@@ -19,14 +19,17 @@ def option(default: Any, help: str, choices: tuple | None = None, stored: bool =
 
 
 def check_range(config: Any, names: tuple[str, ...], low: float, high: float = math.inf,
-                above: bool = False) -> None:
-    """ValueError naming the flag unless the fields lie from `low` (above: beyond it) to `high`, and are finite."""
+                above: bool = False, flags: bool = True) -> None:
+    """ValueError unless the fields lie from `low` (above: beyond it) to `high`, and are finite; it names them as flags
+    or, as of settings that are given by KEY=VALUE, as they are.
+    """
     for name in names:
         value = getattr(config, name)
         if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
             limit = f" and at most {high:g}" if math.isfinite(high) else ""
             least = "above" if above else "at least"
-            raise ValueError(f"--{name.replace('_', '-')} must be {least} {low:g}{limit}, got {value:g}")
+            shown = f"--{name.replace('_', '-')}" if flags else name
+            raise ValueError(f"{shown} must be {least} {low:g}{limit}, got {value:g}")
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type, title: str) -> None:

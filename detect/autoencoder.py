@@ -30,8 +30,7 @@ class AutoencoderSettings:
     batch: int = option(32, "slices in the network at a time: memory, not results", stored=False)
 
     def __post_init__(self):
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        check_range(self, ("batch",), 1, flags=False)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from common.weights import CheckpointError
-from config import option
+from config import check_range, option
 from ct.window import BONE_HU, decode, encode
 from detect.inversion import EncoderMethod, bone_mask
 from detect.reader import Reader
@@ -65,18 +65,15 @@ class InpaintingSettings:
     batch: int = option(32, "slices in the networks at a time: memory, not results", stored=False)
 
     def __post_init__(self):
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        check_range(self, ("batch",), 1, flags=False)
         if not 8 <= self.hidden <= AT // 2:
             raise ValueError(f"hidden must be from 8 to {AT // 2} pixels, got {self.hidden}")
-        if not self.gate_hu > 0:
-            raise ValueError(f"gate_hu must be above 0 HU, got {self.gate_hu:g}")
+        check_range(self, ("gate_hu",), 0, above=True, flags=False)
         if not 0 < self.grow_hu <= self.gate_hu:
             raise ValueError(f"grow_hu must be above 0 and at most gate_hu, {self.gate_hu:g}, got {self.grow_hu:g}")
         if not 0 <= self.spared < 1:
             raise ValueError(f"spared must be from 0 to below 1, got {self.spared:g}")
-        if self.bright_rim < AROUND:
-            raise ValueError(f"bright_rim must be at least {AROUND} pixel, got {self.bright_rim}")
+        check_range(self, ("bright_rim",), AROUND, flags=False)
 
 
 class Inpainting(EncoderMethod):

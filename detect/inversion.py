@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from common.weights import CheckpointError, compact, load_strictly, load_tensors
-from config import option
+from config import check_range, option
 from ct.window import BONE_HU, decode, encode
 from detect.reader import Reader, config_of, load_reader
 from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
@@ -30,8 +30,7 @@ class InversionSettings:
     batch: int = option(32, "slices in the generator at a time: memory, not results", stored=False)
 
     def __post_init__(self):
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        check_range(self, ("batch",), 1, flags=False)
 
 
 class EncoderMethod(Reconstructor):

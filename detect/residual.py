@@ -7,14 +7,13 @@ Residuals are in HU, query minus reconstruction: positive where the scan is dens
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy import ndimage
 
-from config import option
+from config import check_range, option
 from detect.reconstruct import Reconstruction
 from op.banded import dilated
 from op.median import median2d
@@ -72,7 +71,7 @@ class MaskSettings:
                               "this, HU; 0: neither (by surprise)")
 
     def __post_init__(self):
-        check_range(self, ("surprise_mask", "component_at_512", "extent_hu"))
+        check_range(self, ("surprise_mask", "component_at_512", "extent_hu"), 0, flags=False)
 
 
 # --- residual ---
@@ -160,17 +159,6 @@ def _components(mask: torch.Tensor) -> np.ndarray:
 
 
 # --- checks ---
-
-
-def check_range(settings, names: Sequence[str]) -> None:
-    for name in names:
-        if not 0 <= getattr(settings, name) < float("inf"):
-            raise ValueError(f"{name} must be at least 0, got {getattr(settings, name):g}")
-
-
-def check_median(settings) -> None:
-    if settings.median_at_512 < 1:
-        raise ValueError(f"median_at_512 must be at least 1, got {settings.median_at_512}")
 
 
 def check_same_shape(**tensors: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from common.files import known_sha256
 from common.weights import CheckpointError, load_tensors
-from config import option
+from config import check_range, option
 from ct.window import decode, encode
 from detect.inversion import compact_networks, draw, load_networks
 from detect.latent import LatentStats
@@ -51,15 +51,11 @@ class SearchSettings:
         if self.steps_latent < 0 or self.steps_noise < 0 or self.steps_latent + self.steps_noise < 1:
             raise ValueError("steps must not be negative, and a search needs one at least, got "
                              f"{self.steps_latent} latent and {self.steps_noise} noise")
-        for name in ("lr_latent", "lr_noise", "domain", "pixels"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name):g}")
-        if not 0 < self.knee < float("inf"):
-            raise ValueError(f"knee must be above 0, got {self.knee:g}")
+        check_range(self, ("lr_latent", "lr_noise", "domain", "pixels"), 0, flags=False)
+        check_range(self, ("knee",), 0, above=True, flags=False)
+        check_range(self, ("batch",), 1, flags=False)
         if self.perceptual not in PERCEPTUAL:
             raise ValueError(f"perceptual must be one of {', '.join(PERCEPTUAL)}, got {self.perceptual!r}")
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
 
     def of_files(self) -> dict[str, str | None]:
         """SHA-256 of the files that scores hang on, wherever they lie; None where one is not given."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from config import option
+from config import check_range, option
 from detect import normative
 from detect.normative import Normal
 from detect.reconstruct import Reconstruction
@@ -18,8 +18,6 @@ from detect.residual import (
     Evidence,
     Findings,
     MaskSettings,
-    check_median,
-    check_range,
     check_same_shape,
     filtered,
     lesion_mask,
@@ -50,10 +48,9 @@ class SurpriseSettings:
                               "the residual has the rest")
 
     def __post_init__(self):
-        check_median(self)
-        check_range(self, ("hypodense", "surprise_above"))
-        if not 0 <= self.read <= 1:
-            raise ValueError(f"read must be from 0 to 1, got {self.read:g}")
+        check_range(self, ("median_at_512",), 1, flags=False)
+        check_range(self, ("hypodense", "surprise_above"), 0, flags=False)
+        check_range(self, ("read",), 0, 1, flags=False)
         for name, allowed in (("filter", normative.FILTERS), ("scale", normative.COMBINED), ("pool", SLICE_SCORES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -9,15 +9,13 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from config import option
+from config import check_range, option
 from detect.normative import Normal
 from detect.reconstruct import Reconstruction
 from detect.residual import (
     Evidence,
     Findings,
     MaskSettings,
-    check_median,
-    check_range,
     check_same_shape,
     filtered,
     lesion_mask,
@@ -36,8 +34,8 @@ class VotesSettings:
                                     "are no neighbours")
 
     def __post_init__(self):
-        check_median(self)
-        check_range(self, ("threshold_hu", "max_gap_mm"))
+        check_range(self, ("median_at_512",), 1, flags=False)
+        check_range(self, ("threshold_hu", "max_gap_mm"), 0, flags=False)
 
 
 class Votes:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from common.weights import CheckpointError, compact, load_tensors
-from config import option
+from config import check_range, option
 from ct.window import WINDOWS_HU, decode, encode
 from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
 from healthygan.data import shrink
@@ -29,8 +29,7 @@ class TranslatorSettings:
     batch: int = option(16, "slices in the generator at a time: memory, not results", stored=False)
 
     def __post_init__(self):
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        check_range(self, ("batch",), 1, flags=False)
 
 
 class Translator(Reconstructor):

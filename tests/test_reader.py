@@ -180,7 +180,7 @@ def test_healthy_residuals_without_a_reader_do_not_judge_one():
 
 @pytest.mark.parametrize("weight", (-0.1, 1.1))
 def test_a_weight_beyond_0_to_1_is_refused(weight):
-    with pytest.raises(ValueError, match="read must be from 0 to 1"):
+    with pytest.raises(ValueError, match="read must be at least 0 and at most 1"):
         SurpriseSettings(read=weight)
 
 
