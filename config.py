@@ -32,6 +32,14 @@ def check_range(config: Any, names: tuple[str, ...], low: float, high: float = m
             raise ValueError(f"{shown} must be {least} {low:g}{limit}, got {value:g}")
 
 
+def check_choices(config: Any) -> None:
+    """ValueError naming a field whose value is none of its choices; of flags argparse sees to that."""
+    for f in dataclasses.fields(config):
+        choices, value = f.metadata["choices"], getattr(config, f.name)
+        if choices and value not in choices:
+            raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+
+
 def add_options(parser: argparse.ArgumentParser, kind: type, title: str) -> None:
     """A flag for every field of the dataclass `kind`, with dashes (`--r1-gamma`); none has a value until given."""
     group, types = parser.add_argument_group(title), typing.get_type_hints(kind)

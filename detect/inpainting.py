@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from common.weights import CheckpointError
-from config import check_range, option
+from config import check_choices, check_range, option
 from ct.window import BONE_HU, decode, encode
 from detect.inversion import EncoderMethod, bone_mask
 from detect.reader import Reader
@@ -65,6 +65,7 @@ class InpaintingSettings:
     batch: int = option(32, "slices in the networks at a time: memory, not results", stored=False)
 
     def __post_init__(self):
+        check_choices(self)
         check_range(self, ("batch",), 1, flags=False)
         if not 8 <= self.hidden <= AT // 2:
             raise ValueError(f"hidden must be from 8 to {AT // 2} pixels, got {self.hidden}")

@@ -17,7 +17,7 @@ import torch
 
 from common.files import known_sha256
 from common.weights import CheckpointError, load_tensors
-from config import check_range, option
+from config import check_choices, check_range, option
 from ct.window import decode, encode
 from detect.inversion import compact_networks, draw, load_networks
 from detect.latent import LatentStats
@@ -54,8 +54,7 @@ class SearchSettings:
         check_range(self, ("lr_latent", "lr_noise", "domain", "pixels"), 0, flags=False)
         check_range(self, ("knee",), 0, above=True, flags=False)
         check_range(self, ("batch",), 1, flags=False)
-        if self.perceptual not in PERCEPTUAL:
-            raise ValueError(f"perceptual must be one of {', '.join(PERCEPTUAL)}, got {self.perceptual!r}")
+        check_choices(self)
 
     def of_files(self) -> dict[str, str | None]:
         """SHA-256 of the files that scores hang on, wherever they lie; None where one is not given."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from config import check_range, option
+from config import check_choices, check_range, option
 from detect import normative
 from detect.normative import Normal
 from detect.reconstruct import Reconstruction
@@ -51,9 +51,9 @@ class SurpriseSettings:
         check_range(self, ("median_at_512",), 1, flags=False)
         check_range(self, ("hypodense", "surprise_above"), 0, flags=False)
         check_range(self, ("read",), 0, 1, flags=False)
-        for name, allowed in (("filter", normative.FILTERS), ("scale", normative.COMBINED), ("pool", SLICE_SCORES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_choices(self)
+        if self.pool not in SLICE_SCORES:
+            raise ValueError(f"pool must be one of {', '.join(SLICE_SCORES)}, got {self.pool!r}")
         if self.filter == "hyperdense" and self.scale != "sides":
             raise ValueError(f"filter hyperdense: needs scale sides, got {self.scale!r}: at its fine scale nothing is "
                              "hypodense")

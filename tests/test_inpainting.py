@@ -383,7 +383,8 @@ def test_settings_and_networks_that_do_not_fit_are_refused():
                           ({"grow_hu": 9}, "grow_hu must be above 0 and at most gate_hu, 8, got 9"),
                           ({"spared": 1}, "spared must be from 0 to below 1, got 1"),
                           ({"hidden": 7}, "hidden must be from 8 to 64 pixels"), ({"hidden": 65}, "got 65"),
-                          ({"bright_rim": 0}, "bright_rim must be at least 1, got 0")):
+                          ({"bright_rim": 0}, "bright_rim must be at least 1, got 0"),
+                          ({"judged": "surounding"}, "judged must be one of surroundings, normal, got 'surounding'")):
         with pytest.raises(ValueError, match=said):
             InpaintingSettings(**changes)
     plain = dataclasses.replace(TINY, encoder_masks=False)

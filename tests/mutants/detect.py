@@ -93,6 +93,8 @@ MUTANTS = (
     Mutant("what is anomalous is drawn as it is", "detect/inpainting.py",
            "self.draw(self.images(hu), hidden, bone)", "self.draw(self.images(hu), ~hidden, bone)",
            "tests/test_inpainting.py -k bleed_is_drawn_anew"),
+    Mutant("a misspelt judged counts as the other choice", "detect/inpainting.py",
+           "        check_choices(self)\n", "", "tests/test_inpainting.py -k do_not_fit"),
     Mutant("what is drawn anew is judged as it is drawn", "detect/inpainting.py",
            "torch.where(anomalous, expected_hu, torch.where(hidden, query_hu, normal_hu))", "normal_hu",
            "tests/test_inpainting.py -k judged_by_its_surroundings"),
