@@ -233,14 +233,14 @@ def evaluate_parser() -> argparse.ArgumentParser:
         "slices.csv, from 0)")
     add("--maps", type=Path, help="<scan_id>/mask.nii.gz, anomaly.nii.gz, by whose distance from 0 pixels rank "
         "(default: the folder of scores.csv)")
-    add("--mask-gaps", choices=("error", "empty", "skip"), default="error",
+    add("--mask-gaps", choices=("error", "empty", "skip"),
         help="slices without a PNG in a truth folder: refuse, nothing there, or not counted (default error)")
     add("--threshold", type=_finite,
         help="a scan is called abnormal above this score; set on other data (default: the model's own, from the "
              "run.json beside SCORES; right only where SCORES has no scan of its calibration)")
     add("--threshold-from", type=Path, nargs="+", metavar="CSV",
         help="SCORES [LABELS] of other scans (without labels all healthy): threshold at --fpr on the healthy")
-    add("--fpr", type=_share, default=0.05, help="false-positive rate for --threshold-from (default 0.05)")
+    add("--fpr", type=_share, help="false-positive rate for --threshold-from (default 0.05)")
     add("--slice-threshold", type=_finite, help="the same for slices")
     add("--prevalence", type=_share, help="share of abnormal scans for 'PPV at prevalence'")
     add("--compare", type=Path, metavar="SCORES", help="another method's scores: paired DeLong test")
@@ -274,21 +274,31 @@ def triage_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together, and set the defaults of those that need another."""
+    if bool(args.slices) != bool(args.slice_labels):
+        parser.error("--slices and --slice-labels go together")
+    for flag, needed in (("slice_threshold", "slices"), ("maps", "masks"), ("mask_gaps", "masks"),
+                         ("fpr", "threshold_from")):
+        if getattr(args, flag) is not None and not getattr(args, needed):
+            parser.error(f"--{flag} needs --{needed}".replace("_", "-"))
+    if args.threshold is not None and args.threshold_from:
+        parser.error("give --threshold or --threshold-from, not both")
+    if args.threshold_from and len(args.threshold_from) > 2:
+        parser.error("--threshold-from takes SCORES or SCORES LABELS")
+    if args.masks and not args.masks.is_dir():
+        parser.error(f"--masks {args.masks}: no such folder")
+    args.maps, args.mask_gaps = args.maps or args.scores.parent, args.mask_gaps or "error"
+    args.fpr = args.fpr or 0.05
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     command, parser, argv = ((simulate_worklist, triage_parser(), argv[1:]) if argv[:1] == ["triage"]
                              else (evaluate, evaluate_parser(), argv))
     args = parser.parse_args(argv)
     if command is evaluate:
-        if bool(args.slices) != bool(args.slice_labels):
-            parser.error("--slices and --slice-labels go together")
-        if args.threshold is not None and args.threshold_from:
-            parser.error("give --threshold or --threshold-from, not both")
-        if args.threshold_from and len(args.threshold_from) > 2:
-            parser.error("--threshold-from takes SCORES or SCORES LABELS")
-        if args.masks and not args.masks.is_dir():
-            parser.error(f"--masks {args.masks}: no such folder")
-        args.maps = args.maps or args.scores.parent
+        complete(parser, args)
 
     from detect.report import ReportError
     from evaluation.cohort import InputError

@@ -197,7 +197,9 @@ def test_the_models_own_threshold_is_taken_from_run_json(results):
 
 @pytest.mark.parametrize("extra", [["--slices", "x.csv"], ["--threshold", "1", "--threshold-from", "x.csv"],
                                    ["--prevalence", "1.5"], ["--where", "split"], ["--level", "95"],
-                                   ["--threshold", "nan"], ["--slice-threshold", "inf"], ["--masks", "nowhere"]])
+                                   ["--threshold", "nan"], ["--slice-threshold", "inf"], ["--masks", "nowhere"],
+                                   ["--fpr", "0.1"], ["--slice-threshold", "1"], ["--maps", "."],
+                                   ["--mask-gaps", "skip"]])
 def test_wrong_usage_is_exit_2(results, extra):
     with pytest.raises(SystemExit) as stop:
         run(results, *extra)
