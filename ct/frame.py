@@ -21,6 +21,7 @@ from ct.whole_head import check_head
 # alters pixels or masks: scores made before and after are not comparable, and a bundle of another version gives no
 # percentiles.
 VERSION = 1
+SIDEWAYS_DEG = 60.0            # a head turned by more lies on its side; where by more than 90, it comes nose down
 CLIP_HU = 1.0                  # a range that is smaller by so much is the same: formats round
 
 
@@ -96,7 +97,7 @@ def preprocess_scan(scan: Scan, settings: PreprocessSettings) -> Preprocessed:
     if not kept.any():
         raise ScanError(f"{scan.scan_id}: no slice has brain on {settings.min_brain_fraction:.1%} of the frame "
                         f"and lies within {settings.max_below_vertex_mm:g} mm below the vertex")
-    if scan.source != "dicom":                         # which states how the patient lay
+    if scan.source != "dicom" or abs(standardised.frame.angle_deg) > SIDEWAYS_DEG:    # DICOM states how the patient lay
         frame = settings.standardise
         reservations += check_facing(standardised, frame.head_fraction, frame.hu_clip[0])
     return Preprocessed(slabs, brain, standardised, kept, reservations)

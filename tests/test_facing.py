@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from ct.facing import NOSE_DOWN, check_facing
 from ct.frame import preprocess_scan
@@ -56,3 +57,8 @@ def test_a_nose_down_scan_has_a_reservation():
     assert preprocess_scan(upright, settings).reservations == ()
     assert preprocess_scan(down, settings).reservations == (NOSE_DOWN,)
     assert preprocess_scan(replace(down, source="dicom"), settings).reservations == ()      # its header says so
+    for angle_deg, reservations in ((80, ()), (100, (NOSE_DOWN,)), (-100, (NOSE_DOWN,))):   # but not how the head was
+        hu = ndimage.rotate(upright.hu, angle_deg, (1, 2), reshape=False, order=1, cval=-1000.0)
+        brain = ndimage.rotate(upright.brain.astype(float), angle_deg, (1, 2), reshape=False, order=1) > 0.5
+        sideways = replace(upright, hu=hu, brain=brain, source="dicom")
+        assert preprocess_scan(sideways, settings).reservations == reservations

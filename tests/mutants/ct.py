@@ -14,6 +14,8 @@ MUTANTS = (
     Mutant("frames of a multi-frame source by their place among the slices", "ct/derived.py",
            "self.frames[int(source.ReferencedFrameNumber) - 1][1] + 1", "source.ReferencedFrameNumber",
            "tests/test_dicom_out.py -k no_slices"),
+    Mutant("a head on its side may come nose down without a note", "ct/frame.py",
+           "or abs(standardised.frame.angle_deg) > SIDEWAYS_DEG:", "or False:", "tests/test_facing.py -k reservation"),
     Mutant("a series in two folders that share a slice is two scans", "ct/series.py",
            "<= len(images) / 2:", "< 1:", "tests/test_odd_inputs.py -k share_a_slice"),
     Mutant("every second slice is a scan of its own", "ct/series.py",
