@@ -18,6 +18,12 @@ def option(default: Any, help: str, choices: tuple | None = None, stored: bool =
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "stored": stored})
 
 
+def flag(name: str, value: Any) -> str:
+    """A field and its value as given on a command line."""
+    dashed = name.replace("_", "-")
+    return f"--{dashed} {value}" if not isinstance(value, bool) else f"--{dashed}" if value else f"--no-{dashed}"
+
+
 def check_range(config: Any, names: tuple[str, ...], low: float, high: float = math.inf,
                 above: bool = False, flags: bool = True) -> None:
     """ValueError unless the fields lie from `low` (above: beyond it) to `high`, and are finite; it names them as flags

@@ -1,11 +1,13 @@
 """Train the inversion encoder, image to W+ code (in-domain inversion, Zhu et al. 2020, ECCV).
 
     python train_encoder.py --data healthy.lmdb --gan runs/gan --out runs/encoder --preset ct128
+    python train_encoder.py --data own.lmdb --init models/head-128 --out runs/own --preset ct128
     torchrun --nproc-per-node=8 train_encoder.py --data healthy.lmdb --gan runs/gan --out runs/encoder
 
 The generator stays as it is, unless --lr-generator says otherwise. With --init all three networks start from another
 run of this command, on other data (phantoms, say): real scans are few. Or from a model bundle, which holds no
-discriminator: that one starts from --gan's.
+discriminator: that one starts from --gan's, or anew. Without --gan the slices must have been prepared as those that
+the first networks have learnt from.
 First epochs: perceptual loss only. Then perceptual + adversarial + in-domain, with the discriminator trained on real
 against reconstructed slices. After every epoch PSNR and HU error in the brain of held-out scans. The same command
 goes on from the last snapshot. SIGINT, SIGTERM and SIGUSR1 end it with a snapshot after the step in progress. Exit
@@ -50,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     def arguments(parser):
         parser.add_argument("--data", "--data_path", type=Path, required=True,
                             help="database made by prepare.py, or a folder of scans (one process prepares it)")
-        parser.add_argument("--gan", type=Path, required=True, help="run folder of train.py")
+        parser.add_argument("--gan", type=Path, metavar="RUN",
+                            help="run folder of train.py; may be left out with --init")
         parser.add_argument("--init", type=Path, metavar="RUN",
                             help="run of this command whose networks are the first weights, or a model bundle")
         parser.add_argument("--out", type=Path, default=Path("runs/encoder"),
@@ -61,6 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--lpips", type=Path, help="the linear weights of LPIPS-VGG; else all channels weigh alike")
 
     config, args = parse(__doc__, PRESETS, arguments, argv)
+    if not (args.gan or args.init):
+        print("error: --gan: expected a run folder of train.py to begin with; only with --init may it be left out",
+              file=sys.stderr)
+        return 2
 
     from bundling.origins import open_first_networks
     from gan.database import ensure_database  # only now: --help needs none of what takes seconds to import
@@ -71,9 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     def work(device, rollback):
         memory.keep_freed()
         set_impl(args.ops)
-        size = load_run(args.gan, "--gan", "gan", "train.py").meta["model"]["size"]
         first = open_first_networks(args.init) if args.init else None
-        data = ensure_database(args.data, args.out, size)
+        size = load_run(args.gan, "--gan", "gan", "train.py").meta["model"]["size"] if args.gan else first.model.size
+        data = ensure_database(args.data, args.out, size, None if args.gan else first.prepared)
         train(config, data, args.gan, args.out, device, args.vgg16, args.lpips, first, rollback)
 
     return run_command(work, args.device, args.out)

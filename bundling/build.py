@@ -39,7 +39,7 @@ from detect.reconstruct import Reconstructor
 from detect.search import Search
 from detect.settings import Settings
 from gan.augment import random_flip, random_rotation
-from gan.encoding import method_of, restore
+from gan.encoding import has_taught_discriminator, method_of, restore
 from gan.runlog import lineage, load_run, not_held_out, tell_of_seen
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
@@ -168,6 +168,10 @@ def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings
             or not_held_out(dataset.held_out_ids(), snapshot.meta)):
         print(f"warning: {run}: its GAN, or a run of --init, was trained on another database, or another part of it: "
               "if held-out scans were among its training scans, the healthy scores come out too low")
+
+    if getattr(settings.reconstruction, "perceptual", "") == "discriminator" and not has_taught_discriminator(snapshot):
+        raise ValueError(f"--set perceptual=discriminator: {run} began with a new discriminator, which has learnt "
+                         "nothing; use perceptual=pixels")
 
     def make() -> Reconstructor:
         dtype = distributed.pick_precision(config.precision, device)

@@ -6,6 +6,7 @@ digest, with the same account of what has taught them, by which it is told whose
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from detect.bundle import load_bundle
 from detect.inpainting import InpaintingSettings
 from detect.inversion import EncoderMethod, InversionSettings, compact_networks
 from detect.reader import Reader
-from gan.encoding import FirstNetworks, method_of
+from gan.encoding import FirstNetworks, has_taught_discriminator, method_of
 from gan.reader_loop import Beside, First
 from gan.runlog import lineage, load_run, not_held_out
 from gan.snapshots import Snapshot
@@ -65,9 +66,15 @@ def open_first_networks(folder: Path) -> FirstNetworks:
         distributed.print0(f"note: what is measured on held-out scans says too much where {folder} was trained on "
                            "scans that --data holds out: a bundle does not say on which")
         weights = {name: network.state_dict() for name in NETWORKS if (network := getattr(method, name, None))}
-        return FirstNetworks(folder, weights, method.encoder.config, networks_known(known))
+        range_hu = getattr(method, "range_hu", bundle.preprocessing.standardise.hu_clip)
+        standardise = replace(bundle.preprocessing.standardise, hu_clip=range_hu)
+        return FirstNetworks(folder, weights, method.encoder.config,
+                             replace(bundle.preprocessing, standardise=standardise), networks_known(known))
     snapshot = load_run(folder, "--init", "encoder", "train_encoder.py")
-    return FirstNetworks(folder, snapshot.weights, ModelConfig(**snapshot.meta["model"]),
+    weights = {name: tensors for name, tensors in snapshot.weights.items()
+               if name != "discriminator" or has_taught_discriminator(snapshot)}
+    return FirstNetworks(folder, weights, ModelConfig(**snapshot.meta["model"]),
+                         PreprocessSettings.from_json(snapshot.meta["data"]["settings"]),
                          {"step": snapshot.step, **snapshot.meta})
 
 
@@ -136,12 +143,13 @@ def began_with(meta: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def provenance(step: int, meta: dict[str, Any]) -> dict[str, Any]:
-    """Where the weights of an encoder's run come from, at a step. JSON-able; no paths."""
+    """Where the weights of an encoder's run come from, at a step; gan: None for one without. JSON-able; no paths."""
     def run(step: int, meta: dict) -> dict:
         return {"images_seen": step, "config": meta["config"], "data_digest": meta["data"]["digest"]}
 
+    gan = meta["gan"]
     return {"data": {key: meta["data"][key] for key in ("digest", "counts")},
-            "gan": run(meta["gan"]["step"], meta["gan"]), "encoder": run(step, meta), "init": began_with(meta)}
+            "gan": run(gan["step"], gan) if gan else None, "encoder": run(step, meta), "init": began_with(meta)}
 
 
 def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:

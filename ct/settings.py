@@ -55,6 +55,22 @@ class PreprocessSettings:
                 del stored["standardise"][name]
         return stored
 
+    def other_than(self, other: PreprocessSettings) -> str:
+        """What of these differs from other ones, for people to read; '' where nothing does."""
+        one, other = (dataclasses.asdict(each) for each in (self, other))
+        one, other = (each.pop("standardise") | each for each in (one, other))
+        return "; ".join(f"{key} {one[key]}, there {other[key]}" for key in one if one[key] != other[key])
+
+    def flags(self) -> str:
+        """Of prepare.py, which prepares slices like this with them."""
+        low, high = self.standardise.hu_clip
+        words = [f"--size {self.standardise.size} --hu-clip {low:g} {high:g}"]
+        words += ["--bone-apart"] * self.standardise.bone_apart
+        words += [f"--{name.replace('_', '-')} {getattr(self, name):g}"
+                  for name in ("slab_mm", "min_brain_fraction", "max_below_vertex_mm")
+                  if getattr(self, name) != getattr(PreprocessSettings, name)]
+        return " ".join(words)
+
     @classmethod
     def from_json(cls, stored: dict) -> PreprocessSettings:
         """The inverse of to_json, after a trip through JSON or not; ValueError on missing or unknown keys."""

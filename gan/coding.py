@@ -48,10 +48,9 @@ class CodeTrainer(InpaintingTrainer):
         self.rate = 5e-6                                             # what a nat costs
         self.recent = torch.empty(2, 0, math.prod(self.model.code_shape))     # means and variances, over all ranks
 
-    def build_generator(self, gan: Snapshot) -> Generator:
-        """The GAN's weights; what reads the code is new."""
-        plain, generator = Generator(self.model), build_generator(self.model)
-        gan.restore({"generator_ema": plain})
+    def build_generator(self, gan: Snapshot | None) -> Generator:
+        """The GAN's weights, if there is one; what reads the code is new."""
+        plain, generator = super().build_generator(gan), build_generator(self.model)
         generator.load_state_dict({**generator.state_dict(), **plain.state_dict()})
         return generator
 

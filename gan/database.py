@@ -380,12 +380,12 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
     return writer.manifest
 
 
-def ensure_database(data: Path, out: Path, size: int) -> Path:
+def ensure_database(data: Path, out: Path, size: int, like: PreprocessSettings | None = None) -> Path:
     """`data` itself if it is a database; a folder of scans is prepared first, into out/data.lmdb.
 
-    An existing out/data.lmdb is taken as it is (a run that goes on must not see other slices). Raises DatasetError for
-    a training run's folder, and for any under torchrun: the other ranks would wait longer for the first one than they
-    may.
+    like: how, in place of this size and prepare.py's defaults. An existing out/data.lmdb is taken as it is (a run that
+    goes on must not see other slices). Raises DatasetError for a training run's folder, and for any under torchrun: the
+    other ranks would wait longer for the first one than they may.
     """
     if not data.is_dir():
         return data
@@ -396,7 +396,9 @@ def ensure_database(data: Path, out: Path, size: int) -> Path:
     if not database.exists():
         if distributed.get_world_size() > 1:
             raise DatasetError(f"--data {data}: several processes do not prepare a folder of scans; prepare it first: "
-                               f"python prepare.py {data} --size {size} --out healthy.lmdb")
+                               f"python prepare.py {data} {like.flags() if like else f'--size {size}'} "
+                               "--out healthy.lmdb")
         out.mkdir(parents=True, exist_ok=True)
-        build_lmdb([data], database, PreprocessSettings(StandardiseSettings(size=size)))
+        build_lmdb([data], database, like or PreprocessSettings(StandardiseSettings(size=size)),
+                   hu_clip=like and like.standardise.hu_clip)
     return database

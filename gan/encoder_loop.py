@@ -10,6 +10,8 @@ import torch
 
 import distributed
 from common.weights import CheckpointError, digest
+from config import flag
+from ct.settings import PreprocessSettings
 from dataset import DatasetError, SliceDataset
 from gan.batches import slice_batches
 from gan.coding import CodeTrainer
@@ -18,43 +20,52 @@ from gan.inpainting import InpaintingTrainer
 from gan.reading import ReadingTrainer
 from gan.runlog import Run, load_run, tell_of_seen
 from gan.settings import EncoderConfig, ReaderConfig
-from model import ModelConfig
+from gan.snapshots import Snapshot
+
+OF_NETWORKS = ("noise", "hide", "encoder_width", "encoder_code", "code_channels")     # settings that shape the networks
 
 
-def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch.device, vgg16=None,
+def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device: torch.device, vgg16=None,
           lpips=None, first: FirstNetworks | None = None, rollback: bool = False) -> None:
     """Train for config.epochs. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite.
 
+    gan: a run of train.py; None: all networks are those of `first`, with a new discriminator where that holds none.
     rollback: the run diverged; go on from its last snapshot with other random numbers.
     """
     # ---- Set up
-    snapshot = load_run(gan, "--gan", "gan", "train.py")
-    if first:
-        check_first(first, config.networks(snapshot.meta["model"]), gan)
+    snapshot = load_run(gan, "--gan", "gan", "train.py") if gan else None
     dataset, held_out = SliceDataset(data, "train"), SliceDataset(data, "val", check=False)
-    if dataset.size != snapshot.meta["model"]["size"]:
+    if snapshot and dataset.size != snapshot.meta["model"]["size"]:
         raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices, the GAN in {gan} draws "
                            f"{snapshot.meta['model']['size']}: prepare it with that --size")
     known = dataset.facts() | {"settings": dataset.manifest["settings"]}
-    tell_of_seen(dataset.held_out_ids(), "--gan", gan, snapshot.meta)
+    if first:
+        check_first(first, config, snapshot)
+        if not snapshot:
+            check_alone(first, config, dataset)
+    if snapshot:
+        tell_of_seen(dataset.held_out_ids(), "--gan", gan, snapshot.meta)
     if first:
         tell_of_seen(dataset.held_out_ids(), "--init", first.folder, {"data": known, "init": first.known})
     objective = CodeTrainer if config.code_channels else InpaintingTrainer if config.hide else EncoderTrainer
     range_hu = dataset.manifest["settings"]["standardise"]["hu_clip"]
-    trainer = objective(config, snapshot, range_hu, device, vgg16, lpips)
+    trainer = objective(config, snapshot, range_hu, device, vgg16, lpips, first)
     if first:
         trainer.start_from(first)
+    new = not snapshot and "discriminator" not in first.weights
     meta = {"kind": "encoder", "config": dataclasses.asdict(config), "model": dataclasses.asdict(trainer.model),
             "data": known, "held_out": dataset.held_out_ids(),         # neither digest nor counts tell which
-            "gan": {"step": snapshot.step, **snapshot.meta},
-            "init": first.known if first else None,
-            "began_with": {"gan": snapshot.digest(), "init": digest(first.weights) if first else None}}
+            "gan": {"step": snapshot.step, **snapshot.meta} if snapshot else None,
+            "init": first.known if first else None, "new_discriminator": new,
+            "began_with": {"gan": snapshot.digest() if snapshot else None,
+                           "init": digest(first.weights) if first else None}}
     with Run(out, meta, trainer, config.seed, rollback) as run:
         distributed.check_same_state(trainer.e)
         batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen,
                                 prepare=trainer.prepare)
-        distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; GAN at "
-                           f"{snapshot.step / 1000:g} kimg; {trainer.e.compute_dtype} on {device}")
+        begun = f"GAN at {snapshot.step / 1000:g} kimg" if snapshot else "no GAN" + ", new discriminator" * new
+        distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; "
+                           f"{begun}; {trainer.e.compute_dtype} on {device}")
 
         if config.perceptual_epochs >= config.epochs:
             distributed.print0(f"No adversary in this run: --epochs {config.epochs:g} end before or with its "
@@ -67,13 +78,32 @@ def train(config: EncoderConfig, data: Path, gan: Path, out: Path, device: torch
         go_through(config, run, trainer, learn, batches, held_out, len(dataset), out, device)
 
 
-def check_first(first: FirstNetworks, model: ModelConfig, gan: Path) -> None:
-    """CheckpointError unless the first weights fit networks that are to be these."""
-    if dataclasses.replace(first.model, encoder_noise=model.encoder_noise) != model:
-        raise CheckpointError(f"--init {first.folder}: its networks are {dataclasses.asdict(first.model)}, those on "
-                              f"--gan {gan} are to be {dataclasses.asdict(model)}; they must be the same")
-    if first.model.encoder_noise and not model.encoder_noise:
-        raise CheckpointError(f"--init {first.folder}: its encoder predicts noise maps; pass --noise")
+def check_first(first: FirstNetworks, config: EncoderConfig, gan: Snapshot | None) -> None:
+    """CheckpointError unless the first weights fit the networks that config makes of the GAN's, or of their own."""
+    theirs, alone = dataclasses.asdict(first.model), config.networks(dataclasses.asdict(first.model))
+    ours = config.networks(gan.meta["model"]) if gan else alone
+    if dataclasses.replace(first.model, encoder_noise=first.model.encoder_noise or ours.encoder_noise) == ours:
+        return                                                             # the noise head alone may be new
+    told = "; ".join(f"{key} {theirs[key]}, here {now}" for key, now in dataclasses.asdict(ours).items()
+                     if theirs[key] != now)
+    mend = ["leave --gan out, or give one of the same networks"] if ours != alone else []
+    taught = dataclasses.asdict(EncoderConfig()) | first.known["config"]
+    if flags := [flag(name, taught[name]) for name in OF_NETWORKS if taught[name] != getattr(config, name)]:
+        mend.append(f"give {' '.join(flags)}, or the --preset that has these")
+    raise CheckpointError(f"--init {first.folder}: its networks are not those of this run ({told}); "
+                          + "; ".join(mend))
+
+
+def check_alone(first: FirstNetworks, config: EncoderConfig, dataset: SliceDataset) -> None:
+    """CheckpointError or DatasetError unless a run can begin with first networks alone, without a GAN."""
+    if other := PreprocessSettings.from_json(dataset.manifest["settings"]).other_than(first.prepared):
+        raise DatasetError(f"--data {dataset.path}: its slices were prepared in another way than those that the "
+                           f"networks of --init {first.folder} have learnt from ({other}); prepare it with "
+                           f"{first.prepared.flags()}, or give --gan, a run of train.py on slices like these")
+    features = config.perceptual == "discriminator" and not (config.hide or config.code_channels)
+    if features and "discriminator" not in first.weights:
+        raise CheckpointError(f"--init {first.folder}: holds no discriminator, whose features are the distance of "
+                              "--perceptual discriminator; give --gan, a run of train.py, or --perceptual pixels")
 
 
 def go_through(config: EncoderConfig | ReaderConfig, run: Run, trainer: EncoderTrainer | ReadingTrainer,

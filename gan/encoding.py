@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import distributed
 from common.weights import load_strictly
 from ct.picture import save_hu_grid
+from ct.settings import PreprocessSettings
 from ct.window import decode, encode
 from dataset import SliceDataset
 from detect.inpainting import Inpainting
@@ -31,16 +32,22 @@ from model import NETWORKS, Discriminator, Generator, ModelConfig, build_encoder
 class FirstNetworks:
     """Networks whose weights are the first ones, of a run of train_encoder.py or of a model bundle.
 
-    folder   that --init names
-    weights  by network; a bundle may hold no discriminator, and holds averaged ones under the plain names
-    model    what it takes to rebuild them
-    known    how they were taught: what a run that begins with them keeps of that, JSON (gan.runlog.lineage)
+    folder    that --init names
+    weights   by network; a bundle may hold no discriminator, and holds averaged ones under the plain names
+    model     what it takes to rebuild them
+    prepared  how the slices that they learnt from were prepared
+    known     how they were taught: what a run that begins with them keeps of that, JSON (gan.runlog.lineage)
     """
 
     folder: Path
     weights: Mapping[str, Mapping[str, torch.Tensor]]
     model: ModelConfig
+    prepared: PreprocessSettings
     known: dict[str, Any]
+
+    def restore(self, name: str, module: torch.nn.Module) -> None:
+        """Load the weights of a network, strictly. Raises CheckpointError."""
+        load_strictly(module, self.weights[name], f"{self.folder} ({name})")
 
 
 class EncoderTrainer:
@@ -49,22 +56,28 @@ class EncoderTrainer:
     BETAS = (0.9, 0.999)                 # Adam's
     PREPARE = None                       # what makes a step's examples of a batch from the database (gan.batches)
 
-    def __init__(self, config: EncoderConfig, gan: Snapshot, range_hu: tuple[float, float], device: torch.device,
-                 vgg16=None, lpips=None):
-        """range_hu: what the slices to train on are cut to; the GAN may have learnt from others."""
+    def __init__(self, config: EncoderConfig, gan: Snapshot | None, range_hu: tuple[float, float],
+                 device: torch.device, vgg16=None, lpips=None, first: FirstNetworks | None = None):
+        """range_hu: what the slices to train on are cut to; the GAN may have learnt from others.
+
+        Without a GAN the networks are those of `first`, whose weights come with start_from().
+        """
         self.config, self.device, self.range_hu = config, device, tuple(range_hu)
         self.prepare = self.PREPARE and self.PREPARE(config, self.range_hu)
         torch.manual_seed(config.seed)                            # the same weights on every rank
-        model = self.model = config.networks(gan.meta["model"])
+        model = self.model = config.networks(gan.meta["model"] if gan else asdict(first.model))
         self.g, self.d, critic = self.build_generator(gan), Discriminator(model), Discriminator(model)
-        gan.restore({"discriminator": self.d})
-        gan.restore({"discriminator": critic})
+        if gan:
+            gan.restore({"discriminator": self.d})
+            gan.restore({"discriminator": critic})
+        elif "discriminator" in first.weights:
+            first.restore("discriminator", critic)
         self.g.requires_grad_(config.lr_generator > 0)
         self.e = build_encoder(model)
         dtype = distributed.pick_precision(config.precision, device)
         for net in (self.g, self.d, self.e, critic):
             net.to(device).compute_dtype = dtype
-        # The features that measure distance stay those of the GAN; the discriminator itself goes on learning.
+        # The features that measure distance stay as they are; the discriminator itself goes on learning.
         self.perceptual = self.build_perceptual(critic, vgg16, lpips)
         trunk = dict(self.e.named_parameters())
         last = [trunk.pop(name) for name in list(trunk) if name.startswith("final_linear")]
@@ -78,9 +91,10 @@ class EncoderTrainer:
         self.rng = torch.Generator()
         self.reseed(config.seed)
 
-    def build_generator(self, gan: Snapshot) -> Generator:
+    def build_generator(self, gan: Snapshot | None) -> Generator:
         generator = Generator(self.model)
-        gan.restore({"generator_ema": generator})
+        if gan:
+            gan.restore({"generator_ema": generator})
         return generator
 
     def build_perceptual(self, critic: Discriminator, vgg16, lpips) -> torch.nn.Module | None:
@@ -197,7 +211,7 @@ class EncoderTrainer:
 
     def start_from(self, first: FirstNetworks) -> None:
         """Its weights. The encoder may lack the noise head: then that starts from nothing. Without a discriminator in
-        it the GAN's goes on."""
+        it the GAN's goes on, and without a GAN a new one."""
         for name, module in self.modules().items():
             stored = name if name in first.weights else name.removesuffix("_ema")
             if stored not in first.weights:
@@ -218,6 +232,12 @@ class EncoderTrainer:
         if len(state["rng"]) == distributed.get_world_size():
             self.rng.set_state(state["rng"][distributed.get_rank()])
         self.images_seen = state["images_seen"]
+
+
+def has_taught_discriminator(snapshot: Snapshot) -> bool:
+    """Whether the discriminator of an encoder's run has learnt anything: before the part with an adversary a new one
+    has not."""
+    return not snapshot.meta.get("new_discriminator") or bool(snapshot.state["d_opt"]["state"])
 
 
 def restore(snapshot: Snapshot, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:

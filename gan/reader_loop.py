@@ -102,7 +102,7 @@ def check_database(dataset: SliceDataset, beside: Beside, config: ReaderConfig) 
     expected = beside.prepared
     if found.standardise.hu_clip == getattr(beside.method, "range_hu", None):         # as what taught the networks was
         expected = replace(expected, standardise=replace(expected.standardise, hu_clip=found.standardise.hu_clip))
-    if other := differing(found, expected):
+    if other := found.other_than(expected):
         raise DatasetError(f"--data {dataset.path}: its slices were prepared in another way than those of --encoder "
                            f"{beside.folder} ({other}); prepare them with the same flags, for a model with prepare.py "
                            "--like MODEL")
@@ -113,13 +113,6 @@ def check_database(dataset: SliceDataset, beside: Beside, config: ReaderConfig) 
         raise DatasetError(f"--data {dataset.path}: holds out {some(seen, 3)}, "
                            f"which --encoder {beside.folder} may have been trained on: hold out scans that it has not "
                            "seen (prepare.py --split)")
-
-
-def differing(one: PreprocessSettings, other: PreprocessSettings) -> str:
-    """What of two differs, for people to read; '' where nothing does."""
-    one, other = (dataclasses.asdict(each) for each in (one, other))
-    one, other = (each.pop("standardise") | each for each in (one, other))
-    return "; ".join(f"{key} {one[key]}, there {other[key]}" for key in one if one[key] != other[key])
 
 
 def check_first(first: First, beside: Beside, config: ReaderConfig) -> None:

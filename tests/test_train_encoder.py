@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
+import checkpoint
 import latent_stats
 import train_encoder
+import train_reader
 from bundling import origins
 from common.weights import write_json
+from ct.settings import PreprocessSettings, StandardiseSettings
 from ct.window import decode, encode
+from ct.write import write_nifti
 from dataset import SliceDataset
 from gan.augment import coarse_noise, erase, random_rotation
 from gan.encoding import EncoderTrainer
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
-from tests.helpers import GradientRecorder, write_heads
+from tests.helpers import GradientRecorder, synthetic_scan, write_heads
 
 FLAGS = ["--preset", "smoke32", "--device", "cpu", "--precision", "fp32", "--batch", "4", "--epochs", "2",
          "--perceptual-epochs", "0.5", "--r1-every", "2"]
@@ -29,7 +35,8 @@ RANGE = (-20.0, 180.0)                   # of slices32
 
 
 def run_encoder(data, gan, out, *flags) -> int:
-    return train_encoder.main(["--data", str(data), "--gan", str(gan), "--out", str(out), *FLAGS, *map(str, flags)])
+    begin = ["--gan", str(gan)] if gan else []
+    return train_encoder.main(["--data", str(data), *begin, "--out", str(out), *FLAGS, *map(str, flags)])
 
 
 def rows(run: Path) -> list[dict]:
@@ -359,7 +366,7 @@ def test_images_alone_are_drawn_with_the_generators_own_noise(gan_run, noise_run
 
 def test_first_weights_that_do_not_fit_are_refused(slices32, gan_run, noise_run, tmp_path, capsys):
     assert run_encoder(slices32, gan_run, tmp_path / "a", "--init", noise_run) == 2
-    assert "predicts noise maps; pass --noise" in capsys.readouterr().err
+    assert "(encoder_noise True, here False); give --noise, or the --preset" in capsys.readouterr().err
     assert run_encoder(slices32, gan_run, tmp_path / "b", "--init", gan_run) == 2
     assert "--init" in capsys.readouterr().err
 
@@ -404,21 +411,134 @@ def test_a_model_with_a_discriminator_gives_that_too(slices32, gan_run, encoder_
 def test_a_model_that_does_not_fit_is_refused(slices32, gan_run, encoder_run, tmp_path, capsys):
     model = bundle_of(slices32, encoder_run, tmp_path / "model")
     assert run_encoder(slices32, gan_run, tmp_path / "a", "--init", model, "--encoder-code", 8) == 2
-    assert f"--init {model}: its networks are" in capsys.readouterr().err
+    assert (f"--init {model}: its networks are not those of this run (encoder_code 0, here 8); give --encoder-code 0, "
+            "or the --preset that has these\n") in capsys.readouterr().err
     meta = json.loads((model / "model.json").read_text())
     write_json(model / "model.json", meta | {"provenance": None})
     assert run_encoder(slices32, gan_run, tmp_path / "b", "--init", model) == 2
     assert f"--init {model}: a model that holds no networks of train_encoder.py" in capsys.readouterr().err
 
 
-def test_what_taught_a_model_is_known_for_ever(gan_run, tmp_path, capsys):
+# ---- First networks without a GAN
+
+HIDING = ("--hide", 0.9, "--encoder-code", 8, "--lr-generator", 1e-3)
+
+
+@pytest.fixture(scope="module")
+def hiding_model(slices32, hiding_run, tmp_path_factory) -> Path:
+    return bundle_of(slices32, hiding_run, tmp_path_factory.mktemp("models") / "model", "method=inpainting")
+
+
+def test_a_run_is_begun_with_a_gan_or_first_networks(slices32, tmp_path, capsys):
+    assert run_encoder(slices32, None, tmp_path / "run") == 2
+    assert "error: --gan: expected a run folder of train.py to begin with; only with --init" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_models_networks_need_no_gan(slices32, hiding_model, tmp_path, capsys):
+    """All that is drawn with is the model's, the discriminator is new; the run goes on, and its weights are a model's
+    and those of a further run."""
+    rates = ("--lr", 1e-30, "--lr-trunk", 1e-30, "--lr-generator", 1e-30, "--lr-discriminator", 0)
+    out = tmp_path / "run"
+    assert run_encoder(slices32, None, out, *HIDING, *rates, "--epochs", 0.25, "--init", hiding_model) == 0
+    assert "no GAN, new discriminator" in capsys.readouterr().out
+    weights, meta = load_snapshot(out).weights, json.loads((out / "config.json").read_text())
+    for name in ("encoder", "generator"):
+        kept = load_file(hiding_model / f"{name}.safetensors")
+        assert all(torch.equal(t, kept[key].float()) for key, t in weights[name].items()), name
+    assert meta["gan"] is None and meta["began_with"]["gan"] is None and meta["new_discriminator"]
+    assert run_encoder(slices32, None, out, *HIDING, "--epochs", 1, "--init", hiding_model) == 0
+    assert load_snapshot(out).step == 16
+
+    model = bundle_of(slices32, out, tmp_path / "model", "method=inpainting")
+    known = json.loads((model / "model.json").read_text())["provenance"]
+    assert known["gan"] is None and known["init"]["images_seen"] == 8 and known["encoder"]["images_seen"] == 16
+    assert checkpoint.main(["show", str(model)]) == 0
+    assert "begun with" in (said := capsys.readouterr().out) and "  gan  " not in said
+    for first in (model, out):
+        assert run_encoder(slices32, None, first / "next", *HIDING, "--epochs", 0.25, "--init", first) == 0
+
+
+def test_a_reader_is_taught_beside_networks_without_a_gan(slices32, hiding_model, tmp_path):
+    out, reader = tmp_path / "run", tmp_path / "reader"
+    assert run_encoder(slices32, None, out, *HIDING, "--epochs", 0.25, "--init", hiding_model) == 0
+    command = ["--data", slices32, "--encoder", out, "--out", reader, "--preset", "smoke32", "--epochs", 0.25]
+    assert train_reader.main([str(word) for word in command]) == 0
+    known = origins.provenance(load_snapshot(out).step, load_snapshot(out).meta)
+    beside = origins.open_beside(out, torch.device("cpu"), "fp32").digest
+    assert origins.load_reader(reader, known, beside).meta["encoder"]["gan"] is None
+
+
+def test_without_a_gan_slices_are_those_of_the_first_networks(hiding_model, tmp_path, capsys):
+    narrow = write_heads(tmp_path / "narrow.lmdb", ("train", "val"), hu_clip=(0, 70))
+    assert run_encoder(narrow, None, tmp_path / "run", *HIDING, "--init", hiding_model) == 2
+    assert (f"--data {narrow}: its slices were prepared in another way than those that the networks of --init "
+            f"{hiding_model} have learnt from (hu_clip (0.0, 70.0), there (-20.0, 180.0)); prepare it with --size 32 "
+            "--hu-clip -20 180, or give --gan") in capsys.readouterr().err
+
+
+def test_the_hu_of_a_models_networks_are_asked_for_not_those_of_its_scans(gan_run, tmp_path, capsys):
+    """As of models/head-128: calibrated by scans of more HU than its networks learnt to draw."""
+    narrow = write_heads(tmp_path / "narrow.lmdb", ("train", "train", "val"), hu_clip=(0, 70))
+    whole = write_heads(tmp_path / "whole.lmdb", ("train", "train", "val"), hu_clip=(-20, 100))
+    assert run_encoder(narrow, gan_run, tmp_path / "theirs", *HIDING, "--epochs", 0.25) == 0
+    model = bundle_of(narrow, tmp_path / "theirs", tmp_path / "model", "method=inpainting", "--calibrate", "val",
+                      "--held-out", whole)
+    assert json.loads((model / "model.json").read_text())["preprocessing"]["standardise"]["hu_clip"] == [-20, 100]
+    short = (*HIDING, "--epochs", 0.25, "--init", model)
+    assert run_encoder(whole, None, tmp_path / "a", *short) == 2
+    assert "hu_clip (-20.0, 100.0), there (0.0, 70.0)); prepare it with --size 32 --hu-clip 0 70" in (
+        capsys.readouterr().err)
+    assert run_encoder(narrow, None, tmp_path / "b", *short) == 0
+
+
+def test_a_folder_of_scans_is_prepared_as_the_first_networks_slices_were(hiding_model, tmp_path, monkeypatch):
+    (tmp_path / "scans").mkdir()
+    for name in ("one", "two"):
+        scan, _ = synthetic_scan(name, slices=14, size=64, spacing_mm=(10.0, 3.6, 3.6))
+        write_nifti(tmp_path / "scans" / f"{name}.nii.gz", scan.hu, scan)
+    first = replace(origins.open_first_networks(hiding_model), prepared=PreprocessSettings(
+        StandardiseSettings(size=32, hu_clip=(0.0, 70.0), bone_apart=True), min_brain_fraction=0.01))
+    monkeypatch.setattr(origins, "open_first_networks", lambda folder: first)
+    begin = (*HIDING, "--init", hiding_model, "--epochs", 0.25)
+    assert run_encoder(tmp_path / "scans", None, tmp_path / "run", *begin) == 0
+    made = SliceDataset(tmp_path / "run" / "data.lmdb", "all").manifest["settings"]
+    assert PreprocessSettings.from_json(made) == first.prepared
+
+
+def test_a_new_discriminator_measures_no_distance(slices32, gan_run, tmp_path, capsys):
+    """Neither in a training nor in a search, nor in a run that begins with it, until it has learnt something."""
+    assert run_encoder(slices32, gan_run, tmp_path / "theirs", "--epochs", 0.25) == 0
+    model = bundle_of(slices32, tmp_path / "theirs", tmp_path / "model")
+    assert run_encoder(slices32, None, tmp_path / "run", "--epochs", 0.25, "--init", model) == 2
+    assert f"--init {model}: holds no discriminator" in capsys.readouterr().err
+    pixels = ("--perceptual", "pixels", "--epochs", 0.25)
+    assert run_encoder(slices32, None, tmp_path / "run", *pixels, "--init", model) == 0
+    assert run_encoder(slices32, None, tmp_path / "next", "--epochs", 0.25, "--init", tmp_path / "run") == 2
+    assert "holds no discriminator" in capsys.readouterr().err
+    command = ["--data", slices32, "--encoder", tmp_path / "run", "--out", tmp_path / "search", "--preset", "smoke32",
+               "--passes", 4, "--calibrate", "none", "--set", "method=search"]
+    assert latent_stats.main([str(word) for word in command]) == 2
+    assert "new discriminator, which has learnt nothing; use perceptual=pixels" in capsys.readouterr().err
+    assert run_encoder(slices32, None, tmp_path / "run", *pixels[:2], "--epochs", 1, "--init", model) == 0
+    assert latent_stats.main([str(word) for word in command]) == 0
+    trainer = EncoderTrainer(EncoderConfig(), None, RANGE, torch.device("cpu"),
+                             first=(first := origins.open_first_networks(tmp_path / "run")))
+    taught = load_snapshot(tmp_path / "run").weights["discriminator"]
+    assert first.weights.keys() == {"encoder", "generator", "discriminator"}
+    assert all(torch.equal(t, taught[key]) for key, t in trainer.perceptual.discriminator.state_dict().items())
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_taught_a_model_is_known_for_ever(alone, gan_run, tmp_path, capsys):
     """Of the scans of a database with others of them held out: through a model, and through one that began with it."""
     theirs, ours = (write_heads(tmp_path / f"{splits[0]}.lmdb", splits)
                     for splits in (("train", "train", "val"), ("val", "train", "train")))
     assert run_encoder(theirs, gan_run, tmp_path / "first", "--epochs", 0.25) == 0
     model = bundle_of(theirs, tmp_path / "first", tmp_path / "model")
     capsys.readouterr()
-    assert run_encoder(ours, gan_run, tmp_path / "run", "--init", model, "--epochs", 0.25) == 0
+    begin = (None, tmp_path / "run", "--perceptual", "pixels") if alone else (gan_run, tmp_path / "run")
+    assert run_encoder(ours, *begin, "--init", model, "--epochs", 0.25) == 0
     assert f"warning: --init {model}, or a run that it began with, did not hold out head0" in capsys.readouterr().out
     second = bundle_of(ours, tmp_path / "run", tmp_path / "second")
     assert "a run of --init, was trained on another database" in capsys.readouterr().out
