@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -326,6 +326,14 @@ def other_settings(before: dict, now: dict) -> str:
     return ", ".join(f"{key} {now[key]} (before: {value})" for key, value in before.items() if now[key] != value)
 
 
+def differing(before: Any, now: Any, name: str) -> list[str]:
+    """Where two values differ that JSON can hold, in words; of objects each key. Long values are cut short."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [line for key in {**before, **now} for line in differing(before.get(key), now.get(key), f"{name}.{key}")]
+    values = (text if len(text) <= 60 else f"{text[:57]}..." for text in map(json.dumps, (before, now)))
+    return [] if before == now else [f"{name} " + ", now ".join(values)]
+
+
 def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module],
               told: Collection[str] = ()) -> Snapshot | None:
     """Collective. Open the run folder and, if it holds snapshots, load the last one's weights into modules.
@@ -347,10 +355,9 @@ def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module],
             if key in told and key not in snapshot.meta:
                 raise CheckpointError(f"{out}: the run there was started by an older version and does not tell its "
                                       f"{key}; go on with that version, or choose another --out")
-            if snapshot.meta.get(key, now) != now:                         # an older run may not say it
-                raise CheckpointError(
-                    f"{out}: the run there has another {key} ({snapshot.meta[key]}, now {meta[key]}); go on with "
-                    "the same flags and database, or choose another --out")
+            if other := differing(snapshot.meta.get(key, now), now, key):  # an older run may not say it
+                raise CheckpointError(f"{out}: the run there has another {key} ({some(other, 3, '; ')}); go on with "
+                                      "the same flags and database, or choose another --out")
         if gone := sorted(set(snapshot.meta.get("config", {})) - set(meta["config"])):
             raise CheckpointError(
                 f"{out}: the run there was started by an older version, with settings that this one does not know "

@@ -25,6 +25,7 @@ from ct.write import write_nifti
 from dataset import SliceDataset
 from gan.augment import coarse_noise, erase, random_rotation
 from gan.encoding import EncoderTrainer
+from gan.runlog import differing
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
 from tests.helpers import GradientRecorder, synthetic_scan, write_heads
@@ -208,6 +209,13 @@ def test_r1_weighs_half_gamma_times_its_interval(recorded):
 def test_the_first_epochs_know_the_distance_alone(gan_run):
     trainer = EncoderTrainer(EncoderConfig(precision="fp32"), load_snapshot(gan_run), RANGE, torch.device("cpu"))
     assert set(trainer.step(torch.zeros(2, 3, 32, 32), 0, full=False)) == {"perceptual"}
+
+
+def test_where_a_run_differs_is_told_in_short():
+    before, now = {"model": {"size": 32, "fold": 1}, "held_out": ["a", "b"]}, {"model": {"size": 64, "fold": 1}}
+    assert differing(before, now, "meta") == ["meta.model.size 32, now 64", 'meta.held_out ["a", "b"], now null']
+    assert differing(before, before, "meta") == []
+    assert differing("x" * 80, "y", "data") == [f'data "{"x" * 56}..., now "y"']
 
 
 # ---- Augmentation
@@ -435,7 +443,7 @@ def test_a_run_is_begun_with_a_gan_or_first_networks(slices32, tmp_path, capsys)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_models_networks_need_no_gan(slices32, hiding_model, tmp_path, capsys):
+def test_a_models_networks_need_no_gan(slices32, gan_run, hiding_model, tmp_path, capsys):
     """All that is drawn with is the model's, the discriminator is new; the run goes on, and its weights are a model's
     and those of a further run."""
     rates = ("--lr", 1e-30, "--lr-trunk", 1e-30, "--lr-generator", 1e-30, "--lr-discriminator", 0)
@@ -449,6 +457,9 @@ def test_a_models_networks_need_no_gan(slices32, hiding_model, tmp_path, capsys)
     assert meta["gan"] is None and meta["began_with"]["gan"] is None and meta["new_discriminator"]
     assert run_encoder(slices32, None, out, *HIDING, "--epochs", 1, "--init", hiding_model) == 0
     assert load_snapshot(out).step == 16
+    assert run_encoder(slices32, gan_run, out, *HIDING, "--epochs", 2, "--init", hiding_model) == 2
+    said = capsys.readouterr().err
+    assert 'the run there has another gan (gan null, now {"step": 32, "kind": "gan", "conf' in said and len(said) < 400
 
     model = bundle_of(slices32, out, tmp_path / "model", "method=inpainting")
     known = json.loads((model / "model.json").read_text())["provenance"]
