@@ -91,6 +91,18 @@ def test_commands_are_understood(page):
         assert re.search(rf"^{target}:", text("Makefile"), re.M), f"{page}: make {target}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_order_write_nothing_twice_that_is_there(page):
+    """prepare.py and latent_stats.py refuse that: who followed the page was stopped at the second block."""
+    made = set()
+    for line in shell_lines(page):
+        words = python_words(line) or [""]
+        if words[0] in ("prepare.py", "latent_stats.py"):
+            out = words[words.index("--out") + 1]
+            assert out not in made or "--overwrite" in words, f"{page}: {line}"
+            made.add(out)
+
+
 def flags_in(text: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
 

@@ -505,9 +505,9 @@ def test_the_hu_of_a_models_networks_are_asked_for_not_those_of_its_scans(gan_ru
 
 def test_a_folder_of_scans_is_prepared_as_the_first_networks_slices_were(hiding_model, tmp_path, monkeypatch):
     (tmp_path / "scans").mkdir()
-    for name in ("one", "two"):
-        scan, _ = synthetic_scan(name, slices=14, size=64, spacing_mm=(10.0, 3.6, 3.6))
-        write_nifti(tmp_path / "scans" / f"{name}.nii.gz", scan.hu, scan)
+    for seed in range(2):
+        scan, _ = synthetic_scan(slices=14, size=64, spacing_mm=(10.0, 3.6, 3.6), seed=seed)
+        write_nifti(tmp_path / "scans" / f"{seed}.nii.gz", scan.hu, scan)
     first = replace(origins.open_first_networks(hiding_model), prepared=PreprocessSettings(
         StandardiseSettings(size=32, hu_clip=(0.0, 70.0), bone_apart=True), min_brain_fraction=0.01))
     monkeypatch.setattr(origins, "open_first_networks", lambda folder: first)
