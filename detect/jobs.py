@@ -37,29 +37,31 @@ from detect.result import (
 from op import memory
 
 WORK = ".work"
-LARGE_BYTES = 1 << 28            # of HU in float32, 256 slices of 512 x 512: such a scan is alone in memory, but for
-                                 # the moment that it takes to see how large it is where the size of its files is small
-HU_TO_FILES = 2                  # times their size a scan's HU take, of files of 16 bits a pixel, not compressed
+LARGE_BYTES = 1 << 28            # of HU in float32, 256 slices of 512 x 512: a larger scan is alone in memory, except
+                                 # while compressed files, which look smaller, are read to see how large it is
+HU_TO_FILES = 2                  # bytes of HU per byte of files of 16 bits a pixel, not compressed
 
 
 def project_all(projector: Projector, sources: list[ScanSource], out: Path, writers: Mapping[str, Writer] = OUTPUTS,
                 by_hash: bool = False, numbers: Iterable[int] | None = None, overwrite: bool = False
                 ) -> Iterator[None]:
-    """Project scans that are not finished and that no other run has; yields after each.
+    """Project the scans that are not finished and that no other run has; yields after each.
 
-    While the networks have a scan, the next one is read and the one before written (detect/pipeline.py). Those that
-    another run has are tried again at the end, in case it has died. writers: what is written, by name; other ones,
-    another result. numbers: which of the sources, all by default; the next is asked for when it can be read. Of scans
-    that are too large to be two in memory, runs on this machine read one at a time. overwrite: results of other
-    settings, and of other scans of the same ids, may be replaced. Raises FullDiskError, and ValueError where a scan's
-    results would take the place of these, or of anything else.
+    While the networks have a scan, the next one is read and the previous one written (detect/pipeline.py). Scans that
+    another run has are tried again at the end, in case it has died. Of scans too large to be two in memory, the runs
+    on this machine read one at a time. Raises FullDiskError, and ValueError where results would replace those of other
+    settings or scans, unless overwrite, or anything but results.
+
+    writers    the outputs by name; a result with others is not finished
+    by_hash    where scans without results put theirs (detect.result)
+    numbers    which of the sources, in this order; each number is taken when the scan can be read. None: all
     """
     claims, key, folders = Claims(out / WORK), projector.key(), source_folders(sources)
     pending: Iterable[tuple[int, ScanSource]] = ((number, sources[number]) for number in (
         range(len(sources)) if numbers is None else numbers))
     waiting: list[tuple[int, ScanSource]] = []
 
-    def say(number: int, source: ScanSource, outcome: str) -> None:      # in one piece: two threads say something
+    def say(number: int, source: ScanSource, outcome: str) -> None:      # one write: two threads print
         print(f"{number + 1}/{len(sources)} {source.scan_id}: {outcome}\n", end="", flush=True)
 
     def read(numbered: tuple[int, ScanSource]) -> Job | None:
@@ -109,7 +111,7 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
 
 
 def stage(do: Callable[[Job], None]) -> Callable[[Job], None]:
-    """A stage of Job: left out where one before has failed; an error is kept as the reason, FullDiskError is raised."""
+    """A stage of Job: skipped after a failed one. Its errors become the job's reason, except FullDiskError."""
     @wraps(do)
     def run(job: Job, *args, **named) -> None:
         if job.reason is not None:
@@ -129,9 +131,9 @@ def stage(do: Callable[[Job], None]) -> Callable[[Job], None]:
 class Job:
     """A scan on its way through three stages, each of which may have a thread of its own: read, project, write.
 
-    place  its folder of results, replaced at the end; work: where that is written
-    made   what the result is made with, for result.json: key, files, outputs
-    held   what is to be let go of at the end: the files of an archive, until results are written; a claim
+    place  its folder of results, replaced at the end; written in the folder `work` first
+    made   made_with() the result, for result.json
+    held   closed at the end: the unpacked files of an archive, and the claim
     """
 
     def __init__(self, projector: Projector, source: ScanSource, place: Path, work: Path, made: dict,
@@ -148,12 +150,12 @@ class Job:
         self.large = False
 
     def is_large(self) -> bool:
-        """Whether two of its kind at a time would take too much memory. Then it is not read before project()."""
+        """Whether two such scans would take too much memory; if so, it is not read before project()."""
         return self.large
 
     @stage
     def read(self, alone: bool = False) -> None:
-        """Not of a large scan, unless no other one is in memory: alone."""
+        """Read and prepare the scan; a large one only if alone, with no other in memory."""
         if not alone and _hu_bytes(self.source) > LARGE_BYTES:
             self.large = True
             return
@@ -179,7 +181,7 @@ class Job:
         self.seconds |= self.projection.seconds
 
     def write(self) -> str:
-        """Replaces the folder of results; returns what to say of it."""
+        """Replace the folder of results; returns the outcome in words."""
         with replacing_folder(self.place, self.work) as folder:
             self._write_outputs(folder)
             if self.reason is None:
@@ -211,7 +213,7 @@ class Job:
 
 
 def _hu_bytes(source: ScanSource) -> int:
-    """What a scan's HU take in float32, by the size of its files; too little of compressed ones, 0 of an archive's."""
+    """Estimate of a scan's HU in float32 from the size of its files; too low for compressed ones, 0 in an archive."""
     if source.archive is not None:                     # of which it may be a small part
         return 0
     return HU_TO_FILES * sum(file.st_size for file in file_stats(source) or ())
