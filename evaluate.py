@@ -4,7 +4,7 @@
     python evaluate.py triage results/scores.csv labels.csv --out results/triage
 
 labels.csv has the columns scan_id, label (0 or 1) and, if there are any, types (separated by '|') and patient
-(scans of one patient then count as one cluster, in every interval). Writes metrics.json, metrics.md, roc.png and pr.png
+(scans of one patient then count as one cluster, in every interval and test). Writes metrics.json, metrics.md, roc.png and pr.png
 (triage.json and triage.md), and with --report projector.py's report anew, with labels and ROC. A figure that the
 data do not define reads 'undefined: <why>'. A threshold comes from other data or there is none. No scan is left
 out silently: see --missing. Exit 0 done, 2 wrong usage or unfit input.
@@ -169,7 +169,7 @@ def simulate_worklist(args) -> None:
     intervals = read_seconds(args.arrival_intervals, may_be_0=True) if args.arrival_intervals else None
     reading = read_seconds(args.reading_times) if args.reading_times else None
     try:
-        report = triage.simulate(units.scores, units.labels, settings, intervals, reading)
+        report = triage.simulate(units.scores, units.labels, settings, intervals, reading, units.clusters)
     except Undefined as reason:
         raise InputError(f"{args.labels}: the simulation is undefined: {reason}") from None
     report |= {"load": asdict(settings), "left_out": units.left_out, "counted_worst": units.counted_worst,

@@ -67,15 +67,18 @@ def read_worklist(arrivals: np.ndarray, reading: np.ndarray, scores: np.ndarray 
 
 
 def simulate(scores: np.ndarray, labels: np.ndarray, settings: TriageSettings,
-             arrival_intervals: np.ndarray | None = None, reading_times: np.ndarray | None = None) -> dict:
+             arrival_intervals: np.ndarray | None = None, reading_times: np.ndarray | None = None,
+             clusters: np.ndarray | None = None) -> dict:
     """Sessions of the same arrivals read both ways; medians and IQRs of wait and turnaround, in seconds.
 
     scores, labels [N] of the labelled scans (1: emergency). arrival_intervals, reading_times: observed
-    seconds to draw from instead of the exponential and log-normal ones. Wait is arrival to start of reading,
-    turnaround arrival to end. p is Wilcoxon's signed-rank over distinct scans, each with its mean wait over
-    all its appearances: more repeats do not make it smaller. Raises Undefined with one class only.
+    seconds to draw from instead of the exponential and log-normal ones. clusters [N]: whose scans these are; None:
+    each of another patient. Wait is arrival to start of reading, turnaround arrival to end. p is Wilcoxon's
+    signed-rank over patients, each with the mean wait of all appearances of their scans: neither more repeats nor more
+    scans of a patient make it smaller. Raises Undefined with one class only.
     """
     labels = np.asarray(labels)
+    clusters = np.arange(len(labels)) if clusters is None else np.asarray(clusters)
     if len(np.unique(labels)) < 2:
         raise Undefined(f"only one class ({int((labels == 1).sum())} emergencies of {len(labels)} scans)")
     rng = np.random.default_rng(settings.seed)
@@ -96,7 +99,7 @@ def simulate(scores: np.ndarray, labels: np.ndarray, settings: TriageSettings,
             waits[policy].append(starts - arrivals)
     drawn, readings = np.stack(drawn), np.stack(readings)                    # (repeats, scans)
     waits = {p: np.stack(w) for p, w in waits.items()}
-    return {group: _summary(drawn, waits, readings, labels, value)
+    return {group: _summary(drawn, waits, readings, labels, clusters, value)
             for group, value in (("emergency", 1), ("other", 0))}
 
 
@@ -113,8 +116,8 @@ def _draw_scans(rng, labels, settings):
                     rng.choice(np.flatnonzero(labels == 0), settings.scans))
 
 
-def _summary(drawn, waits, readings, labels, value):
-    """Figures of the scans with this label; all arrays (repeats, scans)."""
+def _summary(drawn, waits, readings, labels, clusters, value):
+    """Figures of the scans with this label; drawn, waits and readings (repeats, scans)."""
     chosen = labels[drawn] == value
     if not chosen.any():
         raise Undefined(f"no scan with label {value} was drawn in any session")
@@ -123,7 +126,7 @@ def _summary(drawn, waits, readings, labels, value):
         for name, seconds in (("wait", wait), ("turnaround", wait + readings)):
             low, median, high = np.quantile(seconds[chosen], [0.25, 0.5, 0.75])
             result[f"{policy}_{name}_s"] = {"median": float(median), "iqr": float(high - low)}
-    means = {p: _mean_by_scan(drawn[chosen], w[chosen]) for p, w in waits.items()}
+    means = {p: _mean_by_cluster(clusters[drawn[chosen]], w[chosen]) for p, w in waits.items()}
     difference = means["by_score"] - means["first_come"]
     result["mean_wait_change_s"] = float((waits["by_score"] - waits["first_come"])[chosen].mean())
     result["wilcoxon_p"] = (float(stats.wilcoxon(difference).pvalue) if np.any(difference)
@@ -131,9 +134,8 @@ def _summary(drawn, waits, readings, labels, value):
     return result
 
 
-def _mean_by_scan(scan, wait):
-    """Mean wait of each distinct scan over its appearances."""
-    _, index = np.unique(scan, return_inverse=True)
+def _mean_by_cluster(cluster, wait):
+    _, index = np.unique(cluster, return_inverse=True)
     return np.bincount(index, weights=wait) / np.bincount(index)
 
 

@@ -79,3 +79,13 @@ def test_triage_command(results):
     assert "| emergency (3 scans) | by score |" in (base / "triage" / "triage.md").read_text()
     (base / "reading.txt").write_text("20\n-1\n")
     assert evaluate.main([*command, "--reading-times", str(base / "reading.txt")]) == 2
+
+
+def test_scans_of_one_patient_are_no_further_evidence():
+    """Five alike of each of eight patients gave the p of 40 patients; eight give 2 / 2^8 at the least."""
+    labels = np.repeat([1, 0], [40, 160])
+    scores, patients = labels + np.linspace(0, 0.5, 200), np.arange(200) // 5
+    settings = triage.TriageSettings(repeats=30)
+    by_patient, by_scan = (triage.simulate(scores, labels, settings, clusters=of)["emergency"]["wilcoxon_p"]
+                           for of in (patients, None))
+    assert by_patient == pytest.approx(2 / 2**8) and by_scan < 1e-6
