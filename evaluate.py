@@ -4,10 +4,10 @@
     python evaluate.py triage results/scores.csv labels.csv --out results/triage
 
 labels.csv has the columns scan_id, label (0 or 1) and, if there are any, types (separated by '|') and patient
-(scans of one patient then count as one cluster, in every interval and test). Writes metrics.json, metrics.md, roc.png and pr.png
-(triage.json and triage.md), and with --report projector.py's report anew, with labels and ROC. A figure that the
-data do not define reads 'undefined: <why>'. A threshold comes from other data or there is none. No scan is left
-out silently: see --missing. Exit 0 done, 2 wrong usage or unfit input.
+(scans of one patient then count as one cluster, in every interval and test). Writes metrics.json, metrics.md, roc.png
+and pr.png (triage.json and triage.md), and with --report projector.py's report again, with labels and ROC. A figure
+that the data do not define reads 'undefined: <why>'. A threshold comes from other data or there is none. No scan is
+left out silently: see --missing. Exit 0 done, 2 wrong usage or unfit input.
 """
 
 from __future__ import annotations
