@@ -18,7 +18,7 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import CTImageStorage
 from pydicom.valuerep import DA, DT, TM
 
-from ct.dicom_header import frame_value
+from ct.dicom_header import frame_value, number_of
 from ct.geometry import SliceStack
 from ct.scan import Scan, ScanError
 from ct.slab import slice_thickness_mm
@@ -214,10 +214,11 @@ def _check_distinct(paths: Sequence[Path], headers: Sequence[Dataset]) -> None:
 
 
 def _thickness(scan: Scan, headers: Sequence[Dataset], paths: Sequence[Path]) -> np.ndarray:
-    """Slice thickness in mm, [S]; type 2 in CT, so it may be empty: then what its neighbours leave it."""
-    said = [frame_value(headers[paths.index(path)], frame, "PixelMeasuresSequence", "SliceThickness")
+    """Slice thickness in mm, [S]; type 2 in CT, so it may be empty, or no number: then what its neighbours leave it."""
+    said = [number_of(str(frame_value(headers[paths.index(path)], frame, "PixelMeasuresSequence", "SliceThickness")))
             for path, frame in scan.geometry.frames]
-    return np.array([float(value) if value else mm for value, mm in zip(said, slice_thickness_mm(scan.position_mm))])
+    return np.array([value if 0 < value < np.inf else mm
+                     for value, mm in zip(said, slice_thickness_mm(scan.position_mm))])
 
 
 def _reference_image(header: Dataset, first: Dataset, thickness_mm: float, frames: Sequence[int]) -> Dataset:

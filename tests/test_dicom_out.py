@@ -176,6 +176,19 @@ def test_slices_of_their_own_thickness(tmp_path):
     assert thickness == {10: 4, 14: 4, 18: 4, 23: 7, 30: 7, 37: 7}              # by height above the origin's 10 mm
 
 
+def test_a_slice_thickness_that_is_no_number_is_what_the_neighbours_leave(tmp_path):
+    """Of a source that writes '5 mm' no object was made."""
+    def edit(ds, k):
+        complete(ds, k)
+        ds.SliceThickness = "1.25"
+    folder = write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), edit=edit)
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"1.25", b"5 mm"))
+    for name in ("seg", "map"):
+        shared = build_objects(result_of(read_only(folder)), IDENTITY)[name].SharedFunctionalGroupsSequence[0]
+        assert shared.PixelMeasuresSequence[0].SliceThickness == 5
+
+
 def test_a_slice_beside_a_gap_is_no_thicker_for_it(tmp_path):
     """Of a source that leaves its slice thickness empty: 30 mm, half of it where there is no slice."""
     folder = write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), position_mm=[0, 5, 10, 65, 70, 75],
