@@ -1,7 +1,7 @@
 """Train the inversion encoder, image to W+ code (in-domain inversion, Zhu et al. 2020, ECCV).
 
     python train_encoder.py --data healthy.lmdb --gan runs/gan --out runs/encoder --preset ct128
-    python train_encoder.py --data own.lmdb --init models/head-128 --out runs/own --preset ct128
+    python train_encoder.py --data teach.lmdb --init models/head-128 --out runs/own --preset ct128
     torchrun --nproc-per-node=8 train_encoder.py --data healthy.lmdb --gan runs/gan --out runs/encoder
 
 The generator stays as it is, unless --lr-generator says otherwise. With --init all three networks start from another
