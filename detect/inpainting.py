@@ -7,6 +7,8 @@ surroundings   blocks of the brain are hidden in turn, and every place is drawn 
 reconstruct    where the slice differs from that, smoothed a little, by gate_hu or more, in more than a speck, it is
                hidden, what is hypodense as far as it goes on (grow_hu: a large one's faint middle, or its edge), and
                drawn from what is around; elsewhere the networks see the slice, and draw it as it is.
+               What shifts a slice as a whole is no lesion (level): hardened beams at the skull base, bone that the
+               highest slices are in part, another scanner's calibration.
                Networks that were taught with such holes (train_encoder.py --gated) draw fluid in one of the shape of a
                ventricle or a sulcus, and tissue in one of any other
 grain          what they smooth away of it there comes back; of the rest no more than grain has: a bleed is not grain
@@ -32,7 +34,7 @@ from common.weights import CheckpointError
 from config import check_choices, check_range, option
 from ct.window import BONE_HU, decode, encode
 from detect.inversion import EncoderMethod, bone_mask
-from detect.reader import Reader
+from detect.reader import Reader, middle
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
 from detect.residual import components_touching, without_small_components
 from model import Encoder, Generator
@@ -57,6 +59,8 @@ class InpaintingSettings:
     gate_hu: float = option(8.0, "difference from what its surroundings call for, HU, at which a place is drawn anew")
     grow_hu: float = option(5.0, "what is connected with a hypodense place that is drawn anew is, too, where it "
                             "differs by more than this, HU; as gate_hu: nothing is")
+    level: bool = option(True, "a slice's difference is told from its own level, the median over its brain, gate_hu at "
+                               "most: what shifts a slice as a whole is not drawn anew")
     spared: float = option(0.5, "of gate_hu: what is less hypodense than this by itself is not drawn anew with what is "
                                 "around it, as the septum between the ventricles is; 0 draws it, too")
     bright_rim: int = option(3, f"what is hidden around it where it is hyperdense, pixels of {AT}; {AROUND} elsewhere")
@@ -133,7 +137,11 @@ class Inpainting(EncoderMethod):
 
     def gate(self, difference_hu: torch.Tensor, soft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where a difference [S, N, N], HU, from the surroundings is anomalous in soft brain; and what to hide."""
-        unit, gate, clipped = self.size / AT, self.settings.gate_hu, difference_hu.clamp(-CLIP_HU, CLIP_HU)
+        unit, gate = self.size / AT, self.settings.gate_hu
+        if self.settings.level:
+            shift = middle(difference_hu[:, None], soft).clamp(-gate, gate)
+            difference_hu = difference_hu - shift[..., None]
+        clipped = difference_hu.clamp(-CLIP_HU, CLIP_HU)
         smooth = smoothed(clipped, soft, SMOOTH * unit)
         found = without_small_components(smooth.abs() > gate, SPECK * unit**2)
         dark = found & (smooth < 0)

@@ -275,7 +275,7 @@ def test_a_bleed_is_drawn_anew_and_the_rest_stays(filler):
 def test_what_is_drawn_anew_is_judged_by_its_surroundings(filler):
     """20 HU in brain of 30: expected 30 by its surroundings; as it is drawn (here 10 HU off them) only if asked for."""
     hu = torch.full((1, 32, 32), 30.0)
-    hu[:, 12:18, 12:18] = 20.0
+    hu[:, 12:18, 12:18], hu[:, 0] = 20.0, 100.0
     brain, drawn = torch.ones(1, 32, 32, dtype=torch.bool), filler.draw
     filler.from_surroundings = lambda hu, bone: torch.full_like(hu, 30)
     filler.draw = lambda images, hidden, bone: drawn(images, hidden, bone) - 10.0 * hidden
@@ -301,6 +301,24 @@ def test_specks_and_what_is_faint_are_no_anomaly():
     assert not found[1:].any()
     difference[2, 40:44, 40:44] = 20
     assert one.gate(difference, soft)[0][2, 40:44, 40:44].all()
+
+
+def test_what_shifts_a_slice_as_a_whole_is_no_anomaly():
+    """A slice 9 HU denser than expected; in it a bleed, and a place 2 HU less dense than expected: these two are found.
+
+    As if no slice were shifted it is all but the second. A bleed over most of a slice is found all the same.
+    """
+    soft, difference = torch.ones(2, 128, 128, dtype=torch.bool), torch.full((2, 128, 128), 9.0)
+    soft[:, :, :10], difference[:, :, :10] = False, -40                       # what is no soft brain has no say
+    difference[0, 40:60, 40:60], difference[0, 80:100, 40:60], difference[1, 40:] = 40, -2, 40
+    bleed, rest = difference[0] == 40, slice(10, 30)
+    for level in (True, False):
+        one = Filler(InpaintingSettings(level=level), *networks(), (0.0, 70.0))
+        one.size = 128
+        found, _ = one.gate(difference, soft)
+        assert found[0][bleed].all() and found[1, 45:, 20:].all()
+        assert found[0, 85:95, 45:55].all() if level else not found[0, 85:95, 45:55].any()
+        assert not found[0, rest, 20:].any() if level else found[0, rest, 20:].all()
 
 
 def test_around_what_is_bright_more_is_hidden():
@@ -353,7 +371,7 @@ def test_a_hypodense_place_is_drawn_anew_as_far_as_it_goes_on():
 def test_what_is_drawn_anew_only_since_it_goes_on_is_not_judged(filler):
     """Its closest normal is drawn, 6 HU denser, and itself is what it is judged against, as where nothing is found."""
     hu, brain = torch.full((1, 32, 32), 30.0), torch.ones(1, 32, 32, dtype=torch.bool)
-    hu[:, 8:24, 8:16], hu[:, 8:24, 16:28] = 10, 24
+    hu[:, 8:24, 8:16], hu[:, 8:24, 16:28], hu[:, 0] = 10, 24, 100
     filler.from_surroundings = lambda hu, bone: torch.full_like(hu, 30)
     filler.draw = lambda images, hidden, bone: torch.where(hidden, 30.0, decode(images))
     found = filler.closest_normal(hu, brain, np.zeros(1))
