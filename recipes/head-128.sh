@@ -9,12 +9,12 @@
 # slices'). WORK (default runs/head-128) gets everything: the tables of slices and splits, slices.lmdb (HU 0..70, as loose
 # slices have them), scans.lmdb (HU -20..100, as new scans are seen), gan/, encoder/, reader/, reader-1/ to reader-3/,
 # model/, inversion/table.md, cross-validation/table.md, ct-ich/table.md and phe-sich/table.md. Paths are relative to the
-# repository. Started again, it goes on where it stopped. On one CPU core some two hours of training, three more for the
-# readers, and the benchmarks. Another interpreter: PYTHON=python3 sh recipes/...
+# repository. Started again, it goes on where it stopped. On one CPU core some three and a half hours of training, two or
+# three more for the readers, and the benchmarks. Another interpreter: PYTHON=python3 sh recipes/...
 # models/head-256, on a GPU in ten minutes of training: SIZE=256 sh recipes/head-128.sh ... (work in runs/head-256).
 # The shipped models were trained in other ways, which their model.json tells: head-128 in five runs, after a GAN of 50,000
-# images; head-256 without a GAN. With a GAN of 50,000 images the recipe was run ('As the recipe has it' in
-# docs/RESULTS.md), with this short one, which saves an hour, at neither size.
+# images; head-256 without a GAN. As it stands the recipe was run at 128 up to its readers ('As the recipe has it' in
+# docs/RESULTS.md), at 256 not.
 # Read the tables of the test scans once, at the end: choices are made by cross-validation and benchmarks/inversion.py.
 
 set -eu
