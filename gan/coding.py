@@ -63,8 +63,7 @@ class CodeTrainer(InpaintingTrainer):
         nats = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2)).mean()
         fake = self.g.synthesis(code, self.g.random_maps(len(code), self.rng) if full else "const")
         weight = OUTSIDE + (INSIDE - OUTSIDE) * inside
-        distance = weighted_distance(self.reached(real, fake), fake, weight / weight.mean(), self.config.knee,
-                                     self.config.gradient)
+        distance = weighted_distance(self.reached(real, fake), fake, weight, self.config.knee, self.config.gradient)
         loss, stats = distance + self.rate * nats, {"distance": distance, "nats": nats}
         if full:
             fake = fake.clamp(self.low, self.high)

@@ -117,10 +117,9 @@ class InpaintingTrainer(EncoderTrainer):
 
     def weight(self, brain: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor, changed: torch.Tensor
                ) -> torch.Tensor:
-        """Collective. Of each pixel in the distance [B, N, N], 1 in the mean over all ranks. Bone is never hidden."""
+        """Of each pixel in weighted_distance, [B, N, N]. Bone is never hidden."""
         inside = (brain & ~bone).float()
-        weight = OUTSIDE + inside * (1 + self.config.hidden * hidden + self.config.changed * changed)
-        return weight / (distributed.all_reduce_sum(weight.mean()) / distributed.get_world_size())
+        return OUTSIDE + inside * (1 + self.config.hidden * hidden + self.config.changed * changed)
 
     def draw(self, images: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, N, N] of which `hidden` is not seen, bool [B, N, N], as generator and encoder draw them."""
@@ -172,8 +171,10 @@ def weighted_distance(real: torch.Tensor, fake: torch.Tensor, weight: torch.Tens
                       ) -> torch.Tensor:
     """Mean of weight times the rounded absolute difference (Charbonnier), plus `gradient` times that of its gradients.
 
-    real, fake [B, 3, N, N]; weight [B, N, N].
+    real, fake [B, 3, N, N]; weight [B, N, N], taken over its mean over all ranks, so that a pixel weighs the same on
+    each. Collective.
     """
+    weight = weight / (distributed.all_reduce_sum(weight.mean()) / distributed.get_world_size())
     difference, weight = fake - real, weight[:, None]
 
     def mean(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
