@@ -32,7 +32,7 @@ def outputs(tmp_path_factory) -> tuple[Path, str]:
     """What prepare.py, projector.py and evaluate.py leave behind, and all that they said.
 
     A folder with two series, one with a series whose first file is cut short and whose second has a pixel spacing that
-    is no number, and one with a file on whose series number pydicom fails, quoting it.
+    is no number, and one with a file on whose number of frames pydicom fails, quoting it.
     """
     base = tmp_path_factory.mktemp("patient-data")
     hu = synthetic_head(slices=14, size=64, spacing_mm=(10.0, 3.6, 3.6), lesion=(5, 10, 25, 22, 75))[0]
@@ -45,7 +45,7 @@ def outputs(tmp_path_factory) -> tuple[Path, str]:
     damaged.write_bytes(damaged.read_bytes().replace(b"3.6\\3.6 ", b"Secret^N"))        # the pixel spacing
     assert damaged.read_bytes().count(b"Secret^N") == 2
     write_dicom_series(base / "scans" / "odd", hu[:1], spacing, series="odd", study="odd",
-                       edit=lambda ds, k: setattr(ds, "SeriesNumber", 11223344))
+                       edit=lambda ds, k: setattr(ds, "NumberOfFrames", 11223344))
     odd = base / "scans" / "odd" / "000.dcm"
     odd.write_bytes(odd.read_bytes().replace(b"11223344", b"Secret^N"))
     assert odd.read_bytes().count(b"Secret^N") == 2
