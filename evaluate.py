@@ -32,6 +32,8 @@ from evaluation.settings import TriageSettings
 if TYPE_CHECKING:                         # what takes seconds to import, functions import: --help needs none of it
     from evaluation.cohort import Key, Label, Score, Units
 
+# Of triage: what a model draws, and what is observed and drawn from instead
+OBSERVED = {"arrival_s": "arrival_intervals", "reading_median_s": "reading_times", "reading_sigma": "reading_times"}
 LIBRARIES = ("numpy", "scipy", "scikit-learn", "matplotlib")             # that figures hang on
 
 
@@ -165,14 +167,16 @@ def simulate_worklist(args) -> None:
 
     labels, not_chosen = read_labels(args.labels, args.where)
     units = join(read_scores(args.scores), labels, args.missing, not_chosen)
-    settings = TriageSettings(**{f.name: getattr(args, f.name) for f in fields(TriageSettings)})
+    given = {f.name: getattr(args, f.name) for f in fields(TriageSettings)}
+    settings = TriageSettings(**{name: value for name, value in given.items() if value is not None})
     intervals = read_seconds(args.arrival_intervals, may_be_0=True) if args.arrival_intervals else None
     reading = read_seconds(args.reading_times) if args.reading_times else None
     try:
         report = triage.simulate(units.scores, units.labels, settings, intervals, reading, units.clusters)
     except Undefined as reason:
         raise InputError(f"{args.labels}: the simulation is undefined: {reason}") from None
-    report |= {"load": asdict(settings), "left_out": units.left_out, "counted_worst": units.counted_worst,
+    load = asdict(settings) | {name: None for name, observed in OBSERVED.items() if getattr(args, observed)}
+    report |= {"load": load, "left_out": units.left_out, "counted_worst": units.counted_worst,
                **provenance(args)}
     args.out.mkdir(parents=True, exist_ok=True)
     text = triage.markdown(report)
@@ -255,15 +259,15 @@ def triage_parser() -> argparse.ArgumentParser:
     parser = _parser("evaluate.py triage", "One reader's worklist, first come first served against by score")
     add, default = parser.add_argument, TriageSettings()
     add("--scans", type=_at_least(int, 2), default=default.scans, help="in a session (default %(default)s)")
-    add("--arrival-s", type=_at_least(float, 1e-3), default=default.arrival_s,
-        help="mean interval of Poisson arrivals (default %(default)s)")
+    add("--arrival-s", type=_at_least(float, 1e-3),
+        help=f"mean interval of Poisson arrivals (default {default.arrival_s})")
     add("--arrival-intervals", type=Path, help="observed intervals to draw from instead, seconds, one a line")
     add("--reader-start-s", type=_at_least(float, 0), default=default.reader_start_s,
         help="the reader comes this long after the first scan (default %(default)s)")
-    add("--reading-median-s", type=_at_least(float, 1e-3), default=default.reading_median_s,
-        help="of log-normal reading times (default %(default)s)")
-    add("--reading-sigma", type=_at_least(float, 0), default=default.reading_sigma,
-        help="of their logarithm (default %(default)s)")
+    add("--reading-median-s", type=_at_least(float, 1e-3),
+        help=f"of log-normal reading times (default {default.reading_median_s})")
+    add("--reading-sigma", type=_at_least(float, 0),
+        help=f"of their logarithm (default {default.reading_sigma})")
     add("--reading-times", type=Path, help="observed reading times to draw from instead, seconds, one a line")
     add("--latency-s", type=_at_least(float, 0), default=default.latency_s,
         help="seconds a scan takes to score; measure it, the default of %(default)s is an assumption")
@@ -272,6 +276,13 @@ def triage_parser() -> argparse.ArgumentParser:
     add("--prevalence", type=_share, help="share of emergencies among arrivals (default: as in the labels)")
     add("--repeats", type=_at_least(int, 1), default=default.repeats, help="sessions (default %(default)s)")
     return parser
+
+
+def check_load(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags of a model together with observed times, which are drawn from in its place."""
+    for modelled, observed in OBSERVED.items():
+        if getattr(args, modelled) is not None and getattr(args, observed):
+            parser.error(f"give --{modelled} or --{observed}, not both".replace("_", "-"))
 
 
 def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -294,11 +305,10 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    command, parser, argv = ((simulate_worklist, triage_parser(), argv[1:]) if argv[:1] == ["triage"]
-                             else (evaluate, evaluate_parser(), argv))
+    command, check, parser, argv = ((simulate_worklist, check_load, triage_parser(), argv[1:])
+                                    if argv[:1] == ["triage"] else (evaluate, complete, evaluate_parser(), argv))
     args = parser.parse_args(argv)
-    if command is evaluate:
-        complete(parser, args)
+    check(parser, args)
 
     from detect.report import ReportError
     from evaluation.cohort import InputError

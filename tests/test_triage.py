@@ -81,6 +81,23 @@ def test_triage_command(results):
     assert evaluate.main([*command, "--reading-times", str(base / "reading.txt")]) == 2
 
 
+@pytest.mark.parametrize("modelled, observed", [
+    ("--arrival-s", "--arrival-intervals"), ("--reading-median-s", "--reading-times"),
+    ("--reading-sigma", "--reading-times")])
+def test_a_model_and_observed_times_in_its_place_are_refused(modelled, observed, results, capsys):
+    """The model's flag was passed over, and triage.json named its value. A default's own value is no exception."""
+    base = results.parent
+    (base / "seconds.txt").write_text("20\n25\n")
+    command = ["triage", str(results / "scores.csv"), str(base / "labels.csv"), "--out", str(base / "triage"),
+               "--repeats", "2", observed, str(base / "seconds.txt")]
+    name = modelled[2:].replace("-", "_")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*command, modelled, str(getattr(triage.TriageSettings(), name))])
+    assert stopped.value.code == 2 and f"give {modelled} or {observed}, not both" in capsys.readouterr().err
+    assert evaluate.main(command) == 0
+    assert json.loads((base / "triage" / "triage.json").read_text())["load"][name] is None
+
+
 def test_scans_of_one_patient_are_no_further_evidence():
     """Five alike of each of eight patients gave the p of 40 patients; eight give 2 / 2^8 at the least."""
     labels = np.repeat([1, 0], [40, 160])
