@@ -98,6 +98,5 @@ def preprocess_scan(scan: Scan, settings: PreprocessSettings) -> Preprocessed:
         raise ScanError(f"{scan.scan_id}: no slice has brain on {settings.min_brain_fraction:.1%} of the frame "
                         f"and lies within {settings.max_below_vertex_mm:g} mm below the vertex")
     if scan.source != "dicom" or abs(standardised.frame.angle_deg) > SIDEWAYS_DEG:    # DICOM states how the patient lay
-        frame = settings.standardise
-        reservations += check_facing(standardised, frame.head_fraction, frame.hu_clip[0])
+        reservations += check_facing(standardised, settings.standardise.head_fraction, settings.standardise.hu_clip[0])
     return Preprocessed(slabs, brain, standardised, kept, reservations)

@@ -34,9 +34,9 @@ from common.weights import CheckpointError
 from config import check_choices, check_range, option
 from ct.window import BONE_HU, decode, encode
 from detect.inversion import EncoderMethod, bone_mask
-from detect.reader import Reader, middle
+from detect.reader import Reader
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
-from detect.residual import components_touching, without_small_components
+from detect.residual import components_touching, slice_medians, without_small_components
 from model import Encoder, Generator
 from op.banded import dilated, smoothed
 
@@ -139,7 +139,7 @@ class Inpainting(EncoderMethod):
         """Where a difference [S, N, N], HU, from the surroundings is anomalous in soft brain; and what to hide."""
         unit, gate = self.size / AT, self.settings.gate_hu
         if self.settings.level:
-            shift = middle(difference_hu[:, None], soft).clamp(-gate, gate)
+            shift = slice_medians(difference_hu[:, None], soft).clamp(-gate, gate)
             difference_hu = difference_hu - shift[..., None]
         clipped = difference_hu.clamp(-CLIP_HU, CLIP_HU)
         smooth = smoothed(clipped, soft, SMOOTH * unit)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.weights import CheckpointError, load_strictly, load_tensors
+from detect.residual import slice_medians
 from op.banded import smoothed
 from op.conv import conv2d, ready
 from op.layers import Kept
@@ -34,7 +35,7 @@ MIDDLE_HU, UNIT_HU = 30.0, 20.0           # of what it sees
 SCALE = 2.0                               # of log odds, so that normative.FLOOR_HU is a floor for them, too
 AT_ONCE = 4                               # images in the network at a time, in a processor's cache
 RARE = -3.0                               # log odds that training starts from
-VERSION = 2                               # of what is made of the network's output; 1 was without middle()
+VERSION = 2                               # of what is made of the network's output; 1 took no slice_medians() away
 
 
 class Conv(nn.Module):
@@ -99,7 +100,7 @@ class Reader(nn.Module):
         """
         images, soft = reader_input(query_hu, expected_hu, brain, bone), brain & ~bone
         found = torch.cat([self(part) for part in images.split(AT_ONCE)])
-        found = found - middle(found, soft)[..., None, None]
+        found = found - slice_medians(found, soft)[..., None, None]
         return SCALE * torch.stack([found[:, 0], -found[:, 1]], dim=1) * soft[:, None]
 
 
@@ -114,13 +115,6 @@ def reader_input(query_hu: torch.Tensor, expected_hu: torch.Tensor, brain: torch
                        for hu in (torch.where(soft, grainless(query_hu, soft), query_hu), expected_hu))
     difference = grainless(query_hu - expected_hu, soft) / UNIT_HU
     return torch.stack([query, query.flip(-1), difference, expected, bone.to(query), brain.to(query)], dim=1)
-
-
-def middle(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Median of values [S, K, N, N] over a part of each slice, bool [S, N, N]: [S, K]; 0 where it is empty."""
-    values = values.movedim(1, -1)
-    return torch.stack([of[part].median(0).values if part.any() else of.new_zeros(of.shape[-1])
-                        for of, part in zip(values, where)])
 
 
 def grainless(hu: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:

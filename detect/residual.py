@@ -100,6 +100,13 @@ def filtered(found: Reconstruction, brain: torch.Tensor, median_at_512: int) -> 
     return residual(found.query_hu, found.normal_hu, brain, scale_median_size(brain.shape[-1], median_at_512))
 
 
+def slice_medians(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Median of values [S, K, N, N] over a part of each slice, bool [S, N, N]: [S, K]; 0 where it is empty."""
+    values = values.movedim(1, -1)
+    return torch.stack([of[part].median(0).values if part.any() else of.new_zeros(of.shape[-1])
+                        for of, part in zip(values, where)])
+
+
 # --- mask ---
 
 

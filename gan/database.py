@@ -174,8 +174,8 @@ def _encode(job: _Job) -> ScanRecord:
         kept = kept & listed_slabs(done.slabs, _chosen(job, len(done.slabs.position_mm)))
     if not kept.any():
         raise ScanError(f"{scan.scan_id}: none of the slices that --slices and --leave-out choose shows enough brain")
-    shown, frame = np.flatnonzero(kept), done.standardised
-    return ScanRecord.encode(scan.scan_id, frame.hu[shown], frame.brain[shown], frame.below_vertex_mm[shown],
+    shown, standard = np.flatnonzero(kept), done.standardised
+    return ScanRecord.encode(scan.scan_id, standard.hu[shown], standard.brain[shown], standard.below_vertex_mm[shown],
                              shown, scan.source, (*done.slabs.scan.notes, *done.reservations), _pixels(scan))
 
 
@@ -271,10 +271,12 @@ def common_hu_range(sources: list[ScanSource], workers: int) -> tuple[float, flo
     return low, high
 
 
-def find_all(folders: Sequence[PathLike], unknown_slice_spacing_mm: float, ids: str = "path") -> list[ScanSource]:
-    """The scans of several folders, and loose slices, each a source of its own (ct.loose). ids: as of find_scans.
+def find_sources(folders: Sequence[PathLike], unknown_slice_spacing_mm: float, ids: str = "path") -> list[ScanSource]:
+    """The scans of several folders, and loose slices, each a source of its own (ct.loose).
 
-    DatasetError where a folder is missing, ScanError where two sources share an id.
+    ids: as of find_scans, of each folder by itself: tables of patients, splits and slices name scans so, whichever
+    folders are given together. (ct.read.find_all, which has no tables to fit, puts the folder's name before them.)
+    DatasetError where a folder is missing, before any is searched; ScanError where two sources share an id.
     """
     for folder in folders:
         if not Path(folder).exists():
@@ -313,7 +315,7 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
     be it of one of the folders; ScanError where a folder holds no scans.
     """
     writer = SliceWriter(out, {}, overwrite)              # refuses an existing file before the long work
-    found = find_all(folders, unknown_slice_spacing_mm, ids)
+    found = find_sources(folders, unknown_slice_spacing_mm, ids)
     left_out = _left_out(leave_out_csv, found)
     remaining = [s for s in found if left_out.get(s.scan_id, ()) is not None]
     selection = _selection(slices_csv)

@@ -13,6 +13,7 @@ from detect.residual import (
     lesion_mask,
     residual,
     scale_median_size,
+    slice_medians,
     to_half_contrast,
 )
 from detect.scores import SCAN_SCORES, percentile_of, scan_score, thickness_mm, threshold_at_fpr
@@ -67,6 +68,12 @@ def test_residual_does_not_depend_on_the_chunks():
     whole = residual(query, recon, brain, 5)
     chunks = [residual(query[i:i + 3], recon[i:i + 3], brain[i:i + 3], 5) for i in (0, 3, 6)]
     assert torch.equal(torch.cat(chunks), whole)
+
+
+def test_medians_are_over_a_part_of_each_slice():
+    values = torch.tensor([[[[1.0, 2.0], [3.0, 9.0]], [[5.0, 5.0], [5.0, 0.0]]]]).repeat(2, 1, 1, 1)     # [2, 2, 2, 2]
+    where = torch.tensor([[[True, True], [True, False]], [[False, False], [False, False]]])
+    assert slice_medians(values, where).tolist() == [[2.0, 5.0], [0.0, 0.0]]
 
 
 def test_residual_names_the_shape_that_differs():

@@ -12,7 +12,7 @@ from common.weights import CheckpointError, write_json
 from detect.bundle import load_bundle, save_bundle
 from detect.inpainting import Inpainting, InpaintingSettings
 from detect.normative import Normal, fit_normal
-from detect.reader import SCALE, Reader, middle, reader_input
+from detect.reader import SCALE, Reader, reader_input
 from detect.reconstruct import Reconstruction
 from detect.settings import Settings
 from detect.surprise import Surprise, SurpriseSettings
@@ -102,12 +102,6 @@ def test_the_second_side_is_turned_so_that_below_0_is_not_dense_enough():
     found = network.read(hu, hu, brain, bone)
     assert torch.equal(found[:, :, spot][..., 0], SCALE * torch.tensor([[7.0, -5.0]]).expand(4, 2))
     assert not found[(soft & ~spot)[:, None].expand_as(found)].any()
-
-
-def test_what_is_said_of_half_of_a_slice_is_taken_from_all_of_it():
-    values = torch.tensor([[[[1.0, 2.0], [3.0, 9.0]], [[5.0, 5.0], [5.0, 0.0]]]]).repeat(2, 1, 1, 1)     # [2, 2, 2, 2]
-    where = torch.tensor([[[True, True], [True, False]], [[False, False], [False, False]]])
-    assert middle(values, where).tolist() == [[2.0, 5.0], [0.0, 0.0]]
 
 
 def test_bfloat16_says_the_same_but_for_its_rounding():

@@ -276,7 +276,7 @@ MUTANTS = (
            "-found[:, 1]], dim=1) * soft[:, None]", "-found[:, 1]], dim=1) * brain[:, None]",
            "tests/test_reader.py -k soft_brain"),
     Mutant("a reader doubts a whole slice", "detect/reader.py",
-           "found = found - middle(found, soft)[..., None, None]", "found = found + 0",
+           "found = found - slice_medians(found, soft)[..., None, None]", "found = found + 0",
            "tests/test_reader.py -k turned"),
     Mutant("a reader calibrated by another version is taken", "detect/reader.py",
            'config.get("version") != VERSION', 'False', "tests/test_reader.py -k does_not_fit"),
