@@ -28,6 +28,7 @@ from common.stopping import Terminated, orderly_end
 from ct.settings import PreprocessSettings, StandardiseSettings
 
 OF_SETTINGS = ("size", "slab-mm", "hu-clip", "bone-apart", "min-brain-fraction", "max-below-vertex-mm")
+OF_DRAWN_SPLIT = ("val-fraction", "seed")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
                        help="part of the patients kept for validation; 0: none, 1: all (default %(default)g)")
     group.add_argument("--seed", type=int, default=0, help="draws the patients (default %(default)s)")
     group.add_argument("--split", metavar="FILE.csv",
-                       help="columns scan_id, split (train or val): use this split instead")
+                       help="columns scan_id, split (train or val): use this split, and draw none")
     return p
 
 
@@ -97,10 +98,12 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"--hu-clip expects LOW below HIGH, both finite, got {args.hu_clip[0]:g} {args.hu_clip[1]:g}")
     if not 0 <= args.min_brain_fraction < 1:
         p.error(f"--min-brain-fraction must be at least 0 and below 1, got {args.min_brain_fraction:g}")
-    given = [f"--{flag}" for flag in OF_SETTINGS
-             if (name := flag.replace("-", "_")) and getattr(args, name) != p.get_default(name)]
-    if args.like and given:
-        p.error(f"--like {args.like}: says how slices are prepared; leave out {', '.join(given)}")
+    for flag, says, others in (("like", "how slices are prepared", OF_SETTINGS),
+                               ("split", "who is held out", OF_DRAWN_SPLIT)):
+        given = [f"--{other}" for other in others
+                 if (name := other.replace("-", "_")) and getattr(args, name) != p.get_default(name)]
+        if (value := getattr(args, flag)) and given:
+            p.error(f"--{flag} {value}: says {says}; leave out {', '.join(given)}")
 
 
 def prepare(args: argparse.Namespace) -> int:

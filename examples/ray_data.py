@@ -3,12 +3,14 @@
     pip install "ray[data]"
     python examples/ray_data.py SCANS --model models/head-128 --out results --actors 16 --gpus 0.25
 
-Each actor holds the model and takes one scan after the other. OUT is as projector.py --part makes it: a rerun skips
-what is finished, and both may work on the same folder. This checkout, SCANS and OUT lie at the same path on every node.
+Each actor holds the model and takes one scan after the other. OUT is as projector.py --part and merge make it: a rerun
+skips what is finished, and both may work on the same folder. This checkout, SCANS and OUT lie at the same path on every
+node. Exit codes: 0 done, 3 some scans failed or have no result.
 """
 
 import argparse
 import pickle
+import sys
 from pathlib import Path
 
 import ray
@@ -21,10 +23,12 @@ class Project:
         from detect import Projector, load_bundle
         from detect.dicom_out import dicom_writer
         from detect.outputs import OUTPUTS
+        from detect.run import begin_report, run_report
         from distributed import pick_device
 
         self.projector, self.out = Projector(load_bundle(model, pick_device("auto"))), Path(out)
         self.writers = {**OUTPUTS, "dicom": dicom_writer(self.projector)}
+        begin_report(self.out, run_report(self.projector, 1))
 
     def __call__(self, row: dict) -> dict:
         from detect.jobs import project_all
@@ -37,7 +41,7 @@ class Project:
         return {"scan_id": source.scan_id, "status": scan.get("status", "another run has it")}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scans", type=Path)
     parser.add_argument("--model", type=Path, required=True)
@@ -48,19 +52,24 @@ def main() -> None:
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
 
     from ct.read import find_scans
-    from detect.folder import collect_all, make_writable, write_tables
+    from detect.folder import make_writable, note_part, refuse_other_files
+    from detect.run import merge
 
+    found = find_scans(args.scans)
     make_writable(args.out)
-    sources = [{"source": pickle.dumps(source)} for source in find_scans(args.scans)]
+    refuse_other_files(args.out, found, by_hash=True)
+    note_part(args.out, [args.scans], found, 0, 1)
+    sources = [{"source": pickle.dumps(source)} for source in found]
     done = ray.data.from_items(sources, override_num_blocks=len(sources)).map(
         Project, fn_constructor_args=[str(args.model.resolve()), str(args.out.resolve())], num_gpus=args.gpus,
         compute=ray.data.ActorPoolStrategy(size=args.actors))
     print(*(f"{row['scan_id']}: {row['status']}" for row in done.take_all()), sep="\n")
-    write_tables(args.out, collect_all(args.out))
+    results, missed, others = merge(args.out)
+    for words in (*missed, *([others] if others else ())):
+        print(words, file=sys.stderr)
+    return 3 if missed or not all(result.ok for result in results) else 0
 
 
 if __name__ == "__main__":
-    import sys
-
     sys.path.insert(0, str(ROOT))
-    main()
+    sys.exit(main())

@@ -432,6 +432,15 @@ def test_slices_like_a_models(tmp_path, capsys):
     assert "an imported model, which does not say how its slices are prepared" in refused(str(model))
 
 
+@pytest.mark.parametrize("flag, value", [("--val-fraction", "0.3"), ("--seed", "1")])
+def test_a_given_split_and_how_to_draw_one_are_refused(flag, value, tmp_path, capsys):
+    """The drawn one's flags were passed over."""
+    with pytest.raises(SystemExit) as stop:
+        prepare.main([str(tmp_path), "--out", str(tmp_path / "own.lmdb"), "--split", "split.csv", flag, value])
+    assert stop.value.code == 2
+    assert f"--split split.csv: says who is held out; leave out {flag}" in capsys.readouterr().err
+
+
 def test_an_out_that_cannot_be_written_is_refused_before_the_work(folder, tmp_path, capsys):
     for out, message in ((tmp_path, "is a folder"), (Path("/proc/x.lmdb"), "cannot be written")):
         with pytest.raises(SystemExit) as stop:
