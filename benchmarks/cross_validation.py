@@ -45,12 +45,12 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 import distributed  # noqa: E402
 from benchmarks import pasted  # noqa: E402
 from benchmarks.compare import refuse_learnt  # noqa: E402
-from bundling.origins import WITH_READER, digest_of, learnt_by_reader, load_reader, reader_of  # noqa: E402
+from bundling.origins import WITH_READER, digest_of, learnt_by_reader, open_reader, reader_of  # noqa: E402
 from config import exit_code  # noqa: E402
 from ct.settings import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect import normative  # noqa: E402
-from detect.bundle import load_bundle, read_bundle_meta  # noqa: E402
+from detect.bundle import load_bundle  # noqa: E402
 from detect.folder import make_writable  # noqa: E402
 from detect.inversion import Inversion, InversionSettings  # noqa: E402
 from detect.reconstruct import Reconstruction, Reconstructor  # noqa: E402
@@ -136,9 +136,9 @@ def open_readers(data: Path, folder: Path, runs: list[Path], device: torch.devic
     if reconstructor.name not in WITH_READER:
         raise ValueError(f"--reader: is for models of method {' or '.join(WITH_READER)}, {folder} is of "
                          f"{reconstructor.name}")
-    found, known = [], read_bundle_meta(folder)[0]["provenance"]
+    found, beside = [], digest_of(reconstructor)
     for run in runs:
-        snapshot = load_reader(run, known, digest_of(reconstructor))
+        snapshot = open_reader(run, beside)
         one = copy.copy(reconstructor)
         one.reader = reader_of(snapshot, device)
         patient = dict(zip(held_out.scan_ids, held_out.patients))

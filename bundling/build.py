@@ -20,7 +20,7 @@ from bundling.origins import (
     digest_of,
     learnt_by_networks,
     learnt_by_reader,
-    load_reader,
+    open_reader,
     provenance,
     reader_of,
     taught,
@@ -253,7 +253,7 @@ def with_readers(trained: Trained, runs: Sequence[Path], settings: Settings, dev
 
 
 def with_reader(trained: Trained, run: Path, beside: str, device: torch.device) -> Trained:
-    snapshot = load_reader(run, trained.provenance, beside)
+    snapshot = open_reader(run, beside)
     seen = not_held_out(trained.held_out_ids(), snapshot.meta, elsewhere=False)
     scans = [one for one in trained.held_out_ids() if one not in seen]
     tell_of_seen(scans, "--reader", run, snapshot.meta)

@@ -52,7 +52,7 @@ def open_beside(folder: Path, device: torch.device, precision: str) -> Beside:
     method = method_of(snapshot, settings, device, distributed.pick_precision(precision, device))
     return Beside(folder, method, digest_of(method), PreprocessSettings.from_json(snapshot.meta["data"]["settings"]),
                   {"step": snapshot.step, **snapshot.meta},
-                  lambda dataset: sorted(set(dataset.held_out_ids()) - set(snapshot.meta.get("held_out", ()))))
+                  lambda dataset: sorted(set(dataset.held_out_ids()) - set(snapshot.meta["held_out"])))
 
 
 def open_first_networks(folder: Path) -> FirstNetworks:
@@ -88,22 +88,14 @@ def open_first_reader(folder: Path) -> First:
                                   "does (checkpoint.py show), or a run of train_reader.py")
         return First(folder, reader.state_dict(), list(reader.widths), digest_of(bundle.reconstructor), known)
     snapshot = load_run(folder, "--init", "reader", "train_reader.py")
-    return First(folder, snapshot.weights["reader_ema"], snapshot.meta["model"]["widths"], snapshot.meta.get("beside"),
+    return First(folder, snapshot.weights["reader_ema"], snapshot.meta["model"]["widths"], snapshot.meta["beside"],
                  {"step": snapshot.step, **snapshot.meta})
 
 
-def load_reader(run: Path, known: dict[str, Any], beside: str) -> Snapshot:
-    """A run of --reader. ValueError unless it was taught beside the networks of this digest_of().
-
-    known: their provenance, by which the run of an older version, which has no digest, is told.
-    """
+def open_reader(run: Path, beside: str) -> Snapshot:
+    """What --reader names. ValueError unless it was taught beside the networks of this digest_of()."""
     snapshot = load_run(run, "--reader", "reader", "train_reader.py")
-    if "beside" in snapshot.meta:
-        fits = snapshot.meta["beside"] == beside
-    else:
-        its = provenance(snapshot.meta["encoder"]["step"], snapshot.meta["encoder"])
-        fits = all(known.get(part) and same_run(its[part], known[part]) for part in ("encoder", "gan"))
-    if not fits:
+    if snapshot.meta["beside"] != beside:
         raise ValueError(f"--reader {run}: was taught beside other networks than those that it is to read beside, of "
                          "another run of train_encoder.py or another model; teach one beside these (train_reader.py)")
     return snapshot
@@ -130,10 +122,8 @@ def taught(step: int, meta: dict[str, Any]) -> dict[str, Any]:
     data: all scans of that database taught it, but for the `held_out` of those that it holds out; init: the same of
     what the run began with.
     """
-    counts = meta["data"]["counts"]
-    held_out = len(meta["held_out"]) if "held_out" in meta else counts["val"]["scans"]        # an older run: all
-    return {"images_seen": step, "config": meta["config"], "held_out": held_out,
-            "data": {"digest": meta["data"]["digest"], "counts": counts}, "init": began_with(meta)}
+    return {"images_seen": step, "config": meta["config"], "held_out": len(meta["held_out"]),
+            "data": {key: meta["data"][key] for key in ("digest", "counts")}, "init": began_with(meta)}
 
 
 def began_with(meta: dict[str, Any]) -> dict[str, Any] | None:
@@ -150,14 +140,6 @@ def provenance(step: int, meta: dict[str, Any]) -> dict[str, Any]:
     gan = meta["gan"]
     return {"data": {key: meta["data"][key] for key in ("digest", "counts")},
             "gan": run(gan["step"], gan) if gan else None, "encoder": run(step, meta), "init": began_with(meta)}
-
-
-def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two of provenance()'s are one run, by all that these tell: settings that only one has are of a later
-    version."""
-    shared = one["config"].keys() & other["config"].keys()
-    return (one["images_seen"], one["data_digest"]) == (other["images_seen"], other["data_digest"]) and all(
-        one["config"][key] == other["config"][key] for key in shared)
 
 
 def networks_known(known: dict[str, Any]) -> dict[str, Any]:
@@ -183,4 +165,5 @@ def learnt_by_reader(dataset: SliceDataset, known: dict[str, Any]) -> list[str]:
 
 def seen_of(dataset: SliceDataset, known: dict[str, Any] | None) -> list[str]:
     """Scans that a database holds out and a training may have learnt from, by what a bundle tells of it."""
-    return not_held_out(dataset.held_out_ids(), {"data": dataset.facts(), "init": known})
+    scans = dataset.held_out_ids()
+    return not_held_out(scans, {"data": dataset.facts(), "held_out": scans, "init": known})

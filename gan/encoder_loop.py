@@ -43,10 +43,11 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
         check_first(first, config, snapshot)
         if not snapshot:
             check_alone(first, config, dataset)
+    scans = dataset.held_out_ids()
     if snapshot:
-        tell_of_seen(dataset.held_out_ids(), "--gan", gan, snapshot.meta)
+        tell_of_seen(scans, "--gan", gan, snapshot.meta)
     if first:
-        tell_of_seen(dataset.held_out_ids(), "--init", first.folder, {"data": known, "init": first.known})
+        tell_of_seen(scans, "--init", first.folder, {"data": known, "held_out": scans, "init": first.known})
     objective = CodeTrainer if config.code_channels else InpaintingTrainer if config.hide else EncoderTrainer
     range_hu = dataset.manifest["settings"]["standardise"]["hu_clip"]
     trainer = objective(config, snapshot, range_hu, device, vgg16, lpips, first)
@@ -54,7 +55,7 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
         trainer.start_from(first)
     new = not snapshot and "discriminator" not in first.weights
     meta = {"kind": "encoder", "config": dataclasses.asdict(config), "model": dataclasses.asdict(trainer.model),
-            "data": known, "held_out": dataset.held_out_ids(),         # neither digest nor counts tell which
+            "data": known, "held_out": scans,                          # neither digest nor counts tell which
             "gan": {"step": snapshot.step, **snapshot.meta} if snapshot else None,
             "init": first.known if first else None, "new_discriminator": new,
             "began_with": {"gan": snapshot.digest() if snapshot else None,

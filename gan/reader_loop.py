@@ -54,14 +54,14 @@ class First:
 
     folder    that --init names
     weights   of the averaged reader; widths: its channels
-    beside    digest of the networks that it was taught beside; None where an older run does not say
+    beside    digest of the networks that it was taught beside
     known     how it was taught: what a run that begins with it keeps of that, JSON (gan.runlog.lineage)
     """
 
     folder: Path
     weights: dict[str, torch.Tensor]
     widths: list[int]
-    beside: str | None
+    beside: str
     known: dict[str, Any]
 
 
@@ -79,7 +79,8 @@ def train(config: ReaderConfig, data: Path, beside: Beside, out: Path, device: t
     known = dataset.facts() | {"settings": dataset.manifest["settings"]}
     if first:
         check_first(first, beside, config)
-        tell_of_seen(held_out.scan_ids, "--init", first.folder, {"data": known, "init": first.known})
+        tell_of_seen(held_out.scan_ids, "--init", first.folder,
+                     {"data": known, "held_out": held_out.scan_ids, "init": first.known})
     hu_clip = PreprocessSettings.from_json(dataset.manifest["settings"]).standardise.hu_clip
     trainer = ReadingTrainer(config, beside.method, beside.range_hu(hu_clip), device)
     if first:
@@ -121,7 +122,7 @@ def check_first(first: First, beside: Beside, config: ReaderConfig) -> None:
         raise CheckpointError(f"--init {first.folder}: a reader of channels {first.widths}, this one is to have "
                               f"{list(config.widths())}; give --width {first.widths[0]} --depth {len(first.widths)} as "
                               "there, or leave --init out")
-    if first.beside not in (None, beside.digest):
+    if first.beside != beside.digest:
         distributed.print0(f"note: the reader of --init {first.folder} was taught beside other networks than those of "
                            f"--encoder {beside.folder}: what these expect of a slice is new to it")
 

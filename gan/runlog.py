@@ -65,13 +65,9 @@ class Run:
     resumed   whether the folder held a snapshot
     """
 
-    def __init__(self, out: Path, meta: dict, trainer: Trainer, seed: int, rollback: bool = False,
-                 told: Collection[str] = ()):
-        """Collective. Raises CheckpointError when the folder holds a run of another kind.
-
-        told: of meta's keys those without which no run goes on; of the others an older version's may lack some.
-        """
-        snapshot = start_run(out, meta, trainer.modules(), told)
+    def __init__(self, out: Path, meta: dict, trainer: Trainer, seed: int, rollback: bool = False):
+        """Collective. Raises CheckpointError when the folder holds a run of another kind."""
+        snapshot = start_run(out, meta, trainer.modules())
         state = snapshot.state if snapshot else {}
         self.out, self.meta, self.trainer = out, meta, trainer
         self.resumed, self.saved_at = snapshot is not None, snapshot.step if snapshot else 0
@@ -264,8 +260,7 @@ def load_run(folder: Path, flag: str, kind: str, command: str) -> Snapshot:
     """The last snapshot of a run of this kind. Raises CheckpointError naming the flag."""
     snapshot = load_snapshot(folder)
     if snapshot.meta.get("kind") != kind:
-        raise CheckpointError(f"{flag} {folder}: not a run of {command} "
-                                         f"(kind {snapshot.meta.get('kind')!r})")
+        raise CheckpointError(f"{flag} {folder}: not a run of {command} (kind {snapshot.meta.get('kind')!r})")
     return snapshot
 
 
@@ -281,13 +276,13 @@ def not_held_out(scans: Collection[str], meta: dict, elsewhere: bool = True) -> 
     """Of scans those that a run, or one that it began with, did not hold out: it may have been trained on them.
 
     A run knows what it held out, not by name what it was trained on. elsewhere: count also runs that the first one
-    began with and that were trained on another database, which may never have held these scans. A run that does not
-    say, an older one, held them out. What it began with may be of a model bundle, which tells how many scans were held
-    out, not which: then it is all of them or none (has_learnt_from).
+    began with and that were trained on another database, which may never have held these scans. What it began with may
+    be of a model bundle, which tells how many scans were held out, not which: then it is all of them or none
+    (has_learnt_from).
     """
     seen: set[str] = set()
     for one in lineage(meta):
-        held_out = one.get("held_out", scans)
+        held_out = one["held_out"]
         if isinstance(held_out, int):
             held_out = () if has_learnt_from(one, meta["data"]) else scans
         elif not elsewhere and one["data"]["digest"] != meta["data"]["digest"]:
@@ -334,13 +329,12 @@ def differing(before: Any, now: Any, name: str) -> list[str]:
     return [] if before == now else [f"{name} " + ", now ".join(values)]
 
 
-def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module],
-              told: Collection[str] = ()) -> Snapshot | None:
+def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> Snapshot | None:
     """Collective. Open the run folder and, if it holds snapshots, load the last one's weights into modules.
 
     Returns the snapshot (for its state), or None for a new run, whose meta go to config.json. Raises CheckpointError
-    when the folder holds a run whose meta differ in anything but the config (kind, networks, data, GAN), or cannot be
-    made.
+    when the folder holds a run whose meta differ in anything but the config (kind, networks, data, GAN) or lack some of
+    these, or cannot be made.
     """
     if distributed.is_main():
         try:
@@ -352,10 +346,10 @@ def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module],
     if snapshot is not None:
         for key in [key for key in meta if key != "config"]:               # in order: the kind first
             now = json.loads(json.dumps(meta[key]))
-            if key in told and key not in snapshot.meta:
+            if key not in snapshot.meta:
                 raise CheckpointError(f"{out}: the run there was started by an older version and does not tell its "
                                       f"{key}; go on with that version, or choose another --out")
-            if other := differing(snapshot.meta.get(key, now), now, key):  # an older run may not say it
+            if other := differing(snapshot.meta[key], now, key):
                 raise CheckpointError(f"{out}: the run there has another {key} ({some(other, 3, '; ')}); go on with "
                                       "the same flags and database, or choose another --out")
         if gone := sorted(set(snapshot.meta.get("config", {})) - set(meta["config"])):

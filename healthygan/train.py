@@ -87,8 +87,7 @@ def train(config: TrainConfig, data: TrainingData, out: Path, device: torch.devi
     facts = data.facts()
     meta = {"kind": "healthygan", "config": dataclasses.asdict(config),
             "model": dataclasses.asdict(config.model()), "data": facts, "digest": data.digest()}
-    # Without a digest nobody knows which images the run there has kept aside
-    with Run(out, meta, trainer, config.seed, rollback, told=("digest",)) as run:
+    with Run(out, meta, trainer, config.seed, rollback) as run:
         chooser = None
         if distributed.is_main():
             chooser = Chooser(data, out, {"model": meta["model"], "image_settings": facts["image_settings"],

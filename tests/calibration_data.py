@@ -36,9 +36,10 @@ def write_run(folder, manifest, kind="encoder"):
     torch.manual_seed(0)
     networks = {"generator": Generator(TINY), "discriminator": Discriminator(TINY), "encoder": Encoder(TINY)}
     data = {key: manifest[key] for key in ("digest", "counts", "settings")}
-    model = dataclasses.asdict(TINY)
-    gan = {"kind": "gan", "step": 7, "model": model, "config": {"kimg": 0.007}, "data": data}
-    meta = {"kind": kind, "model": model, "config": {"epochs": 2}, "data": data, "gan": gan}
+    shared = {"model": dataclasses.asdict(TINY), "data": data,
+              "held_out": [scan["scan_id"] for scan in manifest["scans"] if scan["split"] == "val"]}
+    gan = {"kind": "gan", "step": 7, "config": {"kimg": 0.007}, **shared}
+    meta = {"kind": kind, "config": {"epochs": 2}, "gan": gan, **shared}
     save_snapshot(folder, 50, networks, {}, meta)
     return folder
 

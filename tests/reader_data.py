@@ -16,21 +16,11 @@ def run(slices, encoder, out, *flags) -> int:
     return train_reader.main([str(word) for word in command])
 
 
-def with_meta(run, copy, change):
-    """A copy of a run whose meta change(meta) has changed."""
+def with_held_out(run, held_out, copy):
+    """A copy of a run that says it held these scans out."""
     shutil.copytree(run, copy)
     path = copy / load_snapshot(run).path.name / "meta.json"
     content = json.loads(path.read_text())
-    change(content["meta"])
+    content["meta"]["held_out"] = held_out
     write_json(path, {key: value for key, value in content.items() if key != "digest"})
     return copy
-
-
-def with_held_out(run, held_out, copy):
-    """A copy of a run that says it held these scans out; None: an older run, which does not say."""
-    def change(meta):
-        del meta["held_out"]
-        if held_out:
-            meta["held_out"] = held_out
-
-    return with_meta(run, copy, change)

@@ -201,8 +201,7 @@ def test_who_has_taught_a_reader_is_left_out_with_all_scans(tmp_path, monkeypatc
     data = with_patients(tmp_path / "a.lmdb", "aabc")
     meta = {"data": {"digest": data.manifest["digest"]}, "held_out": ["head1", "head2"]}
     monkeypatch.setattr(cross_validation, "open_model", lambda *_: (data, SimpleNamespace(name="inpainting")))
-    for name, value in (("read_bundle_meta", [{"provenance": {}}]), ("digest_of", ""), ("reader_of", "reader"),
-                        ("load_reader", SimpleNamespace(meta=meta))):
+    for name, value in (("digest_of", ""), ("reader_of", "reader"), ("open_reader", SimpleNamespace(meta=meta))):
         monkeypatch.setattr(cross_validation, name, lambda *_, value=value: value)
 
     def opened():

@@ -19,7 +19,7 @@ from gan import reading
 from gan.runlog import not_held_out
 from gan.snapshots import load_snapshot, save_snapshot
 from tests import processes
-from tests.reader_data import run, with_held_out, with_meta
+from tests.reader_data import run, with_held_out
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +135,12 @@ def test_slices_that_cannot_be_halved_so_often_are_refused(slices32, hiding_run,
     assert run(slices32, hiding_run, tmp_path / "run", "--depth", 5, "--epochs", 0.1) == 0
 
 
-@pytest.mark.parametrize("held_out", (["another"], None))
-def test_a_database_that_holds_out_what_the_encoder_may_have_seen_is_refused(held_out, hiding_run, slices32, tmp_path,
-                                                                             capsys):
-    assert run(slices32, with_held_out(hiding_run, held_out, tmp_path / "encoder"), tmp_path / "r") == 2
+def test_a_database_that_holds_out_what_the_encoder_may_have_seen_is_refused(hiding_run, slices32, tmp_path, capsys):
+    assert run(slices32, with_held_out(hiding_run, ["another"], tmp_path / "encoder"), tmp_path / "r") == 2
     assert "hold out scans that it has not seen" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("held_out", "told"), ((["another"], True), (["another", "head2"], False), (None, False)))
+@pytest.mark.parametrize(("held_out", "told"), ((["another"], True), (["another", "head2"], False)))
 def test_first_weights_that_may_have_seen_what_is_held_out_are_told_of(held_out, told, hiding_run, reader_run, gan_run,
                                                                        slices32, tmp_path, capsys):
     def warned(flag):
@@ -168,16 +166,15 @@ def test_first_weights_that_may_have_seen_what_is_held_out_are_told_of(held_out,
 def test_what_a_run_began_with_counts_through_any_number_of_runs():
     """C began with B, and B with A."""
     def meta(held_out, digest="here", **of):
-        return {"data": {"digest": digest}} | ({"held_out": held_out} if held_out else {}) | of
+        return {"data": {"digest": digest}, "held_out": held_out} | of
 
-    a, older = meta(["one", "three"]), meta(None)
-    b = meta(["one", "two"], init=a)
-    c = meta(["one", "two", "three"], init=b, gan=older | {"init": meta(["one"], "elsewhere")})
     scans = ["one", "two", "three"]
-    assert not_held_out(scans, a) == ["two"] and not_held_out(scans, older) == []
+    a, b = meta(["one", "three"]), meta(["one", "two"], init=meta(["one", "three"]))
+    c = meta(scans, init=b, gan=meta(scans, init=meta(["one"], "elsewhere")))
+    assert not_held_out(scans, a) == ["two"] and not_held_out(scans, meta(scans)) == []
     assert not_held_out(scans, b) == ["three", "two"] and not_held_out(["one"], b) == []
     assert not_held_out(scans, c) == ["three", "two"] and not_held_out(["one", "three"], c) == ["three"]
-    d = meta(scans, init=meta(None), gan=meta(["one"], "elsewhere"))
+    d = meta(scans, init=meta(scans), gan=meta(["one"], "elsewhere"))
     assert not_held_out(scans, d) == ["three", "two"] and not_held_out(scans, d, elsewhere=False) == []
 
 
@@ -229,19 +226,3 @@ def test_a_reader_of_another_encoder_or_method_is_refused(reader_run, hiding_run
     assert "was taught beside other networks" in capsys.readouterr().err
     assert latent_stats.main([str(flag) for flag in (*flags, "--encoder", hiding_run, "--set", "method=search")]) == 2
     assert "--reader: for method=inpainting or inversion" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("change", (lambda meta: meta["config"].update(seed=1),
-                                    lambda meta: meta["gan"]["config"].update(seed=1)))
-def test_encoders_of_one_database_and_length_are_told_apart(change, reader_run, hiding_run, slices32, tmp_path, capsys):
-    """Of an older reader's run, which has no digest: by their settings and their GAN's; what a later version's have
-    besides is no difference."""
-    def made(encoder, *more):
-        return latent_stats.main([str(flag) for flag in ("--data", slices32, "--encoder", encoder, "--out", out,
-                                                         "--preset", "ct128", "--reader", without, *more)])
-
-    without, out = with_meta(reader_run, tmp_path / "reader", lambda meta: meta.pop("beside")), tmp_path / "model"
-    assert made(with_meta(hiding_run, tmp_path / "other", change)) == 2
-    assert "was taught beside other networks" in capsys.readouterr().err and not out.exists()
-    older = with_meta(hiding_run, tmp_path / "older", lambda meta: meta["config"].pop("gated"))
-    assert made(older, "--calibrate", "none", "--set", "measure=votes", "scan_score=mean") == 0
