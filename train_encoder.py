@@ -69,6 +69,11 @@ def main(argv: list[str] | None = None) -> int:
               file=sys.stderr)
         return 2
 
+    if (args.vgg16 or args.lpips) and (config.perceptual != "lpips" or config.hide or config.code_channels):
+        print("error: --vgg16 and --lpips are weights of --perceptual lpips, which has no part in --hide and "
+              "--code-channels: give that (and --hide 0, --code-channels 0), or leave them out", file=sys.stderr)
+        return 2
+
     from bundling.origins import open_first_networks
     from gan.database import ensure_database  # only now: --help needs none of what takes seconds to import
     from gan.encoder_loop import train

@@ -123,6 +123,10 @@ def test_divergence_exits_4_and_keeps_the_last_good_snapshot(slices32, gan_run, 
 def test_what_cannot_be_trained_exits_2(slices32, gan_run, encoder_run, tmp_path, capsys):
     assert run_encoder(slices32, gan_run, tmp_path, "--perceptual", "lpips") == 2
     assert "--vgg16 FILE" in capsys.readouterr().err
+    for flags in (("--vgg16", "vgg16.pth"), ("--lpips", "vgg.pth"),       # were passed over
+                  ("--perceptual", "lpips", "--vgg16", "vgg16.pth", "--hide", 0.5)):
+        assert run_encoder(slices32, gan_run, tmp_path, *flags) == 2
+        assert "weights of --perceptual lpips" in capsys.readouterr().err
     assert run_encoder(slices32, encoder_run, tmp_path) == 2
     assert "not a run of train.py (kind 'encoder')" in capsys.readouterr().err
     reader = tmp_path / "reader"                               # its meta know nothing of a size
