@@ -2,6 +2,7 @@
 
     python prepare.py SCANS [SCANS ...] --out healthy.lmdb --size 256
     python prepare.py SCANS [SCANS ...] --out own.lmdb --like models/head-128 --val-fraction 1
+    python prepare.py SCANS [SCANS ...] --out teach.lmdb --like models/head-128 --teach
 
 SCANS are folders with DICOM series, NIfTI files, or folders of PNG or JPEG slices with a scan.json beside
 them. Every scan is brought to slabs of one thickness, its brain is found, and the head is centred, turned
@@ -10,7 +11,8 @@ upright and scaled. Slices with too little brain are left out. The file is compl
 A folder whose scan.json says "loose": true holds single slices of many people (ct/loose.py): each is prepared for
 itself and goes into training, never into statistics by position, calibration or validation.
 
-With --like slices are those that a model takes; latent_stats.py then calibrates it on the validation scans.
+With --like slices are those that a model takes; latent_stats.py then calibrates it on the validation scans. With
+--teach they are those that its networks learn from (train_encoder.py --init), which may have fewer HU.
 
 Exit codes: 0 all done; 2 wrong usage or nothing to write; 3 some scans failed (named, the rest done); 130 stopped by
 Ctrl-C, 143 by SIGTERM, 129 by SIGHUP (nothing is written, temporary files are removed).
@@ -47,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     group = p.add_argument_group("the slices")
     group.add_argument("--like", type=Path, metavar="MODEL",
                        help="as this model bundle takes them, in place of --" + ", --".join(OF_SETTINGS))
+    group.add_argument("--teach", action="store_true",
+                       help="with --like: as its networks' own training slices were, to teach them on")
     group.add_argument("--size", type=int, default=base.standardise.size, metavar="N",
                        help="pixels of a slice's side (default %(default)s)")
     group.add_argument("--slab-mm", type=float, default=base.slab_mm, metavar="MM",
@@ -104,6 +108,8 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                  if (name := other.replace("-", "_")) and getattr(args, name) != p.get_default(name)]
         if (value := getattr(args, flag)) and given:
             p.error(f"--{flag} {value}: says {says}; leave out {', '.join(given)}")
+    if args.teach and not args.like:
+        p.error("--teach: of which model's networks? Give --like MODEL")
 
 
 def prepare(args: argparse.Namespace) -> int:
@@ -112,7 +118,7 @@ def prepare(args: argparse.Namespace) -> int:
     from gan.database import build_lmdb
 
     if args.like:
-        settings = preprocessing_of(args.like)
+        settings = preprocessing_of(args.like, args.teach)
         hu_clip = settings.standardise.hu_clip
     else:
         settings = PreprocessSettings(StandardiseSettings(size=args.size, bone_apart=args.bone_apart),
@@ -132,17 +138,26 @@ def prepare(args: argparse.Namespace) -> int:
     return 3 if manifest["failed"] else 0
 
 
-def preprocessing_of(model: Path) -> PreprocessSettings:
-    """How a model bundle's slices are prepared. DatasetError where it is none, or does not say."""
+def preprocessing_of(model: Path, teach: bool = False) -> PreprocessSettings:
+    """How a model bundle's slices are prepared; teach: those that its networks learn from.
+
+    DatasetError where it is none, or does not say.
+    """
+    from bundling.origins import taught_with
     from dataset import DatasetError
     from detect.bundle import read_bundle_meta
 
     try:
-        stored = read_bundle_meta(model)[0]["preprocessing"]
-        if stored is None:
+        meta, _ = read_bundle_meta(model)
+        if meta["preprocessing"] is None:
             raise ValueError(f"{model}: an imported model, which does not say how its slices are prepared; give "
                              f"--{', --'.join(OF_SETTINGS)} as they were")
-        return PreprocessSettings.from_json(stored)
+        if not teach:
+            return PreprocessSettings.from_json(meta["preprocessing"])
+        if not (found := taught_with(meta)):
+            raise ValueError(f"{model} --teach: a model that holds no networks of train_encoder.py, which alone can be "
+                             "taught; leave --teach out, or give one that does (checkpoint.py show)")
+        return found
     except ValueError as error:
         raise DatasetError(f"--like {error}") from error
 

@@ -59,17 +59,15 @@ def open_first_networks(folder: Path) -> FirstNetworks:
     """What --init of train_encoder.py names. Raises CheckpointError."""
     if is_bundle(folder):
         bundle = load_bundle(folder)
-        method, known = bundle.reconstructor, bundle.meta["provenance"] or {}
-        if bundle.settings.method not in OF_ENCODER_RUNS or not known.get("encoder"):
+        method, prepared = bundle.reconstructor, taught_with(bundle.meta)
+        if not prepared:
             raise CheckpointError(f"--init {folder}: a model that holds no networks of train_encoder.py; leave --init "
                                   "out, or give one that does (checkpoint.py show), or a run of train_encoder.py")
         distributed.print0(f"note: what is measured on held-out scans says too much where {folder} was trained on "
                            "scans that --data holds out: a bundle does not say on which")
         weights = {name: network.state_dict() for name in NETWORKS if (network := getattr(method, name, None))}
-        range_hu = getattr(method, "range_hu", bundle.preprocessing.standardise.hu_clip)
-        standardise = replace(bundle.preprocessing.standardise, hu_clip=range_hu)
-        return FirstNetworks(folder, weights, method.encoder.config,
-                             replace(bundle.preprocessing, standardise=standardise), networks_known(known))
+        return FirstNetworks(folder, weights, method.encoder.config, prepared,
+                             networks_known(bundle.meta["provenance"]))
     snapshot = load_run(folder, "--init", "encoder", "train_encoder.py")
     weights = {name: tensors for name, tensors in snapshot.weights.items()
                if name != "discriminator" or has_taught_discriminator(snapshot)}
@@ -126,6 +124,23 @@ def taught(step: int, meta: dict[str, Any]) -> dict[str, Any]:
             "data": {key: meta["data"][key] for key in ("digest", "counts")}, "init": began_with(meta)}
 
 
+def taught_with(meta: dict[str, Any]) -> PreprocessSettings | None:
+    """How the slices were prepared that the networks of a bundle have learnt from, by its model.json; None for one
+    without networks of train_encoder.py.
+
+    New scans, which its own preprocessing is for, may be prepared otherwise (latent_stats.py --held-out, or calibrated
+    anew). Bundles from before this was kept tell by range_hu what differs.
+    """
+    known = meta["provenance"] or {}
+    if meta["settings"].get("method") not in OF_ENCODER_RUNS or not known.get("encoder"):
+        return None
+    if "taught_with" in known:
+        return PreprocessSettings.from_json(known["taught_with"])
+    settings = PreprocessSettings.from_json(meta["preprocessing"])
+    hu_clip = tuple(meta["config"].get("range_hu", settings.standardise.hu_clip))
+    return replace(settings, standardise=replace(settings.standardise, hu_clip=hu_clip))
+
+
 def began_with(meta: dict[str, Any]) -> dict[str, Any] | None:
     """taught() of what a run of this meta began with by --init; a bundle tells it so already."""
     first = meta.get("init")
@@ -133,12 +148,15 @@ def began_with(meta: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def provenance(step: int, meta: dict[str, Any]) -> dict[str, Any]:
-    """Where the weights of an encoder's run come from, at a step; gan: None for one without. JSON-able; no paths."""
+    """Where the weights of an encoder's run come from, at a step; gan: None for one without. JSON-able; no paths.
+
+    taught_with: how the slices were prepared that they learnt from.
+    """
     def run(step: int, meta: dict) -> dict:
         return {"images_seen": step, "config": meta["config"], "data_digest": meta["data"]["digest"]}
 
     gan = meta["gan"]
-    return {"data": {key: meta["data"][key] for key in ("digest", "counts")},
+    return {"data": {key: meta["data"][key] for key in ("digest", "counts")}, "taught_with": meta["data"]["settings"],
             "gan": run(gan["step"], gan) if gan else None, "encoder": run(step, meta), "init": began_with(meta)}
 
 

@@ -428,8 +428,31 @@ def test_slices_like_a_models(tmp_path, capsys):
         return capsys.readouterr().err
     assert "leave out --size, --bone-apart" in refused(str(model), "--size", "64", "--bone-apart")
     assert f"--like {tmp_path}" in refused(str(tmp_path))
-    write_json(model / "model.json", read_json(model / "model.json", "", 2) | {"preprocessing": None})
-    assert "an imported model, which does not say how its slices are prepared" in refused(str(model))
+    assert "a model that holds no networks of train_encoder.py" in refused(str(model), "--teach")
+    meta = read_json(model / "model.json", "", 2)
+    narrow = PreprocessSettings(StandardiseSettings(size=32, hu_clip=(0.0, 70.0)))
+    known = {"encoder": {"images_seen": 8}, "taught_with": narrow.to_json()}
+    write_json(model / "model.json", meta | {"provenance": known})
+    assert prepare.main([*command, str(model), "--teach", "--val-fraction", "1", "--overwrite"]) == 0
+    assert PreprocessSettings.from_json(SliceDataset(out, "val").manifest["settings"]) == narrow
+    write_json(model / "model.json", meta | {"preprocessing": None})
+    for flags in ((), ("--teach",)):
+        assert "an imported model, which does not say how its slices are prepared" in refused(str(model), *flags)
+
+
+def test_what_a_shipped_models_networks_have_learnt_from():
+    """Of before it was kept: head-128 learnt 0 to 70 HU, and sees new scans from -20 to 100."""
+    for name, size, hu_clip, bone_apart in (
+            ("head-128", 128, (0, 70), True), ("head-256", 256, (0, 70), True), ("heads-128", 128, (0, 70), True),
+            ("phantom-128", 128, (-20, 180), False)):
+        found = prepare.preprocessing_of(Path(prepare.__file__).parent / "models" / name, teach=True)
+        assert found == PreprocessSettings(StandardiseSettings(size=size, hu_clip=hu_clip, bone_apart=bone_apart))
+
+
+def test_slices_to_teach_are_those_of_a_model(capsys):
+    with pytest.raises(SystemExit):
+        prepare.main(["scans", "--out", "own.lmdb", "--teach"])
+    assert "--teach: of which model's networks? Give --like MODEL" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag, value", [("--val-fraction", "0.3"), ("--seed", "1")])

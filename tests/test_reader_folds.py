@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -112,7 +113,7 @@ def test_each_reader_calibrates_by_what_it_has_not_seen(in_thirds, tmp_path, cap
     assert meta["calibration"]["scans"] == 3
     assert [one["held_out"] for one in meta["provenance"]["readers"]] == [1, 1, 1]
     assert meta["provenance"]["reader"] == meta["provenance"]["readers"][0]
-    assert "head" not in json.dumps(meta["provenance"])
+    assert not re.search(r"head\d", json.dumps(meta["provenance"]))                 # no ids
     assert latent_stats.main([*map(str, flags[:-2]), "--out", str(tmp_path / "two")]) == 2
     assert "may all have been trained on head3, which are to calibrate" in capsys.readouterr().err
     assert run(data, encoder, tmp_path / "again", "--fold", "3:3", "--init", readers[0], "--epochs", 0.1) == 0
@@ -212,7 +213,7 @@ def test_a_hospital_teaches_a_model_readers_of_its_own(in_thirds, hospital, tmp_
     assert known["reader"] == known["readers"][0] and [one["held_out"] for one in known["readers"]] == [2, 1, 1]
     assert known["reader"]["data"] == known["calibration_data"] == of_own
     assert known["reader"]["init"] == theirs["reader"] and theirs["reader"]["init"] is None
-    assert known["data"] == theirs["data"] and "head" not in json.dumps(known)
+    assert known["data"] == theirs["data"] and not re.search(r"head\d", json.dumps(known))
     assert checkpoint.main(["show", str(tmp_path / "own")]) == 0
     shown = capsys.readouterr().out
     images = [load_snapshot(one).step for one in (readers[0], in_thirds[2][0])]
