@@ -52,19 +52,17 @@ from dataset import SliceDataset  # noqa: E402
 from detect import normative  # noqa: E402
 from detect.bundle import load_bundle  # noqa: E402
 from detect.folder import make_writable  # noqa: E402
-from detect.inversion import Inversion, InversionSettings  # noqa: E402
 from detect.reconstruct import Reconstruction, Reconstructor  # noqa: E402
 from detect.residual import Evidence  # noqa: E402
 from detect.scores import scan_score, thickness_mm  # noqa: E402
 from detect.surprise import Surprise, SurpriseSettings  # noqa: E402
+from gan.encoding import method_of  # noqa: E402
 from gan.runlog import load_run, not_held_out  # noqa: E402
-from model import Encoder, Generator, ModelConfig  # noqa: E402
 from op import memory  # noqa: E402
 
 HAEMORRHAGES = ("intraparenchymal", "subdural", "epidural", "subarachnoid", "intraventricular")
 HEALTHY = "healthy"
 LEAST_TRUTH = 5              # pixels of a lesion in a slice that counts as one with it
-BATCH = 16
 RESAMPLES, LEVEL = 2000, 0.95
 
 PLAIN = SurpriseSettings(filter="median", scale="both", hypodense=1.0, pool="area", surprise_above=2.5, read=0.0)
@@ -108,14 +106,7 @@ def open_fold(data: Path, run: Path, device: torch.device) -> tuple[SliceDataset
     held_out = SliceDataset(data, "val")
     if held_out.unlike(snapshot.meta):
         raise ValueError(f"--fold {data} {run}: the run is not one of train_encoder.py on this database")
-    model = ModelConfig(**snapshot.meta["model"])
-    encoder, generator = Encoder(model), Generator(model)
-    snapshot.restore({"encoder": encoder, "generator": generator})
-    for net in (encoder, generator):
-        net.eval().requires_grad_(False).to(device)
-    inversion = Inversion(InversionSettings(batch=BATCH), generator, encoder)
-    inversion.set_precision(distributed.pick_precision("auto", device))
-    return held_out, inversion
+    return held_out, method_of(snapshot, None, device, distributed.pick_precision("auto", device))
 
 
 def open_model(data: Path, folder: Path, device: torch.device) -> tuple[SliceDataset, Reconstructor]:
@@ -174,7 +165,7 @@ def cases_of(held_out: SliceDataset, reconstructor: Reconstructor, lesions: rang
 
 
 def surprises(cases: list[Case], settings: SurpriseSettings) -> tuple[list[torch.Tensor], list[Evidence]]:
-    """Signed surprise [S, 2, N, N] of every case by the statistics of other patients' heads, and its evidence."""
+    """Signed surprise [S, K, N, N] of every case by the statistics of other patients' heads, and its evidence."""
     measure = Surprise(settings)
     seen = [measure.evidence(c.found, c.brain, c.below_vertex_mm) for c in cases]
     healthy = [(c, one) for c, one in zip(cases, seen) if c.kind == HEALTHY]

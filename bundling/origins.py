@@ -17,8 +17,7 @@ from common.weights import CheckpointError, digest
 from ct.settings import PreprocessSettings
 from dataset import SliceDataset
 from detect.bundle import load_bundle
-from detect.inpainting import InpaintingSettings
-from detect.inversion import EncoderMethod, InversionSettings, compact_networks
+from detect.inversion import EncoderMethod, compact_networks
 from detect.reader import Reader
 from gan.encoding import FirstNetworks, has_taught_discriminator, method_of
 from gan.reader_loop import Beside, First
@@ -48,8 +47,7 @@ def open_beside(folder: Path, device: torch.device, precision: str) -> Beside:
                       {part: known.get(part) for part in ("data", "gan", "encoder")},
                       lambda dataset: learnt_by_networks(dataset, known))
     snapshot = load_run(folder, "--encoder", "encoder", "train_encoder.py")
-    settings = InpaintingSettings() if snapshot.meta["model"].get("encoder_masks") else InversionSettings()
-    method = method_of(snapshot, settings, device, distributed.pick_precision(precision, device))
+    method = method_of(snapshot, None, device, distributed.pick_precision(precision, device))
     return Beside(folder, method, digest_of(method), PreprocessSettings.from_json(snapshot.meta["data"]["settings"]),
                   {"step": snapshot.step, **snapshot.meta},
                   lambda dataset: sorted(set(dataset.held_out_ids()) - set(snapshot.meta["held_out"])))
@@ -93,7 +91,7 @@ def open_first_reader(folder: Path) -> First:
 def open_reader(run: Path, beside: str) -> Snapshot:
     """What --reader names. ValueError unless it was taught beside the networks of this digest_of()."""
     snapshot = load_run(run, "--reader", "reader", "train_reader.py")
-    if snapshot.meta["beside"] != beside:
+    if snapshot.meta.get("beside") != beside:
         raise ValueError(f"--reader {run}: was taught beside other networks than those that it is to read beside, of "
                          "another run of train_encoder.py or another model; teach one beside these (train_reader.py)")
     return snapshot

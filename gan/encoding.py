@@ -251,10 +251,15 @@ def restore(snapshot: Snapshot, device: torch.device, dtype: torch.dtype) -> dic
     return networks
 
 
-def method_of(snapshot: Snapshot, settings: Any, device: torch.device, dtype: torch.dtype) -> EncoderMethod:
-    """The networks of an encoder run as the method whose settings these are, inpainting's or inversion's."""
+def method_of(snapshot: Snapshot, settings: Any | None, device: torch.device, dtype: torch.dtype) -> EncoderMethod:
+    """The networks of an encoder run as the method whose settings these are, inpainting's or inversion's.
+
+    None: with the defaults of the one that the encoder is for, inpainting if it was trained with --hide.
+    """
     networks = restore(snapshot, device, dtype)
     generator, encoder = networks["generator"], networks["encoder"]
+    if settings is None:
+        settings = (Inpainting if snapshot.meta["model"]["encoder_masks"] else Inversion).Settings()
     if isinstance(settings, Inversion.Settings):
         return Inversion(settings, generator, encoder)
     return Inpainting(settings, generator, encoder, snapshot.meta["data"]["settings"]["standardise"]["hu_clip"])

@@ -148,7 +148,7 @@ def test_a_closest_normal_as_if_it_were_closer():
     assert torch.allclose(residual[5], residual[0] + 40.0 * cases[5].truth, atol=1e-4)
 
 
-def folds(folder):
+def folds(folder, model=TINY):
     made = []
     for name, held_out in (("a", (0, 1)), ("b", (2, 3))):
         path = folder / f"{name}.lmdb"
@@ -158,13 +158,24 @@ def folds(folder):
                 writer.add(ScanRecord.encode(f"head{s}", hu, brain, MM), "val" if s in held_out else "train", f"p{s}")
         manifest = SliceDataset(path).manifest
         torch.manual_seed(0)
-        networks = {"generator": Generator(TINY), "discriminator": Discriminator(TINY), "encoder": Encoder(TINY)}
-        meta = {"kind": "encoder", "model": dataclasses.asdict(TINY),
+        networks = {"generator": Generator(model), "discriminator": Discriminator(model), "encoder": Encoder(model)}
+        meta = {"kind": "encoder", "model": dataclasses.asdict(model),
                 "data": {key: manifest[key] for key in ("digest", "counts", "settings")},
                 "held_out": [f"head{s}" for s in held_out]}
         save_snapshot(folder / f"run-{name}", 8, networks, {}, meta)
         made.append((path, folder / f"run-{name}"))
     return made
+
+
+def test_the_networks_of_a_fold_are_used_as_they_were_trained(tmp_path):
+    """One trained with --hide was shown slices without what is hidden in them, and refused them."""
+    hiding = dataclasses.replace(TINY, encoder_noise=True, noise_channels=True, encoder_masks=True)
+    for name, model in (("inversion", TINY), ("inpainting", hiding)):
+        (tmp_path / name).mkdir()
+        held_out, method = cross_validation.open_fold(*folds(tmp_path / name, model)[0], torch.device("cpu"))
+        found = held_out.scan(0)
+        normal = method.closest_normal(found["hu"].float(), found["brain"], found["below_vertex_mm"].numpy())
+        assert method.name == name and normal.normal_hu.shape == found["hu"].shape
 
 
 class Copy:

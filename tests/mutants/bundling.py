@@ -23,7 +23,7 @@ MUTANTS = (
            "lambda dataset: learnt_by_networks(dataset, known))", "lambda dataset: [])",
            "tests/test_reader_folds.py -k teach_and_calibrate_nothing"),
     Mutant("what a reader began with is not kept", "bundling/origins.py",
-           '"counts": counts}, "init": began_with(meta)}', '"counts": counts}, "init": None}',
+           '("digest", "counts")}, "init": began_with(meta)}', '("digest", "counts")}, "init": None}',
            "tests/test_reader_folds.py -k readers_of_its_own"),
     Mutant("a model's readers are those it had", "bundling/build.py",
            'readers = {"readers": [', 'readers = {"others": [', "tests/test_reader_folds.py -k readers_of_its_own"),
@@ -36,7 +36,7 @@ MUTANTS = (
            'SliceDataset(one.path, "val"', 'SliceDataset(one.path, "train"',
            "tests/test_latent_stats.py -k end_to_end"),
     Mutant("a reader of another encoder is taken", "bundling/origins.py",
-           'if snapshot.meta["beside"] != beside:', "if False:", "tests/test_train_reader.py -k another_encoder"),
+           'if snapshot.meta.get("beside") != beside:', "if False:", "tests/test_train_reader.py -k another_encoder"),
     Mutant("a reader calibrates by what it has learnt from", "bundling/build.py",
            "if one not in seen]", "if True]", "tests/test_reader_folds.py -k calibrates_by"),
 )
