@@ -52,8 +52,8 @@ def augmented(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: Path, device: torch.device,
           name: str | None = None, notes: str | dict | None = None, overwrite: bool = False,
-          further: list[tuple[Path, Path]] = (), held_out: Path | None = None,
-          readers: list[Path] = ()) -> Path:
+          further: Sequence[tuple[Path, Path]] = (), held_out: Path | None = None,
+          readers: Sequence[Path] = ()) -> Path:
     """Write the bundle to `out`. Raises DatasetError, CheckpointError or ValueError, before any work where it can.
 
     further: (database, run) of each --fold. Their networks serve the calibration and are not kept.

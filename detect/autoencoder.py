@@ -46,6 +46,7 @@ class AutoencoderFit:
 
     def __post_init__(self):
         check_range(self, ("width", "depth", "noise_hu", "noise_size", "steps", "batch", "lr"), 0, above=True)
+        check_range(self, ("seed",), 0)
 
 
 def coarse_noise(shape: tuple[int, int, int], coarse: int, generator: torch.Generator) -> torch.Tensor:

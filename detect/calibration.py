@@ -50,7 +50,7 @@ class Fold:
 class Trained:
     """What a training left, and its database.
 
-    dataset     the training part of the database at path
+    dataset     the database at path; of either split, for what it says of itself
     networks    JSON that all folds must have in common
     provenance  where the weights come from, JSON
     make        builds the method; takes a while where statistics are fitted

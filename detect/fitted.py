@@ -20,6 +20,11 @@ from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, err
 RANGE_HU = (-20.0, 100.0)       # what these methods see: brain, blood and the edge of bone, in every database alike
 
 
+@dataclasses.dataclass(frozen=True)
+class NoSettings:
+    """Of a method of which all is chosen when it is fitted."""
+
+
 class Fitted(Reconstructor):
     """fit(data), save(path), from_training(path). `Fit` is the dataclass of the settings of fitting.
 
@@ -112,6 +117,10 @@ class Fitted(Reconstructor):
             raise ValueError(f"{path}: cannot be read ({error}); fit it with benchmarks/baselines.py fit") from error
         if meta.get("method") != cls.name:
             raise ValueError(f"{path}: expected method {cls.name}, found {meta.get('method')!r}")
-        found = cls._rebuilt(path, json.loads(meta["config"]), state, None, device)
-        found.trained_on = json.loads(meta["trained_on"])
+        try:
+            found = cls._rebuilt(path, json.loads(meta["config"]), state, None, device)
+            found.trained_on = json.loads(meta["trained_on"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not as this version writes it ({error}); fit it anew with "
+                             "benchmarks/baselines.py fit") from error
         return found, {**found.trained_on, "trained": found.config()}

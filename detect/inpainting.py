@@ -171,8 +171,8 @@ class Inpainting(EncoderMethod):
         """HU [S, N, N] within range_hu of images [S, 3, N, N] of which `hidden`, bool [S, N, N], is not seen."""
         parts = []
         for part in zip(*(t.split(self.settings.batch) for t in (images, hidden, bone))):
-            images = self.encoder.redraw(self.encoder.masked(*part), self.generator)
-            parts += map(decode, images.split(AT_ONCE))
+            drawn = self.encoder.redraw(self.encoder.masked(*part), self.generator)
+            parts += map(decode, drawn.split(AT_ONCE))
         return torch.cat(parts).clamp(*self.range_hu)
 
     def config(self) -> dict[str, Any]:

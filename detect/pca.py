@@ -8,16 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from config import option
+from config import check_range, option
 from dataset import SliceDataset
-from detect.fitted import RANGE_HU, Fitted
+from detect.fitted import RANGE_HU, Fitted, NoSettings
 
 OUTSIDE_HU = 30.0               # what is seen outside the brain: bone must not take up the components
-
-
-@dataclass(frozen=True)
-class PcaSettings:
-    """None: all is chosen when it is fitted (PcaFit)."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +21,14 @@ class PcaFit:
     step_mm: float = option(10.0, "a model every so many mm below the vertex, of the slices up to this far away")
 
     def __post_init__(self):
-        if self.components < 1 or not self.step_mm > 0:
-            raise ValueError(f"--components must be at least 1 and --step-mm above 0, got {self.components} and "
-                             f"{self.step_mm:g}")
+        check_range(self, ("components",), 1)
+        check_range(self, ("step_mm",), 0, above=True)
 
 
 class PositionPca(Fitted):
     """For each height the mean slice and the components of its neighbours; what they cannot draw is anomalous."""
 
-    name, Settings, Fit = "pca", PcaSettings, PcaFit
+    name, Settings, Fit = "pca", NoSettings, PcaFit
 
     def _fit(self, data: SliceDataset) -> None:
         k, step = self.fitting.components, self.fitting.step_mm

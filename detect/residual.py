@@ -110,13 +110,13 @@ def slice_medians(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 # --- mask ---
 
 
-def lesion_mask(predicted: torch.Tensor, frame_size: int, min_component_px_at_512: float = 600) -> torch.Tensor:
-    """predicted (bool [S, H, W]) without its small components, those under min_component_px_at_512 pixels.
+def lesion_mask(predicted: torch.Tensor, min_component_px_at_512: float) -> torch.Tensor:
+    """predicted (bool [S, N, N]) without its small components, those under min_component_px_at_512 pixels.
 
     Components are taken slice by slice, as in the paper; pixels that touch at a corner belong together (8-connected).
-    The limit scales with area: frame_size is the side, in pixels, of the frame that predicted lies in.
+    The limit scales with the frame's area.
     """
-    return without_small_components(predicted, min_component_px_at_512 * (frame_size / PAPER_SIZE) ** 2)
+    return without_small_components(predicted, min_component_px_at_512 * (predicted.shape[-1] / PAPER_SIZE) ** 2)
 
 
 def to_half_contrast(mask: torch.Tensor, residual_hu: torch.Tensor, least_hu: float) -> torch.Tensor:

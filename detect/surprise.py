@@ -137,7 +137,7 @@ class Surprise:
         combined = normative.combine(surprise, s.scale, s.hypodense)
         predicted = combined.abs() > self.mask.surprise_mask
         scores = SLICE_SCORES[s.pool].of(combined, evidence.searched, s.surprise_above, evidence.below_vertex_mm)
-        mask = lesion_mask(predicted, predicted.shape[-1], self.mask.component_at_512)
+        mask = lesion_mask(predicted, self.mask.component_at_512)
         if self.mask.extent_hu:
             mask = to_half_contrast(mask, evidence.residual, self.mask.extent_hu)
         return Findings(combined, predicted, mask, scores)

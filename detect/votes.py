@@ -80,7 +80,7 @@ class Votes:
         predicted = seen.votes > seen.steps
         scores = slice_scores(seen.votes, seen.steps, seen.residual.abs(), seen.brain)
         return Findings(anomaly_map(seen.votes, seen.residual, seen.steps), predicted,
-                        lesion_mask(predicted, predicted.shape[-1], self.mask.component_at_512), scores)
+                        lesion_mask(predicted, self.mask.component_at_512), scores)
 
     def predicted(self, found: Findings, mask: MaskSettings) -> torch.Tensor:
         """What these findings would predict anomalous with `mask`, bool [S, N, N]: votes do not hang on it."""

@@ -184,22 +184,22 @@ def blocks(size: int, *pixels: int) -> torch.Tensor:
     (128, 38, 37),    # the limit is 37.5
 ))
 def test_component_limit_scales_with_area(frame_size, kept, removed):
-    predicted = blocks(32, kept, removed)
-    result = lesion_mask(predicted, frame_size)
+    predicted = blocks(frame_size, kept, removed)
+    result = lesion_mask(predicted, 600)
     assert torch.equal(result[0], predicted[0])
     assert not result[1].any()
 
 
 def test_components_are_taken_slice_by_slice():
-    predicted = blocks(32, 100, 100, 100)                   # one on top of the other: not 300 pixels, but 3 x 100
-    assert not lesion_mask(predicted, 256).any()
+    predicted = blocks(256, 100, 100, 100)                  # one on top of the other: not 300 pixels, but 3 x 100
+    assert not lesion_mask(predicted, 600).any()
 
 
 def test_components_touch_at_corners():
     predicted = torch.zeros(1, 8, 8, dtype=torch.bool)
     predicted[0, 0:2, 0:2] = predicted[0, 2:4, 2:4] = True
     predicted[0, 6, 6] = True
-    result = lesion_mask(predicted, 512, min_component_px_at_512=8)
+    result = lesion_mask(predicted, 8 * 64**2)             # 8 pixels of 8 x 8
     assert result.sum() == 8 and not result[0, 6, 6]
 
 
@@ -216,10 +216,10 @@ def test_what_touches_a_seed_is_whole_and_the_rest_is_not_there():
 
 def test_lesion_mask_of_nothing_and_of_everything():
     empty = torch.zeros(2, 40, 40, dtype=torch.bool)
-    assert torch.equal(lesion_mask(empty, 512), empty)
-    assert torch.equal(lesion_mask(~empty, 512), ~empty)
+    assert torch.equal(lesion_mask(empty, 600), empty)
+    assert torch.equal(lesion_mask(~empty, 600), ~empty)
     with pytest.raises(ValueError, match=r"expected bool \[S, H, W\], got torch.float32"):
-        lesion_mask(empty.float(), 512)
+        lesion_mask(empty.float(), 600)
 
 
 def test_the_mask_goes_on_to_half_of_its_contrast():

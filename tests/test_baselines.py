@@ -12,6 +12,7 @@ import torch
 import distributed
 from benchmarks import baselines
 from benchmarks.baselines import HuFit, HuThresholds, anomaly_map
+from common.weights import save_tensors
 from ct.frame import PreprocessSettings, preprocess_scan
 from ct.standardise import StandardiseSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
@@ -87,6 +88,16 @@ def test_another_file_is_no_baseline(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"no tensors in here")
     with pytest.raises(ValueError, match=r"x\.safetensors: cannot be read as a baseline"):
         baselines.load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("meta", ({}, {"config": '{"size": 32', "trained_on": "{}"},
+                                  {"config": '{"size": 32, "colour": 1}', "trained_on": "{}"}))
+def test_a_file_of_another_version_is_refused(tmp_path, meta):
+    """With a traceback, where it held another setting, or none."""
+    path = tmp_path / "pca.safetensors"
+    save_tensors({"mean": torch.zeros(1)}, path, metadata={"method": "pca", **meta})
+    with pytest.raises(ValueError, match=r"pca\.safetensors: not as this version writes it .*; fit it anew"):
+        baselines.load(path)
 
 
 # ---- no reconstruction
@@ -207,7 +218,7 @@ def test_the_autoencoder_refuses_slices_it_cannot_halve(data):
         Autoencoder(AutoencoderFit(width=8, depth=5)).fit(data)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"noise_hu": -1.0}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"noise_hu": -1.0}, {"seed": -1}])
 def test_settings_that_cannot_be_meant_name_their_flag(wrong):
     with pytest.raises(ValueError, match="--" + next(iter(wrong)).replace("_", "-")):
         AutoencoderFit(**wrong)
