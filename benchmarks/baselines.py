@@ -39,9 +39,9 @@ from ct.scan import ScanError  # noqa: E402
 from ct.write import write_nifti  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.autoencoder import Autoencoder  # noqa: E402
-from detect.fitted import Fitted  # noqa: E402
+from detect.fitted import Fitted, NoSettings  # noqa: E402
 from detect.folder import make_writable  # noqa: E402
-from detect.pca import PcaSettings, PositionPca  # noqa: E402
+from detect.pca import PositionPca  # noqa: E402
 from detect.residual import residual, scale_median_size  # noqa: E402
 from detect.scores import SCAN_SCORES, scan_score, thickness_mm  # noqa: E402
 
@@ -60,7 +60,7 @@ class FlatFit:
 class Unlearnt(Fitted):
     """A baseline with nothing to learn, for slices of any size."""
 
-    Settings = PcaSettings
+    Settings = NoSettings
 
     def _fit(self, data: SliceDataset) -> None:
         """Nothing to learn."""

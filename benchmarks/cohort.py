@@ -60,7 +60,9 @@ def watched(command: list[str]) -> Run:
         while process.poll() is None:
             done = sum(bool(DONE.match(line)) for line in lines[:])
             now, most = held_gb(process.pid)
-            memory, peak = [*memory, (done, now)] if now else memory, max(peak, most)
+            peak = max(peak, most)
+            if now:
+                memory.append((done, now))
             time.sleep(POLL_S)
         reader.join()
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -270,9 +270,11 @@ def run_methods(source: ScanSource, results: Path, preprocessing: PreprocessSett
 
 def remembered(path: Path, key: str, measure: Callable[[], dict]) -> tuple[dict, bool]:
     """measure()'s dict of arrays, kept in an .npz file under a key; and whether it was made now."""
-    kept = dict(np.load(path)) if path.is_file() else {"key": ""}
-    if kept.pop("key") == key:
-        return kept, False
+    if path.is_file():
+        with np.load(path) as stored:
+            kept = dict(stored)
+        if kept.pop("key") == key:
+            return kept, False
     kept = measure()
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_suffix(".writing.npz")

@@ -45,7 +45,7 @@ from detect.bundle import load_bundle  # noqa: E402
 from detect.folder import make_writable  # noqa: E402
 from detect.inpainting import Inpainting  # noqa: E402
 from detect.inversion import bone_mask  # noqa: E402
-from detect.reconstruct import Reconstructor  # noqa: E402
+from detect.reconstruct import Reconstructor, error_hu  # noqa: E402
 from op import memory  # noqa: E402
 
 MOST_CONTRAST_HU = 60.0      # of a lesion: what counts is that it is gone, not how bright it was
@@ -78,11 +78,6 @@ def held_out_scans(data: SliceDataset, count: int | None = None) -> list[HeldOut
 
 # ---------------------------------------------------------------------------------------------------------------
 # The figures
-
-def error_hu(query: torch.Tensor, normal: torch.Tensor, brain: torch.Tensor) -> float:
-    """Mean absolute difference in the brain, HU. All [S, N, N]; brain bool, not empty."""
-    return (query - normal).abs()[brain].mean().item()
-
 
 def sharpness(query: torch.Tensor, normal: torch.Tensor, brain: torch.Tensor) -> float:
     """Mean gradient magnitude of normal over that of query in the eroded brain. All [S, N, N].
@@ -144,14 +139,15 @@ def evaluate(reconstruct: Reconstruct, scans: Sequence[HeldOut], side_mm: float,
                                                torch.from_numpy(lesion.truth)))
         if say:
             say(f"{number}/{len(scans)}: error {errors[-1]:.2f} HU, sharpness {sharp[-1]:.2f}, erasure so far "
-                f"{_mean(sum(erased.values(), [])):.2f}")
-    return {"error": _mean(errors), "sharpness": _mean(sharp), "erasure": _mean(sum(erased.values(), [])),
-            "erasure_by_kind": {kind: _mean(values) for kind, values in erased.items()},
+                f"{mean(sum(erased.values(), [])):.2f}")
+    return {"error": mean(errors), "sharpness": mean(sharp), "erasure": mean(sum(erased.values(), [])),
+            "erasure_by_kind": {kind: mean(values) for kind, values in erased.items()},
             "lesions": {kind: len(values) for kind, values in erased.items()}, "scans": len(scans),
             "left_out": left_out, "seconds_per_slice": seconds / slices}
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
+    """None of none: no lesion has found room."""
     return float(np.mean(values)) if len(values) else None
 
 
@@ -232,11 +228,11 @@ def benchmark(args: argparse.Namespace) -> int:
     make_writable(args.out)
     memory.keep_freed()
     data = SliceDataset(args.data, "val")
-    frame = data.manifest["settings"]["standardise"]
-    side_mm = pasted.pixel_mm(data.size, frame["head_fraction"])
+    settings = data.manifest["settings"]["standardise"]
+    side_mm = pasted.pixel_mm(data.size, settings["head_fraction"])
     scans, rows = held_out_scans(data, args.scans), {}
     for name, reconstruct in methods(args, data).items():
-        rows[name] = evaluate(reconstruct, scans, side_mm, tuple(frame["hu_clip"]), args.lesions,
+        rows[name] = evaluate(reconstruct, scans, side_mm, tuple(settings["hu_clip"]), args.lesions,
                               lambda line, name=name: compare.say(f"{name} {line}"))
     for reason in next(iter(rows.values()))["left_out"]:            # the same lesions for every method
         compare.say(reason)

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 import distributed  # noqa: E402
 from benchmarks import compare, pasted  # noqa: E402
-from benchmarks.inversion import HeldOut, check_preprocessing, held_out_scans  # noqa: E402
+from benchmarks.inversion import HeldOut, check_preprocessing, held_out_scans, mean  # noqa: E402
 from config import exit_code  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.bundle import load_bundle  # noqa: E402
@@ -99,17 +99,13 @@ def evaluate(reconstructor: Reconstructor, measures: Mapping[str, Measure], scan
             say(f"{number}/{len(scans)}: {len(lesions)} lesions")
 
     def row(name: str) -> dict:
-        by_kind = {kind: _mean(values) for kind, values in found[name].items()}
-        return {"dice": _mean([value for value in by_kind.values() if value is not None]), "dice_by_kind": by_kind,
+        by_kind = {kind: mean(values) for kind, values in found[name].items()}
+        return {"dice": mean([value for value in by_kind.values() if value is not None]), "dice_by_kind": by_kind,
                 "lesions": {kind: len(values) for kind, values in found[name].items()},
                 "healthy_pixels": healthy[name], "healthy_marked": sum(pixels > 0 for pixels in healthy[name]),
                 "scans": len(scans), "left_out": left_out}
 
     return {name: row(name) for name in measures}
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if len(values) else None
 
 
 def table(rows: Mapping[str, dict]) -> str:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from benchmarks import baselines, inversion, pasted
-from benchmarks.inversion import HeldOut, erasure, error_hu, evaluate, sharpness
+from benchmarks.inversion import HeldOut, erasure, evaluate, sharpness
 from ct.window import decode, encode
 from dataset import SliceDataset
 from detect.bundle import save_bundle
 from detect.inversion import Inversion, InversionSettings
 from detect.pca import PcaFit
+from detect.reconstruct import error_hu
 from detect.settings import Settings
 from tests.bundle_data import TINY, networks
 from tests.test_pasted import MM, SIDE, head
