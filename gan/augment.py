@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ct.window import decode, encode
+from ct.window import WINDOWS_HU, decode, encode
 
 AIR = -1.0            # air in every window
 RAMP_HU = 20.0        # intensity changes fade out over this distance from the ends of the widest window
@@ -40,7 +40,7 @@ class AugmentSettings:
     contrast_pivot_hu: float = 35.0      # the HU a gain leaves alone: between white and grey matter
     noise_std_hu: float = 3.0            # the noise's standard deviation is |N(0, this)|
     cutout: float = 0.5                  # side of the square that becomes air
-    windows_hu: tuple[tuple[float, float], ...] = ((5, 55), (0, 80), (-20, 180))    # as in ct.window
+    windows_hu: tuple[tuple[float, float], ...] = WINDOWS_HU
 
 
 def random_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Healthy slices with what does not belong in them, for a network that must draw what does.
+"""Healthy slices with what does not belong in them, for a network that must draw what does, or find what does not.
 
-Four things are done to the brain of a slice, and the training target stays the slice as it was:
+Done to the brain of a slice:
 
 hiding   blocks of a grid or a chess board, or islands of any shape, are taken away: what is there is drawn from what is
          around it
@@ -8,11 +8,9 @@ shapes   random shapes of another density: a blob, a layer along the skull, flui
          no model of any disease; they only differ, as lesions do, from what belongs in their place: brighter or darker,
          sharp or soft, large or small (pieces of another image: Tan et al. 2020, 'Detecting outliers with foreign patch
          interpolation')
-shading  smooth noise at two scales, so that no local brightness may be trusted (Kascenas et al. 2022, 'Denoising
-         autoencoders for unsupervised anomaly detection in brain MRI')
-
-scanner  what differs from scanner to scanner, and is healthy: another calibration, noise, and the rim of the brain,
-         which hardened beams and shared pixels make denser under the skull
+scanner  what differs from scanner to scanner, and is healthy: another calibration, noise, shading at two scales, so
+         that no local brightness may be trusted, and the rim of the brain, which hardened beams and shared pixels make
+         denser under the skull
 
 What a network trained so is measured on, benchmarks/pasted.py, is drawn by other rules. Lengths are in pixels of an
 image of AT pixels a side, and scale with it.
@@ -140,10 +138,8 @@ def hide(batch: int, size: int, p: float, generator: torch.Generator) -> torch.T
 
 
 def shade(hu: torch.Tensor, brain: torch.Tensor, strength_hu: float, generator: torch.Generator) -> torch.Tensor:
-    """hu [B, N, N] plus smooth noise in the brain, at each of two scales of a standard deviation from 0 to strength_hu.
-
-    Where both draws are low the slice stays nearly as it is: what is clean must be drawn as it is, too.
-    """
+    """hu [B, N, N] plus smooth noise in the brain, at each of two scales of a standard deviation from 0 to strength_hu
+    (coarse noise: Kascenas et al. 2022, 'Denoising autoencoders for unsupervised anomaly detection in brain MRI')."""
     batch, size = len(hu), hu.shape[-1]
     for low, high in CELLS:
         cells = int(torch.randint(low, high + 1, (), generator=generator))

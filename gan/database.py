@@ -352,24 +352,9 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
 
     jobs = [_Job(s, settings, None if selection is None or s.kind == loose.KIND else selection[s.scan_id],
                  left_out.get(s.scan_id, frozenset())) for s in sources]
-    failed, seen = [], {}
-    terminal = sys.stderr.isatty()
     writer.settings = settings.to_json()
     with writer:
-        results = tqdm(_parallel(_encode, jobs, workers), total=len(jobs), unit="scan", disable=not terminal)
-        for number, (source, (record, reason)) in enumerate(zip(sources, results), 1):
-            if record is not None and record.pixels:
-                same = seen.setdefault(record.pixels, source.scan_id)
-                if same != source.scan_id:
-                    reason = f"{source.scan_id}: the same pictures as {same}; leave one of them out"
-            if reason is not None:
-                failed.append({"scan_id": source.scan_id, "reason": reason})
-                log(f"{number}/{len(jobs)} {source.scan_id}: FAILED, {reason}")
-                continue
-            writer.add(record, splits[source.scan_id], patients[source.scan_id])
-            if not terminal and (source.kind != loose.KIND or number % LOOSE_A_LINE == 0):
-                log("; ".join((f"{number}/{len(jobs)} {source.scan_id}: {len(record.slices)} slices, "
-                               f"{splits[source.scan_id]}", *record.notes)))
+        failed = _write(writer, jobs, splits, patients, workers, log)
         if len(failed) == len(jobs):
             raise DatasetError(f"no scan of {len(jobs)} could be prepared; the first: {failed[0]['reason']}")
         writer.facts = {"preprocessing_version": frame.VERSION, "split": how, "failed": failed, "unlisted": unlisted,
@@ -380,6 +365,28 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
             log(f"warning: {side} is empty: all of it has failed ({some(meant)}); mend that, or choose others "
                 "with --seed or --split")
     return writer.manifest
+
+
+def _write(writer: SliceWriter, jobs: list[_Job], splits: dict[str, str], patients: dict[str, str], workers: int,
+           log: Callable[[str], None]) -> list[dict[str, str]]:
+    """Prepare the scans and add them to the database; those that fail, and why."""
+    failed, seen, terminal = [], {}, sys.stderr.isatty()
+    results = tqdm(_parallel(_encode, jobs, workers), total=len(jobs), unit="scan", disable=not terminal)
+    for number, (job, (record, reason)) in enumerate(zip(jobs, results), 1):
+        scan_id = job.source.scan_id
+        if record is not None and record.pixels:
+            same = seen.setdefault(record.pixels, scan_id)
+            if same != scan_id:
+                reason = f"{scan_id}: the same pictures as {same}; leave one of them out"
+        if reason is not None:
+            failed.append({"scan_id": scan_id, "reason": reason})
+            log(f"{number}/{len(jobs)} {scan_id}: FAILED, {reason}")
+            continue
+        writer.add(record, splits[scan_id], patients[scan_id])
+        if not terminal and (job.source.kind != loose.KIND or number % LOOSE_A_LINE == 0):
+            log("; ".join((f"{number}/{len(jobs)} {scan_id}: {len(record.slices)} slices, {splits[scan_id]}",
+                           *record.notes)))
+    return failed
 
 
 def ensure_database(data: Path, out: Path, size: int, like: PreprocessSettings | None = None) -> Path:

@@ -105,26 +105,20 @@ def save_snapshot(run: str | Path, step: int, modules: Mapping[str, nn.Module], 
     return final
 
 
-def load_snapshot(run: str | Path, step: int | str = "latest") -> Snapshot:
-    """Read a snapshot, checked against its hashes.
+def load_snapshot(run: str | Path) -> Snapshot:
+    """Read the newest whole snapshot of a run, checked against its hashes, with a warning for each passed over.
 
-    'latest' falls back to the newest whole one, with a warning for each that had to be passed over.
-    Raises CheckpointError when there is none, or when the step asked for is missing or damaged.
+    Raises CheckpointError when there is none.
     """
     run = Path(run)
     steps = snapshot_steps(run)
     if not steps:
         raise CheckpointError(f"{run}: no snapshot here; check the folder, or start the run anew")
-    if step != "latest":
-        if step not in steps:
-            raise CheckpointError(f"{run}: no snapshot of step {step}; there are {steps}")
-        return _read_snapshot(_snapshot_path(run, step))
-
     for leftover in run.glob(".snapshot-*.writing"):
         warnings.warn(f"{leftover}: left half-written when the run stopped; not used", stacklevel=2)
-    for candidate in reversed(steps):
+    for step in reversed(steps):
         try:
-            return _read_snapshot(_snapshot_path(run, candidate))
+            return _read_snapshot(_snapshot_path(run, step))
         except CheckpointError as error:
             warnings.warn(f"{error}; falling back to the snapshot before it", stacklevel=2)
     raise CheckpointError(f"{run}: all {len(steps)} snapshots are damaged; start the run anew")

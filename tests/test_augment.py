@@ -37,10 +37,6 @@ def shift(x: float, y: float) -> torch.Tensor:
     return torch.tensor([[[1.0, 0, x], [0, 1, y], [0, 0, 1]]])
 
 
-def test_windows_are_those_of_the_encoding():
-    assert AugmentSettings().windows_hu == window.WINDOWS_HU
-
-
 def test_p_zero_returns_the_images_themselves():
     images = heads()
     assert augment(images, 0.0, rng()) is images

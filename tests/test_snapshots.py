@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from common.weights import CheckpointError
@@ -48,9 +49,7 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
     for step, distance in ((1, 9.0), (2, 3.0), (3, None), (4, 3.5), (5, None)):
         save_one(tmp_path, step, value=step, distance=distance)
     assert snapshot_steps(tmp_path) == [2, 4, 5]
-    assert load_snapshot(tmp_path, 2).weights["net"]["weight"][0, 0] == 2
-    with pytest.raises(CheckpointError, match=r"no snapshot of step 3; there are \[2, 4, 5\]"):
-        load_snapshot(tmp_path, 3)
+    assert load_file(tmp_path / "snapshot-00000002/net.safetensors")["weight"][0, 0] == 2
     (tmp_path / "snapshot-00000002/meta.json").write_text("{")
     save_one(tmp_path, 6)
     assert snapshot_steps(tmp_path) == [4, 5, 6]                          # of what can be read
@@ -108,13 +107,11 @@ def test_a_damaged_snapshot_is_passed_over(tmp_path, name):
     save_one(tmp_path, 1)
     path = save_one(tmp_path, 2) / name
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.warns(UserWarning, match="falling back"):
+    with pytest.warns(UserWarning, match=f"{name}.*falling back"):
         assert load_snapshot(tmp_path).step == 1
-    with pytest.raises(CheckpointError, match=name):
-        load_snapshot(tmp_path, 2)
     path.unlink()
-    with pytest.raises(CheckpointError, match=f"{name}: no such file"):
-        load_snapshot(tmp_path, 2)
+    with pytest.warns(UserWarning, match=f"{name}: no such file.*falling back"):
+        assert load_snapshot(tmp_path).step == 1
 
 
 def test_state_that_would_need_unpickling_is_refused(tmp_path):
