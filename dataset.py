@@ -281,6 +281,9 @@ os.register_at_fork(after_in_child=_forget_all)   # an environment must not be u
 def check_seal(path: str | os.PathLike, whole: bool = True) -> None:
     """Raises DatasetError unless `path` is complete and (whole=True: every byte is read) unaltered."""
     path = Path(path)
+    if path.is_dir():
+        raise DatasetError(f"{path}: a folder; expected a database, which prepare.py makes of scans: python prepare.py "
+                           f"{path} --out healthy.lmdb")
     if not path.is_file():
         raise DatasetError(f"{path}: no such file; make it with: python prepare.py SCANS --out {path}")
     length = path.stat().st_size - _SEAL.size

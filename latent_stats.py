@@ -123,14 +123,13 @@ def main(argv: list[str] | None = None) -> int:
                                 args.overwrite, args.reader)
             print(report_size(folder))
             return 0
+        for flag, value in (("--held-out", args.held_out), ("--reader", args.reader)):
+            if value and args.fold:
+                raise ValueError(f"{flag} and --fold: give one of them")
         settings = Settings().changed(SETTINGS[args.preset]).changed(args.changes)
         if settings.method in OF_ENCODER_RUNS:                      # the encoder's own database, where it made one
             run = load_run(args.encoder, "--encoder", "encoder", "train_encoder.py")
             data = ensure_database(data, args.encoder, run.meta["model"]["size"])
-        if args.held_out and args.fold:
-            raise ValueError("--held-out and --fold: give one of them")
-        if args.reader and args.fold:
-            raise ValueError("--reader and --fold: give one of them")
         folder = build(config, settings, data, args.encoder, args.out, device, args.name, notes, args.overwrite,
                        args.fold, args.held_out, args.reader)
     except (OSError, ValueError) as error:

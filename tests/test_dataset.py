@@ -179,6 +179,8 @@ def test_verify_finds_records_swapped_by_a_program_that_keeps_their_checks(datab
 def test_files_of_another_kind_are_named_as_such(tmp_path, database):
     with pytest.raises(DatasetError, match="no such file"):
         SliceDataset(tmp_path / "none.lmdb")
+    with pytest.raises(DatasetError, match=f"{tmp_path}: a folder; .* python prepare.py {tmp_path} --out"):
+        SliceDataset(tmp_path)
     for content in (b"", b"hello", b"x" * 5000):
         (tmp_path / "text").write_bytes(content)
         with pytest.raises(DatasetError, match="not a slice database"):
