@@ -50,12 +50,12 @@ def add_options(parser: argparse.ArgumentParser, kind: type, title: str) -> None
     """A flag for every field of the dataclass `kind`, with dashes (`--r1-gamma`); none has a value until given."""
     group, types = parser.add_argument_group(title), typing.get_type_hints(kind)
     for f in dataclasses.fields(kind):
-        flag = "--" + f.name.replace("_", "-")
+        name = "--" + f.name.replace("_", "-")
         if types[f.name] is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+            group.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
                                help=f.metadata["help"])
         else:
-            group.add_argument(flag, type=types[f.name], default=argparse.SUPPRESS, choices=f.metadata["choices"],
+            group.add_argument(name, type=types[f.name], default=argparse.SUPPRESS, choices=f.metadata["choices"],
                                help=f.metadata["help"])
 
 

@@ -96,8 +96,8 @@ class ResidualStats:
         if self.mean.ndim != 4 or len(self.mean) != count or self.std.shape != self.mean.shape:
             raise ValueError(f"residual statistics: expected mean and std [{count}, K, n, n] for {count} positions, "
                              f"got {list(self.mean.shape)} and {list(self.std.shape)}")
-        if not (torch.isfinite(self.std) & (self.std > 0)).all():
-            raise ValueError("residual statistics: every std must be finite and above 0")
+        if not (torch.isfinite(self.mean) & torch.isfinite(self.std) & (self.std > 0)).all():
+            raise ValueError("residual statistics: every mean must be finite, and every std, which is above 0")
 
     @classmethod
     def fit(cls, moments: Sequence[torch.Tensor], positions_mm: torch.Tensor, frame_size: int) -> ResidualStats:

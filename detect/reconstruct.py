@@ -46,6 +46,9 @@ class Reconstruction:
                  0 where too dense, channel 1 below 0 where not dense enough; None without a reader
     drawn_hu     float32 [S, N, N], HU: the normal before texture was copied into it, as the noise stage of the search
                  does; None: normal_hu
+
+    Raises ValueError where what was drawn or read is not finite: nothing is surprising about NaN, and the scan would
+    pass for healthy.
     """
 
     query_hu: torch.Tensor
@@ -55,6 +58,13 @@ class Reconstruction:
     expected_hu: torch.Tensor | None = None
     read: torch.Tensor | None = None
     drawn_hu: torch.Tensor | None = None
+
+    def __post_init__(self):
+        for name in ("normal_hu", "expected_hu", "read"):
+            values = getattr(self, name)
+            if values is not None and not values.isfinite().all():
+                raise ValueError(f"closest normal: {name} is not finite: the networks cannot draw this scan; try "
+                                 "--precision fp32")
 
     @property
     def difference_hu(self) -> torch.Tensor:

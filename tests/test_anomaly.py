@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from detect.reconstruct import Reconstruction
 from detect.residual import (
     Evidence,
     MaskSettings,
@@ -68,6 +69,14 @@ def test_residual_does_not_depend_on_the_chunks():
     whole = residual(query, recon, brain, 5)
     chunks = [residual(query[i:i + 3], recon[i:i + 3], brain[i:i + 3], 5) for i in (0, 3, 6)]
     assert torch.equal(torch.cat(chunks), whole)
+
+
+@pytest.mark.parametrize("part", ("normal_hu", "expected_hu", "read"))
+def test_a_drawing_that_is_not_finite_is_refused(part):
+    """By surprise the scan had a score of 0, below all healthy ones."""
+    hu = torch.zeros(1, 2, 2)
+    with pytest.raises(ValueError, match=f"{part} is not finite"):
+        Reconstruction(**{"query_hu": hu, "normal_hu": hu, "error_hu": {}, "seconds": {}, part: hu / 0})
 
 
 def test_medians_are_over_a_part_of_each_slice():

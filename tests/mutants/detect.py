@@ -1,6 +1,9 @@
 from mutants.mutant import BLEED, Mutant
 
 MUTANTS = (
+    Mutant("a drawing that is not finite passes for healthy", "detect/reconstruct.py",
+           "if values is not None and not values.isfinite().all():", "if False:",
+           "tests/test_anomaly.py -k not_finite"),
     Mutant("flagged when below the threshold", "detect/projection.py",
            "else score > threshold", "else score < threshold", BLEED + " -k beyond_all"),
     Mutant("volume 100 times too large", "detect/projection.py", "pixel_spacing_mm) / 1000)", "pixel_spacing_mm) / 10)",
