@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -21,6 +22,9 @@ from ct.limits import check_ratio
 from ct.scan import ScanError
 
 SUFFIX, MAGIC = ".zip", b"PK\x03\x04"
+# Names of what may hold scans and is not looked into
+OTHER_NAMES = re.compile(r".*\.(?:tar|tgz|tbz2?|txz|7z|rar|(?:tar|dcm|dicom|ima|nii|zip)\.(?:gz|bz2|xz|zst))",
+                         re.IGNORECASE | re.DOTALL)
 MAX_BYTES = 20 * 2**30           # unpacked; the longest head CT series are 1 to 2 GB
 MAX_FILES = 50_000
 SPARE_BYTES = 2**30              # left free on the disk
@@ -31,6 +35,19 @@ ABANDONED_S = 7 * 86400.0        # an unlocked folder of another machine, or fro
 def claims(path: Path, head: bytes) -> bool:
     """Whether a file is a zip archive to look into: not .docx, .npz and the like, which are zip files too."""
     return head.startswith(MAGIC) and path.suffix.lower() in (SUFFIX, "")
+
+
+def why_closed(path: Path, head: bytes, within: bool) -> str | None:
+    """Why an archive is not looked into, by first bytes and name; None for a zip file that is, and for other files.
+
+    within: whether it lies in a zip file itself. Of two layers nothing is known until both are unpacked, and of the
+    rest nothing at all: a folder may hold nothing else of a patient.
+    """
+    if claims(path, head):
+        return f"{path.name}: a zip file within a zip file; unpack the outer one yourself" if within else None
+    if OTHER_NAMES.fullmatch(path.name):
+        return f"{path.name}: of archives only zip files are looked into; unpack it yourself, or leave it out"
+    return None
 
 
 @contextmanager

@@ -58,7 +58,17 @@ def find(paths: Sequence[Path], unknown_slice_spacing_mm: float = 5.0) -> list[F
             broken.setdefault(path.parent, []).append((path, str(error)))
         else:
             headers += [header] if header is not None else []
-    return [*scans_of(headers), *(_unreadable(folder, files) for folder, files in broken.items())]
+    return [*(_beside(found, broken) for found in scans_of(headers)),
+            *(_unreadable(folder, files) for folder, files in broken.items())]
+
+
+def _beside(found: Found, broken: dict[Path, list[tuple[Path, str]]]) -> Found:
+    """The scan with a note on broken files in its folders: what is missing at its ends shows nowhere else."""
+    count = sum(len(broken.get(folder, ())) for folder in {path.parent for path in found.paths})
+    if not count or "error" in found.options:
+        return found
+    note = f"files beside it that cannot be read: {count}; if they are its slices, it is not whole"
+    return replace(found, options=found.options | {"notes": (*found.options.get("notes", ()), note)})
 
 
 def _unreadable(folder: Path, files: list[tuple[Path, str]]) -> Found:

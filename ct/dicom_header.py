@@ -104,6 +104,8 @@ def read_header(path: Path) -> Header | None:
                       str(ds.get("SOPInstanceUID", "")), tuple(_frames(path, ds)))
     except ScanError:
         raise
+    except OSError as error:
+        raise ScanError(f"{path.name}: cannot be read ({error.strerror or type(error).__name__})") from error
     except RecursionError as error:
         raise ScanError(f"{path.name}: its header nests sequences deeper than any CT image's: it is damaged, or made "
                         "to harm") from error

@@ -44,8 +44,9 @@ def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0, ids: str = "
 
     Looks for DICOM at any nesting and however mixed, NIfTI files, folders of pictures with a scan.json, the original's
     <case>/png/*.png with an optional <case>/BrainExtraction/bet.npy, and zip files of all these. What looks like a
-    scan but cannot be one (pictures without a scan.json, broken DICOM files), or may hold some but cannot be looked
-    into (a broken zip file, a folder without the right to read it), is a source too: read_scan raises its reason. A
+    scan but cannot be one (pictures without a scan.json, broken DICOM files, links that lead nowhere), or may hold some
+    but cannot be looked into (a broken zip file, one within another, another kind of archive, a folder without the
+    right to read it), is a source too: read_scan raises its reason. A
     study's localisers, reports and other series without axial CT are a note on the study's scans. Folders with results
     of this program are left aside. That, and files that are nothing of the kind, goes to `log` in one line each.
 
@@ -179,24 +180,30 @@ class _Search:
     def add_folder(self, folder: Path, within: Path | None = None) -> None:
         """Everything under a folder, or within an archive that was unpacked there."""
         claimed: dict[str, list[Path]] = {module.KIND: [] for module in FORMATS}
+        found = []
         for path in self._files(folder):
             head = _head(path)
-            owner = next((module.KIND for module in FORMATS if module.claims(path, head)), None)
+            owner = next((module.KIND for module in FORMATS if module.claims(path, head or b"")), None)
+            if owner is None and head is None:
+                owner = dicom.KIND                    # the one whose names may say nothing: it may be a slice
             if owner is not None:
                 claimed[owner].append(path)
-            elif within is None and archive.claims(path, head):
+            elif reason := archive.why_closed(path, head, within is not None):
+                found.append(Found("archive", (path,), path.with_suffix(""), options={"error": reason}))
+            elif archive.claims(path, head):
                 self._add_archive(path)
             else:
                 self.unread.append(path)
         for module in FORMATS:
-            for found in module.find(claimed[module.KIND], self.unknown_slice_spacing_mm):
-                if self.by_content and not found.uid:
-                    found = replace(found, uid=_content(found.paths))
-                if within is not None:
-                    inner = found.anchor.relative_to(folder) if found.anchor.is_relative_to(folder) else Path()
-                    found = replace(_moved(found, lambda path: path.relative_to(folder)),
-                                    anchor=within.with_suffix("") / inner)
-                self.sources.append((found, within))
+            found += module.find(claimed[module.KIND], self.unknown_slice_spacing_mm)
+        for one in found:
+            if self.by_content and not one.uid:
+                one = replace(one, uid=_content(one.paths))
+            if within is not None:
+                inner = one.anchor.relative_to(folder) if one.anchor.is_relative_to(folder) else Path()
+                one = replace(_moved(one, lambda path: path.relative_to(folder)),
+                              anchor=within.with_suffix("") / inner)
+            self.sources.append((one, within))
 
     def _add_archive(self, path: Path) -> None:
         before = len(self.sources)
@@ -220,7 +227,10 @@ class _Search:
                          "mend that, or leave it out")
 
     def _files(self, folder: Path) -> Iterator[Path]:
-        """Files, sorted, links followed but no folder twice, hidden ones and this program's results left aside."""
+        """Files, sorted, links followed but no folder twice, hidden ones and this program's results left aside.
+
+        A link that leads nowhere is one, too: it may be a slice, as where a data set's content was not fetched.
+        """
         if folder.is_file():
             yield folder
             return
@@ -241,7 +251,7 @@ class _Search:
                 continue
             subfolders[:] = sorted(n for n in subfolders if not n.startswith(".") and n not in SKIPPED_FOLDERS)
             files = [Path(directory, name) for name in sorted(names) if not name.startswith(".")]
-            yield from (path for path in files if path.is_file())
+            yield from (path for path in files if path.is_file() or (path.is_symlink() and not path.exists()))
 
     def remarks(self) -> list[str]:
         """One line for the results that were left aside, one for the files that were not read."""
@@ -262,12 +272,13 @@ class _Search:
         return printable(str(path.relative_to(self.root)) if inside else path.name)
 
 
-def _head(path: Path) -> bytes:
+def _head(path: Path) -> bytes | None:
+    """The first bytes of a file; None where it cannot be read: its reader says why."""
     try:
         with open(path, "rb") as file:
             return file.read(HEAD_BYTES)
-    except OSError:                                   # its reader says why, if the name is one of its own
-        return b""
+    except OSError:
+        return None
 
 
 def _holds_results(directory: Path, names: list[str], is_root: bool) -> bool:

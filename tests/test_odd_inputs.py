@@ -578,3 +578,53 @@ def test_gzip_called_nii(tmp_path):
     path = write_nifti_scan(tmp_path / "vol.nii.gz", HU)
     path.rename(tmp_path / "vol.nii")
     np.testing.assert_array_equal(read_all(tmp_path)[0].hu, HU)
+
+
+# ---- I: what cannot be looked into
+
+def test_links_that_lead_nowhere_are_a_row_and_a_note(tmp_path):
+    """As of a data set whose content was not fetched: the slices were passed over, and the rest was a whole scan."""
+    write_dicom_series(tmp_path / "case", HU, name=lambda k: f"IM{k}")
+    for name in ("case/IM5", "volumes/one.nii.gz", "volumes/IM0"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "annex" / "gone")
+    case, unreadable, volume, other = find_scans(tmp_path)
+    scan = read_scan(case)
+    np.testing.assert_array_equal(scan.hu, HU[:5])
+    assert scan.notes == ("files beside it that cannot be read: 1; if they are its slices, it is not whole",)
+    for source, name in ((unreadable, "IM5"), (other, "IM0"), (volume, "one.nii.gz")):
+        with pytest.raises(ScanError, match=rf"^{name}: cannot be read \(No such file or directory\)"):
+            read_scan(source)
+
+
+def test_a_file_that_may_not_be_read_is_a_row(tmp_path, monkeypatch):
+    """Without a suffix it was none of ours."""
+    write_dicom_series(tmp_path / "case", HU, name=lambda k: f"IM{k}")
+    opened = open
+
+    def refuse(path, *how, **named):
+        if Path(path).name == "IM0":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *how, **named)
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("io.FileIO", lambda path: refuse(path, "rb", buffering=0))
+    case, closed = find_scans(tmp_path)
+    with pytest.raises(ScanError, match=r"^IM0: cannot be read \(Permission denied\)"):
+        read_scan(closed)
+
+
+@pytest.mark.parametrize("name, content", [
+    *((name, bytes(600)) for name in ("a.tar", "A.TGZ", "a.tar.xz", "a.7z", "a.rar", "a.nii.bz2", "a.dcm.gz")),
+    ("a.zip", b"PK\x03\x04")])
+def test_archives_that_are_not_looked_into_are_a_row(tmp_path, name, content):
+    """They were files that are no scans, in one line of a run's log; so was a zip file within another."""
+    with zipfile.ZipFile(tmp_path / "outer.zip", "w") as outer:
+        outer.writestr(f"sub/{name}", content)
+        outer.writestr("sub/notes.txt", "nothing")
+    (tmp_path / name).write_bytes(content)
+    sources = find_scans(tmp_path)
+    assert [source.scan_id for source in sources] == [Path(name).stem, f"outer--sub--{Path(name).stem}"]
+    for source in sources:
+        with pytest.raises(ScanError, match=f"^{name}: .*unpack"):
+            read_scan(source)
