@@ -45,6 +45,12 @@ def read_pixels(path: Path, count: int) -> tuple[np.ndarray, np.ndarray | None, 
     return pixels, outside[0] if outside else None, 255 if pixels.dtype == np.uint8 else 65535
 
 
+def is_jpeg(path: Path) -> bool:
+    """By the first bytes of a file: names may say otherwise."""
+    with open(path, "rb") as file:
+        return file.read(3) == FORMATS["JPEG"]
+
+
 def decode(path: str) -> list[np.ndarray]:
     """Pixels and, where some are transparent, which; see ct.apart."""
     with Image.open(path, formats=tuple(FORMATS)) as opened:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ct.geometry import nominal_stack
 from ct.limits import check_pixel_spacing, check_ratio, check_slice_spacing
-from ct.picture_pixels import MAGIC, read_pixels
+from ct.picture_pixels import MAGIC, is_jpeg, read_pixels
 from ct.scan import Found, Scan, ScanError, ScanSource
 from ct.window import WINDOWS_HU, decode
 
@@ -315,6 +315,9 @@ def _pixels_to_hu(path: Path, pixels: np.ndarray, outside: np.ndarray | None, fu
         if pixels.ndim != 3:
             raise ScanError(f"{path.name}: a grey picture, but three windows, one for each of R, G and B; "
                             f"{SCAN_JSON_HELP}")
+        if is_jpeg(path):
+            raise ScanError(f"{path.name}: a JPEG, which mixes the three windows (it keeps brightness and, coarser, "
+                            "colour): HU would be off by several; export the slices as PNG, or as grey with one window")
         hu = np.asarray(decode(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1), np.float32)
     else:
         pixels = _grey(path, pixels) if pixels.ndim == 3 else pixels

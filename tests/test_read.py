@@ -97,6 +97,16 @@ def test_three_windows_are_fused(tmp_path):
     assert scan.saturation_hu == (-20, 180)
 
 
+def test_three_windows_in_jpeg_are_refused(tmp_path):
+    """Its colours are no channels: HU were off by 4 on average, without a word."""
+    folder = write_rgb_folder(tmp_path / "case", np.zeros((3, 16, 16)))
+    for path in sorted(folder.glob("*.png")):
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+    with pytest.raises(ScanError, match="0.jpg: a JPEG, which mixes the three windows"):
+        read_only(tmp_path)
+
+
 def test_the_originals_layout_needs_no_scan_json(tmp_path):
     write_rgb_folder(tmp_path / "case7" / "png", HU, scan_json=False)
     scan = read_only(tmp_path)
