@@ -207,11 +207,22 @@ def usual_range(calibration: dict[str, Any], figure: str) -> tuple[float, float]
 
 def spacing_range(calibration: dict[str, Any]) -> tuple[float, float]:
     """The smallest and the largest usual_spacing of the healthy scans, mm."""
+    spacings = [usual_spacing(mm) for mm in _positions_mm(calibration)]
+    return min(spacings), max(spacings)
+
+
+def depth_range(calibration: dict[str, Any]) -> tuple[float, float] | None:
+    """How far below the vertex the healthy scans reach, from the least to the most, mm; None for too few scans."""
+    depths = [max(mm) for mm in _positions_mm(calibration)]
+    return (min(depths), max(depths)) if len(depths) >= FIGURES else None
+
+
+def _positions_mm(calibration: dict[str, Any]) -> list[list[float]]:
+    """Of the slices of each healthy scan, mm below the vertex."""
     positions_mm = defaultdict(list)
     for one in calibration["slice_scores"]:
         positions_mm[one["scan"]].append(one["below_vertex_mm"])
-    spacings = [usual_spacing(mm) for mm in positions_mm.values()]
-    return min(spacings), max(spacings)
+    return list(positions_mm.values())
 
 
 def usual_spacing(positions_mm: Sequence[float]) -> float:

@@ -97,6 +97,7 @@ class Projector:
         self.incomparable = self._why_incomparable()
         self.calibration = None if self.incomparable else bundle.meta["calibration"]
         self.spacing_mm = calibration.spacing_range(self.calibration) if self.calibration else None
+        self.depth_mm = calibration.depth_range(self.calibration) if self.calibration else None
         if threshold is not None and alarm_rate is not None:
             raise ValueError("threshold and alarm_rate: each says what is flagged; give one of them")
         if threshold is not None and not math.isfinite(threshold):
@@ -157,8 +158,8 @@ class Projector:
         score = scan_score(findings.slice_scores, self.settings.scan_score, thickness_mm(below_vertex_mm))
         # A large lesion is far from its closest normal, as it should be: what tells a bad reconstruction is the rest
         error_of_rest = found.error_in(brain & ~predicted)
-        percentile, threshold, why_not = self._compare(score, error_of_rest, calibration.usual_spacing(below_vertex_mm),
-                                                       calibration.median_hu(hu, brain))
+        percentile, threshold, why_not = self._compare(score, error_of_rest, calibration.median_hu(hu, brain),
+                                                       below_vertex_mm)
         notes += why_not
         if unreliable or pre.reservations:
             percentile = threshold = None
@@ -175,8 +176,8 @@ class Projector:
             anomalous_ml=volume_ml(mask, scan), unreliable=unreliable, notes=tuple(dict.fromkeys(notes)),
             seconds=seconds | {"to the scan": time.perf_counter() - started}, working=pre)
 
-    def _compare(self, score: float, error_of_rest: float, spacing_mm: float,
-                 brain_hu: float) -> tuple[float | None, float | None, list[str]]:
+    def _compare(self, score: float, error_of_rest: float, brain_hu: float,
+                 below_vertex_mm: np.ndarray) -> tuple[float | None, float | None, list[str]]:
         """Percentile and threshold of a score, None where unknown, with notes that say why.
 
         Without a calibration that compares there is no note here: self.incomparable is one already.
@@ -186,6 +187,7 @@ class Projector:
             return None, self.threshold, []
         if how not in self.calibration["scan_scores"]:
             return None, self.threshold, [f"the calibration holds no scores by {how}: no percentile"]
+        spacing_mm = calibration.usual_spacing(below_vertex_mm)
         least, most = self.spacing_mm[0] / OTHER_SPACING, self.spacing_mm[1] * OTHER_SPACING
         if not least - ROUNDED_MM <= spacing_mm <= most + ROUNDED_MM:
             low, high = (f"{mm:.3g}" for mm in self.spacing_mm)
@@ -194,7 +196,13 @@ class Projector:
         threshold = self.calibration["threshold"][how] if self.threshold is None else self.threshold
         notes = [] if threshold is not None else [f"no threshold: {self.calibration['threshold']['reason']}"]
         usual = Reconstruction.last_error(self.calibration["error_hu"])
-        # Flagged all the same, in both cases: a head full of blood is so far off, too
+        # Flagged all the same, in all three cases: what a part of a head scores, all of it would at least, and a head
+        # full of blood is so far off, too
+        depth_mm, known = float(np.max(below_vertex_mm)), self.depth_mm
+        if known and depth_mm < known[0] - (known[1] - known[0]):
+            return None, threshold, [f"the scan shows the brain down to {depth_mm:.0f} mm below the vertex, healthy "
+                                     f"scans down to {known[0]:.0f} to {known[1]:.0f} mm: what is not shown has no "
+                                     "score; no percentile", *notes]
         within = calibration.usual_range(self.calibration, "brain_hu")
         if within and not within[0] <= brain_hu <= within[1]:
             return None, threshold, [f"the median of the brain is {brain_hu:.0f} HU, of healthy scans about "

@@ -250,7 +250,8 @@ def test_a_calibration_is_not_saved_beside_other_settings(tmp_path):
 
 # ---- what is flagged
 
-def alarmed(scores, error_of_rest=3.0, brain_hu=30.0, healthy=None, spacing_mm=5.0, **alarm):
+def alarmed(scores, error_of_rest=3.0, brain_hu=30.0, healthy=None, spacing_mm=5.0, depth_mm=10.0, depths=None,
+            **alarm):
     """A projector's calibration and what it says of a score of 2.5."""
     calibrated = {"scans": len(scores), "scan_scores": {"mean": scores},
                   "threshold": {"fpr": 0.05, "mean": None, "reason": "too few"}, "error_hu": {"reconstruct": 3.0},
@@ -258,8 +259,8 @@ def alarmed(scores, error_of_rest=3.0, brain_hu=30.0, healthy=None, spacing_mm=5
     if "alarm_rate" in alarm:
         calibrated = calibration.at_rate(calibrated, alarm["alarm_rate"])
     self = SimpleNamespace(settings=Settings(scan_score="mean"), calibration=calibrated,
-                           threshold=alarm.get("threshold"), spacing_mm=(5.0, 5.0))
-    return Projector._compare(self, 2.5, error_of_rest, spacing_mm, brain_hu)[:2]
+                           threshold=alarm.get("threshold"), spacing_mm=(5.0, 5.0), depth_mm=depths)
+    return Projector._compare(self, 2.5, error_of_rest, brain_hu, depth_mm - spacing_mm * np.arange(3))[:2]
 
 
 @pytest.mark.parametrize("spacing_mm, compared", [(3.98, False), (3.9999999, True), (4.0, True), (6.25, True),
@@ -275,9 +276,9 @@ def test_without_a_threshold_a_note_says_why():
         calibrated = calibration.summary([[5.0, 0.0]] * 4, [torch.ones(2)] * 4, [{"reconstruct": 3.0}] * 4, [30.0] * 4,
                                          patients=4)
         self = SimpleNamespace(settings=Settings(scan_score="mean"), calibration=calibrated, threshold=threshold,
-                               spacing_mm=(5.0, 5.0))
+                               spacing_mm=(5.0, 5.0), depth_mm=None)
         calibrated["scan_scores"] = {how: calibrated["scan_scores"]["mean"]}
-        return Projector._compare(self, 2.5, error_of_rest, 5.0, 30.0)[2]
+        return Projector._compare(self, 2.5, error_of_rest, 30.0, np.array([10.0, 5.0, 0.0]))[2]
 
     why = ("no threshold: a false-positive rate of 0.05 needs 19 healthy scans, found 4; add scans or allow a higher "
            "rate")
@@ -323,6 +324,17 @@ def test_what_is_usual_is_what_the_healthy_scans_of_the_calibration_have():
         assert alarmed(scores, error, healthy=healthy) == (percentile, None)
     few = {name: values[:9] for name, values in healthy.items()}
     assert alarmed(scores, brain_hu=99.0, healthy=few) == alarmed(scores, 5.9, healthy=few) == (known, None)
+
+
+def test_a_head_without_its_lower_part_has_no_percentile_and_keeps_its_flag():
+    """The vertex as a series of its own was compared with the highest slices of whole heads: healthy, it seemed."""
+    scores, known = [1.0, 2.0, 3.0, 4.0], pytest.approx(40)
+    for depth_mm, percentile in ((61.0, None), (79.9, None), (80.0, known), (150.0, known)):
+        assert alarmed(scores, depth_mm=depth_mm, depths=(110.0, 140.0), threshold=0.5) == (percentile, 0.5)
+    depths = [110.0 + 3 * k for k in range(10)] + [140.0]
+    slices = [{"scan": k, "below_vertex_mm": mm - up} for k, mm in enumerate(depths) for up in (5, 0)]
+    assert calibration.depth_range({"slice_scores": slices}) == (110.0, 140.0)
+    assert calibration.depth_range({"slice_scores": slices[:18]}) is None                            # 9 scans
 
 
 def test_a_threshold_and_an_alarm_rate_go_before_the_models():
