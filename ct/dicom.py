@@ -27,7 +27,6 @@ TISSUE_HU = (-300, 300)                               # no padding value lies in
 SHARP_KERNEL = re.compile(r"(?:[A-Z][A-Z]?(?:5[5-9]|[6-9]\d)[A-Z]*|FC[358]\d|[DEL]|Y[A-D]|.*(?:BONE|EDGE|LUNG|"
                           r"SHARP).*)", re.IGNORECASE)
 TILT_DEG = 3.0                                        # of the gantry: two that differ by less are one, rounded
-ASIDE_MM = 3.0                                        # in plane, beyond what a tilted gantry or rounding moves
 VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT OB OF OW PN SH SL SQ SS ST TM UI UL UN US UT".split())
 
 
@@ -113,8 +112,7 @@ def read(source: ScanSource) -> Scan:
         raise ScanError(f"{min(source.paths).name} and what belongs to it: axial CT slices at {len(order)} different "
                         f"positions, at least {MIN_SLICES} are needed; give the whole series")
     check_slice_spacing(frames[0].path.name, float(np.median(np.diff(position[order]))))
-    notes += [*spacing_notes(position[order]), *_aside_notes(stack.origins[order], position[order]),
-              *_tilt_notes(frames, stack.origins[order], position[order])]
+    notes += [*spacing_notes(position[order]), *_tilt_notes(frames, stack.origins[order], position[order])]
     spacing = (float(np.linalg.norm(stack.row_step)), float(np.linalg.norm(stack.column_step)))
     files = tuple((frames[k].path, frames[k].index) for k in order)
     stack = replace(stack, origins=stack.origins[order], frames=files)
@@ -260,17 +258,6 @@ def _drop_duplicates(hu: np.ndarray, position: np.ndarray, names: list[str], not
     if len(keep) < len(hu):
         notes.append(f"duplicate slices dropped: {len(hu) - len(keep)}")
     return keep
-
-
-def _aside_notes(origins: np.ndarray, position_mm: np.ndarray) -> list[str]:
-    """A note where a slice's corner lies beside the line of the others, as with another field centre from there on."""
-    steps, heights = np.diff(origins, axis=0), np.diff(position_mm)[:, None]
-    aside = np.linalg.norm(steps - heights * np.median(steps / heights, axis=0), axis=1)
-    if aside.max() <= ASIDE_MM:
-        return []
-    return [f"slices lie up to {aside.max():.0f} mm beside those next to them, as with another field centre "
-            f"(ImagePositionPatient), first {int((aside > ASIDE_MM).argmax())} and the one above; the head is "
-            "displaced from there on, and what is found there means little"]
 
 
 def _tilt_notes(frames: list[Frame], origins: np.ndarray, position_mm: np.ndarray) -> list[str]:

@@ -11,6 +11,8 @@ import numpy as np
 
 from ct.brain import brain_mask
 from ct.facing import check_facing
+from ct.geometry import SliceStack, displaced
+from ct.proportions import check_proportions
 from ct.scan import Scan, ScanError
 from ct.settings import PreprocessSettings
 from ct.slab import Slabs, to_slabs
@@ -33,8 +35,8 @@ class Preprocessed:
     brain         bool [T, H, W], in the geometry of the slabs
     standardised  hu and brain [T, N, N], below_vertex_mm [T], and the frame (ct.standardise.from_frame)
     kept          bool [T]: enough brain, and above the neck
-    reservations  why a score of this scan has no percentile (check_head, clipped_below, check_facing); notes for the
-                  user
+    reservations  why a score of this scan has no percentile (check_head, check_proportions, clipped_below,
+                  displaced, check_facing); notes for the user
     """
 
     slabs: Slabs
@@ -87,9 +89,12 @@ def preprocess_scan(scan: Scan, settings: PreprocessSettings) -> Preprocessed:
     slabs = to_slabs(scan, settings.slab_mm, settings.thin_mm)
     brain = brain_mask(slabs.scan)
     try:
-        reservations = (*check_head(slabs.scan, brain), *clipped_below(scan, settings))
+        reservations = check_head(slabs.scan, brain) or check_proportions(slabs.scan, brain)
     except ScanError as error:
         raise ScanError(f"{scan.scan_id}: {error}") from error
+    reservations += clipped_below(scan, settings)
+    if isinstance(scan.geometry, SliceStack):
+        reservations += displaced(scan.geometry.origins, scan.position_mm)
     standardised = standardise(slabs.scan, brain, settings.standardise)
     below = standardised.below_vertex_mm
     kept = (standardised.brain.mean((1, 2)) >= settings.min_brain_fraction) & (below >= 0)

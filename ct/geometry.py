@@ -12,6 +12,7 @@ from scipy import ndimage
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 EVEN = 0.02                                           # of a step: headers round, a smaller offset is none
 SHEAR_DEG = 1.0                                       # less is none, by the same reason
+ASIDE_MM = 3.0                                        # in plane, beyond what a tilted gantry or rounding moves
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,22 @@ def shear_deg(origins: np.ndarray, position_mm: np.ndarray) -> float:
         return 0.0
     steps = np.diff(origins, axis=0) / np.diff(position_mm)[:, None]         # per mm of the normal: none is shorter
     return float(np.rad2deg(np.arccos(1 / max(1.0, np.linalg.norm(np.median(steps, axis=0))))))
+
+
+def displaced(origins: np.ndarray, position_mm: np.ndarray) -> tuple[str, ...]:
+    """A note where a slice's origin lies beside the line of the others, as with another field centre from there on.
+
+    origins [S, 3] and position_mm [S] along the slices' normal, as of a SliceStack and its Scan.
+    """
+    if len(position_mm) < 2:
+        return ()
+    steps, heights = np.diff(origins, axis=0), np.diff(position_mm)[:, None]
+    aside = np.linalg.norm(steps - heights * np.median(steps / heights, axis=0), axis=1)
+    if aside.max() <= ASIDE_MM:
+        return ()
+    return (f"slices lie up to {aside.max():.0f} mm beside those next to them, as with another field centre "
+            f"(ImagePositionPatient), first {int((aside > ASIDE_MM).argmax())} and the one above; the head is "
+            "displaced from there on, and what is found there means little",)
 
 
 def _even_grid(volume: np.ndarray, stack: SliceStack) -> tuple[np.ndarray, np.ndarray, str | None]:

@@ -12,6 +12,7 @@ from pydicom.uid import ImplicitVRLittleEndian, RLELossless
 from scipy.ndimage import map_coordinates
 
 from ct.dicom import spacing_notes
+from ct.geometry import displaced
 from ct.read import find_scans, read_scan
 from ct.scan import ScanError
 from ct.write import write_nifti
@@ -302,9 +303,15 @@ def test_a_field_centre_that_changes_is_noted(tmp_path, tilt_deg):
     """The head went on displaced, without a word."""
     def edit(ds, k):
         ds.ImagePositionPatient[0] += 20 * (k > 2)
-    moved, = read_only(write_dicom_series(tmp_path / "moved", HU, tilt_deg=tilt_deg, edit=edit)).notes
+
+    def said(folder, **how):
+        scan = read_only(write_dicom_series(tmp_path / folder, HU, tilt_deg=tilt_deg, **how))
+        assert scan.notes == ()
+        return displaced(scan.geometry.origins, scan.position_mm)
+
+    moved, = said("moved", edit=edit)
     assert moved.startswith("slices lie up to 20 mm beside those next to them") and "first 2 and the one above" in moved
-    assert read_only(write_dicom_series(tmp_path / "whole", HU, tilt_deg=tilt_deg)).notes == ()
+    assert said("whole") == ()
 
 
 @pytest.mark.parametrize("tilt_deg, told_deg, words", [
@@ -327,7 +334,7 @@ def test_slices_aside_of_the_line_are_moved_onto_it(tmp_path):
     def edit(ds, k):
         ds.ImagePositionPatient[0] += 2 * (k in (2, 3))
     scan = read_only(write_dicom_series(tmp_path / "case", image, edit=edit))
-    assert scan.notes == ()                                                   # 2 mm
+    assert displaced(scan.geometry.origins, scan.position_mm) == ()           # 2 mm
     note = write_nifti(tmp_path / "map.nii", scan.hu, scan)
     assert "shifted in plane" in note
     saved = nib.load(tmp_path / "map.nii")

@@ -129,7 +129,7 @@ MUTANTS = (
     Mutant("no contrast agent by its code", "ct/dicom_header.py",
            'coded = ds.get("ContrastBolusAgentSequence") or ()', "coded = ()",
            "tests/test_odd_inputs.py -k by_its_code"),
-    Mutant("no word of a field centre that changes", "ct/dicom.py", "if aside.max() <= ASIDE_MM:", "if True:",
+    Mutant("no word of a field centre that changes", "ct/geometry.py", "if aside.max() <= ASIDE_MM:", "if True:",
            "tests/test_dicom.py -k centre_that_changes"),
     Mutant("no word of a tilt that the positions do not show", "ct/dicom.py",
            "if not told_deg or abs", "if True or abs", "tests/test_dicom.py -k positions_do_not_show"),
