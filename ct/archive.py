@@ -61,10 +61,11 @@ def unpacked(path: Path, only: Collection[str] | None = None) -> Iterator[Path]:
     with orderly_end(), _folder() as folder:
         try:
             with zipfile.ZipFile(path) as archive:
-                members = [m for m in archive.infolist() if not m.is_dir() and (only is None or _place(m) in only)]
+                members = [m for m in archive.infolist()
+                           if not m.filename.endswith(("/", "\\")) and (only is None or _place(m) in only)]
                 _check(path, members, shutil.disk_usage(folder).free)
                 for member in members:
-                    target = Path(folder, member.filename)
+                    target = Path(folder, _place(member))
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with archive.open(member) as packed, open(target, "xb") as file:
                         shutil.copyfileobj(packed, file)
@@ -132,8 +133,8 @@ def _machine() -> str:
 
 
 def _place(member: zipfile.ZipInfo) -> str:
-    """Where a member lies once it is unpacked: some programs write './head/1.dcm' or 'head//1.dcm'."""
-    return PurePosixPath(member.filename).as_posix()
+    """Where a member lies once it is unpacked: some programs write './head/1.dcm', 'head//1.dcm' or 'head\\1.dcm'."""
+    return PurePosixPath(member.filename.replace("\\", "/")).as_posix()
 
 
 def _check(path: Path, members: list[zipfile.ZipInfo], free: int) -> None:
@@ -144,6 +145,6 @@ def _check(path: Path, members: list[zipfile.ZipInfo], free: int) -> None:
                         "yourself")
     check_ratio(path.name, total, path.stat().st_size)
     for member in members:
-        name = PurePosixPath(member.filename)
-        if name.is_absolute() or ".." in name.parts or "\\" in member.filename or "\0" in member.filename:
+        name = PurePosixPath(_place(member))
+        if name.is_absolute() or ".." in name.parts or "\0" in member.filename:
             raise ScanError(f"{path.name}: holds a path that leads out of the archive; unpack it yourself")

@@ -42,8 +42,9 @@ def test_sigterm_removes_what_was_unpacked(packed):
     assert os.listdir(packed.parent / "tmp") == []
 
 
-@pytest.mark.parametrize("prefix", ["./head/", "head//", "head/./"])
+@pytest.mark.parametrize("prefix", ["./head/", "head//", "head/./", "head\\"])
 def test_a_zip_whose_paths_are_written_otherwise_can_be_read(tmp_path, prefix):
+    """With backslashes by some programs of Windows: it was said to lead out of the archive."""
     hu = np.random.default_rng(0).integers(-1000, 600, (6, 10, 8)).astype(np.float32)
     with zipfile.ZipFile(tmp_path / "one.zip", "w") as file:
         for path in write_dicom_series(tmp_path / "series", hu).iterdir():
@@ -52,6 +53,15 @@ def test_a_zip_whose_paths_are_written_otherwise_can_be_read(tmp_path, prefix):
         assert all(name.startswith(prefix) for name in file.namelist())
     source, = find_scans(tmp_path / "one.zip")
     np.testing.assert_array_equal(read_scan(source).hu, hu)
+
+
+@pytest.mark.parametrize("name", ["..\\out.dcm", "head\\..\\..\\out.dcm", "\\out.dcm"])
+def test_backslashes_do_not_lead_out_of_the_archive(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "one.zip", "w") as file:
+        file.writestr(name, b"x")
+    source, = find_scans(tmp_path / "one.zip")
+    with pytest.raises(ScanError, match="one.zip: holds a path that leads out of the archive"):
+        read_scan(source)
 
 
 def test_the_next_search_removes_what_a_killed_run_has_unpacked_and_nothing_of_a_living_one(packed):
