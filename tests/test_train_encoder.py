@@ -88,7 +88,7 @@ def test_the_generator_stays_and_the_discriminator_goes_on(encoder_run, gan_run)
 
 def test_a_resumed_run_is_bit_identical(slices32, gan_run, encoder_run, half):
     assert run_encoder(slices32, gan_run, half) == 0
-    whole, resumed = (load_snapshot(run, 32) for run in (encoder_run, half))
+    whole, resumed = (load_snapshot(run) for run in (encoder_run, half))
     for network, weights in whole.weights.items():
         assert all(torch.equal(resumed.weights[network][name], t) for name, t in weights.items()), network
     assert torch.equal(whole.state["rng"][0], resumed.state["rng"][0])
