@@ -26,7 +26,7 @@ from gan.settings import EncoderConfig
 
 # As models/head-128 (docs/RESULTS.md): what is hidden is drawn; in the last part with an adversary, and of half of the
 # images what is hidden is what the networks find anomalous
-RECOMMENDED = EncoderConfig(epochs=27, perceptual_epochs=15, batch=16, lr=2e-4, lr_trunk=1e-3, lr_discriminator=3e-4,
+RECOMMENDED = EncoderConfig(epochs=18, perceptual_epochs=10, batch=16, lr=2e-4, lr_trunk=1e-3, lr_discriminator=3e-4,
                             lr_generator=1e-3, decay=0.6, adversarial=0.02, r1_gamma=1, knee=0.04, hide=0.88,
                             gated=0.5, encoder_width=0.5, encoder_code=128, rotate=0.6, rotate_deg=12)
 # phantom-128: predicted noise maps of one channel, no adversary

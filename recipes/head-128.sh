@@ -9,12 +9,15 @@
 # slices'). WORK (default runs/head-128) gets everything: the tables of slices and splits, slices.lmdb (HU 0..70, as loose
 # slices have them), scans.lmdb (HU -20..100, as new scans are seen), gan/, encoder/, reader/, reader-1/ to reader-3/,
 # model/, inversion/table.md, cross-validation/table.md, ct-ich/table.md and phe-sich/table.md. Paths are relative to the
-# repository. Started again, it goes on where it stopped. On one CPU core some three and a half hours of training, two or
-# three more for the readers, and the benchmarks. Another interpreter: PYTHON=python3 sh recipes/...
-# models/head-256, on a GPU in ten minutes of training: SIZE=256 sh recipes/head-128.sh ... (work in runs/head-256).
-# The shipped models were trained in other ways, which their model.json tells: head-128 in five runs, after a GAN of 50,000
-# images; head-256 without a GAN. As it stands the recipe was run at 128 up to its readers ('As the recipe has it' in
-# docs/RESULTS.md), at 256 not.
+# repository. Started again, it goes on where it stopped. Another interpreter: PYTHON=python3 sh recipes/...
+#
+#     RANKS=1                    processes that train together and share a batch (default: 2, one for each CPU core;
+#                                1 with SIZE=256)
+#     SIZE=256                   models/head-256, on a GPU in ten minutes of training (work in runs/head-256)
+#
+# models/head-128 is what this gave on two CPU cores with AVX512, in two hours of training: 86 minutes of encoder and
+# generator, 27 of readers. Other seeds, machines or numbers of processes give other weights of the same kind.
+# models/head-256 was trained in another way, which its model.json tells.
 # Read the tables of the test scans once, at the end: choices are made by cross-validation and benchmarks/inversion.py.
 
 set -eu
@@ -28,6 +31,12 @@ phe_sich=$2
 loose=$3
 size=${SIZE:-128}
 work=${4:-runs/head-$size}
+case $size in 128) batch=16 ranks=${RANKS:-2} ;; *) batch=64 ranks=${RANKS:-1} ;; esac
+
+# learn train_encoder.py ...: in $ranks processes, which share a batch
+learn() {
+    "$python" -m torch.distributed.run --standalone --nproc-per-node="$ranks" "$@" --batch $((batch / ranks))
+}
 
 "$python" recipes/ct_ich_tables.py "$ct_ich" "$phe_sich" "$work"
 [ -e "$work/slices.lmdb" ] ||
@@ -39,18 +48,19 @@ work=${4:-runs/head-$size}
 
 # No more than a start: encoder and generator learn together
 "$python" train.py --data "$work/slices.lmdb" --out "$work/gan" --preset "ct$size" --kimg 1
-"$python" train_encoder.py --data "$work/slices.lmdb" --gan "$work/gan" --out "$work/encoder" --preset "ct$size"
-"$python" train_reader.py --data "$work/slices.lmdb" --encoder "$work/encoder" --out "$work/reader" \
-    --preset "ct$size" --epochs 10
+learn train_encoder.py --data "$work/slices.lmdb" --gan "$work/gan" --out "$work/encoder" --preset "ct$size"
+learn train_reader.py --data "$work/slices.lmdb" --encoder "$work/encoder" --out "$work/reader" --preset "ct$size"
 set --                                                       # from here on: --reader RUN of each fold
 for fold in 1 2 3; do
-    "$python" train_reader.py --data "$work/slices.lmdb" --encoder "$work/encoder" --init "$work/reader" \
+    learn train_reader.py --data "$work/slices.lmdb" --encoder "$work/encoder" --init "$work/reader" \
         --fold $fold:3 --out "$work/reader-$fold" --preset "ct$size" --epochs 0.6
     set -- "$@" --reader "$work/reader-$fold"
 done
+use="non-commercial research, as the licences of CT-ICH, PHE-SICH-CT-IDS and the loose slices allow no more"
 [ -e "$work/model/model.json" ] ||
     "$python" latent_stats.py --data "$work/slices.lmdb" --encoder "$work/encoder" --held-out "$work/scans.lmdb" "$@" \
-        --out "$work/model" --name "head-$size" --preset "ct$size" --set hypodense=0.65
+        --out "$work/model" --name "head-$size" --preset "ct$size" --set hypodense=0.65 \
+        --provenance "$use; made by recipes/head-128.sh"
 
 "$python" benchmarks/inversion.py --data "$work/scans.lmdb" --model "$work/model" --out "$work/inversion"
 "$python" benchmarks/cross_validation.py --model "$work/scans.lmdb" "$work/model" "$@" --out "$work/cross-validation"

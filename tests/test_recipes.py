@@ -62,10 +62,12 @@ def test_syntax_and_usage(recipe, run):
 
 def test_heads_of_another_size(run, tmp_path):
     commands = run("head-128.sh", "ct-ich", "phe-sich", "loose", str(tmp_path), SIZE="256")
-    flags = {Path(command[0]).name: command for command in commands}
+    flags = dict(zip(programs(commands), commands))
     assert [c[c.index("--size") + 1] for c in commands if c[0] == "prepare.py"] == ["256", "256"]
     assert all("ct256" in flags[name] for name in ("train.py", "train_encoder.py", "latent_stats.py"))
     assert "head-256" in flags["latent_stats.py"]
+    assert parse(flags["train_encoder.py"]).batch == parse(flags["train_reader.py"]).batch == 64
+    assert "--nproc-per-node=1" in flags["train_encoder.py"]
 
 
 def test_phantoms(run, tmp_path):
@@ -94,6 +96,12 @@ def test_head(run, tmp_path):
     assert args[3].kimg == 1                                      # encoder and generator learn together, from a start
     readers = [work / f"reader-{number}" for number in (1, 2, 3)]
     assert [(str(one.fold), one.out) for one in args[6:9]] == list(zip(("1:3", "2:3", "3:3"), readers))
+    (tmp_path / "alone").mkdir()
+    alone = run("head-128.sh", "a", "b", "c", str(tmp_path / "alone"), RANKS="1")
+    for ranks, launched in ((2, commands), (1, alone)):
+        of_several = [command for command in launched if f"--nproc-per-node={ranks}" in command]
+        assert programs(of_several) == ["train_encoder.py", *["train_reader.py"] * 4]
+        assert {parse(command).batch * ranks for command in of_several} == {16}           # the same batch in all
     assert args[5].fold is None and all(one.init == args[5].out for one in args[6:9])
     assert args[9].reader == args[11].reader == readers
     assert str(args[9].held_out) == f"{work}/scans.lmdb"
