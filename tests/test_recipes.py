@@ -102,6 +102,7 @@ def test_head(run, tmp_path):
         of_several = [command for command in launched if f"--nproc-per-node={ranks}" in command]
         assert programs(of_several) == ["train_encoder.py", *["train_reader.py"] * 4]
         assert {parse(command).batch * ranks for command in of_several} == {16}           # the same batch in all
+    assert run("head-128.sh", "a", "b", "c", str(work), RANKS="3", code=2) == []       # does not divide the batch
     assert args[5].fold is None and all(one.init == args[5].out for one in args[6:9])
     assert args[9].reader == args[11].reader == readers
     assert str(args[9].held_out) == f"{work}/scans.lmdb"
