@@ -86,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
         add("--reader", type=Path, metavar="RUN", action="append", default=[],
             help="a run of train_reader.py; given several times (its --fold), each calibrates by the held-out scans "
                  "that it has not seen, and the first is kept")
+        add("--surroundings", type=Path, metavar="RUN",
+            help="run folder of train_encoder.py --halved, whose networks draw what surroundings call for; else those "
+                 "of --encoder do, in four times the time")
         add("--held-out", type=Path, metavar="DATA",
             help="a database with the same scans held out and prepared as new scans are to be: with all HU, say, where "
                  "training slices were cut to a range")
@@ -103,10 +106,9 @@ def main(argv: list[str] | None = None) -> int:
 
     import distributed  # only now: --help needs none of what takes seconds to import
     from bundling.build import build, build_anew
-    from bundling.origins import OF_ENCODER_RUNS, is_bundle
+    from bundling.origins import OF_ENCODER_RUNS, is_bundle, open_encoder_run, refuse_surroundings
     from detect.settings import Settings
     from gan.database import ensure_database
-    from gan.runlog import load_run
     from op import memory, set_impl
 
     try:
@@ -116,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         set_impl(args.ops)
         notes, device, data = read_notes(args.provenance), distributed.pick_device(args.device), args.data
         if is_bundle(args.encoder):
+            refuse_surroundings(args.surroundings, args.encoder)
             if args.fold or args.held_out or config.calibrate == "none":
                 raise ValueError(f"--encoder {args.encoder}: a model bundle is calibrated by what --data holds out: "
                                  "leave out --fold, --held-out and --calibrate none")
@@ -123,15 +126,16 @@ def main(argv: list[str] | None = None) -> int:
                                 args.overwrite, args.reader)
             print(report_size(folder))
             return 0
-        for flag, value in (("--held-out", args.held_out), ("--reader", args.reader)):
+        for flag, value in (("--held-out", args.held_out), ("--reader", args.reader),
+                            ("--surroundings", args.surroundings)):
             if value and args.fold:
                 raise ValueError(f"{flag} and --fold: give one of them")
         settings = Settings().changed(SETTINGS[args.preset]).changed(args.changes)
         if settings.method in OF_ENCODER_RUNS:                      # the encoder's own database, where it made one
-            run = load_run(args.encoder, "--encoder", "encoder", "train_encoder.py")
+            run = open_encoder_run(args.encoder)
             data = ensure_database(data, args.encoder, run.meta["model"]["size"])
         folder = build(config, settings, data, args.encoder, args.out, device, args.name, notes, args.overwrite,
-                       args.fold, args.held_out, args.reader)
+                       args.fold, args.held_out, args.reader, args.surroundings)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

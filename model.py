@@ -36,7 +36,7 @@ FIRST_FINE = 5               # the first of the generator's noise maps that no s
 class ModelConfig:
     """What it takes to rebuild the three networks. The defaults are the paper's at 256."""
 
-    size: int = 256                # image side, a power of two from 32 to 1024
+    size: int = 256                # image side, a power of two from 16 to 1024
     style_dim: int = 512           # length of z and of each style vector w
     n_mlp: int = 8                 # mapping layers
     lr_mlp: float = 0.01           # learning-rate multiplier of the mapping
@@ -53,8 +53,8 @@ class ModelConfig:
     fold: int = 1                  # 2: the finest layers draw and read 2 x 2 pixels at once, on a grid of half the size
 
     def __post_init__(self):
-        if self.size not in (32, 64, 128, 256, 512, 1024):
-            raise ValueError(f"size must be a power of two from 32 to 1024, got {self.size}")
+        if self.size not in (16, 32, 64, 128, 256, 512, 1024):
+            raise ValueError(f"size must be a power of two from 16 to 1024, got {self.size}")
         if self.fold not in (1, 2):
             raise ValueError(f"fold must be 1 or 2, got {self.fold}")
         if not self.encoder_width > 0 or self.encoder_code < 0 or self.code_channels < 0:

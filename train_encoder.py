@@ -39,6 +39,8 @@ PRESETS = {
     "ct256": replace(RECOMMENDED, epochs=51, perceptual_epochs=33, batch=64, encoder_width=0.75, snapshot_epochs=10,
                      workers=8),
     "ct128": replace(RECOMMENDED, workers=0),
+    # What surroundings call for, as drawn for models/head-128: no adversary, which would only sharpen it
+    "half128": replace(RECOMMENDED, epochs=40, perceptual_epochs=40, halved=True, gated=0, encoder_width=1, workers=0),
     "noise128": NOISE,
     # A generator of heads from random codes (gan/coding.py): docs/RESULTS.md
     "heads128": EncoderConfig(epochs=20, perceptual_epochs=11, batch=16, lr_trunk=1e-3, lr_discriminator=1e-3,
@@ -83,8 +85,9 @@ def main(argv: list[str] | None = None) -> int:
     def work(device, rollback):
         memory.keep_freed()
         set_impl(args.ops)
-        first = open_first_networks(args.init) if args.init else None
-        size = load_run(args.gan, "--gan", "gan", "train.py").meta["model"]["size"] if args.gan else first.model.size
+        first = open_first_networks(args.init, config.halved) if args.init else None
+        size = (load_run(args.gan, "--gan", "gan", "train.py").meta["model"]["size"] if args.gan
+                else first.model.size * (2 if config.halved else 1))
         data = ensure_database(args.data, args.out, size, None if args.gan else first.prepared)
         train(config, data, args.gan, args.out, device, args.vgg16, args.lpips, first, rollback)
 

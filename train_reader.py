@@ -47,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--data", type=Path, required=True, help="database made by prepare.py")
         parser.add_argument("--encoder", type=Path, required=True, metavar="RUN",
                             help="run folder of train_encoder.py, or a model bundle")
+        parser.add_argument("--surroundings", type=Path, metavar="RUN",
+                            help="run folder of train_encoder.py --halved, whose networks draw what surroundings call "
+                                 "for; the model is to have them, too")
         parser.add_argument("--init", type=Path, metavar="RUN",
                             help="run of this command whose averaged weights are the first ones, or a model bundle: "
                                  "those of its reader")
@@ -68,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     def work(device, rollback):
         memory.keep_freed()
         set_impl(args.ops)
-        beside = open_beside(args.encoder, device, config.precision)
+        beside = open_beside(args.encoder, device, config.precision, args.surroundings)
         first = open_first_reader(args.init) if args.init else None
         train(config, args.data, beside, args.out, device, first, args.fold, rollback)
 

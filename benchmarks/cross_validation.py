@@ -45,7 +45,7 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 import distributed  # noqa: E402
 from benchmarks import pasted  # noqa: E402
 from benchmarks.compare import refuse_learnt  # noqa: E402
-from bundling.origins import WITH_READER, digest_of, learnt_by_reader, open_reader, reader_of  # noqa: E402
+from bundling.origins import WITH_READER, digest_of, learnt_by_reader, open_encoder_run, open_reader, reader_of  # noqa: E402
 from config import exit_code  # noqa: E402
 from ct.settings import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
@@ -57,7 +57,7 @@ from detect.residual import Evidence  # noqa: E402
 from detect.scores import scan_score, thickness_mm  # noqa: E402
 from detect.surprise import Surprise, SurpriseSettings  # noqa: E402
 from gan.encoding import method_of  # noqa: E402
-from gan.runlog import load_run, not_held_out  # noqa: E402
+from gan.runlog import not_held_out  # noqa: E402
 from op import memory  # noqa: E402
 
 HAEMORRHAGES = ("intraparenchymal", "subdural", "epidural", "subarachnoid", "intraventricular")
@@ -102,7 +102,7 @@ class Case:
 
 def open_fold(data: Path, run: Path, device: torch.device) -> tuple[SliceDataset, Reconstructor]:
     """Held-out scans and networks of a --fold. Raises DatasetError, CheckpointError; ValueError unless both fit."""
-    snapshot = load_run(run, "--fold", "encoder", "train_encoder.py")
+    snapshot = open_encoder_run(run, "--fold")
     held_out = SliceDataset(data, "val")
     if held_out.unlike(snapshot.meta):
         raise ValueError(f"--fold {data} {run}: the run is not one of train_encoder.py on this database")

@@ -20,7 +20,9 @@ from bundling.origins import (
     digest_of,
     learnt_by_networks,
     learnt_by_reader,
+    open_encoder_run,
     open_reader,
+    open_surroundings,
     provenance,
     reader_of,
     taught,
@@ -40,7 +42,7 @@ from detect.search import Search
 from detect.settings import Settings
 from gan.augment import random_flip, random_rotation
 from gan.encoding import has_taught_discriminator, method_of, restore
-from gan.runlog import lineage, load_run, not_held_out, tell_of_seen
+from gan.runlog import lineage, not_held_out, tell_of_seen
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
 
@@ -53,12 +55,13 @@ def augmented(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: Path, device: torch.device,
           name: str | None = None, notes: str | dict | None = None, overwrite: bool = False,
           further: Sequence[tuple[Path, Path]] = (), held_out: Path | None = None,
-          readers: Sequence[Path] = ()) -> Path:
+          readers: Sequence[Path] = (), surroundings: Path | None = None) -> Path:
     """Write the bundle to `out`. Raises DatasetError, CheckpointError or ValueError, before any work where it can.
 
     further: (database, run) of each --fold. Their networks serve the calibration and are not kept.
     held_out: database that has the scans which `data` holds out, prepared as new scans will be.
     readers: runs of train_reader.py; each calibrates by the scans that it has not seen, and the first one is kept.
+    surroundings: run of train_encoder.py --halved.
     """
     # ---- Set up
     refuse_bundle(out, overwrite)
@@ -67,9 +70,11 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
         raise ValueError(f"--calibrate none: {'--fold' if further else 'measure=surprise'} is of no use without the "
                          "calibration; leave one of them out")
     of_encoder = settings.method in OF_ENCODER_RUNS
+    if surroundings and settings.method != "inpainting":
+        raise ValueError(f"--surroundings: for method=inpainting, not {settings.method}; leave it out")
     sources = [(data, run), *further]
     flags = ["--encoder", *["--fold"] * len(further)]
-    trained = [open_encoder(*source, flag, config, settings, device) if of_encoder
+    trained = [open_encoder(*source, flag, config, settings, device, surroundings) if of_encoder
                else open_file(*source, flag, settings, device) for source, flag in zip(sources, flags)]
     if held_out:
         trained = [dataclasses.replace(trained[0], dataset=other_range(trained[0], held_out), path=held_out)]
@@ -152,10 +157,11 @@ def calibration_of(folds: Sequence[Fold], settings: Settings) -> tuple[dict[str,
 # ------------------------------------------------------------------------------------------------------------
 # What is to be calibrated, and with what
 
-def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings: Settings,
-                 device: torch.device) -> Trained:
-    """A run of train_encoder.py with its database. Raises unless they belong together."""
-    snapshot = load_run(run, flag, "encoder", "train_encoder.py")
+def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings: Settings, device: torch.device,
+                 surroundings: Path | None = None) -> Trained:
+    """A run of train_encoder.py with its database, and one of its --halved. Raises unless they belong together."""
+    snapshot = open_encoder_run(run, flag)
+    halves = surroundings and open_surroundings(surroundings, snapshot)
     dataset, named = SliceDataset(data, "train"), f"{'--data' if flag == '--encoder' else flag} {data}"
     if (key := dataset.unlike(snapshot.meta)) == "held_out":
         raise ValueError(f"{named}: holds other scans out than the database which the encoder in {run} was trained on: "
@@ -176,14 +182,14 @@ def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings
     def make() -> Reconstructor:
         dtype = distributed.pick_precision(config.precision, device)
         if settings.method in WITH_READER:
-            return method_of(snapshot, settings.reconstruction, device, dtype)
+            return method_of(snapshot, settings.reconstruction, device, dtype, halves)
         networks = restore(snapshot, device, dtype)
         rng = torch.Generator().manual_seed(config.seed)
         latent = fit_codes(networks["encoder"], dataset, config, config.batch, lambda images: augmented(images, rng))
         return Search(settings.reconstruction, networks["generator"], networks["encoder"], latent.to(device),
                       networks["discriminator"])
 
-    return Trained(dataset, data, snapshot.meta["model"], provenance(snapshot.step, snapshot.meta), make)
+    return Trained(dataset, data, snapshot.meta["model"], provenance(snapshot.step, snapshot.meta, halves), make)
 
 
 def open_model(data: Path, bundle: Bundle, keep_reader: bool) -> Trained:

@@ -17,7 +17,7 @@ from common.weights import CheckpointError, digest
 from ct.settings import PreprocessSettings
 from dataset import SliceDataset
 from detect.bundle import load_bundle
-from detect.inversion import EncoderMethod, compact_networks
+from detect.inversion import EncoderMethod
 from detect.reader import Reader
 from gan.encoding import FirstNetworks, has_taught_discriminator, method_of
 from gan.reader_loop import Beside, First
@@ -35,9 +35,32 @@ def is_bundle(folder: Path) -> bool:
     return path.is_file() and b'"format_version"' in path.read_bytes()
 
 
-def open_beside(folder: Path, device: torch.device, precision: str) -> Beside:
-    """What --encoder of train_reader.py names. Raises CheckpointError."""
+def open_encoder_run(folder: Path, flag: str = "--encoder", halved: bool = False) -> Snapshot:
+    """A run of train_encoder.py, of one with --halved or of another. Raises CheckpointError."""
+    snapshot = load_run(folder, flag, "encoder", "train_encoder.py")
+    if snapshot.meta.get("config", {}).get("halved", False) != halved:
+        raise CheckpointError(f"{flag} {folder}: " + (
+            "its networks were not taught to draw slices at half their size; give a run of train_encoder.py --halved"
+            if halved else "a run of train_encoder.py --halved, whose networks draw what surroundings call for beside "
+                           "those of another run; give it as --surroundings"))
+    return snapshot
+
+
+def open_surroundings(run: Path, beside: Snapshot) -> Snapshot:
+    """What --surroundings names. Raises CheckpointError unless it learnt from the slices that those of an encoder's run
+    are, with the same held out."""
+    snapshot = open_encoder_run(run, "--surroundings", halved=True)
+    for key, told in (("data", "another database"), ("held_out", "other held-out scans")):
+        if snapshot.meta[key] != beside.meta[key]:
+            raise CheckpointError(f"--surroundings {run}: has {told} than {beside.path.parent}: scans that one "
+                                  "holds out may have taught the other; give a run on the same --data")
+    return snapshot
+
+
+def open_beside(folder: Path, device: torch.device, precision: str, surroundings: Path | None = None) -> Beside:
+    """What --encoder, and --surroundings, of train_reader.py name. Raises CheckpointError."""
     if is_bundle(folder):
+        refuse_surroundings(surroundings, folder)
         bundle = load_bundle(folder, device, precision)
         if bundle.settings.method not in WITH_READER:
             raise CheckpointError(f"--encoder {folder}: a model of method {bundle.settings.method}, beside which no "
@@ -46,18 +69,31 @@ def open_beside(folder: Path, device: torch.device, precision: str) -> Beside:
         return Beside(folder, bundle.reconstructor, digest_of(bundle.reconstructor), bundle.preprocessing,
                       {part: known.get(part) for part in ("data", "gan", "encoder")},
                       lambda dataset: learnt_by_networks(dataset, known))
-    snapshot = load_run(folder, "--encoder", "encoder", "train_encoder.py")
-    method = method_of(snapshot, None, device, distributed.pick_precision(precision, device))
+    snapshot = open_encoder_run(folder)
+    halves = surroundings and open_surroundings(surroundings, snapshot)
+    method = method_of(snapshot, None, device, distributed.pick_precision(precision, device), halves)
     return Beside(folder, method, digest_of(method), PreprocessSettings.from_json(snapshot.meta["data"]["settings"]),
                   {"step": snapshot.step, **snapshot.meta},
                   lambda dataset: sorted(set(dataset.held_out_ids()) - set(snapshot.meta["held_out"])))
 
 
-def open_first_networks(folder: Path) -> FirstNetworks:
-    """What --init of train_encoder.py names. Raises CheckpointError."""
+def refuse_surroundings(run: Path | None, model: Path) -> None:
+    if run:
+        raise ValueError(f"--surroundings {run}: --encoder {model} is a model, which has its own networks for that, or "
+                         "does without; leave it out, or give runs of train_encoder.py for both")
+
+
+def open_first_networks(folder: Path, halved: bool = False) -> FirstNetworks:
+    """What --init of train_encoder.py names, of a model with --halved its networks for the surroundings. Raises
+    CheckpointError."""
     if is_bundle(folder):
         bundle = load_bundle(folder)
         method, prepared = bundle.reconstructor, taught_with(bundle.meta)
+        if halved:
+            method = getattr(method, "halves", None)
+            if not method:
+                raise CheckpointError(f"--init {folder}: a model without networks of half the size, that draw what "
+                                      "surroundings call for; give one that has them, or leave --halved out")
         if not prepared:
             raise CheckpointError(f"--init {folder}: a model that holds no networks of train_encoder.py; leave --init "
                                   "out, or give one that does (checkpoint.py show), or a run of train_encoder.py")
@@ -105,8 +141,8 @@ def reader_of(snapshot: Snapshot, device: torch.device) -> Reader:
 
 
 def digest_of(method: EncoderMethod) -> str:
-    """SHA-256 of a method's generator and encoder as bundles hold them: of a run and of its bundles it is the same."""
-    return digest(compact_networks({"generator": method.generator, "encoder": method.encoder}, torch.float16))
+    """SHA-256 of the networks that a method draws with, as bundles hold them: of runs and their bundles the same."""
+    return digest(method.drawing(torch.float16))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -145,17 +181,20 @@ def began_with(meta: dict[str, Any]) -> dict[str, Any] | None:
     return taught(first["step"], first) if first and "step" in first else first
 
 
-def provenance(step: int, meta: dict[str, Any]) -> dict[str, Any]:
+def provenance(step: int, meta: dict[str, Any], surroundings: Snapshot | None = None) -> dict[str, Any]:
     """Where the weights of an encoder's run come from, at a step; gan: None for one without. JSON-able; no paths.
 
-    taught_with: how the slices were prepared that they learnt from.
+    taught_with: how the slices were prepared that they learnt from. surroundings: of the run with --halved beside it.
     """
-    def run(step: int, meta: dict) -> dict:
-        return {"images_seen": step, "config": meta["config"], "data_digest": meta["data"]["digest"]}
-
+    halves = {"surroundings": run_facts(surroundings.step, surroundings.meta)} if surroundings else {}
     gan = meta["gan"]
     return {"data": {key: meta["data"][key] for key in ("digest", "counts")}, "taught_with": meta["data"]["settings"],
-            "gan": run(gan["step"], gan) if gan else None, "encoder": run(step, meta), "init": began_with(meta)}
+            "gan": run_facts(gan["step"], gan) if gan else None, "encoder": run_facts(step, meta),
+            "init": began_with(meta), **halves}
+
+
+def run_facts(step: int, meta: dict[str, Any]) -> dict[str, Any]:
+    return {"images_seen": step, "config": meta["config"], "data_digest": meta["data"]["digest"]}
 
 
 def networks_known(known: dict[str, Any]) -> dict[str, Any]:

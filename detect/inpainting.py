@@ -1,9 +1,9 @@
 """Inpainting: what is anomalous is found by what its surroundings call for, and then drawn from them; the rest stays.
 
-With the networks of an encoder that was trained to draw what is hidden from it (gan/inpainting.py), in two stages:
+With the networks of an encoder that was trained to draw what is hidden from it (painter.py), in two stages:
 
 surroundings   blocks of the brain are hidden in turn, and every place is drawn without being seen: anatomy without
-               lesion, though blurred where no surroundings tell what is there
+               lesion, though blurred where no surroundings tell what is there: networks of half the size can do it
 reconstruct    where the slice differs from that, smoothed a little, by gate_hu or more, in more than a speck, it is
                hidden, what is hypodense as far as it goes on (grow_hu: a large one's faint middle, or its edge), and
                drawn from what is around; elsewhere the networks see the slice, and draw it as it is.
@@ -22,8 +22,8 @@ Where the model holds a reader (reader.py), it says besides what it makes of sli
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +32,20 @@ import torch
 
 from common.weights import CheckpointError
 from config import check_choices, check_range, option
-from ct.window import BONE_HU, decode, encode
-from detect.inversion import EncoderMethod, bone_mask
+from ct.window import BONE_HU
+from detect.inversion import EncoderMethod, bone_mask, compact_networks, load_networks
+from detect.painter import AT, Painter
 from detect.reader import Reader
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
 from detect.residual import components_touching, slice_medians, without_small_components
 from model import Encoder, Generator
 from op.banded import dilated, smoothed
 
-AT = 128                                  # lengths below are pixels of images of this side
-CENTRE = 0.8                              # of a hidden block's side: what is drawn there is kept
+OF_SURROUNDINGS = "surroundings_"         # files in a bundle of the networks for them begin so
 SMOOTH, AROUND = 1.0, 1                   # of the residual that finds what is anomalous; what is hidden around it
 NEAR = 0.6                                # of the residual that tells whether a place is so by itself
 SPECK = 12                                # what is anomalous in fewer pixels together is a sulcus or grain
 CLIP_HU = 40.0                            # a residual counts as no more than this: one bright pixel is no lesion
-AT_ONCE = 4                               # images whose channels become HU at a time, in a processor's cache
 DETAIL = 2.0                              # what is finer than this Gaussian comes back where all is normal,
 GROWN, GROWN_HU = 1.2, 5.0                # than this in what grow_hu adds, up to so much,
 GRAIN, GRAIN_HU = 0.7, 3.0                # and than this in all else that is drawn anew
@@ -82,16 +81,23 @@ class InpaintingSettings:
 
 
 class Inpainting(EncoderMethod):
-    """range_hu: the HU that the networks were trained on. What is denser, up to BONE_HU, is no bone, but blood."""
+    """range_hu: the HU that the networks were trained on. What is denser, up to BONE_HU, is no bone, but blood.
+
+    surroundings: other networks, of half the size, for the first stage; None: the same for both.
+    """
 
     name, Settings = "inpainting", InpaintingSettings
 
     def __init__(self, settings: InpaintingSettings, generator: Generator, encoder: Encoder,
-                 range_hu: tuple[float, float], reader: Reader | None = None):
-        if not encoder.config.encoder_masks:
-            raise CheckpointError("method inpainting: needs an encoder that was trained with --hide (train_encoder.py)")
+                 range_hu: tuple[float, float], reader: Reader | None = None, surroundings: Painter | None = None):
         super().__init__(settings, generator, encoder, reader)
-        self.range_hu = tuple(float(v) for v in range_hu)
+        self.painter = Painter(generator, encoder, range_hu)
+        self.surroundings, self.range_hu = surroundings or self.painter, self.painter.range_hu
+        if halves := self.halves:
+            if (halves.size, halves.range_hu) != (self.size // 2, self.range_hu):
+                raise CheckpointError(
+                    f"networks for the surroundings: draw {halves.size} pixels and HU {halves.range_hu}; beside others "
+                    f"that draw {self.size} and {self.range_hu} expected half the pixels and the same HU")
 
     def closest_normal(self, hu: torch.Tensor, brain: torch.Tensor, below_vertex_mm: np.ndarray,
                        watch: Watch | None = None) -> Reconstruction:
@@ -104,7 +110,7 @@ class Inpainting(EncoderMethod):
             read = self.read(query_hu, expected_hu, brain, bone)
         with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, soft)):
             kept = bone | (~brain & (query_hu <= self.range_hu[0]))            # and air: the networks draw it badly
-            normal_hu = torch.where(kept, query_hu, self.draw(self.images(hu), hidden, bone))
+            normal_hu = torch.where(kept, query_hu, self.draw(self.painter.images(hu), hidden, bone))
             normal_hu += self.detail(query_hu - normal_hu, soft, hidden, hidden & ~anomalous)
         if watch:
             watch(query_hu, normal_hu)
@@ -123,17 +129,8 @@ class Inpainting(EncoderMethod):
         return self.from_surroundings(hu.clamp(*self.range_hu), bone)
 
     def from_surroundings(self, hu: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
-        """Slices [S, N, N], HU, with every place drawn while it and its neighbours are hidden; bone stays."""
-        images = self.images(hu)
-        found = torch.zeros_like(hu)
-        for hidden, centre in blocks(self.size, self.settings.hidden):
-            hidden, centre = (mask.to(self.device).expand_as(found) for mask in (hidden, centre))
-            found += self.draw(images, hidden, bone) * centre
-        return torch.where(bone, hu, found)
-
-    def images(self, hu: torch.Tensor) -> torch.Tensor:
-        """The networks' images [S, 3, N, N] of slices [S, N, N], HU."""
-        return encode(hu.clamp(*self.range_hu))
+        """Painter.from_surroundings of the networks that are for it."""
+        return self.surroundings.from_surroundings(hu, bone, self.settings.hidden, self.settings.batch)
 
     def gate(self, difference_hu: torch.Tensor, soft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where a difference [S, N, N], HU, from the surroundings is anomalous in soft brain; and what to hide."""
@@ -166,43 +163,43 @@ class Inpainting(EncoderMethod):
                             finer(hidden, GRAIN).clamp(-GRAIN_HU, GRAIN_HU))
         return torch.where(hidden, grain, finer(soft & ~drawn_anew, DETAIL)) * soft
 
-    @torch.no_grad()
     def draw(self, images: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
-        """HU [S, N, N] within range_hu of images [S, 3, N, N] of which `hidden`, bool [S, N, N], is not seen."""
-        parts = []
-        for part in zip(*(t.split(self.settings.batch) for t in (images, hidden, bone))):
-            drawn = self.encoder.redraw(self.encoder.masked(*part), self.generator)
-            parts += map(decode, drawn.split(AT_ONCE))
-        return torch.cat(parts).clamp(*self.range_hu)
+        """Painter.draw of the networks that draw closest normals."""
+        return self.painter.draw(images, hidden, bone, self.settings.batch)
+
+    @property
+    def halves(self) -> Painter | None:
+        """The networks for the surroundings, where these have their own."""
+        return self.surroundings if self.surroundings is not self.painter else None
 
     def config(self) -> dict[str, Any]:
-        return super().config() | {"range_hu": list(self.range_hu)}
+        halves = {"surroundings": asdict(self.halves.encoder.config)} if self.halves else {}
+        return super().config() | {"range_hu": list(self.range_hu)} | halves
+
+    def drawing(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
+        found = super().drawing(dtype)
+        if self.halves:
+            found |= {OF_SURROUNDINGS + name: tensors
+                      for name, tensors in compact_networks(self.halves.networks(), dtype).items()}
+        return found
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        super().set_precision(dtype)
+        for network in self.surroundings.networks().values():
+            network.compute_dtype = dtype
 
     @classmethod
     def load(cls, folder: Path, config: Mapping[str, Any], settings: InpaintingSettings,
              device: torch.device) -> Inpainting:
         config = dict(config)
-        range_hu = config.pop("range_hu", None)
+        range_hu, halves = config.pop("range_hu", None), config.pop("surroundings", None)
         if not isinstance(range_hu, list) or len(range_hu) != 2:
             raise CheckpointError(f"{folder / 'model.json'}: config: expected range_hu, two HU, got {range_hu!r}")
-        return cls(settings, **cls.networks(folder, config, device), range_hu=range_hu)
+        if halves is not None:
+            halves = Painter(**load_networks(folder, halves, Painter.NAMES, device, OF_SURROUNDINGS), range_hu=range_hu)
+        return cls(settings, **cls.networks(folder, config, device), range_hu=range_hu, surroundings=halves)
 
 
 def _with_rim(mask: torch.Tensor, width: float) -> torch.Tensor:
     """bool [S, N, N], and what is next to it, `width` pixels or one at least: a square's side to each side."""
     return dilated(mask, max(1, round(width)))
-
-
-def blocks(size: int, side: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What to hide, blocks of `side` pixels of AT, and what to keep of it, bool [N, N] each: every place once."""
-    hidden = round(side * size / AT)
-    centre = round(CENTRE * hidden)
-    period, margin, place = 2 * centre, (hidden - centre) // 2, torch.arange(size)
-
-    def band(start: int, width: int) -> torch.Tensor:
-        return (place - start) % period < width
-
-    for y in range(0, period, centre):
-        for x in range(0, period, centre):
-            yield (band(y - margin, hidden)[:, None] & band(x - margin, hidden),
-                   band(y, centre)[:, None] & band(x, centre))

@@ -8,7 +8,7 @@ Where the model holds a reader (reader.py), it says besides what it makes of the
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,13 @@ class EncoderMethod(Reconstructor):
     def config(self) -> dict[str, Any]:
         return asdict(self.encoder.config) | ({"reader": config_of(self.reader)} if self.reader else {})
 
+    def drawing(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
+        """The weights of tensors() but for the reader's: what it reads beside."""
+        return compact_networks({"generator": self.generator, "encoder": self.encoder}, dtype)
+
     def tensors(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
         reader = {"reader": compact(self.reader.state_dict(), dtype, "reader")} if self.reader else {}
-        return compact_networks({"generator": self.generator, "encoder": self.encoder}, dtype) | reader
+        return self.drawing(dtype) | reader
 
     def set_precision(self, dtype: torch.dtype) -> None:
         super().set_precision(dtype)
@@ -129,9 +133,12 @@ def compact_networks(networks: Mapping[str, torch.nn.Module], dtype: torch.dtype
     return {name: compact(network.state_dict(), dtype, name) for name, network in networks.items()}
 
 
-def load_networks(folder: Path, config: Mapping[str, Any], names: tuple[str, ...],
-                  device: torch.device) -> dict[str, torch.nn.Module]:
-    """Networks of model.py from a bundle's folder, in eval mode and frozen. Raises CheckpointError naming the file."""
+def load_networks(folder: Path, config: Mapping[str, Any], names: Sequence[str], device: torch.device,
+                  files: str = "") -> dict[str, torch.nn.Module]:
+    """Networks of model.py from a bundle's folder, in eval mode and frozen. Raises CheckpointError naming the file.
+
+    files: what the names of their files begin with.
+    """
     try:
         shape = ModelConfig(**config)
     except (TypeError, ValueError) as error:
@@ -139,7 +146,7 @@ def load_networks(folder: Path, config: Mapping[str, Any], names: tuple[str, ...
     networks = {}
     for name in names:
         network = NETWORKS[name](shape)
-        path = folder / f"{name}.safetensors"
+        path = folder / f"{files}{name}.safetensors"
         load_strictly(network, load_tensors(path), path)
         networks[name] = network.eval().requires_grad_(False).to(device)
     return networks

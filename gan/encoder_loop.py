@@ -22,7 +22,8 @@ from gan.runlog import Run, load_run, tell_of_seen
 from gan.settings import EncoderConfig, ReaderConfig
 from gan.snapshots import Snapshot
 
-OF_NETWORKS = ("noise", "hide", "encoder_width", "encoder_code", "code_channels")     # settings that shape the networks
+# Settings that shape the networks
+OF_NETWORKS = ("noise", "hide", "halved", "encoder_width", "encoder_code", "code_channels")
 
 
 def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device: torch.device, vgg16=None,
@@ -53,7 +54,7 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
     trainer = objective(config, snapshot, range_hu, device, vgg16, lpips, first)
     if first:
         trainer.start_from(first)
-    new = not snapshot and "discriminator" not in first.weights
+    new = (not snapshot or config.halved) and "discriminator" not in (first.weights if first else ())
     meta = {"kind": "encoder", "config": dataclasses.asdict(config), "model": dataclasses.asdict(trainer.model),
             "data": known, "held_out": scans,                          # neither digest nor counts tell which
             "gan": {"step": snapshot.step, **snapshot.meta} if snapshot else None,
@@ -81,7 +82,7 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
 
 def check_first(first: FirstNetworks, config: EncoderConfig, gan: Snapshot | None) -> None:
     """CheckpointError unless the first weights fit the networks that config makes of the GAN's, or of their own."""
-    theirs, alone = dataclasses.asdict(first.model), config.networks(dataclasses.asdict(first.model))
+    theirs, alone = dataclasses.asdict(first.model), config.networks(dataclasses.asdict(first.model), of_gan=False)
     ours = config.networks(gan.meta["model"]) if gan else alone
     if dataclasses.replace(first.model, encoder_noise=first.model.encoder_noise or ours.encoder_noise) == ours:
         return                                                             # the noise head alone may be new

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import distributed
-from common.weights import load_strictly
+from common.weights import CheckpointError, load_strictly
 from ct.picture import save_hu_grid
 from ct.settings import PreprocessSettings
 from ct.window import decode, encode
@@ -65,12 +65,12 @@ class EncoderTrainer:
         self.config, self.device, self.range_hu = config, device, tuple(range_hu)
         self.prepare = self.PREPARE and self.PREPARE(config, self.range_hu)
         torch.manual_seed(config.seed)                            # the same weights on every rank
-        model = self.model = config.networks(gan.meta["model"] if gan else asdict(first.model))
+        model = self.model = config.networks(gan.meta["model"]) if gan else config.networks(asdict(first.model), False)
         self.g, self.d, critic = self.build_generator(gan), Discriminator(model), Discriminator(model)
-        if gan:
+        if gan and not config.halved:
             gan.restore({"discriminator": self.d})
             gan.restore({"discriminator": critic})
-        elif "discriminator" in first.weights:
+        elif first and "discriminator" in first.weights:
             first.restore("discriminator", critic)
         self.g.requires_grad_(config.lr_generator > 0)
         self.e = build_encoder(model)
@@ -93,7 +93,7 @@ class EncoderTrainer:
 
     def build_generator(self, gan: Snapshot | None) -> Generator:
         generator = Generator(self.model)
-        if gan:
+        if gan and not self.config.halved:
             gan.restore({"generator_ema": generator})
         return generator
 
@@ -251,15 +251,23 @@ def restore(snapshot: Snapshot, device: torch.device, dtype: torch.dtype) -> dic
     return networks
 
 
-def method_of(snapshot: Snapshot, settings: Any | None, device: torch.device, dtype: torch.dtype) -> EncoderMethod:
+def method_of(snapshot: Snapshot, settings: Any | None, device: torch.device, dtype: torch.dtype,
+              surroundings: Snapshot | None = None) -> EncoderMethod:
     """The networks of an encoder run as the method whose settings these are, inpainting's or inversion's.
 
-    None: with the defaults of the one that the encoder is for, inpainting if it was trained with --hide.
+    settings      None: with the defaults of the one that the encoder is for, inpainting if it was trained with --hide
+    surroundings  a run with --halved, whose networks draw for inpainting what surroundings call for
+
+    Raises CheckpointError where surroundings are not for that.
     """
     networks = restore(snapshot, device, dtype)
     generator, encoder = networks["generator"], networks["encoder"]
     if settings is None:
         settings = (Inpainting if snapshot.meta["model"]["encoder_masks"] else Inversion).Settings()
     if isinstance(settings, Inversion.Settings):
+        if surroundings:
+            raise CheckpointError(f"{surroundings.path.parent}: a run with --halved: of use to method inpainting alone")
         return Inversion(settings, generator, encoder)
-    return Inpainting(settings, generator, encoder, snapshot.meta["data"]["settings"]["standardise"]["hu_clip"])
+    range_hu = snapshot.meta["data"]["settings"]["standardise"]["hu_clip"]
+    halves = surroundings and method_of(surroundings, None, device, dtype).painter
+    return Inpainting(settings, generator, encoder, range_hu, surroundings=halves)

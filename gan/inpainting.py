@@ -21,8 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import distributed
+from ct.halves import halved
 from ct.picture import save_hu_grid
 from ct.window import BONE_HU, decode, encode
 from dataset import SliceDataset
@@ -64,11 +66,19 @@ class Corruption(Augmentation):
 
     def __call__(self, slices: dict[str, torch.Tensor], rng: torch.Generator) -> dict[str, torch.Tensor]:
         found = super().__call__(slices, rng)
+        if self.config.halved:
+            found = halved_slices(found)
         seed, hu = int(torch.randint(2**31, (), generator=rng)), found["hu"]
         query, changed = draw_shapes(hu, found["brain"] & ~found["bone"], self.config.shapes,
                                      np.random.default_rng(seed))
         return found | {"query": query.clamp(*self.range_hu), "changed": changed,
                         "hidden": hide(len(hu), hu.shape[-1], self.config.hide, rng)}
+
+
+def halved_slices(slices: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Slices with brain and bone, as networks of half their size are shown them (ct/halves.py)."""
+    hu, bone = halved(slices["hu"], slices["bone"])
+    return {"hu": hu, "brain": F.avg_pool2d(slices["brain"].float(), 2) >= 0.5, "bone": bone}
 
 
 class InpaintingTrainer(EncoderTrainer):
@@ -138,7 +148,10 @@ class InpaintingTrainer(EncoderTrainer):
             scan = dataset.scan(s)
             hu, brain = (scan[key][::4] for key in ("hu", "brain"))
             hu = hu.float().clamp(*self.range_hu)
-            bone, hidden = bone_of(hu, self.range_hu), hide(len(hu), hu.shape[-1], 1.0, generator)
+            bone = bone_of(hu, self.range_hu)
+            if self.config.halved:
+                hu, brain, bone = halved_slices({"hu": hu, "brain": brain, "bone": bone}).values()
+            hidden = hide(len(hu), hu.shape[-1], 1.0, generator)
             inside, masks = brain & ~bone, (torch.zeros_like(hidden), hidden)
             whole, parts = (decode(self.draw(*(t.to(self.device) for t in (encode(hu), mask, bone))).cpu())
                             for mask in masks)

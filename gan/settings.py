@@ -165,6 +165,8 @@ class EncoderConfig:
                               "generator what is there (gan/inpainting.py). Above 0 this is the objective: --shapes to "
                               "--encoder-code have a part in it, --domain, --perceptual, --pixels, --noise, "
                               "--code-alone, --erase and --coarse none")
+    halved: bool = option(False, "with --hide: new networks of half the GAN's size and channels, to be the ones that "
+                                 "draw what surroundings call for, which is blurred anyway, in a quarter of the time")
     gated: float = option(0.0, "with --hide, in the part with the adversary: of this part of the images is hidden what "
                                "the networks find anomalous in them, as in a new scan")
     shapes: float = option(0.5, "probability of shapes that do not belong there, to be drawn without them")
@@ -196,14 +198,19 @@ class EncoderConfig:
         check_range(self, ("code_channels",), 0)
         if self.code_channels and (self.hide or self.noise):
             raise ValueError("--code-channels: an objective of its own; leave out --hide and --noise")
+        if self.halved and not (self.hide and self.lr_generator):
+            raise ValueError("--halved: its networks are new, and learn to draw what is hidden: give --hide and "
+                             "--lr-generator above 0, or a preset that does (half128)")
         if self.code_channels and not self.lr_generator:
             raise ValueError(f"--code-channels {self.code_channels}: the generator's layers that read the code are new "
                              "and would never learn with --lr-generator 0; give a rate above 0, such as 1e-3")
 
-    def networks(self, gan: dict[str, Any]) -> ModelConfig:
-        """The networks of a run on the GAN's, whose ModelConfig this is."""
+    def networks(self, model: dict[str, Any], of_gan: bool = True) -> ModelConfig:
+        """The networks of a run on the GAN's, whose ModelConfig this is, or on those of another run like it."""
         from model import ModelConfig
 
-        return ModelConfig(**{**gan, "encoder_noise": self.noise or self.hide > 0, "noise_channels": self.hide > 0,
+        if self.halved and of_gan:
+            model = model | {key: model[key] // 2 for key in ("size", "channel_base", "channel_max")}
+        return ModelConfig(**{**model, "encoder_noise": self.noise or self.hide > 0, "noise_channels": self.hide > 0,
                               "encoder_masks": self.hide > 0, "encoder_width": self.encoder_width,
                               "encoder_code": self.encoder_code, "code_channels": self.code_channels})

@@ -17,8 +17,9 @@ from ct.standardise import StandardiseSettings
 from ct.window import decode, encode
 from dataset import ScanRecord, SliceDataset, SliceWriter
 from detect.bundle import load_bundle
-from detect.inpainting import Inpainting, InpaintingSettings, blocks
+from detect.inpainting import Inpainting, InpaintingSettings
 from detect.inversion import bone_mask
+from detect.painter import Painter, blocks
 from gan import corrupt, encoder_loop, inpainting
 from gan.corrupt import hide
 from gan.inpainting import InpaintingTrainer, open_noise, weighted_distance
@@ -243,11 +244,17 @@ def test_bone_is_what_blood_cannot_be():
     assert bone_mask(clipped).tolist() == [[[False, True, False, True]]]
 
 
-class Filler(Inpainting):
+class FillingPainter(Painter):
     """Draws 30 HU where something is hidden, and what it sees elsewhere."""
 
-    def draw(self, images, hidden, bone):
+    def draw(self, images, hidden, bone, batch):
         return torch.where(hidden & ~bone, 30.0, decode(images)).clamp(*self.range_hu)
+
+
+class Filler(Inpainting):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.painter = self.surroundings = FillingPainter(self.generator, self.encoder, self.range_hu)
 
 
 @pytest.fixture

@@ -436,7 +436,7 @@ def test_redrawing_is_inverting_and_drawing():
 
 def test_wrong_sizes_raise():
     g, e = build(Generator), build(Encoder)
-    with pytest.raises(ValueError, match="power of two from 32 to 1024, got 48"):
+    with pytest.raises(ValueError, match="power of two from 16 to 1024, got 48"):
         ModelConfig(size=48)
     with pytest.raises(ValueError, match=r"w_plus must be \[B, 8, 8\], got \[2, 7, 8\]"):
         g.synthesis(rand(2, 7, 8))

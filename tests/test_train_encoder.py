@@ -517,7 +517,7 @@ def test_a_folder_of_scans_is_prepared_as_the_first_networks_slices_were(hiding_
         write_nifti(tmp_path / "scans" / f"{seed}.nii.gz", scan.hu, scan)
     first = replace(origins.open_first_networks(hiding_model), prepared=PreprocessSettings(
         StandardiseSettings(size=32, hu_clip=(0.0, 70.0), bone_apart=True), min_brain_fraction=0.01))
-    monkeypatch.setattr(origins, "open_first_networks", lambda folder: first)
+    monkeypatch.setattr(origins, "open_first_networks", lambda folder, *_: first)
     begin = (*HIDING, "--init", hiding_model, "--epochs", 0.25)
     assert run_encoder(tmp_path / "scans", None, tmp_path / "run", *begin) == 0
     made = SliceDataset(tmp_path / "run" / "data.lmdb", "all").manifest["settings"]
