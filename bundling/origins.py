@@ -38,7 +38,7 @@ def is_bundle(folder: Path) -> bool:
 def open_encoder_run(folder: Path, flag: str = "--encoder", halved: bool = False) -> Snapshot:
     """A run of train_encoder.py, of one with --halved or of another. Raises CheckpointError."""
     snapshot = load_run(folder, flag, "encoder", "train_encoder.py")
-    if snapshot.meta.get("config", {}).get("halved", False) != halved:
+    if snapshot.meta["config"].get("halved", False) != halved:
         raise CheckpointError(f"{flag} {folder}: " + (
             "its networks were not taught to draw slices at half their size; give a run of train_encoder.py --halved"
             if halved else "a run of train_encoder.py --halved, whose networks draw what surroundings call for beside "
@@ -127,7 +127,7 @@ def open_first_reader(folder: Path) -> First:
 def open_reader(run: Path, beside: str) -> Snapshot:
     """What --reader names. ValueError unless it was taught beside the networks of this digest_of()."""
     snapshot = load_run(run, "--reader", "reader", "train_reader.py")
-    if snapshot.meta.get("beside") != beside:
+    if snapshot.meta["beside"] != beside:
         raise ValueError(f"--reader {run}: was taught beside other networks than those that it is to read beside, of "
                          "another run of train_encoder.py or another model; teach one beside these (train_reader.py)")
     return snapshot

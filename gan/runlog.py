@@ -38,6 +38,9 @@ from gan.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_steps
 # SIGUSR1 is what SLURM is asked to send before a time limit. Exit codes are the shell's, 128 + signal, of the first two
 STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 
+OF_ANY_RUN = ("config", "model", "data", "held_out")          # what the meta of every run of a training command tells
+OF_RUNS = {"gan": (), "encoder": ("gan",), "reader": ("beside",)}                     # and of one of a kind
+
 
 class Stopped(Exception):
     """A signal asked the run to end; its snapshot is written."""
@@ -261,6 +264,9 @@ def load_run(folder: Path, flag: str, kind: str, command: str) -> Snapshot:
     snapshot = load_snapshot(folder)
     if snapshot.meta.get("kind") != kind:
         raise CheckpointError(f"{flag} {folder}: not a run of {command} (kind {snapshot.meta.get('kind')!r})")
+    if untold := [key for key in OF_ANY_RUN + OF_RUNS[kind] if key not in snapshot.meta]:
+        raise CheckpointError(f"{flag} {folder}: the run there was made by an older version and does not tell its "
+                              f"{some(untold, 3)}; make it anew with {command}")
     return snapshot
 
 

@@ -18,9 +18,14 @@ def run(slices, encoder, out, *flags) -> int:
 
 def with_held_out(run, held_out, copy):
     """A copy of a run that says it held these scans out."""
+    return with_meta(run, copy, held_out=held_out)
+
+
+def with_meta(run, copy, **changes):
+    """A copy of a run that tells other things of itself; of what is None it tells nothing."""
     shutil.copytree(run, copy)
     path = copy / load_snapshot(run).path.name / "meta.json"
     content = json.loads(path.read_text())
-    content["meta"]["held_out"] = held_out
+    content["meta"] = {key: value for key, value in (content["meta"] | changes).items() if value is not None}
     write_json(path, {key: value for key, value in content.items() if key != "digest"})
     return copy

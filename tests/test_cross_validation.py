@@ -159,7 +159,7 @@ def folds(folder, model=TINY):
         manifest = SliceDataset(path).manifest
         torch.manual_seed(0)
         networks = {"generator": Generator(model), "discriminator": Discriminator(model), "encoder": Encoder(model)}
-        meta = {"kind": "encoder", "model": dataclasses.asdict(model),
+        meta = {"kind": "encoder", "config": {}, "gan": None, "model": dataclasses.asdict(model),
                 "data": {key: manifest[key] for key in ("digest", "counts", "settings")},
                 "held_out": [f"head{s}" for s in held_out]}
         save_snapshot(folder / f"run-{name}", 8, networks, {}, meta)

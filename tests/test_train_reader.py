@@ -19,7 +19,7 @@ from gan import reading
 from gan.runlog import not_held_out
 from gan.snapshots import load_snapshot, save_snapshot
 from tests import processes
-from tests.reader_data import run, with_held_out
+from tests.reader_data import run, with_held_out, with_meta
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,24 @@ def test_runs_of_other_commands_are_refused(slices32, hiding_run, gan_run, reade
             (hiding_run, ("--init", hiding_run), "not a run of train_reader.py (kind 'encoder')")):
         assert run(slices32, encoder, tmp_path / "run", *flags) == 2
         assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_of_versions_that_told_less_are_refused(slices32, hiding_run, gan_run, reader_run, tmp_path, capsys):
+    """They ended in a KeyError."""
+    def train(*flags):
+        return train_encoder.main([*map(str, ("--data", slices32, "--out", tmp_path / "run", "--preset", "smoke32",
+                                              "--hide", 0.9, *flags))])
+
+    without = {key: with_meta(one, tmp_path / key, **{key: None}) for one, key in (
+        (gan_run, "model"), (hiding_run, "held_out"), (hiding_run, "gan"), (reader_run, "beside"))}
+    for call, said in (
+            (lambda: train("--gan", without["model"]), "does not tell its model; make it anew with train.py"),
+            (lambda: train("--init", without["held_out"]), "--init"),
+            (lambda: run(slices32, without["gan"], tmp_path / "run"), "tell its gan; make it anew with train_encoder"),
+            (lambda: run(slices32, hiding_run, tmp_path / "run", "--init", without["beside"]), "not tell its beside")):
+        assert call() == 2
+        assert "was made by an older version" in (told := capsys.readouterr().err) and said in told
     assert not (tmp_path / "run").exists()
 
 
