@@ -101,7 +101,7 @@ def open_first_networks(folder: Path, halved: bool = False) -> FirstNetworks:
                            "scans that --data holds out: a bundle does not say on which")
         weights = {name: network.state_dict() for name in NETWORKS if (network := getattr(method, name, None))}
         return FirstNetworks(folder, weights, method.encoder.config, prepared,
-                             networks_known(bundle.meta["provenance"]))
+                             networks_known(bundle.meta["provenance"], "surroundings" if halved else "encoder"))
     snapshot = load_run(folder, "--init", "encoder", "train_encoder.py")
     weights = {name: tensors for name, tensors in snapshot.weights.items()
                if name != "discriminator" or has_taught_discriminator(snapshot)}
@@ -141,8 +141,8 @@ def reader_of(snapshot: Snapshot, device: torch.device) -> Reader:
 
 
 def digest_of(method: EncoderMethod) -> str:
-    """SHA-256 of the networks that a method draws with, as bundles hold them: of runs and their bundles the same."""
-    return digest(method.drawing(torch.float16))
+    """SHA-256 of the networks beside which a reader reads, as bundles hold them: of runs and their bundles the same."""
+    return digest(method.expecting(torch.float16))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -197,9 +197,9 @@ def run_facts(step: int, meta: dict[str, Any]) -> dict[str, Any]:
     return {"images_seen": step, "config": meta["config"], "data_digest": meta["data"]["digest"]}
 
 
-def networks_known(known: dict[str, Any]) -> dict[str, Any]:
-    """How the networks of a bundle were taught, by its provenance, as taught() tells it of a run."""
-    encoder, data = known.get("encoder") or {}, known["data"]
+def networks_known(known: dict[str, Any], which: str = "encoder") -> dict[str, Any]:
+    """How the networks of a bundle were taught, by its provenance, as taught() tells it of a run; which: of it."""
+    encoder, data = known.get(which) or {}, known["data"]
     return {"images_seen": encoder.get("images_seen"), "config": encoder.get("config"), "data": data,
             "held_out": data["counts"]["val"]["scans"], "init": known.get("init")}
 

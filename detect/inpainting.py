@@ -177,11 +177,13 @@ class Inpainting(EncoderMethod):
         return super().config() | {"range_hu": list(self.range_hu)} | halves
 
     def drawing(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
-        found = super().drawing(dtype)
-        if self.halves:
-            found |= {OF_SURROUNDINGS + name: tensors
-                      for name, tensors in compact_networks(self.halves.networks(), dtype).items()}
-        return found
+        return super().drawing(dtype) | (self.expecting(dtype) if self.halves else {})
+
+    def expecting(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
+        if not self.halves:
+            return super().expecting(dtype)
+        return {OF_SURROUNDINGS + name: tensors
+                for name, tensors in compact_networks(self.halves.networks(), dtype).items()}
 
     def set_precision(self, dtype: torch.dtype) -> None:
         super().set_precision(dtype)

@@ -53,8 +53,12 @@ class EncoderMethod(Reconstructor):
         return asdict(self.encoder.config) | ({"reader": config_of(self.reader)} if self.reader else {})
 
     def drawing(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
-        """The weights of tensors() but for the reader's: what it reads beside."""
+        """The weights of tensors() but for the reader's."""
         return compact_networks({"generator": self.generator, "encoder": self.encoder}, dtype)
+
+    def expecting(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
+        """Of drawing() the weights that expected() hangs on: a reader is at home beside these."""
+        return self.drawing(dtype)
 
     def tensors(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
         reader = {"reader": compact(self.reader.state_dict(), dtype, "reader")} if self.reader else {}

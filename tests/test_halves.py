@@ -228,3 +228,14 @@ def test_a_run_and_a_models_halves_give_first_weights(slices32, gan_run, hiding_
     assert "a model without networks of half the size" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="--halved"):
         origins.open_encoder_run(halves_run)
+
+
+def test_a_reader_beside_halves_outlives_the_other_networks(slices32, gan_run, hiding_run, halves_run, tmp_path):
+    """It reads beside what surroundings call for alone: another encoder's closest normals leave it as it is."""
+    other = tmp_path / "encoder"
+    assert train_encoder.main([*map(str, ("--data", slices32, "--gan", gan_run, "--out", other, "--preset", "smoke32",
+                                          "--hide", 0.9, "--batch", 4, "--epochs", 0.25, "--encoder-code", 8))]) == 0
+    pair = [origins.open_beside(run, torch.device("cpu"), "fp32", halves_run) for run in (hiding_run, other)]
+    alone = [origins.open_beside(run, torch.device("cpu"), "fp32") for run in (hiding_run, other)]
+    assert pair[0].digest == pair[1].digest and alone[0].digest != alone[1].digest
+    assert pair[0].digest not in [one.digest for one in alone]

@@ -94,7 +94,7 @@ MUTANTS = (
            "except Exception as error:", "except (RuntimeError, EOFError, pickle.UnpicklingError) as error:",
            "tests/test_released.py -k fit_strictly"),
     Mutant("what is anomalous is drawn as it is", "detect/inpainting.py",
-           "self.draw(self.images(hu), hidden, bone)", "self.draw(self.images(hu), ~hidden, bone)",
+           "self.draw(self.painter.images(hu), hidden, bone)", "self.draw(self.painter.images(hu), ~hidden, bone)",
            "tests/test_inpainting.py -k bleed_is_drawn_anew"),
     Mutant("a misspelt judged counts as the other choice", "detect/inpainting.py",
            "        check_choices(self)\n", "", "tests/test_inpainting.py -k do_not_fit"),
