@@ -29,6 +29,9 @@ from gan.settings import EncoderConfig
 RECOMMENDED = EncoderConfig(epochs=18, perceptual_epochs=10, batch=16, lr=2e-4, lr_trunk=1e-3, lr_discriminator=3e-4,
                             lr_generator=1e-3, decay=0.6, adversarial=0.02, r1_gamma=1, knee=0.04, hide=0.88,
                             gated=0.5, encoder_width=0.5, encoder_code=128, rotate=0.6, rotate_deg=12)
+# Networks that draw for models/head-128 what surroundings call for: no adversary, which would only sharpen it
+SURROUNDINGS = replace(RECOMMENDED, epochs=40, perceptual_epochs=40, snapshot_epochs=2, halved=True, gated=0, hide=1,
+                       hidden=20, changed=0, gradient=0, encoder_width=1)
 # phantom-128: predicted noise maps of one channel, no adversary
 NOISE = EncoderConfig(epochs=20, perceptual_epochs=20, lr=5e-5, lr_trunk=1e-3, lr_discriminator=5e-5,
                       lr_generator=2e-3, decay=0.35, r1_gamma=1, perceptual="pixels", knee=0.2, noise=True, erase=0.1,
@@ -39,8 +42,8 @@ PRESETS = {
     "ct256": replace(RECOMMENDED, epochs=51, perceptual_epochs=33, batch=64, encoder_width=0.75, snapshot_epochs=10,
                      workers=8),
     "ct128": replace(RECOMMENDED, workers=0),
-    # What surroundings call for, as drawn for models/head-128: no adversary, which would only sharpen it
-    "half128": replace(RECOMMENDED, epochs=40, perceptual_epochs=40, halved=True, gated=0, encoder_width=1, workers=0),
+    "half256": replace(SURROUNDINGS, batch=64, snapshot_epochs=10, workers=8),
+    "half128": replace(SURROUNDINGS, workers=0),
     "noise128": NOISE,
     # A generator of heads from random codes (gan/coding.py): docs/RESULTS.md
     "heads128": EncoderConfig(epochs=20, perceptual_epochs=11, batch=16, lr_trunk=1e-3, lr_discriminator=1e-3,

@@ -53,7 +53,7 @@ class Painter:
         drawn blurred all the same.
         """
         if hu.shape[-1] == 2 * self.size:
-            small_hu, small_bone = halved(hu, bone)
+            small_hu, small_bone = halved(hu.clamp(*self.range_hu), bone)
             found = doubled(self.from_surroundings(small_hu, small_bone, side, batch), small_bone)
             return torch.where(bone, hu, found)
         images, found = self.images(hu), torch.zeros_like(hu)
@@ -63,10 +63,16 @@ class Painter:
         return torch.where(bone, hu, found)
 
 
+def block_sides(size: int, side: float) -> tuple[int, int]:
+    """Sides, pixels of an image of this size: of a hidden block, and of its middle, which is kept. Blocks lie two of
+    the latter apart."""
+    hidden = round(side * size / AT)
+    return hidden, round(CENTRE * hidden)
+
+
 def blocks(size: int, side: float) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """What to hide, blocks of `side` pixels of AT, and what to keep of it, bool [N, N] each: every place once."""
-    hidden = round(side * size / AT)
-    centre = round(CENTRE * hidden)
+    hidden, centre = block_sides(size, side)
     period, margin, place = 2 * centre, (hidden - centre) // 2, torch.arange(size)
 
     def band(start: int, width: int) -> torch.Tensor:

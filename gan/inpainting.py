@@ -29,6 +29,7 @@ from ct.picture import save_hu_grid
 from ct.window import BONE_HU, decode, encode
 from dataset import SliceDataset
 from detect.inpainting import Inpainting, InpaintingSettings
+from detect.painter import block_sides
 from gan.augment import random_flip, random_rotation
 from gan.corrupt import draw_shapes, hide
 from gan.encoding import EncoderTrainer
@@ -71,8 +72,18 @@ class Corruption(Augmentation):
         seed, hu = int(torch.randint(2**31, (), generator=rng)), found["hu"]
         query, changed = draw_shapes(hu, found["brain"] & ~found["bone"], self.config.shapes,
                                      np.random.default_rng(seed))
+        pattern = hide_blocks if self.config.halved else hide
         return found | {"query": query.clamp(*self.range_hu), "changed": changed,
-                        "hidden": hide(len(hu), hu.shape[-1], self.config.hide, rng)}
+                        "hidden": pattern(len(hu), hu.shape[-1], self.config.hide, rng)}
+
+
+def hide_blocks(batch: int, size: int, p: float, generator: torch.Generator) -> torch.Tensor:
+    """What is hidden of each image with probability p, bool [B, N, N]: blocks as Inpainting hides them, anywhere."""
+    hidden, centre = block_sides(size, InpaintingSettings().hidden)
+    start = torch.randint(2 * centre, (2, batch, 1, 1), generator=generator)
+    place = torch.arange(size)
+    rows, columns = ((axis - first) % (2 * centre) < hidden for axis, first in zip((place[:, None], place), start))
+    return rows & columns & (torch.rand(batch, 1, 1, generator=generator) < p)
 
 
 def halved_slices(slices: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -151,7 +162,7 @@ class InpaintingTrainer(EncoderTrainer):
             bone = bone_of(hu, self.range_hu)
             if self.config.halved:
                 hu, brain, bone = halved_slices({"hu": hu, "brain": brain, "bone": bone}).values()
-            hidden = hide(len(hu), hu.shape[-1], 1.0, generator)
+            hidden = (hide_blocks if self.config.halved else hide)(len(hu), hu.shape[-1], 1.0, generator)
             inside, masks = brain & ~bone, (torch.zeros_like(hidden), hidden)
             whole, parts = (decode(self.draw(*(t.to(self.device) for t in (encode(hu), mask, bone))).cpu())
                             for mask in masks)

@@ -7,7 +7,7 @@
 #
 # CT_ICH, PHE_SICH and LOOSE are folders as docs/DATA.md describes them ('Folders of the two benchmarks', 'Loose
 # slices'). WORK (default runs/head-128) gets everything: the tables of slices and splits, slices.lmdb (HU 0..70, as loose
-# slices have them), scans.lmdb (HU -20..100, as new scans are seen), gan/, encoder/, reader/, reader-1/ to reader-3/,
+# slices have them), scans.lmdb (HU -20..100, as new scans are seen), gan/, encoder/, surroundings/, reader/, reader-1/ to reader-3/,
 # model/, inversion/table.md, cross-validation/table.md, ct-ich/table.md and phe-sich/table.md. Paths are relative to the
 # repository. Started again, it goes on where it stopped. Another interpreter: PYTHON=python3 sh recipes/...
 #
@@ -50,18 +50,20 @@ learn() {
 # No more than a start: encoder and generator learn together
 "$python" train.py --data "$work/slices.lmdb" --out "$work/gan" --preset "ct$size" --kimg 1
 learn train_encoder.py --data "$work/slices.lmdb" --gan "$work/gan" --out "$work/encoder" --preset "ct$size"
-learn train_reader.py --data "$work/slices.lmdb" --encoder "$work/encoder" --out "$work/reader" --preset "ct$size"
+learn train_encoder.py --data "$work/slices.lmdb" --gan "$work/gan" --out "$work/surroundings" --preset "half$size"
+learn train_reader.py --data "$work/slices.lmdb" --encoder "$work/encoder" --surroundings "$work/surroundings" \
+    --out "$work/reader" --preset "ct$size"
 set --                                                       # from here on: --reader RUN of each fold
 for fold in 1 2 3; do
-    learn train_reader.py --data "$work/slices.lmdb" --encoder "$work/encoder" --init "$work/reader" \
-        --fold $fold:3 --out "$work/reader-$fold" --preset "ct$size" --epochs 0.6
+    learn train_reader.py --data "$work/slices.lmdb" --encoder "$work/encoder" --surroundings "$work/surroundings" \
+        --init "$work/reader" --fold $fold:3 --out "$work/reader-$fold" --preset "ct$size" --epochs 0.6
     set -- "$@" --reader "$work/reader-$fold"
 done
 use="non-commercial research, as the licences of CT-ICH, PHE-SICH-CT-IDS and the loose slices allow no more"
 [ -e "$work/model/model.json" ] ||
     "$python" latent_stats.py --data "$work/slices.lmdb" --encoder "$work/encoder" --held-out "$work/scans.lmdb" "$@" \
-        --out "$work/model" --name "head-$size" --preset "ct$size" --set hypodense=0.65 \
-        --provenance "$use; made by recipes/head-128.sh"
+        --surroundings "$work/surroundings" --out "$work/model" --name "head-$size" --preset "ct$size" \
+        --set hypodense=0.65 read_gate=2 --provenance "$use; made by recipes/head-128.sh"
 
 "$python" benchmarks/inversion.py --data "$work/scans.lmdb" --model "$work/model" --out "$work/inversion"
 "$python" benchmarks/cross_validation.py --model "$work/scans.lmdb" "$work/model" "$@" --out "$work/cross-validation"

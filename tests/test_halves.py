@@ -17,9 +17,8 @@ from ct.halves import doubled, halved
 from dataset import SliceDataset
 from detect.bundle import load_bundle
 from detect.inpainting import Inpainting, InpaintingSettings
-from detect.painter import Painter
-from gan.corrupt import hide
-from gan.inpainting import InpaintingTrainer
+from detect.painter import Painter, blocks
+from gan.inpainting import InpaintingTrainer, hide_blocks
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot
 from model import Encoder, Generator, ModelConfig
@@ -108,12 +107,24 @@ def test_they_learn_from_slices_at_half_their_size(gan_run, slices32):
     assert last < 0.8 * first
 
 
+def test_blocks_are_hidden_as_they_will_be():
+    """At 64 pixels 20 x 20, every 32 pixels to both sides, anywhere; in as many images as said."""
+    hidden = hide_blocks(40, 64, 0.5, torch.Generator().manual_seed(0))
+    some = hidden[hidden.any(2).any(1)]
+    assert 10 < len(some) < 30 and (some.sum((1, 2)) == 40 * 40).all()
+    used = {tuple(one.flatten().tolist()) for one, _ in blocks(64, 40)}
+    for one in some:
+        assert torch.equal(one, one.roll(32, 0)) and torch.equal(one, one.roll(32, 1))
+        rolled = {tuple(one.roll((y, x), (0, 1)).flatten().tolist()) for y in range(32) for x in range(32)}
+        assert used <= rolled
+
+
 def test_what_is_held_out_is_halved_to_be_measured(gan_run, slices32, tmp_path, monkeypatch):
     """Networks that draw 5 HU too much everywhere are 5 HU off, hidden or not."""
     config = EncoderConfig(hide=1.0, halved=True, lr_generator=1e-3, encoder_code=8, precision="fp32")
     one = InpaintingTrainer(config, load_snapshot(gan_run), (0.0, 70.0), torch.device("cpu"))
     held_out, shown = SliceDataset(slices32, "val"), []
-    monkeypatch.setattr("gan.inpainting.hide", lambda *args: shown.append(args[1]) or hide(*args))
+    monkeypatch.setattr("gan.inpainting.hide_blocks", lambda *args: shown.append(args[1]) or hide_blocks(*args))
     monkeypatch.setattr("gan.inpainting.decode", lambda images: images[:, 1] * 40 + 45)
     one.draw = lambda images, hidden, bone: images
     found = one.validate(held_out, tmp_path, 0)

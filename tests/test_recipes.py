@@ -64,7 +64,8 @@ def test_heads_of_another_size(run, tmp_path):
     commands = run("head-128.sh", "ct-ich", "phe-sich", "loose", str(tmp_path), SIZE="256")
     flags = dict(zip(programs(commands), commands))
     assert [c[c.index("--size") + 1] for c in commands if c[0] == "prepare.py"] == ["256", "256"]
-    assert all("ct256" in flags[name] for name in ("train.py", "train_encoder.py", "latent_stats.py"))
+    assert all("ct256" in flags[name] for name in ("train.py", "train_reader.py", "latent_stats.py"))
+    assert [parse(c).preset for c in commands if "train_encoder.py" in c] == ["ct256", "half256"]
     assert "head-256" in flags["latent_stats.py"]
     assert parse(flags["train_encoder.py"]).batch == parse(flags["train_reader.py"]).batch == 64
     assert "--nproc-per-node=1" in flags["train_encoder.py"]
@@ -86,26 +87,28 @@ def test_head(run, tmp_path):
     work.mkdir()
     commands = run("head-128.sh", "a", "b", "c", str(work))
     assert programs(commands) == ["recipes/ct_ich_tables.py", "prepare.py", "prepare.py", "train.py",
-                                  "train_encoder.py", *["train_reader.py"] * 4, "latent_stats.py",
+                                  *["train_encoder.py"] * 2, *["train_reader.py"] * 4, "latent_stats.py",
                                   *(f"benchmarks/{name}.py" for name in (
                                       "inversion", "cross_validation", "ct_ich", "phe_sich"))]
     args = [parse(command) for command in commands]
     assert [one.scans for one in args[1:3]] == [["a/train", "b/scans", "c"], ["a/train", "b/scans"]]
     assert all(one.bone_apart and one.split == f"{work}/all.csv" for one in args[1:3])
-    assert {str(one.data) for one in args[3:10]} == {f"{work}/slices.lmdb"}
+    assert {str(one.data) for one in args[3:11]} == {f"{work}/slices.lmdb"}
+    assert [one.preset for one in args[4:6]] == ["ct128", "half128"]
+    assert {one.surroundings for one in args[6:11]} == {args[5].out}
     assert args[3].kimg == 1                                      # encoder and generator learn together, from a start
     readers = [work / f"reader-{number}" for number in (1, 2, 3)]
-    assert [(str(one.fold), one.out) for one in args[6:9]] == list(zip(("1:3", "2:3", "3:3"), readers))
+    assert [(str(one.fold), one.out) for one in args[7:10]] == list(zip(("1:3", "2:3", "3:3"), readers))
     (tmp_path / "alone").mkdir()
     alone = run("head-128.sh", "a", "b", "c", str(tmp_path / "alone"), RANKS="1")
     for ranks, launched in ((2, commands), (1, alone)):
         of_several = [command for command in launched if f"--nproc-per-node={ranks}" in command]
-        assert programs(of_several) == ["train_encoder.py", *["train_reader.py"] * 4]
+        assert programs(of_several) == [*["train_encoder.py"] * 2, *["train_reader.py"] * 4]
         assert {parse(command).batch * ranks for command in of_several} == {16}           # the same batch in all
     assert run("head-128.sh", "a", "b", "c", str(work), RANKS="3", code=2) == []       # does not divide the batch
-    assert args[5].fold is None and all(one.init == args[5].out for one in args[6:9])
-    assert args[9].reader == args[11].reader == readers
-    assert str(args[9].held_out) == f"{work}/scans.lmdb"
+    assert args[6].fold is None and all(one.init == args[6].out for one in args[7:10])
+    assert args[10].reader == args[12].reader == readers
+    assert str(args[10].held_out) == f"{work}/scans.lmdb"
     assert programs(run("head-128.sh", "a", "b", "c", str(work))) == [
         name for name in programs(commands) if name not in ("prepare.py", "latent_stats.py")]
 
@@ -159,7 +162,7 @@ def test_paper(run, tmp_path):
 @pytest.mark.parametrize("name, changes", [
     ("phantom-128", {}), ("head-128", {}),
     ("head-256", {"bright_rim": 1, "judged": "normal", "spared": 0.0, "grow_hu": 8.0, "level": False,
-                  "surprise_mask": 3.0, "extent_hu": 0.0, "hypodense": 0.6})])
+                  "surprise_mask": 3.0, "extent_hu": 0.0, "hypodense": 0.6, "read_gate": 0.0})])
 def test_settings_are_those_of_the_shipped_bundle(name, changes, run, tmp_path):
     """head-256 is of before --gated, and has no reader."""
     (tmp_path / "work").mkdir()
