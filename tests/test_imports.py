@@ -20,7 +20,7 @@ MAY_IMPORT = {                                                   # besides itsel
     "model": {"op"},
     "dataset": {"common.files"},
     "gan": {"op", "model", "common", "ct", "dataset", "distributed", "config", "detect.options",
-            "detect.perceptual", "detect.inpainting", "detect.inversion", "detect.reader"},
+            "detect.perceptual", "detect.inpainting", "detect.painter", "detect.inversion", "detect.reader"},
     "detect": {"op", "model", "common", "ct", "dataset", "distributed", "config"},
     "bundling": {"common", "ct.settings", "dataset", "detect", "distributed", "gan", "model"},
     "pacs": {"op", "common.files", "common.stopping", "ct", "detect", "distributed"},
