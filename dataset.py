@@ -195,6 +195,7 @@ class SliceWriter:
                     _seal(self._partial)
                 os.replace(self._partial, self.path)
         finally:
+            self._env.close()                          # again: nothing but the first time does anything
             self._partial.unlink(missing_ok=True)
             os.close(self._lock)
 
