@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,18 @@ class ConstantInput(nn.Module):
         self.input = nn.Parameter(torch.randn(1, channels, 4, 4))
 
 
+MAPPING = "style."           # the names of a generator's weights that random codes alone go through begin so
+
+
+def has_mapping(weights: Mapping[str, torch.Tensor]) -> bool:
+    return any(name.startswith(MAPPING) for name in weights)
+
+
+def without_mapping(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A generator's weights without those that no code of an encoder goes through: 1 MB at 256 numbers a style."""
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(MAPPING)}
+
+
 class Generator(nn.Module):
     """Mapping network and skip (output-sum) synthesis network."""
 
@@ -137,7 +150,9 @@ class Generator(nn.Module):
         return noise
 
     def mapping(self, z: torch.Tensor) -> torch.Tensor:
-        """z [B, style_dim] -> w [B, style_dim]."""
+        """z [B, style_dim] -> w [B, style_dim]. ValueError where its weights were left out (without_mapping)."""
+        if self.style is None:
+            raise ValueError("this generator draws from an encoder's codes: it was kept without its mapping network")
         return self.style(z)
 
     def mean_latent(self, n: int = 4096, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -115,6 +115,9 @@ def open_generator(args: argparse.Namespace, train: SliceDataset) -> Generator:
         generator = getattr(bundle.reconstructor, "generator", None)
         if generator is None:
             raise ValueError(f"--model {args.model}: its method, {bundle.settings.method}, has no generator")
+        if generator.style is None:
+            raise ValueError(f"--model {args.model}: its generator draws from an encoder's maps, not from random "
+                             "codes; give a model of method search")
     else:
         snapshot = load_snapshot(args.run)
         if (key := train.unlike(snapshot.meta)) is not None:

@@ -34,7 +34,7 @@ import torch
 from common.weights import CheckpointError
 from config import check_choices, check_range, option
 from ct.window import BONE_HU
-from detect.inversion import EncoderMethod, bone_mask, compact_networks, load_networks
+from detect.inversion import EncoderMethod, bone_mask, compact_pair, load_networks
 from detect.painter import AT, Painter
 from detect.reader import SCALE, Reader
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
@@ -196,7 +196,7 @@ class Inpainting(EncoderMethod):
         if not self.halves:
             return super().expecting(dtype)
         return {OF_SURROUNDINGS + name: tensors
-                for name, tensors in compact_networks(self.halves.networks(), dtype).items()}
+                for name, tensors in compact_pair(self.halves.generator, self.halves.encoder, dtype).items()}
 
     def set_precision(self, dtype: torch.dtype) -> None:
         super().set_precision(dtype)

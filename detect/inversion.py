@@ -21,7 +21,7 @@ from config import check_range, option
 from ct.window import BONE_HU, decode, encode
 from detect.reader import Reader, config_of, load_reader
 from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
-from model import NETWORKS, Encoder, Generator, ModelConfig
+from model import NETWORKS, Encoder, Generator, ModelConfig, has_mapping, without_mapping
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class EncoderMethod(Reconstructor):
 
     def drawing(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
         """The weights of tensors() but for the reader's."""
-        return compact_networks({"generator": self.generator, "encoder": self.encoder}, dtype)
+        return compact_pair(self.generator, self.encoder, dtype)
 
     def expecting(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
         """Of drawing() the weights that expected() hangs on: a reader is at home beside these."""
@@ -137,6 +137,12 @@ def compact_networks(networks: Mapping[str, torch.nn.Module], dtype: torch.dtype
     return {name: compact(network.state_dict(), dtype, name) for name, network in networks.items()}
 
 
+def compact_pair(generator: Generator, encoder: Encoder, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
+    """The same of a generator that draws from an encoder's codes alone: it needs no mapping network."""
+    found = compact_networks({"generator": generator, "encoder": encoder}, dtype)
+    return found | {"generator": without_mapping(found["generator"])}
+
+
 def load_networks(folder: Path, config: Mapping[str, Any], names: Sequence[str], device: torch.device,
                   files: str = "") -> dict[str, torch.nn.Module]:
     """Networks of model.py from a bundle's folder, in eval mode and frozen. Raises CheckpointError naming the file.
@@ -151,6 +157,9 @@ def load_networks(folder: Path, config: Mapping[str, Any], names: Sequence[str],
     for name in names:
         network = NETWORKS[name](shape)
         path = folder / f"{files}{name}.safetensors"
-        load_strictly(network, load_tensors(path), path)
+        weights = load_tensors(path)
+        if name == "generator" and not has_mapping(weights):
+            network.style = None
+        load_strictly(network, weights, path)
         networks[name] = network.eval().requires_grad_(False).to(device)
     return networks

@@ -25,7 +25,7 @@ from gan.quality import MOST_HELD_OUT, errors_hu, evenly, means
 from gan.runlog import load_optimiser
 from gan.settings import EncoderConfig
 from gan.snapshots import Snapshot
-from model import NETWORKS, Discriminator, Generator, ModelConfig, build_encoder
+from model import MAPPING, NETWORKS, Discriminator, Generator, ModelConfig, build_encoder, has_mapping
 
 
 @dataclass(frozen=True)
@@ -211,12 +211,14 @@ class EncoderTrainer:
 
     def start_from(self, first: FirstNetworks) -> None:
         """Its weights. The encoder may lack the noise head: then that starts from nothing. Without a discriminator in
-        it the GAN's goes on, and without a GAN a new one."""
+        it, or a mapping network, the GAN's goes on, and without a GAN a new one."""
         for name, module in self.modules().items():
             stored = name if name in first.weights else name.removesuffix("_ema")
             if stored not in first.weights:
                 continue
             weights = dict(first.weights[stored])
+            if name == "generator" and not has_mapping(weights):
+                weights |= {key: t for key, t in module.state_dict().items() if key.startswith(MAPPING)}
             if name == "encoder" and self.model.encoder_noise and not first.model.encoder_noise:
                 weights |= {key: t for key, t in module.state_dict().items() if key.startswith("noise_head.")}
             load_strictly(module, weights, f"{first.folder} ({stored})")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import latent_stats
 import train_encoder
@@ -17,11 +19,12 @@ from ct.halves import doubled, halved
 from dataset import SliceDataset
 from detect.bundle import load_bundle
 from detect.inpainting import Inpainting, InpaintingSettings
+from detect.inversion import load_networks
 from detect.painter import Painter, blocks
 from gan.inpainting import InpaintingTrainer, hide_blocks
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot
-from model import Encoder, Generator, ModelConfig
+from model import Encoder, Generator, ModelConfig, has_mapping
 from tests.reader_data import with_held_out
 
 SHAPE = dict(style_dim=16, n_mlp=2, channel_max=16, encoder_noise=True, noise_channels=True, encoder_masks=True,
@@ -250,3 +253,27 @@ def test_a_reader_beside_halves_outlives_the_other_networks(slices32, gan_run, h
     alone = [origins.open_beside(run, torch.device("cpu"), "fp32") for run in (hiding_run, other)]
     assert pair[0].digest == pair[1].digest and alone[0].digest != alone[1].digest
     assert pair[0].digest not in [one.digest for one in alone]
+
+
+# ---- Without a mapping network
+
+def test_bundles_hold_no_weights_that_random_codes_alone_go_through(model, hiding_run):
+    """The generator of a method that draws from an encoder's codes keeps none of them, and says so when asked."""
+    generator = load_bundle(model).reconstructor.generator
+    assert has_mapping(load_snapshot(hiding_run).weights["generator"]) and not has_mapping(generator.state_dict())
+    assert not any(has_mapping(load_file(path)) for path in model.glob("*generator.safetensors"))
+    with pytest.raises(ValueError, match="kept without its mapping network"):
+        generator(torch.zeros(1, 8))
+
+
+def test_a_bundle_with_a_mapping_network_is_read_as_before(model, hiding_run, tmp_path):
+    """Bundles of earlier versions hold it; a reader beside the one is at home beside the other."""
+    networks = {name: t for name, t in load_snapshot(hiding_run).weights.items() if name in ("generator", "encoder")}
+    for name, tensors in networks.items():
+        save_file({key: t.half().contiguous() for key, t in tensors.items()}, tmp_path / f"{name}.safetensors")
+    now = load_bundle(model).reconstructor
+    before = load_networks(tmp_path, dataclasses.asdict(now.encoder.config), ("generator", "encoder"), now.device)
+    assert before["generator"].mapping(torch.zeros(1, 8)).shape == (1, 8)
+    earlier = Inpainting(now.settings, **before, range_hu=now.range_hu)
+    assert origins.digest_of(earlier) == origins.digest_of(Inpainting(now.settings, now.generator, now.encoder,
+                                                                      now.range_hu))
