@@ -48,7 +48,7 @@ NEAR = 0.6                                # of the residual that tells whether a
 SPECK = 12                                # what is anomalous in fewer pixels together is a sulcus or grain
 CLIP_HU = 40.0                            # a residual counts as no more than this: one bright pixel is no lesion
 DETAIL = 2.0                              # what is finer than this Gaussian comes back where all is normal,
-GROWN, GROWN_HU = 1.2, 5.0                # than this in what grow_hu adds, up to so much,
+ADDED, ADDED_HU = 1.2, 5.0                # than this in what grow_hu and a reader add, up to so much,
 GRAIN, GRAIN_HU = 0.7, 3.0                # and than this in all else that is drawn anew
 
 
@@ -111,14 +111,16 @@ class Inpainting(EncoderMethod):
         query_hu, soft, stages = hu.clamp(self.range_hu[0], BONE_HU), brain & ~bone, Stages()
         with stages.stage("surroundings", lambda: error_hu(query_hu, expected_hu, soft)):
             expected_hu, anomalous, hidden = self.find_anomalous(query_hu, soft, bone)
+            added = hidden & ~anomalous
             read = self.read(query_hu, expected_hu, brain, bone)
             if read is not None and self.settings.read_gate:
                 out_of_place = self.out_of_place(read.to(self.device))
+                added |= out_of_place & ~anomalous
                 anomalous, hidden = anomalous | out_of_place, hidden | out_of_place
         with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, soft)):
             kept = bone | (~brain & (query_hu <= self.range_hu[0]))            # and air: the networks draw it badly
             normal_hu = torch.where(kept, query_hu, self.draw(self.painter.images(hu), hidden, bone))
-            normal_hu += self.detail(query_hu - normal_hu, soft, hidden, hidden & ~anomalous)
+            normal_hu += self.detail(query_hu - normal_hu, soft, hidden, added)
         if watch:
             watch(query_hu, normal_hu)
         judged_hu = None
@@ -162,17 +164,17 @@ class Inpainting(EncoderMethod):
         return _with_rim(without_small_components(found, SPECK * unit**2), AROUND * unit)
 
     def detail(self, difference_hu: torch.Tensor, soft: torch.Tensor, drawn_anew: torch.Tensor,
-               grown: torch.Tensor) -> torch.Tensor:
+               added: torch.Tensor) -> torch.Tensor:
         """Detail too fine for the networks, HU [S, N, N]; difference_hu: the slice less what they drew.
 
-        grown: the part of drawn_anew that grow_hu has added.
+        added: the part of drawn_anew that grow_hu and a reader have added: it differs by less than gate_hu.
         """
         unit, hidden = self.size / AT, soft & drawn_anew
 
         def finer(where: torch.Tensor, gaussian: float) -> torch.Tensor:
             return difference_hu - smoothed(difference_hu, where, gaussian * unit)
 
-        grain = torch.where(grown, finer(hidden, GROWN).clamp(-GROWN_HU, GROWN_HU),
+        grain = torch.where(added, finer(hidden, ADDED).clamp(-ADDED_HU, ADDED_HU),
                             finer(hidden, GRAIN).clamp(-GRAIN_HU, GRAIN_HU))
         return torch.where(hidden, grain, finer(soft & ~drawn_anew, DETAIL)) * soft
 
