@@ -15,9 +15,8 @@ erasure    1 - sum((R(lesion) - R(healthy)) * sign(c)) / sum(|c|) over a pasted 
 The lesions are those of pasted.py, clipped to the HU range of the database as a scan that holds them would be. Every
 choice about the inversion is made on this table, with scans that the networks have not seen. A bundle is run with its
 own settings and, in a second row, without what draws detail: inversion with its code alone (the generator's own noise
-maps, and no steps on them), inpainting with every place drawn from its surroundings. A bundle's reader that has learnt
-from some of the scans has no part in it, but that of --reader, which has not. Writes table.md and figures.json.
-Exit codes: 0 done, 2 wrong usage.
+maps, and no steps on them), inpainting with every place drawn from its surroundings. Writes
+table.md and figures.json. Exit codes: 0 done, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -39,18 +38,14 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 
 import distributed  # noqa: E402
 from benchmarks import baselines, compare, pasted  # noqa: E402
-from bundling.origins import WITH_READER, digest_of, learnt_by_reader, open_reader, reader_of  # noqa: E402
-from common.wording import some  # noqa: E402
 from config import exit_code  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
-from detect.bundle import Bundle, load_bundle  # noqa: E402
+from detect.bundle import load_bundle  # noqa: E402
 from detect.folder import make_writable  # noqa: E402
 from detect.inpainting import Inpainting  # noqa: E402
 from detect.inversion import bone_mask  # noqa: E402
-from detect.reader import Reader  # noqa: E402
 from detect.reconstruct import Reconstructor, error_hu  # noqa: E402
-from gan.runlog import not_held_out  # noqa: E402
 from op import memory  # noqa: E402
 
 MOST_CONTRAST_HU = 60.0      # of a lesion: what counts is that it is gone, not how bright it was
@@ -184,7 +179,6 @@ def methods(args: argparse.Namespace, data: SliceDataset) -> dict[str, Reconstru
         bundle, flag, name = load_bundle(folder, device), f"--model {folder}", folder.resolve().name
         check_preprocessing(bundle.meta["preprocessing"], preprocessing, flag)
         compare.refuse_learnt(bundle.meta, data, f"{flag} --data {args.data}")
-        bundle.reconstructor.reader = reader_for(bundle, data, args.reader) if args.reader else unlearnt(bundle, data)
         add(flag, name, of(bundle.reconstructor))
         if bundle.settings.method == "inversion":
             alone = bundle.with_settings(bundle.settings.replace(predicted_noise=False))
@@ -199,28 +193,6 @@ def methods(args: argparse.Namespace, data: SliceDataset) -> dict[str, Reconstru
         kind = next(kind for kind, cls in baselines.KINDS.items() if type(baseline) is cls)
         add(flag, compare.NAMES[kind], of(baseline))
     return found
-
-
-def unlearnt(bundle: Bundle, data: SliceDataset) -> Reader | None:
-    """A bundle's reader, unless it has learnt from held-out scans."""
-    reader = getattr(bundle.reconstructor, "reader", None)
-    if reader and learnt_by_reader(data, bundle.meta["provenance"] or {}):
-        compare.say(f"note: the reader of {bundle.folder} has learnt from some of the scans: left out; --reader gives "
-                    "one that has not")
-        return None
-    return reader
-
-
-def reader_for(bundle: Bundle, data: SliceDataset, run: Path) -> Reader:
-    """What --reader names. ValueError unless it reads beside this bundle's networks and has seen none of the scans."""
-    if bundle.settings.method not in WITH_READER:
-        raise ValueError(f"--reader {run}: is for models of method {' or '.join(WITH_READER)}, {bundle.folder} is of "
-                         f"{bundle.settings.method}")
-    snapshot = open_reader(run, digest_of(bundle.reconstructor))
-    if seen := not_held_out(data.scan_ids, snapshot.meta, elsewhere=False):
-        raise ValueError(f"--reader {run}: may have been taught by {some(seen, 3)}; give one that has seen none of the "
-                         "held-out scans (train_reader.py without --fold)")
-    return reader_of(snapshot, bundle.reconstructor.device)
 
 
 def check_preprocessing(own: dict | None, database: dict, what: str) -> None:
@@ -277,8 +249,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--model", type=Path, action="append", default=[], metavar="BUNDLE", help="may be given several times")
     add("--baseline", type=Path, action="append", default=[], metavar="FILE",
         help="pca or dae of baselines.py fit; may be given several times")
-    add("--reader", type=Path, metavar="RUN",
-        help="run of train_reader.py that has seen none of the scans, in place of the models' own reader")
     add("--scans", type=int, help="use the first so many held-out scans (default all)")
     add("--lesions", type=int, default=1, help="of each kind in each scan (default %(default)s)")
     add("--out", type=Path, default=Path("runs/inversion"), help="folder for table.md and figures.json")

@@ -17,8 +17,7 @@ So the closest normal is the same head, as sharp as it is, without what does not
 inversion (code, what is anomalous, detail elsewhere: Lee et al. 2022, Methods) with a code in space in place of W+.
 What is anomalous is judged by what its surroundings call for all the same (`judged`): a hole's shape tells of fluid in
 an infarct, too. What is hidden only since something goes on is not judged: healthy ventricles and sulci do, too.
-Where the model holds a reader (reader.py), it says besides what it makes of slice and surroundings; what it is sure of
-is drawn anew, too (read_gate): blood in a sulcus differs little from what surroundings call for, which is tissue.
+Where the model holds a reader (reader.py), it says besides what it makes of slice and surroundings.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from config import check_choices, check_range, option
 from ct.window import BONE_HU
 from detect.inversion import EncoderMethod, bone_mask, compact_pair, load_networks
 from detect.painter import AT, Painter
-from detect.reader import SCALE, Reader
+from detect.reader import Reader
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
 from detect.residual import components_touching, slice_medians, without_small_components
 from model import Encoder, Generator
@@ -48,7 +47,7 @@ NEAR = 0.6                                # of the residual that tells whether a
 SPECK = 12                                # what is anomalous in fewer pixels together is a sulcus or grain
 CLIP_HU = 40.0                            # a residual counts as no more than this: one bright pixel is no lesion
 DETAIL = 2.0                              # what is finer than this Gaussian comes back where all is normal,
-ADDED, ADDED_HU = 1.2, 5.0                # than this in what grow_hu and a reader add, up to so much,
+GROWN, GROWN_HU = 1.2, 5.0                # than this in what grow_hu adds, up to so much,
 GRAIN, GRAIN_HU = 0.7, 3.0                # and than this in all else that is drawn anew
 
 
@@ -64,8 +63,6 @@ class InpaintingSettings:
     spared: float = option(0.5, "of gate_hu: what is less hypodense than this by itself is not drawn anew with what is "
                                 "around it, as the septum between the ventricles is; 0 draws it, too")
     bright_rim: int = option(3, f"what is hidden around it where it is hyperdense, pixels of {AT}; {AROUND} elsewhere")
-    read_gate: float = option(0.0, "what the model's reader says of a place beyond what it says of half of the slice, "
-                              "log odds, at which it is drawn anew, too; 0: nothing is for what a reader says")
     judged: str = option("surroundings", "what a place that is drawn anew is judged against: what its surroundings "
                          "call for, or, if 'normal', how it is drawn", ("surroundings", "normal"))
     batch: int = option(32, "slices in the networks at a time: memory, not results", stored=False)
@@ -76,7 +73,6 @@ class InpaintingSettings:
         if not 8 <= self.hidden <= AT // 2:
             raise ValueError(f"hidden must be from 8 to {AT // 2} pixels, got {self.hidden}")
         check_range(self, ("gate_hu",), 0, above=True, flags=False)
-        check_range(self, ("read_gate",), 0, flags=False)
         if not 0 < self.grow_hu <= self.gate_hu:
             raise ValueError(f"grow_hu must be above 0 and at most gate_hu, {self.gate_hu:g}, got {self.grow_hu:g}")
         if not 0 <= self.spared < 1:
@@ -111,16 +107,11 @@ class Inpainting(EncoderMethod):
         query_hu, soft, stages = hu.clamp(self.range_hu[0], BONE_HU), brain & ~bone, Stages()
         with stages.stage("surroundings", lambda: error_hu(query_hu, expected_hu, soft)):
             expected_hu, anomalous, hidden = self.find_anomalous(query_hu, soft, bone)
-            added = hidden & ~anomalous
             read = self.read(query_hu, expected_hu, brain, bone)
-            if read is not None and self.settings.read_gate:
-                out_of_place = self.out_of_place(read.to(self.device))
-                added |= out_of_place & ~anomalous
-                anomalous, hidden = anomalous | out_of_place, hidden | out_of_place
         with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, soft)):
             kept = bone | (~brain & (query_hu <= self.range_hu[0]))            # and air: the networks draw it badly
             normal_hu = torch.where(kept, query_hu, self.draw(self.painter.images(hu), hidden, bone))
-            normal_hu += self.detail(query_hu - normal_hu, soft, hidden, added)
+            normal_hu += self.detail(query_hu - normal_hu, soft, hidden, hidden & ~anomalous)
         if watch:
             watch(query_hu, normal_hu)
         judged_hu = None
@@ -157,24 +148,18 @@ class Inpainting(EncoderMethod):
             whole &= ~soft | (smoothed(clipped, soft, NEAR * unit) < -self.settings.spared * gate)
         return bright | _with_rim(dark, AROUND * unit), bright | whole
 
-    def out_of_place(self, read: torch.Tensor) -> torch.Tensor:
-        """Where a reader's output [S, 2, N, N] reaches read_gate to either side, in more than a speck, and its rim."""
-        unit = self.size / AT
-        found = torch.maximum(read[:, 0], -read[:, 1]) > SCALE * self.settings.read_gate
-        return _with_rim(without_small_components(found, SPECK * unit**2), AROUND * unit)
-
     def detail(self, difference_hu: torch.Tensor, soft: torch.Tensor, drawn_anew: torch.Tensor,
-               added: torch.Tensor) -> torch.Tensor:
+               grown: torch.Tensor) -> torch.Tensor:
         """Detail too fine for the networks, HU [S, N, N]; difference_hu: the slice less what they drew.
 
-        added: the part of drawn_anew that grow_hu and a reader have added: it differs by less than gate_hu.
+        grown: the part of drawn_anew that grow_hu has added.
         """
         unit, hidden = self.size / AT, soft & drawn_anew
 
         def finer(where: torch.Tensor, gaussian: float) -> torch.Tensor:
             return difference_hu - smoothed(difference_hu, where, gaussian * unit)
 
-        grain = torch.where(added, finer(hidden, ADDED).clamp(-ADDED_HU, ADDED_HU),
+        grain = torch.where(grown, finer(hidden, GROWN).clamp(-GROWN_HU, GROWN_HU),
                             finer(hidden, GRAIN).clamp(-GRAIN_HU, GRAIN_HU))
         return torch.where(hidden, grain, finer(soft & ~drawn_anew, DETAIL)) * soft
 

@@ -63,7 +63,7 @@ use="non-commercial research, as the licences of CT-ICH, PHE-SICH-CT-IDS and the
 [ -e "$work/model/model.json" ] ||
     "$python" latent_stats.py --data "$work/slices.lmdb" --encoder "$work/encoder" --held-out "$work/scans.lmdb" "$@" \
         --surroundings "$work/surroundings" --out "$work/model" --name "head-$size" --preset "ct$size" \
-        --set hypodense=0.65 read_gate=2.25 --provenance "$use; made by recipes/head-128.sh"
+        --set hypodense=0.65 --provenance "$use; made by recipes/head-128.sh"
 
 "$python" benchmarks/inversion.py --data "$work/scans.lmdb" --model "$work/model" --out "$work/inversion"
 "$python" benchmarks/cross_validation.py --model "$work/scans.lmdb" "$work/model" "$@" --out "$work/cross-validation"

@@ -20,7 +20,6 @@ from detect.bundle import load_bundle
 from detect.inpainting import Inpainting, InpaintingSettings
 from detect.inversion import bone_mask
 from detect.painter import Painter, blocks
-from detect.reader import SCALE
 from gan import corrupt, encoder_loop, inpainting
 from gan.corrupt import hide
 from gan.inpainting import InpaintingTrainer, open_noise, weighted_distance
@@ -299,33 +298,6 @@ def test_what_is_drawn_anew_is_judged_by_its_surroundings(filler):
     assert as_drawn.expected_hu is None and as_drawn.difference_hu[:, 13:17, 13:17].abs().max() < 0.01
 
 
-def test_what_a_reader_is_sure_of_is_drawn_anew(filler):
-    """33 HU in brain of 30 HU that surroundings would have at 30: drawn as it is, but where a reader speaks of it."""
-    hu, brain = torch.full((1, 32, 32), 30.0), torch.ones(1, 32, 32, dtype=torch.bool)
-    hu[:, 12:18, 12:18], hu[:, 0] = 33.0, 100.0
-    filler.surroundings.from_surroundings = lambda hu, *_: torch.full_like(hu, 30)
-    filler.reader = object()
-    said = torch.zeros(1, 2, 32, 32)
-    said[:, 0, 12:18, 12:18] = 2 * SCALE
-    filler.read = lambda *_: said
-    plain = filler.closest_normal(hu, brain, np.zeros(1))
-    assert (plain.normal_hu[:, 13:17, 13:17] - 33).abs().max() < 0.5
-    for gate, drawn in ((2.1, 33.0), (1.9, 30.0)):
-        filler.settings = InpaintingSettings(read_gate=gate)
-        found = filler.closest_normal(hu, brain, np.zeros(1))
-        assert (found.normal_hu[:, 14:16, 14:16] - drawn).abs().max() < 0.5
-    assert torch.allclose(found.difference_hu[:, 12:18, 12:18], torch.tensor(3.0), atol=1e-3)
-
-
-def test_what_a_reader_says_to_either_side_counts_unless_it_is_a_speck():
-    """At 128 pixels: 12 pixels too dense, 12 not dense enough, 11 too dense; a rim of one pixel around."""
-    one = Filler(InpaintingSettings(read_gate=1.5), *networks(), (0.0, 70.0))
-    one.size, said = 128, torch.zeros(1, 2, 128, 128)
-    said[0, 0, 20:23, 20:24], said[0, 1, 60:63, 60:64], said[0, 0, 90:101, 90] = 1.6 * SCALE, -1.6 * SCALE, 9.0
-    found = one.out_of_place(said)[0]
-    assert found[19:24, 19:25].all() and found[59:64, 59:65].all() and found.sum() == 2 * 5 * 6
-
-
 def test_specks_and_what_is_faint_are_no_anomaly():
     """At 128 pixels: 10 HU in a place is anomalous, 6 HU is not, nor are 20 HU in 2 x 2 pixels."""
     one = Filler(InpaintingSettings(gate_hu=8), *networks(), (0.0, 70.0))
@@ -439,7 +411,6 @@ def test_settings_and_networks_that_do_not_fit_are_refused():
                           ({"grow_hu": 9}, "grow_hu must be above 0 and at most gate_hu, 8, got 9"),
                           ({"spared": 1}, "spared must be from 0 to below 1, got 1"),
                           ({"hidden": 7}, "hidden must be from 8 to 64 pixels"), ({"hidden": 65}, "got 65"),
-                          ({"read_gate": -1}, "read_gate must be at least 0, got -1"),
                           ({"bright_rim": 0}, "bright_rim must be at least 1, got 0"),
                           ({"judged": "surounding"}, "judged must be one of surroundings, normal, got 'surounding'")):
         with pytest.raises(ValueError, match=said):

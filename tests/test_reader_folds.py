@@ -12,7 +12,7 @@ import torch
 import checkpoint
 import latent_stats
 import train_encoder
-from benchmarks import cross_validation, inversion
+from benchmarks import cross_validation
 from bundling import origins
 from dataset import SliceDataset
 from detect.bundle import load_bundle
@@ -337,24 +337,3 @@ def test_a_hospital_calibrates_once_more(in_thirds, hospital, tmp_path, capsys):
             assert calibrated(tmp_path / one, data, tmp_path / "no") == 2
             assert "its reader has learnt from some of the scans" in capsys.readouterr().err
     assert calibrated(tmp_path / "fourth", own, tmp_path / "fifth", *given(readers)) == 0
-
-
-def test_closest_normals_are_measured_with_a_reader_that_has_not_seen_the_scans(in_thirds, tmp_path, capsys):
-    """The model's own reader has learnt from two of the three: it has no part. One that has seen none may be given."""
-    data, encoder, readers = in_thirds
-    model, plain = tmp_path / "model", tmp_path / "plain"
-    shared = ("--data", data, "--encoder", encoder, "--preset", "smoke32", "--set", "method=inpainting",
-              "measure=surprise", "read_gate=1e-6")
-    given = [word for one in readers for word in ("--reader", one)]
-    assert latent_stats.main([*map(str, (*shared, "read=0.5", "--out", model, *given))]) == 0
-    assert run(data, encoder, plain, "--epochs", 0.5) == 0
-
-    def rows(*flags):
-        assert inversion.main([*map(str, ("--data", data, "--model", model, "--out", tmp_path / "out", *flags))]) == 0
-        return json.loads((tmp_path / "out" / "figures.json").read_text())["model"]
-
-    alone = rows()
-    assert "has learnt from some of the scans: left out" in capsys.readouterr().out
-    assert rows("--reader", plain)["error"] != alone["error"]
-    assert inversion.main([*map(str, ("--data", data, "--model", model, "--reader", readers[0]))]) == 2
-    assert "may have been taught by head2, head3" in capsys.readouterr().err

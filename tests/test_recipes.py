@@ -162,7 +162,7 @@ def test_paper(run, tmp_path):
 @pytest.mark.parametrize("name, changes", [
     ("phantom-128", {}), ("head-128", {}),
     ("head-256", {"bright_rim": 1, "judged": "normal", "spared": 0.0, "grow_hu": 8.0, "level": False,
-                  "surprise_mask": 3.0, "extent_hu": 0.0, "hypodense": 0.6, "read_gate": 0.0})])
+                  "surprise_mask": 3.0, "extent_hu": 0.0, "hypodense": 0.6})])
 def test_settings_are_those_of_the_shipped_bundle(name, changes, run, tmp_path):
     """head-256 is of before --gated, and has no reader."""
     (tmp_path / "work").mkdir()
