@@ -28,7 +28,7 @@ from gan.settings import EveryNth, ReaderConfig
 
 PRESETS = {
     "ct256": ReaderConfig(epochs=10, workers=8, batch=64),
-    "ct128": ReaderConfig(epochs=3, workers=0),                 # as that of models/head-128
+    "ct128": ReaderConfig(epochs=4, workers=0),                 # as that of models/head-128
     "smoke32": ReaderConfig(epochs=2, width=24, depth=2, warm_up=0, workers=0),
 }
 

@@ -186,7 +186,8 @@ def provenance(step: int, meta: dict[str, Any], surroundings: Snapshot | None = 
 
     taught_with: how the slices were prepared that they learnt from. surroundings: of the run with --halved beside it.
     """
-    halves = {"surroundings": run_facts(surroundings.step, surroundings.meta)} if surroundings else {}
+    halves = {} if not surroundings else {"surroundings": {
+        **run_facts(surroundings.step, surroundings.meta), "init": began_with(surroundings.meta)}}
     gan = meta["gan"]
     return {"data": {key: meta["data"][key] for key in ("digest", "counts")}, "taught_with": meta["data"]["settings"],
             "gan": run_facts(gan["step"], gan) if gan else None, "encoder": run_facts(step, meta),
@@ -201,7 +202,7 @@ def networks_known(known: dict[str, Any], which: str = "encoder") -> dict[str, A
     """How the networks of a bundle were taught, by its provenance, as taught() tells it of a run; which: of it."""
     encoder, data = known.get(which) or {}, known["data"]
     return {"images_seen": encoder.get("images_seen"), "config": encoder.get("config"), "data": data,
-            "held_out": data["counts"]["val"]["scans"], "init": known.get("init")}
+            "held_out": data["counts"]["val"]["scans"], "init": encoder.get("init", known.get("init"))}
 
 
 def learnt_by_networks(dataset: SliceDataset, known: dict[str, Any]) -> list[str]:
