@@ -26,7 +26,7 @@ class Painter:
             raise CheckpointError("method inpainting: needs an encoder that was trained with --hide (train_encoder.py)")
         self.generator, self.encoder = generator, encoder
         self.range_hu = tuple(float(v) for v in range_hu)
-        self.size, self.device = generator.config.size, generator.input.input.device
+        self.size = generator.config.size
 
     def networks(self) -> dict[str, torch.nn.Module]:
         return {"generator": self.generator, "encoder": self.encoder}

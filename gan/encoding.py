@@ -66,10 +66,11 @@ class EncoderTrainer:
         self.prepare = self.PREPARE and self.PREPARE(config, self.range_hu)
         torch.manual_seed(config.seed)                            # the same weights on every rank
         model = self.model = config.networks(gan.meta["model"]) if gan else config.networks(asdict(first.model), False)
-        self.g, self.d, critic = self.build_generator(gan), Discriminator(model), Discriminator(model)
-        if gan and not config.halved:
-            gan.restore({"discriminator": self.d})
-            gan.restore({"discriminator": critic})
+        begun = None if config.halved else gan                    # whose weights go on; the halved ones begin anew
+        self.g, self.d, critic = self.build_generator(begun), Discriminator(model), Discriminator(model)
+        if begun:
+            begun.restore({"discriminator": self.d})
+            begun.restore({"discriminator": critic})
         elif first and "discriminator" in first.weights:
             first.restore("discriminator", critic)
         self.g.requires_grad_(config.lr_generator > 0)
@@ -93,7 +94,7 @@ class EncoderTrainer:
 
     def build_generator(self, gan: Snapshot | None) -> Generator:
         generator = Generator(self.model)
-        if gan and not self.config.halved:
+        if gan:
             gan.restore({"generator_ema": generator})
         return generator
 

@@ -72,9 +72,13 @@ class Corruption(Augmentation):
         seed, hu = int(torch.randint(2**31, (), generator=rng)), found["hu"]
         query, changed = draw_shapes(hu, found["brain"] & ~found["bone"], self.config.shapes,
                                      np.random.default_rng(seed))
-        pattern = hide_blocks if self.config.halved else hide
         return found | {"query": query.clamp(*self.range_hu), "changed": changed,
-                        "hidden": pattern(len(hu), hu.shape[-1], self.config.hide, rng)}
+                        "hidden": hide_for(self.config, len(hu), hu.shape[-1], self.config.hide, rng)}
+
+
+def hide_for(config: EncoderConfig, *args) -> torch.Tensor:
+    """What is hidden for the networks of a run: hide_blocks() for those of half the size, hide() for others."""
+    return (hide_blocks if config.halved else hide)(*args)
 
 
 def hide_blocks(batch: int, size: int, p: float, generator: torch.Generator) -> torch.Tensor:
@@ -162,7 +166,7 @@ class InpaintingTrainer(EncoderTrainer):
             bone = bone_of(hu, self.range_hu)
             if self.config.halved:
                 hu, brain, bone = halved_slices({"hu": hu, "brain": brain, "bone": bone}).values()
-            hidden = (hide_blocks if self.config.halved else hide)(len(hu), hu.shape[-1], 1.0, generator)
+            hidden = hide_for(self.config, len(hu), hu.shape[-1], 1.0, generator)
             inside, masks = brain & ~bone, (torch.zeros_like(hidden), hidden)
             whole, parts = (decode(self.draw(*(t.to(self.device) for t in (encode(hu), mask, bone))).cpu())
                             for mask in masks)

@@ -7,8 +7,8 @@
 #
 # CT_ICH, PHE_SICH and LOOSE are folders as docs/DATA.md describes them ('Folders of the two benchmarks', 'Loose
 # slices'). WORK (default runs/head-128) gets everything: the tables of slices and splits, slices.lmdb (HU 0..70, as loose
-# slices have them), scans.lmdb (HU -20..100, as new scans are seen), gan/, encoder/, surroundings/, reader/, reader-1/ to reader-3/,
-# model/, inversion/table.md, cross-validation/table.md, ct-ich/table.md and phe-sich/table.md. Paths are relative to the
+# slices have them), scans.lmdb (HU -20..100, as new scans are seen), gan/, encoder/, surroundings/, reader/, reader-1/ to
+# reader-3/, model/, inversion/table.md, cross-validation/table.md, ct-ich/table.md and phe-sich/table.md. Paths are relative to the
 # repository. Started again, it goes on where it stopped. Another interpreter: PYTHON=python3 sh recipes/...
 #
 #     RANKS=1                    processes that train together and share a batch (default: 2, one for each CPU core;
