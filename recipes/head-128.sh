@@ -5,7 +5,7 @@
 #
 # usage: sh recipes/head-128.sh CT_ICH PHE_SICH LOOSE [WORK]
 #
-# CT_ICH, PHE_SICH and LOOSE are folders as docs/DATA.md describes them ('Folders of the two benchmarks', 'Loose
+# CT_ICH, PHE_SICH and LOOSE are folders as docs/DATA.md describes them ('Folders of the benchmarks on real scans', 'Loose
 # slices'). WORK (default runs/head-128) gets everything: the tables of slices and splits, slices.lmdb (HU 0..70, as loose
 # slices have them), scans.lmdb (HU -20..100, as new scans are seen), gan/, encoder/, surroundings/, reader/, reader-1/ to
 # reader-3/, model/, inversion/table.md, cross-validation/table.md, ct-ich/table.md and phe-sich/table.md. Paths are relative to the

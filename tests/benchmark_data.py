@@ -34,6 +34,14 @@ def head(seed: int, ill: bool):
     return scan, np.abs(scan.hu - healthy.hu) > 20
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """A table of these rows, whose columns are those of the first."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 _PREPARED: dict = {}
 
 

@@ -27,7 +27,17 @@ from detect.settings import Settings
 from detect.surprise import Surprise, SurpriseSettings
 from evaluation import metrics
 from evaluation.cohort import InputError, Label
-from tests.benchmark_data import FAILS, MM, SETTINGS, head, prepared, stand_in, write_database, write_fits
+from tests.benchmark_data import (
+    FAILS,
+    MM,
+    SETTINGS,
+    head,
+    prepared,
+    stand_in,
+    write_database,
+    write_fits,
+    write_rows,
+)
 from tests.writers import write_slice_folder
 
 
@@ -41,13 +51,6 @@ def fits(database, tmp_path_factory):
     return write_fits(tmp_path_factory.mktemp("fits") / "baselines", database)
 
 
-def write_csv(path, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Two ill and two healthy scans and one that fails; the slices of ill2 have no labels."""
@@ -58,8 +61,8 @@ def data(tmp_path_factory):
         scans.append({"scan_id": name, "split": "test", "label": ill, "types": "Epidural" * ill})
         slices += [{"scan_id": name, "slice": i, "label": int(marked), "types": "Epidural" * int(marked)}
                    for i, marked in enumerate(truth.any((1, 2))) if name != "ill2"]
-    write_csv(folder / "scans.csv", scans)
-    write_csv(folder / "slices.csv", slices)
+    write_rows(folder / "scans.csv", scans)
+    write_rows(folder / "slices.csv", slices)
     return folder
 
 
@@ -145,15 +148,15 @@ def test_tables_and_folders_must_match(data, tmp_path):
     with pytest.raises(InputError, match="no row has split=mixed"):
         ct_ich.read_split(data, "mixed")
     rows = list(csv.DictReader((data / "scans.csv").open()))
-    write_csv(tmp_path / "scans.csv", rows)
+    write_rows(tmp_path / "scans.csv", rows)
     with pytest.raises(InputError, match="no folder test, which --split test"):
         ct_ich.read_split(tmp_path, "test")
     (tmp_path / "test").symlink_to(data / "test")
     assert len(ct_ich.read_split(tmp_path, "test")[1]) == 5
-    write_csv(tmp_path / "scans.csv", rows[1:])
+    write_rows(tmp_path / "scans.csv", rows[1:])
     with pytest.raises(InputError, match=r"scans\.csv: expected a row of split test; 1 are missing: ill1"):
         ct_ich.read_split(tmp_path, "test")
-    write_csv(tmp_path / "scans.csv", [*rows, rows[0] | {"scan_id": "more"}])
+    write_rows(tmp_path / "scans.csv", [*rows, rows[0] | {"scan_id": "more"}])
     with pytest.raises(InputError, match="a scan for every row of split test; 1 are missing: more"):
         ct_ich.read_split(tmp_path, "test")
 

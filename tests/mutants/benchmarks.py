@@ -35,4 +35,7 @@ MUTANTS = (
            "tests/test_cross_validation.py -k left_out_as_well"),
     Mutant("of two rows of one name the last is kept", "benchmarks/inversion.py",
            "        if name in found:", "        if False:", "tests/test_inversion.py -k cannot_be_measured"),
+    Mutant("every calibration scan has the slices of all", "benchmarks/development.py",
+           'slices[one["scan"]].append(one["score"])', '[own.append(one["score"]) for own in slices]',
+           "tests/test_development.py -k by_their_own"),
 )
