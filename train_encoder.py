@@ -30,7 +30,7 @@ RECOMMENDED = EncoderConfig(epochs=18, perceptual_epochs=10, batch=16, lr=2e-4, 
                             lr_generator=1e-3, decay=0.6, adversarial=0.02, r1_gamma=1, knee=0.04, hide=0.88,
                             gated=0.5, encoder_width=0.5, encoder_code=128, rotate=0.6, rotate_deg=12)
 # Networks that draw for models/head-128 what surroundings call for: no adversary, which would only sharpen it
-SURROUNDINGS = replace(RECOMMENDED, epochs=40, perceptual_epochs=40, snapshot_epochs=2, halved=True, gated=0, hide=1,
+SURROUNDINGS = replace(RECOMMENDED, epochs=60, adversarial=0, snapshot_epochs=2, halved=True, gated=0, hide=1,
                        hidden=20, changed=0, gradient=0, encoder_width=1)
 # phantom-128: predicted noise maps of one channel, no adversary
 NOISE = EncoderConfig(epochs=20, perceptual_epochs=20, lr=5e-5, lr_trunk=1e-3, lr_discriminator=5e-5,

@@ -75,7 +75,7 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
 
         # ---- Train
         def learn(examples, index, done):
-            return trainer.learn(examples, index, done * config.epochs >= config.perceptual_epochs)
+            return trainer.learn(examples, index, config.has_adversary(done))
 
         go_through(config, run, trainer, learn, batches, held_out, len(dataset), out, device)
 

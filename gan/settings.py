@@ -146,7 +146,8 @@ class EncoderConfig:
     lr_generator: float = option(0.0, "of the generator; 0, as published, leaves it as the GAN training left it. A "
                                  "generator cut short learns here to draw the healthy slices it is shown")
     decay: float = option(0.0, "last part of the training over which all rates fall evenly to 0; published is 0, none")
-    adversarial: float = option(0.05, "weight of the adversarial loss")
+    adversarial: float = option(0.05, "weight of the adversarial loss; 0: no adversary, but for --domain or, with "
+                                      "--hide, --gated")
     domain: float = option(1.0, "weight of the in-domain loss: code of the image against code of its reconstruction")
     r1_gamma: float = option(10, "weight of the R1 penalty")
     r1_every: int = option(16, "steps between R1 penalties; 0: never")
@@ -204,6 +205,12 @@ class EncoderConfig:
         if self.code_channels and not self.lr_generator:
             raise ValueError(f"--code-channels {self.code_channels}: the generator's layers that read the code are new "
                              "and would never learn with --lr-generator 0; give a rate above 0, such as 1e-3")
+
+    def has_adversary(self, done: float) -> bool:
+        """Whether the adversary and what comes with it have a part once this part of the training, 0 to 1, is done."""
+        if not (self.adversarial or (self.gated if self.hide else self.domain)):
+            return False
+        return done * self.epochs >= self.perceptual_epochs
 
     def networks(self, model: dict[str, Any], of_gan: bool = True) -> ModelConfig:
         """The networks of a run on the GAN's, whose ModelConfig this is, or on those of another run like it."""

@@ -337,6 +337,17 @@ def test_a_run_without_an_adversary_says_so(epochs, told, slices32, gan_run, tmp
     assert ("No adversary in this run: --epochs 0.5" in capsys.readouterr().out) == told
 
 
+def test_the_adversary_comes_when_it_is_due_and_weighs_something():
+    config = EncoderConfig(epochs=60, perceptual_epochs=40)
+    assert [config.has_adversary(done) for done in (0, 0.66, 0.67, 1)] == [False, False, True, True]
+    without = replace(config, adversarial=0, domain=0)
+    assert not without.has_adversary(1) and replace(without, domain=1).has_adversary(1)
+    hiding = replace(config, adversarial=0, hide=0.5)                  # of which --domain is no part
+    assert not hiding.has_adversary(1) and replace(hiding, gated=0.5).has_adversary(1)
+    halves = train_encoder.PRESETS["half128"]
+    assert not any(replace(halves, epochs=epochs).has_adversary(1) for epochs in (10, 60, 600))
+
+
 # ---- Predicted noise, and another run's weights
 
 @pytest.fixture(scope="module")
