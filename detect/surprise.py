@@ -65,6 +65,7 @@ class Surprise:
     name: ClassVar[str] = "surprise"
     Settings: ClassVar[type] = SurpriseSettings
     marked: ClassVar[str] = "rare in healthy scans"
+    in_hu: ClassVar[bool] = False
 
     def __init__(self, settings: SurpriseSettings | None = None, mask: MaskSettings | None = None,
                  normal: Normal | None = None):

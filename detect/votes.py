@@ -49,6 +49,7 @@ class Votes:
     words: ClassVar[str] = ("how much, and how steadily, the scan differs from its closest normal, in HU over the "
                             "brain")
     marked: ClassVar[str] = "differs steadily"
+    in_hu: ClassVar[bool] = True                                # map and scores: HU times a share of the votes
 
     def __init__(self, settings: VotesSettings | None = None, mask: MaskSettings | None = None,
                  normal: Normal | None = None):

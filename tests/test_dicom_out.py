@@ -18,8 +18,10 @@ from ct.derived import DerivedError
 from ct.read import find_scans, read_scan
 from ct.scan import Scan
 from ct.write import write_nifti
-from detect.dicom_out import Identity, build_objects, dicom_writer, write_dicom
+from detect.dicom_out import Identity, build_objects, dicom_writer, identity_of, write_dicom
 from detect.dicom_out.common import choose_key_slices
+from detect.surprise import Surprise
+from detect.votes import Votes
 from tests.helpers import frames_by_source, synthetic_head
 from tests.writers import complete, make_uid, write_dicom_series, write_enhanced_ct, write_slice_folder
 
@@ -322,6 +324,17 @@ def test_report_of_a_flagged_scan(tmp_path, series):
     assert {"weights_sha256=" + "ab" * 32, "threshold=2.5", "settings={}", IDENTITY.maker.device_uid} <= said
 
 
+@pytest.mark.parametrize(("measure", "unit"), [(Votes, "[hnsf'U]"), (Surprise, "1")])
+def test_map_and_scores_are_in_the_measures_unit(measure, unit, series):
+    bundle = SimpleNamespace(meta={"provenance": {"name": "tiny"}}, weights_hash="ab" * 32, measure=measure())
+    identity = identity_of(SimpleNamespace(bundle=bundle, key=dict))
+    objects = build_objects(result_of(read_only(series)), identity)
+    scores = presence(objects["sr"])[0].get_measurements(codes.SCT.Score)
+    assert [score.unit.value for score in scores] == [unit] * 4
+    mapping, = objects["map"].SharedFunctionalGroupsSequence[0].RealWorldValueMappingSequence
+    assert mapping.MeasurementUnitsCodeSequence[0].CodeValue == unit
+
+
 def test_report_of_a_negative_scan_says_absent_without_a_segmentation(series):
     scan = read_only(series)
     objects = build_objects(result_of(scan, Negative), IDENTITY)
@@ -536,7 +549,7 @@ def test_maps_of_another_scan_are_refused(series):
 
 def writer():
     key = {"weights": "w", "threshold": 1.0}
-    bundle = SimpleNamespace(meta={"provenance": {"name": "tiny"}}, weights_hash="ab" * 32)
+    bundle = SimpleNamespace(meta={"provenance": {"name": "tiny"}}, weights_hash="ab" * 32, measure=Surprise())
     return dicom_writer(SimpleNamespace(bundle=bundle, key=lambda: key))
 
 

@@ -72,7 +72,7 @@ def identity_of(projector) -> Identity:
     bundle = projector.bundle
     name = (bundle.meta["provenance"] or {}).get("name") or ""
     settings = json.dumps(projector.key(), sort_keys=True, separators=(",", ":"))
-    return Identity(name, VERSION, bundle.weights_hash, settings)
+    return Identity(name, VERSION, bundle.weights_hash, settings, bundle.measure.in_hu)
 
 
 def dicom_writer(projector, phi: bool = True) -> Callable[[Path, Result], list[str]]:

@@ -8,6 +8,8 @@ from datetime import datetime
 from typing import Protocol
 
 import numpy as np
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
 
 from ct.derived import Derived, DerivedError, Maker
 from ct.scan import Scan
@@ -28,12 +30,14 @@ class Identity:
     version       of the software
     weights_hash  SHA-256 of the weights, hexadecimal; other weights are another device
     settings      everything else that decides the result, as one text, such as JSON
+    in_hu         map and scores are in HU, as those by votes; else they have no unit, as a surprise
     """
 
     name: str
     version: str
     weights_hash: str
     settings: str = ""
+    in_hu: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "name", fitting(self.name))
@@ -41,6 +45,11 @@ class Identity:
     @property
     def maker(self) -> Maker:
         return Maker(self.name, self.version, self.weights_hash[:64])
+
+    @property
+    def unit(self) -> Code:
+        """Of map and scores."""
+        return codes.UCUM.HounsfieldUnit if self.in_hu else codes.UCUM.NoUnits
 
 
 def fitting(name: str) -> str:
@@ -56,7 +65,7 @@ class Result(Protocol):
     """The part of a detect.Projection that the objects need; maps are [S, H, W] of the scan's own slices."""
 
     scan: Scan
-    anomaly: np.ndarray                       # float: the surprise, no unit
+    anomaly: np.ndarray                       # float, of Identity.unit
     mask: np.ndarray                          # bool
     slice_scores: np.ndarray                  # [S]
     projected: np.ndarray                     # bool [S]

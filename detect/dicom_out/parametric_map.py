@@ -1,4 +1,4 @@
-"""The surprise map as a DICOM Parametric Map, float32, on the source's frames."""
+"""The anomaly map as a DICOM Parametric Map, float32, on the source's frames."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def build(case: Case) -> ParametricMap:
     values = case.on_source(case.result.anomaly.astype(np.float32))
     low, high = float(values.min()), float(values.max())
     mapping = RealWorldValueMapping(
-        "ANOMALY", "Difference from the closest normal, as the model scores it", codes.UCUM.NoUnits, (low, high),
+        "ANOMALY", "Difference from the closest normal, as the model scores it", case.identity.unit, (low, high),
         slope=1.0, intercept=0.0, quantity_definition=codes.SCT.Score)
     window = VOILUTTransformation(window_center=(low + high) / 2, window_width=max(high - low, 1.0))
     return case.finish(ParametricMap(

@@ -78,7 +78,7 @@ def _group(case: Case, segmentation: Segmentation | None):
 
 def _measurements(case: Case) -> list[Measurement]:
     result = case.result
-    measured = [Measurement(codes.SCT.Score, _rounded(result.score, 6), codes.UCUM.NoUnits)]
+    measured = [Measurement(codes.SCT.Score, _rounded(result.score, 6), case.identity.unit)]
     if result.percentile is not None:
         measured.append(Measurement(codes.DCM.PercentileRankingOfMeasurement, _rounded(result.percentile, 3),
                                     codes.UCUM.Percent))
@@ -87,7 +87,7 @@ def _measurements(case: Case) -> list[Measurement]:
     for k in case.key_slices:
         image, frames = case.reference(k)
         source = SourceImageForMeasurement(image.SOPClassUID, image.SOPInstanceUID, frames)
-        measured.append(Measurement(codes.SCT.Score, _rounded(result.slice_scores[k], 6), codes.UCUM.NoUnits,
+        measured.append(Measurement(codes.SCT.Score, _rounded(result.slice_scores[k], 6), case.identity.unit,
                                     referenced_images=[source]))
     return measured
 

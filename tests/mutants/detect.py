@@ -304,4 +304,7 @@ MUTANTS = (
            'if results and report.get("key") != results[0].key:', "if False:", "tests/test_parts.py -k whose_run_json"),
     Mutant("a run's beginning forgets what a finished one of its key has said", "detect/run.py",
            '_read_report(path).get("key") != report["key"]', "True", "tests/test_parts.py -k can_be_merged"),
+    Mutant("a map by votes is said to be without a unit", "detect/votes.py",
+           "in_hu: ClassVar[bool] = True", "in_hu: ClassVar[bool] = False",
+           "tests/test_dicom_out.py -k in_the_measures_unit"),
 )
