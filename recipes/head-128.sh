@@ -15,10 +15,9 @@
 #                                1 with SIZE=256)
 #     SIZE=256                   models/head-256, on a GPU in ten minutes of training (work in runs/head-256)
 #
-# models/head-128 is what this gave on two CPU cores with AVX512: 86 minutes of encoder and generator, 21 of readers. But
-# its networks for the surroundings had 53 minutes in two runs (docs/RESULTS.md), for which there are 40 epochs here, some
-# 35 minutes. Other seeds, machines or numbers of processes give other weights of the same kind. models/head-256 was
-# trained in another way, which its model.json tells.
+# models/head-128 is what this gave on two CPU cores with AVX512: 86 minutes of encoder and generator, 63 of the networks
+# for the surroundings, 21 of readers. Other seeds, machines or numbers of processes give other weights of the same kind.
+# models/head-256 was trained in another way, which its model.json tells.
 # Read the tables of the test scans once, at the end: choices are made by cross-validation and benchmarks/inversion.py.
 
 set -eu
