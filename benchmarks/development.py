@@ -43,6 +43,8 @@ from evaluation.cohort import Label  # noqa: E402
 
 def healthy_cases(model: Path) -> list[Case]:
     """The scans of a model's calibration, by the scores kept of them. ValueError for a model without them."""
+    if not (model / "model.json").is_file():
+        raise ValueError(f"--model {model}: holds no model.json; give the folder of a bundle, such as models/head-128")
     meta = read_object(model / "model.json")
     calibration = meta.get("calibration")
     if not calibration:

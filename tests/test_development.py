@@ -74,6 +74,7 @@ def test_what_cannot_be_compared_is_refused(data, tmp_path, monkeypatch, capsys)
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "model.json").write_text('{"settings": {}, "calibration": null}')
     assert "is not calibrated; make it with latent_stats.py" in refused(tmp_path / "bare")
+    assert "holds no model.json; give the folder of a bundle" in refused(tmp_path / "nowhere")
     write_rows(data / "scans.csv", [{"scan_id": name, "split": "mixed", "label": int(name == "ill1")}
                                     for name in ("ill1", "ill2")])
     assert "--split mixed: ill2 has no haemorrhage" in refused(model)
