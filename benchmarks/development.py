@@ -5,7 +5,7 @@
 Pasted lesions (cross_validation.py) are many and crude; these are few and real. --data is as of ct_ich.py; a split with
 haemorrhages is enough. The healthy scans are those that calibrated each model, by the scores that its model.json keeps
 of them: each judged by the others, and by a reader that has not seen it. So models are comparable that the same scans
-have calibrated, as those of one recipe. Writes table.md and figures.json: AUC by scan and by slice, with DeLong's
+have calibrated, as those of one recipe. Writes table.md and metrics.json: AUC by scan and by slice, with DeLong's
 interval, and every scan's percentile. Results are kept, so that the same command goes on where it was stopped.
 
 Exit codes: 0 done, 2 wrong usage.
@@ -14,7 +14,6 @@ Exit codes: 0 done, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -58,17 +57,22 @@ def healthy_cases(model: Path) -> list[Case]:
             for label, own, score in zip(labels, slices, scores)]
 
 
-def ill_cases(data: Path, split: str, model: Path, out: Path, device: str) -> list[Case]:
-    """The scans of a split, projected. ValueError where one has failed, or is healthy."""
+def ill_labels(data: Path, split: str) -> dict[str, Label]:
+    """The labels of a split by scan. ValueError where one is healthy."""
     labels, _ = read_split(data, split)
     if healthy := [scan_id for scan_id, label in labels.items() if not label.label]:
         raise ValueError(f"--split {split}: {healthy[0]} has no haemorrhage; those of the calibration are the healthy "
                          "ones here. Give a split of scans with one (ct_ich.py takes both)")
-    slice_labels = read_slice_labels(data)
-    compare.project(data / split, model, out, device, name=f"{split}, {model.name}")
+    return labels
+
+
+def ill_cases(scans: Path, labels: dict[str, Label], slice_labels: dict[str, dict[int, Label]], model: Path, out: Path,
+              device: str) -> list[Case]:
+    """The scans of a folder, projected. ValueError where one has failed."""
+    compare.project(scans, model, out, device, name=f"{scans.name}, {model.name}")
     found = projected(out)
     if failed := {scan_id: one["reason"] for scan_id, one in found.items() if "reason" in one}:
-        raise ValueError(f"--data {data}: not projected: {failed}")
+        raise ValueError(f"--data {scans.parent}: not projected: {failed}")
     return [_case(scan_id, label, slice_labels.get(scan_id, {}), found[scan_id]["slices"], found[scan_id]["score"])
             for scan_id, label in labels.items()]
 
@@ -104,11 +108,11 @@ def benchmark(args: argparse.Namespace) -> int:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"--model: {', '.join(sorted(twice))} given twice; models are told by their folders' names")
     healthy = [healthy_cases(model) for model in args.model]
-    found = {model.name: figures_of(ill_cases(args.data, args.split, model, args.out / model.name, args.device), cases)
+    labels, slice_labels = ill_labels(args.data, args.split), read_slice_labels(args.data)
+    found = {model.name: figures_of(ill_cases(args.data / args.split, labels, slice_labels, model,
+                                              args.out / model.name, args.device), cases)
              for model, cases in zip(args.model, healthy)}
-    (args.out / "figures.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    (args.out / "table.md").write_text(table(found), encoding="utf-8")
-    print(table(found), end="")
+    compare.write_figures(args.out, found, table(found))
     return 0
 
 
@@ -118,7 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="folder with scans.csv, slices.csv and the split's folder")
     add("--split", required=True, help="of scans.csv: scans with haemorrhage that no test holds")
     add("--model", type=Path, nargs="+", required=True, metavar="BUNDLE", help="calibrated model bundles")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="results, table.md and figures.json")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="results, table.md and metrics.json")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args(argv)
 

@@ -72,6 +72,8 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
         if config.perceptual_epochs >= config.epochs:
             distributed.print0(f"No adversary in this run: --epochs {config.epochs:g} end before or with its "
                                f"--perceptual-epochs {config.perceptual_epochs:g}, in which there is none")
+        elif not config.has_adversary(1):
+            distributed.print0("No adversary in this run: --adversarial 0")
 
         # ---- Train
         def learn(examples, index, done):

@@ -50,7 +50,7 @@ def test_every_model_has_a_row_by_its_own_healthy_scans(data, tmp_path, monkeypa
     high = write_model(tmp_path / "high", [0.0, 99.0, 99.0, 99.0], [(scan, 99.0) for scan in range(4)])
     command = ["--data", str(data), "--split", "mixed", "--model", str(low), str(high), "--out", str(tmp_path / "out")]
     assert development.main(command) == 0
-    found = json.loads((tmp_path / "out" / "figures.json").read_text())
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["low"]["scan"]["auc"] == 1 and found["low"]["percentile"] == {"ill1": 80.0, "ill2": 80.0}
     assert found["high"]["scan"]["auc"] == 0.25 and found["high"]["percentile"] == {"ill1": 20.0, "ill2": 20.0}
     assert found["low"]["slice"]["normal"] > 4 and found["low"]["slice"]["auc"] > 0.9 > found["high"]["slice"]["auc"]

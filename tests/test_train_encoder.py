@@ -337,6 +337,12 @@ def test_a_run_without_an_adversary_says_so(epochs, told, slices32, gan_run, tmp
     assert ("No adversary in this run: --epochs 0.5" in capsys.readouterr().out) == told
 
 
+def test_a_run_whose_adversary_has_no_weight_says_so(slices32, gan_run, tmp_path, capsys):
+    assert run_encoder(slices32, gan_run, tmp_path, "--epochs", 0.5, "--perceptual-epochs", 0, "--adversarial", 0,
+                       "--domain", 0) == 0
+    assert "No adversary in this run: --adversarial 0\n" in capsys.readouterr().out
+
+
 def test_the_adversary_comes_when_it_is_due_and_weighs_something():
     config = EncoderConfig(epochs=60, perceptual_epochs=40)
     assert [config.has_adversary(done) for done in (0, 0.66, 0.67, 1)] == [False, False, True, True]
