@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Sequence
 from datetime import timedelta
 
 import numpy as np
@@ -49,11 +50,12 @@ def pick_device(flag: str = "auto") -> torch.device:
     return torch.device("cuda", index)
 
 
-def pick_precision(flag: str, device: torch.device) -> torch.dtype:
+def pick_precision(flag: str, device: torch.device, units: Sequence[str] = ("amx_bf16",)) -> torch.dtype:
     """The type to compute in for --precision auto|bf16|fp32: torch.bfloat16 or torch.float32.
 
-    'auto' is bf16 where that is faster: on Ampere and later GPUs, and on CPUs with AMX. Elsewhere it is emulated, or
-    slower than op/winograd.py in fp32, as with AVX512-BF16, and has to be asked for.
+    'auto' is bf16 where that is faster: on Ampere and later GPUs, and on CPUs with one of these units. Elsewhere it is
+    emulated, or slower than op/winograd.py in fp32, as with AVX512-BF16 for networks of convolutions of 3 x 3, and has
+    to be asked for.
     """
     if flag not in ("auto", "bf16", "fp32"):
         raise ValueError(f"--precision {flag}: expected auto, bf16 or fp32")
@@ -63,7 +65,8 @@ def pick_precision(flag: str, device: torch.device) -> torch.dtype:
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # mkldnn's own test says yes for plain AVX512 too, where bf16 is emulated
-        native = torch.cpu.get_capabilities().get("amx_bf16", False)
+        found = torch.cpu.get_capabilities()
+        native = any(found.get(unit) for unit in units)
     return torch.bfloat16 if native else torch.float32
 
 

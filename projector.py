@@ -36,6 +36,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.imports import quick_imports
 from common.stopping import Terminated, orderly_end
 from common.version import VERSION
 from ct.settings import PreprocessSettings
@@ -170,12 +171,13 @@ def part_of_job_array() -> str | None:
 
 def load(args: argparse.Namespace) -> tuple[Projector, dict[str, Writer]]:
     """The model with its settings, and what is written of a scan."""
-    import distributed
-    from detect.bundle import load_bundle
-    from detect.dicom_out import dicom_writer
-    from detect.outputs import OUTPUTS
-    from detect.projection import Projector
-    from op import memory, set_impl
+    with quick_imports():
+        import distributed
+        from detect.bundle import load_bundle
+        from detect.dicom_out import dicom_writer
+        from detect.outputs import OUTPUTS
+        from detect.projection import Projector
+        from op import memory, set_impl
 
     memory.keep_freed()
     set_impl(args.ops)
@@ -203,13 +205,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     started = time.perf_counter()
 
-    import torch
+    with quick_imports():
+        import torch
 
-    import distributed
-    from ct.read import find_all
-    from detect.folder import further_results, remove_leftovers
-    from detect.processes import suitable
-    from detect.run import begin_report, run_report, write_all
+        import distributed
+        from ct.read import find_all
+        from detect.folder import further_results, remove_leftovers
+        from detect.processes import suitable
+        from detect.run import begin_report, run_report, write_all
 
     threads = torch.get_num_threads()
     try:

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from scipy import ndimage, optimize
+from torch.nn import functional
 
 from ct.morphology import box, dilate, filled, opened
 from ct.scan import Scan, ScanError
 from ct.settings import StandardiseSettings
+from op.threads import in_batches
 
 MIDDLE = 0.7                       # slices with more than this share of the largest area measure the head
 HEAD_MM = 150.0                    # diameter of a circle as large as an adult head's mean section in those slices
@@ -30,6 +32,7 @@ MAX_TURN_DEG = 25.0                # searched around upright and around the mask
 BONE_HU, EDGE_HU = 100.0, 50.0     # in native pixels: no blood; no brain
 LEAST_SOFT = 0.3                   # of a pixel must be soft tissue, or all of it counts as bone
 SAMPLES = 4                        # a side of an output pixel at most, against aliasing
+WORTH_THREADS = 1 << 19            # points that are: some milliseconds
 
 
 @dataclass(frozen=True)
@@ -301,5 +304,12 @@ def _sample(source: torch.Tensor, matrix: np.ndarray, offset: np.ndarray, shape:
         native /= length
         native -= 1
         grid[0, ..., 1 - k] = native
-    out = torch.nn.functional.grid_sample(source[None], torch.from_numpy(grid), align_corners=False)
-    return torch.nn.functional.avg_pool2d(out, samples)[0] if samples > 1 else out[0]
+    places = torch.from_numpy(grid)
+
+    def sampled(part: torch.Tensor) -> torch.Tensor:               # PyTorch itself uses one thread: this is one image
+        out = functional.grid_sample(part[None], places, align_corners=False)[0]
+        return functional.avg_pool2d(out, samples) if samples > 1 else out
+
+    if len(source) * places[..., 0].numel() < WORTH_THREADS:
+        return sampled(source)
+    return in_batches(sampled, len(source), source)

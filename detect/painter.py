@@ -10,6 +10,7 @@ from common.weights import CheckpointError
 from ct.halves import doubled, halved
 from ct.window import decode, encode
 from model import Encoder, Generator
+from op.threads import in_batches
 
 AT = 128                                  # lengths are pixels of images of this side
 CENTRE = 0.8                              # of a hidden block's side: what is drawn there is kept
@@ -35,15 +36,14 @@ class Painter:
         """The networks' images [S, 3, N, N] of slices [S, N, N], HU."""
         return encode(hu.clamp(*self.range_hu))
 
-    @torch.no_grad()
     def draw(self, images: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor, batch: int) -> torch.Tensor:
         """HU [S, N, N] within range_hu of images [S, 3, N, N] of which `hidden`, bool [S, N, N], is not seen; `batch`
-        of them at a time."""
-        parts = []
-        for part in zip(*(t.split(batch) for t in (images, hidden, bone))):
-            drawn = self.encoder.redraw(self.encoder.masked(*part), self.generator)
-            parts += map(decode, drawn.split(AT_ONCE))
-        return torch.cat(parts).clamp(*self.range_hu)
+        of them at a time. Without gradients."""
+        def drawn(*part: torch.Tensor) -> torch.Tensor:
+            found = self.encoder.redraw(self.encoder.masked(*part), self.generator)
+            return torch.cat([decode(some) for some in found.split(AT_ONCE)]).clamp(*self.range_hu)
+
+        return in_batches(drawn, batch, images, hidden, bone)
 
     def from_surroundings(self, hu: torch.Tensor, bone: torch.Tensor, side: float, batch: int) -> torch.Tensor:
         """Slices [S, N, N], HU, with every place drawn while it and its neighbours, blocks of `side` pixels of AT, are
@@ -56,11 +56,14 @@ class Painter:
             small_hu, small_bone = halved(hu.clamp(*self.range_hu), bone)
             found = doubled(self.from_surroundings(small_hu, small_bone, side, batch), small_bone)
             return torch.where(bone, hu, found)
-        images, found = self.images(hu), torch.zeros_like(hu)
-        for hidden, centre in blocks(self.size, side):
-            hidden, centre = (mask.to(hu.device).expand_as(bone) for mask in (hidden, centre))
-            found += self.draw(images, hidden, bone, batch) * centre
-        return torch.where(bone, hu, found)
+        def drawn(hu: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
+            images, found = self.images(hu), torch.zeros_like(hu)
+            for hidden, centre in blocks(self.size, side):
+                hidden, centre = (mask.to(hu.device).expand_as(bone) for mask in (hidden, centre))
+                found += self.draw(images, hidden, bone, batch) * centre
+            return torch.where(bone, hu, found)
+
+        return in_batches(drawn, batch, hu, bone)
 
 
 def block_sides(size: int, side: float) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from detect.residual import slice_medians
 from op.banded import smoothed
 from op.conv import conv2d, ready
 from op.layers import Kept
+from op.threads import in_batches
 
 CHANNELS = 6                              # of reader_input()
 GROUPS = 8                                # of channels that are normalised together
@@ -98,10 +99,12 @@ class Reader(nn.Module):
         Beyond what it says of half of the slice's soft brain: where a bleed is bright and large, it comes to doubt all
         that is in the slice (its normalisations see the whole). Arguments as of reader_input(). 0 outside soft brain.
         """
-        images, soft = reader_input(query_hu, expected_hu, brain, bone), brain & ~bone
-        found = torch.cat([self(part) for part in images.split(AT_ONCE)])
-        found = found - slice_medians(found, soft)[..., None, None]
-        return SCALE * torch.stack([found[:, 0], -found[:, 1]], dim=1) * soft[:, None]
+        def said(*part: torch.Tensor) -> torch.Tensor:
+            found, soft = self(reader_input(*part)), part[2] & ~part[3]
+            found = found - slice_medians(found, soft)[..., None, None]
+            return SCALE * torch.stack([found[:, 0], -found[:, 1]], dim=1) * soft[:, None]
+
+        return in_batches(said, AT_ONCE * torch.get_num_threads(), query_hu, expected_hu, brain, bone)
 
 
 def reader_input(query_hu: torch.Tensor, expected_hu: torch.Tensor, brain: torch.Tensor, bone: torch.Tensor

@@ -1,9 +1,8 @@
 """Generator and critic of HealthyGAN (Rahman Siddiquee et al. 2022, SASHIMI, arXiv:2209.01822).
 
 Parameter names and shapes are those of the released weights, `<iter>-G.ckpt` and `<iter>-D.ckpt`. Images are [B, 3, H,
-W] in [-1, 1], H and W divisible by 4. A network computes in `compute_dtype`: float32 and contiguous by default;
-bfloat16 and channels-last where that is fast. Parameters stay float32; images, masks and critic values go in and out as
-float32.
+W] in [-1, 1], H and W divisible by 4. A network computes in `compute_dtype`, float32 by default or bfloat16: on a CPU
+and in bfloat16 channels-last. Parameters stay float32; images, masks and critic values go in and out as float32.
 """
 
 from __future__ import annotations
@@ -14,6 +13,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from op.conv import conv2d
+from op.cuda import is_ref
+
+BF16_UNITS = ("amx_bf16", "avx512_bf16")       # of CPUs on which these networks are faster in bfloat16
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,10 @@ class Translation(NamedTuple):
 
 class Conv2d(nn.Conv2d):
     def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return self._conv_forward(x, self.weight.to(x.dtype), bias)
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        if bias is None and self.kernel_size == (3, 3):
+            return conv2d(x, weight, padding=1)
+        return self._conv_forward(x, weight, bias)
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -75,7 +81,7 @@ class InstanceNorm2d(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        if x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):
             return torch.cat([F.batch_norm(image, None, None, self.weight, self.bias, training=True)
                               for image in x.split(1)])
         return F.instance_norm(x, weight=self.weight.to(x.dtype), bias=self.bias.to(x.dtype))
@@ -146,5 +152,6 @@ class Discriminator(nn.Module):
 
 
 def _enter(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    layout = torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format
+    fast = dtype == torch.bfloat16 or (x.device.type == "cpu" and not is_ref())
+    layout = torch.channels_last if fast else torch.contiguous_format
     return x.to(dtype).contiguous(memory_format=layout)

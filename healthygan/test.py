@@ -41,6 +41,7 @@ from common.files import read_table, write_table
 from config import exit_code
 from dataset import DatasetError
 from healthygan.data import Pictures, class_folders, is_database, join, read_images, read_slices
+from healthygan.model import BF16_UNITS
 from healthygan.pictures import panels, save_map
 from healthygan.scoring import difference, unit_scores
 from healthygan.weights import Model, find_model
@@ -147,7 +148,7 @@ def test(args: argparse.Namespace) -> int:
     if args.white_16bit is not None:
         settings = dataclasses.replace(model.settings, white_16bit=args.white_16bit)
         model = dataclasses.replace(model, settings=settings)
-    dtype = model.generator.compute_dtype = distributed.pick_precision(args.precision, device)
+    dtype = model.generator.compute_dtype = distributed.pick_precision(args.precision, device, BF16_UNITS)
     pictures, labels = read_data(args.data, model)
     args.out.mkdir(parents=True, exist_ok=True)
     clear(args.out)

@@ -12,7 +12,7 @@ import torch
 import distributed
 from gan.runlog import load_optimiser
 from healthygan import losses
-from healthygan.model import Translation
+from healthygan.model import BF16_UNITS, Translation
 from healthygan.settings import TrainConfig
 
 MASK_LIMITS = (0.001, 0.95)              # a mean mask beyond them ...
@@ -38,7 +38,7 @@ class Trainer:
         self.g = config.model().generator().to(device)
         self.d = config.model().critic().to(device)
         self.g_ema = copy.deepcopy(self.g).requires_grad_(False) if config.ema_iterations else None
-        dtype = distributed.pick_precision(config.precision, device)
+        dtype = distributed.pick_precision(config.precision, device, BF16_UNITS)
         for net in (self.g, self.d, self.best):
             net.compute_dtype = dtype
         self.g_opt, self.d_opt = (torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.5, 0.999), fused=True)

@@ -12,12 +12,12 @@ import ctypes
 import functools
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from op.build import BuildError, load_c
 from op.cuda import is_ref
+from op.threads import pool
 
 LANES = 32                      # channels in multiples of these: what the compiler works on at a time
 FLAGS = {torch.bfloat16: (), torch.float32: ("-DFLOAT",)}
@@ -129,9 +129,3 @@ def _spread(run: Callable[[int, int], None], x: torch.Tensor) -> None:
         run(0, count)
     else:
         list(pool(available).map(run, edges[:-1], edges[1:]))
-
-
-@functools.cache
-def pool(threads: int) -> ThreadPoolExecutor:
-    """So many threads, for work in C that lets go of the GIL."""
-    return ThreadPoolExecutor(threads, "op.fused")

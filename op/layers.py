@@ -36,9 +36,10 @@ class Kept:
         if parameter.is_inference():                     # made in torch.inference_mode(): has no version
             return make()
         key = parameter.data_ptr(), parameter._version, how
-        if self.found[0] != key:
-            self.found = key, make()
-        return self.found[1]
+        found = self.found                               # another thread may replace it
+        if found[0] != key:
+            self.found = found = key, make()
+        return found[1]
 
 
 class PixelNorm(nn.Module):

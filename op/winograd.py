@@ -17,7 +17,7 @@ import torch
 
 from op.build import BuildError, load_c
 from op.cuda import is_ref
-from op.fused import pool
+from op.threads import pool
 
 NHWC = torch.channels_last
 FLAGS = ("-ffp-contract=fast",)  # a product and a sum in one instruction

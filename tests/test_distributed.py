@@ -145,5 +145,6 @@ def test_pick_precision(monkeypatch):
         found = {"amx_bf16": amx, "avx512_bf16": avx}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
         assert distributed.pick_precision("auto", cpu) == expected
+        assert distributed.pick_precision("auto", cpu, ("avx512_bf16",)) == (torch.bfloat16 if avx else torch.float32)
     with pytest.raises(ValueError, match="--precision fp16: expected auto, bf16 or fp32"):
         distributed.pick_precision("fp16", cpu)

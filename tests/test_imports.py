@@ -13,7 +13,7 @@ APART = {"healthygan", "demos", "benchmarks", "recipes", "examples"}         # f
 MAY_IMPORT = {                                                   # besides itself
     "op": set(),
     "common": set(),
-    "ct": {"common.files", "common.stopping", "common.version", "common.wording"},
+    "ct": {"common.files", "common.stopping", "common.version", "common.wording", "op.threads"},
     "evaluation": {"common.files", "common.wording"},
     "distributed": set(),
     "config": set(),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 
 import pytest
 
+from common.imports import quick_imports
 from tests.test_help import COMMANDS, ROOT
 
 LARGE = {"torch", "scipy", "numpy", "pydicom", "highdicom", "nibabel", "skimage", "sklearn", "matplotlib", "PIL"}
@@ -32,3 +34,36 @@ def imported(*words: str) -> set[str]:
 def test_the_command_line_is_read_before_anything_large_is_imported(words):
     found = imported(*words)
     assert "argparse" in found and not found & LARGE
+
+
+@pytest.fixture
+def thawed():
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+
+
+def test_what_is_loaded_is_never_looked_through(thawed, tmp_path, monkeypatch):
+    (tmp_path / "loaded_once.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with quick_imports():
+        import loaded_once  # noqa: F401
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count()
+    monkeypatch.delitem(sys.modules, "loaded_once")
+
+
+def test_where_nothing_is_loaded_garbage_stays_garbage(thawed):
+    with pytest.raises(KeyError), quick_imports():
+        raise KeyError("of the block")
+    assert gc.isenabled() and not gc.get_freeze_count()
+
+
+def test_a_collector_that_was_off_stays_off(thawed):
+    gc.disable()
+    try:
+        with quick_imports():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

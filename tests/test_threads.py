@@ -1,0 +1,77 @@
+"""Images shared out to threads of one thread each: what comes out is the same, and nobody else has fewer threads."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from op.threads import in_batches
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("count, batch", [(1, 4), (5, 1), (7, 4), (7, 100)])
+def test_parts_come_back_in_order_and_at_most_a_batch_is_in_work(threads, count, batch, two_threads):
+    torch.set_num_threads(threads)
+    at_work, most, lock = [0], [0], threading.Lock()
+    x = torch.arange(count * 2.0).reshape(count, 2)
+
+    def run(a, b):
+        with lock:
+            at_work[0] += len(a)
+            most[0] = max(most[0], at_work[0])
+        found = a * 10 + b
+        with lock:
+            at_work[0] -= len(a)
+        return found
+
+    assert torch.equal(in_batches(run, batch, x, -x), x * 9)
+    assert most[0] <= batch
+
+
+def test_threads_of_the_pool_have_one_thread_each_and_all_others_keep_theirs(two_threads):
+    together = threading.Barrier(2)
+
+    def run(part):
+        together.wait(10)                                # in two threads at once, or not at all
+        (part @ part.T).sum()                            # some work that PyTorch would share out
+        return torch.tensor([torch.get_num_threads()])
+
+    assert in_batches(run, 8, torch.zeros(4, 3)).tolist() == [1, 1]
+    assert torch.get_num_threads() == 2
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [2]
+
+
+def test_within_a_part_all_stays_in_its_thread(two_threads):
+    def run(part):
+        inner = in_batches(lambda one: torch.full((len(one),), threading.get_ident()), 8, part)
+        return (inner == threading.get_ident()).float()
+
+    assert in_batches(run, 8, torch.zeros(4)).tolist() == [1, 1, 1, 1]
+
+
+def test_no_gradient_is_kept_in_any_thread(two_threads):
+    weight = torch.ones(1, requires_grad=True)
+    assert not in_batches(lambda part: part * weight, 8, torch.ones(4)).requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_an_error_of_a_part_is_raised(two_threads):
+    def run(part):
+        raise ValueError("of this part")
+
+    with pytest.raises(ValueError, match="of this part"):
+        in_batches(run, 8, torch.zeros(4))
