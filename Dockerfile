@@ -12,9 +12,11 @@
 # CUDA 13.0 is what the locked torch is built for. Ubuntu 24.04 has Python 3.12, which the lock covers.
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
 
-# gcc, g++: op/ compiles its C and CUDA sources at first use (nvcc is in the image)
+# gcc, g++: op/ compiles its C and CUDA sources at first use (nvcc is in the image). tzdata: TZ is UTC without it, and
+# it asks where the machine stands unless it is told not to
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends g++ gcc libc6-dev python3 python3-venv \
+    && DEBIAN_FRONTEND=noninteractive \
+       apt-get install -y --no-install-recommends g++ gcc libc6-dev python3 python3-venv tzdata \
     && rm -rf /var/lib/apt/lists/*
 
 RUN python3 -m venv /opt/venv

@@ -11,6 +11,7 @@ The only state is torch.distributed's own process group. Every rank must call fu
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Sequence
 from datetime import timedelta
@@ -112,6 +113,18 @@ def cleanup() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_alone(code: int) -> None:
+    """Ends this process at once, after an error of which the other ranks may know nothing, if there is NCCL in between.
+
+    NCCL's group is left together: who leaves alone may wait there for ranks that wait for him in an all-reduce, and
+    torchrun sees no rank fail. Alone, or with gloo, does nothing: cleanup() does not wait.
+    """
+    if get_world_size() > 1 and "nccl" in dist.get_backend_config():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 # ---- Rank

@@ -72,7 +72,7 @@ def slice_units(args, scan_scores: dict[Key, Score], scan_labels: dict[Key, Labe
 
 
 def own_threshold(scores: Path, evaluated: list[Key]) -> tuple[float | None, str]:
-    """The threshold of the model's calibration, from projector.py's run.json beside the scores, and its source.
+    """The threshold that a run flagged by, from projector.py's run.json beside the scores, and its source.
 
     None without one, and for an unfinished run, since the scores may be an earlier run's, by other settings. The source
     says how many of the evaluated scans have no flag: their scores cannot be compared with the calibration's.
@@ -83,15 +83,17 @@ def own_threshold(scores: Path, evaluated: list[Key]) -> tuple[float | None, str
     path = scores.parent / "run.json"
     run = read_json(path) if path.is_file() else {}
     calibration, how = run.get("calibration"), run.get("settings", {}).get("scan_score")
-    if run.get("seconds", 0) is None or not calibration or calibration["threshold"].get(how) is None:
+    own, given = calibration and calibration["threshold"].get(how), run.get("threshold")
+    if run.get("seconds", 0) is None or (own is None and given is None):
         return None, ""
-    source = (f"the model's own, at a false-positive rate of {calibration['threshold']['fpr']:g} on the healthy scans "
-              "of its calibration, none of which may be among these")
+    source = "that of projector.py --threshold" if given is not None else (
+        f"the model's own, at a false-positive rate of {calibration['threshold']['fpr']:g} on the healthy scans of its "
+        "calibration, none of which may be among these")
     without = {(row["scan_id"],) for row in read_table(scores, ("scan_id", "status"))
                if row["status"] == "ok" and row.get("flagged") == ""}
     if count := len(without & set(evaluated)):
         source += f"; {count} of these scans projector.py has not flagged or cleared by it: their notes say why"
-    return calibration["threshold"][how], source
+    return own if given is None else given, source
 
 
 def find_maps(args, scan_id: str) -> tuple[Path, bool]:

@@ -5,13 +5,15 @@
     python latent_stats.py --data own.lmdb --encoder models/head-128 --out models/own
 
 For the published search, the encoder's codes of the training slices, plain and augmented, give mean and principal
-components by position below the vertex (detect/latent.py). Every held-out scan is then projected just as projector.py
-will project, and its scores are kept: they turn a new scan's score into a percentile and a threshold. Few scans give a
-poor calibration: with --fold DATA RUN (several times) other runs of the training, which held other scans out, add
-theirs, each projected by the networks that have not seen them. One process; not for torchrun.
+components by position below the vertex (detect/latent.py); --components, --passes, --positions, --spacing-mm,
+--neighbour-mm and --seed are of these, and of no use to another method. Every held-out scan is then projected just as
+projector.py will project, and of each patient the highest score is kept: these turn a new scan's score into a
+percentile and a threshold. Few scans give a poor calibration: with --fold DATA RUN (several times) other runs of the
+training, which held other scans out, add theirs, each projected by the networks that have not seen them. One process;
+not for torchrun.
 A model bundle as --encoder is calibrated anew, for the scanner of other healthy scans (prepare.py --like), or with
-other settings (--set), and with other readers, if they were taught beside its networks (--reader); the options of the
-preset have no part in it.
+other settings (--set), and with other readers, if they were taught beside its networks (--reader); of the options of
+the preset only --batch and --precision have a part in it.
 Exit codes: 0 done, 2 wrong usage.
 
 A discriminator in the bundle is that of the encoder run, as in the released checkpoint: the GAN's, trained on against
@@ -20,6 +22,7 @@ the encoder's reconstructions. Its features measure the search's distance, so th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -27,9 +30,10 @@ from pathlib import Path
 
 from common.stopping import orderly_end
 from config import parse
-from detect.options import StatsConfig
+from detect.options import CodesConfig, StatsConfig
 
 LARGE_MB = 25.0                       # beyond this a bundle is too large to be committed
+OF_CODES = (*(f.name for f in dataclasses.fields(CodesConfig)), "seed")        # of the search's statistics alone
 
 PRESETS = {
     "paper512": StatsConfig(components=512),
@@ -71,6 +75,13 @@ def read_notes(value: str | None) -> str | dict | None:
         raise ValueError(f"--provenance {value}: expected a text or a JSON file: {error}") from error
 
 
+def tell_of_unused(given: set[str], whose: str) -> None:
+    """Print a note on the options in `given` that only the statistics of codes have a use for."""
+    if unused := [f"--{name.replace('_', '-')}" for name in OF_CODES if name in given]:
+        print(f"note: {', '.join(unused)}: of the codes' statistics, which only method=search makes; of no use to "
+              f"{whose}", flush=True)
+
+
 @orderly_end()
 def main(argv: list[str] | None = None) -> int:
     def arguments(parser):
@@ -105,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     config, args = parse(__doc__, PRESETS, arguments, argv)
 
     import distributed  # only now: --help needs none of what takes seconds to import
-    from bundling.build import build, build_anew
+    from bundling.build import build, build_anew, changed_settings
     from bundling.origins import OF_ENCODER_RUNS, is_bundle, open_encoder_run, refuse_surroundings
     from detect.settings import Settings
     from gan.database import ensure_database
@@ -116,21 +127,25 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("latent_stats.py runs as one process: start it with python, not torchrun")
         memory.keep_freed()
         set_impl(args.ops)
+        batch = getattr(args, "batch", None)                        # only where it was given: methods have their own
         notes, device, data = read_notes(args.provenance), distributed.pick_device(args.device), args.data
         if is_bundle(args.encoder):
             refuse_surroundings(args.surroundings, args.encoder)
             if args.fold or args.held_out or config.calibrate == "none":
                 raise ValueError(f"--encoder {args.encoder}: a model bundle is calibrated by what --data holds out: "
                                  "leave out --fold, --held-out and --calibrate none")
+            tell_of_unused(set(vars(args)), "a model bundle")
             folder = build_anew(args.encoder, data, args.changes, args.out, device, config.precision, args.name, notes,
-                                args.overwrite, args.reader)
+                                args.overwrite, args.reader, batch)
             print(report_size(folder))
             return 0
         for flag, value in (("--held-out", args.held_out), ("--reader", args.reader),
                             ("--surroundings", args.surroundings)):
             if value and args.fold:
                 raise ValueError(f"{flag} and --fold: give one of them")
-        settings = Settings().changed(SETTINGS[args.preset]).changed(args.changes)
+        settings = changed_settings(Settings().changed(SETTINGS[args.preset]), args.changes, batch)
+        if settings.method != "search":
+            tell_of_unused(set(vars(args)), f"method={settings.method}")
         if settings.method in OF_ENCODER_RUNS:                      # the encoder's own database, where it made one
             run = open_encoder_run(args.encoder)
             data = ensure_database(data, args.encoder, run.meta["model"]["size"])

@@ -14,9 +14,10 @@ Nothing is chosen on the scans that are reported on:
   --beside    further bundles, with their own calibration, scored as ours
 All get the same brain masks. Intervals and tests go by patient (the scan where no patient is given): DeLong's, for
 slices with Obuchowski's variance, and a bootstrap of patients. p are of paired DeLong tests against ours, corrected by
-Holm for the number of methods, and in the table by type for that of methods and types. A slice that was not projected
-has the score 0. A scan without slice labels counts among scans alone. Seconds are from the file to the scores; ours
-include writing its maps.
+Holm for the number of methods, and in the table by type for that of methods and types. A slice that was not projected,
+as one below the brain, has the score 0 by every method, which mostly is right and no method's merit: so there is an AUC
+besides without the normal ones of these. A scan without slice labels counts among scans alone. Seconds are from the
+file to the scores; ours include writing its maps.
 
 Exit codes: 0 done, 2 wrong usage, 3 some scans failed; they are named and left out of every row.
 """
@@ -58,6 +59,7 @@ class Case:
     slices         by method, float [S]
     scores         by method
     seconds        by method, from the file to the scores
+    projected      bool [S]: the slices that any method has seen
     """
 
     scan_id: str
@@ -67,6 +69,7 @@ class Case:
     slices: dict[str, np.ndarray]
     scores: dict[str, float]
     seconds: dict[str, float]
+    projected: np.ndarray
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -136,16 +139,20 @@ def measured(folder: Path, sources: list[ScanSource], preprocessing: PreprocessS
 
 
 def projected(folder: Path) -> dict[str, dict]:
-    """What projector.py wrote, by scan: slices [S], score and seconds; or reason, where it failed."""
+    """What projector.py wrote, by scan: slices [S], projected bool [S], score and seconds; or reason, where it failed.
+    """
     by_slice: dict[str, list[float]] = {}
     scores = read_scores(folder / "slices.csv", by_slice=True)
     for scan_id, number in sorted(scores):
         by_slice.setdefault(scan_id, []).append(scores[scan_id, number])
+    seen = {scan_id: np.zeros(len(slices), bool) for scan_id, slices in by_slice.items()}
+    for row in read_table(folder / "slices.csv", ("scan_id", "slice", "projected")):
+        seen[row["scan_id"]][int(row["slice"])] = row["projected"] == "1"
     rows, seconds = read_table(folder / "scores.csv", ("scan_id", "score", "status", "reason")), seconds_by_scan(
         folder / "seconds.csv")
-    return {row["scan_id"]: {"slices": np.array(by_slice[row["scan_id"]]), "score": float(row["score"]),
-                             "seconds": seconds[row["scan_id"]]} if row["status"] == "ok" else {"reason": row["reason"]}
-            for row in rows}
+    return {(scan_id := row["scan_id"]): {"slices": np.array(by_slice[scan_id]), "projected": seen[scan_id],
+                                          "score": float(row["score"]), "seconds": seconds[scan_id]}
+            if row["status"] == "ok" else {"reason": row["reason"]} for row in rows}
 
 
 def collect(split: str, labels: dict[str, Label], slice_labels: dict[str, dict[int, Label]],
@@ -163,7 +170,8 @@ def collect(split: str, labels: dict[str, Label], slice_labels: dict[str, dict[i
         if own and max(own) >= len(slices[OURS]):
             raise InputError(f"slices.csv: labels slice {max(own)} of {scan_id}, which has {len(slices[OURS])} slices "
                              "(0 is the most inferior)")
-        cases.append(Case(scan_id, split, labels[scan_id], own, slices, scores, seconds))
+        cases.append(Case(scan_id, split, labels[scan_id], own, slices, scores, seconds,
+                          ours[OURS][scan_id]["projected"]))
     return cases
 
 
@@ -180,11 +188,15 @@ def scan_units(cases: list[Case], method: str, kind: str | None = None) -> Units
             np.array([case.label.patient for case in cases]))
 
 
-def slice_units(cases: list[Case], method: str, kind: str | None = None) -> Units:
-    """Of all labelled slices; with a kind, of the normal ones and those with this type of haemorrhage."""
+def slice_units(cases: list[Case], method: str, kind: str | None = None, all_normal: bool = True) -> Units:
+    """Of all labelled slices; with a kind, of the normal ones and those with this type of haemorrhage.
+
+    all_normal: also those that were not projected.
+    """
     units = [(case.slices[method][number], label.label, case.label.patient)
              for case in cases for number, label in case.slice_labels.items()
-             if kind is None or not label.label or kind in label.types]
+             if (kind is None or not label.label or kind in label.types)
+             and (all_normal or label.label or case.projected[number])]
     return tuple(np.array(column) for column in zip(*units)) or (np.zeros(0), np.zeros(0, int), np.zeros(0, str))
 
 
@@ -226,6 +238,8 @@ def report(cases: list[Case], methods: list[str]) -> dict:
         corrected = metrics.holm(tests)
         for kind, method in tests:
             by_type[kind][method][level] |= {"p": tests[kind, method], "p_holm": corrected[kind, method]}
+    for method in methods:
+        found[method]["projected"] = ranking(*slice_units(cases, method, all_normal=False))
     return {"methods": found, "types": by_type,
             "without_slice_labels": [case.scan_id for case in cases if not case.slice_labels],
             "scans": {case.scan_id: {"split": case.split, "label": case.label.label, "types": list(case.label.types),
@@ -239,9 +253,10 @@ def table(figures: dict) -> str:
     lines = [f"{of['scan']['abnormal']} scans with haemorrhage and {of['scan']['normal']} without, "
              f"{of['slice']['abnormal']} slices with and {of['slice']['normal']} without ({', '.join(splits)}).", "",
              "| method | scan AUC | DeLong 95 % | bootstrap 95 % | slice AUC | DeLong 95 % | bootstrap 95 % | "
-             "seconds per scan | p, scan | p, slice |", "| --- " * 10 + "|"]
+             "of projected slices | DeLong 95 % | seconds per scan | p, scan | p, slice |", "| --- " * 12 + "|"]
     for method, f in methods.items():
         cells = [shown(f[level][figure]) for level in of for figure in ("auc", "auc_delong", "auc_bootstrap")]
+        cells += [shown(f["projected"][figure]) for figure in ("auc", "auc_delong")]
         tests = [shown(f[level]["p_holm"], 3) if method != OURS else "" for level in of]
         lines.append(f"| {' | '.join([name_of(method), *cells, format(f['seconds_a_scan'], '.1f'), *tests])} |")
     if figures["types"]:
@@ -253,7 +268,9 @@ def table(figures: dict) -> str:
         lines.append(f"| {' | '.join([kind, *counts, *cells])} |")
     notes = [f"p: paired DeLong test against ours, two-sided, Holm's correction for {len(methods) - 1} methods; by "
              f"type, *: p < {SIGNIFICANT} after the correction for all methods and types.",
-             f"Scan score from slice scores: {figures['settings']['scan_score']}."]
+             f"Scan score from slice scores: {figures['settings']['scan_score']}.",
+             f"Of projected slices: without {of['slice']['normal'] - methods[OURS]['projected']['normal']} normal ones "
+             "that were not, and have the score 0 by every method."]
     if figures["without_slice_labels"]:
         notes.append(f"Without slice labels, so among scans alone: {', '.join(figures['without_slice_labels'])}.")
     if figures["failed"]:

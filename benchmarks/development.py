@@ -53,7 +53,8 @@ def healthy_cases(model: Path) -> list[Case]:
     for one in calibration["slice_scores"]:
         slices[one["scan"]].append(one["score"])
     labels = [Label(0, (), f"healthy {i}") for i in range(len(scores))]
-    return [_case(label.patient, label, dict.fromkeys(range(len(own)), label), np.array(own), score)
+    return [_case(label.patient, label, dict.fromkeys(range(len(own)), label), np.array(own), score,
+                  np.ones(len(own), bool))              # a calibration holds slices that were projected alone
             for label, own, score in zip(labels, slices, scores)]
 
 
@@ -73,18 +74,21 @@ def ill_cases(scans: Path, labels: dict[str, Label], slice_labels: dict[str, dic
     found = projected(out)
     if failed := {scan_id: one["reason"] for scan_id, one in found.items() if "reason" in one}:
         raise ValueError(f"--data {scans.parent}: not projected: {failed}")
-    return [_case(scan_id, label, slice_labels.get(scan_id, {}), found[scan_id]["slices"], found[scan_id]["score"])
+    return [_case(scan_id, label, slice_labels.get(scan_id, {}),
+                  *(found[scan_id][name] for name in ("slices", "score", "projected")))
             for scan_id, label in labels.items()]
 
 
-def _case(scan_id: str, label: Label, slice_labels: dict[int, Label], slices: np.ndarray, score: float) -> Case:
-    return Case(scan_id, "", label, slice_labels, {compare.OURS: slices}, {compare.OURS: score}, {})
+def _case(scan_id: str, label: Label, slice_labels: dict[int, Label], slices: np.ndarray, score: float,
+          seen: np.ndarray) -> Case:
+    return Case(scan_id, "", label, slice_labels, {compare.OURS: slices}, {compare.OURS: score}, {}, seen)
 
 
 def figures_of(ill: list[Case], healthy: list[Case]) -> dict:
     """AUC by scan and slice (ct_ich.ranking), and of each ill scan the percentile among the healthy."""
     cases, scores = [*ill, *healthy], [case.scores[compare.OURS] for case in healthy]
-    return {"scan": ranking(*scan_units(cases, compare.OURS)), "slice": ranking(*slice_units(cases, compare.OURS)),
+    slices = slice_units(cases, compare.OURS, all_normal=False)
+    return {"scan": ranking(*scan_units(cases, compare.OURS)), "slice": ranking(*slices),
             "percentile": {case.scan_id: percentile_of(case.scores[compare.OURS], scores) for case in ill}}
 
 

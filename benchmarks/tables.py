@@ -39,7 +39,7 @@ def phe_sich(figures: dict) -> dict[str, dict]:
 
 def phantoms(figures: dict) -> dict[str, dict]:
     first = figures["methods"][OURS]["all"]
-    return {f"phantoms, {first['emergencies']} + {first['healthy']}: scan AUC":
+    return {f"phantoms, {first['emergencies']} + {first['healthy']}, calibrated by others: scan AUC":
             {method: (f["all"]["scan_auc"], *f["all"]["scan_auc_delong"]) for method, f in figures["methods"].items()}}
 
 

@@ -94,16 +94,17 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
 
 def build_anew(model: Path, data: Path, changes: Sequence[str], out: Path, device: torch.device,
                precision: str = "auto", name: str | None = None, notes: str | dict | None = None,
-               overwrite: bool = False, readers: Sequence[Path] = ()) -> Path:
+               overwrite: bool = False, readers: Sequence[Path] = (), batch: int | None = None) -> Path:
     """Write a model bundle to `out` that is `model` calibrated anew, by the scans that a database holds out.
 
     changes: KEY=VALUE over its settings. readers: runs of train_reader.py beside its networks, as of build(), in the
-    place of its own one. New scans are then prepared as those of the database are. Raises as build(), and ValueError
-    for scans that are known to be among those which its networks, or a reader that stays, have learnt from.
+    place of its own one. batch: as of changed_settings(). New scans are then prepared as those of the database are.
+    Raises as build(), and ValueError for scans that are known to be among those which its networks, or a reader that
+    stays, have learnt from.
     """
     refuse_bundle(out, overwrite)
     bundle = load_bundle(model, device, precision)
-    settings = bundle.settings.changed(changes)
+    settings = changed_settings(bundle.settings, changes, batch)
     trained = [open_model(data, bundle.with_settings(settings), keep_reader=not readers)]
     if readers:
         trained = with_readers(trained[0], readers, settings, device)
@@ -111,6 +112,20 @@ def build_anew(model: Path, data: Path, changes: Sequence[str], out: Path, devic
         "name": name or out.name, "calibration_data": trained[0].dataset.facts(),
         "calibration_notes": notes or "anew: what other notes say of a calibration was before"}
     return write(trained, settings, known, out, device, precision, overwrite)
+
+
+def changed_settings(settings: Settings, changes: Sequence[str], batch: int | None = None) -> Settings:
+    """Settings with the KEY=VALUE of --set. batch: slices at a time, by --batch; None, or batch=N of --set: theirs.
+
+    A note is printed for a method that has no such setting. Raises ValueError as Settings.changed().
+    """
+    settings = settings.changed(changes)
+    if batch is None or any(text.startswith("batch=") for text in changes):
+        return settings
+    if not hasattr(settings.reconstruction, "batch"):
+        print(f"note: --batch: of no use to method={settings.method}", flush=True)
+        return settings
+    return settings.replace(batch=batch)
 
 
 def write(trained: list[Trained], settings: Settings, known: dict[str, Any], out: Path, device: torch.device,

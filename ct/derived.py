@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, tzinfo
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ WARNING = "Research, unverified"              # opens every series' description
 LONG_WARNING = "Research only, unverified: not a medical device"        # 64 characters at most
 TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
           "StudyTime", "ReferringPhysicianName")
+LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
+OFFSET = re.compile(r"[+-]\d\d[0-5]\d")               # of TimezoneOffsetFromUTC, from -1200 to +1400
 
 
 class DerivedError(ScanError):
@@ -57,9 +60,11 @@ class Derived:
     frames       [S] per slice its (image, frame from 0 in its file) among them
     thickness    [S] slice thickness in mm; by where the neighbours lie, where the source does not say
     patient      the source's patient and study modules; None where they are not to be copied
+    burned_in    an image says that text is burned into its pixels
     series_base  what this maker's series numbers begin after
     seed         what the objects' UIDs are made from
-    made         content date and time
+    made         content date and time: with the patient, at the source's offset from UTC if it gives one, as the dates
+                 copied are; else without one, local
     """
 
     scan: Scan
@@ -68,6 +73,7 @@ class Derived:
     frames: tuple[tuple[int, int], ...]
     thickness: np.ndarray
     patient: Dataset | None
+    burned_in: bool
     series_base: int
     seed: tuple
     made: datetime
@@ -77,7 +83,8 @@ class Derived:
         """Read the headers of the scan's files again.
 
         words: what decides the content besides the source and the maker, for the UIDs. phi: whether patient and
-        study modules are copied. own: fields of a subclass. Raises DerivedError where nothing can refer to the source.
+        study modules are copied. made: local, where it has no offset. own: fields of a subclass. Raises DerivedError
+        where nothing can refer to the source.
         """
         stack = scan.geometry
         if not isinstance(stack, SliceStack) or not stack.frames:
@@ -93,13 +100,17 @@ class Derived:
         _check_distinct(paths, headers)
         thickness = _thickness(scan, headers, paths)
         frames = tuple((paths.index(path), frame) for path, frame in stack.frames)
-        images = tuple(_reference_image(header, headers[0], thickness[0], [frame for _, frame in frames])
+        lossy = _lossy(headers)
+        images = tuple(_reference_image(header, headers[0], thickness[0], [frame for _, frame in frames], lossy)
                        for header in headers)
         instances = tuple(sorted((images[image].SOPInstanceUID, frame) for image, frame in frames))
         seed = (images[0].SeriesInstanceUID, instances, maker.name, maker.version, maker.serial, words, phi)
+        zone = _zone(headers[0]) if phi else None
         return cls(scan=scan, maker=maker, images=images, frames=frames, thickness=thickness,
-                   patient=_patient(headers[0]) if phi else None, series_base=9000 + 10 * _series_number(headers[0]),
-                   seed=seed, made=made, **own)
+                   patient=_patient(headers[0]) if phi else None,
+                   burned_in=any(header.get("BurnedInAnnotation") == "YES" for header in headers),
+                   series_base=9000 + 10 * _series_number(headers[0]), seed=seed,
+                   made=made.astimezone(zone).replace(tzinfo=zone), **own)
 
     def uid(self, *words) -> str:
         return make_uid(*self.seed, *words)
@@ -147,6 +158,8 @@ class Derived:
             ds.copy_patient_and_study_information(self.patient)
             if "SpecificCharacterSet" in self.patient:
                 ds.SpecificCharacterSet = self.patient.SpecificCharacterSet
+        if self.made.tzinfo is not None:
+            ds.TimezoneOffsetFromUTC = self.made.strftime("%z")
         ds.InstanceCreationDate, ds.InstanceCreationTime = DA(self.made.date()), TM(self.made.time())
         for item in ds.ContributingEquipmentSequence:             # highdicom adds itself, at the time of the clock
             item.ContributionDateTime = DT(self.made)
@@ -190,6 +203,23 @@ def _series_number(header: Dataset) -> int:
         return 0
 
 
+def _zone(header: Dataset) -> tzinfo | None:
+    """The offset from UTC of the source's dates and times; None where it gives none that can be."""
+    offset = str(header.get("TimezoneOffsetFromUTC") or "").strip()
+    if not OFFSET.fullmatch(offset) or not -1200 <= int(offset) <= 1400:
+        return None
+    return datetime.strptime(offset, "%z").tzinfo
+
+
+def _lossy(headers: Sequence[Dataset]) -> dict:
+    """Of the images that say they are lossy the first that says most, ratio and method; empty where none does.
+
+    Without elements that have no value: those would be empty in what is derived, too, where they must not.
+    """
+    said = [{keyword: header.get(keyword) for keyword in LOSSY if header.get(keyword)} for header in headers]
+    return max((one for one in said if one.get("LossyImageCompression") == "01"), key=len, default={})
+
+
 def _check_source(path: Path, header: Dataset, first: Dataset, alone: bool) -> None:
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"):
         if not header.get(keyword):
@@ -221,19 +251,22 @@ def _thickness(scan: Scan, headers: Sequence[Dataset], paths: Sequence[Path]) ->
                      for value, mm in zip(said, slice_thickness_mm(scan.position_mm))])
 
 
-def _reference_image(header: Dataset, first: Dataset, thickness_mm: float, frames: Sequence[int]) -> Dataset:
+def _reference_image(header: Dataset, first: Dataset, thickness_mm: float, frames: Sequence[int],
+                     lossy: dict) -> Dataset:
     """Identifiers and geometry of a source image, and nothing else: what highdicom looks at and refers to.
 
+    lossy: of all images, since highdicom asks the first one alone.
     Orientation and pixel spacing are the first image's; ct.dicom has seen to it that they agree but for rounding,
     which highdicom does not forgive. Of a multi-frame image it has these `frames` alone: others, of a second phase or
     copies, lie at the same places, which highdicom refuses.
     """
     image = Dataset()
     for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID",
-                    "Rows", "Columns", "LossyImageCompression", "LossyImageCompressionRatio",
-                    "LossyImageCompressionMethod"):
+                    "Rows", "Columns"):
         if keyword in header:
             setattr(image, keyword, header[keyword].value)
+    for keyword, value in lossy.items():
+        setattr(image, keyword, value)
     image.Modality, image.PositionReferenceIndicator = "CT", ""
     for keyword in TYPE_2:
         setattr(image, keyword, "")

@@ -6,13 +6,14 @@ What a file's header tells is read by ct.dicom_header; which images make up one 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from ct.dicom_header import Frame, read_header, stored_values
+from ct.dicom_header import NO_HU, Frame, number_of, read_header, stored_values
 from ct.dicom_pixels import read_pixels
 from ct.geometry import SliceStack, shear_deg
 from ct.limits import check_pixel_spacing, check_size, check_slice_spacing
@@ -27,6 +28,7 @@ TISSUE_HU = (-300, 300)                               # no padding value lies in
 SHARP_KERNEL = re.compile(r"(?:[A-Z][A-Z]?(?:5[5-9]|[6-9]\d)[A-Z]*|FC[358]\d|[DEL]|Y[A-D]|.*(?:BONE|EDGE|LUNG|"
                           r"SHARP).*)", re.IGNORECASE)
 TILT_DEG = 3.0                                        # of the gantry: two that differ by less are one, rounded
+FAR_APART = 1.5                                       # steps from slice to slice, in thicknesses of a slice
 VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT OB OF OW PN SH SL SQ SS ST TM UI UL UN US UT".split())
 
 
@@ -80,11 +82,11 @@ def _unreadable(folder: Path, files: list[tuple[Path, str]]) -> Found:
 def read(source: ScanSource) -> Scan:
     """Read a series' files as a Scan, in HU, brought to the display that Scan tells.
 
-    Localisers, derived, non-axial and non-CT images are left out with a note. Slices are sorted along their
-    common normal and keep their own positions, mm along that normal; gaps, duplicates and uneven spacing are
-    noted. Raises ScanError where fewer than 3 axial slices remain, where two different slices share a position,
-    where slices differ in size, pixel spacing or orientation, where slope, intercept or pixels are missing, and
-    where the values are not those of a head in air.
+    Localisers, derived, non-axial and non-CT images, and those in another unit than HU, are left out with a note.
+    Slices are sorted along their common normal and keep their own positions, mm along that normal; gaps, duplicates
+    and uneven spacing are noted. Raises ScanError where fewer than 3 axial slices remain, where two different slices
+    share a position, where slices differ in size, pixel spacing or orientation, where slope, intercept or pixels are
+    missing, and where the values are not those of a head in air.
     """
     chosen = set(source.options.get("frames", ()))
     frames = []
@@ -95,9 +97,11 @@ def read(source: ScanSource) -> Scan:
     frames = [frame for frame in frames if not frame.left_out]
     notes = list(source.options.get("notes", ())) + ([f"left out: {describe_left_out(out)}"] if out else [])
     if len(frames) < MIN_SLICES:
+        remedy = ("give the series that is in HU" if any(reason.startswith(NO_HU) for reason in out)
+                  else "give the whole series of axial slices, as the scanner made it")
         raise ScanError(f"{min(source.paths).name} and what belongs to it: {len(frames)} axial CT slices, at least "
                         f"{MIN_SLICES} are needed" + (f" (left out: {describe_left_out(out)})" if out else "")
-                        + "; give the whole series of axial slices, as the scanner made it")
+                        + f"; {remedy}")
     _check_alike(frames)
     notes += _remarks(frames)
 
@@ -111,8 +115,10 @@ def read(source: ScanSource) -> Scan:
     if len(order) < MIN_SLICES:
         raise ScanError(f"{min(source.paths).name} and what belongs to it: axial CT slices at {len(order)} different "
                         f"positions, at least {MIN_SLICES} are needed; give the whole series")
-    check_slice_spacing(frames[0].path.name, float(np.median(np.diff(position[order]))))
-    notes += [*spacing_notes(position[order]), *_tilt_notes(frames, stack.origins[order], position[order])]
+    step_mm = float(np.median(np.diff(position[order])))
+    check_slice_spacing(frames[0].path.name, step_mm)
+    notes += [*spacing_notes(position[order]), *_gap_notes(frames, step_mm)]
+    notes += _tilt_notes(frames, stack.origins[order], position[order])
     spacing = (float(np.linalg.norm(stack.row_step)), float(np.linalg.norm(stack.column_step)))
     files = tuple((frames[k].path, frames[k].index) for k in order)
     stack = replace(stack, origins=stack.origins[order], frames=files)
@@ -166,18 +172,17 @@ def _read_pixels(frames: list[Frame], notes: list[str]) -> list[np.ndarray]:
     for k, frame in enumerate(frames):
         members.setdefault(frame.path, []).append(k)
     stored = [np.empty(0)] * len(frames)
-    relabelled = 0
+    relabelled: Counter[str] = Counter()
     for path, indices in members.items():
-        pixels, native = read_pixels(path)
-        relabelled += native
+        pixels, wrong = read_pixels(path)
+        relabelled.update([wrong] if wrong else [])
         pixels = pixels[None] if pixels.ndim == 2 else pixels
         for k in indices:
             if frames[k].index >= len(pixels) or pixels[frames[k].index].shape != frames[k].size:
                 raise ScanError(f"{path.name}: its pixels are not of the size that Rows, Columns and "
                                 "NumberOfFrames say; export the series again")
             stored[k] = pixels[frames[k].index]
-    if relabelled:
-        notes.append(f"transfer syntax says compressed, the pixels are not: {relabelled} files read as they are")
+    notes += [f"transfer syntax {wrong}: {count} files read as they are" for wrong, count in relabelled.items()]
     return stored
 
 
@@ -195,6 +200,8 @@ def _to_hu(frames: list[Frame], stored: list[np.ndarray], notes: list[str]) -> n
             integers = np.issubdtype(raw.dtype, np.integer)
             values = stored_values(raw, frame.bits, frame.signed) if integers else raw
             padded = (values >= limits[0]) & (values <= limits[1]) if limits else np.zeros(values.shape, bool)
+            if integers and _has_wide_padding(frame):
+                padded |= raw.astype(np.uint16) == frame.wide_padding
             values = values.astype(np.float32)
             if inverted and frame.monochrome1:
                 values = (-1 if frame.signed else 2**frame.bits - 1) - values
@@ -219,11 +226,19 @@ def _to_hu(frames: list[Frame], stored: list[np.ndarray], notes: list[str]) -> n
 
 def _padding_outside_tissue(frame: Frame) -> tuple[int, int] | None:
     """The frame's padding range, None where it reaches into the HU of tissue."""
-    if frame.padding is None:
-        return None
-    slope, intercept = frame.rescale
-    low, high = sorted(value * slope + intercept for value in frame.padding)
-    return None if low <= TISSUE_HU[1] and high >= TISSUE_HU[0] else frame.padding
+    return None if frame.padding is None or _among_tissue(frame, *frame.padding) else frame.padding
+
+
+def _has_wide_padding(frame: Frame) -> bool:
+    """Whether padding has more bits than the pixels; not where these, with an overlay above them, could be tissue."""
+    return frame.wide_padding is not None and not _among_tissue(
+        frame, int(stored_values(np.array(frame.wide_padding), frame.bits, frame.signed)))
+
+
+def _among_tissue(frame: Frame, *stored: int) -> bool:
+    """Whether the stored values, or one between them, mean HU of tissue."""
+    hu = [value * frame.rescale[0] + frame.rescale[1] for value in stored]
+    return min(hu) <= TISSUE_HU[1] and max(hu) >= TISSUE_HU[0]
 
 
 def _to_display(hu: np.ndarray, frames: list[Frame]) -> tuple[np.ndarray, SliceStack]:
@@ -258,6 +273,16 @@ def _drop_duplicates(hu: np.ndarray, position: np.ndarray, names: list[str], not
     if len(keep) < len(hu):
         notes.append(f"duplicate slices dropped: {len(hu) - len(keep)}")
     return keep
+
+
+def _gap_notes(frames: list[Frame], step_mm: float) -> list[str]:
+    """A note where much lies between the slices: every second file is missing, or the protocol leaves gaps."""
+    told = [number_of(frame.traits["thickness"]) for frame in frames]
+    thickness_mm = float(np.median([mm for mm in told if 0 < mm < np.inf] or [np.inf]))
+    if step_mm <= FAR_APART * thickness_mm:
+        return []
+    return [f"slices are {thickness_mm:.3g} mm thick and {step_mm:.3g} mm apart: {1 - thickness_mm / step_mm:.0%} of "
+            "the head is not shown; are files missing?"]
 
 
 def _tilt_notes(frames: list[Frame], origins: np.ndarray, position_mm: np.ndarray) -> list[str]:

@@ -23,9 +23,11 @@ from ct.limits import check_size
 from ct.scan import ScanError
 
 CT_CLASSES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
-HU_TYPES = ("", "HU", "HU_MOD", "US")                 # of RescaleType; US: unspecified
+HU_TYPES = ("", "HU", "HU_MOD", "US")                 # of RescaleType, or HOUNSFIELD ...; US: unspecified
+NO_HU = "no HU"                                       # begins the reason of an image whose values are something else
 AXIAL_COS = float(np.cos(np.deg2rad(45)))             # slice normal to body axis; gantries tilt up to 30 degrees
-PROJECTIONS = {"MIP", "MINIP", "AVERAGE", "AVERAGE_IP", "PROJECTION IMAGE", "MPR", "REFORMATTED", "VOLREN"}
+PROJECTIONS = {"MIP", "MINIP", "AVERAGE", "AVERAGE_IP", "PROJECTION IMAGE", "MPR", "REFORMATTED", "VOLREN",
+               "MAXIMUM", "MINIMUM", "MEAN", "STD_DEVIATION", "SUBTRACTION"}              # these of Enhanced CT
 MIPS = {"MIP", "MINIP"}                               # also within a value, as in CT_SOM5 MIP
 NO_AGENT = {"", "NO", "N", "NONE", "NO CONTRAST", "WITHOUT", "0"}
 HEADER_TAGS = (
@@ -51,6 +53,7 @@ class Frame:
     spacing: tuple[float, float] | None = None        # (row, column) mm
     rescale: tuple[float, float] | None = None        # slope, intercept
     padding: tuple[int, int] | None = None            # stored values (inclusive) that mean: not measured
+    wide_padding: int | None = None                   # 16 bits, more than BitsStored, that mean the same
     monochrome1: bool = False
     bits: int = 16                                    # BitsStored
     signed: bool = False
@@ -125,7 +128,7 @@ def _frames(path: Path, ds: pydicom.Dataset) -> list[Frame]:
     """The frames of a file, each with the reason for which it is left out, if any."""
     count = int(ds.get("NumberOfFrames", 1) or 1)
     size = (int(ds.get("Rows", 0) or 0), int(ds.get("Columns", 0) or 0))
-    modality, colours = str(ds.get("Modality", "")), str(ds.get("PhotometricInterpretation", ""))
+    modality, colours = str(ds.get("Modality", "")), str(ds.get("PhotometricInterpretation") or "")
     reason = None
     if modality != "CT":
         known = modality if re.fullmatch("[A-Z]{2,10}", modality) else "not given" if not modality else "unknown"
@@ -135,6 +138,8 @@ def _frames(path: Path, ds: pydicom.Dataset) -> list[Frame]:
         reason = f"no CT image (SOP class {name if name != ds.SOPClassUID else 'unknown'})"
     elif 0 in size:
         reason = "no picture"
+    elif not colours:
+        reason = "without PhotometricInterpretation"
     elif int(ds.get("SamplesPerPixel", 1) or 1) != 1 or not colours.startswith("MONOCHROME"):
         reason = "in colour"
     if reason is not None:
@@ -168,11 +173,6 @@ def _frame(path: Path, index: int, count: int, size: tuple[int, int], ds: pydico
     spacing = numbers("PixelSpacing", "PixelMeasuresSequence", 2)
     slope = numbers("RescaleSlope", "PixelValueTransformationSequence", 1)
     intercept = numbers("RescaleIntercept", "PixelValueTransformationSequence", 1)
-    kind = text("RescaleType", "PixelValueTransformationSequence")
-    if kind not in HU_TYPES:
-        known = kind if re.fullmatch("[A-Z0-9_]{1,16}", kind) else "unknown"
-        raise ScanError(f"{path.name}: RescaleType is {known}: its values are no Hounsfield units; give the series "
-                        "that is in HU")
     types = value("FrameType", "CTImageFrameTypeSequence") or ds.get("ImageType") or ()
     types = [str(v).strip().upper() for v in ([types] if isinstance(types, str) else types)]
     bits, signed = int(ds.get("BitsStored") or 16), bool(ds.get("PixelRepresentation"))
@@ -186,11 +186,12 @@ def _frame(path: Path, index: int, count: int, size: tuple[int, int], ds: pydico
     return Frame(
         path, index, size, position, orientation, None if spacing is None else (float(spacing[0]), float(spacing[1])),
         None if slope is None or intercept is None else (float(slope[0]), float(intercept[0])),
-        _padding(ds, bits, signed), text("PhotometricInterpretation") == "MONOCHROME1", bits, signed,
+        _padding(ds, bits, signed), _wide_padding(ds, bits, signed), text("PhotometricInterpretation") == "MONOCHROME1",
+        bits, signed,
         index if count > 1 else int(number) if number.lstrip("-").isdecimal() else None,
         types[:1] == ["DERIVED"] or text("LossyImageCompression") == "01", types[:2] == ["DERIVED", "SECONDARY"],
         {trait: _one_spelling(v) for trait, v in traits.items()}, abs(tilt_deg) if np.isfinite(tilt_deg) else 0.0,
-        _why_left_out(types, position, orientation))
+        _why_left_out(types, text("RescaleType", "PixelValueTransformationSequence"), position, orientation))
 
 
 def number_of(text: str) -> float:
@@ -234,6 +235,14 @@ def _padding(ds: pydicom.Dataset, bits: int, signed: bool) -> tuple[int, int] | 
     return (int(stored.min()), int(stored.max())) if fits.all() else None
 
 
+def _wide_padding(ds: pydicom.Dataset, bits: int, signed: bool) -> int | None:
+    """The 16 bits of a padding value that has more bits than the pixels: some writers store it all the same."""
+    value = ds.get("PixelPaddingValue")
+    if value is None or ds.get("PixelPaddingRangeLimit") is not None or _padding(ds, bits, signed) is not None:
+        return None
+    return int(value) & 0xFFFF
+
+
 def stored_values(raw: np.ndarray, bits: int, signed: bool) -> np.ndarray:
     """Decoded integers as the `bits` lowest bits tell them, with their sign: overlays may lie in the bits above."""
     if not 1 <= bits < 32:
@@ -253,15 +262,18 @@ def frame_value(ds: pydicom.Dataset, index: int, sequence: str, keyword: str):
     return ds.get(keyword)
 
 
-def _why_left_out(image_type: list[str], position, orientation) -> str | None:
+def _why_left_out(image_type: list[str], rescale_type: str, position, orientation) -> str | None:
     if "LOCALIZER" in image_type:
         return "localiser"
-    # Lossy compression makes an axial slice DERIVED PRIMARY AXIAL, anonymisers and archives DERIVED SECONDARY AXIAL;
-    # reformats and projections say what they are.
-    if image_type[:1] == ["DERIVED"] and (image_type[2:3] != ["AXIAL"] or PROJECTIONS & set(image_type)):
+    # Lossy compression makes an axial slice DERIVED PRIMARY AXIAL (in Enhanced CT: VOLUME; some writers: nothing more),
+    # anonymisers and archives DERIVED SECONDARY AXIAL; reformats and projections say what they are.
+    slices = ("AXIAL", "VOLUME", "") if image_type[1:2] == ["PRIMARY"] else ("AXIAL",)
+    if image_type[:1] == ["DERIVED"] and ("".join(image_type[2:3]) not in slices or PROJECTIONS & set(image_type)):
         return "derived"
     if MIPS & {word for value in image_type for word in value.split()}:
         return "maximum or minimum projection"
+    if rescale_type not in HU_TYPES and not rescale_type.startswith("HOUNSFIELD"):
+        return f"{NO_HU} (RescaleType {rescale_type if re.fullmatch('[A-Z0-9_]{1,16}', rescale_type) else 'unknown'})"
     if position is None or orientation is None:
         return "without a position in space"
     lengths = np.linalg.norm(orientation, axis=1)

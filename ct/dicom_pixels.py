@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from ct.apart import DecodingError, decode_apart
 from ct.limits import MAX_INFLATED
 from ct.scan import ScanError
 
 QUOTING = ("pydicom", "highdicom")                     # warn of odd values by quoting them; they may be a patient's
+OF_GE = "1.2.840.113619.5.2"                           # GE's own transfer syntax: the bytes of its pixels are swapped
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
 
@@ -69,30 +70,38 @@ def open_dicom(path: Path, **how) -> pydicom.Dataset:
 
 # ---- pixels
 
-def read_pixels(path: Path) -> tuple[np.ndarray, bool]:
-    """The stored values of a file, [H, W] or [frames, H, W], and whether its transfer syntax says compressed where they
-    are not. Raises ScanError where they cannot be decoded, OSError where the file cannot be read.
+def read_pixels(path: Path) -> tuple[np.ndarray, str]:
+    """The stored values of a file, [H, W] or [frames, H, W], with the bits above them where it is not compressed; and
+    what its transfer syntax says of them that is not so, if anything.
+
+    Raises ScanError where they cannot be decoded, OSError where the file cannot be read.
     """
-    relabelled, syntax = False, None
+    wrong, known, syntax = "", False, None
     try:
         ds = open_dicom(path)
-        syntax = ds.file_meta.get("TransferSyntaxUID")
+        syntax = ds.file_meta.get("TransferSyntaxUID") or None
+        known = isinstance(syntax, UID) and syntax.is_transfer_syntax
         if syntax is None:                                          # a bare data set: as it could be parsed
             implicit, _ = ds.original_encoding
             ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+        elif not known:                                             # some anonymisers replace every UID
+            if syntax == OF_GE or not _is_native(ds):
+                raise ScanError(f"{path.name}: its transfer syntax is none of DICOM's, so that its pixels cannot be "
+                                "decoded; export it uncompressed (Explicit VR Little Endian)")
+            ds.file_meta.TransferSyntaxUID, wrong = ExplicitVRLittleEndian, "is unknown, the pixels are not compressed"
         elif syntax.is_compressed and _is_native(ds):
-            ds.file_meta.TransferSyntaxUID, relabelled = ExplicitVRLittleEndian, True
-        syntax = ds.file_meta.TransferSyntaxUID
-        if syntax.is_compressed:
+            ds.file_meta.TransferSyntaxUID, wrong = ExplicitVRLittleEndian, "says compressed, the pixels are not"
+        if ds.file_meta.TransferSyntaxUID.is_compressed:
             pixels, = decode_apart("dicom", path, _size(ds))
-            return pixels, False
-        return ds.pixel_array, relabelled
+            return pixels, ""
+        ds.pixel_array_options(correct_unused_bits=False)
+        return ds.pixel_array, wrong
     except (ScanError, OSError):
         raise
     except Exception as error:                  # every decoder raises its own
         reason = str(error) if isinstance(error, DecodingError) else type(error).__name__
         told = f"{path.name}: its pixels cannot be decoded ({reason}): the file is damaged or truncated"
-        if syntax is not None and syntax.is_compressed:
+        if known and syntax.is_compressed:
             raise ScanError(f"{told}, or its transfer syntax is not supported ({syntax.name}); export it uncompressed "
                             "or in JPEG Lossless") from error
         raise ScanError(f"{told}; copy or export it again") from error

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0, ids: str = "
     if not search.sources:
         raise ScanError(f"{folder}: no scans found; looked for {LOOKED_FOR}"
                         + "".join(f"; {line}" for line in search.remarks()))
-    return sorted(_with_ids(search.sources, root, ids), key=lambda source: source.scan_id)
+    return sorted(_with_ids(_with_other_parts(search.sources), root, ids), key=lambda source: source.scan_id)
 
 
 def as_given(path: Path) -> Path:
@@ -298,6 +299,43 @@ def _moved(found, move: Callable[[Path], Path]):
     """A Found or ScanSource with its paths moved."""
     options = {key: move(value) if isinstance(value, Path) else value for key, value in found.options.items()}
     return replace(found, paths=tuple(map(move, found.paths)), options=options)
+
+
+def _with_other_parts(found: list[tuple[Found, Path | None]]) -> list[tuple[Found, Path | None]]:
+    """With a note on scans of which a part lies in another archive: each archive is searched alone."""
+    series: dict[tuple, dict[Path, set[Path]]] = {}
+    for one, within in found:
+        if key := _series(one, within):
+            series.setdefault(key, {}).setdefault(within, set()).update(one.paths)
+    noted = []
+    for one, within in found:
+        parts = series.get(_series(one, within), {})
+        others = [printable(other.name) for other in parts if other != within and not _copies(parts, within, other)]
+        if others:
+            whole = "both" if len(others) == 1 else "all"
+            note = f"another part of this series lies in {some(others)}: unpack {whole} into one folder"
+            one = replace(one, options=one.options | {"notes": (*one.options.get("notes", ()), note)})
+        noted.append((one, within))
+    return noted
+
+
+def _series(found: Found, within: Path | None) -> tuple | None:
+    """Equal for the parts of one DICOM series in archives; None for anything else.
+
+    Careless anonymisers give one series UID to several patients.
+    """
+    uid, *more = found.uid.split("|")
+    return (uid, more[0], found.whose) if within is not None and found.kind == dicom.KIND and uid and more else None
+
+
+def _copies(parts: dict[Path, set[Path]], *archives: Path) -> bool:
+    """Whether most files of a series in one of two archives are in the other, too, whatever they are called."""
+    contents = []
+    for path in archives:
+        with zipfile.ZipFile(path) as archived:
+            contents.append({(member.CRC, member.file_size) for member in archived.infolist()
+                             if Path(member.filename.replace("\\", "/")) in parts[path]})
+    return len(contents[0] & contents[1]) > min(map(len, contents)) / 2
 
 
 def _content(paths: tuple[Path, ...]) -> str:

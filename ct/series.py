@@ -264,21 +264,62 @@ def _overlap(first: list[Frame], second: list[Frame]) -> bool:
 def _runs(frames: list[Frame]) -> list[list[Frame]]:
     """Frames apart where their numbers run through the same stretch again: two to four times, of 5 slices or more.
 
-    Anything else is one run: numbers in no order above all, and those of slices that are no closer together than within
-    a run, as where files were numbered by their names (1, 10, 11, 2).
+    They may go on where the first run ends, upwards again or back downwards, or begin anew. Anything else is one run:
+    numbers in no order above all, and those of slices that are no closer together than within a run, as where files
+    were numbered by their names (1, 10, 11, 2).
     """
     numbers = [frame.number for frame in frames]
-    if None in numbers or len(set(numbers)) < len(numbers):
+    if None in numbers:
         return [frames]
+    if len(set(numbers)) < len(numbers):
+        return _if_passes(_of_equal_numbers(frames), frames)
     ordered = sorted(frames, key=lambda frame: frame.number)
     steps = np.diff([frame.height for frame in ordered])
     breaks = np.flatnonzero(np.sign(steps) != np.sign(np.median(steps))) + 1 if len(steps) else []
     edges = [0, *breaks, len(ordered)]
-    runs = [ordered[low:high] for low, high in zip(edges, edges[1:])]
-    if not (2 <= len(runs) <= 4 and min(map(len, runs)) >= 5):
+    runs = _if_passes([ordered[low:high] for low, high in zip(edges, edges[1:])], frames)
+    return runs if len(runs) > 1 else _if_passes(_up_and_down(ordered), frames)
+
+
+def _if_passes(runs: list[list[Frame]], frames: list[Frame]) -> list[list[Frame]]:
+    """The runs where each, by its numbers, is a pass through the same stretch; otherwise all frames as one."""
+    if not (2 <= len(runs) <= 4 and min(map(len, runs)) >= 5 and all(map(_direction, runs))):
         return [frames]
-    apart = np.ptp(_heights(frames)) / len(steps) < 0.75 * min(np.median(np.diff(_heights(run))) for run in runs)
+    mean_mm = np.ptp(_heights(frames)) / (len(frames) - 1)
+    apart = mean_mm < 0.75 * min(np.median(np.diff(_heights(run))) for run in runs)
     return runs if apart and all(_overlap(runs[0], run) for run in runs[1:]) else [frames]
+
+
+def _direction(run: list[Frame]) -> int:
+    """1 where the frames lie one above the other in their order, -1 downwards, 0 otherwise."""
+    signs = {int(sign) for sign in np.sign(np.diff([frame.height for frame in run]))}
+    return signs.pop() if len(signs) == 1 else 0
+
+
+def _of_equal_numbers(frames: list[Frame]) -> list[list[Frame]]:
+    """The lowest frame of each number, the next of each, and so on; none where a number has fewer frames, or two at one
+    place, which are duplicates.
+    """
+    levels: dict[int, list[Frame]] = {}
+    for frame in sorted(frames, key=lambda frame: (frame.number, frame.height)):
+        levels.setdefault(frame.number, []).append(frame)
+    even = len(set(map(len, levels.values()))) == 1
+    if not even or min(np.diff(_heights(level)).min() for level in levels.values()) <= SAME_PLACE_MM:
+        return []
+    return [list(run) for run in zip(*levels.values())]
+
+
+def _up_and_down(ordered: list[Frame]) -> list[list[Frame]]:
+    """Frames, by number, cut where they turn round. The one at the turn goes where the steps stay even with it, or to
+    the fewer where they do on both sides.
+    """
+    heights = np.array([frame.height for frame in ordered])
+    turn = int(np.argmax(heights * np.sign(heights[1] - heights[0]))) if len(heights) > 1 else 0
+    cuts = [[ordered[:cut], ordered[cut:]] for cut in (turn + 1, turn)]
+    cuts = [runs for runs in cuts if min(map(len, runs)) > 2 and _direction(runs[0]) == -_direction(runs[1])]
+    uneven = [sum(np.ptp(np.diff(_heights(run))) for run in runs) for runs in cuts]
+    cuts = [runs for runs, mm in zip(cuts, uneven) if mm - min(uneven) <= SAME_PLACE_MM]
+    return min(cuts, key=lambda runs: max(map(len, runs)), default=[])
 
 
 def describe_left_out(reasons: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ from ct.geometry import nominal_stack
 from ct.limits import check_pixel_spacing, check_ratio, check_slice_spacing
 from ct.picture_pixels import MAGIC, is_jpeg, read_pixels
 from ct.scan import Found, Scan, ScanError, ScanSource
-from ct.window import WINDOWS_HU, decode
+from ct.window import WINDOWS_HU, decode, encode
 
 KIND = "slices"
 SCAN_JSON, MASK = "scan.json", ("BrainExtraction", "bet.npy")
 TWELVE_BITS = 4095
 WHITE_BORDER = 0.8                                    # share of the border from which a picture looks inverted
+AGREE = 3.0                                           # levels: channels of one HU differ by less, but at edges of
+MISFIT = 0.5                                          # pictures that were resized: of their tissue, no more than this
 SUFFIXES = (".png", ".jpg", ".jpeg")
 ORDERS = ("inferior-to-superior", "superior-to-inferior")
 SCAN_JSON_HELP = (
@@ -106,7 +109,7 @@ def natural_key(path: Path) -> tuple:
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts), path.name
 
 
-def in_order(pictures: Sequence[Path]) -> list[tuple[float, Path]]:
+def in_order(pictures: Sequence[Path]) -> list[tuple[Fraction, Path]]:
     """Pictures with the number that their names give, in its order. ScanError where the names give no order.
 
     All names must read alike but for their numbers, and if several numbers change they must rise together. A sign and
@@ -118,19 +121,20 @@ def in_order(pictures: Sequence[Path]) -> list[tuple[float, Path]]:
         texts = {tuple(re.split(reading, stem)) for stem in stems}
         if len(texts) > 1:
             continue
-        numbers = np.array([[float(number) for number in re.findall(reading, stem)] for stem in stems])
-        order = np.lexsort(numbers.T[::-1]) if numbers.size else np.arange(len(stems))
-        ranked = numbers[order]
-        for before, k, row, earlier in zip(order, order[1:], ranked[1:], ranked):
-            if (row == earlier).all():
+        exact = [[Fraction(number) for number in re.findall(reading, stem)] for stem in stems]    # a UID has 20 digits
+        order = sorted(range(len(stems)), key=exact.__getitem__)
+        for before, k in zip(order, order[1:]):
+            if exact[before] == exact[k]:
                 first, second = sorted((pictures[before].name, pictures[k].name))
                 raise ScanError(f"{second}: the same slice as {first}, by their names; take one of them out")
+        lowest = [min(column) for column in zip(*exact)]
+        ranked = np.array([[float(number - low) for number, low in zip(exact[k], lowest)] for k in order])
         changing = [column for column in range(ranked.shape[1]) if np.ptp(ranked[:, column]) > 0]
         if not all((np.diff(ranked[:, column]) > 0).all() for column in changing):
             continue
         if reading is plain and any(_sign_or_dash(stems, texts, ranked, column) for column in changing):
             continue
-        return [(float(ranked[n, changing[0]]) if changing else 0.0, pictures[k]) for n, k in enumerate(order)]
+        return [(exact[k][changing[0]] if changing else Fraction(0), pictures[k]) for k in order]
     raise ScanError(f"the names of the pictures give no order ({min(pictures).name}, {max(pictures).name}): they must "
                     "be alike but for one number, or for numbers that rise together; name the slices by number, and "
                     "put each series in a folder of its own")
@@ -272,19 +276,21 @@ def read(source: ScanSource) -> Scan:
                 nominal_stack(position, spec.pixel_spacing_mm), KIND, notes)
 
 
-def _skipped_numbers(numbers: Sequence[float]) -> tuple[str, ...]:
+def _skipped_numbers(numbers: Sequence[Fraction]) -> tuple[str, ...]:
     """A note where files are numbered one by one and some numbers are missing."""
-    steps = np.diff(numbers)
-    if (steps == 1).all() or (steps == 1).mean() < 0.5 or any(number % 1 for number in numbers):
+    steps = [after - before for before, after in zip(numbers, numbers[1:])]
+    by_one = steps.count(1)
+    if by_one == len(steps) or by_one < len(steps) / 2 or any(number % 1 for number in numbers):
         return ()
-    skipped = sorted(set(range(int(numbers[0]), int(numbers[-1]) + 1)) - set(map(int, numbers)))
-    shown = ", ".join(map(str, skipped[:5])) + (", ..." if len(skipped) > 5 else "")
-    return (f"slices missing, by their numbers: {len(skipped)} ({shown}); the others are taken as evenly spaced",)
+    missing = int(numbers[-1] - numbers[0]) + 1 - len(numbers)
+    first = [int(before) + k for before, step in zip(numbers, steps) for k in range(1, min(int(step), 7))][:5]
+    shown = ", ".join(map(str, first)) + (", ..." if missing > 5 else "")
+    return (f"slices missing, by their numbers: {missing} ({shown}); the others are taken as evenly spaced",)
 
 
 def _read_pictures(pictures: list[Path], spec: SliceSpec) -> np.ndarray:
     """HU, float32 [S, H, W], of pictures of one size."""
-    hu, brightest = None, 0
+    hu, brightest, misfits = None, 0, np.zeros(2, int)
     for k, path in enumerate(pictures):
         pixels, outside, full = read_pixels(path, len(pictures))
         if hu is None:
@@ -297,6 +303,12 @@ def _read_pictures(pictures: list[Path], spec: SliceSpec) -> np.ndarray:
                             f"{hu.shape[2]}x{hu.shape[1]}; export all slices of a scan in one size")
         brightest = max(brightest, int(pixels.max())) if full > 255 else 65535
         hu[k] = _pixels_to_hu(path, pixels, outside, full, spec)
+        if len(spec.windows_hu) == 3:
+            misfits += _misfits(pixels, hu[k])
+    if misfits[0] > MISFIT * misfits[1]:
+        raise ScanError(f"{pictures[0].name} and the other pictures: R, G and B are of no one HU in "
+                        f"{misfits[0] / misfits[1]:.0%} of the tissue: grey pictures saved as RGB, or channels in the "
+                        f"order B, G, R? Give a {SCAN_JSON} with the one window, or swap the channels")
     if brightest <= TWELVE_BITS:
         raise ScanError(f"{pictures[0].name} and the other 16-bit pictures reach {brightest} of 65535 only: 12-bit "
                         "values? Scale them to the full 16 bits, so that 65535 is the window's high end")
@@ -326,6 +338,15 @@ def _pixels_to_hu(path: Path, pixels: np.ndarray, outside: np.ndarray | None, fu
     if outside is not None:
         hu[outside] = min(low for low, _ in spec.windows_hu)
     return hu
+
+
+def _misfits(pixels: np.ndarray, hu: np.ndarray) -> np.ndarray:
+    """How many pixels of a picture of three windows, uint8 [H, W, 3], are not what its HU [H, W] would be written as;
+    and of how many, without those that are black or white in all three."""
+    windows = pixels.transpose(2, 0, 1)
+    tissue = (windows.max(0) > 0) & (windows.min(0) < 255)
+    apart = np.abs((encode(hu) + 1) * 127.5 - windows).max(0) > AGREE
+    return np.array([(apart & tissue).sum(), tissue.sum()])
 
 
 def _refuse_inverted(pictures: list[Path], hu: np.ndarray, saturation: tuple[float, float]) -> None:

@@ -116,8 +116,10 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
     split          'val'
     scans          their number: their ids are names of folders, and not kept
     patients       the number of patients
-    scan_scores    by each of SCAN_SCORES, scan by scan
-    slice_scores   one dict per slice: scan (index into these), below_vertex_mm, score
+    scan_scores    by each of SCAN_SCORES, one of each patient: that of his scan which scores highest. Patients are
+                   drawn at random, scans of one are not: ranks among scans would flag more of the healthy than told
+    slice_scores   one dict per slice: scan (index into these), below_vertex_mm, score; of a patient's second scan
+                   and later ones nth, too, from 1
     threshold      by each of SCAN_SCORES, exceeded by a healthy scan with probability `fpr` at most; None
                    where there are too few patients, with the `reason`
     error_hu       mean absolute error of the reconstruction in the brain after each stage, HU, mean over scans
@@ -146,11 +148,12 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
                 + ", ".join(f"{stage} {error:.2f}" for stage, error in found.error_hu.items()))
     fitted, findings = measure.fit(evidence, patients)
     scores = [one.slice_scores for one in findings]
-    calibration = summary([one.below_vertex_mm.tolist() for one in evidence], scores, errors, brain_hu,
-                          len(set(patients)))
+    numbers = {patient: number for number, patient in enumerate(dict.fromkeys(patients))}
+    calibration = summary([one.below_vertex_mm.tolist() for one in evidence], scores, errors, brain_hu, len(numbers),
+                          [numbers[patient] for patient in patients])
     if calibration["patients"] < calibration["scans"]:
         log(f"note: {calibration['scans']} scans of {calibration['patients']} patients: those of one are alike, and "
-            "tell less of another's than scans of as many patients would")
+            "tell less of another's than scans of as many patients would; of each patient the highest score counts")
     for how, values in calibration["scan_scores"].items():
         log(f"scores of the healthy scans by {how}, lowest first: "
             + " ".join(f"{value:.3g}" for value in sorted(values)))
@@ -158,30 +161,46 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
 
 
 def summary(positions: list[list[float]], scores: list[torch.Tensor],
-            errors: list[dict[str, float]], brain_hu: list[float], patients: int) -> dict[str, Any]:
-    """The calibration's JSON from positions, slice scores, errors and median of the brain (HU) of each scan."""
-    scan_scores = {how: [scan_score(one, how, thickness_mm(mm)) for one, mm in zip(scores, positions)]
-                   for how in SCAN_SCORES}
-    slice_scores = [{"scan": s, "below_vertex_mm": round(mm, 3), "score": score}
+            errors: list[dict[str, float]], brain_hu: list[float], patients: int,
+            whose: Sequence[int] | None = None) -> dict[str, Any]:
+    """The calibration's JSON from positions, slice scores, errors and median of the brain (HU) of each scan.
+
+    whose: number of each scan's patient, from 0 in the order of their first scans; None: each of another's.
+    """
+    whose = list(range(len(scores)) if whose is None else whose)
+    nth = [whose[:s].count(patient) for s, patient in enumerate(whose)]
+    scan_scores = {how: highest_of_each([scan_score(one, how, thickness_mm(mm)) for one, mm in zip(scores, positions)],
+                                        whose) for how in SCAN_SCORES}
+    slice_scores = [{"scan": whose[s]} | ({"nth": nth[s]} if nth[s] else {})
+                    | {"below_vertex_mm": round(mm, 3), "score": score}
                     for s, (one, places) in enumerate(zip(scores, positions))
                     for score, mm in zip(one.tolist(), places)]
+    found = thresholds(scan_scores, FPR, patients if patients < len(scores) else None)
     mean_error = {stage: sum(error[stage] for error in errors) / len(errors) for stage in errors[0]}
     return {"split": "val", "scans": len(scores), "patients": patients, "scan_scores": scan_scores,
-            "slice_scores": slice_scores, "threshold": thresholds(scan_scores, FPR, patients), "error_hu": mean_error,
+            "slice_scores": slice_scores, "threshold": found, "error_hu": mean_error,
             "healthy": {"error_hu": [Reconstruction.last_error(error) for error in errors], "brain_hu": brain_hu}}
+
+
+def highest_of_each(values: Sequence[float], whose: Sequence[int]) -> list[float]:
+    """Of the values of scans the highest of each patient, in the order of their first scans."""
+    highest: dict[int, float] = {}
+    for value, patient in zip(values, whose):
+        highest[patient] = max(value, highest.get(patient, value))
+    return list(highest.values())
 
 
 def thresholds(scan_scores: dict[str, list[float]], fpr: float, patients: int | None = None) -> dict[str, Any]:
     """{fpr, a threshold or None for each way of scoring, reason}: reason says why there is none, else None.
 
-    patients: how many people's scans these are; None: each of another's. 20 scans of one head do not tell what one head
-    in 20 exceeds.
+    scan_scores: one of each patient (a bundle made before may hold one of each scan). patients: how many people's scans
+    these are, or the highest of; None: each of another's. 20 scans of one head do not tell what one head in 20 exceeds.
     """
     try:
-        by_score = {how: threshold_at_fpr(scores, fpr) for how, scores in scan_scores.items()}
         if patients is not None and patients < (needed := least_healthy(fpr)):
             raise ValueError(f"a false-positive rate of {fpr} needs healthy scans of {needed} patients, found those of "
                              f"{patients}; add scans of others or allow a higher rate")
+        by_score = {how: threshold_at_fpr(scores, fpr) for how, scores in scan_scores.items()}
     except ValueError as error:
         return {"fpr": fpr} | dict.fromkeys(scan_scores) | {"reason": str(error)}
     return {"fpr": fpr} | by_score | {"reason": None}
@@ -219,9 +238,9 @@ def depth_range(calibration: dict[str, Any]) -> tuple[float, float] | None:
 
 def _positions_mm(calibration: dict[str, Any]) -> list[list[float]]:
     """Of the slices of each healthy scan, mm below the vertex."""
-    positions_mm = defaultdict(list)
+    positions_mm: dict[tuple[int, int], list[float]] = defaultdict(list)
     for one in calibration["slice_scores"]:
-        positions_mm[one["scan"]].append(one["below_vertex_mm"])
+        positions_mm[one["scan"], one.get("nth", 0)].append(one["below_vertex_mm"])
     return list(positions_mm.values())
 
 

@@ -33,7 +33,7 @@ class StatsConfig(CodesConfig):
     calibrate: str = option("val", "project the held-out scans, or leave the bundle without healthy scores",
                             ("val", "none"))
     seed: int = option(0, "seed of the augmentation")
-    batch: int = option(32, "slices in the networks at a time: memory, not results")
+    batch: int = option(32, "slices in the networks at a time: memory, not results; --set batch=N goes before it")
     precision: str = option("auto", "bf16 where the device is good at it", ("auto", "bf16", "fp32"))
 
     def __post_init__(self):

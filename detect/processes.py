@@ -14,7 +14,7 @@ import signal
 from collections.abc import Callable, Iterator
 
 from common.stopping import orderly_end
-from ct.limits import free_memory
+from ct.limits import free_memory, usable_cores
 
 BYTES = 3e9                      # of memory that a process may take, scans of usual size
 SCANS = 4                        # that each must have at least, for its start to pay
@@ -22,8 +22,11 @@ DIE_WITH_PARENT = 1              # Linux: PR_SET_PDEATHSIG
 
 
 def suitable(scans: int) -> int:
-    """How many processes to use for so many scans: at most one per core, as free memory allows."""
-    return max(1, min(len(os.sched_getaffinity(0)), int(free_memory() / BYTES), scans // SCANS))
+    """How many processes to use for so many scans: at most one per core, as free memory allows.
+
+    Of both, what a container's limits leave counts.
+    """
+    return max(1, min(usable_cores(), int(free_memory() / BYTES), scans // SCANS))
 
 
 class Turns:

@@ -77,7 +77,7 @@ def rounded_up(rate: float) -> float:
 
 
 def percentile_of(score: float, healthy_scores: Sequence[float]) -> float:
-    """Percentile of a score among n healthy ones, 0 to 100 n / (n + 1).
+    """Percentile of a score among n healthy ones, each of another patient, 0 to 100 n / (n + 1).
 
     100 * (healthy scores below it) / (n + 1), which is 100 * (1 - p) for the conformal p-value (1 + healthy scores
     at or above it) / (n + 1): with n healthy scans no scan can be called rarer than one in n + 1.
@@ -92,7 +92,7 @@ def least_healthy(fpr: float) -> int:
 
 
 def threshold_at_fpr(healthy_scores: Sequence[float], fpr: float) -> float:
-    """The threshold that a healthy scan exceeds with a probability of at most fpr, from n healthy scores [n].
+    """The threshold that a healthy scan exceeds with a probability of at most fpr, from those of n patients [n].
 
     The ceil((n + 1)(1 - fpr))-th smallest of them. For a new healthy scan exchangeable with these, the probability of
     `score > threshold` is at most fpr whatever the distribution (split conformal prediction, Vovk et al. 2005); the

@@ -14,27 +14,30 @@ from common.sampler import InfiniteSampler
 
 # From the parts of a batch of slices, and random numbers for it alone, to what a step takes. It is pickled.
 Prepare = Callable[[dict[str, torch.Tensor], torch.Generator], dict[str, torch.Tensor]]
+CPU = torch.device("cpu")
 
 
-def image_batches(slices: Dataset, batch: int, seed: int, workers: int, start: int = 0) -> Iterator[torch.Tensor]:
+def image_batches(slices: Dataset, batch: int, seed: int, workers: int, start: int = 0, device: torch.device = CPU
+                  ) -> Iterator[torch.Tensor]:
     """HU of training slices for ever: int16 [batch, N, N], this rank's share of the stream that begins at `start`."""
-    for found in slice_batches(slices, batch, seed, workers, start, ("hu",)):
+    for found in slice_batches(slices, batch, seed, workers, start, ("hu",), device=device):
         yield found["hu"]
 
 
 def slice_batches(slices: Dataset, batch: int, seed: int, workers: int, start: int = 0,
-                  keys: tuple[str, ...] = ("hu", "brain"), prepare: Prepare | None = None
-                  ) -> Iterator[dict[str, torch.Tensor]]:
+                  keys: tuple[str, ...] = ("hu", "brain"), prepare: Prepare | None = None,
+                  device: torch.device = CPU) -> Iterator[dict[str, torch.Tensor]]:
     """The same with more of what SliceDataset holds of a slice; slices may be several of them in a ConcatDataset.
 
     prepare  what the loader's processes make of a batch: from it, and random numbers that hang on the seed and its
              place in the stream alone, so that a run that goes on meets the same batches, however many processes
+    device   of the run: batches for a GPU lie in pinned memory, no others: pinning takes memory of a GPU
     """
     sampler = InfiniteSampler(len(slices), seed, distributed.get_rank(), distributed.get_world_size(), start)
     # A generator of its own: a loader that starts would else take a number from the stream of the noise maps.
     yield from DataLoader(_Parts(slices, keys), batch, sampler=sampler.placed(), num_workers=workers,
                           collate_fn=_Collate(seed, prepare), generator=torch.Generator(),
-                          pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
+                          pin_memory=device.type == "cuda", persistent_workers=workers > 0,
                           worker_init_fn=_ignore_signals)
 
 

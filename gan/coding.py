@@ -88,11 +88,11 @@ class CodeTrainer(InpaintingTrainer):
 
     def _looked_at(self, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The adversary's view on reconstructions, and how far features of these are from the slices'."""
+        with torch.no_grad():            # while it is not frozen: else what is made of its weights would be kept
+            wanted = self.d.features(real)               # (op.layers.Kept), and a fused optimiser changes them unseen
         with frozen(self.d):
             stages = self.d.features(fake)
             logits = self.d.final_linear(self.d.summary(stages))
-            with torch.no_grad():
-                wanted = self.d.features(real)
             apart = [(mine.float() - theirs.float()).abs().mean()
                      for mine, theirs in zip(stages[STAGES], wanted[STAGES])]
         return g_nonsaturating(logits), torch.stack(apart).mean()

@@ -64,7 +64,7 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
     with Run(out, meta, trainer, config.seed, rollback) as run:
         distributed.check_same_state(trainer.e)
         batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen,
-                                prepare=trainer.prepare)
+                                prepare=trainer.prepare, device=device)
         begun = f"GAN at {snapshot.step / 1000:g} kimg" if snapshot else "no GAN" + ", new discriminator" * new
         distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; "
                            f"{begun}; {trainer.e.compute_dtype} on {device}")

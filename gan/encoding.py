@@ -21,7 +21,7 @@ from detect.inversion import EncoderMethod, Inversion
 from detect.perceptual import build_perceptual
 from gan.augment import coarse_noise, erase, random_flip, random_rotation
 from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
-from gan.quality import MOST_HELD_OUT, errors_hu, evenly, means
+from gan.quality import MOST_HELD_OUT, Measured, errors_hu, evenly, means
 from gan.runlog import load_optimiser
 from gan.settings import EncoderConfig
 from gan.snapshots import Snapshot
@@ -188,9 +188,9 @@ class EncoderTrainer:
     def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:
         """Mean PSNR (dB, over the three windows) and HU error in the brain, by scan; a grid of pairs as PNG.
 
-        Of as many scans as make MOST_HELD_OUT pictures the grid shows pairs.
+        No more than MOST_HELD_OUT slices are drawn; of as many scans as make so many pictures the grid shows pairs.
         """
-        psnr, error, pairs = [], [], []
+        dataset, psnr, error, pairs = Measured(dataset), [], [], []
         shown = set(evenly(range(len(dataset.scan_ids)), MOST_HELD_OUT // 16))
         for s in range(len(dataset.scan_ids)):
             scan = dataset.scan(s)

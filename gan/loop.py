@@ -41,7 +41,7 @@ def train(config: TrainConfig, data: Path, out: Path, device: torch.device, ince
             distributed.print0(f"Resuming at {trainer.images_seen / 1000:g} kimg"
                                + (": the training is over" if trainer.images_seen >= config.kimg * 1000 else ""))
         distributed.check_same_state(trainer.g)
-        batches = image_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen)
+        batches = image_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen, device)
         quality = Quality(held_out, dataset, inception, device) if distributed.is_main() else None
         if quality and not run.resumed:
             save_hu_grid(out / "real.png", quality.val_hu[:: max(1, len(quality.val_hu) // 32)][:32].numpy())
@@ -58,7 +58,7 @@ def train(config: TrainConfig, data: Path, out: Path, device: torch.device, ince
             def due(kimg, before=before, done=done):
                 return done or before // (kimg * 1000) < trainer.images_seen // (kimg * 1000)
 
-            if due(config.tick_kimg):
+            if due(config.tick_kimg) or due(config.grid_kimg):
                 extra = {"ada_p": trainer.ada.p, "r_t": trainer.ada.r_t} if trainer.ada else {}
                 if due(config.grid_kimg):
                     extra |= distributed.gather(quality.measure(trainer, out) if quality else None)[0]

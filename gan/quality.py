@@ -57,13 +57,36 @@ def evenly(items: Sequence[Item], most: int) -> list[Item]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def every_fourth(dataset: SliceDataset) -> list[int]:
-    """Indices of every fourth slice of each scan, but of no more than MOST_HELD_OUT, evenly spaced."""
+def every_nth(dataset: SliceDataset, n: int) -> list[tuple[str, int]]:
+    """Scan and index of every n-th slice of each scan, but of no more than MOST_HELD_OUT, evenly spaced."""
     counts, first, found = {scan["scan_id"]: len(scan["slices"]) for scan in dataset.manifest["scans"]}, 0, []
     for scan_id in dataset.scan_ids:
-        found += range(first, first + counts[scan_id], 4)
+        found += [(scan_id, index) for index in range(first, first + counts[scan_id], n)]
         first += counts[scan_id]
     return evenly(found, MOST_HELD_OUT)
+
+
+def every_fourth(dataset: SliceDataset) -> list[int]:
+    """Indices of every_nth() for 4."""
+    return [index for _, index in every_nth(dataset, 4)]
+
+
+class Measured:
+    """What every_nth() takes of a database, scan by scan. Of the others nothing is read: all ranks wait meanwhile.
+
+    scan_ids  the scans that something is taken of
+    scan(s)   dict(hu int16 [M, N, N], brain bool [M, N, N]): what is taken of one of them
+    """
+
+    def __init__(self, dataset: SliceDataset, n: int = 1):
+        self.dataset, self._taken = dataset, {}
+        for scan_id, index in every_nth(dataset, n):
+            self._taken.setdefault(scan_id, []).append(index)
+        self.scan_ids = list(self._taken)
+
+    def scan(self, s: int) -> dict[str, torch.Tensor]:
+        slices = [self.dataset[index] for index in self._taken[self.scan_ids[s]]]
+        return {key: torch.stack([one[key] for one in slices]) for key in ("hu", "brain")}
 
 
 def errors_hu(drawn: torch.Tensor, hu: torch.Tensor, where: torch.Tensor) -> list[torch.Tensor]:

@@ -92,7 +92,7 @@ def train(config: ReaderConfig, data: Path, beside: Beside, out: Path, device: t
     with Run(out, meta, trainer, config.seed, rollback) as run:
         distributed.check_same_state(trainer.reader)
         batches = slice_batches(slices, config.batch, run.seed, config.workers, trainer.images_seen,
-                                prepare=trainer.prepare)
+                                prepare=trainer.prepare, device=device)
         distributed.print0(f"{told}, {len(held_out)} held out; {trainer.reader.compute_dtype} on {device}")
         go_through(config, run, trainer, trainer.learn, batches, held_out, len(slices), out, device)
 

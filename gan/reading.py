@@ -28,7 +28,7 @@ from detect.reader import Reader, grainless, reader_input
 from gan.augment import random_flip
 from gan.corrupt import draw_grained, scanner
 from gan.inpainting import bone_of
-from gan.quality import every_fourth
+from gan.quality import Measured
 from gan.runlog import load_optimiser
 from gan.settings import ReaderConfig
 
@@ -146,13 +146,10 @@ class ReadingTrainer:
                 "val_ap": float(np.mean(precisions)) if precisions else 0.0}
 
     def _examples(self, dataset: SliceDataset) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        """Of each scan what every_fourth() takes with what is drawn into it, and what the reader sees of it."""
-        generator, found, by_scan = torch.Generator().manual_seed(0), [], {}
-        for one in map(dataset.__getitem__, every_fourth(dataset)):
-            by_scan.setdefault(one["scan"], []).append(one)
-        for slices in by_scan.values():
-            stacked = {key: torch.stack([one[key] for one in slices]) for key in ("hu", "brain")}
-            examples = {name: t.to(self.device) for name, t in self.prepare(stacked, generator).items()}
+        """Of each scan every fourth slice (Measured) with what is drawn into it, and what the reader sees of it."""
+        measured, generator, found = Measured(dataset, 4), torch.Generator().manual_seed(0), []
+        for s in range(len(measured.scan_ids)):
+            examples = {name: t.to(self.device) for name, t in self.prepare(measured.scan(s), generator).items()}
             found.append((examples, self.images(examples)))
         return found
 

@@ -22,6 +22,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -227,7 +228,9 @@ def run_command(work: Callable[[torch.device, bool], None], device: str, out: Pa
     """Start up, work(device, rollback), clean up; errors become messages.
 
     A run that diverges goes back once to its last snapshot: work is called again, with rollback=True. Returns the
-    exit code: 0 done, 2 wrong usage, 4 diverged again (or before the first snapshot), 130 or 143 stopped by a signal.
+    exit code: 0 done, 2 wrong usage, 4 diverged again (or before the first snapshot), 130 or 143 stopped by a signal;
+    1, its traceback printed, any other error under several ranks; alone it is raised. What the other ranks may know
+    nothing of is told of before the group is left; with NCCL the process then ends here (distributed.end_alone).
     """
     try:
         chosen = distributed.pick_device(device)
@@ -251,10 +254,18 @@ def run_command(work: Callable[[torch.device, bool], None], device: str, out: Pa
         return stopped.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last snapshot", file=sys.stderr)
+        distributed.end_alone(130)
         return 130
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        distributed.end_alone(2)
         return 2
+    except Exception:
+        if distributed.get_world_size() == 1:
+            raise
+        traceback.print_exc()
+        distributed.end_alone(1)
+        return 1
     finally:
         distributed.cleanup()
 

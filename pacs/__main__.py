@@ -1,4 +1,4 @@
-"""Project the CT series that arrive at an Orthanc server, and store the results there.
+r"""Project the CT series that arrive at an Orthanc server, and store the results there.
 
     ORTHANC_USER=node ORTHANC_PASSWORD=... python -m pacs --model models/head-128 --orthanc http://127.0.0.1:8042 \
         --state state
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     host, port = server.server_address[:2]
-    print(f"worklist: http://{host}:{port}/", flush=True)
+    print(f"worklist: http://{host}:{port}/ (projects on {distributed.pick_device(args.device)})", flush=True)
     try:
         return run(node)
     except (OrthancRefused, StateError) as error:

@@ -16,7 +16,7 @@ import torch
 from common.files import FullDiskError, full_disk_named
 from ct.read import find_scans, read_scan
 from ct.scan import Scan, ScanError
-from detect.dicom_out import Identity, write_dicom
+from detect.dicom_out import Identity, notes_of, write_dicom
 from pacs.changes import RETRY_S, ChangeLog, answer_or_none, series_or_none
 from pacs.orthanc import Orthanc, OrthancAway, OrthancRefused, raise_if_general
 from pacs.state import DONE, FAILED, REFUSED, ROW, State, StateError, timestamp
@@ -352,6 +352,7 @@ class Node:
         with self.metrics.timed("write"):
             paths = write_dicom(self.state.work / "results", result, self.identity)
             objects = [str(pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID) for path in paths]
+            notes = list(dict.fromkeys([*result.notes, *notes_of(paths)]))
         with self.metrics.timed("store"):
             self._check_source(series_id, row)                      # or they would bring a deleted study back
             self._delete(row["objects"], row["study"])              # earlier ones: their UIDs may be the same
@@ -361,5 +362,5 @@ class Node:
             self._check_source(series_id, row)                      # withdrawn, if it was deleted meanwhile
         return {"state": DONE, "score": float(result.score), "percentile": result.percentile,
                 "flagged": None if result.flagged is None else bool(result.flagged), "threshold": result.threshold,
-                "unreliable": result.unreliable, "anomalous_ml": result.anomalous_ml, "notes": list(result.notes),
+                "unreliable": result.unreliable, "anomalous_ml": result.anomalous_ml, "notes": notes,
                 "objects": objects}

@@ -25,6 +25,7 @@ from pathlib import Path
 from common.files import replace_text
 
 WAITING, DONE, REFUSED, FAILED = "waiting", "done", "refused", "failed"
+SHORT = 16                                            # characters of a value that a message repeats; a hash has more
 ROW = ("state", "sequence", "images", "announced", "study", "objects")           # what each row has
 
 
@@ -66,7 +67,9 @@ class State:
         if (path := self.folder / "state.json").exists():
             known = self._read(path, known)
         if known["model"] != model:
-            raise StateError(f"--state {self.folder}: belongs to another model or other settings; choose another")
+            raise StateError(f"--state {self.folder}: its results are of a node that differs in "
+                             f"{', '.join(_differences(known['model'], model))}; give a new folder, with --since now "
+                             "where what is in the archive is not to be done again, or go back")
         self.sequence: int | None = known["sequence"]         # None before the log was ever looked at
         self.date: str = known["date"]                        # of the newest entry read, by Orthanc's clock; this
         self.arriving = set(known["arriving"])                # and these, Orthanc's ids, are written with `sequence`
@@ -121,6 +124,15 @@ class State:
             raise StateError(f"{path}: damaged; delete it, and the series it stands for is looked at again when "
                              "Orthanc announces it")
         return found
+
+
+def _differences(there: object, here: object, name: str = "") -> list[str]:
+    """Names of what differs between two models' keys, with both values where they are short, as versions are."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return [found for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)
+                for found in _differences(there.get(key), here.get(key), f"{name} {key}".strip())]
+    short = max(len(str(there)), len(str(here))) <= SHORT
+    return [f"{name or 'model'} ({there} there, {here} here)" if short else name or "model"]
 
 
 def _compact(row: dict) -> dict:

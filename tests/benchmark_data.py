@@ -95,11 +95,12 @@ def project(scans: Path, model: Path, out: Path, device: str, flags=(), name: st
             (out / source.scan_id).mkdir(exist_ok=True)
             write_nifti(out / source.scan_id / f"{kind}.nii.gz", volume, scan)
         rows.append({"scan_id": source.scan_id, "score": scored.scan_score("mean"), "status": "ok"})
-        slices += [{"scan_id": source.scan_id, "slice": i, "score": s} for i, s in enumerate(scored.slice_scores)]
+        slices += [{"scan_id": source.scan_id, "slice": i, "score": s, "projected": 1}
+                   for i, s in enumerate(scored.slice_scores)]
     timed = [{"scan_id": row["scan_id"], "seconds": 3} for row in rows if row["status"] == "ok"]
     for table, found in (("scores", rows), ("slices", slices), ("seconds", timed)):
         with open(out / f"{table}.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["scan_id", "slice", "score", "status", "reason", "seconds"])
+            writer = csv.DictWriter(file, ["scan_id", "slice", "score", "projected", "status", "reason", "seconds"])
             writer.writeheader()
             writer.writerows(found)
     run = {"weights_sha256": "0", "model": {}, "versions": {}, "device": "cpu", "threads": 1,

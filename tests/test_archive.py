@@ -55,6 +55,39 @@ def test_a_zip_whose_paths_are_written_otherwise_can_be_read(tmp_path, prefix):
     np.testing.assert_array_equal(read_scan(source).hu, hu)
 
 
+def zipped(path, files):
+    with zipfile.ZipFile(path, "w") as file:
+        for one in files:
+            file.write(one, one.name)
+    return path
+
+
+def test_a_series_in_two_archives_is_noted_by_their_names(tmp_path):
+    """Each half was a scan that nothing was said of."""
+    hu = np.random.default_rng(0).integers(-1000, 600, (12, 10, 8)).astype(np.float32)
+    files = sorted(write_dicom_series(tmp_path / "files", hu).iterdir())
+    other = sorted(write_dicom_series(tmp_path / "other", hu, series="other", study="other").iterdir())
+    (tmp_path / "scans").mkdir()
+    zipped(tmp_path / "scans" / "part1.zip", files[:7])
+    zipped(tmp_path / "scans" / "part2.zip", files[6:])
+    zipped(tmp_path / "scans" / "rest.zip", other)
+    zipped(tmp_path / "scans" / "rest-again.zip", other)                  # a copy is no part
+    found = {source.scan_id: read_scan(source).notes for source in find_scans(tmp_path / "scans")}
+    words = "another part of this series lies in {}: unpack both into one folder"
+    assert found == {"part1": (words.format("part2.zip"),), "part2": (words.format("part1.zip"),), "rest": (),
+                     "rest-again": ()}
+
+
+def test_archives_of_two_patients_under_one_series_uid_are_no_parts(tmp_path):
+    hu = np.random.default_rng(0).integers(-1000, 600, (6, 10, 8)).astype(np.float32)
+    (tmp_path / "scans").mkdir()
+    for name in ("a", "b"):
+        folder = write_dicom_series(tmp_path / name, hu + len(name), edit=lambda ds, k, name=name: setattr(
+            ds, "PatientID", f"SECRET-{name}"))
+        zipped(tmp_path / "scans" / f"{name}.zip", folder.iterdir())
+    assert [read_scan(source).notes for source in find_scans(tmp_path / "scans")] == [(), ()]
+
+
 @pytest.mark.parametrize("name", ["..\\out.dcm", "head\\..\\..\\out.dcm", "\\out.dcm"])
 def test_backslashes_do_not_lead_out_of_the_archive(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "one.zip", "w") as file:

@@ -68,11 +68,12 @@ def data(tmp_path_factory):
 
 # ---- figures by hand
 
-def case(scan_id, label, score, slices, labels, types=(), other=0.0):
+def case(scan_id, label, score, slices, labels, types=(), other=0.0, unseen=()):
     own = {i: Label(one, types if one else (), scan_id) for i, one in enumerate(labels)}
     return Case(scan_id, "test", Label(label, types, scan_id), own,
                 {"ours": np.array(slices, float), "hu": np.full(len(slices), other)},
-                {"ours": score, "hu": other}, {"ours": 4.0 + label, "hu": 1.0})
+                {"ours": score, "hu": other}, {"ours": 4.0 + label, "hu": 1.0},
+                np.array([number not in unseen for number in range(len(slices))]))
 
 
 @pytest.fixture
@@ -103,6 +104,15 @@ def test_figures_by_hand(cases):
     assert epidural["ours"]["slice"]["auc"] == pytest.approx(4 / 6) and epidural["hu"]["scan"]["auc"] == 0
     assert epidural["hu"]["scan"]["p_holm"] == epidural["hu"]["scan"]["p"]      # the other type's is undefined
     assert found["without_slice_labels"] == ["b", "d"] and found["scans"]["b"]["ours"] == 1.0
+
+
+def test_slices_that_no_method_has_seen_are_told_apart_unless_blood_was_missed_there():
+    cases = [case("a", 1, 3.0, [9, 0, 0], [1, 1, 0], unseen=(1, 2)),
+             case("b", 0, 2.0, [5, 0, 0], [0, 0, 0], unseen=(1, 2))]
+    of = ct_ich.report(cases, ["ours", "hu"])["methods"]["ours"]
+    assert of["slice"]["auc"] == pytest.approx((4 + 0 + 3 / 2) / 8) and of["slice"]["normal"] == 4
+    assert of["projected"]["auc"] == pytest.approx((1 + 0) / 2)
+    assert (of["projected"]["abnormal"], of["projected"]["normal"]) == (2, 1)
 
 
 def test_the_table_shows_undefined_figures_as_a_dash_and_names_what_is_left_out(cases):
@@ -169,7 +179,7 @@ def test_a_scan_of_the_database_is_not_reported_on(database):
 
 
 def test_a_label_beyond_the_scan_is_refused():
-    ours = {"ours": {"a": {"slices": np.zeros(3), "score": 0.0, "seconds": 1.0}}}
+    ours = {"ours": {"a": {"slices": np.zeros(3), "projected": np.ones(3, bool), "score": 0.0, "seconds": 1.0}}}
     labels = {"a": Label(1, (), "a")}
     with pytest.raises(InputError, match="labels slice 3 of a, which has 3 slices"):
         ct_ich.collect("test", labels, {"a": {3: labels["a"]}}, ours, {"a": {}}, [])

@@ -5,6 +5,8 @@ import torch
 from torchvision.models import vgg16
 
 import checkpoint
+import latent_stats
+from bundling import build
 from dataset import SliceDataset
 from detect.bundle import load_bundle
 from detect.pca import PcaFit, PositionPca
@@ -43,6 +45,48 @@ def test_a_method_with_a_file_of_its_own_is_calibrated_like_ours(tmp_path, capsy
     assert "was trained on another database" in capsys.readouterr().err
     assert command(data, tmp_path / "nowhere.safetensors", tmp_path / "no", *flags) == 2
     assert "nowhere.safetensors: cannot be read" in capsys.readouterr().err
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """How many slices at a time the method takes that calibrates."""
+    sizes = []
+
+    def remember(folds, *rest):
+        sizes.extend(getattr(fold.reconstructor.settings, "batch", None) for fold in folds)
+        return real(folds, *rest)
+
+    real = build.calibrate
+    monkeypatch.setattr(build, "calibrate", remember)
+    return sizes
+
+
+def test_batch_is_that_of_the_method(tmp_path, capsys, in_parts):
+    """Of another method than the search it stayed 32, whatever --batch said."""
+    data = write_slices(tmp_path / "healthy.lmdb", held_out=(2, 3, 4, 5))
+    network, same = autoencoder_file(data, tmp_path), ["--overwrite", "--set", "method=autoencoder"]
+    for flags in ([], ["--batch", "2"], ["--batch", "2", "--set", "batch=3"], ["--seed", "1", "--passes", "3"]):
+        assert command(data, network, tmp_path / "mine", *same, *flags) == 0
+    assert in_parts == [32, 2, 3, 32]
+    said = capsys.readouterr().out
+    assert said.count("note: --passes, --seed: of the codes' statistics, which only method=search makes; of no use to "
+                      "method=autoencoder") == said.count("of no use to") == 1
+    first = load_bundle(tmp_path / "mine").meta["calibration"]
+    anew = ["--data", str(data), "--encoder", str(tmp_path / "mine"), "--out", str(tmp_path / "anew"), "--device",
+            "cpu", "--precision", "fp32"]
+    assert latent_stats.main([*anew, "--batch", "2", "--components", "3"]) == 0 and in_parts[4:] == [2]
+    assert "note: --components: of the codes'" in capsys.readouterr().out
+    scores = load_bundle(tmp_path / "anew").meta["calibration"]["scan_scores"]["mean"]
+    assert scores == pytest.approx(first["scan_scores"]["mean"], abs=1e-3)                        # memory, not results
+
+
+def test_batch_of_a_method_without_batches_is_told_of(tmp_path, capsys, in_parts):
+    data = write_slices(tmp_path / "healthy.lmdb", held_out=(2, 3, 4, 5))
+    pca = PositionPca(PcaFit(components=2, step_mm=20.0))
+    pca.fit(SliceDataset(data, "train"))
+    pca.save(tmp_path / "pca.safetensors")
+    assert command(data, tmp_path / "pca.safetensors", tmp_path / "mine", "--set", "method=pca", "--batch", "4") == 0
+    assert "note: --batch: of no use to method=pca" in capsys.readouterr().out and in_parts == [None]
 
 
 def healthygan_folder(data, folder):

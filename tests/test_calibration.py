@@ -1,12 +1,16 @@
 """Healthy scores of held-out scans, thresholds of them, and surprise, by which no scan judges itself."""
 
+import math
+
+import numpy as np
 import pytest
+import torch
 
 from dataset import SliceDataset
 from detect.bundle import load_bundle
-from detect.calibration import at_rate, thresholds
+from detect.calibration import at_rate, depth_range, spacing_range, summary, thresholds
 from detect.projection import project_frame
-from detect.scores import scan_score
+from detect.scores import percentile_of, scan_score
 from tests.calibration_data import PLAIN, command, write_inputs, write_run, write_slices
 
 
@@ -36,6 +40,54 @@ def test_twenty_scans_of_one_head_are_no_threshold():
     assert at_rate(calibration, 0.25)["threshold"]["max"] == 16.0
 
 
+def calibration_of(scores, whose):
+    """A calibration by scans of one slice each."""
+    return summary([[5.0]] * len(scores), [torch.tensor([score]) for score in scores], [{"reconstruct": 3.0}] *
+                   len(scores), [30.0] * len(scores), len(set(whose)), whose)
+
+
+def test_many_high_scans_of_one_patient_are_one_high_score():
+    """Ranks were taken among scans: 20 low heads and 21 scans of a high one made a score of 21 nothing special."""
+    scores, whose = [float(i) for i in range(1, 21)] + [21.0 + i / 64 for i in range(21)], [*range(20), *[20] * 21]
+    found = calibration_of(scores, whose)
+    assert (found["scans"], found["patients"]) == (41, 21)
+    assert found["scan_scores"]["max"] == [*scores[:20], scores[-1]]
+    assert found["threshold"] == {"fpr": 0.05, "max": scores[-1], "top3": scores[-1], "mean": scores[-1],
+                                  "reason": None}
+    assert at_rate(found, 0.1)["threshold"]["max"] == 20.0                             # of 22 patients two may exceed
+    assert percentile_of(20.5, found["scan_scores"]["max"]) == pytest.approx(100 * 20 / 22)
+    few = calibration_of(scores[2:], [*range(18), *[18] * 21][:-21] + [17] * 21)       # 18 patients
+    assert few["threshold"]["max"] is None and "of 19 patients, found those of 18" in few["threshold"]["reason"]
+    with pytest.raises(ValueError, match="39 healthy scans of 18 patients cannot tell it; the lowest .* is 0.0527"):
+        at_rate(few, 0.05)
+
+
+def test_the_slices_of_a_patients_scans_are_kept_apart():
+    positions = [[40.0, 30.0], [20.0, 15.0], [35.0, 25.0]]
+    slices = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), torch.tensor([5.0, 6.0])]
+    found = summary(positions, slices, [{"reconstruct": 3.0}] * 3, [30.0] * 3, 2, [0, 1, 0])
+    assert found["scan_scores"]["max"] == [6.0, 4.0] and [one["scan"] for one in found["slice_scores"]] == [
+        0, 0, 1, 1, 0, 0] and [one.get("nth") for one in found["slice_scores"]] == [None] * 4 + [1, 1]
+    assert spacing_range(found) == (5.0, 10.0) and depth_range(found) is None
+    # One scan each: the same JSON as ever
+    alone = summary(positions, slices, [{"reconstruct": 3.0}] * 3, [30.0] * 3, 3, [0, 1, 2])
+    assert alone == summary(positions, slices, [{"reconstruct": 3.0}] * 3, [30.0] * 3, 3)
+    assert alone["slice_scores"][-1] == {"scan": 2, "below_vertex_mm": 25.0, "score": 6.0}
+    assert alone["threshold"]["reason"].startswith("a false-positive rate of 0.05 needs 19 healthy scans, found 3")
+
+
+@pytest.mark.parametrize("counts", [[1] * 20, [2] * 20, [1] * 15 + [6] * 5, [1] * 19 + [6]])
+def test_the_rate_is_held_where_patients_have_several_scans(counts):
+    """0.06 to 0.09 of new patients' healthy scans were flagged instead of 0.05."""
+    rng, whose, within = np.random.default_rng(0), np.repeat(np.arange(len(counts)), counts), 0.2
+    spread, flagged = math.hypot(1, within), []
+    for _ in range(400):
+        heads = rng.normal(size=len(counts))
+        found = calibration_of((heads[whose] + within * rng.normal(size=len(whose))).tolist(), whose.tolist())
+        flagged.append(math.erfc(found["threshold"]["max"] / spread / math.sqrt(2)) / 2)      # of a new one's scan
+    assert 0.02 < np.mean(flagged) < 0.05 + 2 * np.std(flagged) / math.sqrt(len(flagged))
+
+
 def test_a_patients_other_scan_does_not_judge_his_first(tmp_path, capsys):
     scores = []
     for name, patients in (("own", range(6)), ("shared", (0, 1, 2, 3, 4, 2))):
@@ -45,9 +97,14 @@ def test_a_patients_other_scan_does_not_judge_his_first(tmp_path, capsys):
                        "steps_noise=0", "--components", "2", "--passes", "4") == 0
         calibration = load_bundle(tmp_path / f"{name}-model").meta["calibration"]
         of_fewer = "note: 4 scans of 3 patients" in capsys.readouterr().out
+        assert len(calibration["scan_scores"]["max"]) == calibration["patients"]
         assert (calibration["patients"], of_fewer) == ((4, False) if name == "own" else (3, True))
         found = calibration["slice_scores"]
-        scores.append([[one["score"] for one in found if one["scan"] == scan] for scan in range(4)])
+        by_scan = {}
+        for one in found:
+            by_scan.setdefault((one["scan"], one.get("nth", 0)), []).append(one["score"])
+        scores.append(list(by_scan.values()))                          # of head2, head3, head4 and head5
+        assert list(by_scan) == [(0, 0), (1, 0), (2, 0), (3, 0) if name == "own" else (0, 1)]
     assert not any(own == shared for own, shared in zip(*scores))      # others by the tails, which come of all
 
 

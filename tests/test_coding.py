@@ -204,6 +204,21 @@ def test_the_adversary_looks_at_reconstructions_with_new_noise(gan_run, slices32
     assert torch.allclose(slices_first, encode(batch["hu"].float()), atol=1e-5) and not torch.equal(slices_first, fakes)
 
 
+def test_features_are_of_the_adversary_as_it_is_now(gan_run):
+    """Those of slices were of its first weights for ever, once an optimiser changed them without counting that up."""
+    one = trainer(gan_run)
+    real, fake = torch.rand(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5
+    before = one._looked_at(real, fake)[1]
+    for p in one.d.parameters():
+        version = p._version
+        p.data.mul_(1.5)
+        assert p._version == version
+    apart = [(mine - theirs).abs().mean() for mine, theirs in zip(one.d.features(fake)[1:4], one.d.features(real)[1:4])]
+    found = one._looked_at(real, fake)[1]
+    torch.testing.assert_close(found, torch.stack(apart).mean())
+    assert found > 1.1 * before and all(p.requires_grad for p in one.d.parameters())
+
+
 def test_a_run_resumes_to_the_bit_and_draws_the_same_heads(slices32, gan_run, tmp_path):
     def run(out, *flags):
         return train_encoder.main(["--data", str(slices32), "--gan", str(gan_run), "--out", str(out), *FLAGS, *flags])

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 import dataset
 from common.files import ABANDONED_S, remove_abandoned
 from dataset import DatasetError, ScanRecord, SliceDataset, SliceWriter, decode_slice, encode_slice, is_same
+from gan import batches
 
 N = 16
 
@@ -101,6 +102,18 @@ def test_pickled_and_read_by_workers(database):
     assert (copy[4]["hu"] == data[4]["hu"]).all()
     loaded = torch.cat([batch["hu"] for batch in DataLoader(data, batch_size=2, num_workers=2)])
     assert (loaded == torch.stack([data[i]["hu"] for i in range(9)])).all()
+
+
+@pytest.mark.parametrize("device, pinned", [("cpu", False), ("cuda:0", True)])
+def test_batches_are_pinned_for_a_gpu_of_the_run_alone(database, device, pinned, monkeypatch):
+    """--device cpu pinned them where there was a GPU."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(batches, "DataLoader", lambda *_, pin_memory, **__: asked.append(pin_memory) or [{"hu": None}])
+    data, device = SliceDataset(database), torch.device(device)
+    next(batches.image_batches(data, 2, 0, 0, device=device))
+    next(batches.slice_batches(data, 2, 0, 0, device=device))
+    assert asked == [pinned, pinned]
 
 
 def test_a_replaced_file_is_not_read_through_the_old_map(database):

@@ -104,6 +104,35 @@ def test_padding_that_the_stored_bits_cannot_hold_is_none(tmp_path, padding, is_
     np.testing.assert_array_equal(scan.hu[:, 1:], hu[:, 1:])
 
 
+@pytest.mark.parametrize("above, read", [(0xF000, -1024), (0x7000, 1072), (0, 1072)])
+def test_padding_stored_with_more_bits_than_the_header_tells_is_air(tmp_path, above, read):
+    """63536 in pixels of 12 bits was bone of 1072 HU; what differs from it by a bit stays."""
+    def edit(ds, k):
+        stored = np.frombuffer(ds.PixelData, np.uint16).copy()
+        stored[:8] |= above
+        ds.PixelData = stored.tobytes()
+        ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 12, 11, 0
+        ds.add_new("PixelPaddingValue", "US", 63536)
+    hu = HU.copy()
+    hu[:, 0] = 1072
+    scan = read_only(write_dicom_series(tmp_path / "case", hu, edit=edit))
+    assert (scan.hu[:, 0] == read).all()
+    np.testing.assert_array_equal(scan.hu[:, 1:], hu[:, 1:])
+
+
+def test_padding_with_more_bits_never_takes_tissue(tmp_path):
+    """40 HU below an overlay that is set in all four planes."""
+    def edit(ds, k):
+        stored = np.frombuffer(ds.PixelData, np.uint16).copy()
+        stored[:8] |= 0xF000
+        ds.PixelData = stored.tobytes()
+        ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 12, 11, 0
+        ds.add_new("PixelPaddingValue", "US", 0xF000 | 1064)
+    hu = HU.copy()
+    hu[:, 0] = 40
+    np.testing.assert_array_equal(read_only(write_dicom_series(tmp_path / "case", hu, edit=edit)).hu, hu)
+
+
 @pytest.mark.parametrize("vr, padding", [("US", 63536), ("SS", -2000), ("US", 2096)])
 def test_negative_padding_of_12_bits_whatever_its_vr(tmp_path, vr, padding):
     """-2000 as a whole, or its lowest 12 bits."""
@@ -170,6 +199,12 @@ def test_multi_frame(tmp_path):
     (setting(ImageType=["DERIVED", "SECONDARY", "MPR"]), "derived"),
     (setting(ImageType=["DERIVED", "SECONDARY", "AXIAL", "CT_SOM5 MIP"]), "maximum or minimum projection"),
     (setting(ImageType=["ORIGINAL", "PRIMARY", "AXIAL", "MINIP"]), "maximum or minimum projection"),
+    (setting(ImageType=["DERIVED", "PRIMARY", "MPR"]), "derived"),
+    (setting(ImageType=["DERIVED", "PRIMARY", "VOLUME", "MAXIMUM"]), "derived"),
+    (setting(ImageType=["DERIVED", "SECONDARY", "VOLUME"]), "derived"),
+    (setting(ImageType=["DERIVED", "SECONDARY"]), "derived"),
+    (lambda ds, k: delattr(ds, "PhotometricInterpretation"), "without PhotometricInterpretation"),
+    (setting(PhotometricInterpretation="RGB"), "in colour"),
     (setting(ImageOrientationPatient=[1, 0, 0, 0, 0, -1]), "not axial"),
     (setting(ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), "not axial"),
     (setting(Modality="MR"), "not CT (modality MR)"),
@@ -185,9 +220,17 @@ def test_left_out_with_counts(tmp_path, edit, words):
         read_only(folder)
 
 
-def test_lossy_axial_slices_are_derived_but_kept(tmp_path):
-    scan = read_only(write_dicom_series(tmp_path / "case", HU, edit=setting(ImageType=["DERIVED", "PRIMARY", "AXIAL"])))
+@pytest.mark.parametrize("more", [["AXIAL"], ["VOLUME", "NONE"], []])
+def test_lossy_axial_slices_are_derived_but_kept(tmp_path, more):
+    scan = read_only(write_dicom_series(tmp_path / "case", HU, edit=setting(ImageType=["DERIVED", "PRIMARY", *more])))
     assert len(scan.hu) == 6 and scan.notes == ()
+
+
+def test_lossy_enhanced_ct_is_derived_but_kept(tmp_path):
+    ds = pydicom.dcmread(path := write_enhanced_ct(tmp_path / "enhanced", np.round(HU)))
+    ds.ImageType, ds.LossyImageCompression = ["DERIVED", "PRIMARY", "VOLUME", "NONE"], "01"
+    ds.save_as(path)
+    np.testing.assert_array_equal(read_only(path).hu[::2], np.round(HU)[::2])
 
 
 # ---- duplicates, gaps, refusals
@@ -221,6 +264,21 @@ def test_missing_slices_are_noted_and_keep_their_gap(tmp_path):
     assert len(scan.notes) == 2
     assert scan.notes[0].startswith("slices missing: 1, 15.0 mm above")
     assert scan.notes[1].startswith("slices missing: 2, 35.0 mm above")
+
+
+@pytest.mark.parametrize("thickness_mm, left, share", [
+    (5, slice(None, None, 2), "10 mm apart: 50%"), (4, slice(None, None, 2), "10 mm apart: 60%"),
+    (2, slice(None), "5 mm apart: 60%"), (3.5, slice(None), None), (None, slice(None, None, 2), None)])
+def test_gaps_between_all_slices_are_noted(tmp_path, thickness_mm, left, share):
+    """Every second file lost leaves even steps, so that nothing was said."""
+    hu = np.concatenate([HU, HU])
+    folder = write_dicom_series(tmp_path / "case", hu, edit=setting(SliceThickness=thickness_mm))
+    for k in set(range(12)) - set(range(12)[left]):
+        (folder / f"{k:03d}.dcm").unlink()
+    scan = read_only(folder)
+    np.testing.assert_array_equal(scan.hu, hu[left])
+    assert scan.notes == ((f"slices are {thickness_mm} mm thick and {share} of the head is not shown; are files "
+                           "missing?",) if share else ())
 
 
 def test_two_spacings_are_no_gap():

@@ -2,9 +2,10 @@
 
 import shutil
 import subprocess
+import time
 import warnings
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import highdicom
@@ -213,6 +214,46 @@ def test_lossy_compression_of_the_source_is_told_with_ratio_and_method(tmp_path)
         told = objects[name]
         assert (told.LossyImageCompression, told.LossyImageCompressionMethod) == ("01", "ISO_15444_1")
         assert float(told.LossyImageCompressionRatio) == 12.5
+
+
+def test_a_lossy_state_that_is_empty_is_none(tmp_path):
+    """Segmentation and map took the empty element along, in which a value is required."""
+    def empty(ds, k):
+        complete(ds, k)
+        ds.LossyImageCompression = ds.LossyImageCompressionRatio = ds.LossyImageCompressionMethod = None
+    objects = build_objects(result_of(read_only(write_dicom_series(tmp_path / "s", HU, edit=empty))), IDENTITY)
+    assert {objects[name].LossyImageCompression for name in ("seg", "map")} == {"00"}
+    assert "LossyImageCompression" not in objects["picture-1"]
+
+
+def test_one_lossy_image_makes_lossy_results_pictures_too(tmp_path):
+    """The first image alone was asked, and pictures told nothing."""
+    def one(ds, k):
+        complete(ds, k)
+        ds.LossyImageCompression = "01" if k in (3, 4) else "00"
+        if k == 4:                                                   # 3 says it without ratio and method
+            ds.LossyImageCompressionRatio, ds.LossyImageCompressionMethod = 9, "ISO_10918_1"
+    objects = build_objects(result_of(read_only(write_dicom_series(tmp_path / "s", HU, edit=one))), IDENTITY)
+    for name in ("seg", "map", "picture-1", "picture-3"):
+        told = objects[name]
+        assert (told.LossyImageCompression, told.LossyImageCompressionMethod) == ("01", "ISO_10918_1")
+        assert float(told.LossyImageCompressionRatio) == 9
+
+
+@pytest.mark.parametrize("phi", [True, False])
+@pytest.mark.parametrize("told, burned_in", [({3: "YES"}, "YES"), ({0: "NO", 3: "NO"}, "NO"), ({}, "NO")])
+def test_pictures_of_pixels_with_burned_in_text_say_so(tmp_path, told, burned_in, phi):
+    """They said NO, and whoever passes on what says so passes on a name."""
+    def edit(ds, k):
+        complete(ds, k)
+        if k in told:
+            ds.BurnedInAnnotation = told[k]
+    scan = read_only(write_dicom_series(tmp_path / "series", HU, edit=edit))
+    notes = writer(phi)(tmp_path, result_of(scan))
+    pictures = [pydicom.dcmread(path) for path in tmp_path.glob("dicom/picture-*.dcm")]
+    assert [ds.BurnedInAnnotation for ds in pictures] == [burned_in] * 3
+    assert notes == (["the source says that its pixels hold burned-in text (BurnedInAnnotation); pictures and overlays "
+                      "show them"] if burned_in == "YES" else [])
 
 
 def test_multi_frame_source(tmp_path):
@@ -457,6 +498,58 @@ def test_every_object_says_research_and_names_the_device(series):
         assert equipment.ContributionDescription.startswith("Research only, unverified")
 
 
+# ---- times
+
+@pytest.fixture
+def clock_of(monkeypatch):
+    """Sets the zone of local times."""
+    def set_to(zone):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+    yield set_to
+    monkeypatch.undo()
+    time.tzset()
+
+
+def times_of(ds):
+    """Date and time as each place of an object tells them, to the second."""
+    names = ("Content", "Series", "InstanceCreation", "OfSecondaryCapture")
+    found = {(str(ds[date].value), str(ds[date.replace("Date", "Time")].value)[:6])
+             for date in (f"Date{name}" if name.startswith("Of") else f"{name}Date" for name in names) if date in ds}
+    return found | {(str(item.ContributionDateTime)[:8], str(item.ContributionDateTime)[8:14])
+                    for item in ds.ContributingEquipmentSequence}
+
+
+@pytest.mark.parametrize("made", [MADE, MADE.replace(tzinfo=UTC)])
+@pytest.mark.parametrize("phi, offset, date, clock, copied", [
+    (True, "+0900", "20240506", "160809", "+0900"), (True, "-0930 ", "20240505", "213809", "-0930"),
+    (True, "+1400", "20240506", "210809", "+1400"), (False, "+0900", "20240506", "070809", None),
+    (True, None, "20240506", "070809", None), (True, "", "20240506", "070809", None),
+    (True, "+1445", "20240506", "070809", None),
+    (True, "+9900", "20240506", "070809", None), (True, "KST", "20240506", "070809", None)])
+def test_times_are_at_the_sources_offset_where_its_own_times_are_copied(tmp_path, clock_of, made, phi, offset, date,
+                                                                        clock, copied):
+    """Where the clock is UTC's, as in a container, a report was hours older than the scan that it is of."""
+    clock_of("UTC")
+
+    def edit(ds, k):
+        complete(ds, k)
+        if offset is not None:
+            ds.TimezoneOffsetFromUTC = offset
+    scan = read_only(write_dicom_series(tmp_path / "series", HU, edit=edit))
+    for path in write_dicom(tmp_path / "out", result_of(scan), IDENTITY, phi=phi, made=made):
+        ds = pydicom.dcmread(path)
+        assert times_of(ds) == {(date, clock)} and ds.get("TimezoneOffsetFromUTC") == copied, path.name
+
+
+def test_times_without_an_offset_are_local(series, clock_of):
+    clock_of("Asia/Seoul")
+    scan = read_only(series)
+    for made in (MADE, datetime(2024, 5, 5, 22, 8, 9, tzinfo=UTC)):
+        for ds in build_objects(result_of(scan), IDENTITY, made=made).values():
+            assert times_of(ds) == {("20240506", "070809")} and "TimezoneOffsetFromUTC" not in ds
+
+
 # ---- patient data
 
 MARKERS = dict(PatientName="MARKER^NAME", PatientID="MARKERID", PatientBirthDate="19010203",
@@ -547,10 +640,10 @@ def test_maps_of_another_scan_are_refused(series):
         build_objects(replace(result_of(scan), mask=np.zeros((5, 12, 10), bool)), IDENTITY)
 
 
-def writer():
+def writer(phi=True):
     key = {"weights": "w", "threshold": 1.0}
     bundle = SimpleNamespace(meta={"provenance": {"name": "tiny"}}, weights_hash="ab" * 32, measure=Surprise())
-    return dicom_writer(SimpleNamespace(bundle=bundle, key=lambda: key))
+    return dicom_writer(SimpleNamespace(bundle=bundle, key=lambda: key), phi)
 
 
 def test_a_writer_for_the_results_folder(tmp_path, series):
@@ -582,8 +675,16 @@ def test_what_cannot_be_written_is_a_note_and_quotes_no_header(tmp_path, series,
 @pytest.mark.parametrize("kind, tilt", [(Result, 18.5), (Negative, 0)])
 def test_dciodvfy_finds_no_error(tmp_path, kind, tilt, phi):
     position = [0, 4, 8, 12, 19, 26] if tilt else None
+
+    def edit(ds, k):
+        complete(ds, k)
+        if tilt:
+            ds.TimezoneOffsetFromUTC, ds.BurnedInAnnotation, ds.LossyImageCompression = "+0900", "YES", None
+        elif k == 3:
+            ds.LossyImageCompression, ds.LossyImageCompressionRatio = "01", 9
+            ds.LossyImageCompressionMethod = "ISO_10918_1"
     scan = read_only(write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), tilt_deg=tilt, position_mm=position,
-                                        edit=complete))
+                                        edit=edit))
     for path in write_dicom(tmp_path / "out", result_of(scan, kind), IDENTITY, phi=phi):
         said = subprocess.run(["dciodvfy", path], capture_output=True, text=True, check=False)
         errors = [line for line in (said.stdout + said.stderr).splitlines() if line.startswith("Error")]

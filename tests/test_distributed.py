@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
 import distributed
+from gan.runlog import Stopped, run_command
+from tests.processes import codes
 
 
 @pytest.fixture
@@ -72,6 +77,62 @@ def test_two_ranks(tmp_path, capfd):
         assert result["after"] == 1
     printed = capfd.readouterr().out
     assert "hello from 0" in printed and "hello from 1" not in printed
+
+
+def rank_that_fails(rank: int, port: int, error: BaseException) -> None:
+    """Rank 1 fails in run_command, while rank 0 waits for it. With stand-ins for NCCL's name and its way out."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.get_backend_config = lambda: "cpu:gloo,cuda:nccl"
+    torch.distributed.destroy_process_group = lambda: time.sleep(1000)
+
+    def work(device, rollback):
+        distributed.barrier()
+        if rank == 1:
+            raise error
+        distributed.all_reduce_sum(torch.ones(2))
+    run_command(work, "cpu", Path("none"))
+    os._exit(99)                                       # it is the process that has to end, not the command
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, "OutOfMemoryError: CUDA out of memory"),
+    (OSError("disk full"), 2, "error: disk full"), (KeyboardInterrupt(), 130, "interrupted; the same command goes on")])
+def test_a_rank_that_fails_alone_says_so_and_ends(error, code, said, capfd):
+    """It said nothing, and waited for the others before it left NCCL's group."""
+    port = free_port()
+    ranks = [mp.get_context("spawn").Process(target=rank_that_fails, args=(rank, port, error)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    assert codes(ranks, 60) == [1, code]
+    shown = capfd.readouterr().err
+    assert said in shown and shown.count("Traceback") == (2 if code == 1 else 1)           # rank 0's is of gloo
+
+
+@pytest.mark.parametrize("end, code, waits", [
+    (None, 0, True), (Stopped(signal.SIGTERM), 143, True), (FloatingPointError("diverged"), 4, True),
+    (ValueError("wrong"), 2, False), (RuntimeError("odd"), 1, False), (KeyboardInterrupt(), 130, False)])
+def test_the_group_is_left_where_all_ranks_end_alike(end, code, waits, no_launcher, monkeypatch, tmp_path, capsys):
+    left = []
+
+    def work(device, rollback):
+        if end:
+            raise end
+
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "end_alone", lambda code: left.append(code))
+    assert run_command(work, "cpu", tmp_path) == code and left == ([] if waits else [code])
+    assert (capsys.readouterr().err != "") == (code != 0)
+
+
+def test_alone_an_error_is_the_callers(no_launcher, tmp_path):
+    def work(device, rollback):
+        raise RuntimeError("odd")
+
+    with pytest.raises(RuntimeError, match="odd"):
+        run_command(work, "cpu", tmp_path)
+    distributed.end_alone(1)                                                        # does nothing
 
 
 def test_alone_without_a_launcher(no_launcher, capsys):

@@ -16,7 +16,7 @@ PAGES = ["README.md", "SECURITY.md", "demos/README.md", "healthygan/README.md", 
          *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 MOST_BYTES = 12_000                  # of README.md
 PACKAGES = ("benchmarks", "bundling", "ct", "demos", "detect", "examples", "gan", "healthygan", "op", "pacs", "recipes")
-NOT_OURS = {"--network", "--read-only", "--tmpfs", "--build",                                       # of docker
+NOT_OURS = {"--network", "--read-only", "--tmpfs", "--build", "--memory", "--cpus",                 # of docker
             "--max-restarts", "--rdzv-backend", "--shutdown-timeout"}                               # of torchrun
 SUFFIXES = (".py", ".sh", ".sbatch", ".yaml", ".toml", ".lock")          # of files that are named, not of results
 

@@ -186,6 +186,11 @@ def test_the_models_own_threshold_is_taken_from_run_json(results):
         write_csv(results / "scores.csv", "scan_id,score,flagged,status", rows)
         assert "; 2 of these scans projector.py has not flagged or cleared by it" in (
             run(results)[1]["scan"]["at_threshold"]["threshold_source"])
+        given = {"calibration": calibration, "settings": {"scan_score": "max"}, "threshold": 0.8}    # flagged by this
+        for content in (given, given | {"calibration": None}):
+            run_json.write_text(json.dumps(content))
+            at = run(results)[1]["scan"]["at_threshold"]
+            assert at["threshold"] == 0.8 and "that of projector.py --threshold; 2 of" in at["threshold_source"]
         began = {"calibration": calibration, "settings": {"scan_score": "max"}, "seconds": None}
         run_json.write_text(json.dumps(began))                           # its scores are not there yet
         assert run(results)[1]["scan"]["at_threshold"]["sensitivity"] == NO_THRESHOLD

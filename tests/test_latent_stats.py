@@ -17,6 +17,7 @@ from ct.frame import PreprocessSettings
 from dataset import SliceDataset
 from detect.bundle import load_bundle
 from detect.calibration import Trained
+from detect.reconstruct import METHODS
 from detect.search import SearchSettings
 from detect.settings import Settings
 from gan.snapshots import load_snapshot, save_snapshot
@@ -220,6 +221,19 @@ def test_presets():
     assert of["ct128"] == Settings("inpainting", measure="surprise", scan_score="top3")
     assert latent_stats.SETTINGS.keys() == latent_stats.PRESETS.keys()
     assert math.isclose(latent_stats.PRESETS["paper512"].spacing_mm * 31, 155)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_is_a_setting_of_the_method(method, capsys):
+    """--batch 4 was for the search's codes alone, and a GPU too small for 32 slices stayed too small."""
+    settings = build.changed_settings(Settings(), [f"method={method}"], batch=4)
+    noted = "note: --batch: of no use to method=" in capsys.readouterr().out
+    assert getattr(settings.reconstruction, "batch", None) == (None if noted else 4) and noted == (method == "pca")
+    assert settings.to_json() == Settings(method).to_json()
+    if not noted:
+        named = [f"method={method}", "batch=8"]
+        assert build.changed_settings(Settings(), named, batch=4).reconstruction.batch == 8
+    assert build.changed_settings(Settings(), [f"method={method}"]) == Settings(method)
 
 
 def fold_inputs(folder):

@@ -128,6 +128,65 @@ def test_a_series_in_two_folders_that_share_a_slice_is_one_scan(tmp_path):
     assert scan.scan_id == "case" and scan.notes == ("duplicate slices dropped: 1",)
 
 
+@pytest.mark.parametrize("offset_mm", [1.0, 2.5, 5.0])
+@pytest.mark.parametrize("number", [lambda k: 1 + k, lambda k: 24 - k])
+def test_two_passes_are_two_scans_by_their_image_numbers(tmp_path, number, offset_mm):
+    """Both numbered 1 to 12, or the second back down from 24: one scan of 24 slices of two heads in turn."""
+    hu = np.concatenate([HU, HU])
+    write_dicom_series(tmp_path / "case", hu)
+    write_dicom_series(tmp_path / "case", hu + 7, position_mm=np.arange(12) * 5.0 + offset_mm,
+                       name=lambda k: f"second{k}",
+                       edit=lambda ds, k: edit(InstanceNumber=number(k), AcquisitionNumber=None)(ds, k))
+    scans = read_all(tmp_path)
+    assert sorted(float(scan.hu[0, 0, 0] - HU[0, 0, 0]) for scan in scans) == [0, 7]
+    assert all(len(scan.hu) == 12 and (np.diff(scan.position_mm) == 5).all() for scan in scans)
+    assert [scan.notes for scan in scans] == [("one of 2 stacks in this series, told apart by image number",)] * 2
+
+
+@pytest.mark.parametrize("first, then", [
+    (range(12), np.arange(10.5, 4, -1)), (range(11), np.arange(10.5, 4, -1)), (range(11), np.arange(11, 0, -1))])
+def test_the_slice_at_which_two_passes_turn_belongs_where_its_step_fits(tmp_path, first, then):
+    places = np.array([*first, *then]) * 5.0
+    hu = RNG.integers(-1000, 600, (len(places), 10, 8)).astype(np.float32)
+    write_dicom_series(tmp_path / "case", hu, position_mm=places)
+    scans = read_all(tmp_path)
+    assert sorted(len(scan.hu) for scan in scans) == sorted([len(first), len(then)])
+    assert all((np.diff(scan.position_mm) == 5).all() for scan in scans)
+
+
+def places_and_numbers(kind):
+    """Of one pass, in mm and InstanceNumber."""
+    mm = np.arange(24) * 5.0
+    if kind == "blocks above each other, each numbered from 1":
+        return mm, [1 + k % 12 for k in range(24)]
+    if kind == "up through one half and down through the other":
+        return mm, [1 + k if k < 12 else 36 - k for k in range(24)]
+    if kind == "a number that comes once":
+        return mm, [1 + k // 2 for k in range(23)] + [99]
+    return mm, [1 + (7 * k) % 24 // 2 for k in range(24)]         # in no order
+
+
+@pytest.mark.parametrize("kind", ["blocks above each other, each numbered from 1", "in no order",
+                                  "up through one half and down through the other", "a number that comes once"])
+def test_one_pass_is_one_scan_whatever_its_numbers(tmp_path, kind):
+    """None of this is two passes."""
+    places, numbers = places_and_numbers(kind)
+    hu = RNG.integers(-1000, 600, (24, 10, 8)).astype(np.float32)
+    write_dicom_series(tmp_path / "case", hu, position_mm=places,
+                       edit=lambda ds, k: setattr(ds, "InstanceNumber", numbers[k]))
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, hu)
+
+
+def test_every_slice_twice_is_one_scan(tmp_path):
+    """With the same numbers at the same places: duplicates, no two passes."""
+    write_dicom_series(tmp_path / "case", HU)
+    second(tmp_path / "case", HU)
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, HU)
+    assert scan.notes == ("duplicate slices dropped: 6",)
+
+
 def test_two_patients_under_one_uid_are_two_scans_without_names(tmp_path):
     write_dicom_series(tmp_path / "case", HU)
     second(tmp_path / "case", HU + 7, 2.5, PatientID="SECRET-2", PatientName="Secret^Other")
@@ -173,12 +232,40 @@ def test_series_of_one_image_are_one_scan_or_one_reason(tmp_path):
 # ---- B: numbers that are not HU
 
 @pytest.mark.parametrize("change, words", [
-    (edit(RescaleType="ED"), "RescaleType is ED"), (edit(RescaleIntercept=0), "do not look like HU of a head in air"),
+    (edit(RescaleType="ED"), r"left out: 6 no HU \(RescaleType ED\)\); give the series that is in HU$"),
+    (edit(RescaleIntercept=0), "do not look like HU of a head in air"),
     (lambda ds, k: setattr(ds, "PixelData", (-np.frombuffer(ds.PixelData, "<i2")).tobytes()), "do not look like HU")])
 def test_other_numbers_are_refused(tmp_path, change, words):
     write_dicom_series(tmp_path / "case", HU, edit=change)
     with pytest.raises(ScanError, match=words):
         read_all(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["case", "other"])
+@pytest.mark.parametrize("values, words", [
+    ({"RescaleType": "MGML", "ImageType": ["DERIVED", "SECONDARY", "AXIAL"]}, "no HU (RescaleType MGML)"),
+    ({"RescaleType": "UNSPECIFIED", "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localiser")])
+def test_series_in_another_unit_are_a_note_of_the_study(tmp_path, folder, values, words):
+    """Iodine maps: a row with an error, and the good scan beside them was said to miss files that cannot be read."""
+    write_dicom_series(tmp_path / "case", HU)
+    write_dicom_series(tmp_path / folder, HU / 100, name=lambda k: f"map{k}",
+                       edit=edit(SeriesInstanceUID=make_uid("maps"), **values))
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, HU)
+    assert scan.notes == (f"other series of the study left out: 1 {words}",)
+
+
+def test_images_in_another_unit_under_the_same_series_are_left_out(tmp_path):
+    write_dicom_series(tmp_path / "case", HU)
+    second(tmp_path / "case", HU / 100, 2.5, RescaleType="Secret Name")
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, HU)
+    assert scan.notes == ("left out: 6 no HU (RescaleType unknown)",)
+
+
+def test_hounsfield_units_by_their_whole_name(tmp_path):
+    write_dicom_series(tmp_path / "case", HU, edit=edit(RescaleType="Hounsfield Units"))
+    np.testing.assert_array_equal(read_all(tmp_path)[0].hu, HU)
 
 
 def test_bits_above_those_stored_do_not_count(tmp_path):
@@ -553,6 +640,38 @@ def test_uncompressed_pixels_under_a_compressed_syntax_are_read(tmp_path):
     scan, = read_all(tmp_path)
     np.testing.assert_array_equal(scan.hu, HU)
     assert "transfer syntax says compressed, the pixels are not: 6 files read as they are" in scan.notes
+
+
+def with_syntax(folder, syntax):
+    """Each file's transfer syntax replaced by this text, whose bytes are odd."""
+    for path in folder.iterdir():
+        whole, old = path.read_bytes(), b"\x02\x00\x10\x00UI\x14\x00" + b"1.2.840.10008.1.2.1\0"
+        value = syntax.encode() + bytes(len(syntax) % 2)
+        length = int.from_bytes(whole[140:144], "little") + len(value) - 20
+        assert whole.count(old) == 1
+        new = old[:6] + len(value).to_bytes(2, "little") + value
+        path.write_bytes(whole[:140] + length.to_bytes(4, "little") + whole[144:].replace(old, new))
+
+
+@pytest.mark.parametrize("syntax", ["2.25.123456", "1.2.3", "1.2.840.10008.5.1.4.1.1.2", ""])
+def test_uncompressed_pixels_under_an_unknown_syntax_are_read(tmp_path, syntax):
+    """As anonymisers leave it that replace every UID; a bare ValueError ended the run."""
+    with_syntax(write_dicom_series(tmp_path / "case", HU), syntax)
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, HU)
+    note = "transfer syntax is unknown, the pixels are not compressed: 6 files read as they are"
+    assert scan.notes == ((note,) if syntax else ())
+
+
+@pytest.mark.parametrize("syntax, compressed", [("2.25.123456", True), ("1.2.840.113619.5.2", False)])
+def test_other_pixels_under_an_unknown_syntax_are_refused_by_name(tmp_path, syntax, compressed):
+    """The second is GE's own, whose pixels have their bytes swapped."""
+    def change(ds, k):
+        if compressed:
+            ds.PixelData = ds.PixelData[:20]
+    with_syntax(write_dicom_series(tmp_path / "case", HU, edit=change), syntax)
+    with pytest.raises(ScanError, match="^000.dcm: its transfer syntax is none of DICOM's.*; export it uncompressed"):
+        read_all(tmp_path)
 
 
 def test_contrast_agent_and_sharp_kernel_are_noted(tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -99,6 +101,22 @@ def test_a_port_that_cannot_be_is_wrong_usage(port, capsys):
     assert f"to 65535, got {port}" in capsys.readouterr().err
 
 
+def test_the_help_s_example_can_be_pasted(capsys):
+    """Its lines were joined: Python took the backslash for its own."""
+    with pytest.raises(SystemExit, match="0"):
+        parse(["--help"])
+    assert "--orthanc http://127.0.0.1:8042 \\\n        --state state\n" in capsys.readouterr().out
+
+
+def test_the_containers_have_a_time_zone_and_can_be_given_a_gpu():
+    """Without tzdata TZ is UTC, whatever it says."""
+    compose, dockerfile = (Path(__file__).parents[1].joinpath(name).read_text() for name in ("compose.yaml",
+                                                                                            "Dockerfile"))
+    node = compose[compose.index("\n  node:\n"):compose.index("\nconfigs:\n")]
+    assert "{TZ: \"${TZ:-UTC}\"}" in node and "# deploy: {resources: {reservations: {devices:" in node
+    assert " tzdata " in dockerfile and "2.23.1" in compose[:compose.index("\nservices:\n")]
+
+
 def of_stub(monkeypatch, folder, archive, run=at_once):
     """A command line, whose program has the stub for a model and the archive for a server."""
     stub = type("Stub", (), {"__call__": lambda self, scan: run(scan), "key": lambda self: {"model": "stub"}})()
@@ -125,7 +143,7 @@ def default_signals():
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_ends_the_node_after_the_series_in_work(tmp_path, monkeypatch, default_signals, number, code):
+def test_a_signal_ends_the_node_after_the_series_in_work(tmp_path, monkeypatch, default_signals, number, code, capsys):
     archive = Archive(tmp_path, S1, S2)
 
     def run(scan):
@@ -138,6 +156,7 @@ def test_a_signal_ends_the_node_after_the_series_in_work(tmp_path, monkeypatch, 
             super().set()
     monkeypatch.setattr("pacs.node.threading", SimpleNamespace(Event=Event))
     assert main(of_stub(monkeypatch, tmp_path, archive, run)) == code
+    assert re.search(r"^worklist: http://127\.0\.0\.1:\d+/ \(projects on cpu\)$", capsys.readouterr().out, re.M)
     node = archive_node(tmp_path, archive)
     assert states(node) == {S1: "done", S2: "waiting"} and archive.uids() == set(node.state.rows[S1]["objects"])
 

@@ -189,8 +189,25 @@ def test_state_of_another_model_or_node_is_refused(tmp_path):
     with pytest.raises(StateError, match="in use by another node"):
         State(tmp_path, {"weights": "a"})
     state.close()
-    with pytest.raises(StateError, match="belongs to another model"):
+    with pytest.raises(StateError, match="of a node that differs in weights .a there, b here.; give a new folder"):
         State(tmp_path, {"weights": "b"})
+
+
+def test_what_differs_from_the_state_s_model_is_named(tmp_path):
+    """After an upgrade of the program it was 'another model or other settings'."""
+    made = {"weights": "a" * 64, "precision": "fp32", "versions": {"program": "0.1.0", "measure": 3},
+            "settings": {"method": "inversion", "mask": {"least": 2.0}}, "calibration": None}
+    State(tmp_path, made).close()
+    for other, told in (
+            (made | {"versions": {"program": "0.1.1", "measure": 3}}, "versions program (0.1.0 there, 0.1.1 here)"),
+            (made | {"weights": "b" * 64, "calibration": "c" * 64}, "calibration, weights"),
+            (made | {"settings": {"method": "inversion", "mask": {"least": 3.0}}, "threshold": 1.5},
+             "settings mask least (2.0 there, 3.0 here), threshold (None there, 1.5 here)")):
+        with pytest.raises(StateError) as error:
+            State(tmp_path, other)
+        assert str(error.value) == (
+            f"--state {tmp_path}: its results are of a node that differs in {told}; give a new folder, with --since "
+            "now where what is in the archive is not to be done again, or go back")
 
 
 def test_a_state_of_another_orthanc_is_refused(tmp_path):

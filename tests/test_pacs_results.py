@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from threading import Thread
 
+import pydicom
 import pytest
 
 from common.files import FullDiskError
 from ct.scan import ScanError
+from detect.dicom_out import BURNED_IN
 from pacs.orthanc import OrthancAway, OrthancRefused
 from pacs.server import page
 from tests.pacs_archive import (
@@ -48,6 +50,18 @@ def test_an_image_that_was_deleted_before_it_was_read_does_not_take_its_series_a
     assert archive.uids() == set(row["objects"]) and len(earlier) == 7
     archive.log = archive.log + log_of(S1, first=len(archive.log) + 1)
     assert not node.step() and node.metrics.outcomes["done"] == 2    # what was projected is what is known
+
+
+def test_burned_in_text_is_noted_in_the_row(tmp_path):
+    archive = Archive(tmp_path, S1, S2)
+    ds = pydicom.dcmread(archive.files[S1][2])
+    ds.BurnedInAnnotation = "YES"
+    ds.save_as(archive.files[S1][2])
+    node = archive_node(tmp_path, archive)
+    while node.step():
+        pass
+    assert [node.state.rows[one]["notes"] for one in (S1, S2)] == [[BURNED_IN], []]
+    assert "burned-in text" in page(node, "http://fake")
 
 
 def test_a_series_that_was_deleted_before_it_was_read_is_refused(tmp_path):

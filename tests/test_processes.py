@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import projector
+from ct import limits
 from detect import processes
 from tests.helpers import tiny_bundle
 from tests.queue_data import flags, make_scans, run_whole, tables
@@ -147,10 +148,28 @@ def runs(pid: int) -> bool:
     (2, 64e9, 100, 2), (16, 64e9, 100, 16), (16, 10e9, 100, 3), (2, 1e9, 100, 1), (2, 64e9, 7, 1), (2, 64e9, 8, 2),
     (2, 64e9, 0, 1),
 ])
-def test_how_many_are_suitable(cores, free, scans, expected, monkeypatch):
+def test_how_many_are_suitable(cores, free, scans, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "ROOT", tmp_path)                       # no container's limits
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     monkeypatch.setattr(processes, "free_memory", lambda: int(free))
     assert processes.suitable(scans) == expected
+
+
+def test_a_containers_limits_count(tmp_path, monkeypatch):
+    """Under docker run --memory 8g --cpus 2 a machine of 64 cores started one each, and they were killed."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 500000000 kB\nMemAvailable: 400000000 kB\n")
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    monkeypatch.setattr(limits, "ROOT", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    assert processes.suitable(1000) == 64
+    (group / "cpu.max").write_text("450000 100000\n")
+    assert processes.suitable(1000) == 5                                                      # 4.5 cores
+    (group / "memory.max").write_text("8000000000\n")
+    (group / "memory.current").write_text("500000000\n")
+    assert processes.suitable(1000) == 2
 
 
 # ---- projector.py --jobs

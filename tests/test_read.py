@@ -97,6 +97,50 @@ def test_three_windows_are_fused(tmp_path):
     assert scan.saturation_hu == (-20, 180)
 
 
+def head_hu(slices=3, size=64):
+    """Air, a skull and a brain of 25 to 45 HU."""
+    away = np.hypot(*np.mgrid[-1:1:size * 1j, -1:1:size * 1j])
+    brain = 35 + 10 * np.sin(9 * away)
+    return np.repeat(np.select([away < 0.7, away < 0.8], [brain, 900.0], -1000.0)[None], slices, 0)
+
+
+@pytest.mark.parametrize("change", [lambda rgb: np.repeat(rgb[..., 1:2], 3, -1), lambda rgb: rgb[..., ::-1]],
+                         ids=["grey 0..80 HU as RGB", "B, G, R"])
+@pytest.mark.parametrize("scan_json", [True, False])
+def test_channels_that_are_not_the_three_windows_are_refused(change, scan_json, tmp_path):
+    """Blood of 70 HU was read as 49 and as 28, without a word."""
+    folder = write_rgb_folder(tmp_path / "case" / "png", head_hu(), scan_json=scan_json)
+    assert read_only(tmp_path).hu.shape == (3, 64, 64)
+    for path in folder.glob("*.png"):
+        Image.fromarray(np.ascontiguousarray(change(np.asarray(Image.open(path))))).save(path)
+    with pytest.raises(ScanError, match=r"0.png and the other pictures: R, G and B are of no one HU in \d\d+% of"):
+        read_only(tmp_path)
+
+
+def test_three_windows_may_have_been_resized(tmp_path):
+    folder = write_rgb_folder(tmp_path / "case", head_hu())
+    for path in folder.glob("*.png"):
+        Image.open(path).resize((40, 40), Image.Resampling.BILINEAR).save(path)
+    assert read_only(tmp_path).hu.shape == (3, 40, 40)
+
+
+def test_names_of_many_digits_are_told_apart(tmp_path):
+    names = [f"1.3.12.2.1107.5.1.4.64123.3000001905060708001230000000{k}" for k in (1, 2, 4)]
+    write_rgb_folder(tmp_path / "case", HU[:3])
+    for name, path in zip(names, sorted((tmp_path / "case").glob("*.png"))):
+        path.rename(path.with_name(f"{name}.png"))
+    missing = f"{names[0].rpartition('.')[2][:-1]}3"
+    assert [note for note in read_only(tmp_path).notes if "missing" in note] == [
+        f"slices missing, by their numbers: 1 ({missing}); the others are taken as evenly spaced"]
+
+
+def test_a_number_far_beyond_the_others_does_not_count_to_it(tmp_path):
+    write_rgb_folder(tmp_path / "case", HU[:4])
+    last = sorted((tmp_path / "case").glob("*.png"))[-1]
+    last.rename(last.with_name("30000000000.png"))
+    assert "slices missing, by their numbers: 29999999997 (3, 4, 5, 6, 7, ...)" in read_only(tmp_path).notes[-1]
+
+
 def test_three_windows_in_jpeg_are_refused(tmp_path):
     """Its colours are no channels: HU were off by 4 on average, without a word."""
     folder = write_rgb_folder(tmp_path / "case", np.zeros((3, 16, 16)))

@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "3"}
 COMMANDS = {                                          # each writes how it was called
-    "srun": 'echo "srun $* OMP_NUM_THREADS=$OMP_NUM_THREADS" >> "$CALLS"; eval "$STEP"',
+    "srun": 'echo "srun $* OMP_NUM_THREADS=$OMP_NUM_THREADS SRUN_CPUS_PER_TASK=$SRUN_CPUS_PER_TASK" >> "$CALLS"; '
+            'eval "$STEP"',
     "scontrol": 'echo "scontrol $*" >> "$CALLS"; [ "$1" = show ] && printf "n1\\nn2\\n"; true',
 }
 # Of a training: goes on until it is warned, then writes its snapshot, and exits as train.py does
@@ -45,7 +46,17 @@ def test_training_starts_a_torchrun_on_each_node(job):
     assert hosts == "scontrol show hostnames n[1-2]"
     assert step.startswith("srun --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run --nnodes=2 "
                            "--nproc-per-node=4 --max-restarts=3 --rdzv-id=7-2 --rdzv-backend=c10d --rdzv-endpoint=n1:")
-    assert step.endswith("train.py --data a b.lmdb --out runs/gan OMP_NUM_THREADS=1") and "SIGUSR1" in step
+    assert step.endswith("train.py --data a b.lmdb --out runs/gan OMP_NUM_THREADS=1 SRUN_CPUS_PER_TASK=3")
+    assert "SIGUSR1" in step
+
+
+@pytest.mark.parametrize("told, processes", [({}, 8), ({"SLURM_GPUS_ON_NODE": "2"}, 2),
+                                             ({"SLURM_GPUS_ON_NODE": "2", "GPUS": "1"}, 1)])
+def test_a_process_for_each_gpu_of_the_node(job, told, processes):
+    """Eight, where a job had four GPUs: each rank from the fifth on ended with 2."""
+    run = job("train.sbatch", STEP="exit 0", **told)
+    assert run.wait(30) == 0, run.stderr.read()
+    assert f" --nproc-per-node={processes} " in job.calls()[-1]
 
 
 def test_a_warning_makes_a_snapshot_and_a_new_start(job):
@@ -68,7 +79,7 @@ def test_a_training_that_fails_is_not_requeued(job):
 def test_projection_is_one_task_of_an_array(job):
     run = job("project.sbatch", "scans", "--model", "m", SLURM_ARRAY_TASK_ID="3", STEP="exit 3")
     assert run.wait(30) == 3
-    assert job.calls() == ["srun .venv/bin/python projector.py scans --model m OMP_NUM_THREADS=3"]
+    assert job.calls() == ["srun .venv/bin/python projector.py scans --model m OMP_NUM_THREADS=3 SRUN_CPUS_PER_TASK=3"]
     alone = job("project.sbatch", "scans", STEP="exit 0")
     assert alone.wait(30) != 0 and "--array=0-N" in alone.stderr.read()
 

@@ -42,7 +42,7 @@ def test_the_other_benchmarks_columns():
     assert tables.phe_sich(near) == {"PHE-SICH, 2: peak within 15 mm": {"ours": (0.5, 0.1, 0.9)}}
     every = {"emergencies": 4, "healthy": 3, "scan_auc": 0.8, "scan_auc_delong": [0.7, 0.9]}
     assert tables.phantoms({"methods": {"ours": {"all": every}}}) == {
-        "phantoms, 4 + 3: scan AUC": {"ours": (0.8, 0.7, 0.9)}}
+        "phantoms, 4 + 3, calibrated by others: scan AUC": {"ours": (0.8, 0.7, 0.9)}}
 
 
 def test_only_the_table_after_the_mark_is_replaced(tmp_path, monkeypatch, capsys):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 
 import pytest
 import torch
 
+from op import threads as op_threads
 from op.threads import in_batches
 
 
@@ -75,3 +77,47 @@ def test_an_error_of_a_part_is_raised(two_threads):
 
     with pytest.raises(ValueError, match="of this part"):
         in_batches(run, 8, torch.zeros(4))
+
+
+def test_few_images_share_all_threads(two_threads):
+    torch.set_num_threads(4)
+    seen = []
+    in_batches(lambda part: seen.append((threading.get_ident(), torch.get_num_threads())) or part, 8, torch.zeros(2, 1))
+    assert seen == [(threading.get_ident(), 4)]
+
+
+def test_other_numbers_of_images_begin_no_further_threads(two_threads):
+    torch.set_num_threads(4)
+    in_batches(lambda part: part, 99, torch.zeros(8, 1))
+    before = threading.active_count()
+    for count in (3, 4, 5, 9):
+        in_batches(lambda part: part, 99, torch.zeros(count, 1))
+    assert threading.active_count() == before
+
+
+def test_where_threads_cannot_begin_none_is_left_waiting(two_threads, monkeypatch):
+    begin, begun = threading.Thread.start, []
+
+    def third_fails(thread):
+        if thread.name.startswith("op.threads.single"):
+            begun.append(thread)
+            if len(begun) == 3:
+                raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", third_fails)
+    torch.set_num_threads(5)                             # of which there is no pool yet
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        in_batches(lambda part: part, 99, torch.zeros(5, 1))
+    for thread in begun[:2]:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert torch.get_num_threads() == 5 and 5 not in op_threads._singles
+
+
+def test_a_fork_has_threads_of_its_own(two_threads):
+    assert len(in_batches(lambda part: part, 8, torch.zeros(4))) == 4
+    child = multiprocessing.get_context("fork").Process(target=in_batches, args=(torch.neg, 8, torch.zeros(4)))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0

@@ -122,6 +122,12 @@ def test_the_best_snapshot_is_kept_besides_the_last_two(train_gan, tmp_path, mon
     assert snapshot_steps(tmp_path) == [8, 28, 32]
 
 
+def test_samples_are_measured_when_asked_whenever_rows_are_written(train_gan, tmp_path):
+    """Only where a row was due as well: of 20 and 32, at the end alone."""
+    assert train_gan(tmp_path, "--tick-kimg", 0.012, "--grid-kimg", 0.02) == 0
+    assert [(row["step"], "swd" in row) for row in rows(tmp_path)] == [(12, False), (20, True), (24, False), (32, True)]
+
+
 @pytest.mark.parametrize("flags, noticed", [((), 24), (("--tick-kimg", 1, "--snapshot-kimg", 0.004), 20)])
 def test_divergence_exits_4_and_keeps_the_last_good_snapshot(train_gan, half, flags, noticed, capsys):
     """At a tick by the losses, at a snapshot between ticks by the weights.

@@ -24,8 +24,10 @@ from ct.settings import PreprocessSettings, StandardiseSettings
 from ct.window import decode, encode
 from ct.write import write_nifti
 from dataset import SliceDataset
+from gan import quality
 from gan.augment import coarse_noise, erase, random_rotation
 from gan.encoding import EncoderTrainer
+from gan.inpainting import InpaintingTrainer
 from gan.runlog import differing
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
@@ -110,6 +112,27 @@ def test_a_run_of_so_many_hours_ends_by_the_clock_and_another_goes_on(slices32, 
 def test_snapshots_come_as_often_as_asked(slices32, gan_run, tmp_path):
     assert run_encoder(slices32, gan_run, tmp_path, "--epochs", 2.5, "--snapshot-epochs", 2) == 0
     assert [(row["step"], row["epoch"]) for row in rows(tmp_path)] == [(32, 2), (40, 2)]
+
+
+@pytest.mark.parametrize("n, objective, networks", [(1, EncoderTrainer, {}), (4, InpaintingTrainer, {"hide": 0.9})])
+def test_no_more_held_out_slices_are_read_than_measure_a_training(n, objective, networks, slices32, gan_run,
+                                                                  monkeypatch, tmp_path):
+    """All were, of 1,250 scans of 512 pixels for half an hour: by then the other ranks had given up waiting."""
+    dataset, read, one = SliceDataset(slices32, "all"), [], SliceDataset.__getitem__
+    assert len(dataset) == 24
+    trainer = objective(EncoderConfig(precision="fp32", **networks), load_snapshot(gan_run), RANGE, torch.device("cpu"))
+    monkeypatch.setattr(SliceDataset, "__getitem__", lambda self, i: read.append(i) or one(self, i))
+    found = trainer.validate(dataset, tmp_path, 0)
+    assert read == list(range(0, 24, n))                                 # few: as many as ever, by scan
+    measured = quality.Measured(dataset, n)
+    assert measured.scan_ids == dataset.scan_ids
+    for s in range(3):
+        assert all(torch.equal(t, dataset.scan(s)[key][::n]) for key, t in measured.scan(s).items())
+    monkeypatch.setattr(quality, "MOST_HELD_OUT", 2)                     # of three scans one is left out
+    read.clear()
+    few = trainer.validate(dataset, tmp_path, 1)
+    assert read == [0, 12] and few.keys() == found.keys() and few != found
+    assert (tmp_path / "reconstructions-001.png").is_file()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")                # the grid of pictures of nothing

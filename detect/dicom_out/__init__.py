@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from ct.dicom_pixels import quote_no_headers
 from detect.dicom_out import key_objects, parametric_map, secondary_capture, seg, sr
 from detect.dicom_out.common import Identity, Result, open_case
 
-__all__ = ["Identity", "Result", "build_objects", "dicom_writer", "identity_of", "write_dicom"]
+__all__ = ["Identity", "Result", "build_objects", "dicom_writer", "identity_of", "notes_of", "write_dicom"]
+
+BURNED_IN = "the source says that its pixels hold burned-in text (BurnedInAnnotation); pictures and overlays show them"
 
 
 def build_objects(result: Result, identity: Identity, *, phi: bool = True,
@@ -34,7 +36,7 @@ def build_objects(result: Result, identity: Identity, *, phi: bool = True,
     result  its scan was read from DICOM: scan.geometry names the files of its slices, whose headers are read again
     phi     whether patient and study modules are copied from the source; without, nothing of them is, and the objects
             join the study by its Study Instance UID alone
-    made    content date and time; now by default
+    made    content date and time, local where it has no offset from UTC; now by default
 
     UIDs depend on the source's instances, the identity, the result's threshold and phi alone. Raises DerivedError.
     """
@@ -67,6 +69,12 @@ def write_dicom(folder: Path, result: Result, identity: Identity, *, phi: bool =
     return paths
 
 
+def notes_of(paths: Iterable[Path]) -> list[str]:
+    """For a scan's row: what whoever passes on its results should know of the objects that write_dicom wrote."""
+    said = (pydicom.dcmread(path, stop_before_pixels=True).get("BurnedInAnnotation") for path in paths)
+    return [BURNED_IN] if "YES" in said else []
+
+
 def identity_of(projector) -> Identity:
     """What a detect.Projector makes results with: its bundle's name and weights, its settings, this version."""
     bundle = projector.bundle
@@ -86,7 +94,7 @@ def dicom_writer(projector, phi: bool = True) -> Callable[[Path, Result], list[s
         if result.scan.source != "dicom":
             return []
         try:
-            write_dicom(folder / "dicom", result, identity, phi=phi)
+            return notes_of(write_dicom(folder / "dicom", result, identity, phi=phi))
         except DerivedError as error:
             return [f"no DICOM objects: {error}"]
         except OSError:
@@ -94,6 +102,5 @@ def dicom_writer(projector, phi: bool = True) -> Callable[[Path, Result], list[s
         except Exception as error:                    # odd headers fail anywhere in pydicom; its message may quote them
             traceback.print_tb(error.__traceback__)
             return [f"no DICOM objects: the source's header cannot be used ({type(error).__name__})"]
-        return []
 
     return write

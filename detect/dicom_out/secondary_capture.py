@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
-from ct.derived import LONG_WARNING
+from ct.derived import LONG_WARNING, LOSSY
 from ct.picture import mark
 from detect.dicom_out.common import Case
 
@@ -30,8 +30,12 @@ def build(case: Case, number: int) -> SCImage:
     ds.StudyDate = ds.StudyTime = ""
     ds.DateOfSecondaryCapture, ds.TimeOfSecondaryCapture = ds.ContentDate, ds.ContentTime
     ds.DerivationDescription, ds.ImageComments = LONG_WARNING, LONG_WARNING
-    ds.BurnedInAnnotation = "NO"          # nothing burned in names the patient
+    # What is burned in here names nobody; what the source's pixels hold is shown, and may
+    ds.BurnedInAnnotation = "YES" if case.burned_in else "NO"
     image, frames = case.reference(k)
+    for keyword in LOSSY:
+        if keyword in image:
+            ds[keyword] = image[keyword]
     source = Dataset()
     source.ReferencedSOPClassUID, source.ReferencedSOPInstanceUID = image.SOPClassUID, image.SOPInstanceUID
     if frames is not None:
