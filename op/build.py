@@ -46,9 +46,7 @@ def load_c(name: str, *flags: str) -> ctypes.CDLL:
     key = hashlib.sha256(b"\0".join([source.read_bytes(), " ".join(command).encode(), macros])).hexdigest()
     library = cache_folder() / f"{name}-{key[:16]}.so"
     try:
-        if not library.exists():
-            _compile(command, source, library)
-        return ctypes.CDLL(str(library))
+        return _loaded(command, source, library)
     except OSError as error:
         raise BuildError(f"cannot write or load {library}: {error}. Set XDG_CACHE_HOME to a folder that may "
                          "hold programs (writable, not mounted noexec)") from error
@@ -78,9 +76,7 @@ def load_cuda(name: str, capability: tuple[int, int]) -> ctypes.CDLL:
         version = _nvcc_version(nvcc)
         command = [str(nvcc), *CUDA_FLAGS, cuda_target(capability)]
         library = cache_folder() / f"{name}-{_cuda_key(name, command[1:], version)}.so"
-        if not library.exists():
-            _compile(command, SOURCES / f"{name}.cu", library)
-        return ctypes.CDLL(str(library))
+        return _loaded(command, SOURCES / f"{name}.cu", library)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         raise BuildError(f"the CUDA kernel {name} cannot be built or loaded:\n{_last_lines(str(error))}\n"
                          "See `python -m op.doctor`; --ops ref does without the kernels, but is slower") from error
@@ -142,10 +138,24 @@ def _target(compiler: list[str]) -> tuple[list[str], bytes]:
     The macros tell the compiler's version and the processor's features: all that decides what a library becomes.
     """
     for flag in (["-march=native", "-mprefer-vector-width=512"], ["-march=native"], []):
-        run = subprocess.run([*compiler, *flag, "-dM", "-E", "-x", "c", os.devnull], capture_output=True)
+        try:
+            run = subprocess.run([*compiler, *flag, "-dM", "-E", "-x", "c", os.devnull], capture_output=True)
+        except OSError as error:                          # an executable file that is no program
+            raise BuildError(f"{' '.join(compiler)} does not start: {error}; set CC to a C compiler") from error
         if run.returncode == 0:
             return flag, run.stdout
     raise BuildError(f"{' '.join(compiler)} does not work:\n{_last_lines(run.stderr)}")
+
+
+def _loaded(command: list[str], source: Path, library: Path) -> ctypes.CDLL:
+    """The library, compiled where it is not there yet or does not load: a machine that stopped may leave it empty."""
+    if library.exists():
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:
+            pass
+    _compile(command, source, library)
+    return ctypes.CDLL(str(library))
 
 
 def _compile(command: list[str], source: Path, library: Path) -> None:
@@ -155,6 +165,8 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
         run = subprocess.run([*command, str(source), "-o", str(built)], capture_output=True)
         if run.returncode != 0:
             raise BuildError(f"{' '.join(command)} {source.name} failed:\n{_last_lines(run.stderr)}")
+        with built.open("rb") as file:
+            os.fsync(file.fileno())                       # else the name may reach the disk before the content
         built.replace(library)
 
 

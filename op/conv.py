@@ -27,10 +27,12 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor | Ready, stride: int = 1, paddi
     divide by zero. For a kernel of 1 x 1 a product of matrices is the same function.
     """
     if isinstance(weight, Ready):
-        if weight.tiles is not None and stride == padding == 1 and not is_ref():
+        if (weight.tiles is not None and stride == padding == 1 and x.is_cpu and not is_ref()
+                and not winograd.is_watched()):
             return winograd.conv3x3(x, weight.tiles)
         weight = weight.weight
-    if torch.is_grad_enabled() and stride == padding == 1 and x.dtype == weight.dtype and winograd.is_for(weight):
+    if (torch.is_grad_enabled() and stride == padding == 1 and x.is_cpu and x.dtype == weight.dtype
+            and winograd.is_for(weight)):
         return winograd.conv2d(x, weight)
     twice = torch.is_grad_enabled() and x.requires_grad and weight.requires_grad
     if twice and x.device.type == "cpu" and weight.shape[2:] == (1, 1) and stride == 1 and not padding:

@@ -2,8 +2,8 @@
 
 A CPU spends more time on reading and writing activations than on the convolutions between them. These passes are in C
 (op/csrc/fused.c, compiled at first use), for bfloat16 and float32 in channels-last, and round once where PyTorch's
-separate passes round each. The functions return None where they are not for here (gradients, other dtypes and devices,
-no compiler, --ops ref); the caller then does it with PyTorch.
+separate passes round each. The functions return None where they are not for here (gradients, traces, other dtypes,
+devices and shapes, no compiler, --ops ref); the caller then does it with PyTorch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from op.build import BuildError, load_c
 from op.cuda import is_ref
 from op.threads import pool
+from op.winograd import is_watched
 
 LANES = 32                      # channels in multiples of these: what the compiler works on at a time
 FLAGS = {torch.bfloat16: (), torch.float32: ("-DFLOAT",)}
@@ -52,17 +53,25 @@ def styled_act(y: torch.Tensor, factor: torch.Tensor, noise: Noise, strength: to
     if channels % LANES or not _for_here(y, factor, noise, more, strength, bias, then):
         return None
     rows, columns = (side * 2 if folded else side for side in y.shape[2:])
+    shape, each = (len(y), channels, rows, columns), (len(y), channels, 1, 1)
+    if (folded and y.shape[1] != 4 * channels or bias.ndim != 1 or factor.shape != each
+            or then is not None and then.shape != each):
+        return None
     steps, more_steps = (0, 0), (0, 0)
     if more is not None:
-        if more.dtype != y.dtype or more.stride(1) != 1 or more.stride(2) != columns * more.stride(3):
+        if noise is None or noise.shape != (1, 1, rows, columns) or more.shape != shape or more.dtype != y.dtype:
+            return None
+        if more.stride(1) != 1 or more.stride(2) != columns * more.stride(3):
             return None
         noise, steps, more_steps = noise.float().contiguous(), (0, 1), (more.stride(0), more.stride(3))
     elif noise is not None:
+        if noise.shape[2:] != shape[2:] or len(noise) not in (1, len(y)) or noise.shape[1] not in (1, channels):
+            return None
         noise = noise.float().contiguous(memory_format=NHWC)
         steps = (noise[0].numel() if len(noise) > 1 else 0, noise.shape[1])
-    factor, bias, strength = factor.contiguous(), bias.to(y.dtype), float(strength)
-    then = None if then is None else then.to(y.dtype).contiguous()
-    out = torch.empty(len(y), channels, rows, columns, dtype=y.dtype, memory_format=NHWC)
+    factor, bias, then = (None if t is None else t.to(y.dtype).contiguous() for t in (factor, bias, then))
+    strength = float(strength)
+    out = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=NHWC)
     _spread(lambda first, last: _library(y.dtype).styled(
         _at(y, first), _at(factor, first), _at(noise, first if steps[0] else 0), _at(more, first), _at(bias),
         _at(then, first), _at(out, first), last - first, rows, columns, channels, folded, *steps, *more_steps, strength,
@@ -82,25 +91,30 @@ def scaled_sum(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor |
 
 def enlarged_beside(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None:
     """op.enlarged_beside."""
-    if not (_for_here(x, other) and _for_here(other)):
+    if not (_for_here(x, other) and _for_here(other)) or other.dtype != x.dtype:
         return None
     images, channels, rows, columns = x.shape
-    out = torch.empty(images, channels + other.shape[1], *other.shape[2:], dtype=x.dtype, memory_format=NHWC)
+    others = other.shape[1]
+    if other.shape != (images, others, 2 * rows, 2 * columns):
+        return None
+    out = torch.empty(images, channels + others, 2 * rows, 2 * columns, dtype=x.dtype, device=x.device,
+                      memory_format=NHWC)
 
     def run(first: int, last: int) -> None:
-        line = torch.empty(columns * channels)
+        line = torch.empty(columns * channels, dtype=torch.float32, device=x.device)
         _library(x.dtype).enlarged_beside(_at(x, first), _at(other, first), _at(out, first), _at(line), last - first,
-                                          rows, columns, channels, other.shape[1])
+                                          rows, columns, channels, others)
 
     _spread(run, out)
     return out
 
 
 def _for_here(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    return (x.dtype in FLAGS and x.device.type == "cpu" and x.ndim == 4 and x.shape[1] % LANES == 0
+    tensors = [x, *(t for t in others if t is not None)]
+    return (x.dtype in FLAGS and all(t.is_cpu for t in tensors) and x.ndim == 4 and x.shape[1] % LANES == 0
             and x.numel() > 0 and x.is_contiguous(memory_format=NHWC)
-            and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
-            and not is_ref() and not torch.compiler.is_compiling() and _library(x.dtype) is not None)
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+            and not is_ref() and not is_watched() and _library(x.dtype) is not None)
 
 
 @functools.cache

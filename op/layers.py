@@ -18,12 +18,15 @@ from op.bias_act import SQRT2, bias_act
 from op.conv import conv2d, ready
 from op.modulated_conv import folding_pays, modulated_conv2d, modulated_product, prepared
 from op.upfirdn2d import binomial_kernel, upfirdn2d
+from op.winograd import is_watched
 
 
 class Kept:
     """What is made of a parameter that is not trained, kept as long as it stays as it is and no gradient is asked for.
 
-    Whether it does is told by its version, which a fused optimiser does not count up: so nothing that is trained.
+    Whether it does is told by its version, which a fused optimiser does not count up: so nothing that is trained, and
+    what was kept before a training is forgotten in it. Changes to `.data` are not counted either: none on a frozen
+    network.
     """
 
     def __init__(self):
@@ -31,7 +34,9 @@ class Kept:
 
     def __call__(self, parameter: torch.Tensor, how: Hashable, make: Callable[[], Any]) -> Any:
         """make(), or what it gave for the same `how`."""
-        if torch.is_grad_enabled() or parameter.requires_grad or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or parameter.requires_grad or is_watched():
+            if parameter.requires_grad:
+                self.found = None, None
             return make()
         if parameter.is_inference():                     # made in torch.inference_mode(): has no version
             return make()

@@ -8,6 +8,7 @@ give the same numbers.
 from __future__ import annotations
 
 import ctypes
+import functools
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,8 @@ def median2d(x: torch.Tensor, size: int, impl: str = "auto", border: str = "zero
     _check(x, size, impl, border)
     if impl == "auto" and x.device.type != "cpu":
         impl = choose("median2d", impl, x)
-    call = _registered if torch.compiler.is_compiling() else _median2d    # eagerly it would import torch's compiler
+    seen = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    call = _registered if seen else _median2d             # eagerly it would import torch's compiler
     return call(x.detach(), size, impl, border)
 
 
@@ -88,23 +90,14 @@ def _check(x: torch.Tensor, size: int, impl: str, border: str) -> None:
         choose("median2d", impl, x)
 
 
+@functools.cache                                          # also that it cannot be built: to try takes a compiler's time
 def _best_cpu_impl() -> str:
     try:
         load_c("median")
     except BuildError as error:
-        _warn_slow(str(error))
+        warnings.warn(f"median2d runs on scipy, about 30 times slower at size 19: {error}", stacklevel=2)
         return "scipy"
     return "cpu"
-
-
-_warned = False
-
-
-def _warn_slow(reason: str) -> None:
-    global _warned
-    if not _warned:
-        warnings.warn(f"median2d runs on scipy, about 30 times slower at size 19: {reason}", stacklevel=2)
-        _warned = True
 
 
 # --- on a GPU: [P, H, W] -> [P, H, W] ---

@@ -3,7 +3,7 @@
 Winograd's F(4 x 4, 3 x 3) (Lavin and Gray 2016, arXiv:1509.09308) in C (op/csrc/winograd.c, compiled at first use), for
 float32 in channels-last, and its gradients of any order. What PyTorch offers on AVX2 and AVX512 multiplies each weight
 with each pixel, at the full rate of the CPU; this takes less than half of its time, for the gradient by the weights a
-fifth to two thirds, and is off by some 1e-5 of the largest value (PyTorch by 1e-6).
+fifth to two thirds, and is off by some 1e-5 of the largest value (PyTorch by 1e-6); one inf makes its whole tile NaN.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from op.build import BuildError, load_c
 from op.cuda import is_ref
@@ -27,6 +28,7 @@ LANES, PANEL, GAP = 8, 16, 16   # as winograd.c has them: input channels in LANE
 BLOCK, LARGE, LARGE_BLOCK = 24, 1 << 15, 96     # tiles at a time: few, so that what is made of them stays in a cache;
                                 # more where the weights, of LARGE inputs times outputs, are what does not
 TILES = 96                      # that are worth a thread
+SUMS = 1 << 26                  # floats that the threads may add up apart
 VECTORS = ("AVX2", "AVX512")    # of CPUs that it is for, by PyTorch's names
 # A weight of 3 at the points 0, 1, -1, 2, -2 and infinity
 POINTS = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 / 24, 1 / 12, 1 / 6),
@@ -41,8 +43,13 @@ def is_for(weight: torch.Tensor) -> bool:
     step = PANEL if torch.is_grad_enabled() else LANES
     return (weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.shape[2:] == (3, 3)
             and not weight.shape[0] % PANEL and not weight.shape[1] % step
-            and not is_ref() and not torch.compiler.is_compiling()
+            and not is_ref() and not is_watched()
             and torch.backends.cpu.get_cpu_capability() in VECTORS and _library() is not None)
+
+
+def is_watched() -> bool:
+    """Whether PyTorch looks on, to write down a program or a tangent: of what C does it sees nothing."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
 
 
 def conv2d(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -86,14 +93,15 @@ def _turned(weight: torch.Tensor) -> torch.Tensor:
 def transformed(weight: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """weight [O, I, 3, 3] as conv3x3 takes it, [PLACES, O / PANEL, I, PANEL] in float32, computed in dtype."""
     out, into = weight.shape[:2]
-    places = _points(dtype) @ weight.to(dtype).flatten(2).permute(2, 0, 1).flatten(1)                  # [PLACES, O x I]
+    taps = weight.to(dtype).flatten(2).permute(2, 0, 1).flatten(1)                                     # [9, O x I]
+    places = _points(taps) @ taps
     return places.float().reshape(PLACES, out // PANEL, PANEL, into).transpose(2, 3).contiguous()
 
 
-def _points(dtype: torch.dtype) -> torch.Tensor:
+def _points(like: torch.Tensor) -> torch.Tensor:
     """What a kernel [3, 3] is at each place: [PLACES, 9]."""
-    points = torch.tensor(POINTS, dtype=torch.float64)
-    return torch.kron(points, points).to(dtype)
+    points = torch.tensor(POINTS, dtype=torch.float64, device=like.device)
+    return torch.kron(points, points).to(like.dtype)
 
 
 def conv3x3(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -101,18 +109,19 @@ def conv3x3(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     The same to the bit whatever the number of threads.
     """
+    _check_devices("conv3x3", x, weight)
     x = x.contiguous(memory_format=NHWC)
     images, into, rows, columns = x.shape
     out = weight.shape[1] * PANEL
     if x.dtype != torch.float32 or weight.shape != (PLACES, out // PANEL, into, PANEL):
         raise ValueError(f"conv3x3: expected float32 with {weight.shape[2]} channels, got {x.dtype} {list(x.shape)}")
-    y = torch.empty(images, out, rows, columns, memory_format=NHWC)
+    y = torch.empty(images, out, rows, columns, dtype=x.dtype, device=x.device, memory_format=NHWC)
 
     def run(thread: int, room: torch.Tensor, first: int, last: int, block: int) -> None:
         _library().winograd(x.data_ptr(), weight.data_ptr(), y.data_ptr(), room.data_ptr(), rows, columns, into, out,
                             first, last, block)
 
-    _spread(run, x.shape, out)
+    _spread(run, x, out, _threads(x.shape))
     return y
 
 
@@ -121,17 +130,25 @@ def weight_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
     Other threads add up in another order.
     """
+    _check_devices("weight_gradient", x, grad)
     x, grad = (t.contiguous(memory_format=NHWC) for t in (x, grad))
     (_, into, rows, columns), out = x.shape, grad.shape[1]
-    places = torch.zeros(_threads(x.shape), PLACES, into * out)
+    threads = max(1, min(_threads(x.shape), SUMS // (PLACES * into * out)))
+    places = torch.zeros(threads, PLACES, into * out, dtype=torch.float32, device=x.device)
 
     def run(thread: int, room: torch.Tensor, first: int, last: int, block: int) -> None:
         _library().winograd_weight(x.data_ptr(), grad.data_ptr(), places[thread].data_ptr(), room.data_ptr(), rows,
                                    columns, into, out, first, last, block)
 
-    _spread(run, x.shape, out)
-    found = _points(torch.float32).t() @ places.sum(0)
+    _spread(run, x, out, threads)
+    total = places.sum(0)
+    found = _points(total).t() @ total
     return found.reshape(3, 3, into, out).permute(3, 2, 0, 1)
+
+
+def _check_devices(name: str, x: torch.Tensor, other: torch.Tensor) -> None:
+    if not (x.is_cpu and other.is_cpu):
+        raise ValueError(f"{name}: expected tensors on the CPU, got them on {x.device} and {other.device}")
 
 
 def _tiles(shape: torch.Size) -> int:
@@ -143,11 +160,11 @@ def _threads(shape: torch.Size) -> int:
     return max(1, min(torch.get_num_threads(), _tiles(shape) // TILES))
 
 
-def _spread(run: Callable[..., None], shape: torch.Size, out: int) -> None:
-    """run(thread, room, first, last, block) for the tiles of x, of this shape; ctypes lets go of the GIL."""
-    tiles, threads, into = _tiles(shape), _threads(shape), shape[1]
+def _spread(run: Callable[..., None], x: torch.Tensor, out: int, threads: int) -> None:
+    """run(thread, room, first, last, block) for the tiles of x; ctypes lets go of the GIL."""
+    tiles, into = _tiles(x.shape), x.shape[1]
     block = BLOCK if into * out < LARGE else LARGE_BLOCK
-    room = torch.empty(threads, PLACES * (block * (into + out) + 2 * GAP))
+    room = torch.empty(threads, PLACES * (block * (into + out) + 2 * GAP), dtype=torch.float32, device=x.device)
 
     def part(thread: int) -> None:
         run(thread, room[thread], tiles * thread // threads, tiles * (thread + 1) // threads, block)

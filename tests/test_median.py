@@ -22,10 +22,11 @@ STEPS = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
 def fresh_build(monkeypatch, tmp_path):
     """An empty cache folder, and no library or warning remembered, before and after."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(median, "_warned", False)
-    build.load_c.cache_clear()
+    for remembered in (build.load_c, median._best_cpu_impl):
+        remembered.cache_clear()
     yield tmp_path
-    build.load_c.cache_clear()
+    for remembered in (build.load_c, median._best_cpu_impl):
+        remembered.cache_clear()
 
 
 @pytest.mark.parametrize("impl", ("auto", *FAST, "ref"))
@@ -104,6 +105,13 @@ def test_input_is_left_alone_and_no_gradient_flows():
     assert torch.equal(x.detach(), STEPS)
 
 
+@pytest.mark.filterwarnings("ignore")                     # that torch.jit is deprecated
+def test_a_trace_holds_the_filter():
+    x, other = (torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    traced = torch.jit.trace(lambda x: median2d(x, 5), (x,), check_trace=False)
+    assert torch.equal(traced(other), median2d(other, 5))
+
+
 def test_reference_in_row_chunks(monkeypatch):
     x = torch.randn(2, 17, 12, generator=torch.Generator().manual_seed(4))
     whole = median2d(x, 5, "ref")
@@ -163,18 +171,34 @@ def test_on_a_gpu_the_median_of_doubles_with_nan_is_nan(monkeypatch):
 # --- the build ---
 
 
-def test_built_once_into_the_cache_folder(fresh_build):
+def test_built_once_into_the_cache_folder(fresh_build, monkeypatch):
+    written = []
+    monkeypatch.setattr(os, "fsync", lambda file: written.append(os.fstat(file).st_size))
     median2d(STEPS, 3, "cpu")
     (library,) = (fresh_build / "cache/cn-stylegan").iterdir()
+    assert written == [library.stat().st_size]
     built = library.stat().st_mtime_ns
     build.load_c.cache_clear()
     median2d(STEPS, 3, "cpu")
     assert [path.stat().st_mtime_ns for path in library.parent.iterdir()] == [built]
 
 
+LOAD = [sys.executable, "-c", "import build; print(build.load_c('median').median2d.__name__)"]
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_library_that_was_cut_short_is_built_anew(fresh_build, size):
+    """As a machine that stops may leave it."""
+    for _ in range(2):
+        run = subprocess.run(LOAD, capture_output=True, text=True, cwd=build.SOURCES.parent)
+        assert run.stdout.strip() == "median2d", run.stderr
+        (library,) = (fresh_build / "cache/cn-stylegan").iterdir()
+        assert library.stat().st_size > 1000
+        library.write_bytes(library.read_bytes()[:size])
+
+
 def test_processes_that_start_together(fresh_build):
-    command = [sys.executable, "-c", "import build; print(build.load_c('median').median2d.__name__)"]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=build.SOURCES.parent) for _ in range(2)]
+    runs = [subprocess.Popen(LOAD, stdout=subprocess.PIPE, text=True, cwd=build.SOURCES.parent) for _ in range(2)]
     assert [run.communicate()[0].strip() for run in runs] == ["median2d"] * 2
     assert len(list((fresh_build / "cache/cn-stylegan").iterdir())) == 1
 
@@ -205,6 +229,26 @@ def test_compile_error_shows_the_last_lines(fresh_build, monkeypatch):
     with pytest.raises(build.BuildError, match="median.c failed:\nline 2\n(.*\n)*line 9$"):
         median2d(STEPS, 3, "cpu")
     assert list((fresh_build / "cache/cn-stylegan").iterdir()) == []
+
+
+def test_a_failing_compiler_is_not_started_at_every_call(fresh_build, monkeypatch):
+    started = fresh_build / "started"
+    monkeypatch.setenv("CC", fake_compiler(fresh_build, f'echo "$*" >> {started}; exit 1'))
+    with pytest.warns(UserWarning, match="runs on scipy"):
+        median2d(STEPS, 3)
+    times = started.read_text()
+    assert torch.equal(median2d(STEPS, 3), median2d(STEPS, 3, "ref")) and started.read_text() == times
+
+
+def test_a_compiler_that_is_no_program(fresh_build, monkeypatch):
+    program = fake_compiler(fresh_build, "")
+    with open(program, "w") as file:
+        file.write("not a program")
+    monkeypatch.setenv("CC", program)
+    with pytest.raises(build.BuildError, match="fakecc does not start: .*; set CC to a C compiler"):
+        median2d(STEPS, 3, "cpu")
+    with pytest.warns(UserWarning, match="runs on scipy.*does not start"):
+        assert torch.equal(median2d(STEPS, 3), median2d(STEPS, 3, "ref"))
 
 
 def test_compiler_without_march_native_is_used_without_it(fresh_build, monkeypatch):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 from op import bias_act, binomial_kernel, modulated_conv2d, modulated_product, prepared, upfirdn2d
+from op.layers import EqualLinear
 from op.modulated_conv import modulated_conv2d_ref, unfolded
 
 F64 = torch.float64
@@ -190,3 +191,24 @@ def test_the_factor_is_computed_in_full_precision():
     _, exact = modulated_conv2d(x, prepared(weight, F64), style)
     assert factor.dtype == torch.float16 and factor.min() > 0
     torch.testing.assert_close(factor.double(), exact, atol=1e-7, rtol=1e-2)
+
+
+# ---- what is kept of weights
+
+def test_what_is_kept_is_forgotten_while_it_is_trained():
+    """A fused optimiser changes a weight without counting its version up."""
+    layer, x = EqualLinear(4, 3), rand(2, 4, dtype=torch.float32)
+    optimiser = torch.optim.Adam(layer.parameters(), lr=0.1, fused=True)
+
+    def frozen():
+        layer.requires_grad_(False)
+        with torch.no_grad():
+            return layer(x)
+
+    frozen()
+    layer.requires_grad_()
+    layer(x).sum().backward()
+    with torch.no_grad():
+        layer(x)                                          # nor is anything kept in between
+    optimiser.step()
+    torch.testing.assert_close(frozen(), F.linear(x, layer.weight * layer.scale, layer.bias))

@@ -7,6 +7,7 @@ import platform
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from model import Encoder, Generator, ModelConfig
 from op import set_impl, winograd
@@ -29,7 +30,8 @@ def on_avx2(monkeypatch):
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).contiguous(memory_format=NHWC)
+    numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
+    return numbers.contiguous(memory_format=NHWC)
 
 
 @pytest.fixture
@@ -80,6 +82,21 @@ def test_the_gradient_by_the_weights(vectors, images, into, out, rows, columns):
     x, grad = rand(images, into, rows, columns), rand(images, out, rows, columns, seed=1)
     assert_close(winograd.weight_gradient(x, grad),
                  torch.nn.grad.conv2d_weight(x.double(), (out, into, 3, 3), grad.double(), padding=1))
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")], ids=str)
+def test_another_default_changes_nothing(default):
+    before = torch.get_default_dtype()
+    try:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+        else:
+            torch.set_default_device(default)
+        test_the_same_as_pytorch(None, 3, 24, 16, 5, 7)
+        test_the_gradient_by_the_weights(None, 3, 24, 16, 5, 7)
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
 
 
 def derivatives(conv, x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
@@ -141,6 +158,55 @@ def test_nothing_else_is_written():
         winograd.conv3x3(rand(1, 16, 5, 5), winograd.transformed(rand(16, 8, 3, 3)))
     with pytest.raises(ValueError, match="got torch.float64"):
         winograd.conv3x3(rand(1, 8, 5, 5).double(), winograd.transformed(rand(16, 8, 3, 3)))
+
+
+def test_few_threads_add_up_large_weights(monkeypatch):
+    """Each has the sums of its own."""
+    counts, spread = [], winograd._spread
+
+    def watched(run, x, out, threads):
+        counts.append(threads)
+        spread(run, x, out, threads)
+
+    monkeypatch.setattr(winograd, "_spread", watched)
+    monkeypatch.setattr(winograd, "TILES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for floats in (3, 2, 0):
+        monkeypatch.setattr(winograd, "SUMS", floats * winograd.PLACES * 8 * 16)
+        test_the_gradient_by_the_weights(None, 3, 8, 16, 13, 10)
+    assert counts == [3, 2, 1]
+
+
+def test_other_devices(used):
+    """Their addresses are none that C could read."""
+    x, weight = rand(1, 16, 5, 5), rand(16, 16, 3, 3)
+    away = x.to("meta")
+    with pytest.raises(ValueError, match="conv3x3: expected tensors on the CPU, got them on meta and cpu"):
+        winograd.conv3x3(away, winograd.transformed(weight))
+    with pytest.raises(ValueError, match="weight_gradient: expected tensors on the CPU, got them on cpu and meta"):
+        winograd.weight_gradient(x, away)
+    used.clear()
+    assert conv2d(away, ready(weight, torch.float32), padding=1).device.type == "meta"
+    with torch.enable_grad():
+        assert conv2d(away, weight.requires_grad_(), padding=1).device.type == "meta"
+    assert used == []
+
+
+@pytest.mark.filterwarnings("ignore")                     # that torch.jit is deprecated
+def test_a_trace_holds_the_convolution():
+    layer = EqualConv2d(16, 16, 3, padding=1).requires_grad_(False)
+    weight, other = ready(rand(16, 16, 3, 3), torch.float32), rand(1, 16, 6, 6, seed=1)
+    for run in (layer, lambda x: conv2d(x, weight, padding=1)):
+        expected = run(other)                             # and what is made of the weight is kept
+        traced = torch.jit.trace(run, (rand(1, 16, 6, 6),), check_trace=False)
+        assert_close(traced(other), expected)
+
+
+def test_a_tangent_comes_through():
+    layer, slope = EqualConv2d(16, 16, 3, padding=1).requires_grad_(False), rand(1, 16, 6, 6, seed=1)
+    expected = layer(slope)                               # it is linear
+    with forward_ad.dual_level():
+        assert_close(forward_ad.unpack_dual(layer(forward_ad.make_dual(rand(1, 16, 6, 6), slope))).tangent, expected)
 
 
 def test_when_it_is_used(used, monkeypatch):

@@ -38,4 +38,7 @@ MUTANTS = (
     Mutant("every calibration scan has the slices of all", "benchmarks/development.py",
            'slices[one["scan"]].append(one["score"])', '[own.append(one["score"]) for own in slices]',
            "tests/test_development.py -k by_their_own"),
+    Mutant("slices that no method has seen count for all", "benchmarks/ct_ich.py",
+           "and (all_normal or label.label or case.projected[number])", "",
+           "tests/test_benchmark_ct_ich.py -k no_method_has_seen"),
 )

@@ -42,4 +42,8 @@ MUTANTS = (
            "tests/test_quality.py -k inceptions"),
     Mutant("a state dict may hold anything", "common/weights.py",
            "if not torch.is_tensor(value)]:", "if False]:", "tests/test_healthygan.py -k released_weights"),
+    Mutant("what is loaded is looked through time and again", "common/imports.py",
+           "gc.freeze()", "pass", "tests/test_startup.py -k never_looked"),
+    Mutant("garbage of a second call is never collected", "common/imports.py",
+           "if len(sys.modules) > loaded:", "if True:", "tests/test_startup.py -k stays_garbage"),
 )

@@ -307,4 +307,7 @@ MUTANTS = (
     Mutant("a map by votes is said to be without a unit", "detect/votes.py",
            "in_hu: ClassVar[bool] = True", "in_hu: ClassVar[bool] = False",
            "tests/test_dicom_out.py -k in_the_measures_unit"),
+    Mutant("ranks among scans, not patients", "detect/calibration.py",
+           "highest[patient] = max(value, highest.get(patient, value))", "highest[len(highest)] = value",
+           "tests/test_calibration.py"),
 )

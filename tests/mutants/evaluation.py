@@ -63,4 +63,7 @@ MUTANTS = (
     Mutant("a threshold comes from the patients that are evaluated", "evaluation/cohort.py",
            "if key in keys or label.patient in patients)", "if key in keys)",
            "tests/test_evaluate.py -k other_patients"),
+    Mutant("the threshold that a run flagged by is passed over", "evaluate.py",
+           "return own if given is None else given, source", "return own, source",
+           "tests/test_evaluate.py -k own_threshold"),
 )

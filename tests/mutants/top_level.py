@@ -21,7 +21,7 @@ MUTANTS = (
     Mutant("no run.json before a run's end", "projector.py",
            "        begin_report(args.out, report)\n", "", "tests/test_parts.py -k whose_run_json"),
     Mutant("the threshold of a run that has not begun is taken for an earlier one's", "evaluate.py",
-           'run.get("seconds", 0) is None or not calibration', "not calibration",
+           'if run.get("seconds", 0) is None or (own is None', "if (own is None",
            "tests/test_evaluate.py -k from_run_json"),
     Mutant("a bundle that cannot be written ends in a traceback", "checkpoint.py",
            "except (CheckpointError, OSError)", "except CheckpointError", "tests/test_released.py -k told_so"),
