@@ -4,7 +4,8 @@
     python benchmarks/tables.py --ct-ich runs/ct-ich --phe-sich runs/phe-sich --phantoms runs/phantom-benchmark
 
 Each folder is the --out of benchmarks/ct_ich.py, benchmarks/phe_sich.py or demos/benchmark.py. The rows of the methods
-in its metrics.json get these figures in its columns. Exit codes: 0 done, 2 wrong usage.
+in its metrics.json get these figures in its columns; --name gives the row of a further bundle, which the benchmarks
+call by its folder. Exit codes: 0 done, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
@@ -46,8 +49,8 @@ def phantoms(figures: dict) -> dict[str, dict]:
 BENCHMARKS = {"ct_ich": ct_ich, "phe_sich": phe_sich, "phantoms": phantoms}
 
 
-def take(results: dict, benchmark: str, figures: dict) -> None:
-    """Puts a benchmark's figures into results.
+def take(results: dict, benchmark: str, figures: dict, names: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Puts a benchmark's figures into results. names: of rows, where they are not name_of() a method.
 
     These are {'columns': {benchmark: [header]}, 'rows': {method: {benchmark: [cell]}}}. Ours goes by the name of its
     model. Other methods keep their cells unless the headers, with the numbers of scans, are others.
@@ -58,7 +61,7 @@ def take(results: dict, benchmark: str, figures: dict) -> None:
         for row in results["rows"].values():
             row.pop(benchmark, None)
     for method in figures["methods"]:
-        name = figures["model"]["name"] if method == OURS else name_of(method)
+        name = figures["model"]["name"] if method == OURS else names.get(method) or name_of(method)
         results["rows"].setdefault(name, {})[benchmark] = [list(cells[method]) for cells in columns.values()]
     results["rows"] = {name: row for name, row in results["rows"].items() if row}
 
@@ -87,13 +90,21 @@ def placed(text: str, new: str) -> str:
 
 def make(args: argparse.Namespace) -> int:
     """Returns the exit code. Raises OSError and ValueError."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    results, names = json.loads(RESULTS.read_text(encoding="utf-8")), dict(args.name)
     for benchmark in BENCHMARKS:
         if folder := getattr(args, benchmark):
-            take(results, benchmark, json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+            take(results, benchmark, json.loads((folder / "metrics.json").read_text(encoding="utf-8")), names)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     README.write_text(placed(README.read_text(encoding="utf-8"), table(results)), encoding="utf-8")
     return 0
+
+
+def named(text: str) -> tuple[str, str]:
+    """A method and its row, for --name."""
+    method, equals, row = text.partition("=")
+    if not (method and equals and row):
+        raise argparse.ArgumentTypeError(f"expected METHOD=ROW, got {text!r}")
+    return method, row
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     for benchmark in BENCHMARKS:
         parser.add_argument(f"--{benchmark.replace('_', '-')}", type=Path, metavar="FOLDER",
                             help="--out of that benchmark")
+    parser.add_argument("--name", type=named, action="append", default=[], metavar="METHOD=ROW",
+                        help="the row of a bundle that was given by --beside; its method is its folder's name")
     return exit_code(make, parser.parse_args(argv))
 
 

@@ -57,5 +57,9 @@ def test_only_the_table_after_the_mark_is_replaced(tmp_path, monkeypatch, capsys
     assert tables.main(["--ct-ich", str(tmp_path)]) == 0
     assert "| mine | 0.90 (0.80-0.95) |" in readme.read_text() and "old" not in readme.read_text()
     assert json.loads(results.read_text())["rows"]["mine"]["ct_ich"][0] == pytest.approx([0.9, 0.8, 0.95])
+    assert tables.main(["--ct-ich", str(tmp_path), "--name", "pca=[Counts](counts.md)"]) == 0
+    assert "[Counts](counts.md)" in json.loads(results.read_text())["rows"]
+    with pytest.raises(SystemExit):
+        tables.main(["--name", "hu"])
     readme.write_text("no mark")
     assert tables.main([]) == 2 and "expected the line <!-- by" in capsys.readouterr().err
