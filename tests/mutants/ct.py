@@ -151,9 +151,9 @@ MUTANTS = (
            "(angle := shear_deg(stack.origins, position_mm)) > SHEAR_DEG", "angle := 0",
            "tests/test_dicom.py -k lies_where"),
     Mutant("a slice of other values than its neighbours passes", "ct/read.py",
-           "        refuse_odd_slices(scan)\n", "", "tests/test_odd_inputs.py -k no_hu"),
+           "        refuse_odd_slices(scan)\n", "", "tests/test_odd_inputs.py -k other_numbers_are_refused"),
     Mutant("slices are compared with those next to them alone", "ct/plausible.py",
-           "odd = np.tril(unlike).any", "odd = np.tril(np.triu(unlike, -1)).any", "tests/test_odd_inputs.py -k no_hu"),
+           "odd = np.tril(unlike).any", "odd = np.tril(np.triu(unlike, -1)).any", "tests/test_odd_inputs.py -k other_numbers_are_refused"),
     Mutant("air that pads a head is its vertex", "ct/whole_head.py",
            "if not len(ended) or not outlines[ended[0]:].any():", "if not len(ended):",
            "tests/test_whole_head.py -k pads_a_head"),
@@ -188,5 +188,5 @@ MUTANTS = (
            "tests/test_odd_inputs.py -k two_passes_are_two"),
     Mutant("another quantity is taken for HU", "ct/dicom_header.py",
            "if rescale_type not in HU_TYPES and", "if False and",
-           "tests/test_odd_inputs.py -k no_hu"),
+           "tests/test_odd_inputs.py -k other_numbers_are_refused"),
 )
