@@ -209,6 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         import distributed
+        from ct.limits import usable_cores
         from ct.read import find_all
         from detect.folder import further_results, remove_leftovers
         from detect.processes import suitable
@@ -231,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
             on_cpu = run.projector.bundle.reconstructor.device.type == "cpu"
             args.jobs = suitable(len(run.collect()[1])) if on_cpu and ranks == 1 else 1
 
-        torch.set_num_threads(max(1, threads // args.jobs))
+        torch.set_num_threads(max(1, min(threads, usable_cores()) // args.jobs))
         report = run_report(run.projector, args.jobs * ranks)
         begin_report(args.out, report)
         if args.jobs > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -220,6 +221,18 @@ def test_the_callers_threads_are_left_alone(scans, model, alone, jobs):
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
+
+
+def test_no_more_threads_than_cores_that_a_container_leaves(scans, model, alone, monkeypatch):
+    """PyTorch counts those of the machine."""
+    monkeypatch.setattr("ct.limits.usable_cores", lambda: 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        projector.main(flags(scans, model, alone, "--jobs", "1"))
+    finally:
+        torch.set_num_threads(before)
+    assert json.loads((alone / "run.json").read_text())["threads"] == 3
 
 
 def test_a_job_that_is_killed_costs_no_scan(scans, model, alone, tmp_path, monkeypatch):
