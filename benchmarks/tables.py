@@ -15,7 +15,6 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
@@ -49,7 +48,7 @@ def phantoms(figures: dict) -> dict[str, dict]:
 BENCHMARKS = {"ct_ich": ct_ich, "phe_sich": phe_sich, "phantoms": phantoms}
 
 
-def take(results: dict, benchmark: str, figures: dict, names: Mapping[str, str] = MappingProxyType({})) -> None:
+def take(results: dict, benchmark: str, figures: dict, names: Mapping[str, str] | None = None) -> None:
     """Puts a benchmark's figures into results. names: of rows, where they are not name_of() a method.
 
     These are {'columns': {benchmark: [header]}, 'rows': {method: {benchmark: [cell]}}}. Ours goes by the name of its
@@ -61,7 +60,7 @@ def take(results: dict, benchmark: str, figures: dict, names: Mapping[str, str] 
         for row in results["rows"].values():
             row.pop(benchmark, None)
     for method in figures["methods"]:
-        name = figures["model"]["name"] if method == OURS else names.get(method) or name_of(method)
+        name = figures["model"]["name"] if method == OURS else (names or {}).get(method) or name_of(method)
         results["rows"].setdefault(name, {})[benchmark] = [list(cells[method]) for cells in columns.values()]
     results["rows"] = {name: row for name, row in results["rows"].items() if row}
 

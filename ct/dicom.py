@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ct.dicom_header import NO_HU, Frame, number_of, read_header, stored_values
+from ct.dicom_header import NO_HU, Frame, read_header, stored_values
 from ct.dicom_pixels import read_pixels
 from ct.geometry import SliceStack, shear_deg
 from ct.limits import check_pixel_spacing, check_size, check_slice_spacing
 from ct.plausible import describe, like_a_head, tissue_shares
 from ct.scan import AIR_HU, Found, Scan, ScanError, ScanSource
-from ct.series import KIND, MIN_SLICES, SAME_PLACE_MM, describe_left_out, scans_of
+from ct.series import KIND, MIN_SLICES, SAME_PLACE_MM, describe_left_out, scans_of, told_thickness_mm
 
 SUFFIXES = (".dcm", ".dicom", ".ima")                 # with these names a file that is no DICOM is an error
 TISSUE_HU = (-300, 300)                               # no padding value lies in here
@@ -277,9 +277,8 @@ def _drop_duplicates(hu: np.ndarray, position: np.ndarray, names: list[str], not
 
 def _gap_notes(frames: list[Frame], step_mm: float) -> list[str]:
     """A note where much lies between the slices: every second file is missing, or the protocol leaves gaps."""
-    told = [number_of(frame.traits["thickness"]) for frame in frames]
-    thickness_mm = float(np.median([mm for mm in told if 0 < mm < np.inf] or [np.inf]))
-    if step_mm <= FAR_APART * thickness_mm:
+    thickness_mm = told_thickness_mm(frames)
+    if not 0 < FAR_APART * thickness_mm < step_mm:
         return []
     return [f"slices are {thickness_mm:.3g} mm thick and {step_mm:.3g} mm apart: {1 - thickness_mm / step_mm:.0%} of "
             "the head is not shown; are files missing?"]

@@ -220,9 +220,14 @@ def _separate(frames: list[Frame]) -> tuple[list[tuple[list[Frame], str]], list[
 
 def _shown_once(frames: list[Frame]) -> bool:
     """Whether the slices lie one above the other, without overlap and gaps: one pass, whatever is told of them."""
-    told = [number_of(frame.traits["thickness"]) for frame in frames]
-    thickness, steps = np.median([mm for mm in told if np.isfinite(mm)] or [0]), np.diff(_heights(frames))
+    thickness, steps = told_thickness_mm(frames), np.diff(_heights(frames))
     return bool(len(steps) and thickness > 0 and steps.min() > 0.9 * thickness and np.median(steps) < 1.1 * thickness)
+
+
+def told_thickness_mm(frames: list[Frame]) -> float:
+    """The median of what the slices tell; 0 where none tells a number."""
+    told = [number_of(frame.traits["thickness"]) for frame in frames]
+    return float(np.median([mm for mm in told if np.isfinite(mm)] or [0]))
 
 
 def _heights(frames: list[Frame]) -> np.ndarray:

@@ -56,6 +56,7 @@ class Painter:
             small_hu, small_bone = halved(hu.clamp(*self.range_hu), bone)
             found = doubled(self.from_surroundings(small_hu, small_bone, side, batch), small_bone)
             return torch.where(bone, hu, found)
+
         def drawn(hu: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
             images, found = self.images(hu), torch.zeros_like(hu)
             for hidden, centre in blocks(self.size, side):

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 from op.build import load_cuda
 
@@ -32,6 +33,11 @@ def set_impl(impl: str) -> None:
 def is_ref() -> bool:
     """Whether 'auto' means plain PyTorch everywhere."""
     return _default == "ref"
+
+
+def is_watched() -> bool:
+    """Whether PyTorch looks on, to write down a program or a tangent: of what C does it sees nothing."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
 
 
 def choose(op: str, impl: str, x: torch.Tensor) -> str:

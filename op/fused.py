@@ -16,9 +16,8 @@ from collections.abc import Callable
 import torch
 
 from op.build import BuildError, load_c
-from op.cuda import is_ref
+from op.cuda import is_ref, is_watched
 from op.threads import pool
-from op.winograd import is_watched
 
 LANES = 32                      # channels in multiples of these: what the compiler works on at a time
 FLAGS = {torch.bfloat16: (), torch.float32: ("-DFLOAT",)}

@@ -16,9 +16,9 @@ from torch import nn
 from op.between import enlarged_beside, scaled_sum, styled_act
 from op.bias_act import SQRT2, bias_act
 from op.conv import conv2d, ready
+from op.cuda import is_watched
 from op.modulated_conv import folding_pays, modulated_conv2d, modulated_product, prepared
 from op.upfirdn2d import binomial_kernel, upfirdn2d
-from op.winograd import is_watched
 
 
 class Kept:

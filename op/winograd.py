@@ -14,10 +14,9 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch.autograd import forward_ad
 
 from op.build import BuildError, load_c
-from op.cuda import is_ref
+from op.cuda import is_ref, is_watched
 from op.threads import pool
 
 NHWC = torch.channels_last
@@ -45,11 +44,6 @@ def is_for(weight: torch.Tensor) -> bool:
             and not weight.shape[0] % PANEL and not weight.shape[1] % step
             and not is_ref() and not is_watched()
             and torch.backends.cpu.get_cpu_capability() in VECTORS and _library() is not None)
-
-
-def is_watched() -> bool:
-    """Whether PyTorch looks on, to write down a program or a tangent: of what C does it sees nothing."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
 
 
 def conv2d(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
