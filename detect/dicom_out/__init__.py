@@ -71,8 +71,7 @@ def write_dicom(folder: Path, result: Result, identity: Identity, *, phi: bool =
 
 def notes_of(paths: Iterable[Path]) -> list[str]:
     """For a scan's row: what whoever passes on its results should know of the objects that write_dicom wrote."""
-    keyword = "BurnedInAnnotation"                    # no other is parsed: the map's header has a part for each frame
-    said = (pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[keyword]).get(keyword) for path in paths)
+    said = (pydicom.dcmread(path, stop_before_pixels=True).get("BurnedInAnnotation") for path in paths)
     return [BURNED_IN] if "YES" in said else []
 
 
