@@ -284,6 +284,8 @@ class Encoder(_Trunk):
     takes images of 5 channels, those of masked().
     """
 
+    slope = 0.2                        # of the activation that its codes have gone through
+
     def __init__(self, config: ModelConfig):
         super().__init__(config, config.encoder_stddev, config.encoder_width, 5 if config.encoder_masks else 3)
         features, numbers = config.channels(4, config.encoder_width) * 16, config.n_latent * config.style_dim
@@ -307,7 +309,7 @@ class Encoder(_Trunk):
 
     def code(self, stages: list[torch.Tensor]) -> torch.Tensor:
         """features(images) -> w_plus [B, n_latent, style_dim]."""
-        w = F.leaky_relu(self.final_linear(self.summary(stages)), 0.2)
+        w = F.leaky_relu(self.final_linear(self.summary(stages)), self.slope)
         return w.reshape(-1, self.config.n_latent, self.config.style_dim)
 
     def invert(self, images: torch.Tensor, generator: Generator) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -338,6 +340,8 @@ class SpatialEncoder(_Trunk):
     What is where in a head is hard to say in one style vector, and easy in a small picture. A variational autoencoder's
     encoder (Kingma and Welling 2014, arXiv:1312.6114), whose decoder SpatialGenerator is.
     """
+
+    slope = 1.0                        # of the activation that its codes have gone through: none
 
     def __init__(self, config: ModelConfig):
         super().__init__(config, stddev=False, width=config.encoder_width)

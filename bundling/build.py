@@ -18,6 +18,7 @@ from bundling.origins import (
     OF_ENCODER_RUNS,
     WITH_READER,
     digest_of,
+    has_open_noise,
     learnt_by_networks,
     learnt_by_reader,
     open_encoder_run,
@@ -45,6 +46,7 @@ from gan.encoding import has_taught_discriminator, method_of, restore
 from gan.runlog import lineage, not_held_out, tell_of_seen
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
+OPEN_NOISE_RATE = 0.02                # the published rate of 2 on maps whose strength, about a hundredth, is in the maps
 
 
 def augmented(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
@@ -126,6 +128,18 @@ def changed_settings(settings: Settings, changes: Sequence[str], batch: int | No
         print(f"note: --batch: of no use to method={settings.method}", flush=True)
         return settings
     return settings.replace(batch=batch)
+
+
+def noise_rate(settings: Settings, changes: Sequence[str], run: dict[str, Any]) -> Settings:
+    """Settings of a search with the rate that suits the noise maps of an encoder's run, unless --set gives one.
+
+    run: its meta. A note is printed where the rate is another than the published one.
+    """
+    if settings.method != "search" or not has_open_noise(run) or any(text.startswith("lr_noise=") for text in changes):
+        return settings
+    print(f"note: lr_noise={OPEN_NOISE_RATE:g}, the published rate of 2 for maps that hold their strength, as this "
+          "encoder's training leaves them", flush=True)
+    return settings.replace(lr_noise=OPEN_NOISE_RATE)
 
 
 def write(trained: list[Trained], settings: Settings, known: dict[str, Any], out: Path, device: torch.device,

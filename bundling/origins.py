@@ -46,6 +46,12 @@ def open_encoder_run(folder: Path, flag: str = "--encoder", halved: bool = False
     return snapshot
 
 
+def has_open_noise(meta: dict[str, Any]) -> bool:
+    """Whether the training of an encoder, or one that it began with, took the strengths of the generator's noise into
+    the maps (gan.inpainting.open_noise)."""
+    return any(one["config"].get("hide") or one["config"].get("code_channels") for one in lineage(meta))
+
+
 def open_surroundings(run: Path, beside: Snapshot) -> Snapshot:
     """What --surroundings names. Raises CheckpointError unless it learnt from the slices that those of an encoder's run
     are, with the same held out."""

@@ -84,14 +84,15 @@ class Bundle:
     def published(self) -> Settings:
         """Settings of the published search and votes, whatever the bundle is calibrated for.
 
-        The perceptual distance is the bundle's own if it is one of a search, else that of its encoder's training.
+        The perceptual distance is the bundle's own if it is one of a search, else that of its encoder's training. So is
+        the rate on the noise maps, which hangs on how the generator holds them.
         """
         if self.settings.method == "search":
             known = asdict(self.settings.reconstruction)
         else:
             known = ((self.meta["provenance"] or {}).get("encoder") or {}).get("config", {})
-        distance = {name: known[name] for name in ("perceptual", "pixels", "knee") if name in known}
-        return Settings("search", SearchSettings(predicted_noise=False, **distance))
+        own = {name: known[name] for name in ("perceptual", "pixels", "knee", "lr_noise") if name in known}
+        return Settings("search", SearchSettings(predicted_noise=False, **own))
 
 
 def versions() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 
 from ct.window import encode
 from dataset import SliceDataset
-from detect.latent import DEFAULT_CODES, LatentStats
+from detect.latent import DEFAULT_CODES, SLOPE, LatentStats
 from detect.options import CodesConfig
 from model import Encoder
 
@@ -26,7 +26,7 @@ def fit_codes(encoder: Encoder, dataset: SliceDataset, config: CodesConfig, batc
     if loose:
         print(f"{loose} loose slices without a position are left out of the statistics", flush=True)
     w_plus, below_vertex_mm = encode_slices(encoder, dataset, config.passes, batch, augment)
-    latent = fit(w_plus, below_vertex_mm, config)
+    latent = fit(w_plus, below_vertex_mm, config, encoder.slope)
     scans = dataset.manifest["counts"]["train"]["scans"]
     print(f"{len(w_plus)} codes of {len(dataset) - loose} slices of {scans} scans; {len(latent.positions_mm)} "
           f"positions, {config.components} components hold {latent.explained().mean():.0%} of the variance", flush=True)
@@ -53,7 +53,8 @@ def encode_slices(encoder: Encoder, dataset: SliceDataset, passes: int, batch: i
     return torch.cat(codes), torch.tensor(positions)
 
 
-def fit(w_plus: torch.Tensor, below_vertex_mm: torch.Tensor, config: CodesConfig) -> LatentStats:
+def fit(w_plus: torch.Tensor, below_vertex_mm: torch.Tensor, config: CodesConfig, slope: float = SLOPE
+        ) -> LatentStats:
     """Statistics at every position that has enough codes within reach; says which have not, and leaves them out.
 
     Slices there use the nearest position. Raises ValueError naming the flag when no position is left.
@@ -72,4 +73,4 @@ def fit(w_plus: torch.Tensor, below_vertex_mm: torch.Tensor, config: CodesConfig
         raise ValueError(f"--components {config.components}: needs {needed} codes within {MAX_REACH_MM:g} mm of a "
                          f"position, found {max(found)} at most; lower it, raise --passes, or add healthy scans")
     return LatentStats.fit(w_plus, below_vertex_mm, kept, config.components, config.neighbour_mm, config.passes,
-                           min_codes=needed, max_reach_mm=MAX_REACH_MM)
+                           min_codes=needed, max_reach_mm=MAX_REACH_MM, slope=slope)

@@ -7,8 +7,9 @@ each position and style layer. A code becomes
     p = (leaky_5(w) - mean) @ components / sqrt(variance)
     w = leaky_0.2(mean + (p * sqrt(variance)) @ components^T)
 
-so that each number of p has variance 1 over healthy slices. The paper keeps all 512 components. With few
-healthy scans most of those are noise, so here K of D may be kept; the D - K directions left then share one
+so that each number of p has variance 1 over healthy slices. Codes that have gone through no activation (a code in
+space, model.SpatialEncoder) are taken as they are: slope 1 in the place of 0.2. The paper keeps all 512 components.
+With few healthy scans most of those are noise, so here K of D may be kept; the D - K directions left then share one
 variance (probabilistic PCA, Tipping and Bishop 1999), and p = [c, r] has K + D numbers a layer:
 
     c = U^T x / sqrt(variance)      r = (I - U U^T) x / sqrt(remainder_variance)      x = leaky_5(w) - mean
@@ -20,13 +21,13 @@ then (LatentStats.fit), those of the released file are as they came.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-SLOPE = 0.2                      # of the encoder's last leaky ReLU
+SLOPE = 0.2                      # of the encoder's last leaky ReLU, as published
 RELEASED_SPACING_MM = 5.0        # the released statistics go by slice number, 0 at the vertex
 VARIANCE_FLOOR = 1e-4            # of a layer's average variance: keeps p finite along directions never seen
 DEFAULT_CODES = 32               # at the least, for a mean and a covariance at a position
@@ -36,13 +37,15 @@ DEFAULT_CODES = 32               # at the least, for a mean and a covariance at 
 class SliceStats:
     """Statistics for S slices, gathered once and used at every step of a projection.
 
-    mean [S, L, D], components [S, L, D, K] (columns are directions), std [S, L, K], remainder_std [S, L, 1]
+    mean [S, L, D], components [S, L, D, K] (columns are directions), std [S, L, K], remainder_std [S, L, 1]; slope of
+    the activation that the codes have gone through, 1 for none
     """
 
     mean: torch.Tensor
     components: torch.Tensor
     std: torch.Tensor
     remainder_std: torch.Tensor
+    slope: float = SLOPE
 
     @property
     def p_dim(self) -> int:
@@ -54,7 +57,7 @@ class SliceStats:
         """Codes w_plus [S, L, D] to p float32 [S, L, p_dim]. Differentiable; never in reduced precision."""
         self._check(w_plus, self.mean.shape[-1], "w_plus")
         with torch.autocast(w_plus.device.type, enabled=False):
-            x = F.leaky_relu(w_plus.float(), 1 / SLOPE) - self.mean
+            x = F.leaky_relu(w_plus.float(), 1 / self.slope) - self.mean
             along = self._project(x)
             if self._full:
                 return along / self.std
@@ -73,7 +76,7 @@ class SliceStats:
             else:
                 rest = p[..., kept:] * self.remainder_std
                 x = rest + self._expand(along - self._project(rest))       # U a + (I - U U^T) r
-            return F.leaky_relu(self.mean + x, SLOPE)
+            return F.leaky_relu(self.mean + x, self.slope)
 
     @property
     def _full(self) -> bool:
@@ -103,6 +106,7 @@ class LatentStats:
     n_codes            [P] int64, codes used; 0 where not known (imported)
     reach_mm           [P], how far from the position codes were taken; more than asked for where borrowed
     shrinkage          [P, L], share of the average variance in every variance
+    slope              float32 [], of the activation that the codes have gone through; 1 for none
     """
 
     positions_mm: torch.Tensor
@@ -113,13 +117,14 @@ class LatentStats:
     n_codes: torch.Tensor
     reach_mm: torch.Tensor
     shrinkage: torch.Tensor
+    slope: torch.Tensor = field(default_factory=lambda: torch.tensor(SLOPE))
 
     def __post_init__(self):
         if self.components.ndim != 4:
             raise ValueError(f"components: expected [P, L, D, K], got {list(self.components.shape)}")
         P, L, D, K = self.components.shape
         expected = dict(positions_mm=(P,), mean=(P, L, D), variance=(P, L, K), remainder_variance=(P, L),
-                        n_codes=(P,), reach_mm=(P,), shrinkage=(P, L))
+                        n_codes=(P,), reach_mm=(P,), shrinkage=(P, L), slope=())
         for name, shape in expected.items():
             found = tuple(getattr(self, name).shape)
             if found != shape:
@@ -133,6 +138,8 @@ class LatentStats:
         if not all((torch.isfinite(v) & (v > 0)).all() for v in spread):
             raise ValueError("variance: every variance must be finite and above 0, or p is not defined; "
                              "fit the statistics on more codes, or keep fewer components")
+        if not 0 < float(self.slope) <= 1:
+            raise ValueError(f"slope: expected one above 0, at most 1, got {float(self.slope):g}")
 
     # ------------------------------------------------------------------ use
 
@@ -143,7 +150,7 @@ class LatentStats:
             raise ValueError(f"below_vertex_mm: expected finite millimetres [S], got {mm.tolist()}")
         nearest = (mm[:, None] - self.positions_mm).abs().argmin(dim=1)
         return SliceStats(self.mean[nearest], self.components[nearest], self.variance[nearest].sqrt(),
-                          self.remainder_variance[nearest, :, None].sqrt())
+                          self.remainder_variance[nearest, :, None].sqrt(), float(self.slope))
 
     def explained(self) -> torch.Tensor:
         """Share of the total variance along the kept components, [P, L]."""
@@ -165,6 +172,7 @@ class LatentStats:
             shrinkage: float | None = None,         # None: estimated (OAS)
             min_codes: int | None = None,           # None: 2 a component, at least DEFAULT_CODES
             max_reach_mm: float = 20.0,             # borrow no further
+            slope: float = SLOPE,                   # of the activation that the codes have gone through; 1: none
             ) -> LatentStats:
         """Statistics of the codes w_plus [M, L, D] of healthy slices at below_vertex_mm [M].
 
@@ -187,7 +195,7 @@ class LatentStats:
             raise ValueError(f"min_codes: {components} components need more codes than that, got {min_codes}")
 
         positions = torch.as_tensor(positions_mm, dtype=torch.float32, device=w_plus.device)
-        x = F.leaky_relu(w_plus.float(), 1 / SLOPE)
+        x = F.leaky_relu(w_plus.float(), 1 / slope)
         mm = below_vertex_mm.to(x)
         rows = []
         for position in positions:
@@ -196,7 +204,8 @@ class LatentStats:
             n = int(chosen.sum())
             rows.append((*spectrum.shrunk(n / passes, shrinkage), torch.tensor(n), torch.tensor(reach)))
         mean, basis, variance, remainder, share, n_codes, reach = (torch.stack(c) for c in zip(*rows))
-        return cls(positions, mean, basis, variance, remainder, n_codes.to(x.device), reach.to(x), share)
+        return cls(positions, mean, basis, variance, remainder, n_codes.to(x.device), reach.to(x), share,
+                   torch.tensor(slope, device=x.device))
 
     @classmethod
     def from_released(cls, arrays: Mapping[str, np.ndarray]) -> LatentStats:
@@ -235,7 +244,11 @@ class LatentStats:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> LatentStats:
-        """Back from to_tensors. Raises ValueError on missing tensors or shapes that do not fit together."""
+        """Back from to_tensors. Raises ValueError on missing tensors or shapes that do not fit together.
+
+        Statistics made before there was a slope are of SLOPE.
+        """
+        tensors = {"slope": torch.tensor(SLOPE)} | dict(tensors)
         missing = [f.name for f in fields(cls) if f.name not in tensors]
         if missing:
             raise ValueError(f"latent statistics: no {', '.join(missing)}")

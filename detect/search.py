@@ -38,7 +38,9 @@ class SearchSettings:
     predicted_noise: bool = option(True, "start from the noise maps that the encoder predicts, if it does; else from "
                                          "the generator's own")
     lr_latent: float = option(0.1, "peak rate of Adam on the code")
-    lr_noise: float = option(2.0, "peak rate of Adam on the noise maps")
+    lr_noise: float = option(2.0, "peak rate of Adam on the noise maps, in their own units: 2 for maps of variance 1 "
+                                  "times a strength of hundredths, as a GAN leaves them; 0.02 where the training of "
+                                  "the encoder has taken the strengths into the maps")
     domain: float = option(1.0, "weight of the in-domain term against the perceptual distance")
     perceptual: str = option("discriminator", "distance between query and reconstruction", PERCEPTUAL)
     pixels: float = option(5.0, "weight of the pixels' own difference in perceptual=discriminator")

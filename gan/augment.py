@@ -238,8 +238,8 @@ class AdaptiveAugment:
 
     Every `interval` discriminator steps, r_t = E[sign(D(real))] over the logits since the last time moves p: up
     if r_t > target, down if r_t < target, by images seen / (1000 speed_kimg), so that p needs speed_kimg
-    thousand images from 0 to 1. It ends at p_max, where the published one ends at 1: the nearer to 1, the more of the
-    transforms leaks into what is drawn (section 2.2). In the loop, for each discriminator step, on every rank:
+    thousand images from 0 to 1. It ends at p_max: the nearer to 1, as published, the more of the transforms leaks into
+    what is drawn (section 2.2). In the loop, for each discriminator step, on every rank:
 
         ada.observe(real_logits)                       # for each micro-batch
         ada.step(distributed.all_reduce_sum)

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The defaults are the paper's, but for `noise`, which the released code keeps fixed, and `ema_rampup`."""
+    """The defaults are the paper's, but for `noise`, which the released code keeps fixed, `ema_rampup` and `ada_max`.
+
+    Two things no flag makes the paper's: what augmentation does, which is chosen for CT (gan.augment.AugmentSettings),
+    and styles are mixed in each image by itself, path lengths held against their mean before the step.
+    """
 
     # Networks
     size: int = option(512, "side of the images; must equal the database's")
@@ -27,7 +31,8 @@ class TrainConfig:
     # Length and batch
     kimg: float = option(25000, "length of the training, in thousands of real images seen")
     batch: int = option(16, "images a step on each rank")
-    accumulate: int = option(1, "micro-batches a step is split into; the batch must be divisible")
+    accumulate: int = option(1, "micro-batches a step is split into, each of 4, 8, 12, ... images, of which the "
+                                "discriminator compares 4 at a time")
     # Optimisation
     lr: float = option(0.002, "Adam's learning rate, before the lazy correction")
     r1_gamma: float = option(10, "weight of the R1 penalty")
@@ -45,6 +50,8 @@ class TrainConfig:
     flip: bool = option(True, "mirror half of the real images")
     ada_target: float = option(0.6, "sign of the real logits that adaptive augmentation aims at; 0: none")
     ada_kimg: float = option(500, "thousands of images in which its probability can go from 0 to 1")
+    ada_max: float = option(0.85, "its probability goes no higher. Published is 1: the nearer to it, the more of the "
+                                  "transforms leaks into what is drawn")
     ada_cutout: float = option(0.5, "side of the square cut out, as a part of the image; 0: none. With few scans the "
                                     "probability climbs high, and the generator learns to cut heads itself")
     # Running
@@ -62,10 +69,14 @@ class TrainConfig:
                     0, above=True)
         check_range(self, ("r1_gamma", "r1_every", "path_weight", "path_every", "ema_kimg", "ema_rampup", "workers",
                            "seed"), 0)
-        check_range(self, ("path_decay", "mixing", "ada_cutout"), 0, 1)
+        check_range(self, ("path_decay", "mixing", "ada_max", "ada_cutout"), 0, 1)
         check_range(self, ("ada_target",), -2, 1)            # of a mean sign; below -1 the probability always rises
         if self.batch % self.accumulate:
             raise ValueError(f"--batch {self.batch} must be divisible by --accumulate {self.accumulate}")
+        if self.accumulate > 1 and self.batch // self.accumulate % 4:
+            raise ValueError(f"--accumulate {self.accumulate}: leaves micro-batches of {self.batch // self.accumulate} "
+                             "images, and the discriminator compares 4 at a time: it would be another training; give a "
+                             "--batch that leaves 4, 8, 12, ...")
 
     def model(self) -> ModelConfig:
         from model import ModelConfig

@@ -37,8 +37,8 @@ class Trainer:
         self.g_opt = lazy_adam(self.g, config.lr, config.path_every)
         self.d_opt = lazy_adam(self.d, config.lr, config.r1_every)
         self.path_mean = torch.zeros((), device=device)
-        settings = AugmentSettings(cutout=config.ada_cutout)
-        self.ada = AdaptiveAugment(config.ada_target, config.ada_kimg, settings=settings) if config.ada_target else None
+        self.ada = AdaptiveAugment(config.ada_target, config.ada_kimg, p_max=config.ada_max, settings=AugmentSettings(
+            cutout=config.ada_cutout)) if config.ada_target else None
         self.rng = torch.Generator(device)                         # augmentation: drawn where it is used
         self.reseed(config.seed)
 

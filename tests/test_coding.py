@@ -8,10 +8,12 @@ import json
 import pytest
 import torch
 
+import latent_stats
 import train_encoder
 from benchmarks import samples as benchmark
 from ct.window import encode
 from dataset import SliceDataset
+from detect.bundle import load_bundle
 from gan.coding import CodeTrainer
 from gan.prior import fit, group
 from gan.settings import EncoderConfig
@@ -219,7 +221,7 @@ def test_features_are_of_the_adversary_as_it_is_now(gan_run):
     assert found > 1.1 * before and all(p.requires_grad for p in one.d.parameters())
 
 
-def test_a_run_resumes_to_the_bit_and_draws_the_same_heads(slices32, gan_run, tmp_path):
+def test_a_run_resumes_to_the_bit_and_draws_the_same_heads(slices32, gan_run, tmp_path, capsys):
     def run(out, *flags):
         return train_encoder.main(["--data", str(slices32), "--gan", str(gan_run), "--out", str(out), *FLAGS, *flags])
 
@@ -238,3 +240,12 @@ def test_a_run_resumes_to_the_bit_and_draws_the_same_heads(slices32, gan_run, tm
     assert generator.prior.share.sum().item() == pytest.approx(1) and generator.prior.mean.any()      # fitted
     assert benchmark.main(["--run", str(tmp_path / "whole"), "--data", str(slices32), "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "figures.json").read_text())["slices"] == 8
+    # Its search: codes as they are, and a rate for noise maps that hold their strength
+    made = ["--data", str(slices32), "--encoder", str(tmp_path / "whole"), "--calibrate", "none", "--components", "4"]
+    for name, more, rate in (("own", [], 0.02), ("told", ["lr_noise=0.5"], 0.5)):
+        assert latent_stats.main([*made, "--out", str(tmp_path / name), "--set", "method=search", "measure=votes",
+                                  "perceptual=pixels", *more]) == 0
+        bundle = load_bundle(tmp_path / name)
+        assert bundle.reconstructor.latent.slope == 1 and bundle.settings.reconstruction.lr_noise == rate
+        assert bundle.published().reconstruction.lr_noise == rate
+    assert ("note: lr_noise=0.02, the published rate of 2" in capsys.readouterr().out)

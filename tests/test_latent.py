@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -138,6 +140,20 @@ def test_healthy_codes_become_standard_normal():
     assert (p[..., 2:] ** 2).sum(dim=-1).mean().item() == pytest.approx(10, rel=0.05)      # D - K directions
 
 
+def test_codes_that_have_gone_through_no_activation_are_taken_as_they_are():
+    """A step of p moved the positive numbers of a code in space five times as far, and p = 0 was not its mean."""
+    w = torch.tensor([[[3.0, 0.5]], [[-1.0, -0.5]], [[2.0, 0.0]], [[-2.0, 0.0]]])        # mean (0.5, 0)
+    stats = LatentStats.fit(w, torch.zeros(4), [0.0], components=1, shrinkage=0.0, min_codes=4, slope=1.0)
+    torch.testing.assert_close(stats.mean, torch.tensor([[[0.5, 0.0]]]))
+    at = stats.at([0.0])
+    torch.testing.assert_close(at.to_w(torch.zeros(1, 1, at.p_dim)), torch.tensor([[[0.5, 0.0]]]))
+    torch.testing.assert_close(at.to_w(at.to_p(w[:1])), w[:1])
+    up, down = (at.to_w(sign * torch.tensor([[[3.0, 0.0, 0.0]]]))[0, 0] - stats.mean[0, 0] for sign in (1, -1))
+    torch.testing.assert_close(up, -down)
+    with pytest.raises(ValueError, match="slope: expected one above 0, at most 1, got 0"):
+        dataclasses.replace(stats, slope=torch.tensor(0.0))
+
+
 def test_neighbours_are_used_and_too_few_codes_are_borrowed():
     mm = torch.tensor([0.0] * 10 + [5.0] * 10 + [10.0] * 10 + [25.0] * 2)
     w = torch.randn(32, 1, 4, generator=torch.Generator().manual_seed(0))
@@ -183,6 +199,11 @@ def test_store_keeps_components_orthonormal_in_half_precision():
     torch.testing.assert_close(overlap, torch.eye(8).expand(3, 2, 8, 8), atol=2e-6, rtol=0)
     torch.testing.assert_close(back.components, stats.components, atol=1e-3, rtol=0)
     torch.testing.assert_close(back.variance, stats.variance, atol=0, rtol=0)
+    assert stats.slope == back.slope == torch.tensor(0.2)
+    straight = dataclasses.replace(stats, slope=torch.tensor(1.0))
+    assert LatentStats.from_tensors(straight.to_tensors()).at([0.0]).slope == straight.to("cpu").slope == 1
+    del tensors["slope"]                                                # as files were before there was one
+    assert LatentStats.from_tensors(tensors).slope == torch.tensor(0.2)
     del tensors["variance"]
     with pytest.raises(ValueError, match="latent statistics: no variance"):
         LatentStats.from_tensors(tensors)

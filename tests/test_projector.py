@@ -53,9 +53,10 @@ def test_published_is_the_search_and_its_votes_with_the_bundles_distance():
     assert settings.reconstruction == SearchSettings(predicted_noise=False, perceptual="pixels", pixels=3.0, knee=0.2)
     assert settings.reconstruction.steps_latent == settings.reconstruction.steps_noise == 100
     assert resolved("--preset", "published", "--set", "threshold_hu=7").scoring.threshold_hu == 7
-    own = Settings("search", SearchSettings(steps_noise=0, perceptual="pixels", knee=0.1), scan_score="max")
-    settings = resolved("--preset", "published", calibrated=own)              # of a search: its own distance
-    assert settings == Settings("search", SearchSettings(predicted_noise=False, perceptual="pixels", knee=0.1))
+    own = SearchSettings(steps_noise=0, perceptual="pixels", knee=0.1, lr_noise=0.02)         # of a search: its own
+    settings = resolved("--preset", "published", calibrated=Settings("search", own, scan_score="max"))
+    expected = SearchSettings(predicted_noise=False, perceptual="pixels", knee=0.1, lr_noise=0.02)
+    assert settings == Settings("search", expected)
 
 
 def test_another_method_or_measure_comes_with_its_own_settings():

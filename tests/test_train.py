@@ -329,7 +329,17 @@ def test_half_of_the_images_are_mixed_from_any_layer_on_but_the_first(tiny_gan_c
     assert set(own.tolist()) == set(range(1, layers + 1))
 
 
-@pytest.mark.parametrize("values", [{"batch": 0}, {"accumulate": 0}, {"batch": 8, "accumulate": 3}])
+@pytest.mark.parametrize("values", [{"batch": 0}, {"accumulate": 0}, {"batch": 8, "accumulate": 3},
+                                    {"batch": 16, "accumulate": 8}, {"batch": 12, "accumulate": 2}])
 def test_batches_that_cannot_be_are_refused(values):
     with pytest.raises(ValueError, match="--batch|--accumulate"):
         train.TrainConfig(**values)
+    assert train.TrainConfig(batch=16, accumulate=4).accumulate == 4
+
+
+def test_how_far_augmentation_goes_is_a_setting(tiny_gan_config):
+    ada = training.Trainer(dataclasses.replace(tiny_gan_config, ada_target=0.6, ada_max=0.3, ada_kimg=0.001), CPU).ada
+    for _ in range(ada.interval):
+        ada.observe(torch.ones(4))
+        ada.step(lambda counts: counts)
+    assert ada.p == 0.3
