@@ -46,7 +46,7 @@ from gan.encoding import has_taught_discriminator, method_of, restore
 from gan.runlog import lineage, not_held_out, tell_of_seen
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
-OPEN_NOISE_RATE = 0.02                # the published rate of 2 on maps whose strength, about a hundredth, is in the maps
+OPEN_NOISE_RATE = 0.02                # the published rate of 2 on maps that hold their strength, about a hundredth
 
 
 def augmented(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:

@@ -317,7 +317,7 @@ def test_a_rate_on_maps_that_hold_their_strength_is_the_published_one_times_that
     plain = run(bundle, hu, settings)
     open_noise(bundle.generator)
     found = run(bundle, hu, dataclasses.replace(settings, lr_noise=build.OPEN_NOISE_RATE))
-    assert (found.reconstruction - plain.reconstruction).abs().mean() < 0.05       # but for rounding, through L1's signs
+    assert (found.reconstruction - plain.reconstruction).abs().mean() < 0.05      # but for rounding, through L1's signs
     thrown = run(bundle, hu, settings)
     query = decode(encode(hu))
     errors = [float((query - one.reconstruction).abs()[:, BRAIN[0]].mean()) for one in (plain, found, thrown)]
