@@ -19,7 +19,7 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import CTImageStorage
 from pydicom.valuerep import DA, DT, TM
 
-from ct.dicom_header import frame_value, number_of
+from ct.dicom_header import frame_value, number_of, with_class
 from ct.geometry import SliceStack
 from ct.scan import Scan, ScanError
 from ct.slab import slice_thickness_mm
@@ -94,7 +94,7 @@ class Derived:
         if gone := [path.name for path in paths if not path.is_file()]:
             raise DerivedError(f"{scan.scan_id}: {gone[0]} is no longer there; put it back, or read a scan in an "
                                "archive by ct.read.open_scan, which keeps it unpacked")
-        headers = [pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in paths]
+        headers = [with_class(pydicom.dcmread(path, stop_before_pixels=True, force=True)) for path in paths]
         for path, header in zip(paths, headers):
             _check_source(path, header, headers[0], alone=len(paths) == 1)
         _check_distinct(paths, headers)

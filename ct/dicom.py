@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ct.dicom_header import NO_HU, Frame, read_header, stored_values
+from ct.dicom_header import NO_HU, Frame, need_more_bits, read_header, stored_values
 from ct.dicom_pixels import read_pixels
 from ct.geometry import SliceStack, shear_deg
 from ct.limits import check_pixel_spacing, check_size, check_slice_spacing
@@ -188,7 +188,7 @@ def _read_pixels(frames: list[Frame], notes: list[str]) -> list[np.ndarray]:
 
 def _to_hu(frames: list[Frame], stored: list[np.ndarray], notes: list[str]) -> np.ndarray:
     """Slope and intercept of each frame; padding becomes air. float32 [S, H, W]."""
-    hu = np.empty((len(frames), *frames[0].size), np.float32)
+    hu, cut = np.empty((len(frames), *frames[0].size), np.float32), set()
     padding = [_padding_outside_tissue(frame) for frame in frames]
     if any(outside is None and frame.padding is not None for frame, outside in zip(frames, padding)):
         notes.append(f"PixelPaddingValue lies among the HU of tissue ({TISSUE_HU[0]}..{TISSUE_HU[1]}): not taken as "
@@ -202,6 +202,8 @@ def _to_hu(frames: list[Frame], stored: list[np.ndarray], notes: list[str]) -> n
             padded = (values >= limits[0]) & (values <= limits[1]) if limits else np.zeros(values.shape, bool)
             if integers and _has_wide_padding(frame):
                 padded |= raw.astype(np.uint16) == frame.wide_padding
+            if integers and not frame.overlay and (need_more_bits(raw, values, frame.bits) & ~padded).any():
+                cut.add(k)
             values = values.astype(np.float32)
             if inverted and frame.monochrome1:
                 values = (-1 if frame.signed else 2**frame.bits - 1) - values
@@ -221,6 +223,9 @@ def _to_hu(frames: list[Frame], stored: list[np.ndarray], notes: list[str]) -> n
         raise ScanError(f"the values do not look like HU of a head in air: {describe(shares)}, in "
                         f"{frames[0].path.name} and the other slices; check RescaleSlope, RescaleIntercept, "
                         "PixelRepresentation and BitsStored")
+    if cut:
+        notes.append(f"values need more bits than BitsStored says ({frames[min(cut)].bits}), where the header tells of "
+                     f"no overlay, and are read without these, metal perhaps as air: {len(cut)} slices")
     return np.maximum(hu, np.float32(AIR_HU), out=hu)
 
 

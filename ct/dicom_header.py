@@ -29,7 +29,10 @@ AXIAL_COS = float(np.cos(np.deg2rad(45)))             # slice normal to body axi
 PROJECTIONS = {"MIP", "MINIP", "AVERAGE", "AVERAGE_IP", "PROJECTION IMAGE", "MPR", "REFORMATTED", "VOLREN",
                "MAXIMUM", "MINIMUM", "MEAN", "STD_DEVIATION", "SUBTRACTION"}              # these of Enhanced CT
 MIPS = {"MIP", "MINIP"}                               # also within a value, as in CT_SOM5 MIP
-NO_AGENT = {"", "NO", "N", "NONE", "NO CONTRAST", "WITHOUT", "0"}
+# Contrast agents that are none. Not NON IONIC, which one may be, nor NO ORAL, beside which another may be given.
+NO_AGENT = re.compile(r"0?|N/?A?|NIL|PLAIN|NATIVE?|UNENHANCED|(NONE?|NOT?|W/?O|WITHOUT)([\s_-]*(ANY|IV|I\.V\.|"
+                      r"INTRAVENOUS|CONTRAST|ENHANCE(D|MENT)|CM|AGENTS?|MEDI(A|UM)|GIVEN|USED))*", re.IGNORECASE)
+OVERLAYS = tuple((group, 0x0102) for group in range(0x6000, 0x6020, 2))            # OverlayBitPosition
 HEADER_TAGS = (
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality",
     "PatientID", "PatientName", "PatientBirthDate", "ImageType", "InstanceNumber", "AcquisitionNumber",
@@ -57,6 +60,7 @@ class Frame:
     monochrome1: bool = False
     bits: int = 16                                    # BitsStored
     signed: bool = False
+    overlay: bool = False                             # the header tells of one in the bits above these
     number: int | None = None                         # InstanceNumber, or the frame's in its file
     copy: bool = False                                # marked as derived or lossy compressed
     derived: bool = False                             # marked as derived and secondary
@@ -96,8 +100,8 @@ def read_header(path: Path) -> Header | None:
         ds = _read_tags(path)
         if ds.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
             return None
-        if "SOPClassUID" not in ds:
-            raise ScanError(f"{path.name}: not a DICOM image (its header holds no SOPClassUID)")
+        if not ds.get("SOPClassUID"):
+            raise ScanError(f"{path.name}: not a DICOM image (neither SOPClassUID nor MediaStorageSOPClassUID)")
         patient = [" ".join(str(ds.get(tag, "")).upper().replace("^", " ").split())
                    for tag in ("PatientID", "PatientName", "PatientBirthDate")]
         uids = [str(ds.get(tag, "")) for tag in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")]
@@ -121,7 +125,15 @@ def _hash(text: str) -> str:
 
 
 def _read_tags(path: Path) -> pydicom.Dataset:
-    return open_dicom(path, stop_before_pixels=True, specific_tags=list(HEADER_TAGS))
+    return with_class(open_dicom(path, stop_before_pixels=True, specific_tags=[*HEADER_TAGS, *OVERLAYS]))
+
+
+def with_class(ds: pydicom.Dataset) -> pydicom.Dataset:
+    """The data set, with the SOPClassUID of the file's meta information where an image has none, as exports of RSNA's.
+    """
+    if not ds.get("SOPClassUID") and "Rows" in ds and (known := ds.file_meta.get("MediaStorageSOPClassUID")):
+        ds.SOPClassUID = known
+    return ds
 
 
 def _frames(path: Path, ds: pydicom.Dataset) -> list[Frame]:
@@ -187,7 +199,7 @@ def _frame(path: Path, index: int, count: int, size: tuple[int, int], ds: pydico
         path, index, size, position, orientation, None if spacing is None else (float(spacing[0]), float(spacing[1])),
         None if slope is None or intercept is None else (float(slope[0]), float(intercept[0])),
         _padding(ds, bits, signed), _wide_padding(ds, bits, signed), text("PhotometricInterpretation") == "MONOCHROME1",
-        bits, signed,
+        bits, signed, any(tag in ds and ds[tag].value for tag in OVERLAYS),
         index if count > 1 else int(number) if number.lstrip("-").isdecimal() else None,
         types[:1] == ["DERIVED"] or text("LossyImageCompression") == "01", types[:2] == ["DERIVED", "SECONDARY"],
         {trait: _one_spelling(v) for trait, v in traits.items()}, abs(tilt_deg) if np.isfinite(tilt_deg) else 0.0,
@@ -217,7 +229,7 @@ def _has_contrast(ds: pydicom.Dataset) -> bool:
     """By the agent's name or, in Enhanced CT, its code."""
     coded = ds.get("ContrastBolusAgentSequence") or ()
     agents = [ds.get("ContrastBolusAgent"), *(item.get("CodeMeaning") or item.get("CodeValue") for item in coded)]
-    return any(str(agent or "").strip().upper() not in NO_AGENT for agent in agents)
+    return not all(NO_AGENT.fullmatch(str(agent or "").strip()) for agent in agents)
 
 
 def _padding(ds: pydicom.Dataset, bits: int, signed: bool) -> tuple[int, int] | None:
@@ -249,6 +261,13 @@ def stored_values(raw: np.ndarray, bits: int, signed: bool) -> np.ndarray:
         return raw
     values = raw.astype(np.int64) & ((1 << bits) - 1)
     return np.where(values >> (bits - 1), values - (1 << bits), values) if signed else values
+
+
+def need_more_bits(raw: np.ndarray, values: np.ndarray, bits: int) -> np.ndarray:
+    """Where decoded integers are more than their stored_values, bool. The bits above may repeat a sign, or be 0."""
+    if not 1 <= bits < 8 * raw.itemsize:
+        return np.zeros(raw.shape, bool)
+    return (raw != values) & (raw != values & ((1 << bits) - 1))
 
 
 def frame_value(ds: pydicom.Dataset, index: int, sequence: str, keyword: str):

@@ -169,7 +169,8 @@ def read(source: ScanSource) -> Scan:
     shares = tissue_shares(hu.T, saturation)                              # in the order that the memory has them
     if not like_a_head(shares):
         raise ScanError(f"{path.name}: the values do not look like HU of a head in air: {describe(shares)} (an offset "
-                        "such as 1024 added, no skull, or another kind of map?); give the scan in HU")
+                        "such as 1024 added, no skull, air set to another value, or another kind of map?); give the "
+                        "scan in HU")
     notes += more
     if np.isfinite(saturation).any():
         notes.append(f"values saturate at {saturation[0]:g}..{saturation[1]:g} HU")
@@ -184,6 +185,8 @@ def _read_header(paths: Sequence[Path]) -> tuple[nib.Nifti1Header, bool]:
     """The header of a file or a pair, unchecked, and whether the values follow in the same file."""
     path, head = paths[0], _begin(paths[0])
     size = _header_size(head)
+    if head.startswith(GZIP):
+        raise ScanError(f"{path.name}: packed twice with gzip; unpack it once")
     if size is None or len(head) < size:
         raise ScanError(f"{path.name}: cannot be read as NIfTI: it does not begin with a NIfTI header")
     magic = head[344:347] if size == 348 else head[4:7]

@@ -12,6 +12,7 @@ AIR_BELOW, SOFT, BONE_ABOVE = -300, (-100, 150), 300
 TISSUES = ("air", "bone", "soft tissue")
 LEAST_SOFT, FALL = 0.05, 0.2    # of a slice to be compared with; the part of its share that no slice between falls to
 MUCH_BONE = 0.15                # of a slice of a head
+FILLED = 0.1                    # of a slice: one value of the noise of tissue has less
 MUCH_AIR, NO_AIR = 0.2, 0.003   # of most slices; of shoulders that fill the picture their windpipe is more
 MIN_SOFT = 0.01                 # share of all voxels
 COARSE_HU = 2.0                 # a haemorrhage is 20 HU denser than brain, an infarct 5 HU less dense
@@ -49,10 +50,26 @@ def refuse_odd_slices(scan: Scan) -> None:
         odd |= air < NO_AIR
     if odd.any():
         k = int(odd.argmax())
+        if (filled_hu := _filling(scan, air)) is not None:
+            raise ScanError(f"filled with {filled_hu:g} HU outside the scan, so that its slices cannot be compared (as "
+                            "by a program that turned or registered it); fill with -1024 there")
         shares = dict(zip(TISSUES, (air[k], bone[k], soft[k])))
         raise ScanError(f"slice {k} (0: the most inferior): {describe(shares)}, unlike the slices around it, and "
                         f"{int(odd.sum()) - 1} more such slices: empty slices, or ones whose rescale, sign or window "
                         "is wrong; correct them at the source, or leave them out")
+
+
+def _filling(scan: Scan, air: np.ndarray) -> float | None:
+    """HU of a value other than air that fills much of a slice from a corner on, beside air; None where none does.
+
+    air: the share of each slice, [S]. In one without, the air itself may be of another value by a wrong rescale.
+    """
+    least = max(AIR_BELOW, scan.saturation_hu[0])
+    for image in scan.hu[air > NO_AIR]:
+        for value in np.unique(image[[0, 0, -1, -1], [0, -1, 0, -1]]):
+            if value > least and np.mean(image == value) > FILLED:
+                return float(value)
+    return None
 
 
 def like_a_head(shares: dict[str, float]) -> bool:

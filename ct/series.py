@@ -1,10 +1,10 @@
 """Which DICOM images make up one scan.
 
-A series UID does not make a scan: anonymisers give one to two patients, scanners put two phases or two kernels
-under it, archives add screenshots and compressed copies. So images are grouped by study, series, frame of reference
-and patient, and what runs through the same stretch of the body twice is taken apart by the attribute that tells the
-two apart (TRAITS). Patient data is compared as a hash and never shown. ct.dicom_header reads the headers, ct.dicom the
-scans.
+A series UID does not make a scan: anonymisers give one to two patients, or a study UID to each file, scanners put two
+phases or two kernels under it, archives add screenshots and compressed copies. So images are grouped by study, series,
+frame of reference and patient, and what runs through the same stretch of the body twice is taken apart by the attribute
+that tells the two apart (TRAITS). Patient data is compared as a hash and never shown. ct.dicom_header reads the
+headers, ct.dicom the scans.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ TRAITS = {"kernel": "reconstruction kernel", "type": "image type", "voltage": "t
           "contrast": "contrast agent", "acquisition": "acquisition number"}
 # Of these, what may be told otherwise of slices of one pass, if only by rounding: the others change the pictures.
 BOOKKEEPING = {"type", "thickness", "spacing", "acquisition"}
+UNTOLD = {"", "False"}                                # a trait that a slice says nothing of; of contrast, no agent
 
 
 def scans_of(headers: Sequence[Header]) -> list[Found]:
@@ -58,23 +59,62 @@ class _Group:
 
 def _find_series(headers: Sequence[Header]) -> list[Found]:
     """Scans by study; what of a study is no axial CT is a note on its scans, or a row of its own if there are none."""
-    studies: dict[str, list[Header]] = {}
-    for header in headers:
-        studies.setdefault(header.study_uid or str(header.path.parent), []).append(header)
-    found = []
-    for members in studies.values():
+    found, single = [], {}
+    for members, notes in _studies(headers):
         groups = _join_small([group for series in _by_series(members) for group in _by_identity(series)])
         reasons = [group.headers[0].left_out or f"of fewer than {MIN_SLICES} slices" for group in groups
                    if len(group.slices) < MIN_SLICES and not group.error]
         scans = [group for group in groups if len(group.slices) >= MIN_SLICES or group.error]
         if not scans:
-            found += [_found(group) for group in groups]
+            one = sum(len(group.slices) for group in groups) == 1
+            for group in groups:
+                if one and group.slices:
+                    single.setdefault(group.slices[0].path.parent, []).append(group)
+                else:
+                    found.append(_found(group))
             continue
-        notes = (f"other series of the study left out: {describe_left_out(reasons)}",) if reasons else ()
+        notes += (f"other series of the study left out: {describe_left_out(reasons)}",) if reasons else ()
         for group in scans:
             group.notes += notes
             found += [_found(group)] if group.error else _take_apart(group)
-    return found
+    return found + [_found(group) for groups in single.values() for group in _as_one_row(groups)]
+
+
+def _studies(headers: Sequence[Header]) -> list[tuple[list[Header], tuple[str, ...]]]:
+    """The headers of each study, by folder where its UID is missing, and what to say of it.
+
+    Where all studies that a series lies in have one or two images, the UIDs were replaced file by file, and the series
+    counts in place of the study: but only with its frame of reference and patient, since careless anonymisers give one
+    series UID to several patients.
+    """
+    def series_of(header: Header) -> tuple[str, str, str]:
+        return header.series_uid, header.frame_of_reference, header.patient
+
+    studies: dict[str, list[Header]] = {}
+    within: dict[tuple[str, str, str], set[str]] = {}
+    for header in headers:
+        study = header.study_uid or str(header.path.parent)
+        studies.setdefault(study, []).append(header)
+        within.setdefault(series_of(header), set()).add(study)
+    small = {study for study, members in studies.items() if len(_Group(members).slices) < MIN_SLICES}
+    spread = {series for series, own in within.items() if all(series[:2]) and len(own) > 1 and own <= small}
+    joined: dict[str | tuple[str, str, str], list[Header]] = {}
+    for study, members in studies.items():
+        for header in members:
+            series = series_of(header)
+            joined.setdefault(series if series in spread else study, []).append(header)
+    return [(members, (f"{len(within[key])} studies of one or two images that share series, frame of reference and "
+                       "patient, taken as one",) if key in spread else ()) for key, members in joined.items()]
+
+
+def _as_one_row(groups: list[_Group]) -> list[_Group]:
+    """Studies of one image in one folder as one that cannot be a scan, where they could be slices of one."""
+    if len(groups) < MIN_SLICES:
+        return groups
+    headers = [header for group in groups for header in group.headers]
+    return [_Group(headers, error=f"{headers[0].path.name} and {len(headers) - 1} more: {len(groups)} studies of one "
+                   "image in this folder, as where UIDs were replaced file by file; export the series again with one "
+                   "StudyInstanceUID and one SeriesInstanceUID")]
 
 
 def _by_series(headers: list[Header]) -> list[list[Header]]:
@@ -203,7 +243,8 @@ def _separate(frames: list[Frame]) -> tuple[list[tuple[list[Frame], str]], list[
     left = ["copy of another slice (derived or lossy compressed)"] * len(copies)
     once = _shown_once(frames)
     for trait, name in TRAITS.items():
-        stacks = [frames] if once and trait in BOOKKEEPING else _stacks(frames, trait)
+        whole = once and (trait in BOOKKEEPING or _told_alike(frames, trait))
+        stacks = [frames] if whole else _stacks(frames, trait)
         large = [stack for stack in stacks if len(stack) >= MIN_SLICES]
         if len(stacks) == 1 or not large or (trait == "spacing" and len(large) < len(stacks)):
             continue
@@ -257,6 +298,11 @@ def _stacks(frames: list[Frame], trait: str) -> list[list[Frame]]:
         else:
             stacks.append([block])
     return [[frame for block in stack for frame in block] for stack in stacks]
+
+
+def _told_alike(frames: list[Frame], trait: str) -> bool:
+    """Whether the slices that tell the trait are one stack: what was lost of the others' headers sets none apart."""
+    return len(_stacks([frame for frame in frames if frame.traits[trait] not in UNTOLD], trait)) <= 1
 
 
 def _overlap(first: list[Frame], second: list[Frame]) -> bool:

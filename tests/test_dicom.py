@@ -2,22 +2,24 @@
 
 import os
 import re
+from datetime import datetime
 
 import gdcm
 import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from pydicom.uid import ImplicitVRLittleEndian, RLELossless
+from pydicom.uid import CTImageStorage, ImplicitVRLittleEndian, RLELossless
 from scipy.ndimage import map_coordinates
 
+from ct.derived import Derived, Maker
 from ct.dicom import spacing_notes
 from ct.geometry import displaced
 from ct.read import find_scans, read_scan
 from ct.scan import ScanError
 from ct.write import write_nifti
 from tests.helpers import synthetic_head
-from tests.writers import make_uid, write_dicom_series, write_enhanced_ct
+from tests.writers import complete, make_uid, write_dicom_series, write_enhanced_ct
 
 RNG = np.random.default_rng(1)
 HU = RNG.integers(-1000, 600, (6, 10, 8)).astype(np.float32)               # more air than bone, as around a head
@@ -118,6 +120,7 @@ def test_padding_stored_with_more_bits_than_the_header_tells_is_air(tmp_path, ab
     scan = read_only(write_dicom_series(tmp_path / "case", hu, edit=edit))
     assert (scan.hu[:, 0] == read).all()
     np.testing.assert_array_equal(scan.hu[:, 1:], hu[:, 1:])
+    assert any("more bits than BitsStored" in note for note in scan.notes) == (above == 0x7000)
 
 
 def test_padding_with_more_bits_never_takes_tissue(tmp_path):
@@ -143,6 +146,15 @@ def test_negative_padding_of_12_bits_whatever_its_vr(tmp_path, vr, padding):
     hu[:, 0, 0] = -2000
     scan = read_only(write_dicom_series(tmp_path / "case", hu, intercept=0, edit=edit))
     assert (scan.hu[:, 0, 0] == -1024).all() and (scan.hu[:, 1:] == hu[:, 1:]).all()
+
+
+def test_derived_objects_know_the_class_of_files_that_tell_it_outside_the_data_set(tmp_path):
+    def edit(ds, k):
+        complete(ds, k)
+        del ds.SOPClassUID
+    scan = read_only(write_dicom_series(tmp_path / "case", HU, edit=edit))
+    derived = Derived.open(scan, Maker("model", "1", "0"), (), False, datetime(2024, 5, 6))
+    assert [image.SOPClassUID for image in derived.images] == [CTImageStorage] * 6
 
 
 @pytest.mark.parametrize("stored_inverted", [False, True])

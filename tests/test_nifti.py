@@ -68,6 +68,13 @@ def test_oblique(tmp_path, degrees):
     np.testing.assert_allclose(nib.load(tmp_path / "map.nii").affine, nib.load(path).affine, atol=1e-5)
 
 
+def test_a_file_packed_twice_is_named_so(tmp_path):
+    path = write_nifti_scan(tmp_path / "vol.nii.gz", HU)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(ScanError, match="^vol.nii.gz: packed twice with gzip; unpack it once$"):
+        read_nifti("vol", path)
+
+
 def test_sheared_steps_are_measured_along_the_normal(tmp_path):
     scan = read_nifti("vol", write_nifti_scan(tmp_path / "vol.nii", HU, affine=turned(18.5, shear=-1.7)))
     np.testing.assert_allclose(np.diff(scan.position_mm), 5, rtol=1e-5)

@@ -88,7 +88,9 @@ def test_acquisitions_above_each_other_are_one_scan(tmp_path):
 @pytest.mark.parametrize("values", [
     [{"SliceThickness": 5}, {"SliceThickness": 4.8}], [{"SliceThickness": 5}, {"SliceThickness": None}],
     [{"AcquisitionNumber": 1}, {}], [{"ImageType": ["ORIGINAL", "PRIMARY", "AXIAL", "HELIX"]}, {}],
-    [{"PixelSpacing": ["0.48828125", "1"]}, {"PixelSpacing": ["0.488281", "1"]}]])
+    [{"PixelSpacing": ["0.48828125", "1"]}, {"PixelSpacing": ["0.488281", "1"]}],
+    [{"KVP": 120}, {}], [{"ConvolutionKernel": "H31s"}, {"ConvolutionKernel": ""}],
+    [{"TemporalPositionIdentifier": 1}, {}]])
 def test_slices_that_fill_each_others_gaps_are_one_scan(tmp_path, values):
     """Every second one, told otherwise, was a scan of its own: half the slices, twice as far apart."""
     hu = np.concatenate([HU, HU])
@@ -100,6 +102,31 @@ def test_slices_that_fill_each_others_gaps_are_one_scan(tmp_path, values):
     scan, = read_all(tmp_path)
     np.testing.assert_array_equal(scan.hu, hu)
     assert scan.notes == ()
+
+
+def test_slices_that_lack_the_contrast_agent_fill_the_others_gaps(tmp_path):
+    hu = np.concatenate([HU, HU])
+
+    def change(ds, k):
+        ds.SliceThickness, ds.ContrastBolusAgent = 5, "" if k % 2 else "agent"
+    write_dicom_series(tmp_path / "case", hu, edit=change)
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, hu)
+    assert len(scan.notes) == 1 and scan.notes[0].startswith("contrast agent given")
+
+
+@pytest.mark.parametrize("values, places", [
+    (("120", "80"), np.arange(12) * 5.0), (("120", ""), np.arange(12) // 2 * 5.0), (("120", ""), np.arange(12) * 2.5)])
+def test_other_voltages_and_slices_beyond_the_gaps_stay_two_scans(tmp_path, values, places):
+    """Of two told values, of two at each place, and of slices that overlap."""
+    hu = np.repeat(HU, 2, axis=0) + np.tile([0, 7], 6)[:, None, None].astype(np.float32)
+
+    def change(ds, k):
+        ds.SliceThickness, ds.KVP = 5, values[k % 2]
+    write_dicom_series(tmp_path / "case", hu, position_mm=places, edit=change)
+    scans = read_all(tmp_path)
+    assert sorted(float(scan.hu[0, 0, 0] - HU[0, 0, 0]) for scan in scans) == [0, 7]
+    assert all(len(scan.hu) == 6 and "told apart by tube voltage" in scan.notes[0] for scan in scans)
 
 
 @pytest.mark.parametrize("number, thickness_mm", [
@@ -229,6 +256,58 @@ def test_series_of_one_image_are_one_scan_or_one_reason(tmp_path):
         read_scan(source)
 
 
+def test_a_study_uid_for_each_file_of_a_series_is_one_scan(tmp_path):
+    """Each slice was a row of its own."""
+    write_dicom_series(tmp_path / "case", HU, edit=lambda ds, k: edit(StudyInstanceUID=make_uid("study", k))(ds, k))
+    scan, = read_all(tmp_path)
+    np.testing.assert_array_equal(scan.hu, HU)
+    assert scan.scan_id == "case" and scan.notes == (
+        "6 studies of one or two images that share series, frame of reference and patient, taken as one",)
+
+
+@pytest.mark.parametrize("per_file", [True, False])
+def test_studies_under_one_series_uid_are_not_joined_across_patients(tmp_path, per_file):
+    """Nor where they hold whole scans: careless anonymisers give one series UID, and one patient, to all."""
+    for patient, folder in enumerate("ab"):
+        values = {"PatientID": f"{patient}"} if per_file else {}
+        write_dicom_series(tmp_path / folder, HU + 7 * patient, edit=lambda ds, k, patient=patient, values=values: edit(
+            StudyInstanceUID=make_uid("study", patient, k * per_file), **values)(ds, k))
+    scans = read_all(tmp_path)
+    assert sorted(float(scan.hu[0, 0, 0] - HU[0, 0, 0]) for scan in scans) == [0, 7]
+    assert all(len(scan.hu) == 6 for scan in scans)
+
+
+@pytest.mark.parametrize("values", [{"SeriesInstanceUID": None}, {"FrameOfReferenceUID": ""}])
+def test_uids_replaced_file_by_file_are_one_row(tmp_path, values):
+    """Or where no frame of reference says that the places can be compared. It was a row for each slice."""
+    def change(ds, k):
+        own = {name: make_uid(name, k) if uid is None else uid for name, uid in values.items()}
+        edit(StudyInstanceUID=make_uid("study", k), **own)(ds, k)
+    write_dicom_series(tmp_path / "case", HU, edit=change)
+    write_dicom_series(tmp_path / "whole", HU, series="whole", study="whole")
+    source, whole = find_scans(tmp_path)
+    np.testing.assert_array_equal(read_scan(whole).hu, HU)
+    with pytest.raises(ScanError, match="^000.dcm and 5 more: 6 studies of one image in this folder, as where UIDs "
+                       "were replaced file by file; export"):
+        read_scan(source)
+
+
+def test_files_that_tell_their_class_outside_the_data_set_alone_are_read(tmp_path):
+    """As RSNA's export, which also lacks these others: each file was no DICOM image."""
+    def change(ds, k):
+        del ds.SOPClassUID, ds.InstanceNumber, ds.ImageType, ds.FrameOfReferenceUID
+    scan, = read_all(write_dicom_series(tmp_path / "case", HU, edit=change))
+    np.testing.assert_array_equal(scan.hu, HU)
+    np.testing.assert_allclose(scan.position_mm, 10 + np.arange(6) * 5)
+    assert scan.notes == ()
+    for path in (tmp_path / "case").iterdir():
+        ds = pydicom.dcmread(path)
+        del ds.file_meta.MediaStorageSOPClassUID
+        ds.save_as(path)
+    with pytest.raises(ScanError, match=r"000.dcm: not a DICOM image \(neither SOPClassUID nor MediaStorageSOPC"):
+        read_all(tmp_path)
+
+
 # ---- B: numbers that are not HU
 
 @pytest.mark.parametrize("change, words", [
@@ -285,6 +364,28 @@ def test_bits_above_those_stored_do_not_count(tmp_path):
         write_dicom_series(tmp_path / str(signed), HU, series=signed, edit=change)
     for scan in read_all(tmp_path):
         np.testing.assert_array_equal(scan.hu, HU)
+
+
+@pytest.mark.parametrize("signed, stored, read, noted", [
+    (0, 4324, 228, True),                                         # metal of 3300 HU, which reads as -796
+    (0, 4095, 4095, False), (1, 5000, 904, True), (1, -1000, -1000, False),
+    (1, 0x0C18, -1000, False)])                                   # with 0 in the bits above
+@pytest.mark.parametrize("overlay", [None, 0, 15])
+def test_values_with_more_bits_than_are_told_are_noted(tmp_path, signed, stored, read, noted, overlay):
+    """Metal turned into air without a word. Not where an overlay may be there: its position is 0 where it is not."""
+    def change(ds, k):
+        pixels = np.frombuffer(ds.PixelData, "<i2").astype(np.int32) - (1024 if signed else 0)
+        pixels[0] = stored
+        ds.BitsStored, ds.HighBit, ds.PixelRepresentation, ds.PixelData = 12, 11, signed, pixels.astype("<i2").tobytes()
+        ds.RescaleIntercept = 0 if signed else -1024
+        if overlay is not None:
+            ds.add_new((0x6002, 0x0102), "US", overlay)
+    write_dicom_series(tmp_path / "case", HU, edit=lambda ds, k: change(ds, k) if k > 3 or signed else None)
+    scan, = read_all(tmp_path)
+    assert scan.hu[4, 0, 0] == max(read - (0 if signed else 1024), -1024)
+    note = ("values need more bits than BitsStored says (12), where the header tells of no overlay, and are read "
+            f"without these, metal perhaps as air: {6 if signed else 2} slices")
+    assert scan.notes == ((note,) if noted and not overlay else ())
 
 
 def test_padding_among_tissue_is_none(tmp_path):
@@ -357,6 +458,23 @@ def test_a_picture_cut_within_the_head_may_hold_air_on_some_slices_alone(tmp_pat
     hu = np.clip(np.round(synthetic_head(slices=14, size=48, spacing_mm=(8.0, 5.0, 5.0))[0][:, 14:34, 14:34]), 20, 60)
     hu[2:10, 3:5, 3:5] = -1000
     refuse_odd_slices(Scan("cut", hu.astype(np.float32), np.arange(14) * 8.0, (5.0, 5.0)))
+
+
+@pytest.mark.parametrize("fill_hu, words", [
+    (0, "^filled with 0 HU outside the scan.*; fill with -1024"), (-1024, None),
+    (np.arange(50).reshape(5, 10), r"^slice 3 \(0: the most inferior\): 95% air, 0% bone, 5% soft")])
+def test_a_scan_filled_with_another_value_than_air_is_named(fill_hu, words):
+    """Two halves of 10 x 10 pixels filled, as where a program turned the head: its slice without that was the odd one.
+    Of 50 values, which tissue may have, nothing is said."""
+    hu = np.full((7, 10, 10), -1000.0)
+    hu[:, 8, :5] = 30                                             # 5 % soft tissue, less than a fifth of 55 %
+    hu[[2, 4], :5] = fill_hu
+    scan = Scan("turned", hu.astype(np.float32), np.arange(7) * 5.0, (1.0, 1.0))
+    if words is None:
+        refuse_odd_slices(scan)
+    else:
+        with pytest.raises(ScanError, match=words):
+            refuse_odd_slices(scan)
 
 
 @pytest.mark.parametrize("bits, step_hu", [(8, 16), (16, 2)])
@@ -689,6 +807,20 @@ def test_a_contrast_agent_by_its_code_alone_is_noted(tmp_path, item, given):
     for keyword, value in (item or {}).items():
         setattr(code, keyword, value)
     write_dicom_series(tmp_path / "case", HU, edit=edit(ContrastBolusAgentSequence=[code] if item else []))
+    scan, = read_all(tmp_path)
+    assert any(note.startswith("contrast agent given") for note in scan.notes) is given
+
+
+@pytest.mark.parametrize("agent, given", [
+    *((agent, False) for agent in (
+        "NON CONTRAST", "WITHOUT CONTRAST", "NON-CONTRAST", "Noncontrast", "W/O", "W/O IV CONTRAST", "NO IV CONTRAST",
+        "no contrast agent", "UNENHANCED", "NON ENHANCED", "NONE", "No", "n", "N/A", "0", " ", "Native", "not given")),
+    *((agent, True) for agent in (
+        "OMNIPAQUE", "CE", "IV CONTRAST", "IODINE", "NONIONIC", "NON IONIC CONTRAST", "Novisipaque", "YES", "ENHANCED",
+        "WITH AND WITHOUT CONTRAST", "NO ORAL CONTRAST", "CONTRAST", "Iopamiro", "NOVAL", "W CONTRAST"))])
+def test_a_contrast_agent_that_is_none_is_not_noted(tmp_path, agent, given):
+    """Words for none other than NO and NONE counted as an agent."""
+    write_dicom_series(tmp_path / "case", HU[:3], edit=edit(ContrastBolusAgent=agent))
     scan, = read_all(tmp_path)
     assert any(note.startswith("contrast agent given") for note in scan.notes) is given
 
