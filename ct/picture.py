@@ -17,7 +17,8 @@ from scipy import ndimage
 BRAIN_WINDOW_HU = (0.0, 80.0)
 RESIDUAL_FULL_HU = 30.0                 # shown in the last colour: yellow where hyperdense, pale blue where hypodense
 PANELS = ("query", "closest normal", "residual", "mask")          # of an overlay, from left to right
-FILTER, FILTER_PX = Image.Resampling.HAMMING, 1        # of reduced pictures, and how far it reaches there
+FILTER, FILTER_PX = Image.Resampling.HAMMING, 1        # of reduced pictures; it reaches a pixel of the coarser picture
+SQUARE = 0.01                           # pixels whose sides differ by a smaller share are shown as square
 PNG_LEVEL = 1                           # of ISA-L's 0 to 3; the higher ones save under 2 %
 
 
@@ -68,14 +69,25 @@ def mark(hu: np.ndarray, lesion: np.ndarray, side: int = 360) -> np.ndarray:
     return marked
 
 
+def square_shape(shape: tuple[int, int], pixel_spacing_mm: tuple[float, float] | None) -> tuple[float, float]:
+    """Height and width of a slice [H, W] in square pixels of its finer side; as they are, where none is known."""
+    row_mm, column_mm = pixel_spacing_mm or (1.0, 1.0)
+    finer = min(row_mm, column_mm)
+    if max(row_mm, column_mm) <= (1 + SQUARE) * finer:
+        return shape
+    return shape[0] * row_mm / finer, shape[1] * column_mm / finer
+
+
 def overlay_panels(query_hu: np.ndarray, reconstruction_hu: np.ndarray, residual_hu: np.ndarray, lesion: np.ndarray,
-                   side: int = 360) -> Image.Image:
+                   side: int = 360, pixel_spacing_mm: tuple[float, float] | None = None) -> Image.Image:
     """One slice as four panels (PANELS): query, closest normal, residual, and the query with the lesion mask in red.
 
-    All [H, W]; a panel's longer side is reduced to `side` pixels if it is longer.
+    All [H, W]; pixel_spacing_mm (row, column): a panel's pixels are square, whatever the slice's are, and its longer
+    side is reduced to `side` of them if it is longer.
     """
-    scale = min(1.0, side / max(query_hu.shape))
-    height, width = (round(length * scale) for length in query_hu.shape)
+    shape = square_shape(query_hu.shape, pixel_spacing_mm)
+    scale = min(1.0, side / max(shape))
+    height, width = (max(1, round(length * scale)) for length in shape)
     row = np.zeros((height, len(PANELS), width, 3), np.uint8)
     for panel, hu in enumerate((query_hu, reconstruction_hu)):
         row[:, panel] = _reduced(grey(hu), width, height)[..., None]
@@ -95,10 +107,11 @@ def _draw_part(panel: np.ndarray, where: np.ndarray, picture: Callable[[], np.nd
     if not where.any():
         return
     (top, bottom), (left, right) = (
-        (max(0, int(found[0] * reduced / length) - FILTER_PX - 1),
-         min(reduced, int((found[-1] + 1) * reduced / length) + FILTER_PX + 2))
-        for found, reduced, length in ((np.flatnonzero(where.any(1 - axis)), panel.shape[axis], where.shape[axis])
-                                       for axis in (0, 1)))
+        (max(0, int(found[0] * reduced / length) - reach - 1),
+         min(reduced, int((found[-1] + 1) * reduced / length) + reach + 2))
+        for found, reduced, length, reach in (
+            (np.flatnonzero(where.any(1 - axis)), panel.shape[axis], where.shape[axis],
+             FILTER_PX * max(1, -(-panel.shape[axis] // where.shape[axis]))) for axis in (0, 1)))
     y, x = (length / reduced for length, reduced in zip(where.shape, panel.shape))
     panel[top:bottom, left:right] = _reduced(picture(), right - left, bottom - top,
                                              (left * x, top * y, right * x, bottom * y))

@@ -21,6 +21,9 @@ from ct.scan import Scan
 from ct.write import write_nifti
 from detect.dicom_out import Identity, build_objects, dicom_writer, identity_of, write_dicom
 from detect.dicom_out.common import choose_key_slices
+from detect.dicom_out.secondary_capture import draw
+from detect.outputs import slice_rows
+from detect.percentile import rounded_down
 from detect.surprise import Surprise
 from detect.votes import Votes
 from tests.helpers import frames_by_source, synthetic_head
@@ -427,7 +430,46 @@ def test_pictures_show_the_outline_in_radiological_display(tmp_path):
     red = red[..., 0] - red[..., 1] > 150
     rows, columns = np.nonzero(red)
     assert picture.pixel_array.shape == (512, 512, 3) and list(picture.PatientOrientation) == ["L", "P"]
+    assert picture.ConversionType == "WSD"                      # not digitised film
     assert (rows.min() // 8, rows.max() // 8, columns.min() // 8, columns.max() // 8) == (40, 49, 8, 19)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_pictures_have_square_pixels(tmp_path, transpose):
+    """They had the source's, 2:1, without a Pixel Aspect Ratio."""
+    row, column = np.mgrid[:32, :64]
+    disc = (2 * (row - 15.5)) ** 2 + (column - 31.5) ** 2 < 20 ** 2                 # 40 mm
+    hu = np.tile(np.where(disc, 60, -1000).astype(np.float32), (3, 1, 1))
+    scan = read_only(write_dicom_series(tmp_path / "series", hu, (5, 2.0, 1.0), transpose=transpose, edit=complete))
+    result = replace(result_of(scan), mask=scan.hu > 0)
+    picture = build_objects(result, IDENTITY)["picture-1"].pixel_array.astype(int)
+    rows, columns = np.nonzero(picture[..., 0] - picture[..., 1] > 150)
+    assert picture.shape == (512, 512, 3)
+    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (20 * 16, 40 * 8)             # 20 rows of 2 mm, 40 of 1 mm
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (512, 200), (512, 100), (40, 12), (100, 512)])
+def test_the_text_lies_within_the_picture(shape):
+    """Of a narrow one the end of the score was cut off."""
+    lines = ["RESEARCH ONLY", "unverified, not for diagnosis", "slice 12 of 0 to 131 from below, score 5.85"]
+    picture = draw(np.full(shape, -1000, np.float32), np.zeros(shape, bool), lines)
+    rows, columns = np.nonzero(picture[:len(picture) // 4].max(-1) > 60)           # above the letters of the sides
+    margin = columns.min()
+    assert 3 <= margin and columns.max() < picture.shape[1] - margin               # letters of 6 pixels at least
+    assert np.ptp(columns) > 150                                                  # all of the line is there
+    assert max(picture.shape) >= 512 and min(picture.shape[:2]) >= 256
+
+
+def test_a_picture_names_its_slice_as_the_tables_do(series, monkeypatch):
+    """It was one more, as if counted from 1."""
+    said = []
+    monkeypatch.setattr("detect.dicom_out.secondary_capture.draw", lambda hu, mask, lines, spacing: (
+        said.append((lines[-1], float(hu[0, 0]))), draw(hu, mask, lines, spacing))[1])
+    result = result_of(read_only(series))
+    build_objects(result, IDENTITY)
+    working = SimpleNamespace(**vars(result), below_vertex_mm=np.zeros(6))
+    of_row = {row["slice"]: row["score"] for row in slice_rows(working)}
+    assert said == [(f"slice {k} of 0 to 5 from below, score {of_row[k]:.3g}", HU[k, 0, 0]) for k in (4, 3, 2)]
 
 
 def test_key_slices_of_a_thin_series_are_not_neighbours(tmp_path):
@@ -455,8 +497,16 @@ def test_numbers_of_the_report_have_digits_that_mean_something(series):
     group, = content.get_volumetric_roi_measurement_groups()
     found = [measured[0].MeasuredValueSequence[0] for measured in group.get_measurements()]
     numbers = [(str(item["NumericValue"].value), item.get("FloatingPointValue")) for item in found]
-    assert numbers == [("3.33333e-08", 3.33333e-08), ("97.5", 97.5), ("123.0", 123.0), ("1.33333", 1.33333),
+    assert numbers == [("3.33333e-08", 3.33333e-08), ("97.4", 97.4), ("123.0", 123.0), ("1.33333", 1.33333),
                        ("1.0", 1.0), ("0.666667", 0.666667)]
+
+
+@pytest.mark.parametrize("percentile, said", [
+    (100 * 250 / 251, 99.6), (100 * 200 / 201, 99.5), (100 * 30 / 31, 96.7), (96.7742, 96.7), (64.1, 64.1),
+    (80.0, 80.0), (100 * 99999 / 100000, 99.9), (0.0, 0.0)])
+def test_a_percentile_is_rounded_down(percentile, said):
+    """Of the top scan among 200 healthy ones, 99.5025, the page said 100."""
+    assert rounded_down(percentile) == said
 
 
 # ---- UIDs, files
@@ -488,6 +538,28 @@ def test_a_repeated_run_replaces_the_files(tmp_path, series):
     assert {path: path.read_bytes() for path in first} == before
     write_dicom(tmp_path / "out", result_of(scan, Negative), IDENTITY)
     assert not (tmp_path / "out/seg.dcm").exists()
+
+
+def test_files_of_other_names_stay(series):
+    """The source's own were deleted, where the results were to lie beside them."""
+    scan = read_only(series)
+    source = {path: path.read_bytes() for path in series.iterdir()}
+    for stale in ("seg", "picture-3"):
+        (series / f"{stale}.dcm").write_bytes(b"of an earlier run")
+    written = write_dicom(series, replace(result_of(scan, Negative), projected=np.arange(6) < 2), IDENTITY)
+    assert {path.name for path in written} == {"sr.dcm", "map.dcm", "key-objects.dcm", "picture-1.dcm", "picture-2.dcm"}
+    assert {*series.iterdir()} == {*source, *written}
+    assert {path: path.read_bytes() for path in source} == source
+
+
+@pytest.mark.parametrize("name", ["seg.dcm", "picture-3.dcm"])
+def test_a_source_that_has_a_results_name_is_refused_whole(series, name):
+    (series / "003.dcm").rename(series / name)
+    scan = read_only(series)
+    before = {path: path.read_bytes() for path in series.iterdir()}
+    with pytest.raises(DerivedError, match=f"^{name}: an image of the source has the place of a result; give another"):
+        write_dicom(series / ".." / "series", result_of(scan, Negative), IDENTITY)
+    assert {path: path.read_bytes() for path in series.iterdir()} == before
 
 
 def test_every_object_says_research_and_names_the_device(series):

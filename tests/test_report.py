@@ -9,6 +9,8 @@ import io
 import json
 import re
 import shutil
+from collections import Counter
+from dataclasses import replace
 from urllib.parse import quote
 
 import numpy as np
@@ -279,7 +281,102 @@ def test_scans_beyond_the_page_count_by_their_status(results):
     assert [entry.scan_id for entry in entries] == ["a"]
     assert others == {"total": 4, "flagged": 0, "unreliable": 1, "failed": 2}
     (sentence,) = words.unshown(entries, others)
-    assert "of the others none are flagged, 1 unreliable and 2 failed. scores.csv" in sentence
+    assert sentence == ("This page shows the first 1 of 5 rows of scores.csv; of all 5 scans 1 are flagged, 1 "
+                        "unreliable and 2 failed.")
+
+
+def entry_of(status, **values):
+    """An Entry; of one that is ok score and flag are given, unless they are here."""
+    scored = dict(score=2.0, percentile=40.0, flagged=False) if status == "ok" else dict.fromkeys(
+        ("score", "percentile", "flagged"))
+    return tables.Entry(**dict(scan_id="a", status=status, reason="", count=4, projected=4, error_hu=5.0,
+                               anomalous_ml=1.0, notes=[]) | scored | values)
+
+
+def test_a_cut_among_the_failed_scans_counts_them_all():
+    """500 rows 'with the highest scores' held 20 without one, and the failed ones above the cut were not counted."""
+    shown = [entry_of("ok")] * 480 + [entry_of("unreliable")] * 15 + [entry_of("failed")] * 5
+    assert words.unshown(shown, Counter(total=15, flagged=0, failed=15)) == [
+        "This page shows the first 500 of 515 rows of scores.csv; of all 515 scans none are flagged, 15 unreliable and "
+        "20 failed."]
+
+
+HEALTHY = tables.Calibration([1.0, 2.0, 3.0], 2.5, 0.25, None, [])
+
+
+@pytest.mark.parametrize("flags, said", [
+    ([False, False], "None of 2 scans flagged: no score is above the threshold."),
+    ([False], "Not flagged: the score is not above the threshold."),
+    ([True, False], "1 of 2 scans flagged: the score is above the threshold."),
+    ([True, True], "2 of 2 scans flagged: the score is above the threshold."),
+    ([True], "1 of 1 scan flagged: the score is above the threshold.")])
+def test_the_headline_tells_flagged_from_not_flagged(flags, said):
+    """'None of 1 scan flagged: the score is above the threshold.' reads as its opposite."""
+    assert words.found([entry_of("ok", flagged=flag) for flag in flags], HEALTHY)[0] == said
+
+
+def test_unreliable_scans_are_compared_and_failed_ones_lie_nowhere():
+    """'0 scans compared' of two with pictures, and 'each scan opens at' of none that does."""
+    assert "2 scans compared, slice by slice" in " ".join(words.found([entry_of("unreliable")] * 2, HEALTHY))
+    failed = [entry_of("failed")] * 2
+    assert "0 scans compared" in " ".join(words.found(failed, HEALTHY))
+    assert words.where(failed, HEALTHY) == []
+    found = entry_of("ok", key=[tables.Slice(7, 30.0, True, 2.0)])
+    assert words.where([*failed, found], HEALTHY)[0] == "a: slice 7, 30 mm below the top."
+
+
+NONE_COMPARED = "No scan here could be compared with the model's 3 healthy scans: see the notes."
+COMPARED = "Scores are compared with 3 healthy scans: none can be called rarer than one in 4."
+
+
+@pytest.mark.parametrize("entries, given, said", [
+    ([entry_of("failed")], False, [NONE_COMPARED]), ([entry_of("unreliable")] * 2, False, [NONE_COMPARED]),
+    ([entry_of("ok", percentile=None, flagged=None)], False, [NONE_COMPARED]),
+    ([entry_of("ok", percentile=None, flagged=True)], True, [NONE_COMPARED, "The threshold was given for this run."]),
+    ([entry_of("ok", percentile=None, flagged=True)], False,                       # as of a part of a head
+     [COMPARED, "A healthy scan passes the threshold with a chance of at most 25%."]),
+    ([entry_of("failed"), entry_of("ok")], True,
+     [COMPARED, "The threshold was given for this run; 1 of these healthy scans pass it."])])
+def test_scores_are_said_to_be_compared_only_where_one_is(entries, given, said):
+    calibration = replace(HEALTHY, fpr=None) if given else HEALTHY
+    assert words.sure(entries, calibration, None)[:-1] == said
+
+
+def test_a_row_that_is_not_compared_shows_neither_healthy_range_nor_threshold(results):
+    folder = results()
+    rows = (folder / "scores.csv").read_text()
+    assert "b,2.5,40.0,0,ok" in rows
+    (folder / "scores.csv").write_text(rows.replace("b,2.5,40.0,0,ok", "b,2.5,,,ok"))
+    page = page_of(folder)
+    listed = {name: re.search(f'<tr data-scan="{name}".*?</tr>', page, re.DOTALL)[0] for name in "ab"}
+    assert [(("<u " in row), ("<s " in row)) for row in listed.values()] == [(True, True), (False, False)]
+    assert text_of(page).count("against the threshold not compared") == 1 and 'class="key-healthy"' in page
+    rows = rows.replace("b,2.5,40.0,0,ok", "b,2.5,,,ok").replace("a,5.0,80.0,1,", "a,5.0,,,")
+    (folder / "scores.csv").write_text(rows)
+    page = page_of(folder)
+    assert not re.search(r'<u |<s |class="key-(healthy|threshold)"', page)
+
+
+def test_a_page_of_failed_scans_says_where_of_none(results):
+    assert "<h2>Where</h2>" in page_of(folder := results())
+    (folder / "slices.csv").write_text(",".join(tables.SLICE_COLUMNS) + "\n")
+    write_csv(folder / "scores.csv", SCORE_COLUMNS, [["c", "", "", "", "failed", "no brain", "", "", "", "", ""]])
+    page = page_of(folder)
+    assert "<h2>Where</h2>" not in page and "Each scan opens at" not in page
+
+
+@pytest.mark.parametrize("n, said", [(250, "99.6"), (200, "99.5"), (30, "96.7")])
+def test_the_top_scan_is_not_above_what_its_healthy_scans_allow(results, n, said):
+    """Above 200 of 200 healthy scans, 99.5025 %, it was 100 on the page; the report rounds by the same helper."""
+    folder = results(scores=(5.0,), names="a", failed=())
+    rows = (folder / "scores.csv").read_text()
+    assert "a,5.0,80.0,1" in rows
+    (folder / "scores.csv").write_text(rows.replace("a,5.0,80.0,1", f"a,5.0,{100 * n / (n + 1):.6g},1"))
+    calibrated = CALIBRATION | {"scan_scores": {"mean": [k / n for k in range(n)]}}
+    (folder / "run.json").write_text(json.dumps(RUN | {"calibration": calibrated}))
+    text = text_of(page_of(folder))
+    assert text.count(said) == 2 and f"(above {n} of {n})" in text
+    assert not re.search(r"percentile 100|\b100\.0\b", text)
 
 
 def test_a_folder_without_results_is_refused(tmp_path, capsys):

@@ -21,10 +21,11 @@ from common.version import VERSION
 from ct.derived import DerivedError
 from ct.dicom_pixels import quote_no_headers
 from detect.dicom_out import key_objects, parametric_map, secondary_capture, seg, sr
-from detect.dicom_out.common import Identity, Result, open_case
+from detect.dicom_out.common import KEY_SLICES, Identity, Result, open_case
 
 __all__ = ["Identity", "Result", "build_objects", "dicom_writer", "identity_of", "notes_of", "write_dicom"]
 
+NAMES = ("sr", "seg", "map", "key-objects", *(f"picture-{number + 1}" for number in range(KEY_SLICES)))
 BURNED_IN = "the source says that its pixels hold burned-in text (BurnedInAnnotation); pictures and overlays show them"
 
 
@@ -55,13 +56,21 @@ def build_objects(result: Result, identity: Identity, *, phi: bool = True,
 
 def write_dicom(folder: Path, result: Result, identity: Identity, *, phi: bool = True,
                 made: datetime | None = None) -> list[Path]:
-    """Write build_objects(...) to a folder as NAME.dcm, in place of what an earlier call left there; the paths."""
+    """Write build_objects(...) to a folder as NAME.dcm, in place of what an earlier call left there; the paths.
+
+    Other files of the folder stay. Raises DerivedError, also where a file of the source has one of these NAMES there.
+    """
     quote_no_headers()
     objects = build_objects(result, identity, phi=phi, made=made)
     folder = Path(folder)
+    own = [folder / f"{name}.dcm" for name in NAMES]
+    source = {path.resolve() for path, _ in result.scan.geometry.frames}
+    if taken := [path for path in own if path.resolve() in source]:
+        raise DerivedError(f"{taken[0].name}: an image of the source has the place of a result; give another folder "
+                           "for the results")
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.dcm"):
-        stale.unlink()
+    for stale in own:
+        stale.unlink(missing_ok=True)
     paths = [folder / f"{name}.dcm" for name in objects]
     for path, ds in zip(paths, objects.values()):
         with full_disk_named(path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from highdicom.sc import SCImage
 from highdicom.sr.coding import CodedConcept
@@ -10,10 +12,12 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
 from ct.derived import LONG_WARNING, LOSSY
-from ct.picture import mark
+from ct.picture import mark, square_shape
 from detect.dicom_out.common import Case
 
-SIDE = 512                                # the shorter pictures are enlarged to it: the text must be readable
+LONGER, SHORTER = 512, 256                # smaller sides are enlarged to at least these: the text must be readable
+LINE = 1.3                                # from one line of text to the next, in font sizes
+TEXT_RGB = (255, 220, 0)
 
 
 def build(case: Case, number: int) -> SCImage:
@@ -21,12 +25,14 @@ def build(case: Case, number: int) -> SCImage:
     k = case.key_slices[number]
     picture = draw(case.scan.hu[k], case.result.mask[k], [
         "RESEARCH ONLY", "unverified, not for diagnosis",
-        f"slice {k + 1} of {len(case.scan.hu)} from below, score {case.result.slice_scores[k]:.3g}"])
+        f"slice {k} of 0 to {len(case.scan.hu) - 1} from below, score {case.result.slice_scores[k]:.3g}"],
+        case.scan.pixel_spacing_mm)
     ds = SCImage(
         picture, "RGB", 8, "PATIENT", case.images[0].StudyInstanceUID, patient_orientation=("L", "P"),
         **dict.fromkeys(("patient_id", "patient_name", "patient_birth_date", "patient_sex", "accession_number",
                          "study_id", "referring_physician_name"), ""),
         **case.header_of("pictures", "key slices", number + 1))
+    ds.ConversionType = "WSD"                         # made by software; the library says digitised film or interface
     ds.StudyDate = ds.StudyTime = ""
     ds.DateOfSecondaryCapture, ds.TimeOfSecondaryCapture = ds.ContentDate, ds.ContentTime
     ds.DerivationDescription, ds.ImageComments = LONG_WARNING, LONG_WARNING
@@ -46,15 +52,28 @@ def build(case: Case, number: int) -> SCImage:
     return case.finish(ds)
 
 
-def draw(hu: np.ndarray, mask: np.ndarray, lines: list[str]) -> np.ndarray:
-    """uint8 [H, W, 3]: a slice [H, W] with the mask's outline, text in the upper left corner, sides marked."""
-    picture = Image.fromarray(mark(hu, mask))
-    scale = max(1, -(-SIDE // max(picture.size)))
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    pen, size = ImageDraw.Draw(picture), picture.height // 32
+def draw(hu: np.ndarray, mask: np.ndarray, lines: list[str],
+         pixel_spacing_mm: tuple[float, float] | None = None) -> np.ndarray:
+    """uint8 [h, w, 3]: a slice [H, W] with the mask's outline, text in the upper left corner, sides marked.
+
+    Its pixels are square, so that nothing need say otherwise; its sides are LONGER and SHORTER or more.
+    """
+    shape = square_shape(hu.shape, pixel_spacing_mm)
+    scale = max(1, math.ceil(LONGER / max(shape)), math.ceil(SHORTER / min(shape)))
+    height, width = (round(length * scale) for length in shape)
+    picture = Image.fromarray(mark(hu, mask)).resize((width, height), Image.Resampling.NEAREST)
+    pen, size = ImageDraw.Draw(picture), _font_size(width, height, lines)
     font = ImageFont.load_default(size)
     for row, line in enumerate(lines):
-        pen.text((size // 2, size // 2 + row * 1.3 * size), line, (255, 220, 0), font)
-    for side, anchor, x in (("R", "lm", size // 2), ("L", "rm", picture.width - size // 2)):
-        pen.text((x, picture.height / 2), side, (255, 220, 0), font, anchor=anchor)
+        pen.text((size // 2, size // 2 + row * LINE * size), line, TEXT_RGB, font)
+    for side, anchor, x in (("R", "lm", size // 2), ("L", "rm", width - size // 2)):
+        pen.text((x, height / 2), side, TEXT_RGB, font, anchor=anchor)
     return np.asarray(picture)
+
+
+def _font_size(width: int, height: int, lines: list[str]) -> int:
+    """A 32nd of the height, or what the longest line fits the width with, margins of half a size on both sides."""
+    size = height // 32
+    while max(map(ImageFont.load_default(size).getlength, lines)) + size > width:
+        size -= 1
+    return size

@@ -29,6 +29,7 @@ from pydicom.sr.codedict import codes
 
 from ct.derived import MANUFACTURER
 from detect.dicom_out.common import TRACKING_ID, Case
+from detect.percentile import rounded_down
 
 CT_HEAD = CodedConcept("24725-4", "LN", "CT Head")
 MILLILITER = CodedConcept("ml", "UCUM", "milliliter")
@@ -80,7 +81,7 @@ def _measurements(case: Case) -> list[Measurement]:
     result = case.result
     measured = [Measurement(codes.SCT.Score, _rounded(result.score, 6), case.identity.unit)]
     if result.percentile is not None:
-        measured.append(Measurement(codes.DCM.PercentileRankingOfMeasurement, _rounded(result.percentile, 3),
+        measured.append(Measurement(codes.DCM.PercentileRankingOfMeasurement, rounded_down(result.percentile),
                                     codes.UCUM.Percent))
     if result.anomalous_ml is not None:
         measured.append(Measurement(codes.SCT.Volume, _rounded(result.anomalous_ml, 3), MILLILITER))

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from common.files import replace_text, sha256
 from ct.picture import PANELS, RESIDUAL_FULL_HU
 from detect.measure import MEASURES
+from detect.percentile import rounded_down
 from detect.report.pictures import add_pictures
 from detect.report.tables import Entry, ReportError, attach_labels, read_calibration, read_results
 from detect.report.words import coverage, digits, facts, found, healthy_below, sure, unshown, where
@@ -44,7 +45,9 @@ def write_report(results: Path, out: Path, evaluation: dict | None = None, megab
                               lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"digits": digits, "slices": _slices_json,
                             "pretty": partial(json.dumps, indent=2, ensure_ascii=False),
-                            "below": lambda entry: healthy_below(entry, calibration)}
+                            "below": lambda entry: healthy_below(entry, calibration),
+                            "percentile": lambda entry: "–" if entry.percentile is None
+                            else f"{rounded_down(entry.percentile):.1f}"}
     template = environment.get_template("page.html.jinja")
     end = max([*(e.score for e in entries if e.ok), *calibration.scores, calibration.threshold or 0, 1e-9])
     common = set.intersection(*(set(e.notes) for e in entries if e.ok)) if sum(e.ok for e in entries) > 1 else set()
@@ -52,6 +55,7 @@ def write_report(results: Path, out: Path, evaluation: dict | None = None, megab
     def render() -> str:
         return template.render(
             entries=entries, run=run, calibration=calibration, evaluation=evaluation, common=common, end=end,
+            compared=any(map(calibration.compares, entries)), judged=any(e.flagged is not None for e in entries),
             found=unshown(entries, others) + found(entries, calibration), where=where(entries, calibration),
             sure=sure(entries, calibration, evaluation), coverage=coverage(entries, megabytes),
             facts=facts(run, hashes), panels=PANELS, full_hu=RESIDUAL_FULL_HU,

@@ -81,6 +81,11 @@ class Calibration:
     reason: str | None                       # why there is no threshold
     levels: list[tuple[float, float, float]]       # mm below the vertex; 5th and 95th percentile of slice scores there
 
+    def compares(self, entry: Entry) -> bool:
+        """Whether the scan's score was held against these scans: it has a percentile, or a flag by their threshold."""
+        by_threshold = entry.flagged is not None and self.fpr is not None
+        return bool(self.scores) and (entry.percentile is not None or by_threshold)
+
     def above(self, below_vertex_mm: float) -> float:
         """The 95th percentile of healthy slices at this level; 0 without any."""
         if not self.levels:

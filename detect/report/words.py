@@ -35,17 +35,19 @@ def found(entries: list[Entry], calibration: Calibration) -> list[str]:
     flags = [e.flagged for e in done if e.flagged is not None]
     above = sum(healthy_below(e, calibration) == f"{n} of {n}" for e in done)
     sentences = []
-    if flags:
-        sentences.append(f"{sum(flags) or 'None'} of {counted(len(flags), 'scan')} flagged: the score is above the "
-                         "threshold.")
+    if any(flags):
+        sentences.append(f"{sum(flags)} of {counted(len(flags), 'scan')} flagged: the score is above the threshold.")
+    elif flags:
+        sentences.append("Not flagged: the score is not above the threshold." if len(flags) == 1 else
+                         f"None of {len(flags)} scans flagged: no score is above the threshold.")
     elif n and len(done) > 1:
         sentences.append(f"{above or 'None'} of {len(done)} scans scored above all {n} healthy scans.")
     if done:
         beats = healthy_below(done[0], calibration)
         sentences.append(f"{'Highest: ' if len(done) > 1 else ''}{done[0].scan_id}, score {digits(done[0].score)}"
                          f"{f', above {beats} healthy scans' if beats else ''}.")
-    sentences.append(f"{counted(len(done), 'scan')} compared, slice by slice, with the closest normal head CT that the "
-                     "model can draw.")
+    sentences.append(f"{counted(sum(e.done for e in entries), 'scan')} compared, slice by slice, with the closest "
+                     "normal head CT that the model can draw.")
     for status, what, where in (("unreliable", "not to be trusted", "apart, below the others"),
                                 ("failed", "failed", "last in the list")):
         if count := sum(e.status == status for e in entries):
@@ -54,23 +56,25 @@ def found(entries: list[Entry], calibration: Calibration) -> list[str]:
 
 
 def unshown(entries: list[Entry], others: Counter) -> list[str]:
-    """A sentence about the scans that are only in scores.csv."""
+    """A sentence about the scans that are only in scores.csv, with counts of all."""
     if not others["total"]:
         return []
-    return [f"This page shows the {len(entries)} scans with the highest scores of {len(entries) + others['total']}; of "
-            f"the others {others['flagged'] or 'none'} are flagged, {others['unreliable'] or 'none'} unreliable and "
-            f"{others['failed'] or 'none'} failed. scores.csv lists all of them."]
+    of_all = others + Counter(e.status for e in entries) + Counter(flagged=sum(bool(e.flagged) for e in entries))
+    total = len(entries) + others["total"]
+    return [f"This page shows the first {len(entries)} of {total} rows of scores.csv; of all {total} scans "
+            f"{of_all['flagged'] or 'none'} are flagged, {of_all['unreliable'] or 'none'} unreliable and "
+            f"{of_all['failed'] or 'none'} failed."]
 
 
 def where(entries: list[Entry], calibration: Calibration) -> list[str]:
-    """Sentences on where it was found, the most important first."""
+    """Sentences on where it was found, the most important first; none where no scan has a key slice."""
     first = next((e for e in entries if e.key), None)
-    sentences = []
-    if first:
-        key = first.key[0]
-        sentences.append(f"{first.scan_id}: slice {key.number}, {level_of(key.below_vertex_mm)}.")
+    if first is None:
+        return []
+    key = first.key[0]
     by = "rises highest above healthy slices at its level" if calibration.levels else "scores highest"
-    return [*sentences, f"Each scan opens at the slice that {by}. Red outlines mark what differs from normal."]
+    return [f"{first.scan_id}: slice {key.number}, {level_of(key.below_vertex_mm)}.",
+            f"Each scan opens at the slice that {by}. Red outlines mark what differs from normal."]
 
 
 def sure(entries: list[Entry], calibration: Calibration, evaluation: dict | None) -> list[str]:
@@ -87,7 +91,7 @@ def sure(entries: list[Entry], calibration: Calibration, evaluation: dict | None
             sentences += [f"AUC against the labels: {scan['auc']:.2f}.",
                           f"{100 * level:g}% interval {said}, from {scan['abnormal']} abnormal "
                           f"and {scan['normal']} normal scans."]
-    if n:
+    if any(map(calibration.compares, entries)):
         sentences.append(f"Scores are compared with {counted(n, 'healthy scan')}: none can be called rarer than one in "
                          f"{n + 1}.")
         if calibration.threshold is None:
@@ -98,6 +102,11 @@ def sure(entries: list[Entry], calibration: Calibration, evaluation: dict | None
         else:
             sentences.append(f"A healthy scan passes the threshold with a chance of at most "
                              f"{100 * rounded_up(calibration.fpr):.3g}%.")
+    elif n:
+        sentences.append(f"No scan here could be compared with the model's {counted(n, 'healthy scan')}: see the "
+                         "notes.")
+        if any(e.flagged is not None for e in entries):
+            sentences.append("The threshold was given for this run.")
     elif any(e.percentile is not None for e in entries):
         sentences.append("Percentiles are among the model's healthy scans; this run does not tell how many there are.")
     else:
