@@ -51,14 +51,18 @@ def provenance(args) -> dict:
 # ----------------------------------------------------------------------------------------------------------
 # Commands
 
-def slice_units(args, scan_scores: dict[Key, Score], scan_labels: dict[Key, Label], not_chosen: set[Key]) -> Units:
+def slice_units(args, scan_scores: dict[Key, Score], scan_labels: dict[Key, Label],
+                not_chosen: set[Key]) -> tuple[Units, int]:
     """Slices of the labelled scans, clustered by patient; those of other scans are left out and counted.
 
+    And the number of scans labelled 1 of which every slice is labelled 0: the finding may lie in no slice, or a label
+    is wrong. Raises InputError for a slice labelled 1 of a scan labelled 0.
     Slices of a scan that failed, is unreliable or absent have no score either.
     """
-    from evaluation.cohort import UNSCORED, join, read_labels, read_scores
+    from evaluation.cohort import UNSCORED, join, read_labels, read_scores, refuse_contradiction
 
     every_label, _ = read_labels(args.slice_labels, by_slice=True)
+    refuse_contradiction(scan_labels, every_label, args.slice_labels)
     labels = {k: replace(label, patient=scan_labels[k[:1]].patient) for k, label in every_label.items()
               if k[:1] in scan_labels}
     own = read_scores(args.slices, by_slice=True)
@@ -68,11 +72,15 @@ def slice_units(args, scan_scores: dict[Key, Score], scan_labels: dict[Key, Labe
     if len(labels) < len(every_label):
         others = {"labelled, of scans without a scan label": len(every_label) - len(labels)}
         units = replace(units, left_out=units.left_out | others)
-    return units
+    abnormal = {k[:1] for k, label in labels.items() if label.label}
+    unlabelled = {k[:1] for k in own if k not in labels}
+    return units, sum(scan_labels[k].label for k in {k[:1] for k in labels} - abnormal - unlabelled)
 
 
 def own_threshold(scores: Path, evaluated: list[Key]) -> tuple[float | None, str]:
-    """The threshold that a run flagged by, from projector.py's run.json beside the scores, and its source.
+    """The threshold that a run flagged by, from the run.json beside the scores, and its source.
+
+    It is of projector.py or of healthygan.test.
 
     None without one, and for an unfinished run, since the scores may be an earlier run's, by other settings. The source
     says how many of the evaluated scans have no flag: their scores cannot be compared with the calibration's.
@@ -86,9 +94,13 @@ def own_threshold(scores: Path, evaluated: list[Key]) -> tuple[float | None, str
     own, given = calibration and calibration["threshold"].get(how), run.get("threshold")
     if run.get("seconds", 0) is None or (own is None and given is None):
         return None, ""
-    source = "that of projector.py --threshold" if given is not None else (
-        f"the model's own, at a false-positive rate of {calibration['threshold']['fpr']:g} on the healthy scans of its "
-        "calibration, none of which may be among these")
+    if "settings" not in run:                             # healthygan.test writes none
+        source = "the model's own, as healthygan.test has it in run.json: of healthy images kept aside in its training"
+    elif given is not None:
+        source = "that of projector.py --threshold"
+    else:
+        source = (f"the model's own, at a false-positive rate of {calibration['threshold']['fpr']:g} on the healthy "
+                  "scans of its calibration, none of which may be among these")
     without = {(row["scan_id"],) for row in read_table(scores, ("scan_id", "status"))
                if row["status"] == "ok" and row.get("flagged") == ""}
     if count := len(without & set(evaluated)):
@@ -136,8 +148,10 @@ def evaluate(args) -> None:
     if args.threshold_from:
         thresholds["scan"] = threshold_from(args.threshold_from, args.fpr, args.missing, units["scan"])
     if args.slices:
-        units["slice"] = slice_units(args, scores, labels, not_chosen)
+        units["slice"], contrary = slice_units(args, scores, labels, not_chosen)
     report = {level: level_figures(u, *thresholds[level], args) for level, u in units.items()}
+    if args.slices:
+        report["slice"]["abnormal_scans_without_abnormal_slice"] = contrary
     if args.masks:
         report["pixel"] = pixel_figures(units["scan"], args, partial(find_maps, args))
     if args.compare:

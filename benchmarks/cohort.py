@@ -8,7 +8,7 @@ Time is from the start of the process to its end, with the report; CPU time and 
 processes (-- --jobs 1 has one). Memory is the most held while the first tenth of the scans was done, and the last
 tenth: a leak shows as a difference; what processes share is counted in each. Scans given
 several times are links. Results are made in a temporary folder and removed.
-Exit codes: 0 done, 2 wrong usage, or projector.py failed.
+Exit codes: 0 done, 2 wrong usage, or projector.py failed, 3 some scans failed: they count in the time, too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from benchmarks import new_file
 
 ROOT = Path(__file__).parent.parent
 POLL_S = 0.05
+SOME_FAILED = 3                                          # of projector.py, and of this
 DONE = re.compile(r"^\d+/\d+ ")                          # what projector.py prints of a scan that is through
+FAILED = re.compile(r"^\d+/\d+ .*: FAILED, ")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Run:
     peak_gb: float
     done: int
     memory: list[tuple[int, float]] = field(repr=False)
+    failed: int = 0                                      # of those done
 
     def held_gb(self, tenth: int) -> float:
         """The most held while a tenth of the scans was done, from 0 to 9; of the whole run with too few samples."""
@@ -50,8 +53,11 @@ class Run:
         return max(held, default=self.peak_gb)
 
 
-def watched(command: list[str]) -> Run:
-    """Runs a command, watching memory and the scans that it says are done. RuntimeError with its output if it fails."""
+def watched(command: list[str], accepted: tuple[int, ...] = (0,)) -> Run:
+    """Runs a command, watching memory and the scans that it says are done.
+
+    RuntimeError with its output where it ends with an exit code that is not accepted.
+    """
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     lines, memory, peak, done = [], [], 0.0, 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -66,10 +72,11 @@ def watched(command: list[str]) -> Run:
             time.sleep(POLL_S)
         reader.join()
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    if process.returncode:
+    if process.returncode not in accepted:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{''.join(lines)[-2000:]}")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Run(seconds, cpu, peak, sum(bool(DONE.match(line)) for line in lines), memory)
+    done, failed = (sum(bool(pattern.match(line)) for line in lines) for pattern in (DONE, FAILED))
+    return Run(seconds, cpu, peak, done, memory, failed)
 
 
 def held_gb(pid: int) -> tuple[float, float]:
@@ -104,7 +111,7 @@ def repeated(scans: Path, times: int, folder: Path) -> Path:
 
 
 def facts(run: Run) -> dict[str, float]:
-    return {"scans": run.done, "seconds_per_scan": run.seconds / run.done,
+    return {"scans": run.done, "failed": run.failed, "seconds_per_scan": run.seconds / run.done,
             "scans_per_hour": 3600 * run.done / run.seconds, "cpu_seconds_per_scan": run.cpu_seconds / run.done,
             "peak_gb": run.peak_gb,
             "gb_by_tenth": [round(run.held_gb(tenth), 3) for tenth in range(10)]}
@@ -126,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         scans = args.scans if args.times == 1 else repeated(args.scans, args.times, Path(folder) / "scans")
         try:
-            run = watched(projector(scans, args.model, Path(folder) / "results", tuple(flags)))
+            run = watched(projector(scans, args.model, Path(folder) / "results", tuple(flags)), (0, SOME_FAILED))
         except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -135,11 +142,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{found['scans']} scans on {cores} cores: {found['seconds_per_scan']:.2f} s per scan, "
           f"{found['scans_per_hour']:.0f} an hour; CPU time {found['cpu_seconds_per_scan']:.2f} s per scan; memory "
           f"{found['gb_by_tenth'][0]:.2f} GB in the first tenth, {found['gb_by_tenth'][-1]:.2f} GB in the last, "
-          f"{found['peak_gb']:.2f} GB at most")
+          f"{found['peak_gb']:.2f} GB at most" + (f"; {found['failed']} failed" if found["failed"] else ""))
     if args.out:
         found |= {"model": args.model.name, "flags": flags, "memory": run.memory}
         args.out.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    return 0
+    return SOME_FAILED if found["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import torch
 
@@ -30,6 +31,7 @@ from bundling.origins import learnt_by_networks
 from common.files import sha256
 from common.wording import some
 from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan
+from ct.geometry import nominal_stack
 from ct.read import ScanSource, find_scans, read_scan
 from ct.scan import Scan
 from ct.standardise import standardise
@@ -43,7 +45,7 @@ from detect.projection import project_frame
 from detect.reconstruct import Reconstructor
 from detect.settings import Settings
 from detect.surprise import Surprise
-from evaluation.cohort import read_volume
+from evaluation.cohort import displayed, read_volume
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "ours"
@@ -119,10 +121,22 @@ def project(scans: Path, model: Path, out: Path, device: str, flags: Sequence[st
     return json.loads((out / "run.json").read_text(encoding="utf-8"))
 
 
-def checked_brain(results: Path, pre: Preprocessed) -> np.ndarray:
-    """The brain mask bool [S, H, W] of a projected scan's folder. ValueError unless it is that of `pre`."""
+def as_written(volume: np.ndarray, scan: Scan) -> np.ndarray:
+    """A volume [S, H, W] of a scan as read_volume gives it once projector.py has written it, [S', H, W].
+
+    An unevenly spaced scan is resampled to even steps there, and one that was put upright lies as it came (ct.write).
+    """
+    geometry = scan.geometry or nominal_stack(scan.position_mm, scan.pixel_spacing_mm)
+    placed = geometry.place(volume)
+    array = placed.array.astype(np.uint8) if volume.dtype == bool else placed.array             # NIfTI has no bool
+    return displayed(nibabel.Nifti1Image(array, placed.affine))[0].astype(volume.dtype, copy=False)
+
+
+def checked_brain(results: Path, pre: Preprocessed, scan: Scan) -> np.ndarray:
+    """The brain mask bool [S', H, W] of a projected scan's folder, as_written. ValueError unless it is that of `pre`.
+    """
     brain = read_volume(results / "brain.nii.gz")[0] > 0
-    if not np.array_equal(brain, pre.slabs.from_slabs(pre.brain)):
+    if not np.array_equal(brain, as_written(pre.slabs.from_slabs(pre.brain), scan)):
         raise ValueError(f"{results / 'brain.nii.gz'}: not the mask that the baselines get; the program or the scan "
                          "has changed since: choose another --out")
     return brain
@@ -241,8 +255,8 @@ def make_methods(args: argparse.Namespace, data: SliceDataset, run: dict) -> tup
 class Measured:
     """A scan and what every method makes of it.
 
-    brain    bool [S, H, W], the mask of all methods
-    scored   by method
+    brain    bool [S', H, W], the mask of all methods, as_written
+    scored   by method; the maps as_written, as ours are, the slice scores in the scan's order, [S]
     seconds  by method, from the file to the scores
     """
 
@@ -260,11 +274,12 @@ def run_methods(source: ScanSource, results: Path, preprocessing: PreprocessSett
     scan = read_scan(source)
     pre = preprocess_scan(scan, preprocessing)
     prepared, scored, seconds = time.perf_counter() - started, {}, {}
-    brain = checked_brain(results, pre)
+    brain = checked_brain(results, pre, scan)
     for name, method in methods.items():
         started = time.perf_counter()
-        scored[name] = method(pre)
+        found = method(pre)
         seconds[name] = prepared + time.perf_counter() - started
+        scored[name] = replace(found, anomaly=as_written(found.anomaly, scan))
     return Measured(scan, pre, brain, scored, seconds)
 
 

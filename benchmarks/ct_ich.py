@@ -38,13 +38,21 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 from benchmarks import compare  # noqa: E402
 from benchmarks.compare import OURS, SIGNIFICANT, Method, differs, name_of, shown  # noqa: E402
 from common.files import sha256  # noqa: E402
+from common.wording import some  # noqa: E402
 from config import RESUMES, exit_code  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from ct.read import ScanSource, find_scans  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.folder import make_writable  # noqa: E402
 from evaluation import metrics  # noqa: E402
-from evaluation.cohort import InputError, Label, read_labels, read_scores, read_table, seconds_by_scan  # noqa: E402
+from evaluation.cohort import (  # noqa: E402
+    InputError,
+    Label,
+    read_labels,
+    read_table,
+    refuse_contradiction,
+    seconds_by_scan,
+)
 from evaluation.metrics import Undefined, defined  # noqa: E402
 
 ROWS = {OURS: (), "published": ("--preset", "published")}            # further flags of projector.py
@@ -91,12 +99,24 @@ def read_split(data: Path, split: str) -> tuple[dict[str, Label], list[ScanSourc
     return labels, sources
 
 
-def read_slice_labels(data: Path) -> dict[str, dict[int, Label]]:
-    """Labels by scan and slice."""
+def read_slice_labels(data: Path, labels: dict[str, Label]) -> dict[str, dict[int, Label]]:
+    """Labels by scan and slice. labels: of the scans. InputError where the two contradict each other."""
     found: dict[str, dict[int, Label]] = {}
-    for (scan_id, number), label in read_labels(data / "slices.csv", by_slice=True)[0].items():
+    by_key, _ = read_labels(data / "slices.csv", by_slice=True)
+    refuse_contradiction({(scan_id,): label for scan_id, label in labels.items()}, by_key, data / "slices.csv")
+    for (scan_id, number), label in by_key.items():
         found.setdefault(scan_id, {})[number] = label
     return found
+
+
+def all_or_none(slice_labels: dict[str, dict[int, Label]], scan_id: str, count: int) -> dict[int, Label]:
+    """A scan's labels by slice. InputError unless all of its `count` slices have one, and no other, or none has."""
+    own, numbers = slice_labels.get(scan_id, {}), set(range(count))
+    for wrong, what in ((own.keys() - numbers, "labels slices"), (numbers - own.keys(), "lacks slices")):
+        if own and wrong:
+            raise InputError(f"slices.csv: {what} {some([*map(str, sorted(wrong))])} of {scan_id}, which has {count} "
+                             "slices (0 is the most inferior); label every slice of a scan, or none")
+    return own
 
 
 def refuse_seen(scan_ids: list[str], data: SliceDataset) -> None:
@@ -141,23 +161,24 @@ def measured(folder: Path, sources: list[ScanSource], preprocessing: PreprocessS
 def projected(folder: Path) -> dict[str, dict]:
     """What projector.py wrote, by scan: slices [S], projected bool [S], score and seconds; or reason, where it failed.
     """
-    by_slice: dict[str, list[float]] = {}
-    scores = read_scores(folder / "slices.csv", by_slice=True)
-    for scan_id, number in sorted(scores):
-        by_slice.setdefault(scan_id, []).append(scores[scan_id, number])
-    seen = {scan_id: np.zeros(len(slices), bool) for scan_id, slices in by_slice.items()}
-    for row in read_table(folder / "slices.csv", ("scan_id", "slice", "projected")):
-        seen[row["scan_id"]][int(row["slice"])] = row["projected"] == "1"
-    rows, seconds = read_table(folder / "scores.csv", ("scan_id", "score", "status", "reason")), seconds_by_scan(
-        folder / "seconds.csv")
-    return {(scan_id := row["scan_id"]): {"slices": np.array(by_slice[scan_id]), "projected": seen[scan_id],
-                                          "score": float(row["score"]), "seconds": seconds[scan_id]}
-            if row["status"] == "ok" else {"reason": row["reason"]} for row in rows}
+    by_slice: dict[str, dict[int, tuple[float, bool]]] = {}
+    for row in read_table(folder / "slices.csv", ("scan_id", "slice", "score", "projected")):
+        by_slice.setdefault(row["scan_id"], {})[int(row["slice"])] = float(row["score"]), row["projected"] == "1"
+    seconds, found = seconds_by_scan(folder / "seconds.csv"), {}
+    for row in read_table(folder / "scores.csv", ("scan_id", "score", "status", "reason")):
+        scan_id = row["scan_id"]
+        if row["status"] != "ok":
+            found[scan_id] = {"reason": row["reason"]}
+            continue
+        slices, seen = zip(*(one for _, one in sorted(by_slice[scan_id].items())))
+        found[scan_id] = {"slices": np.array(slices), "projected": np.array(seen), "score": float(row["score"]),
+                          "seconds": seconds[scan_id]}
+    return found
 
 
 def collect(split: str, labels: dict[str, Label], slice_labels: dict[str, dict[int, Label]],
             ours: dict[str, dict[str, dict]], beside: dict[str, dict], methods: list[str]) -> list[Case]:
-    """The cases of a split. ours: projected() by row; beside: measure() by scan. InputError for a slice too many."""
+    """The cases of a split. ours: projected() by row; beside: measure() by scan. InputError of all_or_none."""
     cases = []
     for scan_id, kept in beside.items():
         slices = {row: scans[scan_id]["slices"] for row, scans in ours.items()}
@@ -166,12 +187,8 @@ def collect(split: str, labels: dict[str, Label], slice_labels: dict[str, dict[i
         for name in methods:
             slices[name] = kept[f"{name}_slices"]
             scores[name], seconds[name] = float(kept[f"{name}_score"]), float(kept[f"{name}_seconds"])
-        own = slice_labels.get(scan_id, {})
-        if own and max(own) >= len(slices[OURS]):
-            raise InputError(f"slices.csv: labels slice {max(own)} of {scan_id}, which has {len(slices[OURS])} slices "
-                             "(0 is the most inferior)")
-        cases.append(Case(scan_id, split, labels[scan_id], own, slices, scores, seconds,
-                          ours[OURS][scan_id]["projected"]))
+        cases.append(Case(scan_id, split, labels[scan_id], all_or_none(slice_labels, scan_id, len(slices[OURS])),
+                          slices, scores, seconds, ours[OURS][scan_id]["projected"]))
     return cases
 
 
@@ -242,6 +259,8 @@ def report(cases: list[Case], methods: list[str]) -> dict:
         found[method]["projected"] = ranking(*slice_units(cases, method, all_normal=False))
     return {"methods": found, "types": by_type,
             "without_slice_labels": [case.scan_id for case in cases if not case.slice_labels],
+            "no_slice_abnormal": [case.scan_id for case in cases if case.label.label and case.slice_labels
+                                  and not any(one.label for one in case.slice_labels.values())],
             "scans": {case.scan_id: {"split": case.split, "label": case.label.label, "types": list(case.label.types),
                                      **case.scores} for case in cases}}
 
@@ -273,6 +292,9 @@ def table(figures: dict) -> str:
              "that were not, and have the score 0 by every method."]
     if figures["without_slice_labels"]:
         notes.append(f"Without slice labels, so among scans alone: {', '.join(figures['without_slice_labels'])}.")
+    if figures["no_slice_abnormal"]:
+        notes.append("Abnormal scans of which every slice is labelled, none of them abnormal: "
+                     f"{', '.join(figures['no_slice_abnormal'])}.")
     if figures["failed"]:
         notes.append("Failed and left out of every row: "
                      + "; ".join(f"{scan_id} ({why})" for scan_id, why in figures["failed"].items()) + ".")
@@ -286,7 +308,8 @@ def benchmark(args: argparse.Namespace) -> int:
     """Every stage, each going on from what it kept; returns the exit code. Raises ValueError."""
     make_writable(args.out)
     splits = {split: read_split(args.data, split) for split in args.split}
-    slice_labels = read_slice_labels(args.data)
+    slice_labels = read_slice_labels(args.data, {scan_id: label for labels, _ in splits.values()
+                                                 for scan_id, label in labels.items()})
     data = compare.open_database(args.database, "--database", args)
     refuse_seen([scan_id for labels, _ in splits.values() for scan_id in labels], data)
     rows, runs = [OURS, *args.rows], {}

@@ -26,6 +26,7 @@ from benchmarks import compare  # noqa: E402
 from benchmarks.compare import shown  # noqa: E402
 from benchmarks.ct_ich import (  # noqa: E402
     Case,
+    all_or_none,
     projected,
     ranking,
     read_slice_labels,
@@ -69,12 +70,12 @@ def ill_labels(data: Path, split: str) -> dict[str, Label]:
 
 def ill_cases(scans: Path, labels: dict[str, Label], slice_labels: dict[str, dict[int, Label]], model: Path, out: Path,
               device: str) -> list[Case]:
-    """The scans of a folder, projected. ValueError where one has failed."""
+    """The scans of a folder, projected. ValueError where one has failed, or some of its slices alone have labels."""
     compare.project(scans, model, out, device, name=f"{scans.name}, {model.name}")
     found = projected(out)
     if failed := {scan_id: one["reason"] for scan_id, one in found.items() if "reason" in one}:
         raise ValueError(f"--data {scans.parent}: not projected: {failed}")
-    return [_case(scan_id, label, slice_labels.get(scan_id, {}),
+    return [_case(scan_id, label, all_or_none(slice_labels, scan_id, len(found[scan_id]["slices"])),
                   *(found[scan_id][name] for name in ("slices", "score", "projected")))
             for scan_id, label in labels.items()]
 
@@ -112,7 +113,8 @@ def benchmark(args: argparse.Namespace) -> int:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"--model: {', '.join(sorted(twice))} given twice; models are told by their folders' names")
     healthy = [healthy_cases(model) for model in args.model]
-    labels, slice_labels = ill_labels(args.data, args.split), read_slice_labels(args.data)
+    labels = ill_labels(args.data, args.split)
+    slice_labels = read_slice_labels(args.data, labels)
     found = {model.name: figures_of(ill_cases(args.data / args.split, labels, slice_labels, model,
                                               args.out / model.name, args.device), cases)
              for model, cases in zip(args.model, healthy)}

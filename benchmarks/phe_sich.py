@@ -38,16 +38,27 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 from benchmarks import compare, new_file  # noqa: E402
 from benchmarks.compare import OURS, Method, name_of, shown  # noqa: E402
 from common.files import sha256  # noqa: E402
+from common.wording import some  # noqa: E402
 from config import RESUMES, exit_code  # noqa: E402
 from ct.brain import estimate_pixel_mm  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from ct.picture import grey, tile  # noqa: E402
 from ct.read import ScanSource, find_scans, read_scan  # noqa: E402
+from ct.scan import Scan  # noqa: E402
 from ct.standardise import from_frame  # noqa: E402
+from ct.whole_head import UPSIDE_DOWN  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from detect.folder import make_writable  # noqa: E402
 from evaluation import metrics  # noqa: E402
-from evaluation.cohort import InputError, read_table, read_truth, read_volume, seconds_by_scan  # noqa: E402
+from evaluation.cohort import (  # noqa: E402
+    InputError,
+    marked_pixels,
+    pictures_by_slice,
+    read_table,
+    read_truth,
+    read_volume,
+    seconds_by_scan,
+)
 from evaluation.metrics import Undefined, defined  # noqa: E402
 
 SMOOTH_MM = 5.0                 # standard deviation
@@ -94,22 +105,28 @@ def peak(values: np.ndarray, brain: np.ndarray, place: Place) -> tuple[int, int,
     return tuple(int(i) for i in np.unravel_index(smooth.argmax(), smooth.shape))
 
 
+def marked_as(shape: tuple[int, ...], masks: Path, scan: Scan, affine: np.ndarray) -> np.ndarray:
+    """A scan's marked pixels, bool of the shape of its maps, where these lie as projector.py has written them."""
+    return read_truth(masks, scan.scan_id, shape, affine, "empty", scan.position_mm, UPSIDE_DOWN in scan.notes)[0]
+
+
 def measure(source: ScanSource, results: Path, masks: Path, preprocessing: PreprocessSettings,
             methods: dict[str, Method]) -> dict[str, np.ndarray]:
     """METHOD_peak [3], METHOD_mm and METHOD_side (bool) of ours and the others, METHOD_seconds of the others, chances.
 
-    results: the scan's folder among the projector's. Raises InputError where no pixel is marked.
+    All are of the maps as projector.py writes them. results: the scan's folder among the projector's.
     """
     done = compare.run_methods(source, results, preprocessing, methods)
     ours, affine = read_volume(results / "anomaly.nii.gz")
-    found = read_truth(masks, source.scan_id, done.brain.shape, affine, "empty")
-    if found is None or not found[0].any():
-        raise InputError(f"{masks / source.scan_id}: expected masks with marked pixels, found none")
-    frame, kept = done.pre.standardised.frame, done.pre.slabs.from_slabs(done.pre.kept[:, None, None])
+    truth = marked_as(done.brain.shape, masks, done.scan, affine)
+    frame = done.pre.standardised.frame
+    allowed = done.pre.slabs.from_slabs(np.broadcast_to(done.pre.kept[:, None, None], done.pre.brain.shape))
+    allowed = done.brain & compare.as_written(allowed, done.scan)
     columns = np.arange(frame.size, dtype=np.float32) - (frame.size - 1) / 2
     lateral = from_frame(np.tile(columns, (1, frame.size, 1)), frame)[0]
     pixel_mm = done.scan.pixel_spacing_mm or (estimate_pixel_mm(done.pre.slabs.scan),) * 2
-    place = Place.of(found[0], done.brain & kept, (done.scan.slice_spacing_mm, *pixel_mm), lateral)
+    step_mm = np.ptp(done.scan.position_mm) / (len(ours) - 1) if len(ours) > 1 else done.scan.slice_spacing_mm
+    place = Place.of(truth, allowed, (step_mm, *pixel_mm), lateral)
     maps = {OURS: ours} | {name: scored.anomaly for name, scored in done.scored.items()}
     near, side = place.distance_mm[place.allowed] <= NEAR_MM, np.broadcast_to(place.same_side(), ours.shape)
     figures = {"chance_near": near.mean(), "chance_side": side[place.allowed].mean()}
@@ -181,9 +198,9 @@ def contact_sheet(sources: list[ScanSource], results: Path, masks: Path, measure
     for source in sources:
         scan, m = read_scan(source), measures[source.scan_id]
         number, *at = (int(i) for i in m[f"{OURS}_peak"])
-        _, affine = read_volume(results / source.scan_id / "brain.nii.gz")
-        marked = read_truth(masks, source.scan_id, scan.hu.shape, affine, "empty")[0][number]
-        picture = np.repeat(grey(scan.hu[number])[..., None], 3, -1)
+        brain, affine = read_volume(results / source.scan_id / "brain.nii.gz")
+        marked = marked_as(brain.shape, masks, scan, affine)[number]
+        picture = np.repeat(grey(compare.as_written(scan.hu, scan)[number])[..., None], 3, -1)
         picture[marked & ~ndimage.binary_erosion(marked)] = (60, 220, 60)
         one, (y, x), arm = Image.fromarray(picture), at, max(picture.shape) // 28
         draw = ImageDraw.Draw(one)
@@ -199,13 +216,21 @@ def contact_sheet(sources: list[ScanSource], results: Path, masks: Path, measure
 # ---------------------------------------------------------------------------------------------------------------
 # Command
 
-def trained_on(masks: Path, data: SliceDataset, sources: list[ScanSource]) -> int:
+def marked_slices(masks: Path, sources: list[ScanSource]) -> dict[str, set[int]]:
+    """The slices of every scan in which a pixel is marked. InputError where a scan has none: before hours of work."""
+    marked = {source.scan_id: {number for number, picture in pictures_by_slice(masks / source.scan_id).items()
+                               if marked_pixels(picture).any()} for source in sources}
+    if unmarked := [scan_id for scan_id, slices in marked.items() if not slices]:
+        raise InputError(f"{masks}: expected for every scan a folder of masks, SCAN/NN.png, with a marked pixel; "
+                         f"{len(unmarked)} have none: {some(unmarked, 5)}; add theirs, or leave these scans out")
+    return marked
+
+
+def trained_on(marked: dict[str, set[int]], data: SliceDataset) -> int:
     """How many of these scans the database holds slices of. ValueError where one of those slices is marked."""
-    ids = {source.scan_id for source in sources}
-    held = [scan for scan in data.manifest["scans"] if scan["scan_id"] in ids]
+    held = [scan for scan in data.manifest["scans"] if scan["scan_id"] in marked]
     for scan in held:
-        marked = {path.stem for path in (masks / scan["scan_id"]).glob("*.png") if np.asarray(Image.open(path)).any()}
-        if common := {int(stem) for stem in marked if stem.isdigit()} & set(scan["slices"]):
+        if common := marked[scan["scan_id"]] & set(scan["slices"]):
             raise ValueError(f"--database {data.path}: holds marked slices of {scan['scan_id']} ({min(common)}, ...); "
                              "train without them")
     return len(held)
@@ -213,8 +238,7 @@ def trained_on(masks: Path, data: SliceDataset, sources: list[ScanSource]) -> in
 
 def mask_hashes(masks: Path, scan_id: str) -> dict[str, str]:
     """SHA-256 of a scan's masks by the file's name: a corrected mask makes other distances."""
-    paths = [masks / f"{scan_id}.nii.gz", *sorted((masks / scan_id).glob("*.png"))]          # as read_truth looks
-    return {path.name: sha256(path) for path in paths if path.is_file()}
+    return {path.name: sha256(path) for path in sorted((masks / scan_id).glob("*.png"))}
 
 
 def benchmark(args: argparse.Namespace) -> int:
@@ -225,11 +249,9 @@ def benchmark(args: argparse.Namespace) -> int:
         if not folder.is_dir():
             raise InputError(f"--data {args.data}: has no folder {folder.name}")
     sources = find_scans(scans)
-    if unmarked := [s.scan_id for s in sources if not any((masks / s.scan_id).glob("*.png"))]:
-        raise InputError(f"{masks}: expected a folder of masks for every scan; {len(unmarked)} have none: "
-                         f"{', '.join(unmarked[:5])}")
+    marked = marked_slices(masks, sources)
     data = compare.open_database(args.database, "--database", args)
-    held = trained_on(masks, data, sources)
+    held = trained_on(marked, data)
     run = compare.project(scans, args.model, results, args.device, name=args.data.name)
     methods, key = compare.make_methods(args, data, run)
     preprocessing = PreprocessSettings.from_json(run["preprocessing"])

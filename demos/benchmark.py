@@ -44,6 +44,7 @@ from config import RESUMES, exit_code  # noqa: E402
 from ct.frame import PreprocessSettings  # noqa: E402
 from ct.picture import RESIDUAL_FULL_HU, overlay_panels  # noqa: E402
 from ct.read import ScanSource, find_scans  # noqa: E402
+from ct.whole_head import UPSIDE_DOWN  # noqa: E402
 from dataset import SliceDataset  # noqa: E402
 from demos.figures import OURS, Case, Cohort, count_levels, example_sheet, report, table, typical  # noqa: E402
 from demos.phantom import Job, make_cohort, plan  # noqa: E402
@@ -96,8 +97,10 @@ def measure(source: ScanSource, folder: Path, preprocessing: PreprocessSettings,
     weighted, affine = read_volume(results / "anomaly.nii.gz")
     lesion = read_volume(results / "mask.nii.gz")[0] > 0
     truth, _ = read_truth(folder / "masks", scan_id, brain.shape, affine, "error")
-    pixel_mm2 = float(np.prod(scan.pixel_spacing_mm))
-    found = {"truth_mm2": truth.sum((1, 2)) * pixel_mm2, "voxel_ml": pixel_mm2 * scan.slice_spacing_mm / 1000,
+    pixel_mm2, areas = float(np.prod(scan.pixel_spacing_mm)), truth.sum((1, 2))
+    if UPSIDE_DOWN in scan.notes:                     # maps and truth lie as it came, slices count from its lower end
+        areas = areas[::-1]
+    found = {"truth_mm2": areas * pixel_mm2, "voxel_ml": pixel_mm2 * scan.slice_spacing_mm / 1000,
              "shown": pre.slabs.from_slabs(pre.kept[:, None, None])[:, 0, 0],
              "truth_pixels": truth.sum(), "mask_pixels": lesion.sum(), "mask_hits": (lesion & truth).sum(),
              f"{OURS}_levels": count_levels(weighted, truth, brain),

@@ -22,8 +22,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import SubFigure  # noqa: E402
 
-from ct.read import find_scans, read_scan  # noqa: E402
+from ct.read import ScanSource, find_scans, read_scan  # noqa: E402
 from ct.scan import ScanError  # noqa: E402
 from evaluation.cohort import InputError, read_table, read_volume  # noqa: E402
 
@@ -62,25 +63,40 @@ def gallery(phantoms: Path) -> plt.Figure:
     first = {kind: scan_id for scan_id, kind in reversed(types.items()) if kind}
     shown = [kind for kind in IN_LIFE if kind in first]
     rows, emergency_rows = -(-len(heads) // 8), -(-len(shown) // 3)
-    figure = plt.figure(figsize=(16, 2.4 * rows + 2.6 * emergency_rows), facecolor="white", layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[2.4 * rows, 2.6 * emergency_rows])
+    heights = [height for height in (2.4 * rows, 2.6 * emergency_rows) if height]
+    if not heights:
+        raise InputError(f"{phantoms / 'labels.csv'}: has no healthy phantom and no emergency of a known type")
+    figure = plt.figure(figsize=(16, sum(heights)), facecolor="white", layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    if heads:
+        show_heads(parts[0], [scans[scan_id] for scan_id in heads], rows)
+    if shown:
+        show_emergencies(parts[-1], {kind: scans[first[kind]] for kind in shown}, phantoms / "masks", emergency_rows)
+    return figure
+
+
+def show_heads(part: SubFigure, heads: list[ScanSource], rows: int) -> None:
+    """A slice of each, eight in a row."""
     levels = np.linspace(0.30, 0.72, len(heads))                   # from the posterior fossa to the convexity
-    for axes, scan_id, level in zip_longest(above.subplots(rows, 8, squeeze=False).flat, heads, levels):
+    for axes, source, level in zip_longest(part.subplots(rows, 8, squeeze=False).flat, heads, levels):
         axes.set_axis_off()
-        if scan_id is not None:
-            hu = read_scan(scans[scan_id]).hu
+        if source is not None:
+            hu = read_scan(source).hu
             show(axes, hu[round(level * len(hu))])
-    grid = below.subplots(emergency_rows, 9, squeeze=False, width_ratios=[1, 1, 1.1] * 3).reshape(-1, 3)
+
+
+def show_emergencies(part: SubFigure, first: dict[str, ScanSource], masks: Path, rows: int) -> None:
+    """By kind: the slice with the most truth, the same with its outline, and a text; three kinds in a row."""
+    grid = part.subplots(rows, 9, squeeze=False, width_ratios=[1, 1, 1.1] * 3).reshape(-1, 3)
     for axes in grid.flat:
         axes.set_axis_off()
-    for (plain, outlined, text), kind in zip(grid, shown, strict=False):
-        hu, truth = read_scan(scans[first[kind]]).hu, read_volume(phantoms / "masks" / f"{first[kind]}.nii.gz")[0] > 0
+    for (plain, outlined, text), (kind, source) in zip(grid, first.items(), strict=False):
+        hu, truth = read_scan(source).hu, read_volume(masks / f"{source.scan_id}.nii.gz")[0] > 0
         most = int(truth.sum((1, 2)).argmax())
         show(plain, hu[most])
         show(outlined, hu[most], truth[most])
         text.text(0, 0.95, kind.replace("_", " "), weight="bold", va="top", transform=text.transAxes)
         text.text(0, 0.80, "\n".join(textwrap.wrap(IN_LIFE[kind], 26)), va="top", size=9, transform=text.transAxes)
-    return figure
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from evaluation.metrics import empirical_threshold
 
 Key = tuple                                # (scan_id,) or (scan_id, slice)
 Score = float | str                        # or one of UNSCORED where there is none that counts
+OPTIONAL = ("types", "patient")            # columns of a table of labels
 UNSCORED = ("failed", "unreliable")        # status of a scan in scores.csv other than 'ok'
 
 
@@ -124,21 +125,36 @@ def read_labels(path: Path, where: Sequence[str] = (),
         conditions.setdefault(column, set()).add(value)
     labels, not_chosen, met = {}, set(), set()
     for key, row in _rows_by_key(path, ("label", *conditions), by_slice):
+        if misspelt := [column for column in OPTIONAL if column not in row
+                        and column in (meant := {str(other).strip().lower(): other for other in row})]:
+            raise InputError(f"{path}: has the column {meant[misspelt[0]]!r}, which would not be read; name it "
+                             f"{misspelt[0]!r}")
         met.update(f"{column}={row[column]}" for column in conditions)
         if any(row[column] not in values for column, values in conditions.items()):
             not_chosen.add(key)
             continue
         types = tuple(sorted({t.strip() for t in row.get("types", "").split("|")} - {""}))
-        if row["label"] not in ("0", "1") or (row["label"] == "0" and types):
-            raise InputError(f"{path}, line {row.line}: {name(key)} has label {row['label']!r} and types "
-                             f"{'|'.join(types)!r}; "
-                             "expected label 0 without types, or label 1")
-        labels[key] = Label(int(row["label"]), types, row.get("patient", "").strip() or row["scan_id"])
+        value = row["label"].strip()
+        if value not in ("0", "1"):
+            raise InputError(f"{path}, line {row.line}: {name(key)} has label {row['label']!r}; expected 0 or 1")
+        if value == "0" and types:
+            raise InputError(f"{path}, line {row.line}: {name(key)} has label 0 and types {'|'.join(types)!r}; "
+                             "expected no types beside label 0: leave that cell empty")
+        labels[key] = Label(int(value), types, row.get("patient", "").strip() or row["scan_id"])
     if unmet := [condition for condition in where if condition not in met]:
         raise InputError(f"{path}: no row has {', '.join(unmet)}; correct --where, or leave that out")
     if not labels:
         raise InputError(f"{path}: no labels" + (f" where {', '.join(where)}" if where else ""))
     return labels, not_chosen
+
+
+def refuse_contradiction(labels: dict[Key, Label], slice_labels: dict[Key, Label], path: Path) -> None:
+    """InputError where a slice is labelled 1 of a scan that is labelled 0. path: of the slices' labels."""
+    wrong = [key for key, label in slice_labels.items() if label.label and key[:1] in labels
+             and not labels[key[:1]].label]
+    if wrong:
+        raise InputError(f"{path}: {len(wrong)} slices have label 1 though their scan has label 0 ({_names(wrong)}); "
+                         "correct one of the two")
 
 
 def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
@@ -200,10 +216,15 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        image = nibabel.as_closest_canonical(nibabel.load(path))
-        return np.asarray(image.dataobj)[::-1, ::-1].transpose(2, 1, 0), image.affine
+        return displayed(nibabel.load(path))
     except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
         raise InputError(f"{path}: cannot be read as a NIfTI volume ({error})") from error
+
+
+def displayed(image: nibabel.Nifti1Image) -> tuple[np.ndarray, np.ndarray]:
+    """A NIfTI image as read_volume gives it."""
+    image = nibabel.as_closest_canonical(image)
+    return np.asarray(image.dataobj)[::-1, ::-1].transpose(2, 1, 0), image.affine
 
 
 def slice_positions(path: Path) -> dict[str, np.ndarray]:
@@ -233,7 +254,7 @@ def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.nda
                  came, ends there
     """
     path = folder / f"{scan_id}.nii.gz"
-    by_number = _pictures_by_slice(folder / scan_id)
+    by_number = pictures_by_slice(folder / scan_id)
     if path.is_file() and by_number:
         raise InputError(f"{path} and {next(iter(by_number.values()))} are both masks of {scan_id}; expected a volume "
                          "or pictures, not both: remove one or the others")
@@ -248,7 +269,7 @@ def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.nda
     count = like[0] if position_mm is None else len(position_mm)
     masks, given = np.zeros((count, *like[1:]), bool), np.zeros(count, bool)
     for number, picture in by_number.items():
-        mask = _marked(picture)
+        mask = marked_pixels(picture)
         if number >= count or mask.shape != like[1:]:
             raise InputError(f"{picture}: expected a slice number below {count} and {like[1:]} pixels, "
                              f"found {number} and {mask.shape}")
@@ -264,7 +285,8 @@ def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.nda
     return masks[nearest], given[nearest] | (gaps == "empty")
 
 
-def _pictures_by_slice(folder: Path) -> dict[int, Path]:
+def pictures_by_slice(folder: Path) -> dict[int, Path]:
+    """The masks NN.png of a scan's folder by slice. Raises InputError for one without a number, or two of one."""
     by_number: dict[int, Path] = {}
     for picture in sorted(folder.glob("*.png")):
         if not picture.stem.isdecimal():
@@ -276,7 +298,7 @@ def _pictures_by_slice(folder: Path) -> dict[int, Path]:
     return by_number
 
 
-def _marked(picture: Path) -> np.ndarray:
+def marked_pixels(picture: Path) -> np.ndarray:
     """Pixels of a mask that are neither black nor transparent, bool [H, W]."""
     with Image.open(picture) as image:
         marked = np.asarray(image.convert("L")) > 0

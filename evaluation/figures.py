@@ -189,6 +189,8 @@ def table(report: dict) -> dict[str, list]:
                              f"{f['counted_worst']}")
             if f["abnormal_without_category"]:
                 notes.append(f"abnormal {level}s without a category: {f['abnormal_without_category']}")
+            if contrary := f.get("abnormal_scans_without_abnormal_slice"):
+                notes.append(f"abnormal scans of which every slice is labelled, none of them abnormal: {contrary}")
             if "threshold" in f["at_threshold"]:
                 notes.append(f"{level} threshold {f['at_threshold']['threshold']:.6g}: "
                              f"{f['at_threshold']['threshold_source']}")

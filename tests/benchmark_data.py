@@ -18,6 +18,7 @@ from dataset import ScanRecord, SliceDataset, SliceWriter
 from detect.pca import PcaFit
 from detect.settings import Settings
 from tests.helpers import synthetic_scan
+from tests.writers import write_dicom_series, write_slice_folder
 
 SETTINGS = PreprocessSettings(StandardiseSettings(size=32, hu_clip=(-20.0, 100.0)), min_brain_fraction=0.01)
 FAILS = "broken"                # a scan of this name cannot be projected by the stand-in
@@ -32,6 +33,20 @@ def head(seed: int, ill: bool):
         return healthy, np.zeros(brain.shape, bool)
     scan, _ = synthetic_scan(**kwargs, lesion=(5, 10, 25, 22, 75))
     return scan, np.abs(scan.hu - healthy.hu) > 20
+
+
+def write_otherwise(scans: Path) -> dict[str, np.ndarray]:
+    """Two ill scans whose maps lie otherwise than their slices; by scan the truth of the slices, bool.
+
+    The ball's middle is 4 slices above the lowest of 12. 'gap' lacks the second, and is resampled to 12 again;
+    'reversed' came with its vertex first, and its maps lie so.
+    """
+    (gap, of_gap), (reversed_, of_reversed) = ((scan.hu[2:], truth[2:]) for scan, truth in (head(8, True),
+                                                                                            head(9, True)))
+    left = np.delete(np.arange(12), 1)
+    write_dicom_series(scans / "gap", gap[left], MM, position_mm=MM[0] * left)
+    write_slice_folder(scans / "reversed", reversed_[::-1], slice_spacing_mm=MM[0], pixel_spacing_mm=MM[1])
+    return {"gap": of_gap[left], "reversed": of_reversed}
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

@@ -36,6 +36,7 @@ from tests.benchmark_data import (
     stand_in,
     write_database,
     write_fits,
+    write_otherwise,
     write_rows,
 )
 from tests.writers import write_slice_folder
@@ -103,6 +104,7 @@ def test_figures_by_hand(cases):
     assert subdural["ours"]["slice"]["auc"].startswith("undefined: only one class")
     assert epidural["ours"]["slice"]["auc"] == pytest.approx(4 / 6) and epidural["hu"]["scan"]["auc"] == 0
     assert epidural["hu"]["scan"]["p_holm"] == epidural["hu"]["scan"]["p"]      # the other type's is undefined
+    assert found["no_slice_abnormal"] == []
     assert found["without_slice_labels"] == ["b", "d"] and found["scans"]["b"]["ours"] == 1.0
 
 
@@ -124,6 +126,14 @@ def test_the_table_shows_undefined_figures_as_a_dash_and_names_what_is_left_out(
     assert "| type | scans | slices | this project | HU above 55 |" in text
     assert "| Subdural | 1 | 0 | 0.50 / - | 0.00 / - |" in text and "slice scores: top3." in text
     assert "among scans alone: b, d." in text and "e (no head)" in text
+
+
+def test_an_abnormal_scan_without_an_abnormal_slice_is_named(cases):
+    cases += [case("e", 1, 5.0, [1, 0], [0, 0])]
+    figures = ct_ich.report(cases, ["ours", "hu"]) | {"splits": ["test"], "failed": {},
+                                                      "settings": {"scan_score": "top3"}}
+    assert figures["no_slice_abnormal"] == ["e"]
+    assert "every slice is labelled, none of them abnormal: e." in ct_ich.table(figures)
 
 
 def test_one_class_is_undefined_and_no_crash(cases):
@@ -171,6 +181,17 @@ def test_tables_and_folders_must_match(data, tmp_path):
         ct_ich.read_split(tmp_path, "test")
 
 
+def test_a_slice_labelled_abnormal_of_a_healthy_scan_is_refused(data, tmp_path, capsys):
+    rows = list(csv.DictReader((data / "slices.csv").open()))
+    first = next(row for row in rows if row["scan_id"] == "well1")
+    write_rows(tmp_path / "slices.csv", [row | {"label": 1} if row is first else row for row in rows])
+    for name in ("scans.csv", "test"):
+        (tmp_path / name).symlink_to(data / name)
+    assert ct_ich.main(["--data", str(tmp_path), "--database", "none", "--model", "m", "--out",
+                        str(tmp_path / "o")]) == 2
+    assert "slices.csv: 1 slices have label 1 though their scan has label 0 (well1 slice 0)" in capsys.readouterr().err
+
+
 def test_a_scan_of_the_database_is_not_reported_on(database):
     held_out = SliceDataset(database, "train")
     ct_ich.refuse_seen(["ill1"], held_out)
@@ -178,11 +199,15 @@ def test_a_scan_of_the_database_is_not_reported_on(database):
         ct_ich.refuse_seen(["ill1", "h3"], held_out)
 
 
-def test_a_label_beyond_the_scan_is_refused():
+def test_all_slices_of_a_scan_are_labelled_or_none():
     ours = {"ours": {"a": {"slices": np.zeros(3), "projected": np.ones(3, bool), "score": 0.0, "seconds": 1.0}}}
     labels = {"a": Label(1, (), "a")}
-    with pytest.raises(InputError, match="labels slice 3 of a, which has 3 slices"):
-        ct_ich.collect("test", labels, {"a": {3: labels["a"]}}, ours, {"a": {}}, [])
+    for own, told in ((range(4), "labels slices 3 of a, which has 3 slices"), ((0, 2), "lacks slices 1 of a, which")):
+        with pytest.raises(InputError, match=rf"slices.csv: {told}.*; label every slice of a scan, or none"):
+            ct_ich.collect("test", labels, {"a": dict.fromkeys(own, labels["a"])}, ours, {"a": {}}, [])
+    for own in ((), range(3)):
+        (case,) = ct_ich.collect("test", labels, {"a": dict.fromkeys(own, labels["a"])}, ours, {"a": {}}, [])
+        assert list(case.slice_labels) == list(own)
 
 
 def test_a_model_of_other_data_is_refused(database, capsys):
@@ -325,6 +350,30 @@ def test_every_stage_and_going_on(data, database, fits, bundle, tmp_path, monkey
     assert ct_ich.main(command) == 3
     again = json.loads((out / "metrics.json").read_text())
     assert "published" not in again["methods"] and again["methods"]["pca"] == found["methods"]["pca"]
+
+
+def test_scans_whose_maps_lie_otherwise_are_measured_and_one_slice_without_a_label_is_not(
+        data, database, fits, tmp_path, monkeypatch, capsys):
+    """One that was resampled or put upright stopped the whole benchmark, as if its mask had changed."""
+    stand_in(monkeypatch, database)
+    truths = write_otherwise(tmp_path / "test")
+    (tmp_path / "test" / "well1").symlink_to(data / "test" / "well1")
+    write_rows(tmp_path / "scans.csv", [{"scan_id": name, "split": "test", "label": int(name in truths)}
+                                        for name in (*truths, "well1")])
+    slices = [{"scan_id": name, "slice": i, "label": int(marked)} for name, truth in truths.items()
+              for i, marked in enumerate(truth.any((1, 2)))]
+    write_rows(tmp_path / "slices.csv", slices)
+    command = ["--data", str(tmp_path), "--database", str(database), "--model", "model", "--out", str(tmp_path / "out"),
+               "--fits", str(fits), "--baselines", "hu", "--device", "cpu"]
+    assert ct_ich.main(command) == 0
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(found["scans"]) == ["gap", "reversed", "well1"]
+    assert all(found["methods"][name]["slice"]["auc"] > 0.9 for name in ("ours", "hu"))
+    assert found["methods"]["hu"]["slice"]["normal"] == 11 + 12 - 2 * 5                     # each ball lies in 5 slices
+    write_rows(tmp_path / "slices.csv", slices[:3] + slices[4:])
+    capsys.readouterr()
+    assert ct_ich.main(command) == 2
+    assert "slices.csv: lacks slices 3 of gap, which has 11 slices" in capsys.readouterr().err
 
 
 def test_too_few_held_out_scans_are_told_before_the_projection(data, slices32, tmp_path, monkeypatch, capsys):

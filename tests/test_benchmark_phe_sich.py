@@ -13,7 +13,7 @@ from benchmarks import phe_sich
 from benchmarks.phe_sich import Place
 from dataset import SliceDataset
 from evaluation.metrics import Undefined
-from tests.benchmark_data import FAILS, MM, head, stand_in, write_database, write_fits
+from tests.benchmark_data import FAILS, MM, head, stand_in, write_database, write_fits, write_otherwise
 from tests.writers import write_slice_folder
 
 SPACING = (5.0, 2.0, 1.0)       # mm between slices, rows, columns
@@ -166,18 +166,36 @@ def test_every_stage_and_going_on(data, database, tmp_path, monkeypatch, capsys)
     assert scans["two"] == found["scans"]["two"] and scans["one"]["hu"]["mm"] > found["scans"]["one"]["hu"]["mm"] + 20
 
 
+def test_peaks_of_scans_whose_maps_lie_otherwise(database, tmp_path, monkeypatch):
+    """Resampled or put upright: map, brain and marking of one slice lay on three."""
+    stand_in(monkeypatch, database)
+    data, out = tmp_path / "data", tmp_path / "out"
+    for name, truth in write_otherwise(data / "scans").items():
+        (data / "masks" / name).mkdir(parents=True)
+        for i in np.flatnonzero(truth.any((1, 2))):
+            Image.fromarray(truth[i].astype(np.uint8) * 255).save(data / "masks" / name / f"{i:02d}.png")
+    command = ["--data", str(data), "--database", str(database), "--model", "model", "--out", str(out), "--fits",
+               str(write_fits(tmp_path / "fits", database)), "--baselines", "hu", "--device", "cpu"]
+    assert phe_sich.main([*command, "--sheet", str(tmp_path / "sheet.png")]) == 0
+    scans = json.loads((out / "metrics.json").read_text())["scans"]
+    for method in ("ours", "hu"):
+        assert {name: of[method]["mm"] < 5 and of[method]["same_side"] for name, of in scans.items()} == {
+            "gap": True, "reversed": True}
+        assert abs(scans["gap"][method]["peak"][0] - 4) <= 1               # slices of the map: 4 of 12 from below,
+        assert abs(scans["reversed"][method]["peak"][0] - 7) <= 1          # and from above
+
+
 def test_marked_slices_in_the_database_are_refused(data, database):
     scans = SliceDataset(database)
     held = scans.manifest["scans"][0]
-    masks = data / "masks"
-    source = [phe_sich.ScanSource("one", "slices", ())]
-    assert phe_sich.trained_on(masks, scans, source) == 0
-    marked = int(sorted((masks / "one").glob("*.png"))[0].stem)
+    marked = phe_sich.marked_slices(data / "masks", [phe_sich.ScanSource("one", "slices", ())])
+    assert phe_sich.trained_on(marked, scans) == 0
+    first = min(marked["one"])
     scans.manifest["scans"] = [held | {"scan_id": "one", "slices": [0, 1]}]
-    assert phe_sich.trained_on(masks, scans, source) == 1
-    scans.manifest["scans"] = [held | {"scan_id": "one", "slices": [0, marked]}]
-    with pytest.raises(ValueError, match=rf"holds marked slices of one \({marked}, "):
-        phe_sich.trained_on(masks, scans, source)
+    assert phe_sich.trained_on(marked, scans) == 1
+    scans.manifest["scans"] = [held | {"scan_id": "one", "slices": [0, first]}]
+    with pytest.raises(ValueError, match=rf"holds marked slices of one \({first}, "):
+        phe_sich.trained_on(marked, scans)
 
 
 def test_missing_folders_and_masks_are_wrong_usage(data, database, tmp_path, monkeypatch, capsys):
@@ -188,7 +206,15 @@ def test_missing_folders_and_masks_are_wrong_usage(data, database, tmp_path, mon
     (tmp_path / "scans").symlink_to(data / "scans")
     (tmp_path / "masks").mkdir()
     assert phe_sich.main(command) == 2
-    assert "expected a folder of masks for every scan; 3 have none" in capsys.readouterr().err
+    assert "expected for every scan a folder of masks, SCAN/NN.png, with a marked pixel; 3 have none" in (
+        capsys.readouterr().err)
+    for path in (data / "masks").iterdir():                                # nothing marked: found after hours of work
+        (tmp_path / "masks" / path.name).mkdir()
+        black = np.zeros((64, 64, 4), np.uint8) + [0, 0, 0, 255] if path.name == "two" else Image.open(
+            next(path.iterdir()))
+        Image.fromarray(np.asarray(black, np.uint8)).save(tmp_path / "masks" / path.name / "04.png")
+    assert phe_sich.main(command) == 2
+    assert "1 have none: two; add theirs, or leave these scans out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         phe_sich.main([*command, "--sheet", str(tmp_path / "masks")])
     assert "--sheet" in capsys.readouterr().err

@@ -62,9 +62,21 @@ def test_labels_are_checked_and_chosen(tmp_path):
     assert cohort.read_labels(path, ["split=train", "split=test", "label=0"])[1] == {("a",)}
     with pytest.raises(cohort.InputError, match="no labels where split=test, label=0"):
         cohort.read_labels(path, ["split=test", "label=0"])
-    for row in (["c", "test", "0", "Epidural"], ["c", "test", "", ""], ["c", "test", "yes", ""]):
-        with pytest.raises(cohort.InputError, match="line 2: c has label .*expected label 0 without types, or label 1"):
-            cohort.read_labels(write_csv(path, "scan_id,split,label,types", [row]))
+    for label, types, message in (("0", "Epidural", "label 0 and types 'Epidural'; expected no types beside label 0"),
+                                  ("0", "none", "leave that cell empty"), ("", "", "label ''; expected 0 or 1"),
+                                  ("0.0", "", "label '0.0'; expected 0 or 1"), ("yes", "", "expected 0 or 1")):
+        with pytest.raises(cohort.InputError, match=f"line 2: c has .*{message}"):
+            cohort.read_labels(write_csv(path, "scan_id,split,label,types", [["c", "test", label, types]]))
+    spaced = cohort.read_labels(write_csv(path, "scan_id,split,label,types", [["c", "test", " 1", " Epidural "]]))[0]
+    assert spaced == {("c",): cohort.Label(1, ("Epidural",), "c")}
+
+
+@pytest.mark.parametrize("column, meant", [(" patient", "patient"), ("Patient", "patient"), ("types ", "types")])
+def test_an_optional_column_in_another_spelling_is_refused(tmp_path, column, meant):
+    """' patient' was none: scans of one patient counted as many, and the intervals came out too narrow."""
+    path = write_csv(tmp_path / "labels.csv", f"scan_id,label,{column}", [["a", 1, "p"], ["b", 0, ""]])
+    with pytest.raises(cohort.InputError, match=f"column '{column}', which would not be read; name it '{meant}'"):
+        cohort.read_labels(path)
 
 
 def test_a_condition_that_no_row_meets_is_refused(tmp_path):

@@ -122,6 +122,16 @@ def test_a_change_by_one_head_is_within_its_interval_and_one_in_all_is_not():
     assert low == high == 0.5                                     # 1 against 1/2 in whatever cohort
 
 
+def test_a_resample_without_the_one_head_of_a_kind_leaves_the_kind_out():
+    """A third of the resamples lack head0's epidural: their 0 / 0 made every limit of it and of the mean NaN."""
+    cases = [*cohort(), case("head0", "epidural", 40.0)]
+    before, after = (compared(cases, peaks((1, 2, 3, 4, 5), (1, 2, 3, 4, 5, epidural)), "max") for epidural in (0, 9))
+    limits = change(before, after, list("abcde"))
+    assert limits["intraparenchymal"] == (0, 0) and limits["epidural"] == (1, 1)      # it lost to all, and wins
+    assert limits["haemorrhage"] == (0, 0.5)                      # without it, and as one kind of two
+    assert np.isfinite(limits["slices"]).all() and np.isnan(limits["subdural"]).all()
+
+
 def test_what_a_reader_says_has_a_row_of_its_own():
     """One that finds every lesion, which the residual cannot see, raises its rows alone."""
     def with_reader(one):

@@ -200,6 +200,38 @@ def test_the_models_own_threshold_is_taken_from_run_json(results):
         run_json.unlink(missing_ok=True)
 
 
+def test_a_threshold_of_healthygan_is_told_as_such(results, capsys):
+    """It was told as that of projector.py --threshold, a flag that nobody had given."""
+    (results / "run.json").write_text(json.dumps({"threshold": 0.65, "image_settings": {}, "seconds": 1.0}))
+    at = run(results)[1]["scan"]["at_threshold"]
+    assert (at["threshold"], at["tp"], at["fp"]) == (0.65, 2, 1)
+    assert "as healthygan.test has it" in at["threshold_source"]
+    assert "scan threshold 0.65: the model's own, as healthygan.test has it in run.json" in capsys.readouterr().out
+
+
+def test_labels_of_slices_do_not_contradict_those_of_scans(results, capsys):
+    labels = results.parent / "slice_labels.csv"
+    flags = ["--slices", results / "slices.csv", "--slice-labels", labels]
+    report = run(results, *flags)[1]
+    assert report["slice"]["abnormal_scans_without_abnormal_slice"] == 0
+    assert "every slice is labelled" not in capsys.readouterr().out
+
+    def write(abnormal, left_out=()):
+        keys = [(name, k) for name in "abcdef" for k in range(3) if (name, k) not in left_out]
+        write_csv(labels, "scan_id,slice,label", [[*key, int(key in abnormal)] for key in keys])
+
+    write({("a", 2), ("b", 0)})                                              # c is abnormal, none of its slices is
+    assert run(results, *flags)[1]["slice"]["abnormal_scans_without_abnormal_slice"] == 1
+    assert "abnormal scans of which every slice is labelled, none of them abnormal: 1" in capsys.readouterr().out
+    write({("a", 2), ("b", 0)}, left_out=[("c", 1)])                         # there it may be
+    report = run(results, *flags, "--missing", "exclude")[1]
+    assert report["slice"]["abnormal_scans_without_abnormal_slice"] == 0
+    write({("a", 2), ("b", 0), ("e", 1)})
+    assert run(results, *flags)[0] == 2
+    said = capsys.readouterr().err
+    assert "slice_labels.csv: 1 slices have label 1 though their scan has label 0 (e slice 1)" in said
+
+
 @pytest.mark.parametrize("extra", [["--slices", "x.csv"], ["--threshold", "1", "--threshold-from", "x.csv"],
                                    ["--prevalence", "1.5"], ["--where", "split"], ["--level", "95"],
                                    ["--threshold", "nan"], ["--slice-threshold", "inf"], ["--masks", "nowhere"],

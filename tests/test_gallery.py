@@ -40,6 +40,22 @@ def test_the_slice_with_most_truth_is_shown(cohort, monkeypatch):
     assert texts[0] == "tumour" and "fingers of oedema" in " ".join(texts[1].split())
 
 
+@pytest.mark.parametrize("kept, drawn", [("healthy", 1), ("emergency", 2)])
+def test_a_cohort_of_one_sort_alone(cohort, monkeypatch, kept, drawn):
+    """It was a traceback: no part of a figure has the height 0."""
+    lines = (cohort / "labels.csv").read_text().splitlines()
+    (cohort / "labels.csv").write_text("\n".join([lines[0], *(line for line in lines if line.startswith(kept))]))
+    shown, show = [], gallery.show
+    monkeypatch.setattr(gallery, "show", lambda *args: shown.append(args) or show(*args))
+    assert gallery.main([str(cohort), "--out", str(cohort / "sheet.png")]) == 0 and len(shown) == drawn
+
+
+def test_an_empty_cohort_is_refused(cohort, capsys):
+    (cohort / "labels.csv").write_text("scan_id,label,types\n")
+    assert gallery.main([str(cohort), "--out", str(cohort / "sheet.png")]) == 2
+    assert "labels.csv: has no healthy phantom and no emergency" in capsys.readouterr().err
+
+
 def test_command(cohort, tmp_path, capsys):
     assert gallery.main([str(cohort), "--out", str(tmp_path / "sheet.png")]) == 0
     assert (tmp_path / "sheet.png").stat().st_size > 1000

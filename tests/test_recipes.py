@@ -179,8 +179,8 @@ def test_tables_of_ct_ich(tmp_path, capsys):
     ct_ich, phe_sich, out = tmp_path / "ct-ich", tmp_path / "phe-sich", tmp_path / "out"
     for folder in (ct_ich, phe_sich):
         folder.mkdir()
-    rows = [f"h{n},train,2" for n in range(4)] + ["ill,test,9"]
-    (ct_ich / "scans.csv").write_text("\n".join(["scan_id,split,slices", *rows]))
+    rows = [f"h{n},train,2,0" for n in range(4)] + ["ill,test,9,1"]
+    (ct_ich / "scans.csv").write_text("\n".join(["scan_id,split,slices,label", *rows]))
     bleeds = [f"p,{n},{int(n in (4, 6))}" for n in range(12)] + ["q,0,1", "q,3,0"]
     (phe_sich / "slices.csv").write_text("\n".join(["scan_id,slice,label", *bleeds]))
     assert ct_ich_tables.main([str(ct_ich), str(phe_sich), str(out)]) == 0
@@ -197,10 +197,20 @@ def test_tables_of_ct_ich(tmp_path, capsys):
         assert ct_ich_tables.main([str(ct_ich), str(phe_sich), str(out)]) == 2
         assert f"slices.csv, line 3: label '{label}' of p, slice 1; expected 1 where a bleed" in capsys.readouterr().err
 
-    (ct_ich / "scans.csv").write_text("scan_id,split,slices\nill,test,9")
+    (phe_sich / "slices.csv").write_text("scan_id,slice,label\np,0,0\np,,0\n")
+    assert ct_ich_tables.main([str(ct_ich), str(phe_sich), str(out)]) == 2
+    assert "slices.csv, line 3: slice '' of p; expected a whole number" in capsys.readouterr().err
+    (phe_sich / "slices.csv").write_text("scan_id,slice,label\np,0,0\n")
+    for row, told in (("h9,train,2,1", "label '1' of h9, which is of split 'train'; expected 0"),
+                      ("h9,train,2,", "label '' of h9"), ("h9,train,,0", "slices '' of h9; expected a whole number")):
+        (ct_ich / "scans.csv").write_text("\n".join(["scan_id,split,slices,label", *rows, row]))
+        assert ct_ich_tables.main([str(ct_ich), str(phe_sich), str(tmp_path / "none")]) == 2
+        assert f"scans.csv, line 7: {told}" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+    (ct_ich / "scans.csv").write_text("scan_id,split,slices,label\nill,test,9,1")
     assert ct_ich_tables.main([str(ct_ich), str(phe_sich), str(out)]) == 2
     assert "no scan of split 'train'" in capsys.readouterr().err
     (phe_sich / "slices.csv").write_text("scan_id,slice\n")
-    (ct_ich / "scans.csv").write_text("\n".join(["scan_id,split,slices", *rows]))
+    (ct_ich / "scans.csv").write_text("\n".join(["scan_id,split,slices,label", *rows]))
     assert ct_ich_tables.main([str(ct_ich), str(phe_sich), str(out)]) == 2
     assert "label missing" in capsys.readouterr().err

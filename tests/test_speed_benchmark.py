@@ -347,6 +347,22 @@ def test_a_cohorts_memory_is_told_by_tenths_of_its_scans(stand_in, capsys):
     assert "4 scans on" in capsys.readouterr().out
 
 
+def test_a_scan_that_fails_costs_no_measured_run(stand_in, capsys):
+    """projector.py ends with 3: the figures of all others were thrown away."""
+    (stand_in / "projector.py").write_text(
+        PROJECTOR + "print('3/3 head: FAILED, no head: the brain mask is empty', flush=True)\nsys.exit(3)\n")
+    for name in "ab":
+        (stand_in / "scans" / name).mkdir(parents=True)
+        (stand_in / "scans" / name / "1.png").touch()
+    out = stand_in / "cohort.json"
+    assert cohort.main([str(stand_in / "scans"), "--out", str(out)]) == 3
+    found = json.loads(out.read_text())
+    assert (found["scans"], found["failed"]) == (3, 1)
+    assert "3 scans on" in (printed := capsys.readouterr().out) and printed.endswith("GB at most; 1 failed\n")
+    with pytest.raises(RuntimeError, match="ended with 3"):               # of a scan alone nothing is measured then
+        speed.project_scan(stand_in / "scans", stand_in, stand_in / "out", "fp32")
+
+
 def test_memory_counts_what_a_thread_has_started():
     """The decoder of ct/apart.py may be started by the thread that reads."""
     child = "import time; held = bytearray(200_000_000); held[::4096] = bytes(len(held[::4096])); time.sleep(0.5)"
