@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from gan import corrupt
+from op.banded import gaussian_blur
 
 
 @pytest.fixture
@@ -65,3 +68,86 @@ def test_shading_is_smooth_and_stays_in_the_brain(slices):
     inner = noise[:, 20:44, 20:44]
     assert inner.std() > 3 and inner.diff(dim=-1).abs().mean() < inner.abs().mean()
     assert torch.equal(corrupt.shade(hu, brain, 0.0, torch.Generator().manual_seed(0)), hu)
+
+
+class Least:
+    """A generator that draws the lower end of every range, the first of all places, and no falx."""
+
+    def uniform(self, low, high):
+        return low
+
+    def integers(self, high):
+        return 0
+
+    def random(self):
+        return 0.9
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Shapes as they are: distances in no direction stretched, edges even."""
+    monkeypatch.setattr(corrupt, "_distance", lambda shape, at, rng: np.hypot(
+        *(axis - place for axis, place in zip(np.ogrid[:shape[0], :shape[1]], at))))
+    monkeypatch.setattr(corrupt, "_smooth_noise", lambda size, rng: np.zeros((size, size)))
+
+
+def test_a_shape_is_drawn_in_part_and_its_rim_is_darker(monkeypatch):
+    """60 HU in brain of 30 by a share of 0.6 to 1; 4 to 14 HU less in the rim; away from what the edges blur."""
+    hu, brain = np.full((128, 128), 30, np.float32), np.ones((128, 128), bool)
+    away = np.hypot(*(axis - 64 for axis in np.ogrid[:128, :128]))
+    monkeypatch.setattr(corrupt, "_share_of", lambda *_: (away < 15, away < 40))
+    monkeypatch.setattr(corrupt, "_filling", lambda *_: 60.0)
+    middles, losses = [], []
+    for seed in range(12):
+        drawn, changed = corrupt._draw_one(hu, brain, hu, np.random.default_rng(seed))
+        middle, rim, beyond = (drawn[where] for where in (away < 8, (away > 22) & (away < 32), away > 49))
+        assert np.ptp(middle) < 1e-3 and np.ptp(rim) < 1e-3 and (beyond == 30).all()
+        assert changed[away < 32] == pytest.approx(1) and not changed[away > 49].any()
+        middles.append(middle[0] - 30)
+        losses.append(30 - rim[0])
+    assert 18 <= min(middles) < 22 and 26 < max(middles) < 30
+    assert 4 <= min(losses) < 6 and 12 < max(losses) <= 14
+
+
+def test_the_thinnest_layer_by_hand(plain):
+    """1.2 pixels from the corner of a square on, to 10 away: thicker than the outermost pixel's depth of 1 as far as 4.
+
+    1.2 * (1 - 0.4^2) = 1.008, and 1.2 * (1 - 0.5^2) = 0.9.
+    """
+    hu, brain = np.full((128, 128), 30, np.float32), np.zeros((128, 128), bool)
+    brain[20:108, 20:108] = True
+    share, rim = corrupt._share_of("layer", hu, brain, 1.0, Least())
+    assert share[20, 20:25].all() and share[20:25, 20].all() and (share & brain).sum() == 9 and share is rim
+
+
+def test_the_share_of_fluid_is_all_at_10_hu_and_none_at_28(plain):
+    hu, brain = np.array([[10.0, 19, 28, 5, 40]], np.float32), np.ones((1, 5), bool)
+    share, _ = corrupt._share_of("fluid", hu, brain, 1.0, Least())
+    assert share[0].tolist() == [1, 0.5, 0, 1, 0]
+
+
+@pytest.mark.parametrize("angle, stretch, expected", [
+    (0.7, 1.0, np.hypot), (0.0, 2.0, lambda y, x: np.hypot(y / 2, 2 * x)),
+    (np.pi / 2, 2.0, lambda y, x: np.hypot(2 * y, x / 2)),
+    (np.pi / 4, 2.0, lambda y, x: np.hypot((x + y) * 2, (y - x) / 2) / np.sqrt(2))])
+def test_distances_are_stretched_in_one_direction(angle, stretch, expected):
+    drawn = iter([angle, np.log(stretch)])
+    found = corrupt._distance((9, 7), (5, 2), SimpleNamespace(uniform=lambda low, high: next(drawn)))
+    y, x = np.ogrid[-5:4, -2:5]
+    assert found == pytest.approx(expected(y, x))
+
+
+def test_what_shares_pixels_with_bone_is_denser_beside_it(monkeypatch):
+    """Of a scanner that does nothing else: by up to 60 HU times the blurred bone, in some slices."""
+    for name, value in (("SHIFT_HU", 0.0), ("NOISE_HU", 0.0), ("GAIN", 0.0), ("SHADED", 1.0)):
+        monkeypatch.setattr(corrupt, name, value)
+    monkeypatch.setattr(corrupt, "_rim", lambda soft, unit, rng: torch.zeros(soft.shape))
+    bone = torch.zeros(48, 128, 128, dtype=torch.bool)
+    bone[..., :20] = True
+    hu = torch.full(bone.shape, 30.0)
+    added = corrupt.scanner(hu, ~bone, bone, torch.Generator().manual_seed(0)) - hu
+    at_most = 60 * torch.stack([gaussian_blur(bone.float(), pixels) for pixels in corrupt.SHARED]).amax(0)
+    assert (added <= at_most + 1e-4)[~bone].all() and not added[bone].any()
+    beside = added[:, 64, 20]
+    assert (beside >= 0).all() and 8 < (beside > 0).sum() < 30 and beside.max() > 10
+    assert added[..., 27:].abs().max() < 1e-4                    # further than three times the widest Gaussian

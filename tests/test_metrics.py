@@ -89,6 +89,12 @@ def test_delong_bounds_of_perfect_separation():
         metrics.delong_interval(scores, labels, np.array([0, 1, 2, 3, 4, 5, 5, 5]))
 
 
+def test_a_scan_with_slices_of_both_classes_is_in_one_independent_pair():
+    """Four such scans make two pairs without a scan in common."""
+    found = metrics.delong_interval([0, 1] * 4, [0, 1] * 4, np.repeat(range(4), 2))
+    assert found == pytest.approx((0.025 ** (1 / 2), 1))
+
+
 def test_copies_of_a_unit_add_no_certainty_when_clustered():
     """Slices of a scan are not independent: four copies of each unit must not shrink the interval."""
     rng = np.random.default_rng(1)
@@ -149,6 +155,37 @@ def test_bootstrap_is_seeded_and_stratified():
         metrics.bootstrap_interval(metrics.auc, np.arange(6), np.array([0, 0, 0, 1, 1, 1]), repeats=100)
 
 
+def test_a_patient_with_one_abnormal_scan_is_resampled_with_the_abnormal():
+    """Of patients A (one abnormal scan, one normal), B (abnormal), C and D (normal), two of A and B are drawn."""
+    drawn = []
+
+    def share(scores, labels):
+        drawn.append(int(labels.sum()))
+        return labels.mean()
+
+    metrics.bootstrap_interval(share, np.arange(5), [1, 0, 1, 0, 0], clusters=list("AABCD"), repeats=100)
+    assert drawn == [2] * 101                                                # the data themselves, and 100 resamples
+
+
+@pytest.mark.parametrize("every, undefined", [(10, 20), (25, 8)])
+def test_a_statistic_may_be_undefined_in_one_resample_of_twenty(every, undefined):
+    calls = []
+
+    def often(scores, labels):
+        calls.append(None)                                                   # the first is of the data themselves
+        if len(calls) % every == 0:
+            raise Undefined("by chance")
+        return scores.mean()
+
+    if undefined > 10:
+        with pytest.raises(Undefined, match=f"{undefined} of 200 resamples"):
+            metrics.bootstrap_interval(often, SCORES, LABELS, repeats=200)
+    else:
+        low, high = metrics.bootstrap_interval(often, SCORES, LABELS, repeats=200)
+        assert low < SCORES.mean() < high
+    assert len(calls) == 201
+
+
 def test_no_interval_where_a_class_is_one_patient():
     """Every resample held that one again: the interval was of the other class alone, and far too narrow."""
     scores, labels = np.array([3.0, 1, 2, 4, 5, 0]), np.array([1, 0, 0, 0, 0, 0])
@@ -169,6 +206,8 @@ def test_empirical_threshold_lets_through_no_more():
     normal = np.array([5.0, 1, 2, 3, 4])
     assert np.sum(normal > metrics.empirical_threshold(normal, 0.2)) == 1
     assert np.sum(normal > metrics.empirical_threshold(normal, 0.19)) == 0
+    # 0.29 * 100 is 28.999999999999996 in floats: 71 to 99 may pass
+    assert metrics.empirical_threshold(np.arange(100.0), 0.29) == 70
     assert np.sum(np.ones(10) > metrics.empirical_threshold(np.ones(10), 0.5)) == 0     # ties go together
 
 

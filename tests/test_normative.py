@@ -67,6 +67,14 @@ def test_coarse_scale_averages_the_brain_alone():
     torch.testing.assert_close(coarse, torch.where(brain[0], 3.0, 0.0))
 
 
+def test_the_coarse_gaussian_is_20_pixels_wide_at_512():
+    brain, point = torch.ones(1, 512, 512, dtype=torch.bool), torch.zeros(1, 512, 512)
+    point[0, 256, 256] = normative.CLIP_HU
+    for coarse in (normative.scales(point, point, brain)[0, 1], normative.band_scales(point, brain)[0, 1]):
+        for away in (coarse[256, 276], coarse[236, 256]):
+            assert away / coarse[256, 256] == pytest.approx(np.exp(-0.5), rel=1e-4)
+
+
 def test_moments_of_a_scan_count_once_however_thin_its_slices():
     places = torch.tensor([20.0])
     thick, thin = np.arange(0, 41, 5.0), np.arange(0, 41, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -44,6 +45,31 @@ def test_scores_queue_for_the_machines():
     arrivals = np.array([0.0, 1, 2, 50])
     assert triage.scores_known_from(arrivals, 10, machines=1).tolist() == [10, 20, 30, 60]
     assert triage.scores_known_from(arrivals, 10, machines=2).tolist() == [10, 11, 20, 60]
+
+
+@pytest.mark.parametrize("reader_start_s", [0.0, 50.0])
+def test_a_session_by_hand(reader_start_s, monkeypatch):
+    """Five scans from 0 on, 10 s apart, 30 s each, without scores in time: every wait is 20 s longer than the last."""
+    labels, place = np.array([1, 0, 0, 1]), np.arange(5)
+    settings = triage.TriageSettings(scans=5, latency_s=1e6, reader_start_s=reader_start_s, repeats=4)
+    result = triage.simulate(np.arange(4), labels, settings, arrival_intervals=[10.0], reading_times=[30.0])
+    for group, policy in itertools.product(("emergency", "other"), triage.POLICIES):
+        wait, turnaround = (result[group][f"{policy}_{name}_s"] for name in ("wait", "turnaround"))
+        assert turnaround == {"median": wait["median"] + 30, "iqr": wait["iqr"]}
+    monkeypatch.setattr(triage, "_summary", lambda drawn, waits, *_: waits)
+    waits = triage.simulate(np.arange(4), labels, settings, arrival_intervals=[10.0], reading_times=[30.0])["other"]
+    for policy in triage.POLICIES:
+        assert waits[policy].tolist() == [(reader_start_s + 20.0 * place).tolist()] * 4
+
+
+def test_medians_and_quartiles_by_hand():
+    waits = {"first_come": np.array([[0.0, 20, 40, 60, 80]]), "by_score": np.array([[80.0, 60, 40, 20, 0]])}
+    readings = np.array([[10.0, 20, 30, 40, 50]])
+    found = triage._summary(np.arange(5)[None], waits, readings, np.ones(5, int), np.arange(5), 1)
+    assert found["first_come_wait_s"] == found["by_score_wait_s"] == {"median": 40, "iqr": 40}      # 20 to 60
+    assert found["first_come_turnaround_s"] == {"median": 70, "iqr": 60}     # of 10, 40, 70, 100, 130
+    assert found["by_score_turnaround_s"] == {"median": 70, "iqr": 20}       # of 90, 80, 70, 60, 50
+    assert found["mean_wait_change_s"] == 0 and found["scans"] == found["cases"] == 5
 
 
 def test_simulation_helps_with_good_scores_and_not_with_late_ones():
