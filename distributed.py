@@ -134,6 +134,11 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def is_launched() -> bool:
+    """Whether torchrun, or what sets the same, has started this process as one of its ranks."""
+    return "RANK" in os.environ
+
+
 def get_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -148,9 +153,17 @@ def is_main() -> bool:
 
 
 def print0(*args, **kwargs) -> None:
-    """print() on rank 0, flushed at once; silence elsewhere."""
+    """print() on rank 0, flushed at once; silence elsewhere.
+
+    Where whoever read the output has gone (`train.py ... | head`), the rest of it goes nowhere and the run goes on.
+    """
     if is_main():
-        print(*args, **{"flush": True, **kwargs})
+        try:
+            print(*args, **{"flush": True, **kwargs})
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, (kwargs.get("file") or sys.stdout).fileno())
+            os.close(nowhere)
 
 
 def seed_for_rank(seed: int, rank: int) -> int:

@@ -14,7 +14,7 @@ not for torchrun.
 A model bundle as --encoder is calibrated anew, for the scanner of other healthy scans (prepare.py --like), or with
 other settings (--set), and with other readers, if they were taught beside its networks (--reader); of the options of
 the preset only --batch and --precision have a part in it.
-Exit codes: 0 done, 2 wrong usage.
+Exit codes: 0 done, 2 wrong usage, 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP (no bundle is written).
 
 A discriminator in the bundle is that of the encoder run, as in the released checkpoint: the GAN's, trained on against
 the encoder's reconstructions. Its features measure the search's distance, so the calibration holds for this one.
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     config, args = parse(__doc__, PRESETS, arguments, argv)
 
     import distributed  # only now: --help needs none of what takes seconds to import
-    from bundling.build import build, build_anew, changed_settings
+    from bundling.build import build, build_anew, changed_settings, noise_rate
     from bundling.origins import OF_ENCODER_RUNS, is_bundle, open_encoder_run, refuse_surroundings
     from detect.settings import Settings
     from gan.database import ensure_database
@@ -148,12 +148,16 @@ def main(argv: list[str] | None = None) -> int:
             tell_of_unused(set(vars(args)), f"method={settings.method}")
         if settings.method in OF_ENCODER_RUNS:                      # the encoder's own database, where it made one
             run = open_encoder_run(args.encoder)
+            settings = noise_rate(settings, args.changes, run.meta)
             data = ensure_database(data, args.encoder, run.meta["model"]["size"])
         folder = build(config, settings, data, args.encoder, args.out, device, args.name, notes, args.overwrite,
                        args.fold, args.held_out, args.reader, args.surroundings)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the bundle is not written", file=sys.stderr)
+        return 130
     print(report_size(folder, config.components))
     return 0
 

@@ -19,8 +19,9 @@ SCANS is a folder that is searched for DICOM series, NIfTI files and folders of 
 A scan is named after its place under SCANS; with --ids uid by a hash of its series UID or, without one, of its files,
 wherever they lie. A rerun skips finished scans; runs into one folder share the work, and the last to finish writes the
 tables.
-Exit codes: 0 done, 2 wrong usage, 3 some scans failed (rows with a reason) or, of merge, are absent (named),
-130 stopped by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP: temporary files are removed, and the same command goes on.
+Exit codes: 0 done, 2 wrong usage, 3 some scans failed (rows with a reason) or are absent (named: of merge, or their
+files changed meanwhile), 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP: temporary files are removed, and the
+same command goes on.
 Not a medical device: for research only.
 """
 
@@ -239,17 +240,20 @@ def main(argv: list[str] | None = None) -> int:
             run.share_out(args.jobs, functools.partial(make_run, args, sources))
         else:
             run.project(range(rank, len(sources), ranks), tables=ranks == 1)
-        results, missing = run.collect()
+        results, missing, changed = run.finish(tables=ranks == 1)
+        if changed:
+            print(f"not in the tables: {len(changed)} scans whose files changed while they were projected, also the "
+                  f"second time: {', '.join(changed)}; run this again when they are written", file=sys.stderr)
         if missing:                       # no waiting: the run that finishes last finds nothing missing
             print(f"{len(missing)} scans are not finished by other runs, such as {missing[0]}; the last run writes the "
                   f"tables. Should it be gone: run this again, or projector.py merge {args.out}", flush=True)
-            return 0
+            return 3 if changed else 0
         if args.part:
             print(f"part {number} of {count}: {len(results)} scans are done; when all parts are: "
                   f"projector.py merge {args.out}", flush=True)
         else:
             write_all(args.out, results, report, time.perf_counter() - started)
-            if others := further_results(args.out, results):
+            if others := further_results(args.out, results, changed):
                 print(f"not in the tables: {others}")
             remove_leftovers(args.out)
     except (OSError, ValueError) as error:
@@ -260,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         return stop.code if isinstance(stop, Terminated) else 130
     finally:
         torch.set_num_threads(threads)                       # whoever calls main() from Python keeps theirs
-    return exit_code(results)
+    return 3 if changed else exit_code(results)
 
 
 if __name__ == "__main__":

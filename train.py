@@ -5,8 +5,8 @@
 
 Writes to --out: config.json, stats.jsonl, sample grids, TensorBoard curves, snapshots. Run the same command again
 to go on from the last snapshot: weights, optimisers, EMA, augmentation, sampler position and random numbers.
-SIGINT, SIGTERM and SIGUSR1 end it with a snapshot after the step in progress. Exit codes: 0 done, 2 wrong usage,
-4 diverged again after going back to the last snapshot (which is kept), 130 or 143 stopped by a signal.
+SIGINT, SIGTERM, SIGHUP and SIGUSR1 end it with a snapshot after the step in progress. Exit codes: 0 done, 2 wrong
+usage, 4 diverged again after going back to the last snapshot (which is kept), 129, 130 or 143 stopped by a signal.
 """
 
 from __future__ import annotations

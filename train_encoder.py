@@ -10,9 +10,9 @@ discriminator: that one starts from --gan's, or anew. Without --gan the slices m
 the first networks have learnt from.
 First epochs: perceptual loss only. Then perceptual + adversarial + in-domain, with the discriminator trained on real
 against reconstructed slices. After every epoch PSNR and HU error in the brain of held-out scans. The same command
-goes on from the last snapshot. SIGINT, SIGTERM and SIGUSR1 end it with a snapshot after the step in progress. Exit
-codes: 0 done, 2 wrong usage, 4 diverged again after going back to the last snapshot (which is kept), 130 or 143
-stopped by a signal.
+goes on from the last snapshot. SIGINT, SIGTERM, SIGHUP and SIGUSR1 end it with a snapshot after the step in progress.
+Exit codes: 0 done, 2 wrong usage, 4 diverged again after going back to the last snapshot (which is kept), 129, 130 or
+143 stopped by a signal.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ reader finds more in scans of a scanner that it knows: where only held-out scans
 three readers, and each calibrates by those that it has not seen; all scans of --data may be held out then. After every
 epoch how well the shapes in held-out scans are found, and a
 picture (read-NNN.png: slice, what was changed, what the reader says to both sides). latent_stats.py --reader puts it
-into a model. The same command goes on from the last snapshot. SIGINT, SIGTERM and SIGUSR1 end it with a snapshot after
-the step in progress. Exit codes: 0 done, 2 wrong usage, 4 diverged again after going back to the last snapshot (which
-is kept), 130 or 143 stopped by a signal.
+into a model. The same command goes on from the last snapshot. SIGINT, SIGTERM, SIGHUP and SIGUSR1 end it with a
+snapshot after the step in progress. Exit codes: 0 done, 2 wrong usage, 4 diverged again after going back to the last
+snapshot (which is kept), 129, 130 or 143 stopped by a signal.
 """
 
 from __future__ import annotations

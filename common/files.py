@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")          # spreadsheets run text that begins so; an apostrophe stops it
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
@@ -45,8 +45,10 @@ def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
     """A path beside `path` to write to; the file becomes `path` when the block ends well, and is removed otherwise.
 
     Nobody sees half a file, and a power cut leaves the old or the new one. Several processes may write at once: each
-    has a path of its own, and the last to finish wins. needed: as in full_disk_named.
+    has a path of its own, and the last to finish wins. Of a symbolic link the file it leads to is replaced. needed: as
+    in full_disk_named.
     """
+    path = followed(path)
     _tidy(path.parent.absolute(), int(time.time() / ABANDONED_S))
     writing = path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing")
     try:
@@ -57,6 +59,11 @@ def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
         flush(path.parent)
     finally:
         writing.unlink(missing_ok=True)
+
+
+def followed(path: Path) -> Path:
+    """Where a symbolic link leads; any other path as it is."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -103,6 +110,43 @@ def remove_abandoned(folder: Path, pattern: str, age_s: float = ABANDONED_S) -> 
         with contextlib.suppress(FileNotFoundError):                  # moved to its place, or removed by another
             if path.is_file() and time.time() - path.stat().st_mtime > age_s and not _is_locked(path):
                 path.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold a lock on a file, made where there is none, for the length of the block; a killed process's is let go of.
+
+    Raises BlockingIOError where another still holds it after `wait_s` seconds; OSError where it cannot be made. A
+    file system without locks is passed over. Forked processes do not inherit it: those of a loader outlive a killed
+    run by seconds.
+    """
+    with open(path, "a", encoding="utf-8") as file:
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(min(1.0, wait_s))
+                continue
+            except OSError:                            # a file system without locks
+                pass
+            break
+        _locks.add(file)
+        try:
+            yield
+        finally:
+            _locks.discard(file)
+
+
+def _forget_locks() -> None:
+    while _locks:
+        _locks.pop().close()
+
+
+_locks: set[IO] = set()
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _is_locked(path: Path) -> bool:

@@ -33,6 +33,7 @@ from detect.result import (
     refuse_foreign_folder,
     refuse_other_result,
     source_folders,
+    told_apart,
     two_results_error,
 )
 
@@ -61,16 +62,16 @@ def collect(out: Path, sources: list[ScanSource], key: dict, writers: Iterable[s
 
 
 def collect_all(out: Path) -> list[Result]:
-    """Every result below a folder of results.
+    """Every result below a folder of results, also of files that have changed since.
 
     Raises ValueError where they were made with different settings, or a scan has two.
     """
     results = [result for folder in _folders(out) if (result := _result(folder))]
     for result in results[1:]:
         if result.key != results[0].key:
-            raise ValueError(f"{out}: {result.folder.name} was made with another model or calibration, other settings "
-                             f"or another version of this program than {results[0].folder.name}; project it again "
-                             "(--overwrite)")
+            raise ValueError(f"{out}: {result.folder.name} was made with "
+                             f"{told_apart(result.key, results[0].key)} than {results[0].folder.name}; project it "
+                             "again (--overwrite)")
     by_id: dict[str, Result] = {}
     for result in results:
         first = by_id.setdefault(result.scan["scan_id"], result)
@@ -85,7 +86,7 @@ def _result(folder: Path) -> Result | None:
 
 
 def _of(folder: Path, found: dict) -> Result:
-    return Result(folder, found["scan"], found["seconds"], found["key"])
+    return Result(folder, found["scan"], found["seconds"], found["key"], found.get("changed", False))
 
 
 def write_tables(out: Path, results: list[Result]) -> None:
@@ -141,9 +142,9 @@ def unexpected_results(out: Path, results: list[Result]) -> str | None:
             "them out")
 
 
-def further_results(out: Path, results: list[Result]) -> str | None:
-    """A sentence on the results that lie there of scans other than these; None without any."""
-    known = {result.folder for result in results}
+def further_results(out: Path, results: list[Result], changed: Iterable[str] = ()) -> str | None:
+    """A sentence on the results that lie there of scans other than these and the changed ones; None without any."""
+    known = {result.folder for result in results}.union(find_result_folder(out, scan_id) for scan_id in changed)
     others = sorted(folder.name for folder in _folders(out)
                     if folder not in known and (folder / "result.json").is_file())
     if not others:

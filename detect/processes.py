@@ -7,18 +7,15 @@ takes the next scan when it has room for one; results meet in the folder of resu
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator
 
-from common.stopping import orderly_end
+from common.stopping import end_with_parent, orderly_end
 from ct.limits import free_memory, usable_cores
 
 BYTES = 3e9                      # of memory that a process may take, scans of usual size
 SCANS = 4                        # that each must have at least, for its start to pay
-DIE_WITH_PARENT = 1              # Linux: PR_SET_PDEATHSIG
 
 
 def suitable(scans: int) -> int:
@@ -72,7 +69,6 @@ def shared(processes: int, count: int, work: Callable[..., None], *args) -> Iter
 
 
 def _run(parent: int, work: Callable[..., None], *args) -> None:
-    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
+    end_with_parent(parent)
     with orderly_end(), contextlib.suppress(KeyboardInterrupt):       # Ctrl-C reaches all; the first process tells
-        if os.getppid() == parent:                                    # it may have died before that call
-            work(*args)
+        work(*args)

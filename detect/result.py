@@ -17,12 +17,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import known_sha256, read_object
+from common.files import known_sha256, read_object, replace_text
+from common.wording import differing, some
+from ct import dicom
 from ct.read import RESERVED, ScanSource
 from detect.outputs import WRITTEN
 
@@ -37,6 +40,7 @@ class Result:
     scan: dict                   # its row of scores.csv
     seconds: dict[str, float]    # by stage
     key: dict
+    changed: bool = False        # mark_changed
 
     @property
     def ok(self) -> bool:
@@ -128,16 +132,34 @@ def fingerprint(source: ScanSource) -> str | None:
 def made_with(key: dict, source: ScanSource, writers: Iterable[str]) -> dict:
     """The entries of result.json that results must have to be of this key, the files as they are now, and the outputs.
     """
-    return {"key": key, "files": fingerprint(source), "outputs": sorted(writers)}
+    return {"key": key, "files": fingerprint(source), "outputs": _written_of(source, writers)}
+
+
+def _written_of(source: ScanSource, writers: Iterable[str]) -> list[str]:
+    """The outputs that a scan can have: those that are DICOM objects are written of DICOM alone."""
+    return sorted(name for name in writers if source.kind == dicom.KIND or not name.startswith("dicom"))
 
 
 def is_made_with(made: dict, source: ScanSource, earlier: dict | None) -> bool:
     """Whether a result, failed or not, has the entries of made_with(). Files that are gone are not compared."""
-    if not earlier or is_other_scan(source, earlier):
+    if not is_made_alike(made, source, earlier) or earlier.get("changed"):
         return False
     if made["files"] is None:
-        return all(earlier.get(name) == made[name] for name in ("key", "outputs"))
-    return made.items() <= earlier.items() and _content_unchanged(source, earlier)
+        return True
+    return earlier["files"] == made["files"] and _content_unchanged(source, earlier)
+
+
+def is_made_alike(made: dict, source: ScanSource, earlier: dict | None) -> bool:
+    """Whether a result has these entries but for `files`: of this scan, as its files are now or as they were."""
+    if not earlier or is_other_scan(source, earlier):
+        return False
+    return earlier["key"] == made["key"] and _written_of(source, earlier.get("outputs", ())) == made["outputs"]
+
+
+def mark_changed(folder: Path) -> None:
+    """Note in a scan's result.json that its files have changed since they were read: no table is to have it."""
+    found = read_result(folder)
+    replace_text(folder / "result.json", json.dumps(found | {"changed": True}))
 
 
 def file_hashes(source: ScanSource) -> dict[str, str | None]:
@@ -257,5 +279,12 @@ def refuse_other_result(out: Path, source: ScanSource, earlier: dict | None, key
         raise ValueError(f"--out {out}: {source.scan_id} is another scan than the one whose results lie there; choose "
                          "another --out, or --ids uid, which no two scans share, or --overwrite")
     if earlier and earlier["scan"]["status"] != "failed" and earlier["key"] != key:
-        raise ValueError(f"--out {out}: holds results of {source.scan_id} made with another model or calibration, "
-                         "other settings or another version of this program; choose another folder, or --overwrite")
+        raise ValueError(f"--out {out}: holds results of {source.scan_id} made with {told_apart(earlier['key'], key)}; "
+                         "choose another folder, or --overwrite")
+
+
+def told_apart(before: dict, now: dict) -> str:
+    """In words, where two keys of results (Projector.key) differ."""
+    where = [line for name in {**before, **now} for line in differing(before.get(name), now.get(name), name)]
+    return ("another model or calibration, other settings or another version of this program "
+            f"({some(where, 3, '; ')})")

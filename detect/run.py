@@ -15,8 +15,10 @@ import torch
 
 from common.files import read_object, replace_text
 from common.stopping import Terminated
+from common.wording import some
 from ct.read import ScanSource
 from detect.bundle import versions
+from detect.claims import Claims
 from detect.folder import (
     collect,
     collect_all,
@@ -29,12 +31,12 @@ from detect.folder import (
     unexpected_results,
     write_tables,
 )
-from detect.jobs import project_all
+from detect.jobs import WORK, project_all
 from detect.outputs import Writer
 from detect.processes import shared
 from detect.projection import Projector
 from detect.report import write_report
-from detect.result import Result
+from detect.result import Result, find_result_folder, is_made_alike, made_with, mark_changed, read_result
 
 TABLES_EVERY_S = 60.0                     # a run of its own keeps its tables so fresh
 
@@ -68,6 +70,35 @@ class Run:
     def collect(self) -> tuple[list[Result], list[str]]:
         """Results of these scans, failed ones, too, and the ids of those that have none."""
         return collect(self.out, self.sources, self.projector.key(), self.writers)
+
+    def finish(self, tables: bool = False) -> tuple[list[Result], list[str], list[str]]:
+        """collect(), and the ids of the scans whose files changed while they were projected, as they did once more.
+
+        A scan whose files have changed since they were read is projected again, once; where they have changed by then,
+        too, its result is marked so. What other runs have is theirs.
+        """
+        results, missing = self.collect()
+        if again := [number for number, source in enumerate(self.sources)
+                     if source.scan_id in set(missing) and self._has_changed(source)]:
+            print(f"{len(again)} scans have changed since they were read: "
+                  f"{some([self.sources[number].scan_id for number in again])}; once more", flush=True)
+            self.project(again, tables)
+            results, missing = self.collect()
+        left = set(missing)
+        changed = [self.sources[number].scan_id for number in again
+                   if self.sources[number].scan_id in left and self._has_changed(self.sources[number], mark=True)]
+        return results, [scan_id for scan_id in missing if scan_id not in changed], changed
+
+    def _has_changed(self, source: ScanSource, mark: bool = False) -> bool:
+        """Whether a scan without a result of its files as they are has one of them as they were, and no run has it."""
+        made = made_with(self.projector.key(), source, self.writers)
+        with Claims(self.out / WORK).hold(source.scan_id) as free:
+            place = find_result_folder(self.out, source.scan_id)
+            if not free or not is_made_alike(made, source, read_result(place)):
+                return False
+            if mark:
+                mark_changed(place)
+            return True
 
     def project(self, numbers: Iterable[int], tables: bool = False) -> None:
         """Project those of the scans; with tables, write these now and then, and where it is interrupted."""
@@ -161,16 +192,20 @@ def write_all(out: Path, results: list[Result], report: dict, seconds: float) ->
 
 
 def merge(out: Path) -> tuple[list[Result], list[str], str | None]:
-    """Write tables, run.json and page of all results in a folder.
+    """Write tables, run.json and page of all results in a folder, but of those whose files have changed since.
 
-    Returns these results, and missing_results() and unexpected_results() of them. Raises ValueError where they are not
-    of one run, or run.json is not theirs.
+    Returns these results, sentences on what is missing, and unexpected_results() of them. Raises ValueError where they
+    are not of one run, or run.json is not theirs.
     """
     refuse_other_tables(out)
     if not (out / "run.json").is_file():
         raise ValueError(f"{out}: no run.json; give a folder of results of projector.py")
     results = collect_all(out)
     missed, others = missing_results(out, results), unexpected_results(out, results)
+    if changed := [result.scan["scan_id"] for result in results if result.changed]:
+        missed.append(f"{len(changed)} scans have changed while they were projected: {some(changed)}; start their runs "
+                      "again")
+        results = [result for result in results if not result.changed]
     report = _read_report(out / "run.json")
     if results and report.get("key") != results[0].key:
         raise ValueError(f"{out / 'run.json'}: is of a run with another model or calibration, other settings or "

@@ -19,8 +19,10 @@ import torch
 from tqdm import tqdm
 
 import distributed
+from common.files import followed
 from common.files import read_table as read_rows
 from common.groups import connected
+from common.stopping import Terminated, end_with_parent, orderly_end
 from common.wording import some
 from ct import dicom, frame, loose, slices
 from ct.frame import PreprocessSettings, clipped_below, preprocess_scan
@@ -28,11 +30,12 @@ from ct.read import ScanSource, as_given, find_scans, read_scan, refuse_shared_i
 from ct.scan import Scan, ScanError, printable
 from ct.slab import Slabs
 from ct.standardise import StandardiseSettings
-from dataset import SPLITS, DatasetError, ScanRecord, SliceWriter
+from dataset import SPLITS, DatasetError, ScanRecord, SliceWriter, check_seal, read_manifest
 from gan.snapshots import snapshot_steps
 
 PathLike = str | os.PathLike
 HU_RANGE = (-20.0, 180.0)     # what the three windows show
+UNKNOWN_SLICE_SPACING_MM = 5.0
 LOOSE_A_LINE = 100            # loose slices: a line in the log for so many
 TABLE_OF_PATIENTS = "; if their DICOM headers name one patient for several, say who is who with --patients"
 
@@ -224,6 +227,20 @@ def _attempt(work: Callable, job) -> tuple[object, str | None]:
         return None, printable(f"{type(error).__name__}: {error}")
 
 
+def _begin_worker(parent: int) -> None:
+    torch.set_num_threads(1)
+    end_with_parent(parent)              # idle workers of a pool hold its queues open for each other: they never end
+
+
+def _attempt_apart(work: Callable, job) -> tuple[object, str | None]:
+    """_attempt in a worker, whose process ends where it is asked to, and leaves nothing that it has unpacked."""
+    try:
+        with orderly_end():
+            return _attempt(work, job)
+    except Terminated as stop:
+        os._exit(stop.code)              # the pool would report it as the scan's error, and go on
+
+
 def _told_saturation(source: ScanSource) -> tuple[float, float] | None:
     """What a source clips its HU to (Scan.saturation_hu); None where only the decoded pixels tell."""
     if "error" in source.options or source.archive is not None:
@@ -244,18 +261,14 @@ def _parallel(work: Callable, jobs: list, workers: int) -> Iterator[tuple[object
         return
     spawn = get_context("spawn")           # not fork: PyTorch's threads do not survive it
     try:
-        with ProcessPoolExecutor(min(workers, len(jobs)), spawn, torch.set_num_threads, (1,)) as pool:
-            yield from pool.map(_attempt, itertools.repeat(work), jobs)
+        with ProcessPoolExecutor(min(workers, len(jobs)), spawn, _begin_worker, (os.getpid(),)) as pool:
+            yield from pool.map(_attempt_apart, itertools.repeat(work), jobs)
     except BrokenProcessPool as error:
         raise DatasetError("a worker process was killed, out of memory most likely: use fewer --workers") from error
 
 
 # ----------------------------------------------------------------------------------------------------
 # Folders of scans to a database
-
-def _say(line: str) -> None:
-    print(line, flush=True)             # in a pipe, too, where lines would else wait for hours
-
 
 def common_hu_range(sources: list[ScanSource], workers: int) -> tuple[float, float]:
     """The part of HU_RANGE that no scan's source has clipped: one HU range for all scans of a database."""
@@ -302,8 +315,8 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
                hu_clip: Sequence[float] | None = None, val_fraction: float = 0.15, seed: int = 0,
                split_csv: PathLike | None = None, patients_csv: PathLike | None = None,
                slices_csv: PathLike | None = None, leave_out_csv: PathLike | None = None,
-               unknown_slice_spacing_mm: float = 5.0, ids: str = "path", workers: int = 1,
-               overwrite: bool = False, log: Callable[[str], None] = _say) -> dict:
+               unknown_slice_spacing_mm: float = UNKNOWN_SLICE_SPACING_MM, ids: str = "path", workers: int = 1,
+               overwrite: bool = False, log: Callable[[str], None] = distributed.print0) -> dict:
     """Prepares every scan under `folders` and writes the database `out`; returns its manifest.
 
     hu_clip None: the HU range that all scans share (common_hu_range). It replaces that of the settings.
@@ -314,11 +327,13 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
     Raises DatasetError (nothing is written) for wrong values or tables, an existing `out`, or when no scan is left,
     be it of one of the folders; ScanError where a folder holds no scans.
     """
-    writer = SliceWriter(out, {}, overwrite)              # refuses an existing file before the long work
+    writer = SliceWriter(followed(Path(out)), {}, overwrite)        # refuses an existing file before the long work
     found = find_sources(folders, unknown_slice_spacing_mm, ids)
+    sizes = _sizes(found)
     left_out = _left_out(leave_out_csv, found)
     remaining = [s for s in found if left_out.get(s.scan_id, ()) is not None]
     selection = _selection(slices_csv)
+    unknown = sorted(set(selection or ()) - {s.scan_id for s in found})      # of a list for a larger cohort, or a slip
     scans = [s for s in remaining if s.kind != loose.KIND and (selection is None or s.scan_id in selection)]
     singles = [s for s in remaining if s.kind == loose.KIND]
     sources = [*scans, *singles]
@@ -341,6 +356,8 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
         log(f"{len(singles)} loose slices, without neighbours and positions, all for training")
         splits |= {s.scan_id: "train" for s in singles}
         patients |= {s.scan_id: s.scan_id for s in singles}
+    if unknown:
+        log(f"--slices names {len(unknown)} scans that are not there: {some(unknown)}")
     if unlisted:
         log(f"{len(unlisted)} further scans are not in --slices and left out: {some(unlisted)}")
     if len(remaining) < len(found):
@@ -358,7 +375,8 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
         if len(failed) == len(jobs):
             raise DatasetError(f"no scan of {len(jobs)} could be prepared; the first: {failed[0]['reason']}")
         writer.facts = {"preprocessing_version": frame.VERSION, "split": how, "failed": failed, "unlisted": unlisted,
-                        "left_out": sorted({s.scan_id for s in found} - {s.scan_id for s in remaining})}
+                        "left_out": sorted({s.scan_id for s in found} - {s.scan_id for s in remaining}),
+                        "found": sizes}
     for side, count in writer.manifest["counts"].items():
         meant = [scan_id for scan_id in splits if splits[scan_id] == side]
         if meant and not count["slices"]:
@@ -392,9 +410,10 @@ def _write(writer: SliceWriter, jobs: list[_Job], splits: dict[str, str], patien
 def ensure_database(data: Path, out: Path, size: int, like: PreprocessSettings | None = None) -> Path:
     """`data` itself if it is a database; a folder of scans is prepared first, into out/data.lmdb.
 
-    like: how, in place of this size and prepare.py's defaults. An existing out/data.lmdb is taken as it is (a run that
-    goes on must not see other slices). Raises DatasetError for a training run's folder, and for any under torchrun: the
-    other ranks would wait longer for the first one than they may.
+    Collective. like: how, in place of this size and prepare.py's defaults. An existing out/data.lmdb is taken as it is
+    (a run that goes on must not see other slices), if it was made of these scans. Raises DatasetError where it was not,
+    for a training run's folder, and for one that is yet to be prepared under torchrun: the other ranks would wait
+    longer for the first one than they may.
     """
     if not data.is_dir():
         return data
@@ -410,4 +429,41 @@ def ensure_database(data: Path, out: Path, size: int, like: PreprocessSettings |
         out.mkdir(parents=True, exist_ok=True)
         build_lmdb([data], database, like or PreprocessSettings(StandardiseSettings(size=size)),
                    hu_clip=like and like.standardise.hu_clip)
+    elif problem := distributed.gather(_made_of_others(database, data) if distributed.is_main() else None)[0]:
+        raise DatasetError(problem)
     return database
+
+
+def _made_of_others(database: Path, folder: Path) -> str | None:
+    """What tells that a database was not made of the scans in a folder; None where nothing does."""
+    mend = f"remove it, or give it as --data {database}"
+    try:
+        check_seal(database, whole=False)
+        manifest, now = read_manifest(database), _sizes(find_sources([folder], UNKNOWN_SLICE_SPACING_MM))
+    except (DatasetError, ScanError) as error:
+        return f"{database}: cannot be held against --data {folder}: {error}; {mend}"
+    before = manifest.get("found") or _ids(manifest)
+    other = [scan_id for scan_id in {**before, **now} if scan_id not in before or scan_id not in now
+             or None not in (before[scan_id], now[scan_id]) and before[scan_id] != now[scan_id]]
+    if not other:
+        return None
+    return (f"{database}: was made of other scans than --data {folder} holds, or of other files of these "
+            f"({some(sorted(other), 3)}); {mend}")
+
+
+def _sizes(sources: Sequence[ScanSource]) -> dict[str, int | None]:
+    """scan_id -> bytes of its files; None where one is gone since the search."""
+    found: dict[str, int | None] = {}
+    for source in sources:
+        try:
+            found[source.scan_id] = sum(path.stat().st_size for path in source.files)
+        except OSError:
+            found[source.scan_id] = None
+    return found
+
+
+def _ids(manifest: dict) -> dict[str, None]:
+    """As _sizes, of a database that an older version has made: it tells which scans it was made of, not their sizes."""
+    named = [*(one["scan_id"] for one in [*manifest["scans"], *manifest.get("failed", [])]),
+             *manifest.get("unlisted", []), *manifest.get("left_out", [])]
+    return dict.fromkeys(named)

@@ -16,6 +16,7 @@ A run that is killed goes on from its last snapshot as if nothing had happened, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
@@ -23,21 +24,26 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 import distributed
-from common.files import replace_text
+from common.files import locked, replace_text
+from common.stopping import end_with_parent
 from common.weights import CheckpointError
-from common.wording import some
+from common.wording import differing, some
 from dataset import is_same
 from gan.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_steps
 
-# SIGUSR1 is what SLURM is asked to send before a time limit. Exit codes are the shell's, 128 + signal, of the first two
-STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
+# SIGUSR1 is what SLURM is asked to send before a time limit. Exit codes are the shell's, 128 + signal, of the others
+STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 129}
+LOCK = ".lock"                   # in a run's folder: held by the run that is at work there
+LAST_RANKS_S = 120.0             # a launcher starts ranks anew while those before may still write their snapshot, or a
+                                 # file server still holds the lock of a node that is lost
 
 OF_ANY_RUN = ("config", "model", "data", "held_out")          # what the meta of every run of a training command tells
 OF_RUNS = {"gan": (), "encoder": ("gan",), "reader": ("beside",)}                     # and of one of a kind
@@ -70,7 +76,13 @@ class Run:
     """
 
     def __init__(self, out: Path, meta: dict, trainer: Trainer, seed: int, rollback: bool = False):
-        """Collective. Raises CheckpointError when the folder holds a run of another kind."""
+        """Collective. Raises CheckpointError when the folder holds a run of another kind, or one that is at work."""
+        with contextlib.ExitStack() as held:                   # let go of where this raises
+            hold_folder(out, held)
+            self._start(out, meta, trainer, seed, rollback)
+            self._held = held.pop_all()
+
+    def _start(self, out: Path, meta: dict, trainer: Trainer, seed: int, rollback: bool) -> None:
         snapshot = start_run(out, meta, trainer.modules())
         state = snapshot.state if snapshot else {}
         self.out, self.meta, self.trainer = out, meta, trainer
@@ -86,13 +98,15 @@ class Run:
         self.signal, self.spent, self.start = 0, state.get("seconds", 0.0), time.perf_counter()
 
     def __enter__(self) -> Run:
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS
+                        if signal.getsignal(number) != signal.SIG_IGN}              # as SIGHUP is under nohup
         return self
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self.log.close()
+        self._held.close()
 
     def _note(self, number: int, frame) -> None:
         # Under torchrun a Ctrl-C comes twice, from the terminal and from torchrun: only alone is a second one meant.
@@ -159,7 +173,7 @@ class RunLog:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=begin + 1)
             except ImportError:
-                print("TensorBoard is not installed: curves go to stats.jsonl only", flush=True)
+                distributed.print0("TensorBoard is not installed: curves go to stats.jsonl only")
 
     def add(self, images: int = 0, **scalars: torch.Tensor | float) -> None:
         """The scalars of a step over this many images, counted over all ranks."""
@@ -204,13 +218,30 @@ class RunLog:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """Also drops a last line that was cut short. The file is replaced in one move."""
+    """Also drops a last line that was cut short, and with a warning what is no row. The file is replaced whole."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            continue
+        if (found := _step_of(line)) is None:
+            warnings.warn(f"{path}, line {number}: no row of statistics (a power cut may leave such); dropped",
+                          stacklevel=2)
+        elif found <= step:
+            kept.append(line)
     if kept != lines:
-        replace_text(path, "".join(kept))
+        replace_text(path, b"".join(kept).decode())
+
+
+def _step_of(line: bytes) -> float | None:
+    try:
+        row = json.loads(line.decode())
+    except ValueError:
+        return None
+    found = row.get("step") if isinstance(row, dict) else None
+    return found if isinstance(found, (int, float)) else None
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -228,10 +259,13 @@ def run_command(work: Callable[[torch.device, bool], None], device: str, out: Pa
     """Start up, work(device, rollback), clean up; errors become messages.
 
     A run that diverges goes back once to its last snapshot: work is called again, with rollback=True. Returns the
-    exit code: 0 done, 2 wrong usage, 4 diverged again (or before the first snapshot), 130 or 143 stopped by a signal;
-    1, its traceback printed, any other error under several ranks; alone it is raised. What the other ranks may know
-    nothing of is told of before the group is left; with NCCL the process then ends here (distributed.end_alone).
+    exit code: 0 done, 2 wrong usage, 4 diverged again (or before the first snapshot), 129, 130 or 143 stopped by a
+    signal; 1, its traceback printed, any other error under several ranks; alone it is raised. What the other ranks may
+    know nothing of is told of before the group is left; with NCCL the process then ends here (distributed.end_alone).
+    A launcher that is killed takes its ranks with it, as by SIGTERM.
     """
+    if distributed.is_launched():
+        end_with_parent()
     try:
         chosen = distributed.pick_device(device)
         distributed.init(chosen)
@@ -253,7 +287,8 @@ def run_command(work: Callable[[torch.device, bool], None], device: str, out: Pa
         distributed.print0(str(stopped), file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last snapshot", file=sys.stderr)
+        print("interrupted; the same command " + ("goes on from the last snapshot" if snapshot_steps(out) else
+                                                  "begins anew: there is no snapshot yet"), file=sys.stderr)
         distributed.end_alone(130)
         return 130
     except (OSError, ValueError) as error:
@@ -338,27 +373,32 @@ def other_settings(before: dict, now: dict) -> str:
     return ", ".join(f"{key} {now[key]} (before: {value})" for key, value in before.items() if now[key] != value)
 
 
-def differing(before: Any, now: Any, name: str) -> list[str]:
-    """Where two values differ that JSON can hold, in words; of objects each key. Long values are cut short."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [line for key in {**before, **now} for line in differing(before.get(key), now.get(key), f"{name}.{key}")]
-    values = (text if len(text) <= 60 else f"{text[:57]}..." for text in map(json.dumps, (before, now)))
-    return [] if before == now else [f"{name} " + ", now ".join(values)]
+def hold_folder(out: Path, held: contextlib.ExitStack) -> None:
+    """Collective. Make the run folder, and lock it against other runs until `held` is closed.
 
-
-def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> Snapshot | None:
-    """Collective. Open the run folder and, if it holds snapshots, load the last one's weights into modules.
-
-    Returns the snapshot (for its state), or None for a new run, whose meta go to config.json. Raises CheckpointError
-    when the folder holds a run whose meta differ in anything but the config (kind, networks, data, GAN) or lack some of
-    these, or cannot be made.
+    Raises CheckpointError, on all ranks, when it cannot be made or another run is at work there.
     """
+    problem, what = None, "made a folder"
     if distributed.is_main():
         try:
             out.mkdir(parents=True, exist_ok=True)
+            what = "written to"
+            held.enter_context(locked(out / LOCK, LAST_RANKS_S if distributed.is_launched() else 0.0))
+        except BlockingIOError:
+            problem = f"another run is at work in {out}; stop it, wait for its end, or choose another --out"
         except OSError as error:
-            raise CheckpointError(f"--out {out}: cannot be made a folder ({error.strerror}); choose another") from error
-    distributed.barrier()
+            problem = f"--out {out}: cannot be {what} ({error.strerror}); choose another"
+    if problem := distributed.gather(problem)[0]:
+        raise CheckpointError(problem)
+
+
+def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> Snapshot | None:
+    """Collective. If the run folder holds snapshots, load the last one's weights into modules.
+
+    Returns the snapshot (for its state), or None for a new run, whose meta go to config.json. Raises CheckpointError
+    when the folder holds a run whose meta differ in anything but the config (kind, networks, data, GAN) or lack some of
+    these.
+    """
     snapshot = load_snapshot(out) if snapshot_steps(out) else None
     if snapshot is not None:
         for key in [key for key in meta if key != "config"]:               # in order: the kind first

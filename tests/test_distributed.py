@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 import torch.multiprocessing as mp
 
 import distributed
+from common.files import locked
+from gan import runlog
 from gan.runlog import Stopped, run_command
 from tests.processes import codes
 
@@ -108,6 +111,33 @@ def test_a_rank_that_fails_alone_says_so_and_ends(error, code, said, capfd):
     assert codes(ranks, 60) == [1, code]
     shown = capfd.readouterr().err
     assert said in shown and shown.count("Traceback") == (2 if code == 1 else 1)           # rank 0's is of gloo
+
+
+def rank_of_a_second_run(rank: int, port: int, out: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    runlog.LAST_RANKS_S = 0.1
+    os._exit(run_command(lambda *args: runlog.hold_folder(out, ExitStack()), "cpu", out))
+
+
+def test_all_ranks_end_where_another_run_is_at_work(tmp_path, capfd):
+    port = free_port()
+    with locked(tmp_path / runlog.LOCK):
+        ranks = [mp.get_context("spawn").Process(target=rank_of_a_second_run, args=(rank, port, tmp_path))
+                 for rank in range(2)]
+        for process in ranks:
+            process.start()
+        assert codes(ranks, 60) == [2, 2]
+    assert capfd.readouterr().err.count(f"error: another run is at work in {tmp_path}") == 2
+
+
+def test_print0_goes_on_where_nobody_reads(tmp_path, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        for _ in range(2):
+            distributed.print0("step 8")
 
 
 @pytest.mark.parametrize("end, code, waits", [

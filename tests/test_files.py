@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
+import threading
 import time
 import uuid
 from pathlib import Path
 
 import pytest
 
-from common.files import ABANDONED_S, remove_abandoned, replace_text, replacing, replacing_folder
+from common.files import ABANDONED_S, locked, remove_abandoned, replace_text, replacing, replacing_folder
 
 
 def test_two_that_write_one_file_at_once_both_end_well(tmp_path):
@@ -34,6 +37,56 @@ def test_what_a_killed_process_began_is_removed_and_what_a_living_one_writes_is_
     assert sorted(os.listdir(tmp_path)) == [".draft.writing", f".living.json.{key}.writing", "run.json"]
     remove_abandoned(tmp_path, ".*.writing", 60)
     assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_a_link_stays_one_and_its_file_is_replaced(tmp_path):
+    """A file took its place, and what it led to stayed old."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to(Path("far") / "file")
+    for text in ("first", "second"):                                     # it may lead to nothing before
+        replace_text(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "far" / "file").read_text() == text
+
+
+def test_a_lock_is_one_holders_and_not_inherited(tmp_path):
+    """A loader's processes are forks, and outlive a killed run by seconds: the next was to be refused for so long."""
+    path = tmp_path / ".lock"
+    with locked(path):
+        with pytest.raises(BlockingIOError), locked(path):
+            pass
+        if (child := os.fork()) == 0:
+            time.sleep(100)
+            os._exit(0)
+    try:
+        with locked(path, wait_s=60):                                    # until the child has got to closing it
+            pass
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_lock_is_waited_for(tmp_path):
+    held = threading.Event()
+
+    def hold():
+        with locked(tmp_path / ".lock"):
+            held.set()
+            time.sleep(0.3)
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    with locked(tmp_path / ".lock", wait_s=60):
+        pass
+    other.join()
+
+
+def test_a_file_system_without_locks_is_passed_over(tmp_path, monkeypatch):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with locked(tmp_path / ".lock"), locked(tmp_path / ".lock"):
+        pass
 
 
 def test_a_folder_is_looked_through_once_an_hour(tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +22,16 @@ from torch.distributed import TCPStore
 import train
 import train_encoder
 import train_reader
+from common.files import locked
 from gan import encoding, reading, training
+from gan.runlog import LOCK, _drop_rows_after
 from gan.snapshots import load_snapshot, snapshot_steps
 from healthygan import train as healthygan_train
 from healthygan import training as healthygan_training
 from tests import processes
 from tests.helpers import assert_identical, without_clock, write_smooth_images
+
+ROOT = Path(__file__).parent.parent
 
 
 def rows(run: Path) -> list[dict]:
@@ -84,6 +90,16 @@ STEPS = {"train": (training.Trainer, "step"), "train_encoder": (encoding.Encoder
 
 
 @pytest.fixture
+def from_a_terminal():
+    """Signals as a terminal leaves them: nohup ignores SIGHUP, and a script SIGINT for what it starts with &."""
+    before = {signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+              signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
 def during_step(monkeypatch):
     """during_step(command, number, act): act() in the middle of that step (from 1) of the process."""
     def install(command: str, number: int, act: Callable[[], None]) -> None:
@@ -102,9 +118,10 @@ def during_step(monkeypatch):
 # 1 and 2: stopped by a signal, and on as if nothing had happened
 
 @pytest.mark.parametrize("command", MAIN)
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143),
+                                          (signal.SIGHUP, 129)])
 def test_a_signal_stops_with_a_snapshot_and_the_same_command_goes_on(
-        command, number, code, flags, whole_runs, during_step, tmp_path, capsys, monkeypatch):
+        command, number, code, flags, whole_runs, during_step, tmp_path, capsys, monkeypatch, from_a_terminal):
     argv = [*map(str, flags[command]), "--out", str(tmp_path)]
     with monkeypatch.context():
         during_step(command, 3, lambda: os.kill(os.getpid(), number))
@@ -131,10 +148,71 @@ def test_two_ranks_stopped_within_an_ada_interval_go_on_to_the_bit(flags, tmp_pa
     assert_same_run(stopped, whole)
 
 
-def test_a_second_ctrl_c_does_not_wait(flags, during_step, tmp_path, capsys):
+def test_a_signal_that_is_ignored_stays_so(flags, during_step, tmp_path):
+    """As SIGHUP is under nohup: the terminal may be closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        during_step("train", 2, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        assert train.main([*map(str, flags["train"]), "--out", str(tmp_path)]) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_ctrl_c_does_not_wait(flags, during_step, tmp_path, capsys, from_a_terminal):
     during_step("train", 2, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     assert train.main([*map(str, flags["train"]), "--out", str(tmp_path)]) == 130
     assert "interrupted" in capsys.readouterr().err and snapshot_steps(tmp_path) == []
+
+
+def test_a_reader_of_the_output_that_goes_away_ends_nothing(flags, tmp_path):
+    """`train.py ... | head` ended without a snapshot."""
+    read, write = os.pipe()
+    os.close(read)
+    argv = [*map(str, flags["train"]), "--kimg", "0.016", "--out", str(tmp_path / "run")]       # two rows
+    done = subprocess.run([sys.executable, "train.py", *argv], stdout=write, stderr=subprocess.PIPE, text=True,
+                          cwd=ROOT, timeout=300)
+    os.close(write)
+    assert done.returncode == 0, done.stderr
+    assert "BrokenPipe" not in done.stderr and newest(tmp_path / "run") == 16
+
+
+def test_a_killed_launcher_takes_its_ranks_with_it(flags, tmp_path):
+    """They went on, and the same command, given again, was a second training in the folder."""
+    run, log, argv = tmp_path / "run", tmp_path / "log", [*map(str, flags["train"]), "--kimg", "100"]
+    launcher = subprocess.Popen([sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])",
+                                 sys.executable, "train.py", *argv, "--out", run], cwd=ROOT, stdout=log.open("w"),
+                                env={**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+                                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes.free_port())})
+    wait_for(lambda: snapshot_steps(run))
+    (rank,) = map(int, Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split())
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not processes.runs(rank), 60)
+    step = load_snapshot(run).step
+    assert step == rows(run)[-1]["step"] or step % 16                    # written at its end: no row is beyond it
+
+
+def test_two_trainings_do_not_share_a_folder(flags, tmp_path, capsys):
+    """Both wrote their rows and snapshots."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with locked(run / LOCK):
+        assert train.main([*map(str, flags["train"]), "--out", str(run)]) == 2
+    assert f"error: another run is at work in {run}; stop it, wait for its end" in capsys.readouterr().err
+    assert os.listdir(run) == [LOCK]
+    assert train.main([*map(str, flags["train"]), "--kimg", "0.004", "--out", str(run)]) == 0
+
+
+def test_what_a_power_cut_leaves_in_the_statistics_is_dropped(tmp_path):
+    """'error: Expecting value', at every start from then on."""
+    path = tmp_path / "stats.jsonl"
+    path.write_bytes(b'{"step": 8}\n' + b"\0" * 50 + b'{"step": 16}\n[24]\n\xff\n{"step": "32"}\n{"step": 40}\n'
+                     b'{"step": 48}\n{"step": 4')
+    with pytest.warns(UserWarning) as told:
+        _drop_rows_after(path, 40)
+    assert path.read_bytes() == b'{"step": 8}\n{"step": 40}\n'
+    assert [str(one.message).partition(":")[0] for one in told] == [f"{path}, line {line}" for line in (2, 3, 4, 5)]
 
 
 def test_loader_processes_leave_a_signal_to_all_to_the_run(flags, tmp_path):

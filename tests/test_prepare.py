@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 import zipfile
 from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +23,12 @@ from ct.read import find_scans, open_scan, read_scan
 from ct.scan import ScanError
 from ct.slab import to_slabs
 from ct.standardise import StandardiseSettings, from_frame
-from dataset import DatasetError, ScanRecord, SliceDataset, verify
+from dataset import DatasetError, ScanRecord, SliceDataset, read_manifest, verify
 from detect.bundle import load_bundle
 from gan import database as database_module
 from gan.database import build_lmdb, ensure_database, listed_slabs, split_by_patient
 from tests.helpers import synthetic_head, synthetic_scan, tiny_bundle
+from tests.processes import runs
 from tests.writers import write_dicom_series, write_nifti_scan, write_slice_folder
 
 SETTINGS = PreprocessSettings(StandardiseSettings(size=32))
@@ -327,13 +331,15 @@ def test_a_side_whose_scans_have_all_failed_is_a_warning(folder, tmp_path, capsy
 def test_given_split_patients_and_slices_are_followed(folder, tmp_path):
     split = write_csv(tmp_path / "split.csv", "scan_id,split", "one,val", "two,train", "three,train")
     patients = write_csv(tmp_path / "patients.csv", "scan_id,patient", "one,p", "two,q", "three,q")
-    slices = write_csv(tmp_path / "slices.csv", "scan_id,slice,far", *(f"one,{i},1" for i in (6, 7)), "two,8,1")
+    slices = write_csv(tmp_path / "slices.csv", "scan_id,slice,far", *(f"one,{i},1" for i in (6, 7)), "two,8,1",
+                       "three.nii.gz,4,1")
     lines = []
     manifest = build_lmdb([folder], tmp_path / "x.lmdb", SETTINGS, split_csv=split, patients_csv=patients,
                           slices_csv=slices, hu_clip=(0, 80), log=lines.append)
     assert [(s["scan_id"], s["split"], s["patient"], s["slices"]) for s in manifest["scans"]] == [
         ("one", "val", "p", [6, 7]), ("two", "train", "q", [8])]
     assert manifest["unlisted"] == ["three"] and any("three" in line for line in lines)
+    assert "--slices names 1 scans that are not there: three.nii.gz" in lines
     assert manifest["settings"]["standardise"]["hu_clip"] == (0.0, 80.0)
 
 
@@ -476,7 +482,80 @@ def test_a_folder_to_train_on_is_prepared_once(folder, database, tmp_path):
     made = ensure_database(folder, tmp_path / "run", 32)
     before = made.stat().st_mtime_ns
     assert made == tmp_path / "run" / "data.lmdb" and len(SliceDataset(made, "all").scan_ids) == 3
-    assert ensure_database(folder, tmp_path / "run", 32).stat().st_mtime_ns == before
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    for place in (folder, moved):
+        assert ensure_database(place, tmp_path / "run", 32).stat().st_mtime_ns == before
+
+
+def test_a_database_of_other_scans_is_not_taken_for_the_folders(folder, tmp_path, monkeypatch):
+    """--data was ignored where there was one: a run went on with another hospital's scans, and nobody was told."""
+    made = ensure_database(folder, tmp_path / "run", 32)
+    fewer = Path(shutil.copytree(folder, tmp_path / "fewer"))
+    shutil.rmtree(fewer / "two")
+    renamed = Path(shutil.copytree(folder, tmp_path / "renamed"))        # the names of ours, and pictures of others
+    (renamed / "two").rename(renamed / "three of them")
+    shutil.rmtree(renamed / "three")
+    (renamed / "three of them").rename(renamed / "three")
+    shutil.copytree(folder / "one", renamed / "two")
+    (tmp_path / "empty").mkdir()
+    for data, said in ((fewer, r"other scans than --data .*/fewer holds, or of other files of these \(two\)"),
+                       (renamed, r"of other files of these \(three, two\)"), (tmp_path / "empty", "no scans found")):
+        with pytest.raises(DatasetError, match=rf"{made}: .*{said}.*; remove it, or give it as --data {made}"):
+            ensure_database(data, tmp_path / "run", 32)
+
+    def as_older_versions(path):                                         # they kept no sizes
+        return {key: value for key, value in read_manifest(path).items() if key != "found"}
+
+    monkeypatch.setattr(database_module, "read_manifest", as_older_versions)
+    assert ensure_database(folder, tmp_path / "run", 32) == ensure_database(renamed, tmp_path / "run", 32) == made
+    with pytest.raises(DatasetError, match=r"of these \(two\)"):
+        ensure_database(fewer, tmp_path / "run", 32)
+
+
+def prepare_on(folder: Path) -> None:
+    list(database_module._parallel(attend, [folder / "idle", folder / "busy"], 2))
+
+
+def attend(file: Path) -> None:
+    """Busy: for two minutes, with a file that is removed in the end, as what a zip was unpacked to is."""
+    if file.name == "idle":
+        return
+    file.touch()
+    try:
+        time.sleep(120)
+    finally:
+        file.unlink()
+
+
+def test_the_workers_of_a_killed_process_end(tmp_path):
+    """They stayed for good, with 0.6 GB each: each kept the pool's queue open for the other."""
+    first = get_context("spawn").Process(target=prepare_on, args=(tmp_path,))
+    first.start()
+
+    def children() -> set[int]:
+        return {int(pid) for file in Path(f"/proc/{first.pid}/task").glob("*/children")
+                for pid in file.read_text().split()}
+
+    def wait_for(condition, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    wait_for((tmp_path / "busy").exists, 120)
+    pids = children()
+    assert len(pids) >= 2
+    first.kill()
+    first.join()
+    wait_for(lambda: not any(runs(pid) for pid in pids), 30)             # one may still be importing
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_link_to_a_database_stays_one(folder, tmp_path):
+    """A file took its place, and what it led to stayed old."""
+    (tmp_path / "old.lmdb").write_bytes(b"old")
+    (tmp_path / "link.lmdb").symlink_to("old.lmdb")
+    build_lmdb([folder], tmp_path / "link.lmdb", SETTINGS, overwrite=True)
+    assert (tmp_path / "link.lmdb").is_symlink() and len(SliceDataset(tmp_path / "old.lmdb", "all").scan_ids) == 3
 
 
 def test_a_run_to_train_on_is_no_folder_of_pictures(gan_run, tmp_path):

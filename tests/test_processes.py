@@ -17,6 +17,7 @@ import projector
 from ct import limits
 from detect import processes
 from tests.helpers import tiny_bundle
+from tests.processes import runs
 from tests.queue_data import flags, make_scans, run_whole, tables
 
 
@@ -136,13 +137,6 @@ def test_those_whose_first_is_killed_clean_up(tmp_path):
     first.kill()
     first.join()
     wait_for(lambda: [path.name for path in kept(tmp_path)] == [f"kept-{first.pid}"])    # that of SIGKILL's own
-
-
-def runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("cores, free, scans, expected", [

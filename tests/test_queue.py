@@ -31,8 +31,9 @@ from detect.report.tables import read_results
 from detect.report.words import unshown
 from detect.result import read_result
 from tests import processes
-from tests.helpers import project_one, tiny_bundle
+from tests.helpers import project_one, synthetic_head, tiny_bundle
 from tests.queue_data import BROKEN, flags, link_two, make_scans, run_whole, tables
+from tests.writers import write_dicom_series
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_a_page_shows_the_first_scans_and_counts_the_others(whole):
     assert len(entries) == 2 and all(entry.ok and entry.slices and entry.overlays for entry in entries)
     assert others == {"total": 2, "flagged": 0, "failed": 1}
     (sentence,) = unshown(entries, others)
-    assert sentence.startswith("This page shows the 2 scans with the highest scores of 4; of the others none are ")
+    assert sentence.startswith("This page shows the first 2 of 4 rows of scores.csv; of all 4 scans none are ")
     assert unshown(entries, Counter()) == []
 
 
@@ -112,6 +113,11 @@ def test_a_scan_that_another_run_has_is_left_to_it(scans, model, whole, tmp_path
 def test_a_result_that_is_out_of_date_is_none_while_another_run_redoes_it(two, model, tmp_path, capsys, what):
     """The tables kept its row, as if it were of the scan as it is now, or had what was asked for."""
     out, more = tmp_path / "out", ["--no-dicom-out"] if what == "other outputs" else []
+    if what == "other outputs":                                          # of DICOM, as other scans have no such
+        shutil.rmtree(two)
+        for seed, name in enumerate(("scan-000", "scan-001")):
+            hu, _ = synthetic_head(slices=6, size=48, spacing_mm=(20.0, 4.8, 4.8), seed=seed)
+            write_dicom_series(two / name, hu, (20.0, 4.8, 4.8), series=name, study=name)
     assert projector.main(flags(two, model, out)) == 0
     before, seconds = tables(out), (out / "seconds.csv").read_bytes()
     if what == "other files":                                            # a new file: the old one is a link to others'
@@ -123,6 +129,54 @@ def test_a_result_that_is_out_of_date_is_none_while_another_run_redoes_it(two, m
         assert (out / "seconds.csv").read_bytes() == seconds             # nothing was written
     assert projector.main(flags(two, model, out, *more)) == 0
     assert (tables(out) != before) == (what == "other files") and (out / "seconds.csv").read_bytes() != seconds
+
+
+def test_outputs_that_a_scan_cannot_have_do_not_count(two, model, tmp_path, capsys):
+    """NIfTI was projected again when DICOM objects were asked for or not, of which it has none."""
+    out = tmp_path / "out"
+    assert projector.main(flags(two, model, out)) == 0
+    for more in (["--no-dicom-out"], [], ["--no-phi"]):
+        capsys.readouterr()
+        assert projector.main(flags(two, model, out, *more)) == 0
+        assert capsys.readouterr().out.count("finished before, skipped") == 2
+    path = out / "scan-000" / "result.json"                              # as this version wrote it before
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"outputs": [*found["outputs"], "dicom"]}))
+    assert projector.main(flags(two, model, out)) == 0
+    assert capsys.readouterr().out.count("finished before, skipped") == 2
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_file_that_changes_during_the_run_costs_its_scan_alone(two, model, tmp_path, capsys, monkeypatch, times):
+    """It cost the tables of all, with exit code 0, as if another run had the scan; merge took the old result."""
+    shutil.copy(two / "scan-000.nii", tmp_path / "own.nii")              # the link's file is others', too
+    (tmp_path / "own.nii").replace(two / "scan-000.nii")
+    out, write, left = tmp_path / "out", jobs.Job.write, iter(range(times))
+
+    def write_and_grow(job):
+        said = write(job)
+        if job.source.scan_id == "scan-000" and next(left, None) is not None:
+            with open(two / "scan-000.nii", "ab") as file:
+                file.write(b"\0")
+        return said
+
+    monkeypatch.setattr(jobs.Job, "write", write_and_grow)
+    code = projector.main(flags(two, model, out, "--jobs", "1"))
+    said = capsys.readouterr()
+    assert code == (0 if times == 1 else 3) and said.out.count("scan-000: score") == 2
+    assert "1 scans have changed since they were read: scan-000; once more" in said.out
+    assert "other runs" not in said.out and ("1 scans whose files changed" in said.err) == (times == 2)
+    ids = ["scan-000", "scan-001"][times - 1:]
+    assert scan_ids(out) == ids and "further scans" not in said.out
+    assert projector.main(["merge", str(out)]) == code and scan_ids(out) == ids
+    assert ("1 scans have changed while they were projected: scan-000" in capsys.readouterr().err) == (times == 2)
+    assert projector.main(flags(two, model, out)) == 0 and scan_ids(out) == ["scan-000", "scan-001"]
+    assert projector.main(["merge", str(out)]) == 0                      # the mark has gone with that result
+
+
+def scan_ids(out: Path) -> list[str]:
+    with open(out / "scores.csv", newline="", encoding="utf-8") as file:
+        return sorted(row["scan_id"] for row in csv.DictReader(file))
 
 
 def fail(place: Path) -> None:

@@ -28,7 +28,6 @@ from gan import quality
 from gan.augment import coarse_noise, erase, random_rotation
 from gan.encoding import EncoderTrainer
 from gan.inpainting import InpaintingTrainer
-from gan.runlog import differing
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
 from tests.helpers import GradientRecorder, synthetic_scan, write_heads
@@ -237,13 +236,6 @@ def test_r1_weighs_half_gamma_times_its_interval(recorded):
 def test_the_first_epochs_know_the_distance_alone(gan_run):
     trainer = EncoderTrainer(EncoderConfig(precision="fp32"), load_snapshot(gan_run), RANGE, torch.device("cpu"))
     assert set(trainer.step(torch.zeros(2, 3, 32, 32), 0, full=False)) == {"perceptual"}
-
-
-def test_where_a_run_differs_is_told_in_short():
-    before, now = {"model": {"size": 32, "fold": 1}, "held_out": ["a", "b"]}, {"model": {"size": 64, "fold": 1}}
-    assert differing(before, now, "meta") == ["meta.model.size 32, now 64", 'meta.held_out ["a", "b"], now null']
-    assert differing(before, before, "meta") == []
-    assert differing("x" * 80, "y", "data") == [f'data "{"x" * 56}..., now "y"']
 
 
 # ---- Augmentation

@@ -3,6 +3,9 @@ from mutants.mutant import Mutant
 MUTANTS = (
     Mutant("a file as --out is found only after the calibration", "bundling/build.py",
            "if not (there.is_dir() and", "if not (True and", "tests/test_calibrated_anew.py -k cannot_calibrate"),
+    Mutant("the published rate on noise maps that hold their strength", "bundling/build.py",
+           'if settings.method != "search" or not has_open_noise(run)', 'if settings.method != "search" or True',
+           "tests/test_coding.py -k resumes_to_the_bit"),
     Mutant("an lpips model's files are lost between its bundle and the calibration", "bundling/build.py",
            "saved.with_settings(settings).reconstructor", "saved.reconstructor",
            "tests/test_calibrated_methods.py -k by_lpips"),
