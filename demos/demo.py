@@ -38,7 +38,7 @@ def summary(scores: Path, labels: Path) -> str:
     with open(scores, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             flagged = {"1": "yes", "0": "no"}.get(row["flagged"], "-")
-            percentile = f"{float(row['percentile']):.0f}" if row["percentile"] else "-"
+            percentile = f"{int(10 * float(row['percentile'])) / 10:.1f}" if row["percentile"] else "-"
             lines.append(f"{row['scan_id']:16} {row['score']:>9} {percentile:>11} {flagged:>8}   "
                          f"{truth[row['scan_id']]}")
     return "\n".join(lines)

@@ -52,7 +52,7 @@ def write_overlays(folder: Path, projection: Projection) -> list[str]:
 
     def write(i: int, slab: int) -> None:
         picture = overlay_panels(pre.slabs.scan.hu[slab], projection.reconstruction_hu[i], projection.residual_hu[i],
-                                 projection.mask[i])
+                                 projection.mask[i], pixel_spacing_mm=pre.slabs.scan.pixel_spacing_mm)
         save_png(folder / f"{i:02d}.png", np.asarray(picture))
 
     with ThreadPoolExecutor(WRITERS) as pool:

@@ -23,7 +23,7 @@ from detect.dicom_out import Identity, build_objects, dicom_writer, identity_of,
 from detect.dicom_out.common import choose_key_slices
 from detect.dicom_out.secondary_capture import draw
 from detect.outputs import slice_rows
-from detect.percentile import rounded_down
+from detect.scores import rounded_down
 from detect.surprise import Surprise
 from detect.votes import Votes
 from tests.helpers import frames_by_source, synthetic_head

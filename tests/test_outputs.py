@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
+from PIL import Image
 
 from ct.picture import save_png
 from ct.scan import Scan
@@ -52,3 +53,14 @@ def test_two_slabs_that_are_nearest_to_one_slice_give_one_picture(tmp_path, monk
     pictures = {path.stem: path.read_bytes() for path in (tmp_path / "overlay").iterdir()}
     assert sorted(pictures) == [f"{i:02d}" for i in sorted(set(nearest))]
     assert [name for name in pictures if pictures[name] != pictures[f"{nearest[0]:02d}"]] == [f"{nearest[upper]:02d}"]
+
+
+def test_an_overlay_of_oblong_pixels_is_as_the_head_is(tmp_path):
+    """A head in rows 2 mm apart was squeezed to half of its height."""
+    scan = Scan("oblong", np.zeros((2, 16, 16), np.float32), np.array([0.0, 5.0]), (2.0, 1.0))
+    slabs, maps = to_slabs(scan, slab_mm=5.0), np.zeros((2, 16, 16), np.float32)
+    projection = SimpleNamespace(scan=scan, mask=maps > 0, reconstruction_hu=maps, residual_hu=maps,
+                                 working=SimpleNamespace(slabs=slabs, kept=np.ones(2, bool)))
+    write_overlays(tmp_path, projection)
+    with Image.open(tmp_path / "overlay" / "00.png") as picture:
+        assert picture.size == (4 * 16, 32)

@@ -29,7 +29,7 @@ from pydicom.sr.codedict import codes
 
 from ct.derived import MANUFACTURER
 from detect.dicom_out.common import TRACKING_ID, Case
-from detect.percentile import rounded_down
+from detect.scores import rounded_down
 
 CT_HEAD = CodedConcept("24725-4", "LN", "CT Head")
 MILLILITER = CodedConcept("ml", "UCUM", "milliliter")

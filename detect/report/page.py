@@ -11,11 +11,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from common.files import replace_text, sha256
 from ct.picture import PANELS, RESIDUAL_FULL_HU
 from detect.measure import MEASURES
-from detect.percentile import rounded_down
 from detect.report.pictures import add_pictures
 from detect.report.tables import Entry, ReportError, attach_labels, read_calibration, read_results
 from detect.report.words import coverage, digits, facts, found, healthy_below, sure, unshown, where
-from detect.scores import SCAN_SCORES
+from detect.scores import SCAN_SCORES, rounded_down
 from detect.settings import Settings
 
 MEGABYTES = 40.0

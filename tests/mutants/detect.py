@@ -168,7 +168,7 @@ MUTANTS = (
            "> KEY_APART_MM - POSITION_ERROR_MM", "> 0", "tests/test_dicom_out.py -k thin_series"),
     Mutant("a source image with a result's name is deleted", "detect/dicom_out/__init__.py",
            "if path.resolve() in source]", "if path in ()]", "tests/test_dicom_out.py -k results_name"),
-    Mutant("a percentile is rounded past what n healthy scans allow", "detect/percentile.py",
+    Mutant("a percentile is rounded past what n healthy scans allow", "detect/scores.py",
            "math.floor(10 * percentile + 1e-9)", "round(10 * percentile)",
            "tests/test_dicom_out.py -k rounded_down"),
     Mutant("scores that were compared with nothing are said to be compared", "detect/report/tables.py",
