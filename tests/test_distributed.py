@@ -101,7 +101,8 @@ def rank_that_fails(rank: int, port: int, error: BaseException) -> None:
 
 @pytest.mark.parametrize("error, code, said", [
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "OutOfMemoryError: CUDA out of memory"),
-    (OSError("disk full"), 2, "error: disk full"), (KeyboardInterrupt(), 130, "interrupted; the same command goes on")])
+    (OSError("disk full"), 2, "error: disk full"),
+    (KeyboardInterrupt(), 130, "interrupted; the same command begins anew: there is no snapshot yet")])
 def test_a_rank_that_fails_alone_says_so_and_ends(error, code, said, capfd):
     """It said nothing, and waited for the others before it left NCCL's group."""
     port = free_port()
@@ -239,3 +240,15 @@ def test_pick_precision(monkeypatch):
         assert distributed.pick_precision("auto", cpu, ("avx512_bf16",)) == (torch.bfloat16 if avx else torch.float32)
     with pytest.raises(ValueError, match="--precision fp16: expected auto, bf16 or fp32"):
         distributed.pick_precision("fp16", cpu)
+
+
+@pytest.mark.parametrize("kept, said", [(True, "goes on from the last snapshot"), (False, "begins anew: there is no")])
+def test_an_interrupted_run_says_whether_it_goes_on(tmp_path, capsys, kept, said):
+    """It was said of runs that had no snapshot yet, too."""
+    def work(*args):
+        raise KeyboardInterrupt
+
+    if kept:
+        (tmp_path / "snapshot-00000008").mkdir()
+    assert run_command(work, "cpu", tmp_path) == 130
+    assert f"interrupted; the same command {said}" in capsys.readouterr().err
