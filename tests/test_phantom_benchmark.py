@@ -259,6 +259,30 @@ def test_every_stage_going_on_and_another_mask(patched, healthy, tmp_path, capsy
     assert "not the mask that the baselines get" in capsys.readouterr().err
 
 
+def test_a_phantom_taken_for_upside_down_has_its_truth_on_its_slices(tmp_path):
+    """Its maps and truth lie as the file does, while scores by slice count from the head's lower end."""
+    healthy, ill = (synthetic_scan(slices=12, size=64, spacing_mm=(10.0, 3.6, 3.6), lesion=lesion)[0]
+                    for lesion in (None, (5, 10, 25, 22, 75)))           # in 5 slices about the one 4 above the lowest
+    truth, results = np.abs(ill.hu - healthy.hu) > 20, tmp_path / "results" / "one"
+    results.mkdir(parents=True)
+    for name, volume in (("scans", ill.hu), ("masks", truth)):
+        (tmp_path / name).mkdir()
+        write_nifti(tmp_path / name / "one.nii.gz", volume[::-1], ill)
+    source, = find_scans(tmp_path / "scans")
+    scan = read_scan(source)
+    assert "upside down" in scan.notes[0]
+    pre = preprocess_scan(scan, SETTINGS)
+    scored = baselines.score_scan(baselines.HuThresholds(), pre)
+    for name, volume in (("anomaly", scored.anomaly), ("mask", scored.anomaly > 3),
+                         ("brain", pre.slabs.from_slabs(pre.brain))):
+        write_nifti(results / f"{name}.nii.gz", volume, scan)
+    found = benchmark.measure(source, tmp_path, SETTINGS, {"hu": lambda pre: scored},
+                              {("one", i): float(s) for i, s in enumerate(scored.slice_scores)}, "mean")
+    assert np.flatnonzero(found["truth_mm2"]).tolist() == [2, 3, 4, 5, 6]
+    assert found["mask_hits"] > 0.8 * truth.sum()
+    assert (found["hu_levels"] == found[f"{OURS}_levels"]).all() and found["hu_levels"][1, 1:].sum() > 0.8 * truth.sum()
+
+
 def test_a_model_of_other_data_is_refused_before_the_work(patched, healthy, tmp_path, capsys):
     patched["provenance"]["data"] |= {"digest": "f" * 64, "counts": {}}
     assert benchmark.main(command(healthy, tmp_path / "out")) == 2

@@ -24,6 +24,8 @@ MUTANTS = (
            "tests/test_evaluate.py -k no_threshold_clears"),
     Mutant("a scan may have two labels", "evaluation/cohort.py",
            "        seen.add(key)\n", "", "tests/test_cohort.py -k whichever_row"),
+    Mutant("an abnormal slice of a healthy scan counts at both levels", "evaluation/cohort.py",
+           "    if wrong:\n", "    if False:\n", "tests/test_evaluate.py -k contradict"),
     Mutant("a level of 99.9% told as 100%", "evaluation/figures.py",
            "['level']:g}%", "['level']:.0f}%", "tests/test_evaluate.py -k told_in_full"),
     Mutant("what is hypodense ranked as least abnormal", "evaluation/metrics.py",
