@@ -48,9 +48,11 @@ from evaluation import metrics  # noqa: E402
 from evaluation.cohort import (  # noqa: E402
     InputError,
     Label,
+    finite,
     read_labels,
     read_table,
     refuse_contradiction,
+    rows_by_key,
     seconds_by_scan,
 )
 from evaluation.metrics import Undefined, defined  # noqa: E402
@@ -162,8 +164,8 @@ def projected(folder: Path) -> dict[str, dict]:
     """What projector.py wrote, by scan: slices [S], projected bool [S], score and seconds; or reason, where it failed.
     """
     by_slice: dict[str, dict[int, tuple[float, bool]]] = {}
-    for row in read_table(folder / "slices.csv", ("scan_id", "slice", "score", "projected")):
-        by_slice.setdefault(row["scan_id"], {})[int(row["slice"])] = float(row["score"]), row["projected"] == "1"
+    for (scan_id, number), row in rows_by_key(folder / "slices.csv", ("score", "projected"), by_slice=True):
+        by_slice.setdefault(scan_id, {})[number] = finite(folder / "slices.csv", row, "score"), row["projected"] == "1"
     seconds, found = seconds_by_scan(folder / "seconds.csv"), {}
     for row in read_table(folder / "scores.csv", ("scan_id", "score", "status", "reason")):
         scan_id = row["scan_id"]

@@ -17,6 +17,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
+
+from detect.scores import rounded_down  # noqa: E402
+
 SEED = 2_000_000          # neither the training's nor the benchmark's
 KINDS = ("epidural", "subdural_acute", "intraparenchymal", "infarct_late", "hydrocephalus", "tumour")
 
@@ -38,7 +42,7 @@ def summary(scores: Path, labels: Path) -> str:
     with open(scores, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             flagged = {"1": "yes", "0": "no"}.get(row["flagged"], "-")
-            percentile = f"{int(10 * float(row['percentile'])) / 10:.1f}" if row["percentile"] else "-"
+            percentile = f"{rounded_down(float(row['percentile'])):.1f}" if row["percentile"] else "-"
             lines.append(f"{row['scan_id']:16} {row['score']:>9} {percentile:>11} {flagged:>8}   "
                          f"{truth[row['scan_id']]}")
     return "\n".join(lines)

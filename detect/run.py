@@ -78,13 +78,14 @@ class Run:
         too, its result is marked so. What other runs have is theirs.
         """
         results, missing = self.collect()
+        left = set(missing)
         if again := [number for number, source in enumerate(self.sources)
-                     if source.scan_id in set(missing) and self._has_changed(source)]:
+                     if source.scan_id in left and self._has_changed(source)]:
             print(f"{len(again)} scans have changed since they were read: "
                   f"{some([self.sources[number].scan_id for number in again])}; once more", flush=True)
             self.project(again, tables)
             results, missing = self.collect()
-        left = set(missing)
+            left = set(missing)
         changed = [self.sources[number].scan_id for number in again
                    if self.sources[number].scan_id in left and self._has_changed(self.sources[number], mark=True)]
         return results, [scan_id for scan_id in missing if scan_id not in changed], changed

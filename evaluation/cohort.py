@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
     return read_rows(path, columns, InputError)
 
 
-def _rows_by_key(path: Path, columns: Sequence[str], by_slice: bool) -> Iterator[tuple[Key, Row]]:
+def rows_by_key(path: Path, columns: Sequence[str], by_slice: bool) -> Iterator[tuple[Key, Row]]:
     """Rows of a table of scans or slices, each with its key. Raises InputError for a key that is no key or not new."""
     seen = set()
     for row in read_table(path, ("scan_id", *(["slice"] if by_slice else []), *columns)):
@@ -87,22 +87,23 @@ def _rows_by_key(path: Path, columns: Sequence[str], by_slice: bool) -> Iterator
 
 def seconds_by_scan(path: Path) -> dict[str, float]:
     """Seconds by scan, from seconds.csv of projector.py. Raises InputError."""
-    return {row["scan_id"]: _finite(path, row, "seconds") for row in read_table(path, ("scan_id", "seconds"))}
+    return {row["scan_id"]: finite(path, row, "seconds") for row in read_table(path, ("scan_id", "seconds"))}
 
 
 def read_scores(path: Path, by_slice: bool = False) -> dict[Key, Score]:
     """Score by key, or the status of a scan where that is one of UNSCORED (slices have none). Raises InputError."""
     scores = {}
-    for key, row in _rows_by_key(path, ("score",) if by_slice else ("score", "status"), by_slice):
+    for key, row in rows_by_key(path, ("score",) if by_slice else ("score", "status"), by_slice):
         status = "ok" if by_slice else row["status"]
         if status not in ("ok", *UNSCORED):
             raise InputError(f"{path}, line {row.line}: {name(key)} has status {status!r}; expected 'ok' or 'failed' "
                              "or 'unreliable'")
-        scores[key] = status if status in UNSCORED else _finite(path, row, "score")
+        scores[key] = status if status in UNSCORED else finite(path, row, "score")
     return scores
 
 
-def _finite(path: Path, row: Row, column: str) -> float:
+def finite(path: Path, row: Row, column: str) -> float:
+    """A cell as a number. Raises InputError where it is none, or not finite."""
     try:
         value = float(row[column])
     except ValueError:
@@ -124,11 +125,9 @@ def read_labels(path: Path, where: Sequence[str] = (),
     for column, _, value in (condition.partition("=") for condition in where):
         conditions.setdefault(column, set()).add(value)
     labels, not_chosen, met = {}, set(), set()
-    for key, row in _rows_by_key(path, ("label", *conditions), by_slice):
-        if misspelt := [column for column in OPTIONAL if column not in row
-                        and column in (meant := {str(other).strip().lower(): other for other in row})]:
-            raise InputError(f"{path}: has the column {meant[misspelt[0]]!r}, which would not be read; name it "
-                             f"{misspelt[0]!r}")
+    rows = list(rows_by_key(path, ("label", *conditions), by_slice))
+    _refuse_misspelt(path, rows[0][1] if rows else ())
+    for key, row in rows:
         met.update(f"{column}={row[column]}" for column in conditions)
         if any(row[column] not in values for column, values in conditions.items()):
             not_chosen.add(key)
@@ -146,6 +145,13 @@ def read_labels(path: Path, where: Sequence[str] = (),
     if not labels:
         raise InputError(f"{path}: no labels" + (f" where {', '.join(where)}" if where else ""))
     return labels, not_chosen
+
+
+def _refuse_misspelt(path: Path, columns: Collection[str]) -> None:
+    meant = {column.strip().lower(): column for column in columns}
+    for column in OPTIONAL:
+        if column in meant and column not in columns:
+            raise InputError(f"{path}: has the column {meant[column]!r}, which would not be read; name it {column!r}")
 
 
 def refuse_contradiction(labels: dict[Key, Label], slice_labels: dict[Key, Label], path: Path) -> None:
@@ -235,7 +241,7 @@ def slice_positions(path: Path) -> dict[str, np.ndarray]:
     found: dict[str, list[float]] = {}
     for row in read_table(path, ("scan_id", "slice")) if path.is_file() else ():
         if row.get("position_mm"):
-            found.setdefault(row["scan_id"], []).append(_finite(path, row, "position_mm"))
+            found.setdefault(row["scan_id"], []).append(finite(path, row, "position_mm"))
     return {scan_id: np.sort(positions) for scan_id, positions in found.items()}
 
 

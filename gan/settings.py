@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class TrainConfig:
     """The defaults are the paper's, but for `noise`, which the released code keeps fixed, `ema_rampup` and `ada_max`.
 
-    Two things no flag makes the paper's: what augmentation does, which is chosen for CT (gan.augment.AugmentSettings),
-    and styles are mixed in each image by itself, path lengths held against their mean before the step.
+    Three things no flag makes the paper's: augmentation is chosen for CT (gan.augment.AugmentSettings), styles are
+    mixed in each image by itself, and path lengths are held against their mean before the step.
     """
 
     # Networks
