@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ct.frame import PreprocessSettings
+from ct.read import find_scans, read_scan
 from ct.scan import Scan
 from ct.standardise import StandardiseSettings
 from dataset import ScanRecord, SliceWriter
@@ -50,6 +51,11 @@ def assert_identical(a, b, where=""):
             assert_identical(*pair, f"{where}/{i}")
     else:
         assert a == b, where
+
+
+def read_all(folder, **kwargs) -> list[Scan]:
+    return [read_scan(source) for source in find_scans(folder, **kwargs)]
+
 
 
 def synthetic_head(slices=24, size=96, spacing_mm=(5.0, 2.4, 2.4), angle_deg=0.0, shift_mm=(0.0, 0.0), noise=3.0,

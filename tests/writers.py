@@ -181,3 +181,18 @@ def complete(ds, k):
     ds.PatientBirthDate, ds.PatientSex, ds.AccessionNumber, ds.StudyID = "", "", "", "1"
     ds.StudyDate, ds.StudyTime, ds.ReferringPhysicianName = "20240506", "070000", ""
     ds.SliceThickness = 5
+
+
+def edited(**values):
+    """For write_dicom_series(edit=): these attributes in every file, and SOP instance UIDs of their own."""
+    def change(ds, k):
+        for keyword, value in values.items():
+            setattr(ds, keyword, value)
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = make_uid(str(values), ds.SOPInstanceUID)
+    return change
+
+
+def second_stack(folder, hu, offset_mm=0.0, **values):
+    """A further stack of the same series and study, beside the first."""
+    write_dicom_series(folder, hu, position_mm=np.arange(len(hu)) * 5.0 + offset_mm, name=lambda k: f"second{k}",
+                       edit=edited(**values))

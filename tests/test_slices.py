@@ -1,0 +1,86 @@
+"""Folders of pictures: their order, and pixels that are not what they look like."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ct.scan import ScanError
+from ct.slices import in_order
+from tests.helpers import read_all
+from tests.writers import write_scan_json, write_slice_folder
+
+RNG = np.random.default_rng(4)
+HU = RNG.integers(-1000, 600, (6, 10, 8)).astype(np.float32)
+
+
+def order(*names):
+    return [path.name for _, path in in_order([Path(name) for name in names])]
+
+
+def test_signs_and_decimals_belong_to_the_number():
+    assert order("5.0.png", "-60.0.png", "0.0.png", "-5.0.png") == ["-60.0.png", "-5.0.png", "0.0.png", "5.0.png"]
+    assert order("z5.png", "z-60.png", "z0.png") == ["z-60.png", "z0.png", "z5.png"]
+    assert order("2.5.png", "10.0.png", "5.0.png") == ["2.5.png", "5.0.png", "10.0.png"]
+    assert order("im-0010.png", "im-0002.png") == ["im-0002.png", "im-0010.png"]
+    assert order("s-3.png", "s-1.png", "s-2.png") == ["s-1.png", "s-2.png", "s-3.png"]
+
+
+@pytest.mark.parametrize("names", [("a.png", "b.png"), ("IM-1-2.png", "IM-2-1.png"), ("z-60.png", "z-55.png"),
+                                   ("slice1.png", "Slice2.png")])
+def test_names_without_an_order_are_refused(names):
+    with pytest.raises(ScanError, match="no order|sign"):
+        order(*names)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-500, 500), min_size=2, max_size=30, unique=True), st.sampled_from(["", "z", "pos_"]))
+def test_slices_come_in_the_order_of_their_positions(positions, prefix):
+    names = [f"{prefix}{mm / 2:.1f}.png" for mm in positions]
+    try:
+        found = order(*names)
+    except ScanError:
+        return
+    wanted = [f"{prefix}{mm / 2:.1f}.png" for mm in sorted(positions)]
+    assert found == wanted
+
+
+def test_pictures_are_turned_as_exif_says(tmp_path):
+    grey = np.zeros((16, 24), np.uint8)
+    grey[4:8, 2:9] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 2                                              # mirrored left to right
+    (tmp_path / "case").mkdir()
+    Image.fromarray(grey[:, ::-1]).save(tmp_path / "case" / "0.jpg", quality=95, exif=exif)
+    write_scan_json(tmp_path / "case", [[0, 100]])
+    scan, = read_all(tmp_path)
+    assert scan.hu[0, 5, 5] > 70 and scan.hu[0, 5, -6] < 5
+
+
+def test_what_is_transparent_is_outside_and_inverted_is_refused(tmp_path):
+    rgba = np.full((1, 8, 8, 4), 255, np.uint8)
+    rgba[0, :, :, 3] = 0
+    rgba[0, 2:6, 2:6] = (128, 128, 128, 255)
+    (tmp_path / "case").mkdir()
+    Image.fromarray(rgba[0]).save(tmp_path / "case" / "0.png")
+    write_scan_json(tmp_path / "case", [[0, 255]])
+    scan, = read_all(tmp_path)
+    assert scan.hu[0, 0, 0] == 0 and scan.hu[0, 3, 3] == 128
+    Image.fromarray(255 - scan.hu[0].astype(np.uint8)).save(tmp_path / "case" / "0.png")
+    with pytest.raises(ScanError, match="white at their border"):
+        read_all(tmp_path)
+
+
+def test_twelve_bits_in_sixteen_are_refused_and_a_byte_order_mark_is_read(tmp_path):
+    folder = write_slice_folder(tmp_path / "case", HU, (-1024, 3071), bits=16)
+    path = folder / "scan.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    np.testing.assert_allclose(read_all(tmp_path)[0].hu, HU, atol=0.05)
+    for k in range(6):
+        twelve = (HU[k] + 1024).astype(np.uint16)
+        Image.fromarray(twelve).save(folder / f"{k}.png")
+    with pytest.raises(ScanError, match="12-bit values"):
+        read_all(tmp_path)
