@@ -29,21 +29,21 @@ from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a script from anywhere
 
-import distributed  # noqa: E402
-from benchmarks import new_file  # noqa: E402
-from common.files import write_table  # noqa: E402
-from config import add_options, exit_code, given, option  # noqa: E402
-from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan  # noqa: E402
-from ct.read import find_scans, read_scan  # noqa: E402
-from ct.scan import ScanError  # noqa: E402
-from ct.write import write_nifti  # noqa: E402
-from dataset import SliceDataset  # noqa: E402
-from detect.autoencoder import Autoencoder  # noqa: E402
-from detect.fitted import Fitted, NoSettings  # noqa: E402
-from detect.folder import make_writable  # noqa: E402
-from detect.pca import PositionPca  # noqa: E402
-from detect.residual import residual, scale_median_size  # noqa: E402
-from detect.scores import SCAN_SCORES, scan_score, thickness_mm  # noqa: E402
+import distributed
+from benchmarks import new_file
+from common.files import write_table
+from config import add_options, exit_code, given, option
+from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan
+from ct.read import find_scans, read_scan
+from ct.scan import ScanError
+from ct.write import write_nifti
+from dataset import SliceDataset
+from detect.autoencoder import Autoencoder
+from detect.fitted import Fitted, NoSettings
+from detect.folder import make_writable
+from detect.pca import PositionPca
+from detect.residual import residual, scale_median_size
+from detect.scores import SCAN_SCORES, scan_score, thickness_mm
 
 
 @dataclass(frozen=True)

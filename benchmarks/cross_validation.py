@@ -42,23 +42,23 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-import distributed  # noqa: E402
-from benchmarks import pasted  # noqa: E402
-from benchmarks.compare import refuse_learnt  # noqa: E402
-from bundling.origins import WITH_READER, digest_of, learnt_by_reader, open_encoder_run, open_reader, reader_of  # noqa: E402
-from config import exit_code  # noqa: E402
-from ct.settings import PreprocessSettings  # noqa: E402
-from dataset import SliceDataset  # noqa: E402
-from detect import normative  # noqa: E402
-from detect.bundle import load_bundle  # noqa: E402
-from detect.folder import make_writable  # noqa: E402
-from detect.reconstruct import Reconstruction, Reconstructor  # noqa: E402
-from detect.residual import Evidence  # noqa: E402
-from detect.scores import scan_score, thickness_mm  # noqa: E402
-from detect.surprise import Surprise, SurpriseSettings  # noqa: E402
-from gan.encoding import method_of  # noqa: E402
-from gan.runlog import not_held_out  # noqa: E402
-from op import memory  # noqa: E402
+import distributed
+from benchmarks import pasted
+from benchmarks.compare import refuse_learnt
+from bundling.origins import WITH_READER, digest_of, learnt_by_reader, open_encoder_run, open_reader, reader_of
+from config import exit_code
+from ct.settings import PreprocessSettings
+from dataset import SliceDataset
+from detect import normative
+from detect.bundle import load_bundle
+from detect.folder import make_writable
+from detect.reconstruct import Reconstruction, Reconstructor
+from detect.residual import Evidence
+from detect.scores import scan_score, thickness_mm
+from detect.surprise import Surprise, SurpriseSettings
+from gan.encoding import method_of
+from gan.runlog import not_held_out
+from op import memory
 
 HAEMORRHAGES = ("intraparenchymal", "subdural", "epidural", "subarachnoid", "intraventricular")
 HEALTHY = "healthy"

@@ -35,17 +35,17 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-from benchmarks import compare  # noqa: E402
-from benchmarks.compare import OURS, SIGNIFICANT, Method, differs, name_of, shown  # noqa: E402
-from common.files import sha256  # noqa: E402
-from common.wording import some  # noqa: E402
-from config import RESUMES, exit_code  # noqa: E402
-from ct.frame import PreprocessSettings  # noqa: E402
-from ct.read import ScanSource, find_scans  # noqa: E402
-from dataset import SliceDataset  # noqa: E402
-from detect.folder import make_writable  # noqa: E402
-from evaluation import metrics  # noqa: E402
-from evaluation.cohort import (  # noqa: E402
+from benchmarks import compare
+from benchmarks.compare import OURS, SIGNIFICANT, Method, differs, name_of, shown
+from common.files import sha256
+from common.wording import some
+from config import RESUMES, exit_code
+from ct.frame import PreprocessSettings
+from ct.read import ScanSource, find_scans
+from dataset import SliceDataset
+from detect.folder import make_writable
+from evaluation import metrics
+from evaluation.cohort import (
     InputError,
     Label,
     finite,
@@ -55,7 +55,7 @@ from evaluation.cohort import (  # noqa: E402
     rows_by_key,
     seconds_by_scan,
 )
-from evaluation.metrics import Undefined, defined  # noqa: E402
+from evaluation.metrics import Undefined, defined
 
 ROWS = {OURS: (), "published": ("--preset", "published")}            # further flags of projector.py
 

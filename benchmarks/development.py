@@ -22,9 +22,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-from benchmarks import compare  # noqa: E402
-from benchmarks.compare import shown  # noqa: E402
-from benchmarks.ct_ich import (  # noqa: E402
+from benchmarks import compare
+from benchmarks.compare import shown
+from benchmarks.ct_ich import (
     Case,
     all_or_none,
     projected,
@@ -34,11 +34,11 @@ from benchmarks.ct_ich import (  # noqa: E402
     scan_units,
     slice_units,
 )
-from common.files import read_object  # noqa: E402
-from config import RESUMES, exit_code  # noqa: E402
-from detect.folder import make_writable  # noqa: E402
-from detect.scores import percentile_of  # noqa: E402
-from evaluation.cohort import Label  # noqa: E402
+from common.files import read_object
+from config import RESUMES, exit_code
+from detect.folder import make_writable
+from detect.scores import percentile_of
+from evaluation.cohort import Label
 
 
 def healthy_cases(model: Path) -> list[Case]:

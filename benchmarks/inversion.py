@@ -36,17 +36,17 @@ from scipy import ndimage
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-import distributed  # noqa: E402
-from benchmarks import baselines, compare, pasted  # noqa: E402
-from config import exit_code  # noqa: E402
-from ct.frame import PreprocessSettings  # noqa: E402
-from dataset import SliceDataset  # noqa: E402
-from detect.bundle import load_bundle  # noqa: E402
-from detect.folder import make_writable  # noqa: E402
-from detect.inpainting import Inpainting  # noqa: E402
-from detect.inversion import bone_mask  # noqa: E402
-from detect.reconstruct import Reconstructor, error_hu  # noqa: E402
-from op import memory  # noqa: E402
+import distributed
+from benchmarks import baselines, compare, pasted
+from config import exit_code
+from ct.frame import PreprocessSettings
+from dataset import SliceDataset
+from detect.bundle import load_bundle
+from detect.folder import make_writable
+from detect.inpainting import Inpainting
+from detect.inversion import bone_mask
+from detect.reconstruct import Reconstructor, error_hu
+from op import memory
 
 MOST_CONTRAST_HU = 60.0      # of a lesion: what counts is that it is gone, not how bright it was
 ERODED = 3                   # pixels at the rim of the brain where sharpness is not measured: the skull's edge is there

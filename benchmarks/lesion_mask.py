@@ -33,18 +33,18 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-import distributed  # noqa: E402
-from benchmarks import compare, pasted  # noqa: E402
-from benchmarks.inversion import HeldOut, check_preprocessing, held_out_scans, mean  # noqa: E402
-from config import exit_code  # noqa: E402
-from dataset import SliceDataset  # noqa: E402
-from detect.bundle import load_bundle  # noqa: E402
-from detect.folder import make_writable  # noqa: E402
-from detect.measure import Measure  # noqa: E402
-from detect.reconstruct import Reconstructor  # noqa: E402
-from detect.settings import Settings  # noqa: E402
-from evaluation.metrics import dice  # noqa: E402
-from op import memory  # noqa: E402
+import distributed
+from benchmarks import compare, pasted
+from benchmarks.inversion import HeldOut, check_preprocessing, held_out_scans, mean
+from config import exit_code
+from dataset import SliceDataset
+from detect.bundle import load_bundle
+from detect.folder import make_writable
+from detect.measure import Measure
+from detect.reconstruct import Reconstructor
+from detect.settings import Settings
+from evaluation.metrics import dice
+from op import memory
 
 OWN = "as the bundle has it"
 

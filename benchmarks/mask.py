@@ -25,12 +25,12 @@ from scipy import ndimage as ndi
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a script from anywhere
 
-from common.files import read_table  # noqa: E402
-from ct.brain import brain_mask, estimate_pixel_mm  # noqa: E402
-from ct.frame import PreprocessSettings  # noqa: E402
-from ct.read import ScanSource, find_scans, read_scan  # noqa: E402
-from ct.scan import Scan  # noqa: E402
-from ct.slab import to_slabs  # noqa: E402
+from common.files import read_table
+from ct.brain import brain_mask, estimate_pixel_mm
+from ct.frame import PreprocessSettings
+from ct.read import ScanSource, find_scans, read_scan
+from ct.scan import Scan
+from ct.slab import to_slabs
 
 COLUMNS = ("dataset", "scan_id", "slice", "row", "column", "inside", "structure")
 

@@ -35,22 +35,22 @@ from scipy import ndimage, stats
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-from benchmarks import compare, new_file  # noqa: E402
-from benchmarks.compare import OURS, Method, name_of, shown  # noqa: E402
-from common.files import sha256  # noqa: E402
-from common.wording import some  # noqa: E402
-from config import RESUMES, exit_code  # noqa: E402
-from ct.brain import estimate_pixel_mm  # noqa: E402
-from ct.frame import PreprocessSettings  # noqa: E402
-from ct.picture import grey, tile  # noqa: E402
-from ct.read import ScanSource, find_scans, read_scan  # noqa: E402
-from ct.scan import Scan  # noqa: E402
-from ct.standardise import from_frame  # noqa: E402
-from ct.whole_head import UPSIDE_DOWN  # noqa: E402
-from dataset import SliceDataset  # noqa: E402
-from detect.folder import make_writable  # noqa: E402
-from evaluation import metrics  # noqa: E402
-from evaluation.cohort import (  # noqa: E402
+from benchmarks import compare, new_file
+from benchmarks.compare import OURS, Method, name_of, shown
+from common.files import sha256
+from common.wording import some
+from config import RESUMES, exit_code
+from ct.brain import estimate_pixel_mm
+from ct.frame import PreprocessSettings
+from ct.picture import grey, tile
+from ct.read import ScanSource, find_scans, read_scan
+from ct.scan import Scan
+from ct.standardise import from_frame
+from ct.whole_head import UPSIDE_DOWN
+from dataset import SliceDataset
+from detect.folder import make_writable
+from evaluation import metrics
+from evaluation.cohort import (
     InputError,
     marked_pixels,
     pictures_by_slice,
@@ -59,7 +59,7 @@ from evaluation.cohort import (  # noqa: E402
     read_volume,
     seconds_by_scan,
 )
-from evaluation.metrics import Undefined, defined  # noqa: E402
+from evaluation.metrics import Undefined, defined
 
 SMOOTH_MM = 5.0                 # standard deviation
 NEAR_MM = 15.0

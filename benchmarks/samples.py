@@ -32,18 +32,18 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-import distributed  # noqa: E402
-from benchmarks import compare  # noqa: E402
-from config import exit_code  # noqa: E402
-from ct.picture import save_hu_grid  # noqa: E402
-from ct.window import decode, encode  # noqa: E402
-from dataset import SliceDataset  # noqa: E402
-from detect.bundle import load_bundle  # noqa: E402
-from detect.folder import make_writable  # noqa: E402
-from gan.quality import sliced_wasserstein  # noqa: E402
-from gan.snapshots import load_snapshot  # noqa: E402
-from model import Generator, ModelConfig, SpatialGenerator, build_generator  # noqa: E402
-from op import memory  # noqa: E402
+import distributed
+from benchmarks import compare
+from config import exit_code
+from ct.picture import save_hu_grid
+from ct.window import decode, encode
+from dataset import SliceDataset
+from detect.bundle import load_bundle
+from detect.folder import make_writable
+from gan.quality import sliced_wasserstein
+from gan.snapshots import load_snapshot
+from model import Generator, ModelConfig, SpatialGenerator, build_generator
+from op import memory
 
 SHEET, SHEET_PSI = 64, (0.7, 1.0)
 NEAREST = 16                 # pairs of nearest.png

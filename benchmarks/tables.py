@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-from benchmarks.compare import OURS, name_of, shown  # noqa: E402
-from config import exit_code  # noqa: E402
+from benchmarks.compare import OURS, name_of, shown
+from config import exit_code
 
 RESULTS, README = ROOT / "docs" / "results.json", ROOT / "README.md"
 MARK = "<!-- by benchmarks/tables.py -->\n"

@@ -37,19 +37,19 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-from benchmarks import compare  # noqa: E402
-from benchmarks.compare import Method, Progress, say  # noqa: E402
-from common.files import sha256  # noqa: E402
-from config import RESUMES, exit_code  # noqa: E402
-from ct.frame import PreprocessSettings  # noqa: E402
-from ct.picture import RESIDUAL_FULL_HU, overlay_panels  # noqa: E402
-from ct.read import ScanSource, find_scans  # noqa: E402
-from ct.whole_head import UPSIDE_DOWN  # noqa: E402
-from dataset import SliceDataset  # noqa: E402
-from demos.figures import OURS, Case, Cohort, count_levels, example_sheet, report, table, typical  # noqa: E402
-from demos.phantom import Job, make_cohort, plan  # noqa: E402
-from detect import normative  # noqa: E402
-from evaluation.cohort import Key, read_scores, read_table, read_truth, read_volume, seconds_by_scan  # noqa: E402
+from benchmarks import compare
+from benchmarks.compare import Method, Progress, say
+from common.files import sha256
+from config import RESUMES, exit_code
+from ct.frame import PreprocessSettings
+from ct.picture import RESIDUAL_FULL_HU, overlay_panels
+from ct.read import ScanSource, find_scans
+from ct.whole_head import UPSIDE_DOWN
+from dataset import SliceDataset
+from demos.figures import OURS, Case, Cohort, count_levels, example_sheet, report, table, typical
+from demos.phantom import Job, make_cohort, plan
+from detect import normative
+from evaluation.cohort import Key, read_scores, read_table, read_truth, read_volume, seconds_by_scan
 
 FIRST_SEED = 1_000_000          # cohorts to learn from have smaller seeds
 LARGEST = 10_000                # scans of a group

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 
-from detect.scores import rounded_down  # noqa: E402
+from detect.scores import rounded_down
 
 SEED = 2_000_000          # neither the training's nor the benchmark's
 KINDS = ("epidural", "subdural_acute", "intraparenchymal", "infarct_late", "hydrocephalus", "tumour")

@@ -19,14 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                      # run as a script from anywhere
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import SubFigure  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
 
-from ct.read import ScanSource, find_scans, read_scan  # noqa: E402
-from ct.scan import ScanError  # noqa: E402
-from evaluation.cohort import InputError, read_table, read_volume  # noqa: E402
+from ct.read import ScanSource, find_scans, read_scan
+from ct.scan import ScanError
+from evaluation.cohort import InputError, read_table, read_volume
 
 HEADS = 16
 IN_LIFE = {

@@ -37,13 +37,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.files import full_disk_named  # noqa: E402
-from config import RESUMES, exit_code  # noqa: E402
-from ct.scan import Scan  # noqa: E402
-from ct.write import write_nifti  # noqa: E402
-from demos.anatomy import build_head  # noqa: E402
-from demos.lesions import KINDS, add_emergency  # noqa: E402
-from demos.scanner import acquire, write_dicom  # noqa: E402
+from common.files import full_disk_named
+from config import RESUMES, exit_code
+from ct.scan import Scan
+from ct.write import write_nifti
+from demos.anatomy import build_head
+from demos.lesions import KINDS, add_emergency
+from demos.scanner import acquire, write_dicom
 
 SOURCES = ("anatomy.py", "atlas.py", "bleeds.py", "canvas.py", "lesions.py", "phantom.py", "scanner.py", "shapes.py",
            "skull.py", "warps.py")

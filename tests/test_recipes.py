@@ -5,18 +5,15 @@ from __future__ import annotations
 import csv
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import latent_stats  # noqa: E402
-from detect.bundle import load_bundle  # noqa: E402
-from detect.settings import Settings  # noqa: E402
-from recipes import ct_ich_tables  # noqa: E402
-from tests.command_lines import parse  # noqa: E402
+import latent_stats
+from detect.bundle import load_bundle
+from detect.settings import Settings
+from recipes import ct_ich_tables
+from tests.command_lines import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.sh"))
