@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.files import replace_text, sha256
-from evaluation.settings import TriageSettings
+from evaluation.settings import FigureSettings, TriageSettings
 
 if TYPE_CHECKING:                         # what takes seconds to import, functions import: --help needs none of it
     from evaluation.cohort import Key, Label, Score, Units
@@ -149,11 +149,13 @@ def evaluate(args) -> None:
         thresholds["scan"] = threshold_from(args.threshold_from, args.fpr, args.missing, units["scan"])
     if args.slices:
         units["slice"], contrary = slice_units(args, scores, labels, not_chosen)
-    report = {level: level_figures(u, *thresholds[level], args) for level, u in units.items()}
+    settings = FigureSettings(**{f.name: getattr(args, f.name) for f in fields(FigureSettings)})
+    report = {level: level_figures(u, *thresholds[level], settings) for level, u in units.items()}
     if args.slices:
         report["slice"]["abnormal_scans_without_abnormal_slice"] = contrary
     if args.masks:
-        report["pixel"] = pixel_figures(units["scan"], args, partial(find_maps, args))
+        report["pixel"] = pixel_figures(units["scan"], args.masks, args.maps, args.mask_gaps, settings,
+                                        partial(find_maps, args))
     if args.compare:
         other = join(read_scores(args.compare), labels, args.missing, not_chosen)
         if other.keys != units["scan"].keys:
@@ -246,7 +248,7 @@ def _parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 def evaluate_parser() -> argparse.ArgumentParser:
     parser = _parser("evaluate.py", "AUC and its kin, with intervals (evaluate.py triage: the simulation)")
-    add = parser.add_argument
+    add, default = parser.add_argument, FigureSettings()
     add("--slices", type=Path, help="slices.csv of projector.py: scan_id, slice, score")
     add("--slice-labels", type=Path, help="scan_id, slice (from 0, inferior to superior), label, [types]")
     add("--masks", type=Path, help="truth masks: <scan_id>.nii.gz or <scan_id>/NN.png (NN: slice as in "
@@ -266,8 +268,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--compare", type=Path, metavar="SCORES", help="another method's scores: paired DeLong test")
     add("--report", type=Path, metavar="HTML",
         help="write projector.py's report anew with labels and ROC; SCORES must lie in its results folder")
-    add("--level", type=_share, default=0.95, help="of the intervals (default 0.95)")
-    add("--bootstrap", type=_at_least(int, 100), default=2000, help="resamples (default 2000)")
+    add("--level", type=_share, default=default.level, help="of the intervals (default %(default)s)")
+    add("--bootstrap", type=_at_least(int, 100), default=default.bootstrap, help="resamples (default %(default)s)")
     return parser
 
 

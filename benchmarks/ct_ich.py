@@ -13,11 +13,11 @@ Nothing is chosen on the scans that are reported on:
   baselines   fitted to the training split of --database, calibrated on the scans it holds out, scored as ours
   --beside    further bundles, with their own calibration, scored as ours
 All get the same brain masks. Intervals and tests go by patient (the scan where no patient is given): DeLong's, for
-slices with Obuchowski's variance, and a bootstrap of patients. p are of paired DeLong tests against ours, corrected by
-Holm for the number of methods, and in the table by type for that of methods and types. A slice that was not projected,
-as one below the brain, has the score 0 by every method, which mostly is right and no method's merit: so there is an AUC
-besides without the normal ones of these. A scan without slice labels counts among scans alone. Seconds are from the
-file to the scores; ours include writing its maps.
+slices with Obuchowski's variance and Student's t, and a bootstrap of patients. p are of paired DeLong tests against
+ours, corrected by Holm for the number of methods, and in the table by type for that of methods and types. A slice that
+was not projected, as one below the brain, has the score 0 by every method, which mostly is right and no method's merit:
+so there is an AUC besides without the normal ones of these. A scan without slice labels counts among scans alone.
+Seconds are from the file to the scores; ours include writing its maps.
 
 Exit codes: 0 done, 2 wrong usage, 3 some scans failed; they are named and left out of every row.
 """
@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,12 +122,15 @@ def all_or_none(slice_labels: dict[str, dict[int, Label]], scan_id: str, count: 
     return own
 
 
-def refuse_seen(scan_ids: list[str], data: SliceDataset) -> None:
-    """ValueError where a scan to be reported on is one of the database, held out there or not."""
-    seen = sorted(set(scan_ids) & {scan["scan_id"] for scan in data.manifest["scans"]})
+def refuse_seen(labels: Mapping[str, Label], data: SliceDataset) -> None:
+    """ValueError where a scan to be reported on, or another of its patient, is in the database, held out there or not.
+    """
+    held = data.manifest["scans"]
+    scan_ids, patients = {scan["scan_id"] for scan in held}, {scan["patient"] for scan in held}
+    seen = sorted(scan_id for scan_id, label in labels.items() if scan_id in scan_ids or label.patient in patients)
     if seen:
-        raise ValueError(f"--database {data.path}: holds {len(seen)} of the scans to be reported on "
-                         f"({', '.join(seen[:5])}); choose another --split")
+        raise ValueError(f"--database {data.path}: holds {len(seen)} of the scans to be reported on, or others of "
+                         f"their patients ({some(seen, 5)}); choose another --split")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -310,10 +314,10 @@ def benchmark(args: argparse.Namespace) -> int:
     """Every stage, each going on from what it kept; returns the exit code. Raises ValueError."""
     make_writable(args.out)
     splits = {split: read_split(args.data, split) for split in args.split}
-    slice_labels = read_slice_labels(args.data, {scan_id: label for labels, _ in splits.values()
-                                                 for scan_id, label in labels.items()})
+    every_label = {scan_id: label for labels, _ in splits.values() for scan_id, label in labels.items()}
+    slice_labels = read_slice_labels(args.data, every_label)
     data = compare.open_database(args.database, "--database", args)
-    refuse_seen([scan_id for labels, _ in splits.values() for scan_id in labels], data)
+    refuse_seen(every_label, data)
     rows, runs = [OURS, *args.rows], {}
     for split in splits:
         for row in rows:

@@ -1,7 +1,4 @@
-"""Figures of scores against labels, as numbers, as a table and as curves.
-
-args: the settings of evaluate.py (level, bootstrap, seed, prevalence, missing, masks, maps, mask_gaps).
-"""
+"""Figures of scores against labels, as numbers, as a table and as curves."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from sklearn.metrics import precision_recall_curve
 from evaluation import metrics
 from evaluation.cohort import InputError, Units, read_truth, read_volume, slice_positions
 from evaluation.metrics import defined
+from evaluation.settings import FigureSettings
 
 NO_THRESHOLD = "undefined: no threshold set on other data"
 CALLED = ("sensitivity", "specificity", "ppv", "npv")
@@ -23,20 +21,21 @@ CALLED = ("sensitivity", "specificity", "ppv", "npv")
 # ----------------------------------------------------------------------------------------------------------
 # Figures
 
-def ranking(scores, labels, clusters, args) -> dict:
-    """AUC and average precision of one set of units, with their intervals."""
-    boot = {"clusters": clusters, "level": args.level, "repeats": args.bootstrap, "seed": args.seed}
+def ranking(scores: np.ndarray, labels: np.ndarray, clusters: np.ndarray, settings: FigureSettings) -> dict:
+    """AUC and average precision of one set of units, [n] each, with their intervals."""
+    boot = {"clusters": clusters, "level": settings.level, "repeats": settings.bootstrap, "seed": settings.seed}
     ap = metrics.average_precision
     return {"abnormal": int((labels == 1).sum()), "normal": int((labels == 0).sum()),
             "clusters": len(np.unique(clusters)),
             "auc": defined(metrics.auc, scores, labels),
-            "auc_delong": defined(metrics.delong_interval, scores, labels, clusters, args.level),
+            "auc_delong": defined(metrics.delong_interval, scores, labels, clusters, settings.level),
             "auc_bootstrap": defined(metrics.bootstrap_interval, metrics.auc, scores, labels, **boot),
             "average_precision": defined(ap, scores, labels),
             "average_precision_bootstrap": defined(metrics.bootstrap_interval, ap, scores, labels, **boot)}
 
 
-def at_threshold(units: Units, chosen: np.ndarray, threshold: float | None, source: str, args) -> dict:
+def at_threshold(units: Units, chosen: np.ndarray, threshold: float | None, source: str,
+                 settings: FigureSettings) -> dict:
     """Sensitivity, specificity, PPV and NPV of the chosen units, bool [n], as {value, interval, hits, of}.
 
     NO_THRESHOLD without a threshold. The intervals count correlated units of a patient as fewer independent ones.
@@ -50,8 +49,8 @@ def at_threshold(units: Units, chosen: np.ndarray, threshold: float | None, sour
     abnormal, called = labels == 1, metrics.called(*given)
     groups = ((abnormal, called), (~abnormal, ~called), (called, abnormal), (~called, ~abnormal))
     for name, (among, right) in zip(CALLED, groups):
-        result[name] = _share(right[among], clusters[among], args.level)
-    result["ppv_at_prevalence"] = _ppv(result["sensitivity"], result["specificity"], args.prevalence)
+        result[name] = _share(right[among], clusters[among], settings.level)
+    result["ppv_at_prevalence"] = _ppv(result["sensitivity"], result["specificity"], settings.prevalence)
     return result
 
 
@@ -59,12 +58,14 @@ def _share(right: np.ndarray, clusters: np.ndarray, level: float) -> dict | str:
     if not len(right):
         return "undefined: 0 of 0"
     hits, total = int(right.sum()), len(right)
-    value, *interval = metrics.proportion(hits, total, level, metrics.independent_units(right, clusters, level))
+    correlated = len(np.unique(clusters)) < total
+    worth = metrics.independent_units(right, clusters, level) if correlated else None
+    value, *interval = metrics.proportion(hits, total, level, worth)
     return {"value": value, "interval": interval, "hits": hits, "of": total}
 
 
 def _ppv(sensitivity, specificity, prevalence):
-    """PPV at a prevalence. Its interval is conservative: both Wilson intervals at their lower, then upper ends."""
+    """PPV at a prevalence. Its interval is conservative: both intervals at their lower, then upper ends."""
     if prevalence is None:
         return "undefined: no --prevalence given"
     if isinstance(sensitivity, str) or isinstance(specificity, str):
@@ -77,17 +78,18 @@ def _ppv(sensitivity, specificity, prevalence):
             "prevalence": prevalence}
 
 
-def level_figures(units: Units, threshold: float | None, source: str, args) -> dict:
+def level_figures(units: Units, threshold: float | None, source: str, settings: FigureSettings) -> dict:
     """All figures of one level, scans or slices."""
     everything = np.ones(len(units.keys), bool)
     result = {"n": len(units.keys), "left_out": units.left_out, "counted_worst": units.counted_worst,
-              **ranking(*units.where(everything), args), "roc": defined(metrics.roc_points, units.scores, units.labels),
-              "at_threshold": at_threshold(units, everything, threshold, source, args)}
+              **ranking(*units.where(everything), settings),
+              "roc": defined(metrics.roc_points, units.scores, units.labels),
+              "at_threshold": at_threshold(units, everything, threshold, source, settings)}
     result["categories"] = {}
     for name in sorted({t for types in units.types for t in types}):
         chosen = np.array([name in types for types in units.types]) | (units.labels == 0)
-        called = at_threshold(units, chosen, threshold, source, args)
-        result["categories"][name] = {**ranking(*units.where(chosen), args),
+        called = at_threshold(units, chosen, threshold, source, settings)
+        result["categories"][name] = {**ranking(*units.where(chosen), settings),
                                       "sensitivity": called["sensitivity"]}
     untyped = sum(not types for types, label in zip(units.types, units.labels) if label == 1)
     return {**result, "abnormal_without_category": untyped}
@@ -96,13 +98,15 @@ def level_figures(units: Units, threshold: float | None, source: str, args) -> d
 # ----------------------------------------------------------------------------------------------------------
 # Masks
 
-def pixel_figures(units: Units, args, maps_of: Callable[[str], tuple[Path, bool]]) -> dict:
+def pixel_figures(units: Units, masks: Path, maps: Path, mask_gaps: str, settings: FigureSettings,
+                  maps_of: Callable[[str], tuple[Path, bool]]) -> dict:
     """Dice by scan with a lesion, pooled Dice, and average precision of pixels by |anomaly|.
 
-    A scan labelled 0 has an empty truth. maps_of: from a scan's id to its folder of maps and `upended` of read_truth.
+    A scan labelled 0 has an empty truth. masks and mask_gaps: folder and gaps of read_truth. maps: folder of
+    slices.csv. maps_of: from a scan's id to its folder of maps and `upended` of read_truth. Raises InputError.
     """
     tally, absent = metrics.PixelTally(), []
-    positions = slice_positions(args.maps / "slices.csv")
+    positions = slice_positions(maps / "slices.csv")
     patient = {scan_id: cluster for (scan_id,), cluster in zip(units.keys, units.clusters)}
     for (scan_id,), label in zip(units.keys, units.labels):
         folder, upended = maps_of(scan_id)
@@ -111,18 +115,17 @@ def pixel_figures(units: Units, args, maps_of: Callable[[str], tuple[Path, bool]
             continue
         predicted, affine = read_volume(folder / "mask.nii.gz")
         anomaly, _ = read_volume(folder / "anomaly.nii.gz")
-        found = read_truth(args.masks, scan_id, predicted.shape, affine, args.mask_gaps, positions.get(scan_id),
-                           upended)
+        found = read_truth(masks, scan_id, predicted.shape, affine, mask_gaps, positions.get(scan_id), upended)
         if found is None and label == 1:
             absent.append(f"{scan_id} (no truth)")
             continue
         truth, counted = found or (np.zeros(predicted.shape, bool), np.ones(len(predicted), bool))
         if label == 0 and truth.any():
-            raise InputError(f"--masks {args.masks}: the mask of {scan_id} has {truth.sum()} pixels, but its label is "
+            raise InputError(f"--masks {masks}: the mask of {scan_id} has {truth.sum()} pixels, but its label is "
                              "0; expected an empty mask or none: correct one of the two")
         tally.add(scan_id, truth[counted], predicted[counted] > 0, anomaly[counted])
-    if absent and args.missing == "error":
-        raise InputError(f"--masks {args.masks} and --maps {args.maps}: nothing to compare for "
+    if absent and settings.missing == "error":
+        raise InputError(f"--masks {masks} and --maps {maps}: nothing to compare for "
                          f"{', '.join(absent)}. Add the files, or leave these scans out of the pixel "
                          "figures with --missing exclude")
     each = np.array(list(tally.dice_by_scan.values()))
@@ -134,7 +137,7 @@ def pixel_figures(units: Units, args, maps_of: Callable[[str], tuple[Path, bool]
         return {**result, "dice_mean": "undefined: no truth mask with a pixel in it"}
     boot = defined(metrics.bootstrap_interval, lambda s, _: float(s.mean()), each, np.ones(len(each)),
                    clusters=[patient[scan_id] for scan_id in tally.dice_by_scan],
-                   level=args.level, repeats=args.bootstrap, seed=args.seed)
+                   level=settings.level, repeats=settings.bootstrap, seed=settings.seed)
     return {**result, "dice_mean": float(each.mean()), "dice_mean_bootstrap": boot,
             "dice_median": float(np.median(each))}
 

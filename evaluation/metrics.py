@@ -6,7 +6,8 @@ returns a number in its place.
 
 Sources: DeLong, DeLong and Clarke-Pearson, Biometrics 44:837 (1988), computed from midranks as in Sun and Xu,
 IEEE SPL 21:1389 (2014); for correlated units Obuchowski, Biometrics 53:567 (1997); logit scale as in Pepe,
-'The Statistical Evaluation of Medical Tests' (2003), section 5.2; Wilson, JASA 22:209 (1927).
+'The Statistical Evaluation of Medical Tests' (2003), section 5.2; Wilson, JASA 22:209 (1927); Clopper and Pearson,
+Biometrika 26:404 (1934), for correlated units as in Korn and Graubard, Survey Methodology 24:193 (1998).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 from sklearn.metrics import roc_curve
 
 
@@ -91,16 +92,34 @@ def _delong_covariance(scores: list[np.ndarray], labels: np.ndarray,
     return areas, s10 / m**2 + s01 / n**2 + (s11 + s11.T) / (m * n)
 
 
+def _of_standard_errors(labels: np.ndarray, clusters: np.ndarray):
+    """The distribution (ppf, sf) of an AUC's error over its standard error, or of a difference of two.
+
+    Normal where every unit is its own cluster, as DeLong has it. Elsewhere few clusters may tell the variance, however
+    many units they hold: Student's t, whose degrees of freedom are one fewer than the clusters of the class that has
+    fewer, the least that Welch's can be. For regressions t of clusters less one is usual (Cameron and Miller, Journal
+    of Human Resources 50:317, 2015).
+    """
+    positive = np.asarray(labels) == 1
+    if len(np.unique(clusters)) == len(positive):
+        return stats.norm
+    return stats.t(min(len(np.unique(clusters[positive])), len(np.unique(clusters[~positive]))) - 1)
+
+
 def delong_interval(scores: np.ndarray, labels: np.ndarray, clusters: np.ndarray | None = None,
                     level: float = 0.95) -> tuple[float, float]:
     """Interval of the AUC from DeLong's variance on the logit scale, so that it stays within 0..1.
 
     clusters [n]: units with the same value belong together (slices of a scan, scans of a patient); the
-    variance is then Obuchowski's. An AUC of exactly 1 (or 0) has no DeLong variance: its lower (upper) bound
-    is exact and conservative instead. k pairs without a cluster in common are independent and were all ranked
-    right, which has the chance AUC^k, so the bound is ((1 - level) / 2)^(1/k), as Clopper and Pearson's for k
-    right out of k. Raises Undefined with one class, with fewer than two independent units of a class, or with
-    a variance of zero.
+    variance is then Obuchowski's, and the quantile Student's (_of_standard_errors), chosen by simulation. The normal
+    one, which Obuchowski takes, is for many clusters: with slices of 6 or 10 patients 95 % intervals by it held the AUC
+    in as few as 73 of 100 cohorts, by Student's in 93 or more. With 20 to 40 patients and an AUC near 1 these, too,
+    still hold it in 90 to 92 alone, for its estimate is skewed there.
+
+    An AUC of exactly 1 (or 0) has no DeLong variance: its lower (upper) bound is exact and conservative instead. k
+    pairs without a cluster in common are independent and were all ranked right, which has the chance AUC^k, so the
+    bound is ((1 - level) / 2)^(1/k), as Clopper and Pearson's for k right out of k. Raises Undefined with one class,
+    with fewer than two independent units of a class, or with a variance of zero.
     """
     clusters = np.arange(len(scores)) if clusters is None else np.asarray(clusters)
     (area,), ((variance,),) = _delong_covariance([scores], labels, clusters)
@@ -109,9 +128,9 @@ def delong_interval(scores: np.ndarray, labels: np.ndarray, clusters: np.ndarray
         return (bound, 1.0) if area == 1 else (0.0, 1 - bound)
     if variance <= 1e-15:
         raise Undefined("the DeLong variance is zero (scores do not vary enough)")
-    half = stats.norm.ppf((1 + level) / 2) * math.sqrt(variance) / (area * (1 - area))
+    half = _of_standard_errors(labels, clusters).ppf((1 + level) / 2) * math.sqrt(variance) / (area * (1 - area))
     logit = math.log(area / (1 - area))
-    return tuple(float(1 / (1 + math.exp(-x))) for x in (logit - half, logit + half))
+    return tuple(float(special.expit(x)) for x in (logit - half, logit + half))
 
 
 def _independent_pairs(labels: np.ndarray, clusters: np.ndarray) -> int:
@@ -123,13 +142,17 @@ def _independent_pairs(labels: np.ndarray, clusters: np.ndarray) -> int:
 
 def delong_paired_test(scores_a: np.ndarray, scores_b: np.ndarray, labels: np.ndarray,
                        clusters: np.ndarray | None = None) -> float:
-    """Two-sided p of equal AUCs of two scores on the same units (DeLong 1988, equation 5 for two curves)."""
+    """Two-sided p of equal AUCs of two scores on the same units (DeLong 1988, equation 5 for two curves).
+
+    clusters: as in delong_interval, with its variance and Student's t.
+    """
     clusters = np.arange(len(labels)) if clusters is None else np.asarray(clusters)
     areas, covariance = _delong_covariance([scores_a, scores_b], labels, clusters)
     variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
     if variance <= 1e-15:
         raise Undefined("the difference of the two AUCs has no variance")
-    return float(2 * stats.norm.sf(abs(areas[0] - areas[1]) / math.sqrt(variance)))
+    errors = abs(areas[0] - areas[1]) / math.sqrt(variance)
+    return float(2 * _of_standard_errors(labels, clusters).sf(errors))
 
 
 def holm(p: Mapping[Hashable, float | str]) -> dict[Hashable, float | str]:
@@ -234,11 +257,19 @@ def proportion(hits: int, total: int, level: float = 0.95,
                independent: float | None = None) -> tuple[float, float, float]:
     """hits / total with its Wilson interval: (value, low, high). Raises Undefined for total 0.
 
-    independent: how many independent units the total is worth (independent_units); all by default.
+    independent: of correlated units, how many independent ones they are worth (independent_units); the interval is then
+    Clopper's and Pearson's of so many, which need be no whole number. It is still short for a share near 0 or 1 that
+    few clusters tell.
     """
     if total == 0:
         raise Undefined("0 of 0")
-    share, n, z = hits / total, total if independent is None else independent, stats.norm.ppf((1 + level) / 2)
+    share = hits / total
+    if independent is not None:
+        n, tail = independent, (1 - level) / 2
+        low = stats.beta.ppf(tail, share * n, (1 - share) * n + 1) if hits > 0 else 0.0
+        high = stats.beta.isf(tail, share * n + 1, (1 - share) * n) if hits < total else 1.0
+        return share, float(low), float(high)
+    n, z = total, stats.norm.ppf((1 + level) / 2)
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     return share, float(max(0.0, centre - half)), float(min(1.0, centre + half))

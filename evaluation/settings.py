@@ -1,8 +1,18 @@
-"""The load of the simulated worklist. On its own, so that a command line is read before scipy is imported."""
+"""Settings of the figures and of the simulated worklist. On their own: a command line is read before scipy is imported.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FigureSettings:
+    level: float = 0.95                    # of the intervals
+    bootstrap: int = 2000                  # resamples
+    seed: int = 0                          # of these
+    prevalence: float | None = None        # share of abnormal scans for the PPV at a prevalence; None: no such figure
+    missing: str = "error"                 # scans without a mask: 'error'; otherwise left out of the pixels and counted
 
 
 @dataclass(frozen=True)

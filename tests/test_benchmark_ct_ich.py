@@ -16,7 +16,7 @@ import torch
 import latent_stats
 from benchmarks import baselines, compare, ct_ich
 from benchmarks.ct_ich import Case
-from bundling.build import build
+from bundling.build import Target, build
 from ct.frame import preprocess_scan
 from ct.standardise import StandardiseSettings
 from dataset import DatasetError, ScanRecord, SliceDataset, SliceWriter
@@ -143,11 +143,11 @@ def test_one_class_is_undefined_and_no_crash(cases):
 
 
 def test_slices_of_a_patient_belong_together():
-    """Ten equal slices of a patient tell no more than one does."""
+    """Ten equal slices of a patient tell no more than two do."""
     units = np.array([3.0, 1.0, 2.0, 0.0]), np.array([1, 1, 0, 0]), np.array(list("abcd"))
-    repeated = [[np.repeat(column, n) for column in units] for n in (1, 10)]
-    one, ten = (ct_ich.ranking(*columns) for columns in repeated)
-    assert ten["auc"] == one["auc"] and ten["auc_delong"] == pytest.approx(one["auc_delong"])
+    repeated = [[np.repeat(column, n) for column in units] for n in (2, 10)]
+    two, ten = (ct_ich.ranking(*columns) for columns in repeated)
+    assert ten["auc"] == two["auc"] and ten["auc_delong"] == pytest.approx(two["auc_delong"])
     assert ct_ich.bootstrap(*repeated[1]) == pytest.approx(ct_ich.bootstrap(*repeated[0]))
 
 
@@ -194,9 +194,12 @@ def test_a_slice_labelled_abnormal_of_a_healthy_scan_is_refused(data, tmp_path, 
 
 def test_a_scan_of_the_database_is_not_reported_on(database):
     held_out = SliceDataset(database, "train")
-    ct_ich.refuse_seen(["ill1"], held_out)
-    with pytest.raises(ValueError, match=r"holds 1 of the scans to be reported on \(h3\)"):
-        ct_ich.refuse_seen(["ill1", "h3"], held_out)
+    ct_ich.refuse_seen({"ill1": Label(1, (), "ill1")}, held_out)
+    with pytest.raises(ValueError, match=r"holds 1 of the scans to be reported on, or others of .* \(h3\)"):
+        ct_ich.refuse_seen({"ill1": Label(1, (), "ill1"), "h3": Label(0, (), "someone")}, held_out)
+    patient = next(scan["patient"] for scan in held_out.manifest["scans"] if scan["scan_id"] == "h3")
+    with pytest.raises(ValueError, match=r"holds 1 of .*, or others of their patients \(h3-again\); choose another"):
+        ct_ich.refuse_seen({"ill1": Label(1, (), "ill1"), "h3-again": Label(0, (), patient)}, held_out)
 
 
 def test_all_slices_of_a_scan_are_labelled_or_none():
@@ -260,7 +263,7 @@ def bundle(database, fits, tmp_path_factory):
     """A bundle of the small PCA, calibrated on the held-out heads."""
     out = tmp_path_factory.mktemp("bundles") / "another"
     settings = Settings("pca", measure="surprise", scan_score="top3")
-    return build(StatsConfig(), settings, database, fits / "pca.safetensors", out, torch.device("cpu"))
+    return build(StatsConfig(), settings, database, fits / "pca.safetensors", Target(out, torch.device("cpu")))
 
 
 def test_a_bundle_beside_is_scored_as_ours_is(bundle, database, fits):

@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,8 @@ from scipy.stats import t
 
 import evaluate
 from evaluation import cohort, metrics
-from evaluation.figures import NO_THRESHOLD, at_threshold
+from evaluation.figures import NO_THRESHOLD, at_threshold, level_figures
+from evaluation.settings import FigureSettings
 from tests.evaluation_data import LABELS, SCORES, run, write_csv, write_results
 
 
@@ -29,13 +29,23 @@ def test_intervals_at_a_threshold_know_what_slices_of_one_patient_are_worth():
     labels, scores = np.ones(40, int), np.repeat([1.0, 1, 1, 0], 10)
     units = cohort.Units([(str(i),) for i in range(40)], scores, labels, [()] * 40, np.arange(4).repeat(10), {},
                          np.zeros(40, bool))
-    args = SimpleNamespace(level=0.95, prevalence=None)
-    found = at_threshold(units, labels == 1, 0.5, "", args)["sensitivity"]
+    settings = FigureSettings()
+    found = at_threshold(units, labels == 1, 0.5, "", settings)["sensitivity"]
     assert (found["value"], found["hits"], found["of"]) == (0.75, 30, 40)
     worth = 40 / 13 * (t.ppf(0.975, 39) / t.ppf(0.975, 3)) ** 2
     assert found["interval"] == pytest.approx(metrics.proportion(30, 40, independent=worth)[1:])
-    alone = at_threshold(dataclasses.replace(units, clusters=np.arange(40)), labels == 1, 0.5, "", args)["sensitivity"]
+    units = dataclasses.replace(units, clusters=np.arange(40))
+    alone = at_threshold(units, labels == 1, 0.5, "", settings)["sensitivity"]
     assert alone["interval"] == pytest.approx(metrics.proportion(30, 40)[1:])
+
+
+def test_figures_need_no_command_line():
+    units = cohort.Units([(name,) for name in "abcdef"], SCORES, LABELS, [()] * 6, np.arange(6), {}, np.zeros(6, bool))
+    found = level_figures(units, 0.69, "by hand", FigureSettings(level=0.9, bootstrap=100, prevalence=0.1))
+    assert found["auc"] == pytest.approx(8 / 9)
+    assert found["auc_delong"] == pytest.approx(metrics.delong_interval(SCORES, LABELS, level=0.9))
+    assert found["at_threshold"]["sensitivity"]["interval"] == pytest.approx(metrics.proportion(2, 3, 0.9)[1:])
+    assert found["at_threshold"]["ppv_at_prevalence"]["prevalence"] == 0.1
 
 
 def test_who_leaves_early_gets_no_traceback_and_all_files(results):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import norm, t
+from scipy.special import logit
+from scipy.stats import beta, norm, t
 from sklearn.metrics import average_precision_score
 
 from evaluation import metrics
@@ -101,8 +102,9 @@ def test_copies_of_a_unit_add_no_certainty_when_clustered():
     labels = np.repeat([0, 1], 15)
     scores = labels + rng.normal(0, 1, 30)
     copies, copied_labels, clusters = (np.repeat(v, 4) for v in (scores, labels, np.arange(30)))
-    plain = metrics.delong_interval(scores, labels)
-    assert metrics.delong_interval(copies, copied_labels, clusters) == pytest.approx(plain)
+    plain, clustered = metrics.delong_interval(scores, labels), metrics.delong_interval(copies, copied_labels, clusters)
+    assert clustered[0] < plain[0] and clustered[1] > plain[1]
+    assert np.ptp(logit(clustered)) / np.ptp(logit(plain)) == pytest.approx(t.ppf(0.975, 14) / norm.ppf(0.975))
     assert np.ptp(metrics.delong_interval(copies, copied_labels)) < 0.6 * np.ptp(plain)
     boot = [metrics.bootstrap_interval(metrics.auc, copies, copied_labels, c, repeats=300) for c in (clusters, None)]
     assert np.ptp(boot[1]) < 0.6 * np.ptp(boot[0])
@@ -130,6 +132,37 @@ def test_a_paired_test_of_copies_is_that_of_the_units():
     copies = [np.repeat(column, 4) for column in (a, b, labels, clusters)]
     assert metrics.delong_paired_test(*copies) == pytest.approx(p)
     assert metrics.delong_paired_test(*copies[:3]) < 0.5 * p                     # as if all were independent
+
+
+def test_a_paired_test_of_a_few_patients_slices():
+    """Fifteen slices of each of two abnormal patients and four normal: p was 2 norm.sf(z), here below 1e-6."""
+    labels, clusters = np.repeat([1, 1, 0, 0, 0, 0], 15), np.repeat(np.arange(6), 15)
+    a, b = np.repeat([9, 8, 4, 3, 2, 1], 15), np.repeat([3, 1, 5, 2, 4, 6], 15)
+    # AUCs 1 and 1/8: b's v10 are 1/4 and 0, v01 are 0, 1/2, 0, 0: variance 2 (2/64) / 4 + 4/3 (3/64 + 9/64) / 16 = 1/32
+    z = (1 - 1 / 8) / np.sqrt(1 / 32)
+    assert metrics.delong_paired_test(a, b, labels, clusters) == pytest.approx(2 * t.sf(z, 1)) and 2 * t.sf(z, 1) > 0.05
+    each = slice(None, None, 15)                                                 # and no t where they are independent
+    assert metrics.delong_paired_test(a[each], b[each], labels[each], clusters[each]) == pytest.approx(2 * norm.sf(z))
+
+
+def test_intervals_of_six_patients_slices_hold_the_auc():
+    """Thirty each, correlated, nine abnormal in three patients: the normal quantile's hold it in 0.87 of cohorts."""
+    rng, clusters = np.random.default_rng(5), np.repeat(np.arange(6), 30)
+    labels = (np.arange(180) % 30 < 9) & (clusters < 3)
+    shift, held = np.sqrt(2) * norm.ppf(0.9), 0
+    for _ in range(200):
+        scores = shift * labels + np.sqrt(0.5) * (rng.normal(size=6)[clusters] + rng.normal(size=180))
+        low, high = metrics.delong_interval(scores, labels, clusters)
+        held += low <= 0.9 <= high
+    assert held >= 186
+
+
+def test_an_interval_far_beyond_its_auc_is_a_number():
+    """At a level of 99.99 % two patients' t is 6,366, and the end on the logit scale beyond what math.exp can take."""
+    labels, clusters = np.repeat([1, 1, 0, 0], 10), np.repeat(np.arange(4), 10)
+    scores = np.where(labels == 1, 1.0, 0.0)
+    scores[0] = -1
+    assert metrics.delong_interval(scores, labels, clusters, level=0.9999) == pytest.approx((0, 1))
 
 
 def test_average_precision():
@@ -234,8 +267,15 @@ def test_correlated_units_are_worth_fewer_independent_ones():
     assert metrics.independent_units(np.array([1, 0, 1, 0]), [0, 0, 1, 1]) == 1  # two clusters tell next to nothing
     assert metrics.independent_units(np.ones(40), np.arange(4).repeat(10)) == 4  # all right: as many as patients
     assert metrics.independent_units(np.array([1, 0, 1]), [7, 7, 7]) == 1
-    low, high = metrics.proportion(60, 120, independent=6)[1:]
-    assert (low, high) == pytest.approx(metrics.proportion(3, 6)[1:])
+
+
+def test_shares_of_correlated_units_have_clopper_and_pearsons_interval():
+    # 1 of 2: the chance of at least one is 1 - (1 - p)^2, and 0.025 where p is 1 - sqrt(0.975)
+    assert metrics.proportion(60, 120, independent=2) == pytest.approx((0.5, 1 - 0.975**0.5, 0.975**0.5))
+    assert metrics.proportion(40, 40, independent=4) == pytest.approx((1, 0.025**0.25, 1))
+    assert metrics.proportion(0, 40, independent=4) == pytest.approx((0, 0, 1 - 0.025**0.25))
+    assert metrics.proportion(30, 40, independent=2.5)[1:] == pytest.approx(
+        (beta.ppf(0.025, 1.875, 1.625), beta.ppf(0.975, 2.875, 0.625)))
 
 
 def test_ppv_at_prevalence_is_bayes():

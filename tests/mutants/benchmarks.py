@@ -48,6 +48,8 @@ MUTANTS = (
     Mutant("every calibration scan has the slices of all", "benchmarks/development.py",
            'slices[one["scan"]].append(one["score"])', '[own.append(one["score"]) for own in slices]',
            "tests/test_development.py -k by_their_own"),
+    Mutant("another scan of a patient who has calibrated is reported on", "benchmarks/ct_ich.py",
+           " or label.patient in patients)", ")", "tests/test_benchmark_ct_ich.py -k not_reported_on"),
     Mutant("slices that no method has seen count for all", "benchmarks/ct_ich.py",
            "and (all_normal or label.label or case.projected[number])", "",
            "tests/test_benchmark_ct_ich.py -k no_method_has_seen"),
