@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
 from pathlib import Path
 
 import numpy as np
 import pydicom
-from highdicom import ContributingEquipment, PixelMeasuresSequence
+from highdicom import ContributingEquipment, PixelMeasuresSequence, PlaneOrientationSequence
 from highdicom.base import SOPClass
 from highdicom.seg import Segmentation, SegmentDescription
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataset import Dataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filereader import read_dataset
+from pydicom.filewriter import write_dataset
+from pydicom.multival import MultiValue
 from pydicom.sr.codedict import codes
 from pydicom.uid import CTImageStorage
 from pydicom.valuerep import DA, DT, TM
@@ -29,7 +34,9 @@ WARNING = "Research, unverified"              # opens every series' description
 LONG_WARNING = "Research only, unverified: not a medical device"        # 64 characters at most
 TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
           "StudyTime", "ReferringPhysicianName")
+WHOSE = ("PatientName", "PatientID")                   # by these an archive files what it gets
 LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
+SAME_ORIENTATION = 1e-4                               # differences of direction cosines that are rounding
 OFFSET = re.compile(r"[+-]\d\d[0-5]\d")               # of TimezoneOffsetFromUTC, from -1200 to +1400
 
 
@@ -56,9 +63,11 @@ class Derived:
     """A scan read from DICOM, and what its derived objects need of its files; open() makes one.
 
     images       per source file what may be referred to: identifiers and geometry, no patient data; of a multi-frame
-                 file the frames that are slices, in the order of the slices
+                 file the frames that are slices, in the order of the slices; of several files each as a CT Image
+    sop_classes  of source images that are no CT Images, though `images` has them as such, by SOP Instance UID
     frames       [S] per slice its (image, frame from 0 in its file) among them
     thickness    [S] slice thickness in mm; by where the neighbours lie, where the source does not say
+    orientation  [S, 6] direction cosines of the slices' stored rows and columns
     patient      the source's patient and study modules; None where they are not to be copied
     burned_in    an image says that text is burned into its pixels
     series_base  what this maker's series numbers begin after
@@ -70,8 +79,10 @@ class Derived:
     scan: Scan
     maker: Maker
     images: tuple[Dataset, ...]
+    sop_classes: dict[str, str]
     frames: tuple[tuple[int, int], ...]
     thickness: np.ndarray
+    orientation: np.ndarray
     patient: Dataset | None
     burned_in: bool
     series_base: int
@@ -98,17 +109,24 @@ class Derived:
         for path, header in zip(paths, headers):
             _check_source(path, header, headers[0], alone=len(paths) == 1)
         _check_distinct(paths, headers)
+        if phi:
+            _check_kept(paths[0], headers[0])
         thickness = _thickness(scan, headers, paths)
         frames = tuple((paths.index(path), frame) for path, frame in stack.frames)
+        orientation = np.array([frame_value(headers[image], frame, "PlaneOrientationSequence",
+                                            "ImageOrientationPatient") for image, frame in frames], np.float64)
         lossy = _lossy(headers)
-        images = tuple(_reference_image(header, headers[0], thickness[0], [frame for _, frame in frames], lossy)
+        one_file = [frame for _, frame in frames] if len(paths) == 1 else None
+        images = tuple(_reference_image(header, headers[0], frames[0][1], thickness[0], one_file, lossy)
                        for header in headers)
+        sop_classes = {header.SOPInstanceUID: header.SOPClassUID for header, image in zip(headers, images)
+                       if header.SOPClassUID != image.SOPClassUID}
         instances = tuple(sorted((images[image].SOPInstanceUID, frame) for image, frame in frames))
         seed = (images[0].SeriesInstanceUID, instances, maker.name, maker.version, maker.serial, words, phi)
         zone = _zone(headers[0]) if phi else None
-        return cls(scan=scan, maker=maker, images=images, frames=frames, thickness=thickness,
-                   patient=_patient(headers[0]) if phi else None,
-                   burned_in=any(header.get("BurnedInAnnotation") == "YES" for header in headers),
+        return cls(scan=scan, maker=maker, images=images, sop_classes=sop_classes, frames=frames, thickness=thickness,
+                   orientation=orientation, patient=_patient(headers[0]) if phi else None,
+                   burned_in=any(map(_burned_in, headers)),
                    series_base=9000 + 10 * _series_number(headers[0]), seed=seed,
                    made=made.astimezone(zone).replace(tzinfo=zone), **own)
 
@@ -168,7 +186,15 @@ class Derived:
         if "PerFrameFunctionalGroupsSequence" in ds:
             self._number_sources(ds)
             if np.ptp(self.thickness) > 0:
-                self._own_thickness(ds)
+                spacing = ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing
+                self._own(ds, "PixelMeasuresSequence",
+                          lambda k: PixelMeasuresSequence(spacing, float(self.thickness[k])))
+            if np.ptp(self.orientation, axis=0).max() > SAME_ORIENTATION:
+                self._own(ds, "PlaneOrientationSequence",
+                          lambda k: PlaneOrientationSequence("PATIENT", self.orientation[k]))
+                ds.pop("DimensionOrganizationType", None)         # 3D says that planes are parallel
+        if self.sop_classes:
+            ds.walk(self._name_class)
         return ds
 
     def _number_sources(self, ds: Dataset) -> None:
@@ -178,16 +204,19 @@ class Derived:
             if "ReferencedFrameNumber" in source:
                 source.ReferencedFrameNumber = self.frames[int(source.ReferencedFrameNumber) - 1][1] + 1
 
-    def _own_thickness(self, ds: Dataset) -> None:
-        """Pixel measures per frame: highdicom has one slice thickness for all, that of the first source image."""
-        shared = ds.SharedFunctionalGroupsSequence[0]
-        spacing = shared.PixelMeasuresSequence[0].PixelSpacing
-        del shared.PixelMeasuresSequence
+    def _own(self, ds: Dataset, keyword: str, of_slice: Callable[[int], pydicom.Sequence]) -> None:
+        """A functional group per frame: highdicom has one for all, that of the first source image."""
+        del ds.SharedFunctionalGroupsSequence[0][keyword]
         slices = {(self.images[image].SOPInstanceUID, frame): k for k, (image, frame) in enumerate(self.frames)}
         for group in ds.PerFrameFunctionalGroupsSequence:
             source = group.DerivationImageSequence[0].SourceImageSequence[0]
-            k = slices.get((source.ReferencedSOPInstanceUID, int(source.get("ReferencedFrameNumber", 1)) - 1), 0)
-            group.PixelMeasuresSequence = PixelMeasuresSequence(spacing, float(self.thickness[k]))
+            k = slices[source.ReferencedSOPInstanceUID, int(source.get("ReferencedFrameNumber", 1)) - 1]
+            setattr(group, keyword, of_slice(k))
+
+    def _name_class(self, item: Dataset, element: pydicom.DataElement) -> None:
+        """For Dataset.walk: the source's images by their own class, where highdicom took them for CT Images."""
+        if element.keyword == "ReferencedSOPClassUID":
+            element.value = self.sop_classes.get(item.get("ReferencedSOPInstanceUID"), element.value)
 
 
 def make_uid(*words) -> str:
@@ -214,10 +243,21 @@ def _zone(header: Dataset) -> tzinfo | None:
 def _lossy(headers: Sequence[Dataset]) -> dict:
     """Of the images that say they are lossy the first that says most, ratio and method; empty where none does.
 
-    Without elements that have no value: those would be empty in what is derived, too, where they must not.
+    Without elements that have no value: those would be empty in what is derived, too, where they must not. And without
+    a ratio such as 10:1, which no element for numbers can hold.
     """
-    said = [{keyword: header.get(keyword) for keyword in LOSSY if header.get(keyword)} for header in headers]
+    said = [{keyword: header.get(keyword) for keyword in LOSSY if header.get(keyword)
+             and (keyword != "LossyImageCompressionRatio" or _are_numbers(header.get(keyword)))} for header in headers]
     return max((one for one in said if one.get("LossyImageCompression") == "01"), key=len, default={})
+
+
+def _are_numbers(value: object) -> bool:
+    return all(np.isfinite(number_of(str(one))) for one in (value if isinstance(value, MultiValue) else [value]))
+
+
+def _burned_in(header: Dataset) -> bool:
+    """Whether an image says that it has burned-in text, in whatever letters."""
+    return str(header.get("BurnedInAnnotation") or "").strip().upper() in ("YES", "Y")
 
 
 def _check_source(path: Path, header: Dataset, first: Dataset, alone: bool) -> None:
@@ -243,6 +283,28 @@ def _check_distinct(paths: Sequence[Path], headers: Sequence[Dataset]) -> None:
                                "neither alone; give each image its own, or do without them")
 
 
+def _check_kept(path: Path, header: Dataset) -> None:
+    """Patient's name and ID must be written as they were read: results with others are another patient's.
+
+    Escape sequences of the same text may differ. Bytes that are none of the character set's are read as U+FFFD, which
+    would be written in their place.
+    """
+    stored = {keyword: header.get_item(keyword).value for keyword in WHOSE if keyword in header}
+    whose, file = Dataset(), DicomBytesIO()
+    for keyword in header.dir("SpecificCharacterSet") + [*stored]:
+        whose.add(header[keyword])
+    file.is_little_endian = file.is_implicit_VR = True
+    write_dataset(file, whose)
+    file.seek(0)
+    written = read_dataset(file, is_implicit_VR=True, is_little_endian=True)
+    for keyword, value in stored.items():
+        same = (written.get_item(keyword).value or b"").rstrip(b" \0") == (value or b"").rstrip(b" \0")
+        if not same and ("\ufffd" in str(whose[keyword].value) or written[keyword].value != whose[keyword].value):
+            raise DerivedError(f"{path.name}: its {keyword} is not in the character set that it names "
+                               "(SpecificCharacterSet), so results would be filed under another patient; correct the "
+                               "one or the other, or do without the objects or the patient's data in them")
+
+
 def _thickness(scan: Scan, headers: Sequence[Dataset], paths: Sequence[Path]) -> np.ndarray:
     """Slice thickness in mm, [S]; type 2 in CT, so it may be empty, or no number: then what its neighbours leave it."""
     said = [number_of(str(frame_value(headers[paths.index(path)], frame, "PixelMeasuresSequence", "SliceThickness")))
@@ -251,14 +313,17 @@ def _thickness(scan: Scan, headers: Sequence[Dataset], paths: Sequence[Path]) ->
                      for value, mm in zip(said, slice_thickness_mm(scan.position_mm))])
 
 
-def _reference_image(header: Dataset, first: Dataset, thickness_mm: float, frames: Sequence[int],
-                     lossy: dict) -> Dataset:
+def _reference_image(header: Dataset, first: Dataset, first_frame: int, thickness_mm: float,
+                     frames: Sequence[int] | None, lossy: dict) -> Dataset:
     """Identifiers and geometry of a source image, and nothing else: what highdicom looks at and refers to.
 
+    frames: of the only file of a scan, which are slices, in their order; None for one of several. Those have a frame
+    each and become CT Images, Enhanced ones, too, of which highdicom takes no more than one; finish() names the class.
+    Of a multi-frame image it has these frames alone: others, of a second phase or copies, lie at the same places,
+    which highdicom refuses.
     lossy: of all images, since highdicom asks the first one alone.
-    Orientation and pixel spacing are the first image's; ct.dicom has seen to it that they agree but for rounding,
-    which highdicom does not forgive. Of a multi-frame image it has these `frames` alone: others, of a second phase or
-    copies, lie at the same places, which highdicom refuses.
+    Orientation and pixel spacing are the first slice's, since highdicom does not forgive their rounding; finish() puts
+    orientations that differ by more in their frames.
     """
     image = Dataset()
     for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID",
@@ -271,13 +336,14 @@ def _reference_image(header: Dataset, first: Dataset, thickness_mm: float, frame
     for keyword in TYPE_2:
         setattr(image, keyword, "")
     measures = Dataset()
-    measures.PixelSpacing = frame_value(first, frames[0], "PixelMeasuresSequence", "PixelSpacing")
+    measures.PixelSpacing = frame_value(first, first_frame, "PixelMeasuresSequence", "PixelSpacing")
     measures.SliceThickness = thickness_mm
-    orientation = frame_value(first, frames[0], "PlaneOrientationSequence", "ImageOrientationPatient")
-    if "PerFrameFunctionalGroupsSequence" not in header:
+    orientation = frame_value(first, first_frame, "PlaneOrientationSequence", "ImageOrientationPatient")
+    if frames is None:
+        image.SOPClassUID = CTImageStorage
         image.update(measures)
         image.ImageOrientationPatient = orientation
-        image.ImagePositionPatient = header.ImagePositionPatient
+        image.ImagePositionPatient = frame_value(header, 0, "PlanePositionSequence", "ImagePositionPatient")
         return image
     image.NumberOfFrames = len(frames)
     plane, shared = Dataset(), Dataset()
@@ -294,6 +360,7 @@ def _reference_image(header: Dataset, first: Dataset, thickness_mm: float, frame
 
 def _patient(header: Dataset) -> Dataset:
     """A data set whose patient and study modules highdicom copies, whatever the source's class."""
+    _remove_private(header)
     header.SOPClassUID = CTImageStorage
     for keyword in TYPE_2:
         if keyword not in header:
@@ -302,3 +369,13 @@ def _patient(header: Dataset) -> Dataset:
             header.get("DeidentificationMethod") or header.get("DeidentificationMethodCodeSequence")):
         header.DeidentificationMethod = "Not stated by the source"           # an empty one makes invalid objects
     return header
+
+
+def _remove_private(ds: Dataset) -> None:
+    """In the items of its sequences, too. Other values stay as they were read, which Dataset.walk would decode."""
+    for tag in list(ds.keys()):
+        if tag.is_private:
+            del ds[tag]
+        elif dictionary_has_tag(tag) and dictionary_VR(tag) == "SQ":
+            for item in ds[tag].value or ():
+                _remove_private(item)

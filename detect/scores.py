@@ -9,15 +9,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ct.slab import slice_thickness_mm
+
 SLICE_MM = 5.0                  # what slices are apart where nobody says
 TOP_MM = 15.0                   # of the highest slices, what the scan score 'top3' takes a mean over
+KEY_SLICES = 3                  # of a scan, that a reader is shown first
+KEY_APART_MM = 4.0              # neighbours of a thin-slice series show the same
+POSITION_ERROR_MM = 0.01        # of numbers with 16 characters at most
 
 
 def thickness_mm(positions_mm: Sequence[float]) -> np.ndarray:
-    """How much of the body axis each slice stands for, mm [S]; SLICE_MM for a single slice."""
+    """How much of the body axis each slice stands for, mm [S]; SLICE_MM for a single slice.
+
+    Across gaps: a slice beside one is all that a score has to tell what lies there.
+    """
     if len(positions_mm) < 2:
         return np.full(len(positions_mm), SLICE_MM)
-    return np.abs(np.gradient(np.asarray(positions_mm, dtype=float)))
+    return slice_thickness_mm(np.asarray(positions_mm, dtype=float), across_gaps=True)
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,18 @@ def scan_score(scores: torch.Tensor, how: str, thickness_mm: Sequence[float] | N
     thickness = torch.full(scores.shape, SLICE_MM) if thickness_mm is None else torch.as_tensor(
         np.asarray(thickness_mm))
     return SCAN_SCORES[how].of(scores.double(), thickness.double()).item()
+
+
+def choose_key_slices(positions_mm: Sequence[float]) -> list[int]:
+    """Of slices at these positions, the most important first, the first KEY_SLICES that lie KEY_APART_MM apart.
+
+    Gives their places in the sequence.
+    """
+    chosen: list[int] = []
+    for place, mm in enumerate(positions_mm):
+        if all(abs(mm - positions_mm[other]) > KEY_APART_MM - POSITION_ERROR_MM for other in chosen):
+            chosen.append(place)
+    return chosen[:KEY_SLICES]
 
 
 # --- calibration on healthy scans ---

@@ -19,7 +19,7 @@ from ct.scan import Scan, ScanError
 from detect.dicom_out import Identity, notes_of, write_dicom
 from pacs.changes import RETRY_S, ChangeLog, answer_or_none, series_or_none
 from pacs.orthanc import Orthanc, OrthancAway, OrthancRefused, raise_if_general
-from pacs.state import DONE, FAILED, REFUSED, ROW, State, StateError, timestamp
+from pacs.state import DONE, FAILED, REFUSED, ROW, Row, State, StateError, timestamp
 
 STAGES = ("fetch", "project", "write", "store")
 QUEUE = 32                                            # series that may wait
@@ -157,14 +157,17 @@ class Node:
         return bool(due) or more and self.log.room() > 0         # with a full queue the log can wait
 
     def _follow(self) -> bool:
-        """Follow the change log. Where Orthanc fails for that alone, say so and try later: what waits is still done."""
+        """Follow the change log. Where Orthanc fails for that alone, say so and try later: what waits is still done.
+
+        Raises as raise_if_general().
+        """
         not_before, pause = self._log_again
         if time.monotonic() < not_before:
             return False
         try:
             more = self.log.follow()
-        except OrthancAway as error:
-            self.orthanc.system()                     # raises where all of it is away
+        except (OrthancAway, OrthancRefused) as error:
+            raise_if_general(self.orthanc, error)
             if self.metrics.changes_up:
                 print(f"the change log cannot be read, trying again: {error}", flush=True)
             self.metrics.changes_up = False
@@ -282,7 +285,7 @@ class Node:
             for instance in self.orthanc.find(uid, study_id):
                 self.orthanc.delete(instance)
 
-    def _put_back(self, series_id: str, row: dict, why: str) -> dict | None:
+    def _put_back(self, series_id: str, row: Row, why: str) -> Row | None:
         """Put a series behind all that wait, to be tried again after a pause; after TRIES, return the result: failed.
 
         It fails only if another series was done meanwhile: otherwise Orthanc's storage may be failing every series,
@@ -300,7 +303,7 @@ class Node:
         print(f"{series_id}: put behind the others, try {tries} failed: {why}", flush=True)
         return None
 
-    def _fetch(self, series_id: str, row: dict) -> tuple[Path, dict]:
+    def _fetch(self, series_id: str, row: Row) -> tuple[Path, Row]:
         """The folder with the series' files, and its row, updated where images were deleted meanwhile.
 
         Raises ScanError where the series was deleted.
@@ -324,7 +327,7 @@ class Node:
                 row = row | {"instances": instances, "images": len(instances)}
                 self.state.put(series_id, row)
 
-    def _check_source(self, series_id: str, row: dict) -> None:
+    def _check_source(self, series_id: str, row: Row) -> None:
         """Raise ScanError where the series was deleted since it was fetched, OrthancAway where some images were."""
         series = series_or_none(self.orthanc.series, series_id)
         if series is None:
@@ -339,7 +342,7 @@ class Node:
             self.orthanc.delete(instance)
             raise ScanError("Orthanc files its results under another patient or study; correct its PatientID")
 
-    def _project(self, series_id: str, row: dict) -> dict:
+    def _project(self, series_id: str, row: Row) -> Row:
         with self.metrics.timed("fetch"):
             folder, row = self._fetch(series_id, row)
         with self.metrics.timed("project"):

@@ -110,11 +110,11 @@ class Orthanc:
 
     def series(self, series_id: str) -> dict:
         """ID, MainDicomTags, Instances, ParentStudy, IsStable and LastUpdate, when its last image came, of a series."""
-        return self._json(f"/series/{series_id}", SERIES)
+        return self._series(f"/series/{series_id}")
 
     def series_of(self, instance_id: str) -> dict:
         """As series(), of an instance."""
-        return self._json(f"/instances/{instance_id}/series", SERIES)
+        return self._series(f"/instances/{instance_id}/series")
 
     def study(self, study_id: str) -> dict:
         return self._json(f"/studies/{study_id}", {"MainDicomTags": dict})
@@ -159,11 +159,18 @@ class Orthanc:
             if error.status != 404:
                 raise
 
+    def _series(self, path: str) -> dict:
+        series = self._json(path, SERIES)
+        for instance in series["Instances"]:          # they become parts of addresses
+            if not isinstance(instance, str) or not ID.fullmatch(instance):
+                raise OrthancAway(f"{self.url}{path}: names an instance by what is no id; is this Orthanc?")
+        return series
+
     def _json(self, path: str, expected: type | dict[str, type], body: bytes | None = None) -> Any:
         answer = self._request(path, body)
         try:
             answer = json.loads(answer)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OrthancAway(f"{self.url}{path}: the answer is no JSON; is this Orthanc?") from error
         answer = _checked(answer, expected, self.url + path)
         self._was_there = True

@@ -11,6 +11,7 @@ from threading import Thread
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from detect.scores import rounded_down
 from pacs.node import Node
 from pacs.state import DONE, WAITING
 
@@ -52,7 +53,7 @@ def page(node: Node, link: str, days: float = DAYS) -> str:
     return _template().render(
         rows=rows, older=older, days=f"{days:g}", model=node.identity.name, weights=node.identity.weights_hash[:12],
         orthanc=link, up=node.metrics.orthanc_up, changes_up=node.metrics.changes_up,
-        disk_full=node.metrics.disk_full, refresh=REFRESH_S)
+        disk_full=node.metrics.disk_full, refresh=REFRESH_S, rounded_down=rounded_down)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypedDict
 
 from common.files import replace_text
 
@@ -37,6 +38,34 @@ def digest(instances: list[str]) -> str:
 def timestamp() -> str:
     """Now, as rows hold it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class Row(TypedDict, total=False):
+    """A series, as its file and State.rows hold it. Those of ROW are always there."""
+
+    state: str                   # WAITING, DONE, REFUSED or FAILED
+    sequence: int                # of Orthanc's change log; orders what waits
+    announced: str               # as all times here: timestamp()
+    study: str                   # Orthanc's id of the series' study
+    study_uid: str
+    series_uid: str
+    images: int
+    instances: list[str]         # Orthanc's ids, sorted; of a waiting row
+    digest: str                  # of these; of a finished row
+    updated: str                 # Orthanc's LastUpdate of the series
+    objects: list[str]           # SOP Instance UIDs of the results that are in Orthanc, or on their way
+    tries: int                   # so far, of a waiting row whose last one failed,
+    since: str                   # and when the first one did
+    reason: str                  # why it is refused or has failed, or why the last try did
+    finished: str
+    seconds: float               # of the last try
+    score: float                 # this and what follows: of a done row, as detect.Projection has them
+    percentile: float | None     # %
+    threshold: float | None
+    flagged: bool | None
+    unreliable: str | None
+    anomalous_ml: float | None
+    notes: list[str]             # also of a refused or failed row whose earlier results cannot be deleted
 
 
 class StateError(ValueError):
@@ -75,7 +104,7 @@ class State:
         self.arriving = set(known["arriving"])                # and these, Orthanc's ids, are written with `sequence`
         self.model = model
         self.orthanc: str | None = known["orthanc"]           # its address; None before it was ever asked
-        self.rows: dict[str, dict] = {path.stem: _compact(self._read(path, ROW))
+        self.rows: dict[str, Row] = {path.stem: _compact(self._read(path, ROW))
                                       for path in self._series.glob("*.json")}
         self.clear_work()
         self.advance(self.sequence)
@@ -85,7 +114,7 @@ class State:
         return sorted((id for id, row in self.rows.items() if row["state"] == WAITING),
                       key=lambda id: (self.rows[id]["sequence"], self.rows[id].get("tries", 0)))
 
-    def put(self, series_id: str, row: dict) -> None:
+    def put(self, series_id: str, row: Row) -> None:
         """Write a series' row to disk; a finished one keeps the digest of its instances alone."""
         row = _compact(row)
         replace_text(self._series / f"{series_id}.json", json.dumps(row))
@@ -135,7 +164,7 @@ def _differences(there: object, here: object, name: str = "") -> list[str]:
     return [f"{name or 'model'} ({there} there, {here} here)" if short else name or "model"]
 
 
-def _compact(row: dict) -> dict:
+def _compact(row: Row) -> Row:
     if row["state"] == WAITING or "instances" not in row:
         return row
     return {key: value for key, value in row.items() if key != "instances"} | {"digest": digest(row["instances"])}

@@ -1,5 +1,6 @@
 """DICOM results lie on the source's own frames to the pixel, and say of their pixels what the source's say."""
 
+import copy
 from dataclasses import replace
 
 import highdicom
@@ -7,12 +8,15 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
+from pydicom.uid import EnhancedCTImageStorage
 
 from ct.write import write_nifti
 from detect.dicom_out import build_objects, write_dicom
 from tests.dicom_results import DENSE, HU, IDENTITY, read_only, result_of, writer
 from tests.helpers import frames_by_source
-from tests.writers import complete, write_dicom_series, write_enhanced_ct
+from tests.writers import complete, make_uid, write_dicom_series, write_enhanced_ct
 
 
 @pytest.fixture
@@ -102,6 +106,36 @@ def test_slices_of_their_own_thickness(tmp_path):
     assert thickness == {10: 4, 14: 4, 18: 4, 23: 7, 30: 7, 37: 7}              # by height above the origin's 10 mm
 
 
+def test_slices_of_their_own_tilt(tmp_path):
+    """All had the first one's: of 512 rows of 0.5 mm the last lay 2.2 mm off."""
+    def edit(ds, k):
+        complete(ds, k)
+        tilt = np.deg2rad(0.0 if k < 3 else 0.5)
+        ds.ImageOrientationPatient = [1, 0, 0, 0, f"{np.cos(tilt):.9g}", f"{-np.sin(tilt):.9g}"]
+    folder = write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), edit=edit)
+    sources = {ds.SOPInstanceUID: ds for ds in map(pydicom.dcmread, folder.iterdir())}
+    objects = build_objects(result_of(read_only(folder)), IDENTITY)
+    for ds in (objects["seg"], objects["map"]):
+        assert "PlaneOrientationSequence" not in ds.SharedFunctionalGroupsSequence[0]
+        assert "DimensionOrganizationType" not in ds                                # 3D: of parallel planes
+        told = [(group.PlaneOrientationSequence[0].ImageOrientationPatient, sources[
+            group.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID].ImageOrientationPatient)
+            for group in ds.PerFrameFunctionalGroupsSequence]
+        assert len(told) == 6 and {round(float(one[5]), 6) for one, _ in told} == {0, -0.008727}     # sin of 0.5 deg
+        for one, source in told:
+            np.testing.assert_allclose(one, source, rtol=0, atol=1e-9)
+
+
+def test_orientations_that_differ_by_rounding_are_one(tmp_path):
+    def edit(ds, k):
+        complete(ds, k)
+        ds.ImageOrientationPatient = [1, 0, 0, 0, 1, f"{k * 1e-5:g}"]
+    scan = read_only(write_dicom_series(tmp_path / "series", HU, (5, 0.5, 0.4), edit=edit))
+    surprise = build_objects(result_of(scan), IDENTITY)["map"]
+    assert surprise.DimensionOrganizationType == "3D"
+    assert "PlaneOrientationSequence" in surprise.SharedFunctionalGroupsSequence[0]
+
+
 def test_a_slice_thickness_that_is_no_number_is_what_the_neighbours_leave(tmp_path):
     """Of a source that writes '5 mm' no object was made."""
     def edit(ds, k):
@@ -139,6 +173,20 @@ def test_lossy_compression_of_the_source_is_told_with_ratio_and_method(tmp_path)
         assert float(told.LossyImageCompressionRatio) == 12.5
 
 
+@pytest.mark.parametrize("ratio", ["10:1", "9\\10:1", "nan"])
+def test_a_lossy_ratio_that_is_no_number_is_left_out(tmp_path, ratio):
+    """Of a source that writes '10:1' no object was made."""
+    def lossy(ds, k):
+        complete(ds, k)
+        ds.LossyImageCompression, ds.LossyImageCompressionMethod = "01", "ISO_10918_1"
+        ds[0x00282112] = RawDataElement(Tag(0x00282112), "DS", len(ratio), ratio.encode(), 0, False, True)
+    objects = build_objects(result_of(read_only(write_dicom_series(tmp_path / "s", HU, edit=lossy))), IDENTITY)
+    for name in ("seg", "map", "picture-1"):
+        told = objects[name]
+        assert (told.LossyImageCompression, told.LossyImageCompressionMethod) == ("01", "ISO_10918_1")
+        assert "LossyImageCompressionRatio" not in told
+
+
 def test_a_lossy_state_that_is_empty_is_none(tmp_path):
     """Segmentation and map took the empty element along, in which a value is required."""
     def empty(ds, k):
@@ -164,7 +212,8 @@ def test_one_lossy_image_makes_lossy_results_pictures_too(tmp_path):
 
 
 @pytest.mark.parametrize("phi", [True, False])
-@pytest.mark.parametrize("told, burned_in", [({3: "YES"}, "YES"), ({0: "NO", 3: "NO"}, "NO"), ({}, "NO")])
+@pytest.mark.parametrize("told, burned_in", [({3: "YES"}, "YES"), ({3: "yes"}, "YES"), ({3: "Y "}, "YES"),
+                                             ({0: "NO", 3: "NO"}, "NO"), ({}, "NO")])
 def test_pictures_of_pixels_with_burned_in_text_say_so(tmp_path, told, burned_in, phi):
     """They said NO, and whoever passes on what says so passes on a name."""
     def edit(ds, k):
@@ -190,6 +239,35 @@ def test_multi_frame_source(tmp_path):
     for (uid, frame), (image, _) in frames_by_source(objects["map"]).items():
         assert uid == ds.SOPInstanceUID
         np.testing.assert_array_equal(image, result.anomaly[[2, 0, 5, 1, 4, 3][frame - 1]])
+
+
+def test_an_enhanced_series_of_one_frame_a_file(tmp_path):
+    """No scan of such files had objects."""
+    whole = pydicom.dcmread(write_enhanced_ct(tmp_path / "enhanced", HU, (5, 0.5, 0.4)))
+    complete(whole, 0)
+    (tmp_path / "series").mkdir()
+    frames = whole.pixel_array
+    for k, group in enumerate(whole.PerFrameFunctionalGroupsSequence):
+        ds = copy.deepcopy(whole)
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = make_uid("one frame", k)
+        ds.NumberOfFrames, ds.PerFrameFunctionalGroupsSequence, ds.InstanceNumber = 1, [group], k + 1
+        ds.PixelData = frames[k].tobytes()
+        ds.save_as(tmp_path / "series" / f"{k}.dcm")
+    result = result_of(read_only(tmp_path / "series"))
+    objects = build_objects(result, IDENTITY)
+    for name, maps in (("seg", result.mask), ("map", result.anomaly)):
+        found = frames_by_source(objects[name])
+        assert len(found) == 6
+        for k in range(6):
+            image, place = found[make_uid("one frame", k), 1]
+            np.testing.assert_array_equal(image, maps[k])
+            assert place == [-40, -60, 10 + 5 * k]
+    uids = {make_uid("one frame", k) for k in range(6)}
+    named = {}
+    for name, ds in objects.items():                                 # by their own class, wherever they are named
+        ds.walk(lambda item, e, name=name: str(e.value) in uids and named.setdefault(name, set()).add(
+            item.ReferencedSOPClassUID))
+    assert named == dict.fromkeys(objects, {EnhancedCTImageStorage})
 
 
 def test_frames_of_a_multi_frame_source_that_are_no_slices_have_no_part_in_its_objects(tmp_path):

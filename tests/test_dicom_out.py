@@ -1,5 +1,6 @@
 """DICOM results: UIDs, times, no patient data with phi=False, what is refused, and that they conform."""
 
+import copy
 import shutil
 import subprocess
 import time
@@ -194,6 +195,50 @@ def test_with_phi_the_patient_and_study_modules_and_no_more(tmp_path):
             del ds[keyword]
         left = [e.keyword for e in ds.iterall() if e.VR not in ("OB", "OW", "OF") and "MARKER" in str(e.value)]
         assert left == [], path.name
+
+
+def test_private_elements_stay_behind_within_sequences_too(tmp_path):
+    """Those of a procedure's code came along."""
+    def edit(ds, k):
+        complete(ds, k)
+        inner = pydicom.Dataset()
+        inner.CodeValue, inner.CodingSchemeDesignator, inner.CodeMeaning = "IN", "99X", "MARKERKEPT"
+        for item in (inner, code := copy.deepcopy(inner)):
+            item.add_new(0x00091001, "LO", "MARKERPRIV")
+        code.EquivalentCodeSequence = [inner]
+        ds.ProcedureCodeSequence = [code]
+    scan = read_only(write_dicom_series(tmp_path / "series", HU, edit=edit))
+    for path in write_dicom(tmp_path / "out", result_of(scan), IDENTITY):
+        content = path.read_bytes()
+        assert content.count(b"MARKERKEPT") == 2 and b"MARKERPRIV" not in content, path.name
+
+
+@pytest.mark.parametrize("keyword", ["PatientID", "PatientName"])
+@pytest.mark.parametrize("charset, value, kept", [
+    ("ISO_IR 192", "\ud64d^\uae38\ub3d9".encode("euc_kr"), False), (None, "\ud64d^\uae38\ub3d9".encode("euc_kr"), True),
+    ("ISO_IR 192", "\ud64d^\uae38\ub3d9".encode(), True), ("ISO_IR 100", b" A^B^^\xa0", True),
+    (["", "ISO 2022 IR 87"], b"Yamada=\x1b$B;3ED\x1b(J", True)])
+def test_a_patient_who_would_be_written_as_another_is_refused(tmp_path, keyword, charset, value, kept):
+    """Korean bytes under the name of UTF-8: what no character has became U+FFFD, and the results another patient's."""
+    value += b" " * (len(value) % 2)
+    stand_in = "Q" * len(value)
+
+    def edit(ds, k):
+        complete(ds, k)
+        ds.SpecificCharacterSet = charset
+        setattr(ds, keyword, stand_in)
+    folder = write_dicom_series(tmp_path / "series", HU, edit=edit)
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes().replace(stand_in.encode(), value))
+    result = result_of(read_only(folder))
+    assert len(build_objects(result, IDENTITY, phi=False)) > 4
+    if not kept:
+        with pytest.raises(DerivedError, match=f"^000.dcm: its {keyword} is not in the character set that it names"):
+            build_objects(result, IDENTITY)
+        return
+    path = write_dicom(tmp_path / "out", result, IDENTITY)[0]
+    written, source = pydicom.dcmread(path), pydicom.dcmread(folder / "000.dcm")
+    assert source.get_item(keyword).value == value and str(written[keyword].value) == str(source[keyword].value)
 
 
 # ---- what cannot be written

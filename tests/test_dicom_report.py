@@ -10,7 +10,7 @@ import pytest
 from pydicom.sr.codedict import codes
 
 from detect.dicom_out import build_objects, identity_of
-from detect.dicom_out.common import choose_key_slices
+from detect.dicom_out.common import key_slices_of
 from detect.dicom_out.secondary_capture import draw
 from detect.outputs import slice_rows
 from detect.scores import rounded_down
@@ -177,13 +177,13 @@ def test_key_slices_of_a_thin_series_are_not_neighbours(tmp_path):
     marked = np.zeros(hu.shape, bool)
     marked[[10, 13, 14], 2, 2] = True
     result = Result(scan, scan.hu, marked, scores, np.arange(24) < 22)
-    assert choose_key_slices(result) == (10, 14, 20)                 # marked ones first: 13 is too near to 10
+    assert key_slices_of(result) == (10, 14, 20)                 # marked ones first: 13 is too near to 10
     objects = build_objects(result, IDENTITY)
     assert {f"picture-{number}" for number in (1, 2, 3)} <= objects.keys()
     near = replace(result, projected=np.isin(np.arange(24), (9, 10, 11)))
-    assert choose_key_slices(near) == (10,)
+    assert key_slices_of(near) == (10,)
     apart = read_only(write_dicom_series(tmp_path / "apart", HU, (4.0, 0.5, 0.4), edit=complete))
-    assert choose_key_slices(result_of(apart)) == (4, 3, 2)          # 4 mm apart already
+    assert key_slices_of(result_of(apart)) == (4, 3, 2)          # 4 mm apart already
 
 
 def test_numbers_of_the_report_have_digits_that_mean_something(series):

@@ -208,7 +208,9 @@ def test_a_stop_is_heeded_within_a_page_of_the_log(tmp_path, verb, monkeypatch):
     assert {states(node)[S1], states(node)[S2]} == {"waiting"}
 
 
-def test_a_change_log_that_orthanc_does_not_serve_keeps_no_series_that_waits(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("status", [500, 404, 400])
+def test_a_change_log_that_orthanc_does_not_serve_keeps_no_series_that_waits(tmp_path, monkeypatch, capsys, status):
+    """A refusal, 404 or 400, ended the node."""
     archive, asked, clock = Archive(tmp_path, S1, S2), [], [0.0]
     monkeypatch.setattr("pacs.node.time.monotonic", lambda: clock[0])
     node = archive_node(tmp_path, archive)
@@ -216,7 +218,8 @@ def test_a_change_log_that_orthanc_does_not_serve_keeps_no_series_that_waits(tmp
 
     def unserved():
         asked.append(clock[0])
-        raise OrthancAway("http://fake/changes?last: 500 Internal Server Error")
+        said = f"http://fake/changes?last: {status} told"
+        raise OrthancAway(said) if status == 500 else OrthancRefused(said, status)
     with monkeypatch.context() as patch:
         patch.setattr(archive, "last_change", unserved)
         assert node.step() and states(node)[S2] == "done" and node.metrics.orthanc_up
@@ -235,7 +238,7 @@ def test_a_change_log_that_orthanc_does_not_serve_keeps_no_series_that_waits(tmp
     assert node.step() and node.state.rows[S1]["images"] == 5 and node.metrics.changes_up
     assert "does not serve its change log" not in page(node, "http://fake")
     said = capsys.readouterr().out
-    assert said.count("the change log cannot be read, trying again: http://fake/changes?last: 500") == 1
+    assert said.count(f"the change log cannot be read, trying again: http://fake/changes?last: {status} told") == 1
     assert said.count("the change log can be read again") == 1
 
 

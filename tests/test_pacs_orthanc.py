@@ -124,6 +124,24 @@ def test_json_that_is_not_orthancs(tmp_path, answering, body):
             client.find("1.2", S1)
 
 
+@pytest.mark.parametrize("instances", [[1, S2], [{"a": 1}], [S2, "../../x"]])
+def test_an_instance_that_has_no_id_of_orthancs_is_asked_for_by_none(tmp_path, answering, instances):
+    """What is no text ended the node with a traceback."""
+    answering.body = json.dumps({"ID": S1, "MainDicomTags": {}, "Instances": instances, "ParentStudy": S3,
+                                 "IsStable": True, "LastUpdate": ""}).encode()
+    client = Orthanc(answering.url)
+    for request in (client.series, client.series_of):
+        with pytest.raises(OrthancAway, match=f"{S1}.*: names an instance by what is no id; is this Orthanc"):
+            request(S1)
+
+
+def test_json_that_nests_too_deeply_is_no_answer(answering):
+    """It ended the node with a traceback."""
+    answering.body = b"[" * 200_000
+    with pytest.raises(OrthancAway, match="no JSON; is this Orthanc"):
+        Orthanc(answering.url).last_change()
+
+
 def test_instances_are_found_of_this_study_alone(monkeypatch):
     client, asked = Orthanc("http://fake"), []
     answers = {"/tools/lookup": [{"ID": id, "Type": kind} for id, kind in ((S1, "Instance"), (S2, "Instance"),

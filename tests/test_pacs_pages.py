@@ -50,6 +50,16 @@ def test_pages(tmp_path):
     server.shutdown()
 
 
+def test_a_percentile_is_rounded_down_as_in_the_report(tmp_path):
+    """Of the top scan among 200 healthy ones, 99.5025, the page said 100."""
+    node = fake_node(tmp_path, log_of(dashed("top")))
+    node.log.follow()
+    node.state.put(dashed("top"), node.state.rows[dashed("top")] | dict(
+        state="done", score=1.0, percentile=100 * 200 / 201))
+    html = page(node, "http://fake")
+    assert ">99.5<" in html and ">100<" not in html
+
+
 def test_a_reader_who_asks_nothing_keeps_no_thread(tmp_path, monkeypatch):
     assert 1 <= _Handler.timeout <= 300
     monkeypatch.setattr(_Handler, "timeout", 0.1)

@@ -21,7 +21,8 @@ from common.version import VERSION
 from ct.derived import DerivedError
 from ct.dicom_pixels import quote_no_headers
 from detect.dicom_out import key_objects, parametric_map, secondary_capture, seg, sr
-from detect.dicom_out.common import KEY_SLICES, Identity, Result, open_case
+from detect.dicom_out.common import Identity, Result, open_case
+from detect.scores import KEY_SLICES
 
 __all__ = ["Identity", "Result", "build_objects", "dicom_writer", "identity_of", "notes_of", "write_dicom"]
 

@@ -13,11 +13,9 @@ from pydicom.sr.coding import Code
 
 from ct.derived import Derived, DerivedError, Maker
 from ct.scan import Scan
+from detect.scores import choose_key_slices
 
-KEY_SLICES = 3
-KEY_APART_MM = 4.0                                      # neighbours of a thin-slice series show the same
 SERIES = {"sr": 1, "seg": 2, "map": 3, "key-objects": 4, "pictures": 5}     # last digits of the series numbers
-POSITION_ERROR_MM = 0.01                                # of numbers with 16 characters at most
 LONGEST_NAME = 64
 TRACKING_ID = "Differs from the closest normal"         # one for the scan: SEG and SR name the same
 
@@ -78,7 +76,7 @@ class Result(Protocol):
 
 @dataclass(frozen=True)
 class Case(Derived):
-    """One scan's results to be written as DICOM; key_slices: see choose_key_slices."""
+    """One scan's results to be written as DICOM; key_slices: see key_slices_of."""
 
     result: Result
     identity: Identity
@@ -103,15 +101,11 @@ def open_case(result: Result, identity: Identity, phi: bool, made: datetime) -> 
             raise DerivedError(f"{scan.scan_id}: {name} {list(getattr(result, name).shape)} does not fit the scan "
                                f"{list(scan.hu.shape)}")
     return Case.open(scan, identity.maker, (identity.settings, result.threshold), phi, made, result=result,
-                     identity=identity, key_slices=choose_key_slices(result))
+                     identity=identity, key_slices=key_slices_of(result))
 
 
-def choose_key_slices(result: Result) -> tuple[int, ...]:
-    """The KEY_SLICES projected slices with the highest scores, KEY_APART_MM apart, those with a marked pixel first."""
+def key_slices_of(result: Result) -> tuple[int, ...]:
+    """Of the projected slices those with the highest scores, marked ones first, as choose_key_slices takes them."""
     marked = result.mask.any((1, 2))
     order = sorted(np.flatnonzero(result.projected), key=lambda k: (not marked[k], -result.slice_scores[k]))
-    position, chosen = result.scan.position_mm, []
-    for k in order:
-        if all(abs(position[k] - position[other]) > KEY_APART_MM - POSITION_ERROR_MM for other in chosen):
-            chosen.append(int(k))
-    return tuple(chosen[:KEY_SLICES])
+    return tuple(int(order[place]) for place in choose_key_slices(result.scan.position_mm[order]))

@@ -7,15 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ct.picture import pack_overlay
 from detect.report.tables import Calibration, Entry
+from detect.scores import choose_key_slices
 
-KEY_SLICES = 3
 FULL, REDUCED = (360, 75), (256, 60)         # a panel's longer side in pixels, WebP quality
 
 
-def choose_key_slices(entry: Entry, calibration: Calibration) -> None:
-    """Set key: the slices with a picture that rise highest above healthy ones at their level, or score highest."""
-    pictured = [s for s in entry.slices if s.number in entry.overlays]
-    entry.key = sorted(pictured, key=lambda s: calibration.above(s.below_vertex_mm) - s.score)[:KEY_SLICES]
+def set_key(entry: Entry, calibration: Calibration) -> None:
+    """Set key: the slices with a picture that rise highest above healthy ones at their level, or score highest.
+
+    Not marked ones first, as DICOM's key slices are: slices.csv does not tell which are, and the page shows this band.
+    """
+    pictured = sorted((s for s in entry.slices if s.number in entry.overlays),
+                      key=lambda s: calibration.above(s.below_vertex_mm) - s.score)
+    entry.key = [pictured[place] for place in choose_key_slices([s.below_vertex_mm for s in pictured])]
 
 
 def _pack_scan(entry: Entry, numbers: list[int], size: tuple[int, int], pool: ThreadPoolExecutor) -> list:
@@ -56,7 +60,7 @@ def add_pictures(entries: list[Entry], calibration: Calibration, room: int) -> N
         return room
 
     for entry in entries:
-        choose_key_slices(entry, calibration)
+        set_key(entry, calibration)
     with ThreadPoolExecutor() as pool:
         room = room - room // 2 + fill(entries, lambda e: [*e.overlays], FULL, room // 2)
         lacking = [e for e in entries if not e.complete]
