@@ -214,6 +214,8 @@ class _Trunk(nn.Module):
         self.final_conv = ConvLayer(ch(4) + int(stddev), ch(4), 3)
 
     def stddev_group(self, batch: int) -> int:
+        """Images that the minibatch statistic compares at a time: 4 of a multiple of 4, else 3, 2 or, of 1, 5, 7 and 11
+        say, 1, which turns it off."""
         return next(g for g in (4, 3, 2, 1) if batch % g == 0)
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:

@@ -20,6 +20,7 @@ import distributed
 from ct.picture import save_hu_grid
 from ct.window import decode, encode
 from dataset import SliceDataset
+from gan.averaging import follow
 from gan.inpainting import Augmentation, InpaintingTrainer, weighted_distance
 from gan.losses import frozen, g_nonsaturating
 from gan.prior import fit
@@ -30,7 +31,8 @@ from model import Generator, build_generator
 OUTSIDE, INSIDE = 0.5, 3.0               # weight of a pixel outside and inside the brain
 STAGES = slice(1, 4)                     # of the discriminator, in which features of slices and reconstructions match
 RECENT = 6144                            # codes that the prior is fitted to
-AVERAGE = 3000                           # images, half-life of the averaged weights that samples are drawn with
+AVERAGE = 3000                           # images, half-life of the averaged weights that samples are drawn with ...
+AVERAGE_RAMP = 0.05                      # ... at most this part of the images so far
 PACE = 0.01                              # per step, of the rate at which nats cost
 SHEET = 64
 
@@ -47,6 +49,7 @@ class CodeTrainer(InpaintingTrainer):
         self.low, self.high = encode(torch.tensor(self.range_hu)[:, None, None]).to(self.device)    # each [3, 1, 1]
         self.rate = 5e-6                                             # what a nat costs
         self.recent = torch.empty(2, 0, math.prod(self.model.code_shape))     # means and variances, over all ranks
+        self.fitted = self.recent                                    # those that the prior is of
 
     def build_generator(self, gan: Snapshot | None) -> Generator:
         """The GAN's weights, if there is one; what reads the code is new."""
@@ -97,22 +100,25 @@ class CodeTrainer(InpaintingTrainer):
                      for mine, theirs in zip(stages[STAGES], wanted[STAGES])]
         return g_nonsaturating(logits), torch.stack(apart).mean()
 
-    @torch.no_grad()                                                 # or an average keeps the history of all its steps
     def _after(self, mean: torch.Tensor, log_variance: torch.Tensor, nats: torch.Tensor) -> None:
         """Collective. The rate, the codes that the prior is fitted to, and the averaged weights."""
         nats = distributed.all_reduce_sum(nats).item() / distributed.get_world_size()
         self.rate *= math.exp(PACE * min(1.0, max(-1.0, nats / self.config.code_nats - 1)))
         found = torch.stack([mean, log_variance.exp()]).flatten(2).cpu()
         self.recent = torch.cat([self.recent, *distributed.gather(found)], 1)[:, -RECENT:]
-        half_life = min(AVERAGE, 0.05 * self.images_seen)
-        keep = 0.5 ** (self.global_batch / half_life)
         for averaged, net in ((self.g_ema, self.g), (self.e_ema, self.e)):
-            torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - keep)
+            follow(averaged, net, self.global_batch, AVERAGE, self.images_seen, AVERAGE_RAMP)
+
+    def _fit_prior(self) -> None:
+        """To the recent codes; one alone has no spread, and of diverged ones the run tells at its next tick."""
+        if self.fitted is not self.recent and self.recent.shape[1] > 1 and self.recent.isfinite().all():
+            fit(self.g_ema.prior, *self.recent)                      # takes seconds
+            self.fitted = self.recent
 
     @torch.no_grad()
     def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:
         """HU error in the brain of held-out scans, `swd` of as many samples to their slices; grids of both as PNG."""
-        fit(self.g_ema.prior, *self.recent)                          # only here is it used
+        self._fit_prior()
         slices = [dataset[i] for i in every_fourth(dataset)]
         hu, brain = (torch.stack([one[key] for one in slices]) for key in ("hu", "brain"))
         hu = hu.float().clamp(*self.range_hu)
@@ -132,6 +138,8 @@ class CodeTrainer(InpaintingTrainer):
         return super().modules() | {"generator_ema": self.g_ema, "encoder_ema": self.e_ema}
 
     def state(self) -> dict:
+        """Collective. Before a snapshot, which is to hold the prior of its weights: no step needs it."""
+        self._fit_prior()
         return super().state() | {"rate": self.rate, "recent": self.recent}
 
     def load_state(self, state: dict) -> None:

@@ -25,6 +25,7 @@ from gan.quality import MOST_HELD_OUT, Measured, errors_hu, evenly, means
 from gan.runlog import load_optimiser
 from gan.settings import EncoderConfig
 from gan.snapshots import Snapshot
+from gan.training import tell_of_groups
 from model import MAPPING, NETWORKS, Discriminator, Generator, ModelConfig, build_encoder, has_mapping
 
 
@@ -36,7 +37,7 @@ class FirstNetworks:
     weights   by network; a bundle may hold no discriminator, and holds averaged ones under the plain names
     model     what it takes to rebuild them
     prepared  how the slices that they learnt from were prepared
-    known     how they were taught: what a run that begins with them keeps of that, JSON (gan.runlog.lineage)
+    known     how they were taught: what a run that begins with them keeps of that, JSON (gan.lineage)
     """
 
     folder: Path
@@ -91,6 +92,8 @@ class EncoderTrainer:
         self.images_seen = 0                                      # over all ranks
         self.rng = torch.Generator()
         self.reseed(config.seed)
+        if config.has_adversary(1):
+            tell_of_groups(self.d, config.batch)
 
     def build_generator(self, gan: Snapshot | None) -> Generator:
         generator = Generator(self.model)
@@ -104,7 +107,9 @@ class EncoderTrainer:
         return build_perceptual(config.perceptual, critic, config.pixels, config.knee, vgg16, lpips).to(self.device)
 
     def reseed(self, seed: int) -> None:
-        self.rng.manual_seed(distributed.seed_for_rank(seed, distributed.get_rank()))
+        """Random numbers from here on, of (seed, rank, images seen): later in a run none of its first steps' again."""
+        self.seed = seed
+        self.rng.manual_seed(distributed.seed_for_rank(seed + (self.images_seen << 64), distributed.get_rank()))
 
     def set_rates(self, done: float) -> None:
         """The rates for a training that is done to this part, 0 to 1."""
@@ -232,9 +237,11 @@ class EncoderTrainer:
     def load_state(self, state: dict) -> None:
         load_optimiser(self.e_opt, state["e_opt"])
         load_optimiser(self.d_opt, state["d_opt"])
+        self.images_seen = state["images_seen"]
         if len(state["rng"]) == distributed.get_world_size():
             self.rng.set_state(state["rng"][distributed.get_rank()])
-        self.images_seen = state["images_seen"]
+        else:
+            self.reseed(self.seed)
 
 
 def has_taught_discriminator(snapshot: Snapshot) -> bool:

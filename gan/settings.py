@@ -151,14 +151,15 @@ class EncoderConfig:
     snapshot_epochs: float = option(1.0, "epochs between snapshots, at which held-out scans are drawn")
     perceptual_epochs: float = option(5, "of these, first with the perceptual loss alone")
     batch: int = option(8, "images a step on each rank")
-    lr: float = option(1e-4, "Adam's learning rate of the encoder's last layer, a plain one that cannot bear more")
+    lr: float = option(1e-4, "Adam's learning rate of the encoder's last layer, a plain one that cannot bear more, and "
+                             "of the one before it that --encoder-code asks for")
     lr_trunk: float = option(1e-4, "of the encoder's other layers, which have the equalised learning rate")
     lr_discriminator: float = option(1e-5, "of the discriminator")
     lr_generator: float = option(0.0, "of the generator; 0, as published, leaves it as the GAN training left it. A "
                                  "generator cut short learns here to draw the healthy slices it is shown")
     decay: float = option(0.0, "last part of the training over which all rates fall evenly to 0; published is 0, none")
     adversarial: float = option(0.05, "weight of the adversarial loss; 0: no adversary, but for --domain or, with "
-                                      "--hide, --gated")
+                                      "--hide, --gated; with --code-channels none at all")
     domain: float = option(1.0, "weight of the in-domain loss: code of the image against code of its reconstruction")
     r1_gamma: float = option(10, "weight of the R1 penalty")
     r1_every: int = option(16, "steps between R1 penalties; 0: never")
@@ -185,13 +186,16 @@ class EncoderConfig:
     hidden: float = option(2.0, "additional weight of a hidden pixel")
     changed: float = option(2.0, "additional weight of a pixel that a shape changed")
     gradient: float = option(0.5, "weight of the difference of the images' gradients")
-    jitter_hu: float = option(2.0, "standard deviation of a shift of all HU, and in per cent of a gain: of scanners")
+    jitter_hu: float = option(2.0, "standard deviation of a shift of all HU above 0, and in per cent of a gain: of "
+                                   "scanners")
     rotate_deg: float = option(45.0, "largest rotation, degrees")
     encoder_width: float = option(1.0, "the encoder's channels over the generator's")
     encoder_code: int = option(0, "numbers that the W+ code goes through; 0: one plain layer")
     code_channels: int = option(0, "channels of a code in space of 8 x 8 pixels, from which the generator learns to "
                                    "draw slices, and new ones from random codes (gan/coding.py). Above 0 this is the "
-                                   "objective, with the adversary's part in --perceptual-epochs and after")
+                                   "objective, with the adversary after --perceptual-epochs; --lr, --encoder-code, "
+                                   "--domain, --perceptual, --pixels and what is for --hide or --noise have no part in "
+                                   "it, nor have --erase and --coarse")
     code_nats: float = option(800.0, "information that the code holds of a slice, nats")
     rotate: float = option(0.25, "probability of a rotation")
     flip: bool = option(True, "mirror half of the images")
@@ -219,7 +223,8 @@ class EncoderConfig:
 
     def has_adversary(self, done: float) -> bool:
         """Whether the adversary and what comes with it have a part once this part of the training, 0 to 1, is done."""
-        if not (self.adversarial or (self.gated if self.hide else self.domain)):
+        needing = 0 if self.code_channels else self.gated if self.hide else self.domain
+        if not (self.adversarial or needing):
             return False
         return done * self.epochs >= self.perceptual_epochs
 

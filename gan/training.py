@@ -9,6 +9,7 @@ import torch
 
 import distributed
 from gan.augment import AdaptiveAugment, AugmentSettings
+from gan.averaging import follow
 from gan.losses import d_logistic, frozen, g_nonsaturating, path_lengths, r1_penalty
 from gan.runlog import load_optimiser
 from gan.settings import TrainConfig
@@ -20,7 +21,8 @@ class Trainer:
 
     All draws that must not depend on the number of ranks (codes, crossovers, flips) come from a generator seeded
     by (seed, images seen, purpose) for the global batch, of which a rank takes every world-th row. So several
-    ranks with the same global batch take the step that one would.
+    ranks with the same global batch take the step that one would, given multiples of 4 on each rank, as many images
+    as the discriminator compares, and but for noise maps and augmentation, which every rank draws for itself.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device):
@@ -41,12 +43,14 @@ class Trainer:
             cutout=config.ada_cutout)) if config.ada_target else None
         self.rng = torch.Generator(device)                         # augmentation: drawn where it is used
         self.reseed(config.seed)
+        tell_of_groups(self.d, config.batch // config.accumulate)
 
     def reseed(self, seed: int) -> None:
+        """Random numbers from here on, of (seed, rank, images seen): later in a run none of its first steps' again."""
         self.seed = seed
-        rank_seed = distributed.seed_for_rank(seed, self.rank)
-        self.rng.manual_seed(rank_seed)
-        torch.manual_seed(rank_seed)                               # noise maps
+        here = seed + (self.images_seen << 64)
+        torch.manual_seed(distributed.seed_for_rank(here, self.rank))                  # noise maps
+        self.rng.manual_seed(distributed.seed_for_rank(here, self.world + self.rank))  # no rank's noise maps again
 
     @property
     def global_batch(self) -> int:
@@ -79,7 +83,8 @@ class Trainer:
             if name == "g_reg":
                 self._update_path_mean(stats["path_length"])
         self.images_seen += self.global_batch
-        self._update_ema()
+        follow(self.g_ema, self.g, self.global_batch, self.config.ema_kimg * 1000, self.images_seen,
+               self.config.ema_rampup)
         if self.ada:
             self.ada.step(distributed.all_reduce_sum)
         return {key: torch.stack(values).float().mean() for key, values in stats.items()}
@@ -154,16 +159,6 @@ class Trainer:
         mean = distributed.all_reduce_sum(torch.stack(lengths).mean()) / self.world
         self.path_mean = torch.lerp(self.path_mean, mean, self.config.path_decay)
 
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        """The ramp is of StyleGAN2-ADA's training: the first weights, which draw nothing, are soon left behind. None
-        (ema_rampup 0) is published."""
-        half_life = self.config.ema_kimg * 1000
-        if self.config.ema_rampup:
-            half_life = min(half_life, self.images_seen * self.config.ema_rampup)
-        keep = 0.5 ** (self.global_batch / max(half_life, 1e-8))
-        torch._foreach_lerp_(list(self.g_ema.parameters()), list(self.g.parameters()), 1 - keep)
-
     # ---- State
 
     def modules(self) -> dict[str, torch.nn.Module]:
@@ -184,13 +179,23 @@ class Trainer:
         self.images_seen = state["images_seen"]
         if self.ada and state["ada"]:
             self.ada.load_state_dict(state["ada"], main=self.rank == 0)
-        if len(state["rng"]) == self.world:                        # another number of ranks starts new streams
-            ours, default, cuda = state["rng"][self.rank]
-            torch.set_rng_state(default)
-            if (cuda is not None) == (self.device.type == "cuda"): # another kind of device starts a new stream, too
-                self.rng.set_state(ours)
-                if cuda is not None:
-                    torch.cuda.set_rng_state(cuda, self.device)
+        ours, default, cuda = state["rng"][self.rank] if len(state["rng"]) == self.world else (None, None, None)
+        if ours is None or (cuda is not None) != (self.device.type == "cuda"):
+            self.reseed(self.seed)                                 # of another number of ranks, or kind of device
+            return
+        self.rng.set_state(ours)
+        torch.set_rng_state(default)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, self.device)
+
+
+def tell_of_groups(discriminator: Discriminator, batch: int) -> None:
+    """Print a note, on rank 0, where it does not compare images 4 at a time. batch: of a pass on each rank."""
+    group = discriminator.stddev_group(batch)
+    if group < 4:
+        what = f"compares {group} at a time, not 4" if group > 1 else "compares none: its minibatch statistic is off"
+        distributed.print0(f"note: --batch {batch}: the discriminator {what}; give a multiple of 4, or the training is "
+                           "another")
 
 
 def lazy_adam(net: torch.nn.Module, lr: float, every: int) -> torch.optim.Adam:

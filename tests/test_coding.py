@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from benchmarks import samples as benchmark
 from ct.window import encode
 from dataset import SliceDataset
 from detect.bundle import load_bundle
+from gan import coding
 from gan.coding import CodeTrainer
 from gan.prior import fit, group
 from gan.settings import EncoderConfig
@@ -219,6 +222,41 @@ def test_features_are_of_the_adversary_as_it_is_now(gan_run):
     found = one._looked_at(real, fake)[1]
     torch.testing.assert_close(found, torch.stack(apart).mean())
     assert found > 1.1 * before and all(p.requires_grad for p in one.d.parameters())
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_stopped_before_an_epoch_ends_keeps_the_prior_of_its_codes(steps, slices32, gan_run, tmp_path,
+                                                                         monkeypatch):
+    """It was the standard normal distribution until held-out scans were looked at, and that of an epoch ago later."""
+    learn = CodeTrainer.learn
+
+    def stopped(self, *args):
+        if self.images_seen == 4 * (steps - 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(self, *args)
+    monkeypatch.setattr(CodeTrainer, "learn", stopped)
+    assert train_encoder.main(["--data", str(slices32), "--gan", str(gan_run), "--out", str(tmp_path), *FLAGS]) == 143
+    snapshot, prior = load_snapshot(tmp_path), CodePrior(4 * 64)
+    assert snapshot.step == 4 * steps and snapshot.state["recent"].shape == (2, 4 * steps, 4 * 64)
+    fit(prior, *snapshot.state["recent"])
+    assert prior.share[0] == 1 and prior.mean[0].any()                             # few codes: one component
+    for name, t in prior.state_dict().items():
+        assert torch.equal(snapshot.weights["generator_ema"][f"prior.{name}"], t), name
+
+
+def test_a_prior_is_fitted_where_codes_are_enough_and_finite(gan_run, monkeypatch):
+    """One code has no spread; of codes that are no numbers the run tells at its next tick, and goes back."""
+    one = trainer(gan_run)
+    before = {name: t.clone() for name, t in one.g_ema.prior.state_dict().items()}
+    for codes in (torch.empty(2, 0, 256), torch.ones(2, 1, 256), torch.full((2, 60, 256), torch.nan)):
+        one.recent = codes
+        assert one.state()["recent"] is codes
+        assert all(torch.equal(t, before[name]) for name, t in one.g_ema.prior.state_dict().items())
+    one.recent = torch.rand(2, 2, 256, generator=torch.Generator().manual_seed(0))
+    one.state()
+    torch.testing.assert_close(one.g_ema.prior.mean[0], one.recent[0].mean(0))
+    monkeypatch.setattr(coding, "fit", None)
+    one.state()                                                      # of the same codes it is fitted, which takes long
 
 
 def test_a_run_resumes_to_the_bit_and_draws_the_same_heads(slices32, gan_run, tmp_path, capsys):

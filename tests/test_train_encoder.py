@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import checkpoint
+import distributed
 import latent_stats
 import train_encoder
 import train_reader
@@ -157,7 +158,7 @@ def test_what_cannot_be_trained_exits_2(slices32, gan_run, encoder_run, tmp_path
     assert run_encoder(slices32, reader, tmp_path) == 2
     assert "--gan" in (said := capsys.readouterr().err) and "not a run of train.py (kind 'reader')" in said
     assert run_encoder(slices32, tmp_path / "absent", tmp_path) == 2
-    assert "no snapshot here" in capsys.readouterr().err
+    assert "absent: holds no run of train.py" in capsys.readouterr().err
     assert run_encoder(slices32, gan_run, gan_run) == 2
     assert "has another kind" in capsys.readouterr().err
 
@@ -332,6 +333,35 @@ def test_coarse_noise_leaves_the_others_as_they_are():
 
 # ---- rates
 
+@pytest.mark.parametrize("code, fast", [(0, {"final_linear"}), (8, {"final_linear.0", "final_linear.1"})])
+def test_what_makes_the_code_has_a_rate_of_its_own(code, fast, gan_run):
+    """With --encoder-code an equalised layer, too: shipped weights were trained so, and --lr's help says it."""
+    config = EncoderConfig(encoder_code=code, lr=0.3, lr_trunk=0.2, lr_generator=0.1, precision="fp32")
+    trainer = EncoderTrainer(config, load_snapshot(gan_run), RANGE, torch.device("cpu"))
+    rates = {id(p): group["lr"] for group in trainer.e_opt.param_groups for p in group["params"]}
+    by_layer = {name.rpartition(".")[0]: rates[id(p)] for name, p in trainer.e.named_parameters()}
+    assert {name for name, rate in by_layer.items() if rate == 0.3} == fast
+    assert {rate for name, rate in by_layer.items() if name not in fast} == {0.2}
+    assert {rates[id(p)] for p in trainer.g.parameters()} == {0.1}
+
+
+def test_other_ranks_draw_other_numbers(gan_run, monkeypatch):
+    """A run that goes on with another number of ranks drew those of its first steps again."""
+    def going_on(images: int, ranks: int, seed: int = 0, rank: int = 0) -> torch.Tensor:
+        monkeypatch.setattr(distributed, "get_rank", lambda: rank)
+        trainer = EncoderTrainer(EncoderConfig(seed=seed, precision="fp32"), load_snapshot(gan_run), RANGE,
+                                 torch.device("cpu"))
+        saved = trainer.state() | {"images_seen": images, "rng": [trainer.rng.get_state()] * ranks}
+        trainer.rng.manual_seed(7)
+        trainer.load_state(saved)
+        return trainer.rng.get_state()
+
+    first, again = going_on(16, ranks=1), going_on(16, ranks=2)           # the state as saved; a new stream
+    assert torch.equal(again, going_on(16, ranks=2))
+    states = [first, again, going_on(24, ranks=2), going_on(16, ranks=3, seed=1), going_on(16, ranks=3, rank=1)]
+    assert len({tuple(state.tolist()) for state in states}) == len(states)
+
+
 def test_rates_fall_evenly_over_the_last_part(gan_run):
     config = EncoderConfig(decay=0.5, lr=1e-4, lr_trunk=1e-3, lr_discriminator=1e-5, precision="fp32")
     trainer = EncoderTrainer(config, load_snapshot(gan_run), RANGE, torch.device("cpu"))
@@ -365,8 +395,19 @@ def test_the_adversary_comes_when_it_is_due_and_weighs_something():
     assert not without.has_adversary(1) and replace(without, domain=1).has_adversary(1)
     hiding = replace(config, adversarial=0, hide=0.5)                  # of which --domain is no part
     assert not hiding.has_adversary(1) and replace(hiding, gated=0.5).has_adversary(1)
+    coding = replace(config, adversarial=0, code_channels=4, lr_generator=1e-3)        # nor here
+    assert not coding.has_adversary(1) and replace(coding, adversarial=0.1).has_adversary(1)
     halves = train_encoder.PRESETS["half128"]
     assert not any(replace(halves, epochs=epochs).has_adversary(1) for epochs in (10, 60, 600))
+
+
+@pytest.mark.parametrize("batch, changes, told", [
+    (2, {}, "note: --batch 2: the discriminator compares 2 at a time, not 4"), (8, {}, ""),
+    (2, {"adversarial": 0, "domain": 0}, "")])
+def test_an_adversary_that_does_not_compare_4_images_at_a_time_is_told_of(batch, changes, told, gan_run, capsys):
+    config = EncoderConfig(batch=batch, precision="fp32", **changes)
+    EncoderTrainer(config, load_snapshot(gan_run), RANGE, torch.device("cpu"))
+    assert capsys.readouterr().out.partition(";")[0] == told
 
 
 # ---- Predicted noise, and another run's weights
