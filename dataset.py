@@ -33,6 +33,7 @@ import torch
 from torch.utils.data import Dataset
 
 from common.files import full_disk_named, remove_abandoned
+from ct.settings import PreprocessSettings
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -388,6 +389,11 @@ class SliceDataset(Dataset):
         """N: slices are N x N."""
         return self.manifest["size"]
 
+    @property
+    def prepared(self) -> PreprocessSettings:
+        """How its slices were prepared. ValueError where another version did it."""
+        return PreprocessSettings.from_json(self.manifest["settings"])
+
     def __getitem__(self, index: int) -> dict:
         scan, record = (int(v) for v in self._records[index])
         _, _, mm, payload = _read_record(self.path, record)
@@ -404,6 +410,18 @@ class SliceDataset(Dataset):
         """What a bundle says of a database: digest and counts, no ids."""
         return {key: self.manifest[key] for key in ("digest", "counts")}
 
+    def known(self) -> dict:
+        """What a run keeps of a database: facts() and settings, JSON."""
+        return self.facts() | {"settings": self.manifest["settings"]}
+
+    def told(self) -> str:
+        """How much there is, for people to read; loose slices apart: '171 slices of 7 scans and 40 loose ones'."""
+        loose = int(np.isnan(self.below_vertex_mm).sum())
+        scans = sum(None not in scan["below_vertex_mm"] for scan in self._scans)
+        if not scans:
+            return f"{loose} loose slices"
+        return f"{len(self) - loose} slices of {scans} scans" + f" and {loose} loose ones" * bool(loose)
+
     def unlike(self, meta: dict) -> str | None:
         """What of the database that a run was trained on, as its meta has it, is not this one's; None: all is.
 
@@ -417,6 +435,11 @@ class SliceDataset(Dataset):
     def held_out_ids(self) -> list[str]:
         """Ids of the database's validation scans, whichever split this is."""
         return [scan["scan_id"] for scan in self.manifest["scans"] if scan["split"] == "val"]
+
+    def of_same_patient(self, scans: Collection[str]) -> dict[str, set[str]]:
+        """For each of these scans of the database, of either split, those of them that are of its patient."""
+        patient = {scan["scan_id"]: scan["patient"] for scan in self.manifest["scans"] if scan["scan_id"] in set(scans)}
+        return {one: {other for other in patient if patient[other] == patient[one]} for one in patient}
 
     def scan(self, scan: int) -> dict:
         """All slices of scan_ids[scan] as one stack."""

@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     config, args = parse(__doc__, PRESETS, arguments, argv)
 
     import distributed  # only now: --help needs none of what takes seconds to import
-    from bundling.build import build, build_anew, changed_settings, noise_rate
+    from bundling.build import Target, build, build_anew, changed_settings, noise_rate
     from bundling.origins import OF_ENCODER_RUNS, is_bundle, open_encoder_run, refuse_surroundings
     from detect.settings import Settings
     from gan.database import ensure_database
@@ -128,15 +128,15 @@ def main(argv: list[str] | None = None) -> int:
         memory.keep_freed()
         set_impl(args.ops)
         batch = getattr(args, "batch", None)                        # only where it was given: methods have their own
-        notes, device, data = read_notes(args.provenance), distributed.pick_device(args.device), args.data
-        if is_bundle(args.encoder):
+        data, target = args.data, Target(args.out, distributed.pick_device(args.device), config.precision, args.name,
+                                         read_notes(args.provenance), args.overwrite)
+        if is_bundle(args.encoder, "--encoder"):
             refuse_surroundings(args.surroundings, args.encoder)
             if args.fold or args.held_out or config.calibrate == "none":
                 raise ValueError(f"--encoder {args.encoder}: a model bundle is calibrated by what --data holds out: "
                                  "leave out --fold, --held-out and --calibrate none")
             tell_of_unused(set(vars(args)), "a model bundle")
-            folder = build_anew(args.encoder, data, args.changes, args.out, device, config.precision, args.name, notes,
-                                args.overwrite, args.reader, batch)
+            folder = build_anew(args.encoder, data, args.changes, target, readers=args.reader, batch=batch)
             print(report_size(folder))
             return 0
         for flag, value in (("--held-out", args.held_out), ("--reader", args.reader),
@@ -150,8 +150,8 @@ def main(argv: list[str] | None = None) -> int:
             run = open_encoder_run(args.encoder)
             settings = noise_rate(settings, args.changes, run.meta)
             data = ensure_database(data, args.encoder, run.meta["model"]["size"])
-        folder = build(config, settings, data, args.encoder, args.out, device, args.name, notes, args.overwrite,
-                       args.fold, args.held_out, args.reader, args.surroundings)
+        folder = build(config, settings, data, args.encoder, target, further=args.fold, held_out=args.held_out,
+                       readers=args.reader, surroundings=args.surroundings)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

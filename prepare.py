@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 
 from common.stopping import Terminated, orderly_end
-from ct.settings import PreprocessSettings, StandardiseSettings
+from ct.settings import UNKNOWN_SLICE_SPACING_MM, PreprocessSettings, StandardiseSettings
 
 OF_SETTINGS = ("size", "slab-mm", "hu-clip", "bone-apart", "min-brain-fraction", "max-below-vertex-mm")
 OF_DRAWN_SPLIT = ("val-fraction", "seed")
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
                        help="pixels of a slice's side (default %(default)s)")
     group.add_argument("--slab-mm", type=float, default=base.slab_mm, metavar="MM",
                        help=f"slices thinner than {base.thin_mm:g} mm are averaged to this (%(default)g)")
-    group.add_argument("--unknown-slice-spacing-mm", type=float, default=5.0, metavar="MM",
+    group.add_argument("--unknown-slice-spacing-mm", type=float, default=UNKNOWN_SLICE_SPACING_MM, metavar="MM",
                        help="assumed, and noted, where a scan does not tell (default %(default)g; 0: refuse)")
     group.add_argument("--hu-clip", type=float, nargs=2, metavar=("LOW", "HIGH"),
                        help="HU range kept (default: the part of -20..180 that no scan's source has clipped)")
@@ -115,7 +115,7 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def prepare(args: argparse.Namespace) -> int:
     """Does what the command line says; returns the exit code."""
     from ct.scan import printable
-    from gan.database import build_lmdb
+    from gan.database import Tables, build_lmdb
 
     if args.like:
         settings = preprocessing_of(args.like, args.teach)
@@ -125,9 +125,9 @@ def prepare(args: argparse.Namespace) -> int:
                                       slab_mm=args.slab_mm, min_brain_fraction=args.min_brain_fraction,
                                       max_below_vertex_mm=args.max_below_vertex_mm)
         hu_clip = args.hu_clip
-    manifest = build_lmdb(args.scans, args.out, settings, hu_clip=hu_clip,
-                          val_fraction=args.val_fraction, seed=args.seed, split_csv=args.split,
-                          patients_csv=args.patients, slices_csv=args.slices, leave_out_csv=args.leave_out,
+    tables = Tables(args.patients, args.split, args.slices, args.leave_out)
+    manifest = build_lmdb(args.scans, args.out, settings, hu_clip=hu_clip, val_fraction=args.val_fraction,
+                          seed=args.seed, tables=tables,
                           unknown_slice_spacing_mm=args.unknown_slice_spacing_mm, ids=args.ids, workers=args.workers,
                           overwrite=args.overwrite)
     counts = [f"{split} {n['scans']} scans, {n['slices']} slices" + f" ({n['loose']} loose)" * bool(n["loose"])

@@ -7,14 +7,15 @@
 It learns on healthy slices into which random shapes of other densities are drawn; no lesion and no label is needed.
 The networks of --encoder, a run of train_encoder.py or a model bundle, stay as they are: with --hide they draw what
 surroundings call for, without it the closest normal, and the reader sees a slice beside that. --data may be another
-database than theirs, prepared in the same way, as long as no scan that it holds out is one that they were trained on. A
-reader finds more in scans of a scanner that it knows: where only held-out scans are of it, --fold 1:3, 2:3 and 3:3 make
-three readers, and each calibrates by those that it has not seen; all scans of --data may be held out then. After every
-epoch how well the shapes in held-out scans are found, and a
-picture (read-NNN.png: slice, what was changed, what the reader says to both sides). latent_stats.py --reader puts it
-into a model. The same command goes on from the last snapshot. SIGINT, SIGTERM, SIGHUP and SIGUSR1 end it with a
-snapshot after the step in progress. Exit codes: 0 done, 2 wrong usage, 4 diverged again after going back to the last
-snapshot (which is kept), 129, 130 or 143 stopped by a signal.
+database than a model's, prepared in the same way, as long as no scan that it holds out is one that taught the model's
+networks. A run tells of those scans alone that it held out itself: for other ones make a model of it first
+(latent_stats.py). A reader finds more in scans of a scanner that it knows: where only held-out scans are of it, --fold
+1:3, 2:3 and 3:3 make three readers, and each calibrates by those that it has not seen; all scans of --data may be held
+out then. After every epoch how well the shapes in held-out scans are found, and a picture (read-NNN.png: slice, what
+was changed, what the reader says to both sides). latent_stats.py --reader puts it into a model. The same command goes
+on from the last snapshot. SIGINT, SIGTERM, SIGHUP and SIGUSR1 end it with a snapshot after the step in progress. Exit
+codes: 0 done, 2 wrong usage, 4 diverged again after going back to the last snapshot (which is kept), 129, 130 or 143
+stopped by a signal.
 """
 
 from __future__ import annotations

@@ -47,7 +47,6 @@ from benchmarks import pasted
 from benchmarks.compare import refuse_learnt
 from bundling.origins import WITH_READER, digest_of, learnt_by_reader, open_encoder_run, open_reader, reader_of
 from config import exit_code
-from ct.settings import PreprocessSettings
 from dataset import SliceDataset
 from detect import normative
 from detect.bundle import load_bundle
@@ -57,7 +56,7 @@ from detect.residual import Evidence
 from detect.scores import scan_score, thickness_mm
 from detect.surprise import Surprise, SurpriseSettings
 from gan.encoding import method_of
-from gan.runlog import not_held_out
+from gan.lineage import not_held_out
 from op import memory
 
 HAEMORRHAGES = ("intraparenchymal", "subdural", "epidural", "subarachnoid", "intraventricular")
@@ -115,7 +114,7 @@ def open_model(data: Path, folder: Path, device: torch.device) -> tuple[SliceDat
     refuse_learnt(bundle.meta, held_out, f"--model {data} {folder}")
     if learnt_by_reader(held_out, bundle.meta["provenance"] or {}):
         bundle.reconstructor.reader = None                        # it would find too little in them
-    if PreprocessSettings.from_json(held_out.manifest["settings"]) != bundle.preprocessing:
+    if held_out.prepared != bundle.preprocessing:
         raise ValueError(f"--model {data} {folder}: made for slices prepared in another way than those of the database")
     return held_out, bundle.reconstructor
 
@@ -150,7 +149,7 @@ def cases_of(held_out: SliceDataset, reconstructor: Reconstructor, lesions: rang
         return Case(scan_id, kind, reconstructor.closest_normal(hu, brain, mm), brain, mm, truth,
                     held_out.patients[s])
 
-    cases, side_mm = [], pasted.pixel_mm(held_out.size, held_out.manifest["settings"]["standardise"]["head_fraction"])
+    cases, side_mm = [], pasted.pixel_mm(held_out.size, held_out.prepared.standardise.head_fraction)
     for s, scan_id in enumerate(held_out.scan_ids):
         scan = held_out.scan(s)
         hu, brain, mm = scan["hu"].float(), scan["brain"], scan["below_vertex_mm"].numpy()

@@ -228,11 +228,11 @@ def benchmark(args: argparse.Namespace) -> int:
     make_writable(args.out)
     memory.keep_freed()
     data = SliceDataset(args.data, "val")
-    settings = data.manifest["settings"]["standardise"]
-    side_mm = pasted.pixel_mm(data.size, settings["head_fraction"])
+    settings = data.prepared.standardise
+    side_mm = pasted.pixel_mm(data.size, settings.head_fraction)
     scans, rows = held_out_scans(data, args.scans), {}
     for name, reconstruct in methods(args, data).items():
-        rows[name] = evaluate(reconstruct, scans, side_mm, tuple(settings["hu_clip"]), args.lesions,
+        rows[name] = evaluate(reconstruct, scans, side_mm, settings.hu_clip, args.lesions,
                               lambda line, name=name: compare.say(f"{name} {line}"))
     for reason in next(iter(rows.values()))["left_out"]:            # the same lesions for every method
         compare.say(reason)

@@ -130,7 +130,7 @@ def benchmark(args: argparse.Namespace) -> None:
     compare.refuse_learnt(bundle.meta, data, f"--model {args.model} --data {args.data}")
     bundle.measure.check()
     settings = settings_of(bundle.settings, args.mask_rows)
-    side_mm = pasted.pixel_mm(data.size, data.manifest["settings"]["standardise"]["head_fraction"])
+    side_mm = pasted.pixel_mm(data.size, data.prepared.standardise.head_fraction)
     rows = evaluate(bundle.reconstructor, {name: bundle.with_settings(one).measure for name, one in settings.items()},
                     held_out_scans(data)[::args.every], side_mm, compare.say)
     for reason in rows[OWN]["left_out"]:

@@ -139,7 +139,7 @@ def benchmark(args: argparse.Namespace) -> int:
     train = SliceDataset(args.data, "train")
     generator = open_generator(args, train)
     train_hu, held_out_hu = slices_of(train), slices_of(SliceDataset(args.data, "val", check=False))
-    cut = train.manifest["settings"]["standardise"]["hu_clip"]
+    cut = train.prepared.standardise.hu_clip
     for psi in SHEET_PSI:
         save_hu_grid(args.out / f"samples-psi-{psi:g}.png", draw(generator, SHEET, psi, args.seed, cut).numpy())
     samples = draw(generator, max(SHEET, len(held_out_hu)), 1.0, args.seed, cut)

@@ -8,6 +8,7 @@ import platform
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from bundling.origins import (
 )
 from common.weights import CheckpointError
 from common.wording import some
-from ct.settings import PreprocessSettings
 from dataset import SliceDataset
 from detect.bundle import Bundle, load_bundle, save_bundle
 from detect.calibration import Fold, Trained, calibrate, check_held_out, open_file
@@ -43,10 +43,28 @@ from detect.search import Search
 from detect.settings import Settings
 from gan.augment import random_flip, random_rotation
 from gan.encoding import has_taught_discriminator, method_of, restore
-from gan.runlog import lineage, not_held_out, tell_of_seen
+from gan.lineage import lineage, not_held_out, tell_of_seen
+from gan.snapshots import snapshot_steps
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
 OPEN_NOISE_RATE = 0.02                # the published rate of 2 on maps that hold their strength, about a hundredth
+
+
+@dataclass(frozen=True)
+class Target:
+    """The bundle to write, and on what.
+
+    out, overwrite    its folder, and whether one that is there may be replaced
+    device            that computes; precision: as of distributed.pick_precision
+    name, notes       of the model, in its provenance; None: the folder's name, and nothing
+    """
+
+    out: Path
+    device: torch.device
+    precision: str = "auto"
+    name: str | None = None
+    notes: str | dict | None = None
+    overwrite: bool = False
 
 
 def augmented(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
@@ -54,11 +72,10 @@ def augmented(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     return random_rotation(random_flip(images, rng), ROTATE_P, ROTATE_DEG, rng)
 
 
-def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: Path, device: torch.device,
-          name: str | None = None, notes: str | dict | None = None, overwrite: bool = False,
-          further: Sequence[tuple[Path, Path]] = (), held_out: Path | None = None,
-          readers: Sequence[Path] = (), surroundings: Path | None = None) -> Path:
-    """Write the bundle to `out`. Raises DatasetError, CheckpointError or ValueError, before any work where it can.
+def build(config: StatsConfig, settings: Settings, data: Path, run: Path, target: Target, *,
+          further: Sequence[tuple[Path, Path]] = (), held_out: Path | None = None, readers: Sequence[Path] = (),
+          surroundings: Path | None = None) -> Path:
+    """Write the bundle. Raises DatasetError, CheckpointError or ValueError, before any work where it can.
 
     further: (database, run) of each --fold. Their networks serve the calibration and are not kept.
     held_out: database that has the scans which `data` holds out, prepared as new scans will be.
@@ -66,7 +83,7 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
     surroundings: run of train_encoder.py --halved.
     """
     # ---- Set up
-    refuse_bundle(out, overwrite)
+    refuse_bundle(target.out, target.overwrite)
     by_surprise = settings.measure == "surprise"
     if config.calibrate == "none" and (further or by_surprise):
         raise ValueError(f"--calibrate none: {'--fold' if further else 'measure=surprise'} is of no use without the "
@@ -76,44 +93,60 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, out: P
         raise ValueError(f"--surroundings: for method=inpainting, not {settings.method}; leave it out")
     sources = [(data, run), *further]
     flags = ["--encoder", *["--fold"] * len(further)]
-    trained = [open_encoder(*source, flag, config, settings, device, surroundings) if of_encoder
-               else open_file(*source, flag, settings, device) for source, flag in zip(sources, flags)]
+    trained = [open_encoder(*source, flag, config, settings, target, surroundings) if of_encoder
+               else open_file(*source, flag, settings, target.device) for source, flag in zip(sources, flags)]
     if held_out:
         trained = [dataclasses.replace(trained[0], dataset=other_range(trained[0], held_out), path=held_out)]
     if readers:
-        trained = with_readers(trained[0], readers, settings, device)
+        trained = with_readers(trained[0], readers, settings, target.device)
 
     # ---- Fit and calibrate
-    known = {"name": name or out.name, **trained[0].provenance, "latent_stats": dataclasses.asdict(config),
-             "notes": notes, "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    known = {"name": target.name or target.out.name, **trained[0].provenance,
+             "latent_stats": dataclasses.asdict(config), "notes": target.notes,
+             "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     if held_out:
         known["held_out"] = trained[0].dataset.facts()
     if further:
         known["folds"] = [{"encoder": one.provenance.get("encoder"), "held_out": len(one.held_out_ids())}
                           for one in trained]
-    return write(trained, settings, known, out, device, config.precision, overwrite, config.calibrate == "val")
+    return write(trained, settings, known, target, config.calibrate == "val")
 
 
-def build_anew(model: Path, data: Path, changes: Sequence[str], out: Path, device: torch.device,
-               precision: str = "auto", name: str | None = None, notes: str | dict | None = None,
-               overwrite: bool = False, readers: Sequence[Path] = (), batch: int | None = None) -> Path:
-    """Write a model bundle to `out` that is `model` calibrated anew, by the scans that a database holds out.
+def build_anew(model: Path, data: Path, changes: Sequence[str], target: Target, *, readers: Sequence[Path] = (),
+               batch: int | None = None) -> Path:
+    """Write a model bundle that is `model` calibrated anew, by the scans that a database holds out.
 
     changes: KEY=VALUE over its settings. readers: runs of train_reader.py beside its networks, as of build(), in the
     place of its own one. batch: as of changed_settings(). New scans are then prepared as those of the database are.
     Raises as build(), and ValueError for scans that are known to be among those which its networks, or a reader that
     stays, have learnt from.
     """
-    refuse_bundle(out, overwrite)
-    bundle = load_bundle(model, device, precision)
+    refuse_bundle(target.out, target.overwrite)
+    bundle = load_bundle(model, target.device, target.precision)
     settings = changed_settings(bundle.settings, changes, batch)
-    trained = [open_model(data, bundle.with_settings(settings), keep_reader=not readers)]
+    trained = [open_model(data, with_method(bundle, settings), keep_reader=not readers)]
     if readers:
-        trained = with_readers(trained[0], readers, settings, device)
+        trained = with_readers(trained[0], readers, settings, target.device)
     known = trained[0].provenance | {
-        "name": name or out.name, "calibration_data": trained[0].dataset.facts(),
-        "calibration_notes": notes or "anew: what other notes say of a calibration was before"}
-    return write(trained, settings, known, out, device, precision, overwrite)
+        "name": target.name or target.out.name, "calibration_data": trained[0].dataset.facts(),
+        "calibration_notes": target.notes or "anew: what other notes say of a calibration was before"}
+    return write(trained, settings, known, target)
+
+
+def with_method(bundle: Bundle, settings: Settings) -> Bundle:
+    """A bundle with the settings of --set. Raises CheckpointError for a method whose parts it does not hold."""
+    try:
+        return bundle.with_settings(settings)
+    except CheckpointError as error:
+        before, now = bundle.settings.method, settings.method
+        parts = ["generator", "encoder"] if now in OF_ENCODER_RUNS else [now]
+        parts += ["latent"] * (now == "search")
+        parts += ["discriminator"] * (getattr(settings.reconstruction, "perceptual", "") == "discriminator")
+        absent = [f"{part}.safetensors" for part in parts if f"{part}.safetensors" not in bundle.meta["files"]]
+        raise CheckpointError(f"--set method={now}: {bundle.folder} is a model of method {before}, "
+                              + (f"without {', '.join(absent)}" if absent else "made for that alone")
+                              + "; leave the method as it is, or give what the training of the other has left as "
+                                "--encoder") from error
 
 
 def changed_settings(settings: Settings, changes: Sequence[str], batch: int | None = None) -> Settings:
@@ -142,8 +175,8 @@ def noise_rate(settings: Settings, changes: Sequence[str], run: dict[str, Any]) 
     return settings.replace(lr_noise=OPEN_NOISE_RATE)
 
 
-def write(trained: list[Trained], settings: Settings, known: dict[str, Any], out: Path, device: torch.device,
-          precision: str, overwrite: bool, calibrated: bool = True) -> Path:
+def write(trained: list[Trained], settings: Settings, known: dict[str, Any], target: Target,
+          calibrated: bool = True) -> Path:
     """Write the bundle of what was trained, the first of several, with this provenance, and unless calibrated=False
     with the calibration by the scans of all. ValueError where these are too few, before any work."""
     if calibrated:
@@ -156,20 +189,22 @@ def write(trained: list[Trained], settings: Settings, known: dict[str, Any], out
             first = first or reconstructor
             if calibrated:
                 path = save_bundle(Path(folder) / str(i), reconstructor, settings, meta)
-                saved = load_bundle(path, device, precision)
+                saved = load_bundle(path, target.device, target.precision)
                 folds.append(Fold(saved.with_settings(settings).reconstructor,             # a bundle names no files
                                   SliceDataset(one.path, "val", check=False, scans=one.scans)))
         normal = None
         if folds:
             meta["calibration"], normal = calibration_of(folds, settings)
-    return save_bundle(out, first, settings, meta, normal, overwrite=overwrite)
+    return save_bundle(target.out, first, settings, meta, normal, overwrite=target.overwrite)
 
 
 def refuse_bundle(out: Path, overwrite: bool) -> None:
-    """CheckpointError, before any work, where --out holds a bundle that is to stay, or can be no folder."""
+    """CheckpointError, before any work, where --out holds a bundle that is to stay or a run, or can be no folder."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise CheckpointError(f"--out {out}: {there} is no folder that can be written to; choose another --out")
+    if snapshot_steps(out):                                    # beside it a bundle would be taken in its place
+        raise CheckpointError(f"--out {out}: holds a training run; choose another --out")
     if (out / "model.json").exists() and not overwrite:
         raise CheckpointError(f"--out {out}: holds a model bundle; pass --overwrite, or another folder")
 
@@ -186,7 +221,7 @@ def calibration_of(folds: Sequence[Fold], settings: Settings) -> tuple[dict[str,
 # ------------------------------------------------------------------------------------------------------------
 # What is to be calibrated, and with what
 
-def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings: Settings, device: torch.device,
+def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings: Settings, target: Target,
                  surroundings: Path | None = None) -> Trained:
     """A run of train_encoder.py with its database, and one of its --halved. Raises unless they belong together."""
     snapshot = open_encoder_run(run, flag)
@@ -209,7 +244,7 @@ def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings
                          "nothing; use perceptual=pixels")
 
     def make() -> Reconstructor:
-        dtype = distributed.pick_precision(config.precision, device)
+        device, dtype = target.device, distributed.pick_precision(target.precision, target.device)
         if settings.method in WITH_READER:
             return method_of(snapshot, settings.reconstruction, device, dtype, halves)
         networks = restore(snapshot, device, dtype)
@@ -244,20 +279,24 @@ def open_model(data: Path, bundle: Bundle, keep_reader: bool) -> Trained:
                          "have not, each by the scans it has not seen (train_reader.py --fold, --reader)")
     print(f"note: healthy scores come out too low where {model} was trained on scans that {data} holds out: a bundle "
           "does not say on which", flush=True)
-    stored = dataset.manifest["settings"]
-    if bundle.preprocessing and PreprocessSettings.from_json(stored) != bundle.preprocessing:
-        print(f"note: {data} was prepared in another way than for {model}, and so will new scans be: {stored}; for the "
-              f"same way prepare.py --like {model}", flush=True)
+    if bundle.preprocessing and dataset.prepared != bundle.preprocessing:
+        print(f"note: {data} was prepared in another way than for {model}, and so will new scans be: "
+              f"{dataset.manifest['settings']}; for the same way prepare.py --like {model}", flush=True)
     return Trained(dataset, data, method.config(), known,
                    lambda: method.with_settings(bundle.settings.reconstruction))
 
 
 def other_range(trained: Trained, path: Path) -> SliceDataset:
-    """The database of --held-out. ValueError unless all scans that it holds out were held out of the training."""
-    dataset = SliceDataset(path, "train")
+    """The database of --held-out. ValueError unless all scans that it holds out were held out of the training, and it
+    says of the same ones that they are of one patient."""
+    dataset = SliceDataset(path, "val")
     if unknown := sorted(set(dataset.held_out_ids()) - set(trained.dataset.held_out_ids())):
         raise ValueError(f"--held-out {path}: holds out {', '.join(unknown)}, which {trained.path} does not: they may "
                          "be among the encoder's training scans")
+    here, there = (one.of_same_patient(dataset.held_out_ids()) for one in (dataset, trained.dataset))
+    if other := [scan for scan in here if here[scan] != there[scan]]:
+        raise ValueError(f"--held-out {path}: does not say as {trained.path} does whose scans are {some(other, 3)}: "
+                         "prepare it with the same --patients")
     if dataset.size != trained.dataset.size:
         raise ValueError(f"--held-out {path}: slices of {dataset.size} pixels, the encoder was trained on "
                          f"{trained.dataset.size}; prepare it with that --size")

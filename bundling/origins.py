@@ -20,19 +20,24 @@ from detect.bundle import load_bundle
 from detect.inversion import EncoderMethod
 from detect.reader import Reader
 from gan.encoding import FirstNetworks, has_taught_discriminator, method_of
+from gan.lineage import lineage, not_held_out
 from gan.reader_loop import Beside, First
-from gan.runlog import lineage, load_run, not_held_out
-from gan.snapshots import Snapshot
+from gan.runlog import load_run
+from gan.snapshots import Snapshot, holds_bundle, snapshot_steps
 from model import NETWORKS, ModelConfig
 
 WITH_READER = ("inpainting", "inversion")                  # methods that a reader can read beside
 OF_ENCODER_RUNS = (*WITH_READER, "search")                 # made of a run of train_encoder.py; others bring a file
 
 
-def is_bundle(folder: Path) -> bool:
-    """Whether it is a model bundle, whole or not: HealthyGAN's runs have a model.json of their own."""
-    path = folder / "model.json"
-    return path.is_file() and b'"format_version"' in path.read_bytes()
+def is_bundle(folder: Path, flag: str) -> bool:
+    """Whether what a flag names is a model bundle. Raises CheckpointError for a folder that is a training run, too."""
+    bundle = holds_bundle(folder)
+    if bundle and snapshot_steps(folder):
+        raise CheckpointError(f"{flag} {folder}: holds a training run and a model bundle, whose weights may be others; "
+                              "move model.json and the *.safetensors beside it to a folder of their own, and give one "
+                              "of the two")
+    return bundle
 
 
 def open_encoder_run(folder: Path, flag: str = "--encoder", halved: bool = False) -> Snapshot:
@@ -65,7 +70,7 @@ def open_surroundings(run: Path, beside: Snapshot) -> Snapshot:
 
 def open_beside(folder: Path, device: torch.device, precision: str, surroundings: Path | None = None) -> Beside:
     """What --encoder, and --surroundings, of train_reader.py name. Raises CheckpointError."""
-    if is_bundle(folder):
+    if is_bundle(folder, "--encoder"):
         refuse_surroundings(surroundings, folder)
         bundle = load_bundle(folder, device, precision)
         if bundle.settings.method not in WITH_READER:
@@ -79,7 +84,7 @@ def open_beside(folder: Path, device: torch.device, precision: str, surroundings
     halves = surroundings and open_surroundings(surroundings, snapshot)
     method = method_of(snapshot, None, device, distributed.pick_precision(precision, device), halves)
     return Beside(folder, method, digest_of(method), PreprocessSettings.from_json(snapshot.meta["data"]["settings"]),
-                  {"step": snapshot.step, **snapshot.meta},
+                  snapshot.known(),
                   lambda dataset: sorted(set(dataset.held_out_ids()) - set(snapshot.meta["held_out"])))
 
 
@@ -92,7 +97,7 @@ def refuse_surroundings(run: Path | None, model: Path) -> None:
 def open_first_networks(folder: Path, halved: bool = False) -> FirstNetworks:
     """What --init of train_encoder.py names, of a model with --halved its networks for the surroundings. Raises
     CheckpointError."""
-    if is_bundle(folder):
+    if is_bundle(folder, "--init"):
         bundle = load_bundle(folder)
         method, prepared = bundle.reconstructor, taught_with(bundle.meta)
         if halved:
@@ -113,12 +118,12 @@ def open_first_networks(folder: Path, halved: bool = False) -> FirstNetworks:
                if name != "discriminator" or has_taught_discriminator(snapshot)}
     return FirstNetworks(folder, weights, ModelConfig(**snapshot.meta["model"]),
                          PreprocessSettings.from_json(snapshot.meta["data"]["settings"]),
-                         {"step": snapshot.step, **snapshot.meta})
+                         snapshot.known())
 
 
 def open_first_reader(folder: Path) -> First:
     """What --init of train_reader.py names. Raises CheckpointError."""
-    if is_bundle(folder):
+    if is_bundle(folder, "--init"):
         bundle = load_bundle(folder)
         reader, known = getattr(bundle.reconstructor, "reader", None), (bundle.meta["provenance"] or {}).get("reader")
         if not reader or not known:
@@ -127,7 +132,7 @@ def open_first_reader(folder: Path) -> First:
         return First(folder, reader.state_dict(), list(reader.widths), digest_of(bundle.reconstructor), known)
     snapshot = load_run(folder, "--init", "reader", "train_reader.py")
     return First(folder, snapshot.weights["reader_ema"], snapshot.meta["model"]["widths"], snapshot.meta["beside"],
-                 {"step": snapshot.step, **snapshot.meta})
+                 snapshot.known())
 
 
 def open_reader(run: Path, beside: str) -> Snapshot:

@@ -43,8 +43,7 @@ class Fitted(Reconstructor):
         """Learn from the slices of a database's split. Raises ValueError where they are too few."""
         self._fit(data)
         self.size = data.size
-        self.trained_on = {"data": data.facts() | {"settings": data.manifest["settings"]},
-                           "held_out": data.held_out_ids()}
+        self.trained_on = {"data": data.known(), "held_out": data.held_out_ids()}
 
     @abstractmethod
     def _fit(self, data: SliceDataset) -> None: ...
@@ -110,6 +109,9 @@ class Fitted(Reconstructor):
 
     @classmethod
     def from_training(cls, path: Path, device: torch.device) -> tuple[Fitted, dict[str, Any]]:
+        if path.is_dir():
+            raise ValueError(f"{path}: a folder; method={cls.name} takes the file that benchmarks/baselines.py fit "
+                             "writes")
         try:
             with safe_open(path, "pt") as file:
                 meta, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}

@@ -28,6 +28,7 @@ from ct import dicom, frame, loose, slices
 from ct.frame import PreprocessSettings, clipped_below, preprocess_scan
 from ct.read import ScanSource, as_given, find_scans, read_scan, refuse_shared_ids, refuse_twice
 from ct.scan import Scan, ScanError, printable
+from ct.settings import UNKNOWN_SLICE_SPACING_MM
 from ct.slab import Slabs
 from ct.standardise import StandardiseSettings
 from dataset import SPLITS, DatasetError, ScanRecord, SliceWriter, check_seal, read_manifest
@@ -35,7 +36,6 @@ from gan.snapshots import snapshot_steps
 
 PathLike = str | os.PathLike
 HU_RANGE = (-20.0, 180.0)     # what the three windows show
-UNKNOWN_SLICE_SPACING_MM = 5.0
 LOOSE_A_LINE = 100            # loose slices: a line in the log for so many
 TABLE_OF_PATIENTS = "; if their DICOM headers name one patient for several, say who is who with --patients"
 
@@ -89,28 +89,44 @@ def patients_of(scans: Sequence[ScanSource]) -> dict[str, str]:
     return {scan.scan_id: ordered[i].scan_id for scan, i in zip(ordered, first)}
 
 
-def _assign(scans: list[ScanSource], patients_csv: PathLike | None, split_csv: PathLike | None,
-            val_fraction: float, seed: int) -> tuple[dict[str, str], dict[str, str], str]:
+@dataclass(frozen=True)
+class Tables:
+    """CSV files that say of scans what is not in them, each named as its flag of prepare.py; None: not given.
+
+    patients   scan_id, patient: whose they are
+    split      scan_id, split: on which side they are
+    slices     scan_id, slice: what alone is kept
+    leave_out  scan_id, slice: what is not kept
+    """
+
+    patients: PathLike | None = None
+    split: PathLike | None = None
+    slices: PathLike | None = None
+    leave_out: PathLike | None = None
+
+
+def _assign(scans: list[ScanSource], tables: Tables, val_fraction: float, seed: int
+            ) -> tuple[dict[str, str], dict[str, str], str]:
     """(scan_id -> split, scan_id -> patient, one line that says how)."""
     scan_ids = [scan.scan_id for scan in scans]
-    if patients_csv:
-        patients, who = _by_scan(patients_csv, "patient", "--patients", scan_ids), "by patient (--patients)"
+    if tables.patients:
+        patients, who = _by_scan(tables.patients, "patient", "--patients", scan_ids), "by patient (--patients)"
     elif any(scan.whose for scan in scans):
         patients = patients_of(scans)
         who = (f"{len(set(patients.values()))} patients by PatientID, study and series (no --patients), scans that are "
                "no DICOM each taken for one")
     else:
         patients, who = patients_of(scans), "every scan taken for a patient of its own (no --patients)"
-    if not split_csv:
+    if not tables.split:
         return split_by_patient(patients, val_fraction, seed), patients, f"{who}, seed {seed}"
-    splits = _by_scan(split_csv, "split", "--split", scan_ids)
+    splits = _by_scan(tables.split, "split", "--split", scan_ids)
     sides: dict[str, str] = {}
     for scan_id, split in splits.items():
         if split not in SPLITS:
-            raise DatasetError(f"--split {split_csv}: {scan_id} is '{split}', expected {' or '.join(SPLITS)}")
+            raise DatasetError(f"--split {tables.split}: {scan_id} is '{split}', expected {' or '.join(SPLITS)}")
         if sides.setdefault(patients[scan_id], split) != split:
-            raise DatasetError(f"--split {split_csv}: the patient of {scan_id} is in train and in val: put "
-                               f"all scans of a patient on one side{TABLE_OF_PATIENTS * (not patients_csv)}")
+            raise DatasetError(f"--split {tables.split}: the patient of {scan_id} is in train and in val: put "
+                               f"all scans of a patient on one side{TABLE_OF_PATIENTS * (not tables.patients)}")
     return splits, patients, f"given (--split), {who}"
 
 
@@ -313,10 +329,9 @@ def _check_all_used(folders: Sequence[PathLike], remaining: Sequence[ScanSource]
 
 def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessSettings, *,
                hu_clip: Sequence[float] | None = None, val_fraction: float = 0.15, seed: int = 0,
-               split_csv: PathLike | None = None, patients_csv: PathLike | None = None,
-               slices_csv: PathLike | None = None, leave_out_csv: PathLike | None = None,
-               unknown_slice_spacing_mm: float = UNKNOWN_SLICE_SPACING_MM, ids: str = "path", workers: int = 1,
-               overwrite: bool = False, log: Callable[[str], None] = distributed.print0) -> dict:
+               tables: Tables = Tables(), unknown_slice_spacing_mm: float = UNKNOWN_SLICE_SPACING_MM,
+               ids: str = "path", workers: int = 1, overwrite: bool = False,
+               log: Callable[[str], None] = distributed.print0) -> dict:
     """Prepares every scan under `folders` and writes the database `out`; returns its manifest.
 
     hu_clip None: the HU range that all scans share (common_hu_range). It replaces that of the settings.
@@ -330,22 +345,22 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
     writer = SliceWriter(followed(Path(out)), {}, overwrite)        # refuses an existing file before the long work
     found = find_sources(folders, unknown_slice_spacing_mm, ids)
     sizes = _sizes(found)
-    left_out = _left_out(leave_out_csv, found)
+    left_out = _left_out(tables.leave_out, found)
     remaining = [s for s in found if left_out.get(s.scan_id, ()) is not None]
-    selection = _selection(slices_csv)
+    selection = _selection(tables.slices)
     unknown = sorted(set(selection or ()) - {s.scan_id for s in found})      # of a list for a larger cohort, or a slip
     scans = [s for s in remaining if s.kind != loose.KIND and (selection is None or s.scan_id in selection)]
     singles = [s for s in remaining if s.kind == loose.KIND]
     sources = [*scans, *singles]
     unlisted = sorted({s.scan_id for s in remaining} - {s.scan_id for s in sources})
     if not sources:
-        raise DatasetError(f"--slices {slices_csv}: names none of the {len(remaining)} scans found" if remaining else
-                           f"--leave-out {leave_out_csv}: names all of the {len(found)} scans found")
-    _check_all_used(folders, remaining, sources, slices_csv)
+        raise DatasetError(f"--slices {tables.slices}: names none of the {len(remaining)} scans found" if remaining else
+                           f"--leave-out {tables.leave_out}: names all of the {len(found)} scans found")
+    _check_all_used(folders, remaining, sources, tables.slices)
     possible = [s for s in scans if "error" not in s.options]             # the others are known to be no scans
     refuse_twice([scan] for scan in possible)
     if possible:
-        splits, patients, how = _assign(possible, patients_csv, split_csv, val_fraction, seed)
+        splits, patients, how = _assign(possible, tables, val_fraction, seed)
         log(f"{len(possible)} scans; split: {how}")
     elif singles and val_fraction > 0:
         raise DatasetError(f"--val-fraction {val_fraction}: loose slices are never held out, and there is no scan; add "

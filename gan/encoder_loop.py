@@ -11,14 +11,14 @@ import torch
 import distributed
 from common.weights import CheckpointError, digest
 from config import flag
-from ct.settings import PreprocessSettings
 from dataset import DatasetError, SliceDataset
 from gan.batches import slice_batches
 from gan.coding import CodeTrainer
 from gan.encoding import EncoderTrainer, FirstNetworks
 from gan.inpainting import InpaintingTrainer
+from gan.lineage import tell_of_seen
 from gan.reading import ReadingTrainer
-from gan.runlog import Run, load_run, tell_of_seen
+from gan.runlog import Run, load_run
 from gan.settings import EncoderConfig, ReaderConfig
 from gan.snapshots import Snapshot
 
@@ -39,7 +39,7 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
     if snapshot and dataset.size != snapshot.meta["model"]["size"]:
         raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices, the GAN in {gan} draws "
                            f"{snapshot.meta['model']['size']}: prepare it with that --size")
-    known = dataset.facts() | {"settings": dataset.manifest["settings"]}
+    known = dataset.known()
     if first:
         check_first(first, config, snapshot)
         if not snapshot:
@@ -50,14 +50,13 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
     if first:
         tell_of_seen(scans, "--init", first.folder, {"data": known, "held_out": scans, "init": first.known})
     objective = CodeTrainer if config.code_channels else InpaintingTrainer if config.hide else EncoderTrainer
-    range_hu = dataset.manifest["settings"]["standardise"]["hu_clip"]
-    trainer = objective(config, snapshot, range_hu, device, vgg16, lpips, first)
+    trainer = objective(config, snapshot, dataset.prepared.standardise.hu_clip, device, vgg16, lpips, first)
     if first:
         trainer.start_from(first)
     new = (not snapshot or config.halved) and "discriminator" not in (first.weights if first else ())
     meta = {"kind": "encoder", "config": dataclasses.asdict(config), "model": dataclasses.asdict(trainer.model),
             "data": known, "held_out": scans,                          # neither digest nor counts tell which
-            "gan": {"step": snapshot.step, **snapshot.meta} if snapshot else None,
+            "gan": snapshot.known() if snapshot else None,
             "init": first.known if first else None, "new_discriminator": new,
             "began_with": {"gan": snapshot.digest() if snapshot else None,
                            "init": digest(first.weights) if first else None}}
@@ -66,7 +65,7 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
         batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen,
                                 prepare=trainer.prepare, device=device)
         begun = f"GAN at {snapshot.step / 1000:g} kimg" if snapshot else "no GAN" + ", new discriminator" * new
-        distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; "
+        distributed.print0(f"{dataset.told()}, {len(held_out)} held out; "
                            f"{begun}; {trainer.e.compute_dtype} on {device}")
 
         if config.perceptual_epochs >= config.epochs:
@@ -100,7 +99,7 @@ def check_first(first: FirstNetworks, config: EncoderConfig, gan: Snapshot | Non
 
 def check_alone(first: FirstNetworks, config: EncoderConfig, dataset: SliceDataset) -> None:
     """CheckpointError or DatasetError unless a run can begin with first networks alone, without a GAN."""
-    if other := PreprocessSettings.from_json(dataset.manifest["settings"]).other_than(first.prepared):
+    if other := dataset.prepared.other_than(first.prepared):
         raise DatasetError(f"--data {dataset.path}: its slices were prepared in another way than those that the "
                            f"networks of --init {first.folder} have learnt from ({other}); prepare it with "
                            f"{first.prepared.flags()}, or give --gan, a run of train.py on slices like these")

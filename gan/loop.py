@@ -34,8 +34,7 @@ def train(config: TrainConfig, data: Path, out: Path, device: torch.device, ince
                            f"it with --size {config.size}, or choose another preset")
     trainer = Trainer(config, device)
     meta = {"kind": "gan", "config": dataclasses.asdict(config), "model": dataclasses.asdict(config.model()),
-            "data": dataset.facts() | {"settings": dataset.manifest["settings"]},
-            "held_out": dataset.held_out_ids()}
+            "data": dataset.known(), "held_out": dataset.held_out_ids()}
     with Run(out, meta, trainer, config.seed, rollback) as run:
         if run.resumed:
             distributed.print0(f"Resuming at {trainer.images_seen / 1000:g} kimg"
@@ -45,7 +44,7 @@ def train(config: TrainConfig, data: Path, out: Path, device: torch.device, ince
         quality = Quality(held_out, dataset, inception, device) if distributed.is_main() else None
         if quality and not run.resumed:
             save_hu_grid(out / "real.png", quality.val_hu[:: max(1, len(quality.val_hu) // 32)][:32].numpy())
-        distributed.print0(f"{len(dataset)} slices of {len(dataset.scan_ids)} scans, {len(held_out)} held out; "
+        distributed.print0(f"{dataset.told()}, {len(held_out)} held out; "
                            f"{trainer.world} x {config.batch} images a step in {trainer.g.compute_dtype} on {device}")
 
         # ---- Train

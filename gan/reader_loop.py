@@ -19,8 +19,9 @@ from dataset import DatasetError, SliceDataset
 from detect.inversion import EncoderMethod
 from gan.batches import slice_batches
 from gan.encoder_loop import go_through
+from gan.lineage import tell_of_seen
 from gan.reading import ReadingTrainer
-from gan.runlog import Run, tell_of_seen
+from gan.runlog import Run
 from gan.settings import EveryNth, ReaderConfig
 
 
@@ -55,7 +56,7 @@ class First:
     folder    that --init names
     weights   of the averaged reader; widths: its channels
     beside    digest of the networks that it was taught beside
-    known     how it was taught: what a run that begins with it keeps of that, JSON (gan.runlog.lineage)
+    known     how it was taught: what a run that begins with it keeps of that, JSON (gan.lineage)
     """
 
     folder: Path
@@ -76,13 +77,12 @@ def train(config: ReaderConfig, data: Path, beside: Beside, out: Path, device: t
     dataset = SliceDataset(data, "all")
     check_database(dataset, beside, config)
     slices, held_out, told = parts_of(dataset, fold)
-    known = dataset.facts() | {"settings": dataset.manifest["settings"]}
+    known = dataset.known()
     if first:
         check_first(first, beside, config)
         tell_of_seen(held_out.scan_ids, "--init", first.folder,
                      {"data": known, "held_out": held_out.scan_ids, "init": first.known})
-    hu_clip = PreprocessSettings.from_json(dataset.manifest["settings"]).standardise.hu_clip
-    trainer = ReadingTrainer(config, beside.method, beside.range_hu(hu_clip), device)
+    trainer = ReadingTrainer(config, beside.method, beside.range_hu(dataset.prepared.standardise.hu_clip), device)
     if first:
         trainer.start_from(first.weights)
     meta = {"kind": "reader", "config": dataclasses.asdict(config), "model": {"widths": list(config.widths())},
@@ -99,8 +99,7 @@ def train(config: ReaderConfig, data: Path, beside: Beside, out: Path, device: t
 
 def check_database(dataset: SliceDataset, beside: Beside, config: ReaderConfig) -> None:
     """DatasetError or ValueError unless a reader can be taught by it, beside these networks."""
-    found = PreprocessSettings.from_json(dataset.manifest["settings"])
-    expected = beside.prepared
+    found, expected = dataset.prepared, beside.prepared
     if found.standardise.hu_clip == getattr(beside.method, "range_hu", None):         # as what taught the networks was
         expected = replace(expected, standardise=replace(expected.standardise, hu_clip=found.standardise.hu_clip))
     if other := found.other_than(expected):
@@ -111,9 +110,12 @@ def check_database(dataset: SliceDataset, beside: Beside, config: ReaderConfig) 
         raise ValueError(f"--depth {config.depth}: slices of {dataset.size} x {dataset.size} pixels cannot be halved "
                          "so often; give a smaller one")
     if seen := beside.seen(dataset):
+        mend = "hold out scans that it has not seen (prepare.py --split)"
+        if "step" in beside.known and dataset.facts() != {key: beside.known["data"][key] for key in dataset.facts()}:
+            mend += ("; a run does not tell of another database's scans that they are new to it: if these are, make a "
+                     "model of it (latent_stats.py), and give that")
         raise DatasetError(f"--data {dataset.path}: holds out {some(seen, 3)}, "
-                           f"which --encoder {beside.folder} may have been trained on: hold out scans that it has not "
-                           "seen (prepare.py --split)")
+                           f"which --encoder {beside.folder} may have been trained on: {mend}")
 
 
 def check_first(first: First, beside: Beside, config: ReaderConfig) -> None:
@@ -139,9 +141,9 @@ def parts_of(dataset: SliceDataset, fold: EveryNth | None) -> tuple[ConcatDatase
             raise DatasetError(f"--data {dataset.path}: holds all of its scans out, which leaves none to learn from: "
                                "give --fold 1:3, 2:3 and 3:3, three readers that each learn from two thirds of them "
                                "and hold the others out, or prepare it with a smaller --val-fraction")
-        return ConcatDataset([others]), held_out, f"{len(others)} slices of {len(others.scan_ids)} scans"
+        return ConcatDataset([others]), held_out, others.told()
     train = SliceDataset(dataset.path, "train", check=False)
-    told = f"{len(train)} slices of {len(train.scan_ids)} scans"
+    told = train.told()
     if not others:
         return ConcatDataset([train]), held_out, told
     told += f" and again and again the {len(others)} of {len(others.scan_ids)} others"

@@ -25,7 +25,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -36,8 +36,7 @@ from common.files import locked, replace_text
 from common.stopping import end_with_parent
 from common.weights import CheckpointError
 from common.wording import differing, some
-from dataset import is_same
-from gan.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_steps
+from gan.snapshots import Snapshot, holds_bundle, load_snapshot, save_snapshot, snapshot_steps
 
 # SIGUSR1 is what SLURM is asked to send before a time limit. Exit codes are the shell's, 128 + signal, of the others
 STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 129}
@@ -307,6 +306,10 @@ def run_command(work: Callable[[torch.device, bool], None], device: str, out: Pa
 
 def load_run(folder: Path, flag: str, kind: str, command: str) -> Snapshot:
     """The last snapshot of a run of this kind. Raises CheckpointError naming the flag."""
+    if not snapshot_steps(folder):
+        raise CheckpointError(f"{flag} {folder}: " + (
+            f"a model bundle; a run folder of {command} is expected" if holds_bundle(folder) else
+            f"holds no run of {command}; give the folder that was its --out"))
     snapshot = load_snapshot(folder)
     if snapshot.meta.get("kind") != kind:
         raise CheckpointError(f"{flag} {folder}: not a run of {command} (kind {snapshot.meta.get('kind')!r})")
@@ -316,61 +319,9 @@ def load_run(folder: Path, flag: str, kind: str, command: str) -> Snapshot:
     return snapshot
 
 
-def lineage(meta: dict) -> Iterator[dict]:
-    """The meta of a run and of all whose weights its first ones come from, through --init and --gan."""
-    yield meta
-    for flag in ("init", "gan"):
-        if meta.get(flag):
-            yield from lineage(meta[flag])
-
-
-def not_held_out(scans: Collection[str], meta: dict, elsewhere: bool = True) -> list[str]:
-    """Of scans those that a run, or one that it began with, did not hold out: it may have been trained on them.
-
-    A run knows what it held out, not by name what it was trained on. elsewhere: count also runs that the first one
-    began with and that were trained on another database, which may never have held these scans. What it began with may
-    be of a model bundle, which tells how many scans were held out, not which: then it is all of them or none
-    (has_learnt_from).
-    """
-    seen: set[str] = set()
-    for one in lineage(meta):
-        held_out = one["held_out"]
-        if isinstance(held_out, int):
-            held_out = () if has_learnt_from(one, meta["data"]) else scans
-        elif not elsewhere and one["data"]["digest"] != meta["data"]["digest"]:
-            continue
-        seen |= set(scans) - set(held_out)
-    return sorted(seen)
-
-
-def has_learnt_from(known: dict, data: dict) -> bool:
-    """Whether what a bundle tells of a training has learnt from scans that a database holds out, by all that is told.
-
-    known: data, facts() of its database, and held_out, how many scans of that it did not learn from.
-    """
-    its = known["data"]
-    if its["digest"] == data["digest"] and not is_same(its, data):
-        return True                                        # the same scans, and others of them held out
-    return is_same(its, data, "val") and known["held_out"] < its["counts"]["val"]["scans"]
-
-
-def tell_of_seen(held_out: Collection[str], flag: str, folder: Path, meta: dict) -> None:
-    """Print a warning where scans that are held out now may have been trained on by the run of a flag."""
-    if seen := not_held_out(held_out, meta):
-        distributed.print0(f"warning: {flag} {folder}, or a run that it began with, did not hold out "
-                           f"{some(seen, 3)}, held out now. If one of them was "
-                           "trained on these, what is calibrated or measured on them says too much")
-
-
 def load_optimiser(optimiser: torch.optim.Optimizer, state: dict) -> None:
     """Take the moments of a saved state, but keep the learning rate and the like: those are today's flags."""
     optimiser.load_state_dict({**state, "param_groups": optimiser.state_dict()["param_groups"]})
-
-
-def other_settings(before: dict, now: dict) -> str:
-    """What a run's settings are that were others before, in words; '' where none is."""
-    now = json.loads(json.dumps(now))
-    return ", ".join(f"{key} {now[key]} (before: {value})" for key, value in before.items() if now[key] != value)
 
 
 def hold_folder(out: Path, held: contextlib.ExitStack) -> None:
@@ -409,12 +360,13 @@ def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> Sna
             if other := differing(snapshot.meta[key], now, key):
                 raise CheckpointError(f"{out}: the run there has another {key} ({some(other, 3, '; ')}); go on with "
                                       "the same flags and database, or choose another --out")
-        if gone := sorted(set(snapshot.meta.get("config", {})) - set(meta["config"])):
+        before, now = snapshot.meta.get("config", {}), json.loads(json.dumps(meta["config"]))
+        if gone := sorted(set(before) - set(now)):
             raise CheckpointError(
                 f"{out}: the run there was started by an older version, with settings that this one does not know "
                 f"({', '.join(gone)}); go on with that version, or choose another --out")
-        if changed := other_settings(snapshot.meta.get("config", {}), meta["config"]):
-            distributed.print0(f"note: the run in {out} goes on with other settings: {changed}")
+        if changed := differing(before, {key: now[key] for key in before}, "config"):
+            distributed.print0(f"note: the run in {out} goes on with other settings: {'; '.join(changed)}")
         snapshot.restore(modules)
     elif distributed.is_main():
         _write_config(out, meta)

@@ -48,6 +48,10 @@ class Snapshot:
     state: dict[str, Any]                            # optimisers, RNGs, ...: as it was saved
     meta: dict[str, Any]
 
+    def known(self) -> dict[str, Any]:
+        """What a run that begins with these weights keeps of where they come from, JSON."""
+        return {"step": self.step, **self.meta}
+
     def digest(self) -> str:
         """Of the weights: runs that tell the same of themselves may differ in these, such as from --init or machine."""
         return digest(self.weights)
@@ -64,6 +68,12 @@ def snapshot_steps(run: str | Path) -> list[int]:
     """Steps of the finished snapshots of a run folder, ascending; empty for a new or missing folder."""
     names = (path.name for path in Path(run).glob("snapshot-*"))
     return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"snapshot-(\d+)", name)))
+
+
+def holds_bundle(folder: str | Path) -> bool:
+    """Whether a folder holds a model bundle, whole or not: HealthyGAN's runs have a model.json of their own."""
+    path = Path(folder) / "model.json"
+    return path.is_file() and b'"format_version"' in path.read_bytes()
 
 
 def save_snapshot(run: str | Path, step: int, modules: Mapping[str, nn.Module], state: Mapping[str, Any],

@@ -23,7 +23,7 @@ def networks(config=TINY, seed=0):
 
 def latent_stats(config=TINY):
     codes = torch.randn(60, config.n_latent, config.style_dim, generator=torch.Generator().manual_seed(0))
-    return LatentStats.fit(codes, torch.zeros(60), [0.0, 5.0], components=3)
+    return LatentStats.fit(codes, torch.zeros(60), [0.0, 5.0], components=3, min_codes=32, max_reach_mm=20.0)
 
 
 def save(folder, parts, latent, meta=META, **options):

@@ -45,6 +45,9 @@ def test_a_method_with_a_file_of_its_own_is_calibrated_like_ours(tmp_path, capsy
     assert "was trained on another database" in capsys.readouterr().err
     assert command(data, tmp_path / "nowhere.safetensors", tmp_path / "no", *flags) == 2
     assert "nowhere.safetensors: cannot be read" in capsys.readouterr().err
+    assert command(data, tmp_path, tmp_path / "no", *flags) == 2
+    assert (f"{tmp_path}: a folder; method=pca takes the file that benchmarks/baselines.py fit writes"
+            in capsys.readouterr().err)
 
 
 @pytest.fixture

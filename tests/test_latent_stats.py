@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import tempfile
 
@@ -12,18 +13,20 @@ import pytest
 import torch
 
 import latent_stats
-from bundling import build
+from bundling import build, origins
+from common.weights import CheckpointError
 from ct.frame import PreprocessSettings
-from dataset import SliceDataset
+from dataset import ScanRecord, SliceDataset, SliceWriter
 from detect.bundle import load_bundle
 from detect.calibration import Trained
 from detect.reconstruct import METHODS
 from detect.search import SearchSettings
 from detect.settings import Settings
+from gan.runlog import load_run
 from gan.snapshots import load_snapshot, save_snapshot
 from latent_stats import read_notes, report_size
 from model import Discriminator, Encoder, Generator
-from tests.calibration_data import PREPROCESSING, TINY, command, write_inputs, write_run, write_slices
+from tests.calibration_data import PREPROCESSING, SETTINGS, TINY, command, write_inputs, write_run, write_slices
 
 
 @pytest.fixture(scope="module")
@@ -284,3 +287,82 @@ def test_a_reader_that_has_seen_all_is_named(inputs, monkeypatch):
     with pytest.raises(ValueError, match="--reader all: may have been trained on all scans that are to calibrate"):
         build.with_readers(trained, ["one", "all"], settings, device)
     assert [one.scans for one in build.with_readers(trained, ["one"], settings, device)] == [["head5"]]
+
+
+@pytest.fixture(scope="module")
+def bundle(inputs, tmp_path_factory):
+    """A model bundle of the run, not calibrated."""
+    out = tmp_path_factory.mktemp("bundle") / "mine"
+    assert command(*inputs, out, "--calibrate", "none") == 0
+    return out
+
+
+def test_a_bundle_and_a_run_share_no_folder(inputs, bundle, tmp_path, capsys):
+    """Every later call took the bundle's old weights in place of the run's that went on."""
+    for more in ((), ("--overwrite",)):
+        code, message = refused(capsys, *inputs, inputs[1], "--calibrate", "none", *more)
+        assert code == 2 and message == f"error: --out {inputs[1]}: holds a training run; choose another --out\n"
+    assert not (inputs[1] / "model.json").exists()
+    both = shutil.copytree(inputs[1], tmp_path / "both")
+    shutil.copytree(bundle, both, dirs_exist_ok=True)
+    code, message = refused(capsys, inputs[0], both, tmp_path / "mine")
+    assert code == 2 and f"--encoder {both}: holds a training run and a model bundle" in message
+    for flag, opened in (("--encoder", lambda: origins.open_beside(both, torch.device("cpu"), "fp32")),
+                         ("--init", lambda: origins.open_first_networks(both)),
+                         ("--init", lambda: origins.open_first_reader(both))):
+        with pytest.raises(CheckpointError, match=f"^{flag} {both}: holds a training run and a model bundle"):
+            opened()
+
+
+def test_what_is_no_run_is_told_by_its_flag(bundle, tmp_path):
+    """It was told of without a flag, and a bundle was asked to be trained anew."""
+    (tmp_path / "model.json").write_text("{}")                                    # as HealthyGAN's runs have one
+    for flag, command_of, opened in (
+            ("--gan", "train.py", lambda folder: load_run(folder, "--gan", "gan", "train.py")),
+            ("--encoder", "train_encoder.py", origins.open_encoder_run),
+            ("--surroundings", "train_encoder.py", lambda folder: origins.open_surroundings(folder, None)),
+            ("--reader", "train_reader.py", lambda folder: origins.open_reader(folder, ""))):
+        with pytest.raises(CheckpointError) as said:
+            opened(bundle)
+        assert str(said.value) == f"{flag} {bundle}: a model bundle; a run folder of {command_of} is expected"
+        for folder in (tmp_path, tmp_path / "nowhere"):
+            with pytest.raises(CheckpointError, match=f"^{flag} {folder}: holds no run of {command_of}; "):
+                opened(folder)
+    for command_of, opened in (("train_encoder.py", origins.open_first_networks),
+                               ("train_reader.py", origins.open_first_reader)):
+        with pytest.raises(CheckpointError, match=f"^--init {tmp_path}: holds no run of {command_of}; "):
+            opened(tmp_path)
+
+
+BY_SURPRISE = ("--set", "method=inversion", "measure=surprise", "filter=band", "pool=peak", "scale=sides",
+               "surprise_above=0.5")
+
+
+def test_held_out_scans_alone_calibrate_as_those_of_the_database(tmp_path):
+    """The database of --held-out had to have a side to train on, of which nothing is read."""
+    data = write_slices(tmp_path / "all.lmdb", held_out=(2, 3, 4, 5))
+    run = write_run(tmp_path / "run", SliceDataset(data).manifest)
+    held_out, alone = SliceDataset(data, "val"), tmp_path / "alone.lmdb"
+    with SliceWriter(alone, SETTINGS) as writer:
+        for s, (scan_id, patient) in enumerate(zip(held_out.scan_ids, held_out.patients)):
+            scan = held_out.scan(s)
+            writer.add(ScanRecord.encode(scan_id, *(scan[key].numpy() for key in ("hu", "brain", "below_vertex_mm"))),
+                       "val", patient)
+    assert command(data, run, tmp_path / "one", *BY_SURPRISE) == 0
+    assert command(data, run, tmp_path / "other", *BY_SURPRISE, "--held-out", str(alone)) == 0
+    one, other = (load_bundle(tmp_path / name).meta["calibration"] for name in ("one", "other"))
+    assert one["scan_scores"] == other["scan_scores"] and one["slice_scores"] == other["slice_scores"]
+
+
+@pytest.mark.parametrize("patients", [range(6), (0, 1, 3, 3, 4, 4)])
+def test_held_out_scans_grouped_otherwise_are_refused(tmp_path, capsys, patients):
+    """Prepared without --patients, two scans of a patient counted as two independent ones."""
+    data = write_slices(tmp_path / "one.lmdb", held_out=(2, 3, 4, 5), patients=(0, 1, 2, 3, 4, 4))
+    run = write_run(tmp_path / "run", SliceDataset(data).manifest)
+    other = write_slices(tmp_path / "other.lmdb", held_out=(2, 3, 4, 5), patients=patients)
+    named = write_slices(tmp_path / "named.lmdb", held_out=(2, 3, 4, 5), patients=(5, 4, 3, 2, 1, 1))
+    code, message = refused(capsys, data, run, tmp_path / "no", *BY_SURPRISE, "--held-out", str(other))
+    whose = "head4, head5" if patients == range(6) else "head2, head3"
+    assert code == 2 and (f"--held-out {other}: does not say as {data} does whose scans are {whose}: "
+                          "prepare it with the same --patients") in message
+    assert command(data, run, tmp_path / "mine", *BY_SURPRISE, "--held-out", str(named)) == 0    # the same, by any name

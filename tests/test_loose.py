@@ -20,7 +20,7 @@ from ct.standardise import HEAD_MM, StandardiseSettings
 from dataset import DatasetError, ScanRecord, SliceDataset, SliceWriter, verify
 from detect.codes import CodesConfig, encode_slices, fit_codes
 from detect.pca import PcaFit, PositionPca
-from gan.database import build_lmdb
+from gan.database import Tables, build_lmdb
 from tests.helpers import synthetic_head
 from tests.writers import write_slice_folder
 
@@ -196,7 +196,7 @@ def build_without(folders, tmp_path, *rows, slices=None):
     table = tmp_path / "out.csv"
     table.write_text("\n".join(("scan_id,slice", *rows)) + "\n")
     settings = prepare.PreprocessSettings(StandardiseSettings(size=32))
-    return build_lmdb([folders], tmp_path / "out.lmdb", settings, leave_out_csv=table, slices_csv=slices,
+    return build_lmdb([folders], tmp_path / "out.lmdb", settings, tables=Tables(slices=slices, leave_out=table),
                       val_fraction=0, overwrite=True, log=lambda line: None)
 
 
@@ -263,3 +263,18 @@ def test_components_by_position_leave_loose_slices_out(database, capsys):
     pca.fit(train)
     assert not pca.centres.isnan().any()
     assert "pca: 4 loose slices without a position are left out" in capsys.readouterr().out
+
+
+def test_loose_slices_are_no_scans_in_what_is_told(tmp_path):
+    """Each was told of as a scan: '8 slices of 4 scans'."""
+    rng, brain = np.random.default_rng(0), np.ones((3, 16, 16), bool)
+    hu = rng.integers(0, 70, (3, 16, 16)).astype(np.float32)
+    with SliceWriter(tmp_path / "both.lmdb", {}) as writer:
+        for name, split in (("a", "train"), ("b", "train"), ("c", "val")):
+            writer.add(ScanRecord.encode(name, hu, brain, np.array([10.0, 5, 0])), split, name)
+        for name in ("x", "y"):
+            writer.add(ScanRecord.encode(name, hu[:1], brain[:1], np.array([np.nan])), "train", name)
+    train, val, everything = (SliceDataset(tmp_path / "both.lmdb", split) for split in ("train", "val", "all"))
+    assert train.told() == "6 slices of 2 scans and 2 loose ones" and val.told() == "3 slices of 1 scans"
+    assert everything.told() == "9 slices of 3 scans and 2 loose ones"
+    assert SliceDataset(tmp_path / "both.lmdb", scans=["x", "y"]).told() == "2 loose slices"

@@ -26,7 +26,7 @@ from ct.standardise import StandardiseSettings, from_frame
 from dataset import DatasetError, ScanRecord, SliceDataset, read_manifest, verify
 from detect.bundle import load_bundle
 from gan import database as database_module
-from gan.database import build_lmdb, ensure_database, listed_slabs, split_by_patient
+from gan.database import Tables, build_lmdb, ensure_database, listed_slabs, split_by_patient
 from tests.helpers import synthetic_head, synthetic_scan, tiny_bundle
 from tests.processes import runs
 from tests.writers import write_dicom_series, write_nifti_scan, write_slice_folder
@@ -175,8 +175,9 @@ def test_one_patient_by_the_headers_is_on_one_side(tmp_path, monkeypatch):
     def build(**options):
         return build_lmdb([top], tmp_path / "x.lmdb", SETTINGS, overwrite=True, log=lambda line: None, **options)
     with pytest.raises(DatasetError, match="the patient of b is in train and in val.*say who is who with --patients"):
-        build(split_csv=split)
-    assert {s["scan_id"]: s["split"] for s in build(split_csv=split, patients_csv=patients)["scans"]}["b"] == "val"
+        build(tables=Tables(split=split))
+    made = build(tables=Tables(patients, split))
+    assert {s["scan_id"]: s["split"] for s in made["scans"]}["b"] == "val"
     for seed in range(4):
         manifest = build(val_fraction=0.5, seed=seed)
         sides = {scan["scan_id"]: scan["split"] for scan in manifest["scans"]}
@@ -307,8 +308,9 @@ def test_what_is_known_to_be_no_scan_is_held_out_for_nobody_and_needs_no_row(fol
 
     for seed in range(3):
         build(val_fraction=0.1, seed=seed)
-    build(split_csv=write_csv(tmp_path / "split.csv", "scan_id,split", "one,val", "two,train", "three,train"),
-          patients_csv=write_csv(tmp_path / "patients.csv", "scan_id,patient", "one,p", "two,q", "three,q"))
+    build(tables=Tables(
+        write_csv(tmp_path / "patients.csv", "scan_id,patient", "one,p", "two,q", "three,q"),
+        write_csv(tmp_path / "split.csv", "scan_id,split", "one,val", "two,train", "three,train")))
 
 
 def test_no_scan_at_all_among_what_was_found(tmp_path):
@@ -334,8 +336,8 @@ def test_given_split_patients_and_slices_are_followed(folder, tmp_path):
     slices = write_csv(tmp_path / "slices.csv", "scan_id,slice,far", *(f"one,{i},1" for i in (6, 7)), "two,8,1",
                        "three.nii.gz,4,1")
     lines = []
-    manifest = build_lmdb([folder], tmp_path / "x.lmdb", SETTINGS, split_csv=split, patients_csv=patients,
-                          slices_csv=slices, hu_clip=(0, 80), log=lines.append)
+    manifest = build_lmdb([folder], tmp_path / "x.lmdb", SETTINGS, tables=Tables(patients, split, slices),
+                          hu_clip=(0, 80), log=lines.append)
     assert [(s["scan_id"], s["split"], s["patient"], s["slices"]) for s in manifest["scans"]] == [
         ("one", "val", "p", [6, 7]), ("two", "train", "q", [8])]
     assert manifest["unlisted"] == ["three"] and any("three" in line for line in lines)
@@ -351,23 +353,24 @@ def test_a_folder_of_which_nothing_would_be_used_is_refused(folder, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     for more in (tmp_path / "more", tmp_path / "linked", "more"):
         with pytest.raises(DatasetError, match=rf"{more}: --slices .* names none of its 1 scans; .*\"loose\": true"):
-            build_lmdb([folder, more], tmp_path / "x.lmdb", SETTINGS, slices_csv=slices)
+            build_lmdb([folder, more], tmp_path / "x.lmdb", SETTINGS, tables=Tables(slices=slices))
     assert not (tmp_path / "x.lmdb").exists()
 
 
 @pytest.mark.parametrize("flag, rows, message", [
-    ("split_csv", ("scan_id,split", "one,val", "two,train"), "no split for three"),
-    ("split_csv", ("scan_id,split", "one,test", "two,train", "three,train"), "one is 'test', expected train or val"),
-    ("split_csv", ("scan_id,side", "one,val"), "expected columns scan_id, split; found scan_id, side"),
-    ("split_csv", ("scan_id,split", "one,val", "one,train", "two,train", "three,val"), "one is both"),
-    ("patients_csv", ("scan_id,patient", "one,p"), "no patient for three, two"),
-    ("slices_csv", ("scan_id,slice", "one,x"), "slice must be 0 or more, got 'x'"),
-    ("slices_csv", ("scan_id,slice", "four,1"), "names none of the 3 scans"),
+    ("split", ("scan_id,split", "one,val", "two,train"), "no split for three"),
+    ("split", ("scan_id,split", "one,test", "two,train", "three,train"), "one is 'test', expected train or val"),
+    ("split", ("scan_id,side", "one,val"), "expected columns scan_id, split; found scan_id, side"),
+    ("split", ("scan_id,split", "one,val", "one,train", "two,train", "three,val"), "one is both"),
+    ("patients", ("scan_id,patient", "one,p"), "no patient for three, two"),
+    ("slices", ("scan_id,slice", "one,x"), "slice must be 0 or more, got 'x'"),
+    ("slices", ("scan_id,slice", "four,1"), "names none of the 3 scans"),
 ])
 def test_tables_that_do_not_fit_are_refused_by_name(folder, tmp_path, flag, rows, message):
     table = write_csv(tmp_path / "table.csv", *rows)
     with pytest.raises(DatasetError, match=message):
-        build_lmdb([folder], tmp_path / "x.lmdb", SETTINGS, **{flag: table}, hu_clip=(0, 80), log=lambda line: None)
+        build_lmdb([folder], tmp_path / "x.lmdb", SETTINGS, tables=Tables(**{flag: table}), hu_clip=(0, 80),
+                   log=lambda line: None)
     assert not (tmp_path / "x.lmdb").exists()
 
 
@@ -375,7 +378,7 @@ def test_one_patient_on_both_sides_of_a_given_split_is_refused(folder, tmp_path)
     split = write_csv(tmp_path / "split.csv", "scan_id,split", "one,val", "two,train", "three,train")
     patients = write_csv(tmp_path / "patients.csv", "scan_id,patient", "one,p", "two,p", "three,q")
     with pytest.raises(DatasetError, match="in train and in val"):
-        build_lmdb([folder], tmp_path / "x.lmdb", SETTINGS, split_csv=split, patients_csv=patients,
+        build_lmdb([folder], tmp_path / "x.lmdb", SETTINGS, tables=Tables(patients, split),
                    log=lambda line: None)
 
 
@@ -407,11 +410,12 @@ def test_flags_reach_the_work(tmp_path, monkeypatch):
         prepare.main(["a", "b", "--out", str(tmp_path / "x.lmdb"), "--size", "48", "--slab-mm", "6.5", "--seed", "5",
                       "--hu-clip", "-9", "91", "--min-brain-fraction", "0.03", "--max-below-vertex-mm", "77",
                       "--val-fraction", "0.3", "--workers", "2", "--unknown-slice-spacing-mm", "4.5",
-                      "--ids", "uid"])
+                      "--ids", "uid", "--patients", "p", "--slices", "s", "--leave-out", "l"])
     assert asked["scans"] == ["a", "b"] and asked["settings"] == PreprocessSettings(
         StandardiseSettings(size=48), slab_mm=6.5, min_brain_fraction=0.03, max_below_vertex_mm=77)
     assert asked.items() >= {"hu_clip": [-9, 91], "val_fraction": 0.3, "seed": 5, "workers": 2,
-                             "unknown_slice_spacing_mm": 4.5, "ids": "uid"}.items()
+                             "unknown_slice_spacing_mm": 4.5, "ids": "uid",
+                             "tables": Tables(patients="p", slices="s", leave_out="l")}.items()
 
 
 def test_slices_like_a_models(tmp_path, capsys):

@@ -337,3 +337,22 @@ def test_a_hospital_calibrates_once_more(in_thirds, hospital, tmp_path, capsys):
             assert calibrated(tmp_path / one, data, tmp_path / "no") == 2
             assert "its reader has learnt from some of the scans" in capsys.readouterr().err
     assert calibrated(tmp_path / "fourth", own, tmp_path / "fifth", *given(readers)) == 0
+
+
+def test_a_run_that_cannot_tell_of_anothers_scans_says_what_can(in_thirds, hospital, tmp_path, capsys):
+    """Beside its model the same scans teach a reader (hospital)."""
+    assert run(hospital[1], in_thirds[1], tmp_path / "r", "--fold", "1:3") == 2
+    error = capsys.readouterr().err
+    assert "holds out head10, head11, head12 and 1 more, which --encoder" in error
+    assert "if these are, make a model of it (latent_stats.py), and give that" in error
+
+
+@pytest.mark.parametrize(("method", "words"), (
+    ("search", "of method inpainting, without latent.safetensors, discriminator.safetensors; leave the method as"),
+    ("pca", "of method inpainting, without pca.safetensors; leave the method as"),
+    ("inversion", "of method inpainting, made for that alone; leave the method as")))
+def test_a_method_that_a_model_cannot_be_is_refused(method, words, hospital, tmp_path, capsys):
+    """What Python says of a call with a reader too many was what was said."""
+    assert calibrated(hospital[0], hospital[1], tmp_path / "no", "--set", f"method={method}") == 2
+    error = capsys.readouterr().err
+    assert f"--set method={method}: {hospital[0]} is a model {words}" in error and "__init__" not in error

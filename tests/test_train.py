@@ -81,7 +81,7 @@ def test_a_run_that_is_over_says_so_and_which_settings_are_others(train_gan, gan
     said = capsys.readouterr().out
     assert "Resuming at 0.032 kimg: the training is over\n" in said
     before = load_snapshot(run).meta["config"]
-    assert f"goes on with other settings: lr 0.5 (before: {before['lr']}), seed 3 (before: 0)\n" in said
+    assert f"goes on with other settings: config.lr {before['lr']}, now 0.5; config.seed 0, now 3\n" in said
     assert train_gan(shutil.copytree(gan_run, tmp_path / "same")) == 0
     assert "other settings" not in capsys.readouterr().out
 
@@ -235,6 +235,47 @@ def test_adam_is_corrected_for_the_regulariser():
     assert optimiser.defaults["lr"] == pytest.approx(0.0016)
     assert optimiser.defaults["betas"] == (0.0, pytest.approx(0.99**0.8))
     assert lazy_adam(torch.nn.Linear(1, 1), lr=0.002, every=0).defaults["betas"] == (0.0, 0.99)
+
+
+# ---- Random numbers, and the size of a batch
+
+def streams(trainer: training.Trainer) -> tuple[tuple, tuple]:
+    """The next of augmentation's numbers and of the noise maps'."""
+    return tuple(torch.rand(4, generator=trainer.rng).tolist()), tuple(torch.rand(4).tolist())
+
+
+def test_noise_maps_and_augmentation_draw_apart(tiny_gan_config):
+    """On a CPU both drew the same numbers."""
+    augmentation, noise = streams(training.Trainer(tiny_gan_config, CPU))
+    assert not set(augmentation) & set(noise)
+
+
+@pytest.mark.parametrize("other", ["ranks", "device"])
+def test_other_ranks_or_another_device_draw_other_numbers(tiny_gan_config, other):
+    """They drew those of the run's first steps again; the same ranks go on as they were."""
+    def going_on(images: int, changed: bool, seed: int = 0) -> tuple[tuple, tuple]:
+        trainer = training.Trainer(dataclasses.replace(tiny_gan_config, seed=seed), CPU)
+        (rng, default, none), = (state := trainer.state())["rng"]
+        there = {"ranks": [(rng, default, none)] * 2, "device": [(rng, default, rng)]}[other]     # as of a GPU
+        streams(trainer)
+        trainer.load_state(state | {"images_seen": images, "rng": there if changed else state["rng"]})
+        return streams(trainer)
+
+    first = streams(training.Trainer(tiny_gan_config, CPU))
+    assert going_on(16, changed=False) == first
+    found = [first, going_on(16, True), going_on(24, True), going_on(16, True, seed=1)]
+    assert len({stream for both in found for stream in both}) == 8
+    assert going_on(16, True) == found[1]
+
+
+@pytest.mark.parametrize("batch, accumulate, told", [
+    (5, 1, "compares none: its minibatch statistic is off"), (2, 1, "compares 2 at a time, not 4"),
+    (6, 1, "compares 3 at a time, not 4"), (8, 1, None), (8, 2, None)])
+def test_a_batch_that_is_not_compared_4_at_a_time_is_told_of(tiny_gan_config, batch, accumulate, told, capsys):
+    training.Trainer(dataclasses.replace(tiny_gan_config, batch=batch, accumulate=accumulate), CPU)
+    said = capsys.readouterr().out
+    assert said == (f"note: --batch {batch}: the discriminator {told}; give a multiple of 4, or the training is "
+                    "another\n" if told else "")
 
 
 # ---- What each phase weighs

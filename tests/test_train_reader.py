@@ -16,7 +16,7 @@ from detect.bundle import load_bundle
 from detect.inversion import bone_mask
 from detect.reader import Reader
 from gan import reading
-from gan.runlog import not_held_out
+from gan.lineage import not_held_out
 from gan.snapshots import load_snapshot, save_snapshot
 from tests import processes
 from tests.reader_data import run, with_held_out, with_meta
@@ -155,7 +155,8 @@ def test_slices_that_cannot_be_halved_so_often_are_refused(slices32, hiding_run,
 
 def test_a_database_that_holds_out_what_the_encoder_may_have_seen_is_refused(hiding_run, slices32, tmp_path, capsys):
     assert run(slices32, with_held_out(hiding_run, ["another"], tmp_path / "encoder"), tmp_path / "r") == 2
-    assert "hold out scans that it has not seen" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "hold out scans that it has not seen" in error and "make a model" not in error     # of the same database
 
 
 @pytest.mark.parametrize(("held_out", "told"), ((["another"], True), (["another", "head2"], False)))
@@ -244,3 +245,16 @@ def test_a_reader_of_another_encoder_or_method_is_refused(reader_run, hiding_run
     assert "was taught beside other networks" in capsys.readouterr().err
     assert latent_stats.main([str(flag) for flag in (*flags, "--encoder", hiding_run, "--set", "method=search")]) == 2
     assert "--reader: for method=inpainting or inversion" in capsys.readouterr().err
+
+
+def test_every_training_tells_of_loose_slices_apart(gan_run, train_gan, hiding_run, reader_run, slices32, tmp_path,
+                                                    monkeypatch, capsys):
+    """What SliceDataset.told() says; of runs that are over, which take no step."""
+    monkeypatch.setattr("dataset.SliceDataset.told", lambda self: "so many")
+    gan, encoder, reader = (shutil.copytree(one, tmp_path / name) for one, name in (
+        (gan_run, "gan"), (hiding_run, "encoder"), (reader_run, "reader")))
+    flags = ["--preset", "smoke32", "--hide", "0.9", "--batch", "4", "--epochs", "0.5", "--encoder-code", "8"]
+    for code in (train_gan(gan), run(slices32, hiding_run, reader),
+                 train_encoder.main(["--data", str(slices32), "--gan", str(gan_run), "--out", str(encoder), *flags])):
+        assert code == 0
+    assert capsys.readouterr().out.count("so many, 8 held out; ") == 3

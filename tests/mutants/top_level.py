@@ -57,4 +57,7 @@ MUTANTS = (
            "return 2", "return 0", "tests/test_released.py -k command"),
     Mutant("checkpoint.py halves what --fp32 should keep", "checkpoint.py",
            "torch.float32 if args.fp32", "torch.float16 if args.fp32", "tests/test_released.py -k command"),
+    Mutant("loose slices are told of as scans", "dataset.py",
+           'sum(None not in scan["below_vertex_mm"] for scan in self._scans)', "len(self._scans)",
+           "tests/test_loose.py -k are_no_scans"),
 )
