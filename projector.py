@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING
 from common.imports import quick_imports
 from common.stopping import Terminated, orderly_end
 from common.version import VERSION
-from ct.settings import PreprocessSettings
+from ct.settings import UNKNOWN_SLICE_SPACING_MM, PreprocessSettings
 
 if TYPE_CHECKING:                         # what takes seconds to import, functions import: --help needs none of it
     from ct.read import ScanSource
@@ -105,7 +105,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                        help="flag at the threshold that healthy scans exceed with this probability at most, by the "
                             "model's calibration, such as 0.05")
     add("--slab-mm", type=float, help="thickness that thin slices are averaged to (default: the model's)")
-    add("--unknown-slice-spacing-mm", type=float, default=5.0,
+    add("--unknown-slice-spacing-mm", type=float, default=UNKNOWN_SLICE_SPACING_MM,
         help="taken (and noted) where a scan does not tell its slice spacing; 0 refuses such scans (default: "
              "%(default)s)")
     add("--default-preprocessing", action="store_true",
@@ -176,7 +176,7 @@ def load(args: argparse.Namespace) -> tuple[Projector, dict[str, Writer]]:
         import distributed
         from detect.bundle import load_bundle
         from detect.dicom_out import dicom_writer
-        from detect.outputs import OUTPUTS
+        from detect.outputs import DICOM, DICOM_NO_PHI, OUTPUTS
         from detect.projection import Projector
         from op import memory, set_impl
 
@@ -186,7 +186,7 @@ def load(args: argparse.Namespace) -> tuple[Projector, dict[str, Writer]]:
     projector = Projector(bundle, *resolve(bundle, args), args.threshold, args.alarm_rate)
     writers = dict(OUTPUTS)
     if args.dicom_out:
-        writers["dicom without patient" if args.no_phi else "dicom"] = dicom_writer(projector, not args.no_phi)
+        writers[DICOM_NO_PHI if args.no_phi else DICOM] = dicom_writer(projector, not args.no_phi)
     return projector, writers
 
 
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         import distributed
-        from ct.limits import usable_cores
+        from common.machine import usable_cores
         from ct.read import find_all
         from detect.folder import further_results, remove_leftovers
         from detect.processes import suitable

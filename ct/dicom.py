@@ -28,6 +28,7 @@ TISSUE_HU = (-300, 300)                               # no padding value lies in
 SHARP_KERNEL = re.compile(r"(?:[A-Z][A-Z]?(?:5[5-9]|[6-9]\d)[A-Z]*|FC[358]\d|[DEL]|Y[A-D]|.*(?:BONE|EDGE|LUNG|"
                           r"SHARP).*)", re.IGNORECASE)
 TILT_DEG = 3.0                                        # of the gantry: two that differ by less are one, rounded
+MOST_RUNS = 4                                         # of steps of one size, that a note lists
 FAR_APART = 1.5                                       # steps from slice to slice, in thicknesses of a slice
 VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT OB OF OW PN SH SL SQ SS ST TM UI UL UN US UT".split())
 
@@ -49,7 +50,7 @@ def _is_bare(head: bytes) -> bool:
 
 # ---- find
 
-def find(paths: Sequence[Path], unknown_slice_spacing_mm: float = 5.0) -> list[Found]:
+def find(paths: Sequence[Path]) -> list[Found]:
     """The scans that DICOM files make up; broken files are one Found with an error per folder."""
     headers, broken = [], {}
     for path in paths:
@@ -66,15 +67,15 @@ def find(paths: Sequence[Path], unknown_slice_spacing_mm: float = 5.0) -> list[F
 def _beside(found: Found, broken: dict[Path, list[tuple[Path, str]]]) -> Found:
     """The scan with a note on broken files in its folders: what is missing at its ends shows nowhere else."""
     count = sum(len(broken.get(folder, ())) for folder in {path.parent for path in found.paths})
-    if not count or "error" in found.options:
+    if not count or found.error is not None:
         return found
     note = f"files beside it that cannot be read: {count}; if they are its slices, it is not whole"
-    return replace(found, options=found.options | {"notes": (*found.options.get("notes", ()), note)})
+    return replace(found, notes=(*found.notes, note))
 
 
 def _unreadable(folder: Path, files: list[tuple[Path, str]]) -> Found:
     error = files[0][1] + (f"; and {len(files) - 1} more in this folder" if len(files) > 1 else "")
-    return Found(KIND, tuple(path for path, _ in files), folder, "unreadable", options={"error": error})
+    return Found(KIND, tuple(path for path, _ in files), folder, "unreadable", error=error)
 
 
 # ---- reading
@@ -95,7 +96,7 @@ def read(source: ScanSource) -> Scan:
         frames += [frame for frame in header.frames if not chosen or frame.left_out or (number, frame.index) in chosen]
     out = [frame.left_out for frame in frames if frame.left_out]
     frames = [frame for frame in frames if not frame.left_out]
-    notes = list(source.options.get("notes", ())) + ([f"left out: {describe_left_out(out)}"] if out else [])
+    notes = [f"left out: {describe_left_out(out)}"] if out else []
     if len(frames) < MIN_SLICES:
         remedy = ("give the series that is in HU" if any(reason.startswith(NO_HU) for reason in out)
                   else "give the whole series of axial slices, as the scanner made it")
@@ -320,6 +321,21 @@ def spacing_notes(position_mm: np.ndarray) -> list[str]:
         else:
             regular.append((length, size))
     if len(regular) > 1 and max(s for _, s in regular) - min(s for _, s in regular) > 0.2:
-        runs = ", ".join(f"{length} x {size:.2f}" for length, size in regular)
-        notes.append(f"uneven slice spacing ({runs} mm); each slice keeps its own position")
+        if len(regular) <= MOST_RUNS:
+            how = ", ".join(f"{length} x {size:.2f}" for length, size in regular) + " mm"
+        else:
+            sizes = [size for _, size in regular]
+            how = (f"steps of {min(sizes):.2f} to {max(sizes):.2f} mm"
+                   + (", as where positions were rounded" if _may_be_rounded(position_mm) else ""))
+        notes.append(f"uneven slice spacing ({how}); each slice keeps its own position")
     return notes
+
+
+def _may_be_rounded(position_mm: np.ndarray) -> bool:
+    """Whether rounding makes these of even positions: steps of two sizes, so mixed that no slice lies further from
+    even ones than these sizes differ by."""
+    steps = np.diff(position_mm)
+    smallest, apart = steps.min(), np.ptp(steps)
+    even = np.linspace(position_mm[0], position_mm[-1], len(position_mm))
+    beside = np.minimum(steps - smallest, smallest + apart - steps)
+    return bool(beside.max() < 0.05 * apart and np.abs(position_mm - even).max() <= apart)

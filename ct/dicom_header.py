@@ -196,14 +196,25 @@ def _frame(path: Path, index: int, count: int, size: tuple[int, int], ds: pydico
         or text("TemporalPositionIndex", "FrameContentSequence"), "contrast": str(_has_contrast(ds)),
         "acquisition": text("FrameAcquisitionNumber", "FrameContentSequence") or text("AcquisitionNumber")}
     return Frame(
-        path, index, size, position, orientation, None if spacing is None else (float(spacing[0]), float(spacing[1])),
-        None if slope is None or intercept is None else (float(slope[0]), float(intercept[0])),
-        _padding(ds, bits, signed), _wide_padding(ds, bits, signed), text("PhotometricInterpretation") == "MONOCHROME1",
-        bits, signed, any(tag in ds and ds[tag].value for tag in OVERLAYS),
-        index if count > 1 else int(number) if number.lstrip("-").isdecimal() else None,
-        types[:1] == ["DERIVED"] or text("LossyImageCompression") == "01", types[:2] == ["DERIVED", "SECONDARY"],
-        {trait: _one_spelling(v) for trait, v in traits.items()}, abs(tilt_deg) if np.isfinite(tilt_deg) else 0.0,
-        _why_left_out(types, text("RescaleType", "PixelValueTransformationSequence"), position, orientation))
+        path=path,
+        index=index,
+        size=size,
+        position=position,
+        orientation=orientation,
+        spacing=None if spacing is None else (float(spacing[0]), float(spacing[1])),
+        rescale=None if slope is None or intercept is None else (float(slope[0]), float(intercept[0])),
+        padding=_padding(ds, bits, signed),
+        wide_padding=_wide_padding(ds, bits, signed),
+        monochrome1=text("PhotometricInterpretation") == "MONOCHROME1",
+        bits=bits,
+        signed=signed,
+        overlay=any(tag in ds and ds[tag].value for tag in OVERLAYS),
+        number=index if count > 1 else int(number) if number.lstrip("-").isdecimal() else None,
+        copy=types[:1] == ["DERIVED"] or text("LossyImageCompression") == "01",
+        derived=types[:2] == ["DERIVED", "SECONDARY"],
+        traits={trait: _one_spelling(v) for trait, v in traits.items()},
+        tilt_deg=abs(tilt_deg) if np.isfinite(tilt_deg) else 0.0,
+        left_out=_why_left_out(types, text("RescaleType", "PixelValueTransformationSequence"), position, orientation))
 
 
 def number_of(text: str) -> float:

@@ -1,4 +1,4 @@
-"""DICOM files opened and their pixels decoded, within bounds: compressed ones in a process of its own (ct.apart)."""
+"""DICOM files opened and their pixels decoded, within bounds: compressed ones by ct.decoder_process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pydicom
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from ct.apart import DecodingError, decode_apart
+from ct.decoder_process import DecodingError, decode_apart
 from ct.limits import MAX_INFLATED
 from ct.scan import ScanError
 
@@ -119,5 +119,5 @@ def _is_native(ds: pydicom.Dataset) -> bool:
 
 
 def decode(path: str) -> list[np.ndarray]:
-    """The stored values; see ct.apart."""
+    """The stored values; see ct.decoder_process."""
     return [pydicom.dcmread(path, force=True).pixel_array]

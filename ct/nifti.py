@@ -73,7 +73,7 @@ def claims(path: Path, head: bytes) -> bool:
         path.name.lower().endswith((".hdr", ".hdr.gz")) and _header_size(head) is not None)
 
 
-def find(paths: Sequence[Path], unknown_slice_spacing_mm: float = 5.0) -> list[Found]:
+def find(paths: Sequence[Path]) -> list[Found]:
     """One scan per file, or per pair of .hdr and .img, whichever of the two was given or could be claimed."""
     given: dict[Path, Path] = {}                      # by the header; a scan is named after what was given
     for path in paths:
@@ -139,7 +139,7 @@ def _header_size(head: bytes) -> int | None:
 # ---- reading
 
 def read(source: ScanSource) -> Scan:
-    """Read a NIfTI file as a Scan; position_mm is RAS mm along the slice normal.
+    """Read a NIfTI file as a Scan; position_mm is RAS mm along the slice normal, until Scan.upended negates it.
 
     Values that are not finite become air, with a note. Raises ScanError for a file that cannot be read, holds more
     than one volume, does not tell its orientation, is a reformat along another axis, is a result of this program, or

@@ -1,4 +1,4 @@
-"""PNG and JPEG files: what their header tells, and their pixels, decoded in a process of its own (ct.apart)."""
+"""PNG and JPEG files: what their header tells, and their pixels, decoded by ct.decoder_process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from ct.apart import DecodingError, decode_apart
+from ct.decoder_process import DecodingError, decode_apart
 from ct.limits import check_size
 from ct.scan import ScanError
 
@@ -52,7 +52,7 @@ def is_jpeg(path: Path) -> bool:
 
 
 def decode(path: str) -> list[np.ndarray]:
-    """Pixels and, where some are transparent, which; see ct.apart."""
+    """Pixels and, where some are transparent, which; see ct.decoder_process."""
     with Image.open(path, formats=tuple(FORMATS)) as opened:
         image = ImageOps.exif_transpose(opened)
     outside, mode = [], image.mode

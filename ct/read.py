@@ -1,7 +1,7 @@
 """Find the scans under a folder and read them: the one door for DICOM, NIfTI and folders of slices.
 
-A format is a module with three functions: claims(path, first bytes) says whether a file is its own, find(paths) makes
-scans of what it claimed, read(source) reads one. FORMATS lists them; a new format is a module and an entry.
+A format is a module with what Format says: its name and three functions. FORMATS lists them; a new format is a module
+and an entry.
 """
 
 from __future__ import annotations
@@ -16,14 +16,32 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from common.wording import some
 from ct import archive, dicom, nifti, slices
 from ct.plausible import coarse_steps, refuse_odd_slices, without_blanks
 from ct.scan import Found, Scan, ScanError, ScanSource, printable
+from ct.settings import UNKNOWN_SLICE_SPACING_MM
 from ct.whole_head import upright
 
-FORMATS = (nifti, slices, dicom)                      # the first that claims a file has it
+
+class Format(Protocol):
+    """What a format's module offers. What read needs besides a scan's files, find gives it as Found.options."""
+
+    KIND: str                                         # its name, that of Found.kind
+
+    def claims(self, path: Path, head: bytes) -> bool:
+        """Whether a file is its own, by its name and first bytes: HEAD_BYTES, none where it cannot be opened."""
+
+    def find(self, paths: Sequence[Path]) -> list[Found]:
+        """The scans that the claimed files make up, of what is searched or of one archive; only headers are read."""
+
+    def read(self, source: ScanSource) -> Scan:
+        """One of them. Raises ScanError with the reason where it cannot be used."""
+
+
+FORMATS: tuple[Format, ...] = (nifti, slices, dicom)  # the first that claims a file has it
 LOOKED_FOR = (
     "DICOM CT series, NIfTI files (.nii, .nii.gz, .hdr with .img), folders of PNG or JPEG slices with a scan.json, "
     "<case>/png/*.png, and zip files of these"
@@ -39,7 +57,7 @@ RESERVED = {"scans", ".work", ".parts", "run.json", "scores.csv", "slices.csv", 
 MAPS = {"reconstruction.nii.gz", "residual.nii.gz", "anomaly.nii.gz"}
 
 
-def find_scans(folder: Path, unknown_slice_spacing_mm: float = 5.0, ids: str = "path",
+def find_scans(folder: Path, unknown_slice_spacing_mm: float = UNKNOWN_SLICE_SPACING_MM, ids: str = "path",
                log: Callable[[str], None] = print) -> list[ScanSource]:
     """All scans under a folder (or one file), sorted by scan_id; only headers are read.
 
@@ -89,7 +107,8 @@ def as_given(path: Path) -> Path:
     return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
 
 
-def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = 5.0, ids: str = "path") -> list[ScanSource]:
+def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = UNKNOWN_SLICE_SPACING_MM, ids: str = "path"
+             ) -> list[ScanSource]:
     """find_scans of one input or several; of several, each id by path begins with its input's name, or is it.
 
     Raises ScanError as find_scans does, and where two inputs give the same id or the same scan.
@@ -138,8 +157,8 @@ def _which(source: ScanSource) -> tuple:
 @contextmanager
 def open_scan(source: ScanSource) -> Iterator[Scan]:
     """read_scan, with the scan's files there while the block lasts: those in an archive lie unpacked for so long."""
-    if "error" in source.options:
-        raise ScanError(source.options["error"])
+    if source.error is not None:
+        raise ScanError(source.error)
     if source.archive is None:
         yield _read(source)
         return
@@ -155,7 +174,7 @@ def _read(source: ScanSource) -> Scan:
         scan = without_blanks(read(source))
         refuse_odd_slices(scan)
         scan = upright(scan)
-        return replace(scan, notes=(*scan.notes, *coarse_steps(scan)))
+        return replace(scan, notes=(*source.notes, *scan.notes, *coarse_steps(scan)))
     except OSError as error:
         name = Path(error.filename).name if isinstance(error.filename, str) else source.paths[0].name
         raise ScanError(f"{name}: cannot be read ({error.strerror or type(error).__name__})") from error
@@ -190,14 +209,17 @@ class _Search:
             if owner is not None:
                 claimed[owner].append(path)
             elif reason := archive.why_closed(path, head, within is not None):
-                found.append(Found("archive", (path,), path.with_suffix(""), options={"error": reason}))
+                found.append(Found("archive", (path,), path.with_suffix(""), error=reason))
             elif archive.claims(path, head):
                 self._add_archive(path)
             else:
                 self.unread.append(path)
         for module in FORMATS:
-            found += module.find(claimed[module.KIND], self.unknown_slice_spacing_mm)
+            found += module.find(claimed[module.KIND])
         for one in found:
+            if one.kind == slices.KIND and one.error is None:         # the one format that may not tell it
+                spacing = {"unknown_slice_spacing_mm": self.unknown_slice_spacing_mm}
+                one = replace(one, options=one.options | spacing)
             if self.by_content and not one.uid:
                 one = replace(one, uid=_content(one.paths))
             if within is not None:
@@ -220,7 +242,7 @@ class _Search:
         """What may hold scans but cannot be looked into is a source with the reason, so that nobody misses its scans
         without a word."""
         uid = _content((path,)) if self.by_content else ""
-        self.sources.append((Found(kind, (path,), anchor, uid=uid, options={"error": error}), None))
+        self.sources.append((Found(kind, (path,), anchor, uid=uid, error=error), None))
 
     def _add_closed_folder(self, error: OSError) -> None:
         folder = Path(error.filename or self.root)
@@ -314,7 +336,7 @@ def _with_other_parts(found: list[tuple[Found, Path | None]]) -> list[tuple[Foun
         if others:
             whole = "both" if len(others) == 1 else "all"
             note = f"another part of this series lies in {some(others)}: unpack {whole} into one folder"
-            one = replace(one, options=one.options | {"notes": (*one.options.get("notes", ()), note)})
+            one = replace(one, notes=(*one.notes, note))
         noted.append((one, within))
     return noted
 
@@ -324,8 +346,9 @@ def _series(found: Found, within: Path | None) -> tuple | None:
 
     Careless anonymisers give one series UID to several patients.
     """
-    uid, *more = found.uid.split("|")
-    return (uid, more[0], found.whose) if within is not None and found.kind == dicom.KIND and uid and more else None
+    if within is None or found.kind != dicom.KIND or not found.series_uid or found.frame_of_reference is None:
+        return None
+    return found.series_uid, found.frame_of_reference, found.whose
 
 
 def _copies(parts: dict[Path, set[Path]], *archives: Path) -> bool:
@@ -373,7 +396,8 @@ def _with_ids(found: list[tuple[Found, Path | None]], root: Path, ids: str) -> l
                      if path is not None]
             name = f"{name}-{_short(str(place))}"
         taken.add(name)
-        sources.append(ScanSource(name, one.kind, one.paths, one.options, within, one.uid, one.whose))
+        sources.append(ScanSource(name, one.kind, one.paths, one.options, within, one.uid, one.whose, one.error,
+                                  one.notes))
     return sources
 
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:                                     # it needs SciPy, which a decoder (ct.apart) can do without
+if TYPE_CHECKING:                                     # it needs SciPy, which ct.decoder_process can do without
     from ct.geometry import Geometry
 
 AIR_HU = -1024.0                # padding, and the floor: off the field of view scanners write -3024
 RESULT_MARK = "CN-StyleGAN result"       # in the header of every map that is written, so that none is read as a scan
+UID_SEPARATOR = "|"
 
 
 def printable(name: str) -> str:
@@ -32,8 +33,30 @@ class ScanError(ValueError):
         super().__init__(printable(message))
 
 
+def joined_uid(series_uid: str, frame_of_reference: str, *more: str) -> str:
+    """The uid of a Found of DICOM: of its series, its frame of reference, and what tells it from others of these."""
+    return UID_SEPARATOR.join([series_uid, frame_of_reference, *more])
+
+
+class _Identified:
+    """What is known of a scan by its uid, joined_uid() of DICOM."""
+
+    uid: str
+
+    @property
+    def series_uid(self) -> str:
+        """Of DICOM the series UID; of other scans all of their uid."""
+        return self.uid.partition(UID_SEPARATOR)[0]
+
+    @property
+    def frame_of_reference(self) -> str | None:
+        """Of DICOM, empty where the files tell none; None of other scans."""
+        _, *more = self.uid.split(UID_SEPARATOR)
+        return more[0] if more else None
+
+
 @dataclass(frozen=True)
-class Found:
+class Found(_Identified):
     """A scan as a format found it, before it has an id.
 
     kind     the format's name
@@ -41,8 +64,10 @@ class Found:
     anchor   the file (without suffix) or folder that it is named after
     suffix   what follows the name where the anchor may hold several scans
     uid      what identifies it wherever it lies; empty where only its content does
-    options  what its reader needs besides; {'error': reason} for something that cannot be a scan as it is
+    options  what its format's reader needs besides
     whose    hashes of what says whose scan it is: scans that share one are of one patient
+    error    why it cannot be a scan as it is; None of one that can
+    notes    what the search wants the user to know of it
     """
 
     kind: str
@@ -52,20 +77,23 @@ class Found:
     uid: str = field(default="", repr=False)         # what tells of a patient stays out of messages
     options: dict[str, Any] = field(default_factory=dict)
     whose: tuple[str, ...] = field(default=(), repr=False)
+    error: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class ScanSource:
+class ScanSource(_Identified):
     """A scan that was found but not read.
 
     scan_id  from folder and file names or a hash of the series UID (ct.read.find_scans); unique in one search
     kind     'dicom', 'nifti' or 'slices'
     paths    the files that make it up; within the archive where there is one
-    options  what its reader needs besides; {'error': reason} for something that cannot be a scan as it is
+    options  what its format's reader needs besides
     archive  the zip file that holds the paths; None if they lie in a folder
-    uid      what identifies it wherever it lies, of DICOM the series UID first (then '|'); empty where only its
-             content does
+    uid      what identifies it wherever it lies; empty where only its content does
     whose    of DICOM, hashes of what says whose scan it is: scans that share one are of one patient
+    error    why it cannot be a scan as it is; None of one that can
+    notes    what the search wants the user to know of it
     """
 
     scan_id: str
@@ -75,6 +103,8 @@ class ScanSource:
     archive: Path | None = None
     uid: str = field(default="", repr=False)         # what tells of a patient stays out of messages
     whose: tuple[str, ...] = field(default=(), repr=False)
+    error: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -125,7 +155,10 @@ class Scan:
         return float(np.median(np.diff(self.position_mm))) if len(self.position_mm) > 1 else 5.0
 
     def upended(self) -> Scan:
-        """The same slices in reverse order, for a stack that came upside down; maps still go back to where it lay."""
+        """The same slices in reverse order, for a stack that came upside down; maps still go back to where it lay.
+
+        position_mm is then the negative of what the source says, since it must rise towards the vertex.
+        """
         return replace(self, hu=self.hu[::-1].copy(), position_mm=-self.position_mm[::-1],
                        brain=None if self.brain is None else self.brain[::-1].copy(),
                        geometry=None if self.geometry is None else self.geometry.upended())

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ct.dicom_header import Frame, Header, number_of
-from ct.scan import Found
+from ct.scan import Found, joined_uid
 
 KIND = "dicom"
 SAME_PLACE_MM = 0.05                                  # closer slices are duplicates
@@ -221,18 +221,16 @@ def _found(group: _Group, frames: Sequence[Frame] | None = None, alike: bool = F
     same traits, so that its images' own UIDs must tell it from that.
     """
     paths = tuple(header.path for header in group.headers)
-    options: dict = {"notes": group.notes} if group.notes else {}
+    options: dict = {}
     if frames is not None and any(len(header.frames) > 1 for header in group.headers):
         options["frames"] = tuple(sorted((paths.index(frame.path), frame.index) for frame in frames))
-    if group.error is not None:
-        options["error"] = group.error
     headers = group.headers
     used = group.slices if frames is None else frames
-    uid = "|".join([min(header.series_uid for header in headers), max(header.frame_of_reference for header in headers),
-                    *_signature(used), *([min(header.instance_uid for header in headers)] if alike else [])])
+    uid = joined_uid(min(header.series_uid for header in headers), max(header.frame_of_reference for header in headers),
+                     *_signature(used), *([min(header.instance_uid for header in headers)] if alike else []))
     folder = Path(os.path.commonpath([path.parent for path in paths]))
     whose = tuple(sorted({key for header in headers for key in header.whose}))
-    return Found(KIND, paths, folder, "", uid, options, whose)
+    return Found(KIND, paths, folder, "", uid, options, whose, group.error, group.notes)
 
 
 # ---- stacks that overlap

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+UNKNOWN_SLICE_SPACING_MM = 5.0      # taken, and noted, where a folder of slices does not tell its own
 LATER = {"bone_apart"}              # settings that files of before do not have
 
 

@@ -113,14 +113,17 @@ def _nearest(position_mm: np.ndarray) -> np.ndarray:
     return np.minimum(np.append(np.inf, steps), np.append(steps, np.inf))
 
 
-def slice_thickness_mm(position_mm: np.ndarray) -> np.ndarray:
+def slice_thickness_mm(position_mm: np.ndarray, across_gaps: bool = False) -> np.ndarray:
     """What each of two slices or more stands for, mm [S]: it reaches halfway to its neighbours, at the scan's ends as
     far as on the other side.
 
-    A gap, a step over 1.5 times as large as both beside it, counts as if it were just that. Where one spacing ends and
-    another begins there may be a short step: there is no gap.
+    across_gaps: whether it does so where slices are missing, too. If not, a gap, a step over 1.5 times as large as both
+    beside it, counts as if it were just that. Where one spacing ends and another begins there may be a short step:
+    there is no gap. Positions rise, or fall all the way.
     """
-    steps = np.diff(position_mm)
+    if across_gaps:
+        return np.abs(np.gradient(position_mm))
+    steps = np.abs(np.diff(position_mm))
     if len(steps) > 1:
         steps = np.minimum(steps, 1.5 * np.maximum(np.append(0, steps[:-1]), np.append(steps[1:], 0)))
     return (np.append(steps[:1], steps) + np.append(steps, steps[-1:])) / 2

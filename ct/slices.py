@@ -71,7 +71,7 @@ def claims(path: Path, head: bytes) -> bool:
     return head.startswith(MAGIC) or path.suffix.lower() in SUFFIXES or path.name in (SCAN_JSON, MASK[1])
 
 
-def find(paths: Sequence[Path], unknown_slice_spacing_mm: float = 5.0) -> list[Found]:
+def find(paths: Sequence[Path]) -> list[Found]:
     """One scan per folder of pictures; an error where its scan.json or its pictures are missing."""
     folders: dict[Path, list[Path]] = {}
     for path in paths:
@@ -80,11 +80,11 @@ def find(paths: Sequence[Path], unknown_slice_spacing_mm: float = 5.0) -> list[F
             files.append(path)
     found = []
     for directory, pictures in folders.items():
-        found += _find_in(directory, pictures, unknown_slice_spacing_mm)
+        found += _find_in(directory, pictures)
     return found
 
 
-def _find_in(directory: Path, pictures: list[Path], unknown_slice_spacing_mm: float) -> list[Found]:
+def _find_in(directory: Path, pictures: list[Path]) -> list[Found]:
     case = directory.parent if directory.name.lower() == "png" else directory
     specs = [path for path in (directory / SCAN_JSON, case / SCAN_JSON) if path.is_file()]
     if not pictures:
@@ -95,10 +95,9 @@ def _find_in(directory: Path, pictures: list[Path], unknown_slice_spacing_mm: fl
         error = f"{len(pictures)} pictures without a {SCAN_JSON} ({pictures[0].name} and others); {SCAN_JSON_HELP}"
     else:
         mask = case.joinpath(*MASK)
-        options = {"scan_json": specs[0] if specs else None, "mask": mask if mask.is_file() else None,
-                   "unknown_slice_spacing_mm": unknown_slice_spacing_mm}
+        options = {"scan_json": specs[0] if specs else None, "mask": mask if mask.is_file() else None}
         return [Found(KIND, tuple(pictures), case, options=options)]
-    return [Found(KIND, tuple(pictures or specs), case, options={"error": error})]
+    return [Found(KIND, tuple(pictures or specs), case, error=error)]
 
 
 # ---- order
@@ -244,11 +243,13 @@ def spec_of(source: ScanSource) -> SliceSpec:
 def read(source: ScanSource) -> Scan:
     """Read a folder's pictures as a Scan; without a scan.json they are the original's three-window pictures.
 
+    options of the source: scan_json and mask (paths or None), and from the search unknown_slice_spacing_mm, which
+    stands in for an unknown slice spacing; 0 refuses such scans.
+
     Grey g becomes low + g / 255 * (high - low) HU (16-bit: / 65535); RGB of three windows is decoded by ct.window.
     Pictures are turned as their EXIF says; what is transparent is outside. The mask, a .npy [S, H, W] in the order of
-    the file names, is non-zero in the brain. unknown_slice_spacing_mm stands in for an unknown slice spacing; 0
-    refuses such scans. Raises ScanError for pictures that cannot be read, have no order, differ in size, do not fit
-    the windows or look inverted.
+    the file names, is non-zero in the brain. Raises ScanError for pictures that cannot be read, have no order, differ
+    in size, do not fit the windows or look inverted.
     """
     scan_json, mask = source.options["scan_json"], source.options["mask"]
     spec = spec_of(source)

@@ -29,7 +29,7 @@ SYMMETRY_SLICES = 6                # of those, for the midline
 SYMMETRY_HU = (-20.0, 100.0)       # the range every source has
 TRUNCATION_HU = 25.0               # larger left-right differences count no more: a bleed must not turn the head
 MAX_TURN_DEG = 25.0                # searched around upright and around the mask's own axis
-BONE_HU, EDGE_HU = 100.0, 50.0     # in native pixels: no blood; no brain
+SURE_BONE_HU, EDGE_HU = 100.0, 50.0    # in native pixels: no blood, with a margin to ct.window.BONE_HU; no brain
 LEAST_SOFT = 0.3                   # of a pixel must be soft tissue, or all of it counts as bone
 SAMPLES = 4                        # a side of an output pixel at most, against aliasing
 WORTH_THREADS = 1 << 19            # points that are: some milliseconds
@@ -100,9 +100,9 @@ def in_frame(scan: Scan, brain: np.ndarray, frame: Frame, settings: StandardiseS
 
 
 def native_bone(scan: Scan) -> np.ndarray:
-    """Bone with the edge that it is blurred into, bool [S, H, W]: BONE_HU or what the source clipped at, and the pixels
-    next to it that are denser than soft tissue without blood. Outside the slice there is none."""
-    sure = scan.hu >= min(BONE_HU, scan.saturation_hu[1] - 0.5)
+    """Bone with the edge that it is blurred into, bool [S, H, W]: SURE_BONE_HU or what the source clipped at, and the
+    pixels next to it that are denser than soft tissue without blood. Outside the slice there is none."""
+    sure = scan.hu >= min(SURE_BONE_HU, scan.saturation_hu[1] - 0.5)
     return sure | (dilate(sure, 1) & (scan.hu >= EDGE_HU))
 
 

@@ -18,6 +18,7 @@ from ct.limits import SLICE_MM
 from ct.morphology import box, dilate
 from ct.plausible import AIR_BELOW
 from ct.scan import Scan, ScanError
+from ct.slab import slice_thickness_mm
 
 COARSE_MM = 3.0                 # of the coarse copy, in all directions
 TYPICAL_FIELD_MM = 240.0        # taken for the coarse copy where the pixel spacing is unknown
@@ -38,6 +39,8 @@ NOISE_HU = 3.0                  # of JPEG in black
 # The note on a stack that was put right. evaluate.py knows such scans by it, also in results that lie there already
 UPSIDE_DOWN = ("upside down: the slices ran from the vertex to the base and were put in reverse order; whether left "
                "and right are right cannot be seen")
+NEGATED = ("position_mm counts the other way, so that it rises to the vertex: it is the negative of the coordinate "
+           "along the slice normal in the files, and in the maps, which lie as these do")
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Profile:
 
 
 def upright(scan: Scan) -> Scan:
-    """The scan with its vertex up; where the stack plainly ran the other way, reversed and with a note."""
+    """The scan with its vertex up; where the stack plainly ran the other way, reversed and with two notes."""
     if len(scan.hu) < 8 or scan.brain is not None:
         return scan
     below, above = ends(profile(scan))
@@ -58,7 +61,7 @@ def upright(scan: Scan) -> Scan:
     if below is None or below >= SMALL or above - below < APART:
         return scan
     turned = scan.upended()
-    return replace(turned, notes=(*turned.notes, UPSIDE_DOWN))
+    return replace(turned, notes=(*turned.notes, UPSIDE_DOWN, NEGATED))
 
 
 def check_head(scan: Scan, brain: np.ndarray) -> tuple[str, ...]:
@@ -176,8 +179,10 @@ def _heights_mm(scan: Scan) -> np.ndarray:
 
 
 def _thickness_mm(scan: Scan) -> np.ndarray:
-    """Of each slice, [S]: it reaches half way to both neighbours; the outermost reach as far out as in."""
-    return np.gradient(_heights_mm(scan)) if len(scan.hu) > 1 else np.array([scan.slice_spacing_mm])
+    """Of each slice, [S], across gaps: the brain, whose volume is to be known, goes on where slices are missing."""
+    if len(scan.hu) < 2:
+        return np.array([scan.slice_spacing_mm])
+    return slice_thickness_mm(_heights_mm(scan), across_gaps=True)
 
 
 def _at_even_steps(scan: Scan, step_mm: float) -> np.ndarray:

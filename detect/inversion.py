@@ -7,6 +7,7 @@ Where the model holds a reader (reader.py), it says besides what it makes of the
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,9 @@ from ct.window import BONE_HU, decode, encode
 from detect.reader import Reader, config_of, load_reader
 from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, error_hu
 from model import NETWORKS, Encoder, Generator, ModelConfig, has_mapping, without_mapping
+
+TOP_HU = 0.5                    # so near to the highest value lies what was clipped to it, and interpolated since
+CLIPPED_SHARE = 0.01            # of the slices at least that is skull: in the canonical frame it takes 0.07 of them
 
 
 @dataclass(frozen=True)
@@ -111,12 +115,18 @@ class Inversion(EncoderMethod):
         return cls(settings, **cls.networks(folder, config, device))
 
 
-def bone_mask(hu: torch.Tensor) -> torch.Tensor:
+def bone_mask(hu: torch.Tensor, top_hu: float | None = None) -> torch.Tensor:
     """Bone, metal and calcifications of slices [S, N, N], HU, bool: what is denser than blood can be.
 
-    Slices that were clipped below BONE_HU, as loose ones are, do not tell the two apart: all that was is bone.
+    Slices that were clipped below BONE_HU, as loose ones are, do not tell the two apart: all that was is bone. top_hu:
+    what they were clipped to, where that is known. Else it shows: a skull that was cut off is large and flat, and so a
+    CLIPPED_SHARE of the slices reaches their highest value; of a bleed in slices without bone hardly a pixel does.
     """
-    return hu >= min(BONE_HU, float(hu.max()) - 0.5)
+    if top_hu is None:
+        highest = float(hu.max())
+        clipped = highest - TOP_HU < BONE_HU and (hu >= highest - TOP_HU).float().mean() > CLIPPED_SHARE
+        top_hu = highest if clipped else math.inf
+    return hu >= min(BONE_HU, top_hu - TOP_HU)
 
 
 def draw(generator: Generator, w_plus: torch.Tensor, noise: list[torch.Tensor], batch: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +19,10 @@ SCORE_COLUMNS = ("scan_id", "score", "percentile", "flagged", "status", "reason"
 STEPS = {"reconstruction": 0.1, "residual": 0.1, "anomaly": 0.01}
 # What lies in a scan's folder of results
 WRITTEN = {"result.json", "overlay", "dicom", *(f"{name}.nii.gz" for name in (*STEPS, "mask", "brain"))}
+# The outputs that are DICOM objects, written of scans read from DICOM: as they are, and without patient data
+DICOM, DICOM_NO_PHI = "dicom", "dicom without patient"
+DICOM_ONLY = frozenset({DICOM, DICOM_NO_PHI})
+BETWEEN_NOTES = " | "   # of a row
 WRITERS = 4             # threads that write a scan's files: packing leaves the interpreter's lock
 SLICE_COLUMNS = ("scan_id", "slice", "position_mm", "below_vertex_mm", "projected", "score")
 
@@ -65,6 +69,16 @@ Writer = Callable[[Path, Projection], list[str]]
 OUTPUTS: dict[str, Writer] = {"maps": write_maps, "overlays": write_overlays}
 
 
+def join_notes(notes: Iterable[str]) -> str:
+    """A row's notes, each once."""
+    return BETWEEN_NOTES.join(dict.fromkeys(notes))
+
+
+def split_notes(notes: str) -> list[str]:
+    """The inverse of join_notes; [] of ''."""
+    return notes.split(BETWEEN_NOTES) if notes else []
+
+
 def scan_row(projection: Projection, seconds: float, notes: list[str]) -> dict:
     """A row of scores.csv; notes: further ones than the projection's."""
     p = projection
@@ -72,7 +86,7 @@ def scan_row(projection: Projection, seconds: float, notes: list[str]) -> dict:
                 flagged=None if p.flagged is None else int(p.flagged), status="unreliable" if p.unreliable else "ok",
                 reason=p.unreliable, slices=len(p.scan.hu), projected_slices=int(p.projected.sum()),
                 error_hu=p.error_hu, anomalous_ml=p.anomalous_ml, seconds=seconds,
-                notes=" | ".join(dict.fromkeys([*p.notes, *notes])))
+                notes=join_notes([*p.notes, *notes]))
 
 
 def slice_rows(projection: Projection) -> list[dict]:

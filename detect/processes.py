@@ -11,8 +11,8 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 
+from common.machine import free_memory, usable_cores
 from common.stopping import end_with_parent, orderly_end
-from ct.limits import free_memory, usable_cores
 
 BYTES = 3e9                      # of memory that a process may take, scans of usual size
 SCANS = 4                        # that each must have at least, for its start to pay

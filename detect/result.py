@@ -27,7 +27,7 @@ from common.files import known_sha256, read_object, replace_text
 from common.wording import differing, some
 from ct import dicom
 from ct.read import RESERVED, ScanSource
-from detect.outputs import WRITTEN
+from detect.outputs import DICOM_ONLY, WRITTEN
 
 BY_HASH = "scans"
 
@@ -125,7 +125,9 @@ def fingerprint(source: ScanSource) -> str | None:
     if (found := file_stats(source)) is None:
         return None
     facts = [(path.name, one.st_size, one.st_mtime_ns) for path, one in zip(source.files, found)]
-    read_as = {k: v for k, v in source.options.items() if not isinstance(v, Path)}
+    options = {k: v for k, v in source.options.items() if not isinstance(v, Path)}
+    read_as = (({"notes": source.notes} if source.notes else {}) | options           # as in the results of before
+               | ({} if source.error is None else {"error": source.error}))
     return hashlib.sha256(repr((source.kind, facts, read_as)).encode()).hexdigest()
 
 
@@ -136,8 +138,8 @@ def made_with(key: dict, source: ScanSource, writers: Iterable[str]) -> dict:
 
 
 def _written_of(source: ScanSource, writers: Iterable[str]) -> list[str]:
-    """The outputs that a scan can have: those that are DICOM objects are written of DICOM alone."""
-    return sorted(name for name in writers if source.kind == dicom.KIND or not name.startswith("dicom"))
+    """The outputs that a scan can have: those of DICOM_ONLY of DICOM alone."""
+    return sorted(name for name in writers if source.kind == dicom.KIND or name not in DICOM_ONLY)
 
 
 def is_made_with(made: dict, source: ScanSource, earlier: dict | None) -> bool:
@@ -198,7 +200,7 @@ def origin(source: ScanSource) -> dict[str, str | None]:
     place    of the folder of its files
     content  of its pictures, whatever a scan.json says of them; None where they cannot be read
     """
-    uid = source.uid.partition("|")[0]
+    uid = source.series_uid
     return {"uid": digest([uid])} if uid else {"place": _place(source), "content": _content(source)}
 
 
@@ -207,7 +209,7 @@ def is_other_scan(source: ScanSource, earlier: dict) -> bool:
 
     Files that changed in place, and a folder that was moved, are the same scan.
     """
-    known, uid = earlier["origin"], source.uid.partition("|")[0]
+    known, uid = earlier["origin"], source.series_uid
     if uid or "uid" in known:
         return known.get("uid") != digest([uid])
     return known["place"] != _place(source) and known["content"] != (_content(source) or "unknown")

@@ -259,7 +259,7 @@ def _attempt_apart(work: Callable, job) -> tuple[object, str | None]:
 
 def _told_saturation(source: ScanSource) -> tuple[float, float] | None:
     """What a source clips its HU to (Scan.saturation_hu); None where only the decoded pixels tell."""
-    if "error" in source.options or source.archive is not None:
+    if source.error is not None or source.archive is not None:
         return None
     if source.kind == dicom.KIND:
         return -np.inf, np.inf
@@ -357,7 +357,7 @@ def build_lmdb(folders: Sequence[PathLike], out: PathLike, settings: PreprocessS
         raise DatasetError(f"--slices {tables.slices}: names none of the {len(remaining)} scans found" if remaining else
                            f"--leave-out {tables.leave_out}: names all of the {len(found)} scans found")
     _check_all_used(folders, remaining, sources, tables.slices)
-    possible = [s for s in scans if "error" not in s.options]             # the others are known to be no scans
+    possible = [s for s in scans if s.error is None]                      # the others are known to be no scans
     refuse_twice([scan] for scan in possible)
     if possible:
         splits, patients, how = _assign(possible, tables, val_fraction, seed)

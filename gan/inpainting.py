@@ -26,9 +26,10 @@ import torch.nn.functional as F
 import distributed
 from ct.halves import halved
 from ct.picture import save_hu_grid
-from ct.window import BONE_HU, decode, encode
+from ct.window import decode, encode
 from dataset import SliceDataset
 from detect.inpainting import Inpainting, InpaintingSettings
+from detect.inversion import bone_mask
 from detect.painter import block_sides
 from gan.augment import random_flip, random_rotation
 from gan.corrupt import draw_shapes, hide
@@ -182,7 +183,7 @@ class InpaintingTrainer(EncoderTrainer):
 
 def bone_of(hu: torch.Tensor, range_hu: tuple[float, float]) -> torch.Tensor:
     """bool [B, N, N]; where slices end below BONE_HU, all that reaches their end: in healthy heads nothing else."""
-    return hu >= min(BONE_HU, range_hu[1] - 0.5)
+    return bone_mask(hu, range_hu[1])
 
 
 @torch.no_grad()

@@ -347,7 +347,7 @@ class Node:
             folder, row = self._fetch(series_id, row)
         with self.metrics.timed("project"):
             sources = find_scans(folder)
-            if errors := [source.options["error"] for source in sources if "error" in source.options]:
+            if errors := [source.error for source in sources if source.error is not None]:
                 raise ScanError(errors[0])                          # beside the scan of its other images
             if len(sources) != 1:
                 raise ScanError(f"{series_id}: {len(sources)} scans in one series; put each in a series of its own")

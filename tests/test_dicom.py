@@ -17,6 +17,7 @@ from ct.dicom import spacing_notes
 from ct.geometry import displaced
 from ct.read import find_scans, read_scan
 from ct.scan import ScanError
+from ct.whole_head import NEGATED, UPSIDE_DOWN
 from ct.write import write_nifti
 from tests.helpers import synthetic_head
 from tests.writers import complete, make_uid, write_dicom_series, write_enhanced_ct
@@ -299,6 +300,18 @@ def test_two_spacings_are_no_gap():
     assert note == "uneven slice spacing (4 x 4.00, 4 x 7.00 mm); each slice keeps its own position"
 
 
+@pytest.mark.parametrize("steps, shown", [
+    (np.diff(np.round(4.75 * np.arange(34))), "steps of 4.00 to 5.00 mm, as where positions were rounded"),
+    ([5.0, 5, 5, 3, 3, 3] * 4, "steps of 3.00 to 5.00 mm"),                  # up to 3 mm beside steps of 4
+    ([4.0, 5, 5, 6, 5] * 4, "steps of 4.00 to 6.00 mm"),                     # of three sizes
+    ([4.0, 4, 5, 5] * 2, "2 x 4.00, 2 x 5.00, 2 x 4.00, 2 x 5.00 mm"),       # few enough to list
+])
+def test_many_runs_of_steps_are_told_in_short(steps, shown):
+    """An even series of 4.75 mm whose positions were rounded to 1 mm had a note of 17 runs."""
+    note, = spacing_notes(np.cumsum([7.0, *steps]))
+    assert note == f"uneven slice spacing ({shown}); each slice keeps its own position" and len(note) < 120
+
+
 @pytest.mark.parametrize("edit, words", [
     (lambda ds, k: delattr(ds, "RescaleSlope"), "002.dcm has no valid RescaleSlope .*; export the series again"),
     (lambda ds, k: delattr(ds, "PixelSpacing"), "002.dcm has no valid PixelSpacing.*; export the series again"),
@@ -350,6 +363,22 @@ def test_a_map_lies_where_the_slices_were(tmp_path, flip, positions):
         value = ds.pixel_array[row, column] * ds.RescaleSlope + ds.RescaleIntercept
         if k in (0, 5) or even:
             np.testing.assert_allclose(at_point(image, point), value, atol=0.1)
+
+
+def test_positions_of_a_series_put_upright_are_the_negative_of_its_files(tmp_path):
+    """Nothing said so, and slices.csv was taken for the files' coordinates."""
+    hu, _ = synthetic_head(spacing_mm=(5.0, 2.4, 2.4))
+    position = 5.0 * np.arange(len(hu)) + 2.0 * (np.arange(len(hu)) > 5)                     # a step of 7 mm
+    write_dicom_series(tmp_path / "case", hu[::-1], (5.0, 2.4, 2.4), position, tilt_deg=10)
+    scan = read_only(tmp_path)
+    assert scan.notes[-2:] == (UPSIDE_DOWN, NEGATED) and "negative of the coordinate" in NEGATED
+    heights = []
+    for path, _ in scan.geometry.frames:
+        ds = pydicom.dcmread(path)
+        column, row = np.reshape(ds.ImageOrientationPatient, (2, 3)).astype(float)
+        heights.append(np.array(ds.ImagePositionPatient, float) @ np.cross(column, row))
+    np.testing.assert_allclose(-scan.position_mm, heights, atol=1e-6)
+    assert np.diff(scan.position_mm).tolist() == pytest.approx([5.0] * 17 + [7.0] + [5.0] * 5, abs=1e-6)
 
 
 def test_uneven_spacing_is_resampled(tmp_path):

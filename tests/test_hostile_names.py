@@ -66,7 +66,7 @@ def test_tables_and_page_show_names_as_text(tmp_path):
                 and name not in ("", ".", "..", *RESERVED) and len(name.encode()) < 256]
     possible = sorted(possible, key=lambda name: name not in PIECES)[:120]
     out = tmp_path / "out"
-    sources = [ScanSource(name, "nifti", (Path("scan.nii"),), {"error": "no scan"}) for name in possible]
+    sources = [ScanSource(name, "nifti", (Path("scan.nii"),), error="no scan") for name in possible]
     for source in sources:
         made = made_with({}, source, OUTPUTS)
         said = project_one(None, source, result_folder(out, source.scan_id), out / WORK, made)

@@ -25,7 +25,7 @@ from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
-from ct import apart
+from ct import decoder_process
 from ct.dicom_header import read_header
 from ct.read import find_scans, read_scan
 from ct.scan import ScanError
@@ -255,25 +255,25 @@ def test_nested_sequences_of_known_length_are_stepped_over(tmp_path):
 @pytest.fixture
 def fresh_decoder(monkeypatch):
     """A decoder's process of its own, and none left over."""
-    monkeypatch.setattr(apart, "_worker", None)
+    monkeypatch.setattr(decoder_process, "_worker", None)
     yield
-    if apart._worker is not None:
-        apart._worker.kill()
-        apart._worker.communicate()
+    if decoder_process._worker is not None:
+        decoder_process._worker.kill()
+        decoder_process._worker.communicate()
 
 
 BREAKING = """
 import os, signal, time
 from importlib import import_module
-from ct import apart
-module = import_module(apart.TASKS["{task}"])
+from ct import decoder_process
+module = import_module(decoder_process.TASKS["{task}"])
 decode = module.decode
 def breaking(path):
     if "broken" in path:
         {act}
     return decode(path)
 module.decode = breaking
-apart.serve()
+decoder_process.serve()
 """
 
 
@@ -291,14 +291,14 @@ def write_pictures(folder: Path) -> None:
     ("time.sleep(600)", "the decoder took more than 3 s"), ("bytes(2**40)", "MemoryError")])
 def test_a_decoder_that_crashes_costs_its_scan_alone(task, write, rounding, act, words, fresh_decoder, monkeypatch,
                                                      tmp_path):
-    monkeypatch.setattr(apart, "COMMAND", [sys.executable, "-c", BREAKING.format(task=task, act=act)])
+    monkeypatch.setattr(decoder_process, "COMMAND", [sys.executable, "-c", BREAKING.format(task=task, act=act)])
     for name in ("a", "broken", "c"):
         write(tmp_path / name)
     first, broken, last = find_scans(tmp_path)
     np.testing.assert_allclose(read_scan(first).hu, HU, atol=rounding)
     with monkeypatch.context() as patch, pytest.raises(ScanError, match=rf": [a-z ]+ \({words}"):
         if "sleep" in act:                          # of a process that runs: a new one takes longer to start
-            patch.setattr(apart, "SECONDS", 3.0)
+            patch.setattr(decoder_process, "SECONDS", 3.0)
         read_scan(broken)
     np.testing.assert_allclose(read_scan(last).hu, HU, atol=rounding)
 
@@ -307,7 +307,7 @@ def test_plain_pixels_need_no_process(fresh_decoder, tmp_path):
     write_dicom_series(tmp_path / "case", HU)
     source, = find_scans(tmp_path)
     np.testing.assert_array_equal(read_scan(source).hu, HU)
-    assert apart._worker is None
+    assert decoder_process._worker is None
 
 
 def test_a_deflated_scan_is_read(tmp_path):

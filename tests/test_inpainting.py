@@ -22,7 +22,7 @@ from detect.inversion import bone_mask
 from detect.painter import Painter, blocks
 from gan import corrupt, encoder_loop, inpainting
 from gan.corrupt import hide
-from gan.inpainting import InpaintingTrainer, open_noise, weighted_distance
+from gan.inpainting import InpaintingTrainer, bone_of, open_noise, weighted_distance
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot
 from model import Encoder, Generator, ModelConfig
@@ -125,6 +125,19 @@ def examples(one, slices, which=(2, 3, 4, 5)) -> dict[str, torch.Tensor]:
     data = SliceDataset(slices, "train")
     slices = {key: torch.stack([data[i][key] for i in which]) for key in ("hu", "brain")}
     return one.prepare(slices, torch.Generator().manual_seed(0))
+
+
+def test_a_shift_is_of_hu_above_0_and_a_gain_of_all():
+    """What is drawn: of each image whether it turns, then shifts and gains."""
+    config = EncoderConfig(hide=1.0, rotate=0, flip=False, jitter_hu=2.0)
+    hu = torch.tensor([[-10.0, 30.0], [30.0, -10.0]]).repeat(3, 1, 1)
+    rng, again = (torch.Generator().manual_seed(0) for _ in range(2))
+    found = inpainting.Augmentation(config, (-20.0, 180.0))({"hu": hu, "brain": hu > 0}, again)
+    torch.rand(3, generator=rng)
+    shift, gain = 2 * torch.randn(2, 3, 1, 1, generator=rng)
+    assert shift.abs().min() > 0.2
+    wanted = torch.where(hu > 0, 30 * (1 + gain / 100) + shift, -10 * (1 + gain / 100))
+    torch.testing.assert_close(found["hu"], wanted, atol=1e-4, rtol=0)
 
 
 def test_bone_is_found_in_slices_cut_otherwise_than_the_gans(gan_run, tmp_path, monkeypatch):
@@ -242,6 +255,24 @@ def test_bone_is_what_blood_cannot_be():
     assert bone_mask(hu).tolist() == [[[False, False, False, True, False]]]
     clipped = torch.tensor([[[30.0, 70.0, 69.0, 70.0]]])
     assert bone_mask(clipped).tolist() == [[[False, True, False, True]]]
+
+
+def test_a_bleed_that_is_the_densest_of_all_is_no_bone():
+    """What lay within 0.5 HU of the highest value was, also where nothing was clipped. A skull cut off at 70 HU is a
+    ring of 368 of 4096 pixels; the bleed has 25 pixels from 58 HU to 70, one of them 70 and one 69.5."""
+    hu = torch.normal(30.0, 2.0, (4, 64, 64), generator=torch.Generator().manual_seed(0))
+    hu[2, 30:35, 30:35] = torch.linspace(58, 70, 25).view(5, 5)
+    assert not bone_mask(hu).any() and bone_mask(hu, 70.0).sum() == 2       # where 70 is known to be the end of all
+    head = hu.clone()
+    head[:, 8:56, 8:56] = 70.0
+    head[:, 10:54, 10:54] = hu[:, 10:54, 10:54]
+    skull = torch.ones(64, 64, dtype=torch.bool)
+    skull[10:54, 10:54] = skull[:8] = skull[56:] = skull[:, :8] = skull[:, 56:] = False
+    for mask in (bone_mask(head), bone_mask(head, 70.0), bone_of(head, (0.0, 70.0))):
+        assert (mask[:2] == skull).all() and skull.sum() == 48 * 48 - 44 * 44
+    head[0, 8, 8] = 900.0                                      # of a whole head blood is no bone, whatever it reaches
+    for mask in (bone_mask(head), bone_mask(head, 180.0), bone_of(head, (-20.0, 180.0))):
+        assert mask.sum() == 1 and mask[0, 8, 8]
 
 
 class FillingPainter(Painter):
@@ -404,6 +435,32 @@ def test_grain_comes_back_whole_where_all_is_normal_and_up_to_3_hu_elsewhere():
     assert torch.equal(detail[:, 72:120, 8:64], fine[:, 72:120, 8:64] * 3 / 6)
     assert torch.equal(detail[:, 72:120, 64:120], fine[:, 72:120, 64:120] * 5 / 6)
     assert not one.detail(fine, ~soft, hidden, grown).any()
+
+
+def test_what_is_no_soft_brain_is_no_anomaly_of_what_is():
+    """20 HU off up to column 20, 6 HU in the brain beside it: no 8 HU are found, up to the edge."""
+    one, soft = Filler(InpaintingSettings(level=False), *networks(), (0.0, 70.0)), torch.ones(1, 128, 128) > 0
+    one.size, soft[:, :, :20] = 128, False
+    assert not any(mask.any() for mask in one.gate(torch.where(soft, 6.0, 20.0), soft))
+
+
+def test_a_lesion_leaves_no_trace_in_the_detail_around_it():
+    """20 HU where it is drawn anew, and the networks exact elsewhere: there is nothing to bring back."""
+    one, soft = Filler(InpaintingSettings(), *networks(), (0.0, 70.0)), torch.ones(1, 128, 128, dtype=torch.bool)
+    one.size, hidden = 128, torch.zeros_like(soft)
+    hidden[:, :, 64:] = True
+    detail = one.detail(torch.where(hidden, 20.0, 0.0), soft, hidden, ~soft)
+    assert not detail[~hidden].any()
+
+
+def test_air_is_not_drawn(filler):
+    """Networks that draw 30 HU everywhere: scalp is as they draw it, air around it as it is."""
+    hu, brain = torch.full((1, 32, 32), 30.0), torch.zeros(1, 32, 32, dtype=torch.bool)
+    brain[:, 8:24], hu[:, :4], hu[:, 4:6], hu[:, 24:26] = True, -200.0, 20.0, 100.0
+    filler.from_surroundings = lambda hu, bone: hu
+    filler.draw = lambda images, hidden, bone: torch.full_like(hu, 30)
+    normal = filler.closest_normal(hu, brain, np.zeros(1)).normal_hu
+    assert (normal[:, :4] == 0).all() and (normal[:, 4:6] == 30).all() and (normal[:, 24:26] == 95).all()
 
 
 def test_settings_and_networks_that_do_not_fit_are_refused():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ct import apart
+from ct import decoder_process
 from ct.picture_pixels import read_pixels
 from ct.scan import ScanError
 
@@ -66,12 +66,12 @@ def test_other_pictures_are_refused(name, image, kind, words, tmp_path):
         read_pixels(tmp_path / name, 1)
 
 
-@pytest.mark.parametrize("number", apart.SIGNALS)
+@pytest.mark.parametrize("number", decoder_process.SIGNALS)
 def test_a_signal_for_the_program_leaves_the_process_as_it_is(number, tmp_path):
     """systemd sends SIGTERM to all processes of a service: the end of this one was taken for a damaged file."""
     Image.fromarray(GREY).save(tmp_path / "good.png")
     read_pixels(tmp_path / "good.png", 1)
-    apart._worker.send_signal(number)
+    decoder_process._worker.send_signal(number)
     np.testing.assert_array_equal(read_pixels(tmp_path / "good.png", 1)[0], GREY)
 
 
@@ -79,8 +79,8 @@ def test_a_damaged_picture_leaves_the_process_as_it_is(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:50])       # within its pixels
     read_pixels(tmp_path / "good.png", 1)
-    process = apart._worker
+    process = decoder_process._worker
     with pytest.raises(ScanError, match=r"cut.png: cannot be read as a picture \(\w+: damaged, truncated"):
         read_pixels(tmp_path / "cut.png", 1)
     np.testing.assert_array_equal(read_pixels(tmp_path / "good.png", 1)[0], GREY)
-    assert apart._worker is process and process.poll() is None
+    assert decoder_process._worker is process and process.poll() is None

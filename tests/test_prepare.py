@@ -290,7 +290,7 @@ def test_scans_in_a_zip_are_prepared_and_a_broken_scan_json_costs_its_scan_alone
 def test_what_is_known_to_be_no_scan_is_held_out_for_nobody_and_needs_no_row(folder, tmp_path, monkeypatch):
     """Each counted as a patient: one could be all that was held out."""
     def encode(job):
-        with open_scan(job.source) if "error" in job.source.options else nullcontext():
+        with open_scan(job.source) if job.source.error is not None else nullcontext():
             return ScanRecord.encode(job.source.scan_id, np.zeros((1, 32, 32)), np.ones((1, 32, 32)), np.zeros(1))
 
     monkeypatch.setattr(database_module, "_encode", encode)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import projector
-from ct import limits
+from common import machine
 from detect import processes
 from tests.helpers import tiny_bundle
 from tests.processes import runs
@@ -144,7 +144,7 @@ def test_those_whose_first_is_killed_clean_up(tmp_path):
     (2, 64e9, 0, 1),
 ])
 def test_how_many_are_suitable(cores, free, scans, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(limits, "ROOT", tmp_path)                       # no container's limits
+    monkeypatch.setattr(machine, "ROOT", tmp_path)                       # no container's limits
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     monkeypatch.setattr(processes, "free_memory", lambda: int(free))
     assert processes.suitable(scans) == expected
@@ -157,7 +157,7 @@ def test_a_containers_limits_count(tmp_path, monkeypatch):
     (tmp_path / "proc/meminfo").write_text("MemTotal: 500000000 kB\nMemAvailable: 400000000 kB\n")
     group = tmp_path / "sys/fs/cgroup"
     group.mkdir(parents=True)
-    monkeypatch.setattr(limits, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     assert processes.suitable(1000) == 64
     (group / "cpu.max").write_text("450000 100000\n")
@@ -219,7 +219,7 @@ def test_the_callers_threads_are_left_alone(scans, model, alone, jobs):
 
 def test_no_more_threads_than_cores_that_a_container_leaves(scans, model, alone, monkeypatch):
     """PyTorch counts those of the machine."""
-    monkeypatch.setattr("ct.limits.usable_cores", lambda: 3)
+    monkeypatch.setattr("common.machine.usable_cores", lambda: 3)
     before = torch.get_num_threads()
     torch.set_num_threads(8)
     try:

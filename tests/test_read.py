@@ -1,6 +1,7 @@
 """Finding scans, and folders of slices."""
 
 import errno
+import inspect
 import json
 import os
 import pickle
@@ -8,14 +9,15 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pydicom
 import pytest
 from PIL import Image
 
-from ct.read import RESERVED, find_all, find_scans, read_scan
-from ct.scan import ScanError
+from ct.read import FORMATS, RESERVED, Format, find_all, find_scans, read_scan
+from ct.scan import Found, Scan, ScanError
 from detect.folder import PARTS
 from detect.jobs import WORK
 from detect.result import BY_HASH, result_folder
@@ -42,6 +44,41 @@ def read_only(folder, **kwargs):
     return read_scan(source)
 
 
+# ---- formats
+
+def test_a_new_format_is_a_module_and_an_entry(tmp_path, monkeypatch):
+    """With what Format says and nothing else; one with claims, find and read, as was said to be enough, failed."""
+    def claims(path, head):
+        return head.startswith(b"TOY")
+
+    def find(paths):
+        return [Found("toy", (path,), path.with_suffix(""), options={"floor": -1000}, notes=("a toy",))
+                for path in paths]
+
+    def read(source):
+        values = np.frombuffer(source.paths[0].read_bytes()[3:], np.uint8).reshape(2, 3, 4)
+        hu = values.astype(np.float32) + np.float32(source.options["floor"])
+        return Scan(source.scan_id, hu, np.array([0.0, 5.0]), source="toy", notes=("read",))
+
+    toy = SimpleNamespace(KIND="toy", claims=claims, find=find, read=read)
+    monkeypatch.setattr("ct.read.FORMATS", (*FORMATS, toy))
+    (tmp_path / "head.toy").write_bytes(b"TOY" + bytes(range(24)))
+    write_slice_folder(tmp_path / "case", HU)
+    case, head = find_scans(tmp_path)
+    assert (case.kind, head.kind, head.scan_id, head.options) == ("slices", "toy", "head", {"floor": -1000})
+    scan = read_scan(head)
+    assert scan.hu.ravel().tolist() == list(range(-1000, -976)) and scan.notes == ("a toy", "read")
+
+
+def test_the_formats_of_this_program_keep_the_contract():
+    offered = [name for name in [*Format.__annotations__, *vars(Format)] if not name.startswith("_")]
+    assert offered == ["KIND", "claims", "find", "read"]
+    for module in FORMATS:
+        for name in offered[1:]:
+            given = list(inspect.signature(getattr(module, name)).parameters)
+            assert given == list(inspect.signature(getattr(Format, name)).parameters)[1:], (module.KIND, name)
+
+
 # ---- slice folders
 
 def test_grey_slices_in_natural_order(tmp_path):
@@ -59,16 +96,17 @@ def test_grey_level_to_hu_by_hand(tmp_path):
     np.testing.assert_allclose(read_only(tmp_path).hu, [[[-20, 4, 100]]], atol=1e-5)
 
 
-def test_superior_to_inferior_is_reversed_with_its_mask(tmp_path):
+@pytest.mark.parametrize("inside", [True, np.uint8(255)])
+def test_superior_to_inferior_is_reversed_with_its_mask(tmp_path, inside):
     case = tmp_path / "case"
     write_slice_folder(case / "png", HU, order="superior-to-inferior", bits=16)
-    mask = np.zeros(HU.shape, bool)
-    mask[0] = True                                                            # the first file: the top slice
+    mask = np.zeros(HU.shape, type(inside))
+    mask[0] = inside                                                          # the first file: the top slice
     (case / "BrainExtraction").mkdir()
     np.save(case / "BrainExtraction" / "bet.npy", mask)
     scan = read_only(tmp_path)
     np.testing.assert_allclose(scan.hu, HU, atol=0.01)                        # 16-bit: 120 HU / 65535
-    np.testing.assert_array_equal(scan.brain, mask[::-1])
+    np.testing.assert_array_equal(scan.brain, mask[::-1] > 0)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from ct.scan import Scan, ScanError
-from ct.slab import to_slabs
+from ct.slab import slice_thickness_mm, to_slabs
+from ct.whole_head import _thickness_mm
+from detect.scores import thickness_mm
 
 
 def _scan(values, positions, brain=None):
@@ -128,6 +130,17 @@ def test_maps_go_back_linearly_and_bool_to_the_nearest():
     assert slabs.from_slabs(maps.astype(np.uint8)).dtype == np.float32
     with pytest.raises(ValueError, match="expected 2 maps, one a slab, got 5"):
         slabs.from_slabs(np.zeros((5, 2, 3)))
+
+
+def test_what_a_slice_beside_a_gap_stands_for():
+    """The gap from 10 to 30 mm counts whole for a score and the brain's volume, 20 / 2 + 5 / 2, and for what is marked
+    as 1.5 times the steps beside it, 7.5 / 2 + 5 / 2."""
+    position = np.array([0.0, 5, 10, 30, 35, 40])
+    across, short = [5, 5, 12.5, 12.5, 5, 5], [5, 5, 6.25, 6.25, 5, 5]
+    assert slice_thickness_mm(position).tolist() == slice_thickness_mm(-position).tolist() == short
+    assert slice_thickness_mm(position, across_gaps=True).tolist() == across
+    assert thickness_mm(position).tolist() == thickness_mm((50 - position).tolist()).tolist() == across
+    assert _thickness_mm(_scan([0] * 6, position)).tolist() == across
 
 
 def test_linear_ramp_survives_there_and_back():

@@ -364,7 +364,7 @@ def test_a_scan_that_fails_costs_no_measured_run(stand_in, capsys):
 
 
 def test_memory_counts_what_a_thread_has_started():
-    """The decoder of ct/apart.py may be started by the thread that reads."""
+    """The decoder of ct/decoder_process.py may be started by the thread that reads."""
     child = "import time; held = bytearray(200_000_000); held[::4096] = bytes(len(held[::4096])); time.sleep(0.5)"
     start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     thread = f"import threading; t = threading.Thread(target=exec, args=({start!r},)); t.start(); t.join()"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ct.scan import Scan, ScanError
-from ct.whole_head import _thickness_mm, check_head, ends, profile, upright
+from ct.whole_head import NEGATED, UPSIDE_DOWN, _thickness_mm, check_head, ends, profile, upright
 from tests.helpers import synthetic_head, synthetic_scan
 
 SPACING = (5.0, 2.4, 2.4)
@@ -21,7 +21,8 @@ def test_an_upside_down_stack_is_put_right():
     assert upright(scan) is scan
     turned = upright(reverse(scan))
     np.testing.assert_array_equal(turned.hu, scan.hu)
-    assert "upside down" in turned.notes[0] and (np.diff(turned.position_mm) == 5).all()
+    assert turned.notes == (UPSIDE_DOWN, NEGATED) and (np.diff(turned.position_mm) == 5).all()
+    np.testing.assert_array_equal(-turned.position_mm, scan.position_mm[::-1])
 
 
 def test_a_stack_without_a_clear_vertex_is_left_as_it_is():

@@ -33,7 +33,7 @@ MUTANTS = (
            "MACHINE_ERRORS = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)", "MACHINE_ERRORS = ()",
            "tests/test_pacs_node.py -k gpu_that_fails"),
     Mutant("a damaged image is a second scan", "pacs/node.py",
-           'if "error" in source.options]:', "if False]:", "tests/test_pacs_node.py -k damaged_image"),
+           "if source.error is not None]:", "if False]:", "tests/test_pacs_node.py -k damaged_image"),
     Mutant("who asks nothing keeps a thread", "pacs/server.py",
            "timeout = 60.0", "timeout = None", "tests/test_pacs_pages.py -k asks_nothing"),
     Mutant("a study sent again stays done", "pacs/changes.py",

@@ -1,10 +1,10 @@
-"""ct/limits.py: memory and cores, of the machine and within a container's limits, of control groups 1 and 2."""
+"""common/machine.py: memory and cores, of the machine and within a container's limits, of control groups 1 and 2."""
 
 import os
 
 import pytest
 
-from ct import limits
+from common import machine as this_machine
 
 GB = 10**9
 NO_LIMIT_V1 = 9223372036854771712
@@ -19,14 +19,14 @@ def machine(tmp_path, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else f"{content}\n".encode())
 
-    monkeypatch.setattr(limits, "ROOT", tmp_path)
+    monkeypatch.setattr(this_machine, "ROOT", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     write({"proc/meminfo": "MemTotal:       500000000 kB\nMemAvailable:   400000000 kB"})
     return write
 
 
 def available():
-    return limits.free_memory() / GB, limits.usable_cores()
+    return this_machine.free_memory() / GB, this_machine.usable_cores()
 
 
 UNLIMITED = (400_000_000 * 1024 / GB, 64)
@@ -116,4 +116,4 @@ def test_a_period_of_nothing_is_no_limit(machine):
 
 
 def test_of_this_machine_there_is_some():
-    assert limits.free_memory() > 0 and 1 <= limits.usable_cores() <= len(os.sched_getaffinity(0))
+    assert this_machine.free_memory() > 0 and 1 <= this_machine.usable_cores() <= len(os.sched_getaffinity(0))

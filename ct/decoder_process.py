@@ -25,7 +25,7 @@ import numpy as np
 from common.stopping import SIGNALS
 
 ROOT = Path(__file__).parent.parent
-COMMAND = [sys.executable, "-W", "ignore", "-c", "from ct.apart import serve; serve()"]
+COMMAND = [sys.executable, "-W", "ignore", "-c", "from ct.decoder_process import serve; serve()"]
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}           # NumPy's: of many threads the stacks alone would be MEMORY
 TASKS = {"dicom": "ct.dicom_pixels", "picture": "ct.picture_pixels"}    # modules with decode(path) -> list of arrays
 MEMORY = 2**29                  # bytes of the process beside the pixels; Python and the libraries take a third
