@@ -66,13 +66,16 @@ def taught_by(title: str, run: dict | None) -> list[str]:
 
 def calibrated_by(calibration: dict | None) -> list[str]:
     """The line of the scans that a bundle is calibrated by, and its thresholds."""
+    from detect.calibration import healthy_scores, threshold_of
+
     if not calibration:
         return rows({"calibration": "none: scores without percentiles"})
-    found = calibration["threshold"]
-    values = ", ".join(f"{how} {found[how]:.3g}" for how in calibration["scan_scores"] if found.get(how) is not None)
+    found = {how: threshold_of(calibration, how) for how in healthy_scores(calibration)}
+    any_one = next(iter(found.values()))                  # all are of one rate, and lack for one reason
+    values = ", ".join(f"{how} {one.value:.3g}" for how, one in found.items() if one.value is not None)
     return rows({"calibration": f"{calibration['scans']} healthy scans; " + (
-        f"thresholds, exceeded by {found['fpr']:.0%} of such scans at most: {values}" if values else
-        f"no thresholds: {found['reason']}")})
+        f"thresholds, exceeded by {any_one.fpr:.0%} of such scans at most: {values}" if values else
+        f"no thresholds: {any_one.reason}")})
 
 
 def rows(table: dict) -> list[str]:

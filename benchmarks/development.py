@@ -36,6 +36,7 @@ from benchmarks.ct_ich import (
 )
 from common.files import read_object
 from config import RESUMES, exit_code
+from detect.calibration import healthy_scores
 from detect.folder import make_writable
 from detect.scores import percentile_of
 from evaluation.cohort import Label
@@ -49,7 +50,7 @@ def healthy_cases(model: Path) -> list[Case]:
     calibration = meta.get("calibration")
     if not calibration:
         raise ValueError(f"--model {model}: is not calibrated; make it with latent_stats.py and held-out healthy scans")
-    scores = calibration["scan_scores"][meta["settings"]["scan_score"]]
+    scores = healthy_scores(calibration)[meta["settings"]["scan_score"]]
     slices: list[list[float]] = [[] for _ in scores]
     for one in calibration["slice_scores"]:
         slices[one["scan"]].append(one["score"])

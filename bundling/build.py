@@ -33,7 +33,7 @@ from common.weights import CheckpointError
 from common.wording import some
 from dataset import SliceDataset
 from detect.bundle import Bundle, load_bundle, save_bundle
-from detect.calibration import Fold, Trained, calibrate, check_held_out, open_file
+from detect.calibration import Fold, Trained, calibrate, check_held_out, open_file, threshold_of
 from detect.codes import fit_codes
 from detect.measure import MEASURES
 from detect.normative import Normal
@@ -84,10 +84,10 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, target
     """
     # ---- Set up
     refuse_bundle(target.out, target.overwrite)
-    by_surprise = settings.measure == "surprise"
-    if config.calibrate == "none" and (further or by_surprise):
-        raise ValueError(f"--calibrate none: {'--fold' if further else 'measure=surprise'} is of no use without the "
-                         "calibration; leave one of them out")
+    learns = MEASURES[settings.measure].least_patients > 0
+    if config.calibrate == "none" and (further or learns):
+        raise ValueError(f"--calibrate none: {'--fold' if further else f'measure={settings.measure}'} is of no use "
+                         "without the calibration; leave one of them out")
     of_encoder = settings.method in OF_ENCODER_RUNS
     if surroundings and settings.method != "inpainting":
         raise ValueError(f"--surroundings: for method=inpainting, not {settings.method}; leave it out")
@@ -213,8 +213,8 @@ def calibration_of(folds: Sequence[Fold], settings: Settings) -> tuple[dict[str,
     """The calibration by folds, JSON-able, and the measure's statistics of healthy residuals, if it has any."""
     measure = MEASURES[settings.measure](settings.scoring, settings.mask)
     calibration, fitted = calibrate(folds, measure, lambda line: print(line, flush=True))
-    if calibration["threshold"]["reason"]:
-        print(f"no threshold: {calibration['threshold']['reason']}")
+    if reason := threshold_of(calibration, settings.scan_score).reason:
+        print(f"no threshold: {reason}")
     return calibration, fitted.normal
 
 

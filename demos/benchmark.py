@@ -49,6 +49,7 @@ from dataset import SliceDataset
 from demos.figures import OURS, Case, Cohort, count_levels, example_sheet, report, table, typical
 from demos.phantom import Job, make_cohort, plan
 from detect import normative
+from detect.measure import MEASURES
 from evaluation.cohort import Key, read_scores, read_table, read_truth, read_volume, seconds_by_scan
 
 FIRST_SEED = 1_000_000          # cohorts to learn from have smaller seeds
@@ -175,7 +176,7 @@ def benchmark(args: argparse.Namespace) -> int:
                 "database": data.manifest["digest"], "settings": run["settings"], "seed": seed,
                 "versions": run["versions"], "checked_against_training_seeds": args.training_labels is not None}
     shown = typical(cohort)
-    full = normative.HIGHEST if run["settings"]["measure"] == "surprise" else RESIDUAL_FULL_HU
+    full = RESIDUAL_FULL_HU if MEASURES[run["settings"]["measure"]].in_hu else normative.HIGHEST
     sheet = example_sheet({kind: example(scan_id, folder, full) for kind, scan_id in shown.items()})
     sheet.savefig(args.out / "examples.png", facecolor=sheet.get_facecolor())
     compare.write_figures(args.out, figures, table(figures))

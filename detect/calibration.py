@@ -7,7 +7,7 @@ measure.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ import torch
 from common.wording import some
 from ct import frame
 from dataset import SliceDataset
-from detect import normative
-from detect.measure import Measure
+from detect.measure import MEASURES, Measure
 from detect.reconstruct import Reconstruction, Reconstructor, method
 from detect.residual import Evidence
 from detect.scores import (
@@ -103,10 +102,11 @@ def check_held_out(settings: Settings, trained: list[Trained]) -> None:
             raise ValueError(f"--fold {one.path}: its networks or preprocessing are not those of --encoder: the "
                              "residuals would not be alike")
     people = {scan["patient"] for one in trained for scan in one.dataset.manifest["scans"] if scan["scan_id"] in seen}
-    if settings.measure == "surprise" and len(people) < normative.MIN_SCANS:
-        raise ValueError(f"measure=surprise: needs held-out healthy scans of {normative.MIN_SCANS} patients, "
-                         f"{trained[0].path} has those of {len(people)}; prepare it with a larger --val-fraction, or "
-                         "use measure=votes")
+    if len(people) < (least := MEASURES[settings.measure].least_patients):
+        others = [f"measure={name}" for name, measure in MEASURES.items() if measure.least_patients <= len(people)]
+        raise ValueError(f"measure={settings.measure}: needs held-out healthy scans of {least} patients, "
+                         f"{trained[0].path} has those of {len(people)}; prepare it with a larger --val-fraction"
+                         + (f", or use {' or '.join(others)}" if others else ""))
 
 
 def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None] = print
@@ -151,10 +151,10 @@ def calibrate(folds: Sequence[Fold], measure: Measure, log: Callable[[str], None
     numbers = {patient: number for number, patient in enumerate(dict.fromkeys(patients))}
     calibration = summary([one.below_vertex_mm.tolist() for one in evidence], scores, errors, brain_hu, len(numbers),
                           [numbers[patient] for patient in patients])
-    if calibration["patients"] < calibration["scans"]:
-        log(f"note: {calibration['scans']} scans of {calibration['patients']} patients: those of one are alike, and "
+    if (count := healthy_count(calibration)) < calibration["scans"]:
+        log(f"note: {calibration['scans']} scans of {count} patients: those of one are alike, and "
             "tell less of another's than scans of as many patients would; of each patient the highest score counts")
-    for how, values in calibration["scan_scores"].items():
+    for how, values in healthy_scores(calibration).items():
         log(f"scores of the healthy scans by {how}, lowest first: "
             + " ".join(f"{value:.3g}" for value in sorted(values)))
     return calibration | {"precision": str(folds[0].reconstructor.precision).removeprefix("torch.")}, fitted
@@ -206,12 +206,54 @@ def thresholds(scan_scores: dict[str, list[float]], fpr: float, patients: int | 
     return {"fpr": fpr} | by_score | {"reason": None}
 
 
+# --- what is read of a calibration ---
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Of scores by one of SCAN_SCORES: `value`, which a healthy scan exceeds with probability `fpr` at most.
+
+    value is None where there are too few patients, with the reason, and where the calibration lacks such scores.
+    """
+
+    value: float | None
+    fpr: float
+    reason: str | None
+
+
+def threshold_of(calibration: Mapping[str, Any], how: str) -> Threshold:
+    """The stored one of scores by `how`."""
+    stored = calibration["threshold"]
+    return Threshold(stored.get(how), stored["fpr"], stored.get("reason"))
+
+
+def healthy_scores(calibration: Mapping[str, Any]) -> dict[str, list[float]]:
+    """By each of SCAN_SCORES that the calibration knows, one score of each healthy patient."""
+    return calibration["scan_scores"]
+
+
+def healthy_count(calibration: Mapping[str, Any]) -> int:
+    """The number of healthy patients. The shipped calibrations do not hold it: theirs have one scan each."""
+    return calibration.get("patients", calibration["scans"])
+
+
+def healthy_slices(calibration: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Positions, mm below the vertex, and scores of all slices of the healthy scans, both [M]."""
+    slices = calibration["slice_scores"]
+    return np.array([one["below_vertex_mm"] for one in slices]), np.array([one["score"] for one in slices])
+
+
+def mean_error_hu(calibration: Mapping[str, Any]) -> float:
+    """Mean absolute error of the healthy scans' closest normal in the brain, HU; Reconstruction.error of each."""
+    return Reconstruction.last_error(calibration["error_hu"])
+
+
 def median_hu(hu: torch.Tensor, brain: torch.Tensor) -> float:
     """Of the brain, HU. Both [S, N, N]."""
     return float(hu[brain].float().median())
 
 
-def usual_range(calibration: dict[str, Any], figure: str) -> tuple[float, float] | None:
+def usual_range(calibration: Mapping[str, Any], figure: str) -> tuple[float, float] | None:
     """Range of 'error_hu' or 'brain_hu', HU, in which a scan counts as like the healthy ones.
 
     Their own range, and as much again on both sides. None for too few scans, or where the calibration lacks them, as
@@ -224,19 +266,19 @@ def usual_range(calibration: dict[str, Any], figure: str) -> tuple[float, float]
     return min(values) - width, max(values) + width
 
 
-def spacing_range(calibration: dict[str, Any]) -> tuple[float, float]:
+def spacing_range(calibration: Mapping[str, Any]) -> tuple[float, float]:
     """The smallest and the largest usual_spacing of the healthy scans, mm."""
     spacings = [usual_spacing(mm) for mm in _positions_mm(calibration)]
     return min(spacings), max(spacings)
 
 
-def depth_range(calibration: dict[str, Any]) -> tuple[float, float] | None:
+def depth_range(calibration: Mapping[str, Any]) -> tuple[float, float] | None:
     """How far below the vertex the healthy scans reach, from the least to the most, mm; None for too few scans."""
     depths = [max(mm) for mm in _positions_mm(calibration)]
     return (min(depths), max(depths)) if len(depths) >= FIGURES else None
 
 
-def _positions_mm(calibration: dict[str, Any]) -> list[list[float]]:
+def _positions_mm(calibration: Mapping[str, Any]) -> list[list[float]]:
     """Of the slices of each healthy scan, mm below the vertex."""
     positions_mm: dict[tuple[int, int], list[float]] = defaultdict(list)
     for one in calibration["slice_scores"]:
@@ -256,9 +298,9 @@ def at_rate(calibration: dict[str, Any], rate: float) -> dict[str, Any]:
     """
     if not 0 < rate < 1:
         raise ValueError(f"alarm rate: expected a share between 0 and 1, such as 0.05, got {rate:g}")
-    found = thresholds(calibration["scan_scores"], rate, calibration.get("patients"))
+    found = thresholds(healthy_scores(calibration), rate, calibration.get("patients"))
     if found["reason"]:
-        n = calibration.get("patients", calibration["scans"])         # the shipped ones do not hold it: one scan each
+        n = healthy_count(calibration)
         whose = f" of {n} patients" if n < calibration["scans"] else ""
         raise ValueError(f"alarm rate {rate:g}: {calibration['scans']} healthy scans{whose} cannot tell it; the lowest "
                          f"rate that they allow is {rounded_up(1 / (n + 1)):.3g}, or calibrate with more scans "

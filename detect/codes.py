@@ -9,10 +9,11 @@ import torch
 
 from ct.window import encode
 from dataset import SliceDataset
-from detect.latent import DEFAULT_CODES, SLOPE, LatentStats
+from detect.latent import SLOPE, LatentStats
 from detect.options import CodesConfig
 from model import Encoder
 
+LEAST_CODES = 32                      # at a position, for a mean and a covariance; more of many components
 MAX_REACH_MM = 20.0                   # a position with few codes borrows from no further
 
 
@@ -61,7 +62,7 @@ def fit(w_plus: torch.Tensor, below_vertex_mm: torch.Tensor, config: CodesConfig
     """
     if config.components > w_plus.shape[-1]:
         raise ValueError(f"--components {config.components}: the codes of this encoder have {w_plus.shape[-1]} numbers")
-    needed = max(2 * config.components, DEFAULT_CODES)
+    needed = max(2 * config.components, LEAST_CODES)
     positions = [i * config.spacing_mm for i in range(config.positions)]
     found = [int(((below_vertex_mm - position).abs() <= MAX_REACH_MM).sum()) for position in positions]
     kept = [position for position, codes in zip(positions, found) if codes >= needed]
@@ -73,4 +74,4 @@ def fit(w_plus: torch.Tensor, below_vertex_mm: torch.Tensor, config: CodesConfig
         raise ValueError(f"--components {config.components}: needs {needed} codes within {MAX_REACH_MM:g} mm of a "
                          f"position, found {max(found)} at most; lower it, raise --passes, or add healthy scans")
     return LatentStats.fit(w_plus, below_vertex_mm, kept, config.components, config.neighbour_mm, config.passes,
-                           min_codes=needed, max_reach_mm=MAX_REACH_MM, slope=slope)
+                           slope, min_codes=needed, max_reach_mm=MAX_REACH_MM)

@@ -30,7 +30,6 @@ import torch.nn.functional as F
 SLOPE = 0.2                      # of the encoder's last leaky ReLU, as published
 RELEASED_SPACING_MM = 5.0        # the released statistics go by slice number, 0 at the vertex
 VARIANCE_FLOOR = 1e-4            # of a layer's average variance: keeps p finite along directions never seen
-DEFAULT_CODES = 32               # at the least, for a mean and a covariance at a position
 
 
 @dataclass(frozen=True)
@@ -169,16 +168,16 @@ class LatentStats:
             components: int,                        # kept of the D of a full set
             neighbour_mm: float = 7.5,              # positions f-1, f, f+1 when these are 5 mm apart
             passes: int = 1,                        # augmented copies of each slice among the codes
-            shrinkage: float | None = None,         # None: estimated (OAS)
-            min_codes: int | None = None,           # None: 2 a component, at least DEFAULT_CODES
-            max_reach_mm: float = 20.0,             # borrow no further
             slope: float = SLOPE,                   # of the activation that the codes have gone through; 1: none
+            *,
+            min_codes: int,                         # at a position, more than components
+            max_reach_mm: float,                    # borrow no further
             ) -> LatentStats:
         """Statistics of the codes w_plus [M, L, D] of healthy slices at below_vertex_mm [M].
 
         A position uses every code within neighbour_mm. One with fewer than min_codes borrows: it takes its
         min_codes nearest codes instead, and says how far it went in reach_mm. Variances are drawn towards the
-        layer's average by the share `shrinkage`; OAS (Chen et al. 2010) sets it from the number of slices,
+        layer's average by the share `shrinkage`, which OAS (Chen et al. 2010) sets from the number of slices,
         copies counted once. Raises ValueError where there are too few codes within max_reach_mm.
         """
         if w_plus.ndim != 3 or tuple(below_vertex_mm.shape) != (len(w_plus),):
@@ -188,9 +187,6 @@ class LatentStats:
             raise ValueError("w_plus: codes must be finite; the encoder has diverged")
         if not 1 <= components <= w_plus.shape[-1]:
             raise ValueError(f"components: expected 1 to {w_plus.shape[-1]}, got {components}")
-        if shrinkage is not None and not 0 <= shrinkage <= 1:
-            raise ValueError(f"shrinkage: expected a share from 0 to 1, got {shrinkage}")
-        min_codes = max(2 * components, DEFAULT_CODES) if min_codes is None else min_codes
         if min_codes <= components:
             raise ValueError(f"min_codes: {components} components need more codes than that, got {min_codes}")
 
@@ -202,7 +198,7 @@ class LatentStats:
             chosen, reach = _nearby(mm, float(position), neighbour_mm, min_codes, max_reach_mm)
             spectrum = _principal(x[chosen].transpose(0, 1), components)
             n = int(chosen.sum())
-            rows.append((*spectrum.shrunk(n / passes, shrinkage), torch.tensor(n), torch.tensor(reach)))
+            rows.append((*spectrum.shrunk(n / passes), torch.tensor(n), torch.tensor(reach)))
         mean, basis, variance, remainder, share, n_codes, reach = (torch.stack(c) for c in zip(*rows))
         return cls(positions, mean, basis, variance, remainder, n_codes.to(x.device), reach.to(x), share,
                    torch.tensor(slope, device=x.device))
@@ -268,11 +264,11 @@ class _Spectrum:
     total: torch.Tensor          # [L], trace of the sample covariance S
     squares: torch.Tensor        # [L], trace of S^2
 
-    def shrunk(self, n: float, share: float | None) -> tuple[torch.Tensor, ...]:
+    def shrunk(self, n: float) -> tuple[torch.Tensor, ...]:
         """(mean, basis, variance, remainder variance, share) with variances drawn towards their average."""
         dim, kept = self.basis.shape[-2:]
         average = self.total / dim
-        share = self._oas(n) if share is None else torch.full_like(self.total, share)
+        share = self._oas(n)
         floor = (VARIANCE_FLOOR * average).clamp(min=1e-12)
         variance = torch.lerp(self.variance, average[:, None], share[:, None]).maximum(floor[:, None])
         if kept == dim:

@@ -11,7 +11,7 @@ becomes a surprise, -log10 of the share of healthy brain that is at least as unu
 pixel in a thousand reaches, whether hyperdense or hypodense, in the mid-brain or at the skull base.
 
 Two scales are kept: FINE, for what is small and distinct (a thin bleed), and COARSE, a wide Gaussian, for what is
-faint and large (an early infarct). FINE is the median-filtered residual of measure.residual ('median'), or a narrow
+faint and large (an early infarct). FINE is the median-filtered residual of residual.residual ('median'), or a narrow
 Gaussian less a wide one in the brain away from bone ('band'): a shade over half a head, which beam hardening and
 another scanner's calibration make, then is none, and neither are the edges of the skull and calcifications. Of that
 band 'hyperdense' takes what is above 0: how far the sulci and ventricles of healthy heads fall below their closest
@@ -52,7 +52,7 @@ BIN, BINS = 0.02, 2500       # of the histograms that the tails come from: z up 
 def scales(difference_hu: torch.Tensor, median_hu: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
     """The residual at both scales of 'median', float32 [S, 2, N, N], HU.
 
-    difference_hu [S, N, N]: query minus reconstruction. median_hu [S, N, N]: the same after measure.residual.
+    difference_hu [S, N, N]: query minus reconstruction. median_hu [S, N, N]: the same after residual.residual.
     """
     return torch.stack([median_hu, smoothed(difference_hu, brain, COARSE_AT_512 * brain.shape[-1] / 512)], dim=1)
 
@@ -96,6 +96,8 @@ class ResidualStats:
         if self.mean.ndim != 4 or len(self.mean) != count or self.std.shape != self.mean.shape:
             raise ValueError(f"residual statistics: expected mean and std [{count}, K, n, n] for {count} positions, "
                              f"got {list(self.mean.shape)} and {list(self.std.shape)}")
+        if not (torch.isfinite(self.positions_mm).all() and (self.positions_mm.diff() > 0).all()):
+            raise ValueError("residual statistics: positions_mm must be finite and increase, from the vertex down")
         if not (torch.isfinite(self.mean) & torch.isfinite(self.std) & (self.std > 0)).all():
             raise ValueError("residual statistics: every mean must be finite, and every std, which is above 0")
 
@@ -117,7 +119,14 @@ class ResidualStats:
         return cls(positions_mm, mean, variance.sqrt().clamp(min=FLOOR_HU))
 
     def z(self, residuals: torch.Tensor, brain: torch.Tensor, below_vertex_mm: Sequence[float]) -> torch.Tensor:
-        """residuals [S, K, N, N] in healthy standard deviations, signed; 0 outside brain [S, N, N]."""
+        """residuals [S, K, N, N] in healthy standard deviations, signed; 0 outside brain [S, N, N].
+
+        Raises ValueError for residuals in the brain that are not finite: none of NaN is surprising, and the scan would
+        pass for healthy.
+        """
+        if not (torch.isfinite(residuals).all(1) | ~brain).all():
+            raise ValueError("residuals: not finite in the brain: nothing can be said of this scan; look for values of "
+                             "it that are no numbers, or try --precision fp32")
         mm = torch.as_tensor(np.asarray(below_vertex_mm), dtype=torch.float32)
         step = (mm - self.positions_mm[0]) / SPACING_MM
         low = step.floor().clamp(0, len(self.positions_mm) - 1).long()
@@ -136,6 +145,12 @@ class Tails:
     """How far healthy z reach. z [K, 2, L]: by kind and side (hyperdense, hypodense), that of each of L LEVELS."""
 
     z: torch.Tensor
+
+    def __post_init__(self):
+        if self.z.ndim != 3 or self.z.shape[1:] != (2, len(LEVELS)):
+            raise ValueError(f"residual statistics: expected tails [K, 2, {len(LEVELS)}], got {list(self.z.shape)}")
+        if not (torch.isfinite(self.z).all() and (self.z >= 0).all() and (self.z.diff() > 0).all()):
+            raise ValueError("residual statistics: tails must be finite, not negative, and increase by level")
 
     @classmethod
     def fit(cls, histograms: Sequence[torch.Tensor]) -> Tails:

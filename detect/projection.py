@@ -106,10 +106,9 @@ class Projector:
         if alarm_rate is not None:
             if not self.calibration:
                 raise ValueError(f"alarm rate {alarm_rate:g}: needs comparable healthy scores; {self.incomparable}")
-            if (how := self.settings.scan_score) not in self.calibration["scan_scores"]:
+            if (how := self.settings.scan_score) not in (known := calibration.healthy_scores(self.calibration)):
                 raise ValueError(f"alarm rate {alarm_rate:g}: the calibration holds no scores by {how}, only by "
-                                 f"{', '.join(self.calibration['scan_scores'])}; choose one of them as scan_score, or "
-                                 "run latent_stats.py again")
+                                 f"{', '.join(known)}; choose one of them as scan_score, or run latent_stats.py again")
             self.calibration = calibration.at_rate(self.calibration, alarm_rate)
 
     def _why_incomparable(self) -> str | None:
@@ -185,7 +184,8 @@ class Projector:
         how = self.settings.scan_score
         if not self.calibration:
             return None, self.threshold, []
-        if how not in self.calibration["scan_scores"]:
+        healthy = calibration.healthy_scores(self.calibration)
+        if how not in healthy:
             return None, self.threshold, [f"the calibration holds no scores by {how}: no percentile"]
         spacing_mm = calibration.usual_spacing(below_vertex_mm)
         least, most = self.spacing_mm[0] / OTHER_SPACING, self.spacing_mm[1] * OTHER_SPACING
@@ -193,9 +193,10 @@ class Projector:
             low, high = (f"{mm:.3g}" for mm in self.spacing_mm)
             return None, self.threshold, [f"slices {spacing_mm:.3g} mm apart, those of the calibration "
                                 f"{low if low == high else f'{low} to {high}'} mm: no percentile"]
-        threshold = self.calibration["threshold"][how] if self.threshold is None else self.threshold
-        notes = [] if threshold is not None else [f"no threshold: {self.calibration['threshold']['reason']}"]
-        usual = Reconstruction.last_error(self.calibration["error_hu"])
+        stored = calibration.threshold_of(self.calibration, how)
+        threshold = stored.value if self.threshold is None else self.threshold
+        notes = [] if threshold is not None else [f"no threshold: {stored.reason}"]
+        usual = calibration.mean_error_hu(self.calibration)
         # Flagged all the same, in all three cases: what a part of a head scores, all of it would at least, and a head
         # full of blood is so far off, too
         depth_mm, known = float(np.max(below_vertex_mm)), self.depth_mm
@@ -209,10 +210,10 @@ class Projector:
                                      f"{within[0]:.0f} to {within[1]:.0f}: is the HU scale right? No percentile",
                                      *notes]
         within = calibration.usual_range(self.calibration, "error_hu")
-        if error_of_rest > (within[1] if within else TOO_FAR * usual):
+        if not error_of_rest <= (within[1] if within else TOO_FAR * usual):       # of NaN, too, it is not close
             return None, threshold, [f"the closest normal is off by {error_of_rest:.1f} HU where nothing is marked, of "
                                      f"healthy scans by {usual:.1f}: it does not come close; no percentile", *notes]
-        return percentile_of(score, self.calibration["scan_scores"][how]), threshold, notes
+        return percentile_of(score, healthy[how]), threshold, notes
 
     def key(self) -> dict:
         """All that results depend on, as JSON: results of different keys are never mixed in a folder.

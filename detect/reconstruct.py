@@ -60,7 +60,7 @@ class Reconstruction:
     drawn_hu: torch.Tensor | None = None
 
     def __post_init__(self):
-        for name in ("normal_hu", "expected_hu", "read"):
+        for name in ("query_hu", "normal_hu", "expected_hu", "read", "drawn_hu"):
             values = getattr(self, name)
             if values is not None and not values.isfinite().all():
                 raise ValueError(f"closest normal: {name} is not finite: the networks cannot draw this scan; try "

@@ -1,4 +1,4 @@
-"""The residual of a scan against its closest normal, and what both measures use: evidence, findings, the mask.
+"""The residual of a scan against its closest normal, and what a measure is: evidence, findings, the mask.
 
 A tensor [S, H, W] is always a whole scan: neighbouring slices count, so no measure may be called on a part of one.
 Residuals are in HU, query minus reconstruction: positive where the scan is denser than its closest normal.
@@ -7,14 +7,18 @@ Residuals are in HU, query minus reconstruction: positive where the scan is dens
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from scipy import ndimage
 
 from config import check_range, option
-from detect.reconstruct import Reconstruction
+from detect.normative import Normal
+from detect.reconstruct import Reconstruction, Watch
 from op.banded import dilated
 from op.median import median2d
 
@@ -72,6 +76,71 @@ class MaskSettings:
 
     def __post_init__(self):
         check_range(self, ("surprise_mask", "component_at_512", "extent_hu"), 0, flags=False)
+
+
+class Measure(ABC):
+    """How unusual a scan is beside its closest normal, by settings of its own and those of the mask.
+
+    A scan goes through watch(), while it is reconstructed, evidence() and assess(). `normal` is what fit() learns from
+    healthy scans, and a bundle keeps; None: not fitted, or nothing to learn.
+    """
+
+    name: ClassVar[str]                       # in settings and bundles
+    Settings: ClassVar[type]                  # a dataclass of config.option fields, with defaults: what scores hang on
+    marked: ClassVar[str]                     # what the mask marks: the caption of a picture
+    in_hu: ClassVar[bool]                     # whether map and scores are in HU; else they have no unit
+    least_patients: ClassVar[int] = 0         # with healthy scans held out, for fit(); 0: scans are judged without it
+
+    def __init__(self, settings: Any = None, mask: MaskSettings | None = None, normal: Normal | None = None):
+        """settings: of the measure's Settings. None, as for the mask: their defaults."""
+        self.settings, self.mask, self.normal = settings or self.Settings(), mask or MaskSettings(), normal
+
+    @property
+    @abstractmethod
+    def words(self) -> str:
+        """What a slice's score says, to follow 'the score is '."""
+
+    @abstractmethod
+    def criterion(self) -> str:
+        """When a pixel is marked, as a sentence."""
+
+    def check(self) -> None:
+        """ValueError, with the mend, unless scans can be assessed: for a measure that fit() has to come before."""
+        if self.least_patients and self.normal is None:
+            raise ValueError(f"measure {self.name}: this model holds no statistics of healthy residuals; make it anew "
+                             f"with latent_stats.py and at least {self.least_patients} held-out scans, or use "
+                             "--set measure=votes")
+
+    def watch(self, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> Watch | None:  # noqa: B027 - most need none
+        """What is to see every step of the reconstruction, for evidence(); None: the last one is enough.
+
+        brain bool [S, N, N]; below_vertex_mm [S], monotonic.
+        """
+
+    @abstractmethod
+    def evidence(self, found: Reconstruction, brain: torch.Tensor, below_vertex_mm: np.ndarray,
+                 watch: Watch | None = None) -> Evidence:
+        """What this measure needs of a reconstructed scan; of its settings, not of `normal`.
+
+        brain bool [S, N, N]; below_vertex_mm [S], monotonic; watch: that of watch(), after the reconstruction.
+        """
+
+    @abstractmethod
+    def fit(self, healthy: Sequence[Evidence], patients: Sequence[str] | None = None
+            ) -> tuple[Measure, list[Findings]]:
+        """The measure fitted to healthy scans, and its findings in each of them, to be compared with a new scan's.
+
+        No scan may be judged by what it, or another of its patient, has taught. patients: of each scan; None: all
+        different. Raises ValueError for scans of fewer than least_patients.
+        """
+
+    @abstractmethod
+    def assess(self, evidence: Evidence) -> Findings:
+        """The findings in a scan. Raises ValueError as check() does, and where no finite ones can be made."""
+
+    @abstractmethod
+    def predicted(self, found: Findings, mask: MaskSettings) -> torch.Tensor:
+        """What these findings would predict anomalous with other mask settings, bool [S, N, N]."""
 
 
 # --- residual ---

@@ -27,6 +27,8 @@ from detect.reconstruct import Reconstruction, Reconstructor, Stages, Watch, err
 from detect.votes import VoteWatch
 from model import Discriminator, Encoder, Generator
 
+RAMP_UP, RAMP_DOWN = 0.05, 0.25                 # shares of a stage's steps over which the rate rises and falls
+
 
 @dataclass(frozen=True)
 class SearchSettings:
@@ -169,10 +171,10 @@ def check_latent(latent: LatentStats, encoder: Encoder, path: Path) -> None:
                               "the statistics on this encoder's codes")
 
 
-def ramp(t: float, up: float = 0.05, down: float = 0.25) -> float:
+def ramp(t: float) -> float:
     """Learning-rate factor at t in [0, 1): linear up, then flat, then half a cosine down (Karras et al. 2020, D.1)."""
-    factor = min(1.0, (1.0 - t) / down)
-    return (0.5 - 0.5 * np.cos(factor * np.pi)) * min(1.0, t / up)
+    factor = min(1.0, (1.0 - t) / RAMP_DOWN)
+    return (0.5 - 0.5 * np.cos(factor * np.pi)) * min(1.0, t / RAMP_UP)
 
 
 class _Run:

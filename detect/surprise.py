@@ -11,13 +11,13 @@ import torch
 
 from config import check_choices, check_range, option
 from detect import normative
-from detect.normative import Normal
-from detect.reconstruct import Reconstruction
+from detect.reconstruct import Reconstruction, Watch
 from detect.residual import (
     PAPER_SIZE,
     Evidence,
     Findings,
     MaskSettings,
+    Measure,
     check_same_shape,
     filtered,
     lesion_mask,
@@ -59,17 +59,14 @@ class SurpriseSettings:
                              "hypodense")
 
 
-class Surprise:
+class Surprise(Measure):
     """How rare the residual is at its place among healthy scans (normative.py)."""
 
     name: ClassVar[str] = "surprise"
     Settings: ClassVar[type] = SurpriseSettings
     marked: ClassVar[str] = "rare in healthy scans"
     in_hu: ClassVar[bool] = False
-
-    def __init__(self, settings: SurpriseSettings | None = None, mask: MaskSettings | None = None,
-                 normal: Normal | None = None):
-        self.settings, self.mask, self.normal = settings or SurpriseSettings(), mask or MaskSettings(), normal
+    least_patients: ClassVar[int] = normative.MIN_SCANS
 
     @property
     def words(self) -> str:
@@ -77,24 +74,14 @@ class Surprise:
                 f"powers of ten of rarity {SLICE_SCORES[self.settings.pool].words}")
 
     def criterion(self) -> str:
-        """When a pixel is marked, as a sentence."""
         places = round(10 ** self.mask.surprise_mask)
         further = ", and what adjoins it with at least half of that difference" if self.mask.extent_hu else ""
         return (f"Marked is what differs by more than {places - 1:,} of {places:,} places of healthy brain at that "
                 f"position{further}.")
 
-    def check(self) -> None:
-        """ValueError unless scans can be judged."""
-        if self.normal is None:
-            raise ValueError("measure surprise: this model holds no statistics of healthy residuals; make it anew with "
-                             f"latent_stats.py and at least {normative.MIN_SCANS} held-out scans, or use "
-                             "--set measure=votes")
-
-    def watch(self, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> None:
-        """Only the last reconstruction counts."""
-
     def evidence(self, found: Reconstruction, brain: torch.Tensor, below_vertex_mm: np.ndarray,
-                 watch: None = None) -> Evidence:
+                 watch: Watch | None = None) -> Evidence:
+        """watch is of no use: only the last reconstruction counts."""
         away, difference = filtered(found, brain, self.settings.median_at_512), found.difference_hu
         mm = np.asarray(below_vertex_mm)
         if self.settings.filter == "median":
@@ -112,10 +99,7 @@ class Surprise:
 
     def fit(self, healthy: Sequence[Evidence], patients: Sequence[str] | None = None
             ) -> tuple[Surprise, list[Findings]]:
-        """The measure fitted to healthy scans, and the findings in each by the statistics of the other patients.
-
-        patients: of each scan; None: all different. Raises ValueError for fewer than normative.MIN_SCANS of them.
-        """
+        """With the statistics of all, and the findings in each scan by those of the other patients."""
         normal, surprises = normative.fit_normal([e.scales for e in healthy], [e.searched for e in healthy],
                                                  [e.below_vertex_mm for e in healthy], patients)
         fitted = Surprise(self.settings, self.mask, normal)
@@ -127,7 +111,6 @@ class Surprise:
         return self.findings(surprise, evidence)
 
     def predicted(self, found: Findings, mask: MaskSettings) -> torch.Tensor:
-        """What would be predicted anomalous with other mask settings, bool [S, N, N]."""
         return found.anomaly.abs() > mask.surprise_mask
 
     def findings(self, surprise: torch.Tensor, evidence: Evidence) -> Findings:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from config import check_range, option
-from detect.normative import Normal
 from detect.reconstruct import Reconstruction
 from detect.residual import (
     Evidence,
     Findings,
     MaskSettings,
+    Measure,
     check_same_shape,
     filtered,
     lesion_mask,
@@ -38,7 +38,7 @@ class VotesSettings:
         check_range(self, ("threshold_hu", "max_gap_mm"), 0, flags=False)
 
 
-class Votes:
+class Votes(Measure):
     """The published measure: at every step of a reconstruction pixels vote that stay away from it.
 
     A method without steps casts its votes once, of its one result.
@@ -51,40 +51,35 @@ class Votes:
     marked: ClassVar[str] = "differs steadily"
     in_hu: ClassVar[bool] = True                                # map and scores: HU times a share of the votes
 
-    def __init__(self, settings: VotesSettings | None = None, mask: MaskSettings | None = None,
-                 normal: Normal | None = None):
-        self.settings, self.mask, self.normal = settings or VotesSettings(), mask or MaskSettings(), normal
-
     def criterion(self) -> str:
-        """When a pixel is marked, as a sentence."""
         return (f"Marked is what differs by more than {self.settings.threshold_hu:g} HU, steadily during the search "
                 "and in neighbouring slices.")
 
-    def check(self) -> None:
-        """ValueError unless scans can be assessed: always possible by votes."""
-
     def watch(self, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> VoteWatch:
-        """What counts the votes while a scan is reconstructed; brain bool [S, N, N]."""
+        """What counts the votes while a scan is reconstructed."""
         return VoteWatch(brain, below_vertex_mm, self.settings)
 
     def evidence(self, found: Reconstruction, brain: torch.Tensor, below_vertex_mm: np.ndarray,
-                 watch: VoteWatch) -> Evidence:
+                 watch: VoteWatch | None = None) -> Evidence:
+        """Raises ValueError without the watch that has counted: votes can't be had afterwards."""
+        if watch is None or watch.counter is None:
+            raise ValueError("measure votes: needs the watch of watch(), which has seen the reconstruction's steps")
         away = filtered(found, brain, self.settings.median_at_512)
         return Evidence(away, brain, np.asarray(below_vertex_mm), brain, votes=watch.counter.votes.cpu(),
                         steps=watch.counter.steps)
 
     def fit(self, healthy: Sequence[Evidence], patients: Sequence[str] | None = None) -> tuple[Votes, list[Findings]]:
-        """The measure that healthy scans make, and what it finds in each of them: votes have nothing to learn."""
+        """Itself, and what it finds in each of them: votes have nothing to learn."""
         return self, [self.assess(one) for one in healthy]
 
-    def assess(self, seen: Evidence) -> Findings:
-        predicted = seen.votes > seen.steps
-        scores = slice_scores(seen.votes, seen.steps, seen.residual.abs(), seen.brain)
-        return Findings(anomaly_map(seen.votes, seen.residual, seen.steps), predicted,
-                        lesion_mask(predicted, self.mask.component_at_512), scores)
+    def assess(self, evidence: Evidence) -> Findings:
+        votes, steps, away = evidence.votes, evidence.steps, evidence.residual
+        predicted = votes > steps
+        return Findings(anomaly_map(votes, away, steps), predicted, lesion_mask(predicted, self.mask.component_at_512),
+                        slice_scores(votes, steps, away.abs(), evidence.brain))
 
     def predicted(self, found: Findings, mask: MaskSettings) -> torch.Tensor:
-        """What these findings would predict anomalous with `mask`, bool [S, N, N]: votes do not hang on it."""
+        """What these findings predict: votes do not hang on `mask`."""
         return found.predicted
 
 

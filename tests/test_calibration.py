@@ -8,9 +8,22 @@ import torch
 
 from dataset import SliceDataset
 from detect.bundle import load_bundle
-from detect.calibration import at_rate, depth_range, spacing_range, summary, thresholds
+from detect.calibration import (
+    Threshold,
+    at_rate,
+    depth_range,
+    healthy_count,
+    healthy_scores,
+    healthy_slices,
+    mean_error_hu,
+    spacing_range,
+    summary,
+    threshold_of,
+    thresholds,
+)
 from detect.projection import project_frame
 from detect.scores import percentile_of, scan_score
+from detect.votes import Votes
 from tests.calibration_data import PLAIN, command, write_inputs, write_run, write_slices
 
 
@@ -76,6 +89,13 @@ def test_the_slices_of_a_patients_scans_are_kept_apart():
     assert alone["threshold"]["reason"].startswith("a false-positive rate of 0.05 needs 19 healthy scans, found 3")
 
 
+def test_slices_weigh_in_a_scans_score_by_what_they_stand_for():
+    """Slices at 60, 55, 10, 9 and 8 mm stand for 5, 25, 23, 1 and 1 mm: (5 + 25 + 5 * 25) / 55."""
+    found = summary([[60.0, 55.0, 10.0, 9.0, 8.0]], [torch.tensor([1.0, 1.0, 5.0, 5.0, 5.0])],
+                    [{"reconstruct": 3.0}], [30.0], 1)
+    assert found["scan_scores"]["mean"] == [pytest.approx(155 / 55)]
+
+
 @pytest.mark.parametrize("counts", [[1] * 20, [2] * 20, [1] * 15 + [6] * 5, [1] * 19 + [6]])
 def test_the_rate_is_held_where_patients_have_several_scans(counts):
     """0.06 to 0.09 of new patients' healthy scans were flagged instead of 0.05."""
@@ -136,3 +156,27 @@ def test_surprise_needs_three_scans(inputs, tmp_path, capsys):
     assert command(*inputs, tmp_path / "mine", "--set", "measure=surprise") == 2
     error = capsys.readouterr().err
     assert "measure=surprise: needs held-out healthy scans of 3 patients" in error and "has those of 1" in error
+    assert error.rstrip().endswith(", or use measure=votes")
+
+
+def test_how_many_patients_a_measure_needs_is_its_own_to_say(inputs, tmp_path, capsys, monkeypatch):
+    """Of measures by another name than surprise nobody asked."""
+    monkeypatch.setattr(Votes, "least_patients", 2)
+    assert command(*inputs, tmp_path / "mine", "--set", "measure=votes") == 2
+    error = capsys.readouterr().err
+    assert "measure=votes: needs held-out healthy scans of 2 patients" in error and "has those of 1" in error
+    assert error.rstrip().endswith("larger --val-fraction")                         # no measure does with one
+
+
+def test_what_is_read_of_a_calibration():
+    found = calibration_of([float(i) for i in range(1, 20)], [*range(19)])
+    assert threshold_of(found, "max") == Threshold(19.0, 0.05, None)
+    assert threshold_of(found, "median") == Threshold(None, 0.05, None)             # as one made before there was that
+    few = calibration_of([1.0, 2.0, 3.0], [0, 1, 0])
+    assert threshold_of(few, "mean").value is None
+    assert threshold_of(few, "mean").reason == few["threshold"]["reason"] != threshold_of(found, "mean").reason
+    assert healthy_scores(few)["max"] == [3.0, 2.0] and healthy_count(few) == 2
+    assert healthy_count({"scans": 3}) == 3                                         # as the shipped ones: one scan each
+    assert [part.tolist() for part in healthy_slices(few)] == [[5.0] * 3, [1.0, 2.0, 3.0]]
+    assert mean_error_hu({"error_hu": {"encode": 4.0, "latent": 3.0, "noise": 1.0}}) == 3.0
+    assert mean_error_hu({"error_hu": {"reconstruct": 2.0}}) == 2.0

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from detect.report.pictures import set_key
-from detect.report.tables import Calibration, Entry, Slice
+from detect.report.tables import Entry, HealthyScores, Slice
 from detect.scores import choose_key_slices
 
 
@@ -19,7 +19,7 @@ def test_key_slices_of_a_page_are_not_neighbours():
     slices = [Slice(k, 0.6 * k, True, score) for k, score in enumerate(scores)]
     entry = Entry("a", "ok", "", 9.0, None, None, 10, 10, None, None, [], slices,
                   {s.number: Path(f"{s.number}.png") for s in slices if s.number != 3})
-    set_key(entry, Calibration([], None, None, None, []))
+    set_key(entry, HealthyScores([], None, None, None, []))
     assert [s.number for s in entry.key] == [2, 9]                              # 1 lies 0.6 mm from 2; 9, 4.2 mm
-    set_key(entry, Calibration([1.0], None, None, None, [(0.6, 0.0, 0.0), (1.2, 0.0, 8.0), (5.4, 0.0, 0.0)]))
+    set_key(entry, HealthyScores([1.0], None, None, None, [(0.6, 0.0, 0.0), (1.2, 0.0, 8.0), (5.4, 0.0, 0.0)]))
     assert [s.number for s in entry.key] == [1, 9]                              # by their rise: 5, and 3 at 5.4 mm

@@ -100,39 +100,35 @@ def test_shapes_and_variances_are_checked():
 CROSS = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])       # variances 6 and 2/3, average 10/3
 
 
-def test_fit_without_shrinkage_by_hand():
-    # Two points on each axis, mean 0 after leaky_5: variances (n - 1 = 3) 2*9/3 = 6 and 2*1/3.
-    w = F.leaky_relu(CROSS, 0.2)[:, None]
-    stats = LatentStats.fit(w, torch.zeros(4), [0.0], components=1, shrinkage=0.0, min_codes=4)
+def fit(w, positions=(0.0,), mm=None, components=1, min_codes=4, max_reach_mm=20.0, **options) -> LatentStats:
+    """Of codes that all lie at the vertex, unless mm says where."""
+    mm = torch.zeros(len(w)) if mm is None else mm
+    return LatentStats.fit(w, mm, positions, components, min_codes=min_codes, max_reach_mm=max_reach_mm, **options)
+
+
+# OAS of n codes, D = 2: share = (0 tr(S^2) + tr(S)^2) / (n (tr(S^2) - tr(S)^2 / 2)), 400 / 9 / (n 128 / 9), at most 1
+@pytest.mark.parametrize("passes, share, leading, remainder", [(1, 25 / 32, 47 / 12, 2.75), (2, 1.0, 10 / 3, 10 / 3)])
+def test_fit_by_hand(passes, share, leading, remainder):
+    # Two points on each axis, mean 0 after leaky_5: variances (n - 1 = 3) 2*9/3 = 6 and 2*1/3, drawn to their average.
+    stats = fit(F.leaky_relu(CROSS, 0.2)[:, None], passes=passes)
     torch.testing.assert_close(stats.mean, torch.zeros(1, 1, 2))
-    torch.testing.assert_close(stats.variance.flatten(), torch.tensor([6.0]))
-    torch.testing.assert_close(stats.remainder_variance.flatten(), torch.tensor([2 / 3]))
+    torch.testing.assert_close(stats.shrinkage.flatten(), torch.tensor([share]))
+    torch.testing.assert_close(stats.variance.flatten(), torch.tensor([leading]))
+    torch.testing.assert_close(stats.remainder_variance.flatten(), torch.tensor([remainder]))
     torch.testing.assert_close(stats.components.abs().flatten(), torch.tensor([1.0, 0.0]))
-    torch.testing.assert_close(stats.explained().flatten(), torch.tensor([0.9]))
+    torch.testing.assert_close(stats.explained().flatten(), torch.tensor([leading * 3 / 20]))        # 6 + 2/3 in all
     assert stats.n_codes.tolist() == [4]
 
 
-@pytest.mark.parametrize("share, leading, remainder", [(0.5, 14 / 3, 2.0), (1.0, 10 / 3, 10 / 3)])
-def test_shrinkage_draws_towards_the_average(share, leading, remainder):
+def test_copies_count_once():
     w = F.leaky_relu(CROSS, 0.2)[:, None]
-    stats = LatentStats.fit(w, torch.zeros(4), [0.0], components=1, shrinkage=share, min_codes=4)
-    assert stats.variance.item() == pytest.approx(leading, rel=1e-5)
-    assert stats.remainder_variance.item() == pytest.approx(remainder, rel=1e-5)
-
-
-def test_oas_by_hand():
-    # n = 4, D = 2: rho = (0 tr(S^2) + tr(S)^2) / (4 (tr(S^2) - tr(S)^2 / 2)).
-    w, trace, squares = F.leaky_relu(CROSS, 0.2)[:, None], 6 + 2 / 3, 36 + 4 / 9
-    stats = LatentStats.fit(w, torch.zeros(4), [0.0], 1, min_codes=4)
-    expected = trace**2 / (4 * (squares - trace**2 / 2))
-    assert stats.shrinkage.item() == pytest.approx(expected, rel=1e-5) and expected < 1
-    twice = LatentStats.fit(w.repeat(2, 1, 1), torch.zeros(8), [0.0], 1, passes=2, min_codes=4)
+    stats, twice = fit(w), fit(w.repeat(2, 1, 1), passes=2)
     assert twice.shrinkage.item() == pytest.approx(stats.shrinkage.item(), rel=0.02)      # copies count once
 
 
 def test_healthy_codes_become_standard_normal():
     deviations = [4.0, 2.0] + [0.5] * 10
-    stats = LatentStats.fit(gaussian_codes(4000, deviations), torch.zeros(4000), [0.0], components=2)
+    stats = fit(gaussian_codes(4000, deviations), components=2)
     torch.testing.assert_close(stats.variance.flatten(), torch.tensor([16.0, 4.0]), rtol=0.1, atol=0)
     torch.testing.assert_close(stats.remainder_variance.item(), 0.25, rtol=0.1, atol=0)
     p = stats.at(torch.zeros(4000)).to_p(gaussian_codes(4000, deviations, seed=1))
@@ -143,7 +139,7 @@ def test_healthy_codes_become_standard_normal():
 def test_codes_that_have_gone_through_no_activation_are_taken_as_they_are():
     """A step of p moved the positive numbers of a code in space five times as far, and p = 0 was not its mean."""
     w = torch.tensor([[[3.0, 0.5]], [[-1.0, -0.5]], [[2.0, 0.0]], [[-2.0, 0.0]]])        # mean (0.5, 0)
-    stats = LatentStats.fit(w, torch.zeros(4), [0.0], components=1, shrinkage=0.0, min_codes=4, slope=1.0)
+    stats = fit(w, slope=1.0)
     torch.testing.assert_close(stats.mean, torch.tensor([[[0.5, 0.0]]]))
     at = stats.at([0.0])
     torch.testing.assert_close(at.to_w(torch.zeros(1, 1, at.p_dim)), torch.tensor([[[0.5, 0.0]]]))
@@ -157,20 +153,20 @@ def test_codes_that_have_gone_through_no_activation_are_taken_as_they_are():
 def test_neighbours_are_used_and_too_few_codes_are_borrowed():
     mm = torch.tensor([0.0] * 10 + [5.0] * 10 + [10.0] * 10 + [25.0] * 2)
     w = torch.randn(32, 1, 4, generator=torch.Generator().manual_seed(0))
-    stats = LatentStats.fit(w, mm, [0.0, 5.0, 10.0, 25.0], components=1, min_codes=12)
+    stats = fit(w, [0.0, 5.0, 10.0, 25.0], mm, min_codes=12)
     assert stats.n_codes.tolist() == [20, 30, 20, 12]                   # the last takes the ten 15 mm away
     assert stats.reach_mm.tolist() == [7.5, 7.5, 7.5, 15.0]
     with pytest.raises(ValueError, match="position 25 mm below the vertex: 2 codes within 14 mm, 12 needed"):
-        LatentStats.fit(w, mm, [25.0], components=1, min_codes=12, max_reach_mm=14.0)
+        fit(w, [25.0], mm, min_codes=12, max_reach_mm=14.0)
 
 
 def test_fewer_codes_than_dimensions_and_constant_codes():
     w = torch.randn(40, 2, 64, generator=torch.Generator().manual_seed(0))
-    stats = LatentStats.fit(w, torch.zeros(40), [0.0], components=8)
+    stats = fit(w, components=8, min_codes=32)
     overlap = stats.components.transpose(-1, -2) @ stats.components
     torch.testing.assert_close(overlap, torch.eye(8).expand(1, 2, 8, 8), atol=1e-5, rtol=0)
     w[:, 1] = 0.3                                                       # a layer that never changes
-    stats = LatentStats.fit(w, torch.zeros(40), [0.0], components=8)
+    stats = fit(w, components=8, min_codes=32)
     at = stats.at(torch.zeros(40))
     torch.testing.assert_close(at.to_w(at.to_p(w)), w, atol=1e-5, rtol=1e-4)
 
@@ -178,14 +174,13 @@ def test_fewer_codes_than_dimensions_and_constant_codes():
 @pytest.mark.parametrize("change, message", [
     (dict(components=5), "components: expected 1 to 4"),
     (dict(min_codes=2, components=2), "min_codes: 2 components need more"),
-    (dict(shrinkage=1.5), "shrinkage"),
 ])
 def test_fit_refuses(change, message):
     arguments = dict(components=2) | change
     with pytest.raises(ValueError, match=message):
-        LatentStats.fit(torch.ones(40, 1, 4), torch.zeros(40), [0.0], **arguments)
+        fit(torch.ones(40, 1, 4), **arguments)
     with pytest.raises(ValueError, match="codes must be finite"):
-        LatentStats.fit(torch.full((40, 1, 4), torch.nan), torch.zeros(40), [0.0], 2)
+        fit(torch.full((40, 1, 4), torch.nan), components=2)
 
 
 # ---- stored and released

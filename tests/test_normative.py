@@ -49,6 +49,33 @@ def test_a_scan_is_judged_by_other_patients_alone():
         fit_normal(scans, brains, mm, ["A", "B", "A", "B", "A"])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_residuals_that_are_no_numbers_do_not_pass_for_healthy(value):
+    """The surprise of NaN was 0. Outside the brain nothing is asked of them."""
+    scans = healthy(4)
+    normal, _ = fit_normal(scans[:3], [BRAIN] * 3, [MM] * 3)
+    brain, odd = BRAIN.clone(), scans[3].clone()
+    odd[1, 0, 4, 4], brain[1, 4, 4] = value, False
+    assert torch.isfinite(normal.surprise(odd, brain, MM)[:, :, brain[1]]).all()
+    with pytest.raises(ValueError, match="residuals: not finite in the brain"):
+        normal.surprise(odd, BRAIN, MM)
+
+
+def test_statistics_that_make_no_sense_are_refused():
+    """Tails that do not increase divide 0 by 0, and the surprise is NaN."""
+    normal, _ = fit_normal(healthy(3), [BRAIN] * 3, [MM] * 3)
+    tensors = normal.to_tensors()
+    level, flat, low = (tensors["tails"].clone() for _ in range(3))
+    level[0, 0, 3], flat[1, 1, 5], low[0] = torch.nan, flat[1, 1, 4], low[0] - 99
+    for tails, message in ((level, "finite"), (flat, "increase"), (low, "not negative"),
+                           (tensors["tails"][..., :-1], r"expected tails \[K, 2, 17\], got \[2, 2, 16\]")):
+        with pytest.raises(ValueError, match=f"residual statistics: .*{message}"):
+            Normal.from_tensors(tensors | {"tails": tails})
+    for positions in (tensors["positions_mm"].flip(0), tensors["positions_mm"] * torch.nan):
+        with pytest.raises(ValueError, match="residual statistics: positions_mm must be finite and increase"):
+            Normal.from_tensors(tensors | {"positions_mm": positions})
+
+
 def test_blur_keeps_a_constant_inside_and_the_sum_of_a_point():
     point = torch.zeros(1, 15, 15)
     point[0, 7, 7] = 1
@@ -138,6 +165,60 @@ def test_moments_by_hand():
     assert sums[1, :, 0, 0, 0].tolist() == pytest.approx([far.sum(), far @ [3, 6], far @ [9, 36]])
 
 
+def test_what_is_no_brain_has_no_say():
+    """Brain in the upper half of 4 x 4 pixels: z = 1.01 lies in bin 50 of 0.02, and what is below is in none."""
+    brain = torch.zeros(1, 4, 4, dtype=torch.bool)
+    brain[:, :2] = True
+    sums = moments(torch.full((1, 1, 4, 4), 7.0), brain, [0.0], torch.tensor([0.0]))
+    assert sums[0, :, 0, 0, 0].tolist() == [1, 7, 49] and not sums[0, :, 0, 1].any()
+    counts = histogram(torch.full((1, 1, 4, 4), 1.01), brain)[0, 0]
+    assert counts[50] == counts.sum() == 8
+
+
+def sums_of(count: float, first: float, second: float) -> torch.Tensor:
+    """moments() that are the same everywhere, at one position and of one kind, of a frame of 128 pixels."""
+    return torch.tensor([count, first, second]).reshape(1, 3, 1, 1, 1).repeat(1, 1, 1, 64, 64)
+
+
+def test_mean_and_spread_of_a_place_by_hand():
+    """One scan of 0 HU above and 8 HU below, and two scans' worth of all places: 4 HU on average, variance 16.
+
+    (8 + 2 * 4) / 3 = 16 / 3, and ((8 - 16 / 3)^2 + 2 * 16) / 3 about it.
+    """
+    one = sums_of(1, 8, 64)
+    one[:, 1:, :, :32] = 0
+    stats = ResidualStats.fit([one], torch.zeros(1), 128)
+    assert stats.mean[0, 0, 48, 32].item() == pytest.approx(16 / 3, rel=1e-4)
+    assert stats.std[0, 0, 48, 32].item() == pytest.approx((((8 - 16 / 3) ** 2 + 32) / 3) ** 0.5, rel=1e-4)
+
+
+def test_a_place_lends_its_statistics_by_a_gaussian_of_12_pixels_at_512():
+    """1.5 of a grid of 64 across 128: exp(-(3 / 1.5)^2 / 2) three places off. A point and its mirror image."""
+    one = sums_of(1, 0, 0)
+    one[:, 1, :, 32, 31:33] = 1
+    mean = ResidualStats.fit([one], torch.zeros(1), 128).mean[0, 0, :, 32]
+    lent = mean - mean[16]                                           # far off: what all places lend
+    assert (lent[35] / lent[32]).item() == pytest.approx(np.exp(-2), rel=1e-3)
+
+
+def test_no_healthy_spread_is_under_half_a_hu():
+    assert ResidualStats.fit([sums_of(10, 30, 90)], torch.zeros(1), 128).std.unique().tolist() == [0.5]
+
+
+def test_scans_weigh_alike_in_the_tails_whatever_their_size():
+    """100 pixels at z = 0 and 10 at 5: half of the brain, not a tenth, is at 5 or above. 10^-0.5 is the first level."""
+    low, high = torch.zeros(2, 1, 2, normative.BINS, dtype=torch.float64)
+    low[..., 0], high[..., 250] = 100, 10
+    assert Tails.fit([low, high]).z[0, :, 0].tolist() == pytest.approx([5.02, 5.02])
+
+
+def test_each_kind_has_its_own_tails():
+    """z = 2 is the last of the first kind's levels, 4.5, and the first of the second's, 0.5."""
+    z = torch.stack([torch.linspace(1, 2, 17), torch.linspace(2, 4, 17)])[:, None].expand(2, 2, 17)
+    told = Tails(z).surprise(torch.full((1, 2, 1, 1), 2.0))
+    assert told.flatten().tolist() == pytest.approx([4.5, 0.5])
+
+
 def test_surprise_is_the_share_of_healthy_brain_beyond():
     # |z| is uniform on 0..10 on the dense side: a tenth lies above 9, so z = 9 has surprise 1.
     z = torch.zeros(1, 2, 100, 200)
@@ -215,7 +296,17 @@ def test_the_hyperdense_band_alone_tells_nothing_hypodense():
 
 def test_residuals_are_clipped_in_the_band():
     inside = torch.ones(1, 64, 64, dtype=torch.bool)
-    assert normative.band_scales(torch.full((1, 64, 64), 500.0), inside)[0, 1].max() <= normative.CLIP_HU + 1e-3
+    assert normative.band_scales(torch.full((1, 64, 64), 500.0), inside)[0, 1, 32, 32].item() == pytest.approx(40)
+
+
+def test_the_band_lies_between_gaussians_of_6_and_40_pixels_at_512():
+    """Of a point, clipped to 40 HU: 40 times the Gaussian of 6 less that of sqrt(6^2 + 40^2)."""
+    inside, point = torch.ones(1, 512, 512, dtype=torch.bool), torch.zeros(1, 512, 512)
+    point[0, 256, 256] = 500
+    fine = normative.band_scales(point, inside)[0, 0]
+    for away in (0, 6, 12, 40):
+        high, low = (np.exp(-away**2 / (2 * v)) / (2 * np.pi * v) for v in (6**2, 6**2 + 40**2))
+        assert fine[256, 256 + away].item() == pytest.approx(40 * (high - low), rel=0.01, abs=2e-4)
 
 
 def test_soft_brain_leaves_out_bone_and_a_rim_of_it():

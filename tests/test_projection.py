@@ -50,7 +50,8 @@ def make_bundle(encoder=None):
     for net in (generator, discriminator):
         net.eval().requires_grad_(False)
     codes = torch.nn.functional.leaky_relu(torch.randn(200, TINY.n_latent, TINY.style_dim), 0.2)
-    latent = LatentStats.fit(codes, torch.linspace(0, 25, 200), [0.0, 10.0, 20.0], components=6)
+    latent = LatentStats.fit(codes, torch.linspace(0, 25, 200), [0.0, 10.0, 20.0], components=6, min_codes=32,
+                             max_reach_mm=20.0)
     generator, discriminator, encoder = networks
     return Search(SearchSettings(), generator, encoder, latent, discriminator)
 

@@ -313,6 +313,7 @@ def test_a_normal_that_does_not_come_close_costs_the_percentile_and_not_the_flag
     scores = [1.0, 2.0, 3.0, 4.0]
     assert alarmed(scores, error_of_rest=6.0, threshold=0.5) == (pytest.approx(40), 0.5)        # twice 3.0 is no more
     assert alarmed(scores, error_of_rest=6.1, threshold=0.5) == (None, 0.5)
+    assert alarmed(scores, error_of_rest=math.nan, threshold=0.5) == (None, 0.5)     # NaN is no more than anything
 
 
 def test_what_is_usual_is_what_the_healthy_scans_of_the_calibration_have():

@@ -101,7 +101,7 @@ def test_every_scan_with_its_slices_in_order_and_pictures_that_open(results):
     for _, packed in scans["b"]["pictures"]:
         picture = Image.open(io.BytesIO(base64.b64decode(packed)))
         assert (picture.format, picture.size) == ("WEBP", (96, 24))
-    assert scans["c"] == {"slices": [], "pictures": [], "aspect": 1.0, "total": 0, "key": []}
+    assert scans["c"] == {"slices": [], "pictures": [], "aspect": 1.0, "total": 0, "key": [], "compared": False}
 
 
 def test_key_slices_rise_above_healthy_ones_at_their_level(results):
@@ -118,7 +118,15 @@ def test_a_calibration_without_the_runs_scan_score_is_none(results):
     page = text_of(page_of(folder))
     assert "Highest: a, score 5." in page and "healthy scans: none can" not in page
     assert tables.read_calibration(RUN | {"calibration": CALIBRATION | {"scan_scores": {}}, "threshold": 3.0}
-                                   ) == tables.Calibration([], 3.0, None, None, [])
+                                   ) == tables.HealthyScores([], 3.0, None, None, [])
+
+
+def test_a_threshold_of_the_run_takes_the_place_of_the_models():
+    levels = [(10.0, 1.0, 1.0), (20.0, 1.0, 1.0), (30.0, 1.0, 1.0), (40.0, 9.0, 9.0)]
+    run = RUN | {"calibration": CALIBRATION}
+    assert tables.read_calibration(run) == tables.HealthyScores([1.0, 2.0, 3.0, 4.0], 3.5, 0.2, None, levels)
+    given = tables.read_calibration(run | {"threshold": 2.0})
+    assert given == tables.HealthyScores([1.0, 2.0, 3.0, 4.0], 2.0, None, None, levels)
 
 
 def test_it_says_what_was_found_where_and_how_sure(results):
@@ -301,7 +309,7 @@ def test_a_cut_among_the_failed_scans_counts_them_all():
         "20 failed."]
 
 
-HEALTHY = tables.Calibration([1.0, 2.0, 3.0], 2.5, 0.25, None, [])
+HEALTHY = tables.HealthyScores([1.0, 2.0, 3.0], 2.5, 0.25, None, [])
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -351,6 +359,9 @@ def test_a_row_that_is_not_compared_shows_neither_healthy_range_nor_threshold(re
     listed = {name: re.search(f'<tr data-scan="{name}".*?</tr>', page, re.DOTALL)[0] for name in "ab"}
     assert [(("<u " in row), ("<s " in row)) for row in listed.values()] == [(True, True), (False, False)]
     assert text_of(page).count("against the threshold not compared") == 1 and 'class="key-healthy"' in page
+    # Nor does the plot of its slices show the band
+    assert {name: scan["compared"] for name, scan in scans_in(page).items()} == {"a": True, "b": False, "c": False}
+    assert page.count("levels.filter(") == 0 and "(data.compared ? levels : []).filter(" in page
     rows = rows.replace("b,2.5,40.0,0,ok", "b,2.5,,,ok").replace("a,5.0,80.0,1,", "a,5.0,,,")
     (folder / "scores.csv").write_text(rows)
     page = page_of(folder)

@@ -40,6 +40,7 @@
     const some = data.pictures.length && data.pictures.length < data.total;
     el("partial").textContent = some ? `${data.pictures.length} of ${data.total} pictures are in this page, reduced: its `
       + "key slices. The others are in the results folder." : "";
+    if (el("band-key")) el("band-key").hidden = !data.compared;
     drawPlot();
     drawKeys();
     if (data.pictures.length) show(nearest(data.key[0]));
@@ -106,7 +107,7 @@
     xOf = s => left + (right - left) * (far - s[1]) / Math.max(far - near, 1e-9);
     const yOf = score => bottom - (bottom - top) * Math.min(score / high, 1);
     const at = (s, value) => `${xOf(s).toFixed(1)},${yOf(value).toFixed(1)}`;
-    const inside = levels.filter(([level]) => level >= near && level <= far).map(([level, low, up]) => [[0, level], low, up]);
+    const inside = (data.compared ? levels : []).filter(([level]) => level >= near && level <= far).map(([level, low, up]) => [[0, level], low, up]);
     if (inside.length > 1) {
       const edge = [...inside.map(([s, , up]) => at(s, up)), ...inside.reverse().map(([s, low]) => at(s, low))];
       add(plot, "polygon", {class: "band", points: edge.join(" ")});

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from ct.picture import pack_overlay
-from detect.report.tables import Calibration, Entry
+from detect.report.tables import Entry, HealthyScores
 from detect.scores import choose_key_slices
 
 FULL, REDUCED = (360, 75), (256, 60)         # a panel's longer side in pixels, WebP quality
 
 
-def set_key(entry: Entry, calibration: Calibration) -> None:
+def set_key(entry: Entry, calibration: HealthyScores) -> None:
     """Set key: the slices with a picture that rise highest above healthy ones at their level, or score highest.
 
     Not marked ones first, as DICOM's key slices are: slices.csv does not tell which are, and the page shows this band.
@@ -40,7 +40,7 @@ def _pack_scan(entry: Entry, numbers: list[int], size: tuple[int, int], pool: Th
     return pictures
 
 
-def add_pictures(entries: list[Entry], calibration: Calibration, room: int) -> None:
+def add_pictures(entries: list[Entry], calibration: HealthyScores, room: int) -> None:
     """Give scans their pictures, highest score first, within `room` bytes.
 
     Half the room goes to all slices of the first scans, the rest to key slices of every further one; what is then left

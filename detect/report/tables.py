@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from common.files import read_object, read_table
-from detect.outputs import SCORE_COLUMNS
+from detect.calibration import healthy_scores, healthy_slices, threshold_of
+from detect.outputs import SCORE_COLUMNS, split_notes
 from detect.result import find_result_folder
 
 RUN_KEYS = {"weights_sha256": str, "model": dict | None, "settings": dict, "device": str, "precision": str,
@@ -72,7 +73,7 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration:
+class HealthyScores:
     """Held-out healthy scans that scores are compared with; empty where the run had no calibration for its settings."""
 
     scores: list[float]                      # one per scan, ascending
@@ -160,7 +161,7 @@ def _entry(path: Path, row: dict[str, str]) -> Entry:
         raise ReportError(f"{path}: {row['scan_id']} has status 'ok' and no score; run projector.py again")
     return Entry(row["scan_id"], row["status"], row["reason"], score, percentile,
                  None if flagged is None else bool(flagged), count and int(count), projected and int(projected),
-                 error_hu, anomalous_ml, [note for note in row["notes"].split(" | ") if note])
+                 error_hu, anomalous_ml, split_notes(row["notes"]))
 
 
 def _find_overlays(entry: Entry, folder: Path) -> None:
@@ -183,24 +184,23 @@ def read_json(path: Path) -> dict:
         raise ReportError(f"{path}: no such file") from error
 
 
-def read_calibration(run: dict) -> Calibration:
+def read_calibration(run: dict) -> HealthyScores:
     """From run.json's `calibration`, null where the run's settings are others; empty if it lacks the run's scan score.
 
     A `threshold` given for the run replaces the model's, and has no false-positive rate.
     """
     found, given = run.get("calibration"), run.get("threshold")
     how = run["settings"].get("scan_score")
-    if not found or how not in found["scan_scores"]:
-        return Calibration([], given, None, None, [])
-    level = np.round([s["below_vertex_mm"] / LEVEL_MM for s in found["slice_scores"]])
-    scores = np.array([s["score"] for s in found["slice_scores"]])
+    if not found or how not in healthy_scores(found):
+        return HealthyScores([], given, None, None, [])
+    below_vertex_mm, scores = healthy_slices(found)
+    level = np.round(below_vertex_mm / LEVEL_MM)
     levels = [(float(mm * LEVEL_MM), *map(float, np.quantile(scores[level == mm], (0.05, 0.95))))
               for mm in np.unique(level)]
-    threshold = found["threshold"]
+    healthy, own = sorted(healthy_scores(found)[how]), threshold_of(found, how)
     if given is not None:
-        threshold = {how: given, "fpr": None, "reason": None}
-    return Calibration(sorted(found["scan_scores"][how]), threshold[how], threshold["fpr"],
-                       threshold["reason"], levels)
+        return HealthyScores(healthy, given, None, None, levels)
+    return HealthyScores(healthy, own.value, own.fpr, own.reason, levels)
 
 
 def attach_labels(entries: list[Entry], evaluation: dict, scores_sha256: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from detect.report.tables import Calibration, Entry
+from detect.report.tables import Entry, HealthyScores
 from detect.scores import rounded_up
 
 
@@ -23,13 +23,13 @@ def counted(n: int, what: str) -> str:
     return f"{n} {what}" + "s" * (n != 1)
 
 
-def healthy_below(entry: Entry, calibration: Calibration) -> str:
+def healthy_below(entry: Entry, calibration: HealthyScores) -> str:
     """How many healthy scans score lower, such as '4 of 5'; empty where unknown."""
     n = len(calibration.scores)
     return f"{round(entry.percentile * (n + 1) / 100)} of {n}" if n and entry.percentile is not None else ""
 
 
-def found(entries: list[Entry], calibration: Calibration) -> list[str]:
+def found(entries: list[Entry], calibration: HealthyScores) -> list[str]:
     """Sentences on what was found, the most important first."""
     done, n = [e for e in entries if e.ok], len(calibration.scores)
     flags = [e.flagged for e in done if e.flagged is not None]
@@ -66,7 +66,7 @@ def unshown(entries: list[Entry], others: Counter) -> list[str]:
             f"{of_all['failed'] or 'none'} failed."]
 
 
-def where(entries: list[Entry], calibration: Calibration) -> list[str]:
+def where(entries: list[Entry], calibration: HealthyScores) -> list[str]:
     """Sentences on where it was found, the most important first; none where no scan has a key slice."""
     first = next((e for e in entries if e.key), None)
     if first is None:
@@ -77,7 +77,7 @@ def where(entries: list[Entry], calibration: Calibration) -> list[str]:
             f"Each scan opens at the slice that {by}. Red outlines mark what differs from normal."]
 
 
-def sure(entries: list[Entry], calibration: Calibration, evaluation: dict | None) -> list[str]:
+def sure(entries: list[Entry], calibration: HealthyScores, evaluation: dict | None) -> list[str]:
     """Sentences on how certain it is, the most important first."""
     n = len(calibration.scores)
     sentences = []
