@@ -18,7 +18,14 @@ from detect.residual import (
     to_half_contrast,
 )
 from detect.scores import SCAN_SCORES, percentile_of, scan_score, thickness_mm, threshold_at_fpr
-from detect.surprise import Surprise, SurpriseSettings, peak_scores, pool_along_axis, surprise_scores
+from detect.surprise import (
+    SLICE_SCORES,
+    Surprise,
+    SurpriseSettings,
+    peak_scores,
+    pool_along_axis,
+    surprise_scores,
+)
 from detect.votes import VoteCounter, anomaly_map, frame_votes, slice_scores
 
 
@@ -415,6 +422,30 @@ def test_peak_scores_want_the_neighbours_support():
     single, three = (peak_scores(x, brain, above=2.0, sigma=2.0) for x in (alone, column))
     assert single[2] == pytest.approx(three[2].item() / 3)
     assert single.tolist() == pytest.approx([0, single[2].item(), single[2].item(), single[2].item(), 0])
+
+
+def test_the_sides_of_a_peak_do_not_add_up():
+    """Columns of 4 and -4: of what lies beyond 2, half to either side, a mean of 1, not 2."""
+    surprise = torch.full((3, 40, 40), 4.0)
+    surprise[:, :, ::2] = -4
+    scores = peak_scores(surprise, torch.ones(3, 40, 40, dtype=torch.bool), above=2.0, sigma=2.0)
+    assert scores.tolist() == pytest.approx([1, 1, 1], abs=0.01)
+
+
+def test_a_peak_is_12_pixels_wide_at_512():
+    """3 of 128: a point that lies 2 * pi * 3^2 beyond the limit is 1 in the middle of the Gaussian."""
+    surprise, brain = torch.zeros(1, 128, 128), torch.ones(1, 128, 128, dtype=torch.bool)
+    surprise[0, 64, 64] = 2 + 18 * np.pi
+    assert SLICE_SCORES["peak"].of(surprise, brain, 2.0, np.zeros(1)).item() == pytest.approx(1, rel=0.02)
+
+
+def test_a_slice_scores_over_what_was_searched_with_what_is_hypodense_at_its_weight():
+    """-5 in the searched half of the brain, at a weight of 0.6: it goes 1 beyond the limit of 2."""
+    surprise, brain = torch.zeros(1, 2, 16, 16), torch.ones(1, 16, 16, dtype=torch.bool)
+    surprise[:, :, :8] = -5
+    seen = Evidence(torch.zeros(1, 16, 16), brain, np.zeros(1), surprise[:, 0] < 0)
+    found = Surprise(SurpriseSettings(pool="area", hypodense=0.6, surprise_above=2.0)).findings(surprise, seen)
+    assert found.slice_scores.tolist() == pytest.approx([1])
 
 
 def test_what_is_predicted_is_rarer_than_the_limit_to_either_side():

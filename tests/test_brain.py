@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import synthetic_head, synthetic_scan
 
-from ct.brain import brain_mask, estimate_pixel_mm
+from ct.brain import _is_canal, _resize, bone_threshold, brain_mask, estimate_pixel_mm
 from ct.scan import Scan, ScanError
 
 SPACING_MM = (8.0, 2.4, 2.4)
@@ -44,6 +44,19 @@ def test_brain_of_a_synthetic_head_is_found():
     mask = brain_mask(scan)
     assert mask.dtype == bool and mask.shape == scan.hu.shape
     assert dice(mask, truth) > 0.95
+
+
+def test_brain_of_a_head_in_oblong_pixels_is_found_in_square_ones(monkeypatch):
+    """96 rows of 2 mm and 96 columns of 3.2 mm are worked on in pixels of 1 mm."""
+    (scan, truth), shapes = synthetic_scan(slices=16, spacing_mm=(8.0, 2.0, 3.2)), []
+    monkeypatch.setattr("ct.brain._resize", lambda image, shape: shapes.append(shape) or _resize(image, shape))
+    assert dice(brain_mask(scan), truth) > 0.95 and shapes[0] == (192, 307)
+
+
+@pytest.mark.parametrize("window, bone", [((-1024.0, 3071.0), 110), ((-20.0, 180.0), 110), ((-20.0, 100.0), 94)])
+def test_bone_is_denser_than_blood_and_what_the_window_ends_is_bone(window, bone):
+    """Acute blood reaches 90 HU; where a window ends below 116, its end less 6."""
+    assert bone_threshold(saturated(Scan("one", np.zeros((1, 2, 2), np.float32), np.zeros(1), None), *window)) == bone
 
 
 @pytest.mark.parametrize("window", [(-20.0, 100.0), (0.0, 80.0)])
@@ -169,6 +182,33 @@ def test_spinal_canal_below_the_foramen_is_dropped():
     mask = brain_mask(Scan("neck", hu, np.arange(25) * SPACING_MM[0], SPACING_MM[1:]))
     assert not mask[z < -60].any()
     assert dice(mask[z > -55], truth[z > -55]) > 0.93
+
+
+def test_the_canal_is_dropped_beside_what_is_brain():
+    """Below -20 mm all is bone but for a hole of 15 cm2 in front, and one of 6 cm2 behind."""
+    scan, truth = head()
+    z, y, x = grid_mm(scan.hu.shape)
+    low, front, canal = z < -20, np.hypot(y + 25, x) < 22, np.hypot(y - 30, x) < 14
+    mask = brain_mask(edited(scan, np.where(low & truth & ~front & ~canal, 900, scan.hu)))
+    assert mask[low & front & truth].mean() > 0.9 and not mask[low & canal].any()
+
+
+@pytest.mark.parametrize("row, column, side, found", [
+    (20, 0, 20, True), (8, 0, 20, False), (-20, 0, 20, False), (20, 30, 20, False), (20, -30, 20, False),
+    (20, 20, 20, True), (20, 0, 34, False)])
+def test_the_canal_is_small_behind_the_middle_and_near_the_midline(row, column, side, found):
+    """A square of so many mm a side, so far behind and beside the middle: 11 cm2, 10 mm and 25 mm are the limits."""
+    part = np.zeros((128, 128), bool)
+    part[64 + row - side // 2:64 + row + side // 2, 64 + column - side // 2:64 + column + side // 2] = True
+    assert _is_canal(part, (63.5, 63.5)) == found
+
+
+def test_the_highest_part_of_a_tilted_head_is_no_canal():
+    """8 cm2 at 2 mm below the vertex, and with every slice upwards all lies a pixel of 2.4 mm further behind."""
+    hu, truth = (np.stack([np.roll(image, k - 10, 0) for k, image in enumerate(volume)])
+                 for volume in synthetic_head(slices=20, spacing_mm=(6.0, 2.4, 2.4)))
+    mask = brain_mask(Scan("tilted", hu, np.arange(20) * 6.0, (2.4, 2.4)))
+    assert 700 < truth[17].sum() * 2.4**2 < 900 and mask[17][truth[17]].mean() > 0.9
 
 
 def test_a_given_mask_is_returned_as_it_is():

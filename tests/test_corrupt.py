@@ -151,3 +151,13 @@ def test_what_shares_pixels_with_bone_is_denser_beside_it(monkeypatch):
     beside = added[:, 64, 20]
     assert (beside >= 0).all() and 8 < (beside > 0).sum() < 30 and beside.max() > 10
     assert added[..., 27:].abs().max() < 1e-4                    # further than three times the widest Gaussian
+
+
+def test_shapes_are_dark_as_well_as_bright():
+    """In brain of 29 and 31 HU: half keep its texture, half of these darker; a third of the others is 0 to 22 HU."""
+    hu, darker = 30 + (-1.0) ** np.indices((8, 8)).sum(0), {True: [], False: []}
+    for seed in range(200):
+        filling = corrupt._filling("blob", hu, hu, np.random.default_rng(seed))
+        darker[np.ptp(filling - hu) < 1e-6].append(filling.mean() < 30)
+    (own, of_own), (_, of_others) = ((len(one), np.mean(one)) for one in (darker[True], darker[False]))
+    assert 60 < own < 140 and 0.3 < of_own < 0.7 and 0.15 < of_others < 0.55
