@@ -6,8 +6,9 @@
 labels.csv has the columns scan_id, label (0 or 1) and, if there are any, types (separated by '|') and patient
 (scans of one patient then count as one cluster, in every interval and test). Writes metrics.json, metrics.md, roc.png
 and pr.png (triage.json and triage.md), and with --report projector.py's report again, with labels and ROC. A figure
-that the data do not define reads 'undefined: <why>'. A threshold comes from other data or there is none. No scan is
-left out silently: see --missing. Exit 0 done, 2 wrong usage or unfit input.
+that the data do not define reads 'undefined: <why>'. A threshold comes from other data, by the same model, or there is
+none. An interval by bootstrap is too narrow with fewer than 50 patients of a class, and marked. No scan is left out
+silently: see --missing. Exit 0 done, 2 wrong usage or unfit input.
 """
 
 from __future__ import annotations
@@ -43,6 +44,15 @@ def write(out: Path, stem: str, report: dict, table: str) -> None:
     replace_text(out / f"{stem}.md", table)
 
 
+def refuse_folder(flag: str, folder: Path) -> None:
+    """InputError, before any work, where a folder can be none that is written to."""
+    from evaluation.cohort import InputError
+
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise InputError(f"{flag}: {there} is no folder that can be written to; choose another")
+
+
 def provenance(args) -> dict:
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"settings": vars(args), "versions": {"python": platform.python_version(), **versions}}
@@ -59,16 +69,18 @@ def slice_units(args, scan_scores: dict[Key, Score], scan_labels: dict[Key, Labe
     is wrong. Raises InputError for a slice labelled 1 of a scan labelled 0.
     Slices of a scan that failed, is unreliable or absent have no score either.
     """
-    from evaluation.cohort import UNSCORED, join, read_labels, read_scores, refuse_contradiction
+    from evaluation.cohort import UNSCORED, join, read_labels, read_scores, refuse_contradiction, refuse_counted_from_1
 
     every_label, _ = read_labels(args.slice_labels, by_slice=True)
     refuse_contradiction(scan_labels, every_label, args.slice_labels)
     labels = {k: replace(label, patient=scan_labels[k[:1]].patient) for k, label in every_label.items()
               if k[:1] in scan_labels}
     own = read_scores(args.slices, by_slice=True)
+    refuse_counted_from_1(labels, own, args.slice_labels)
     scores = {k: scan_scores[k[:1]] if scan_scores.get(k[:1]) in UNSCORED else score for k, score in own.items()
               if k[:1] in scan_scores or k not in labels}
-    units = join(scores, labels, args.missing, {k for k in scores if k[:1] in not_chosen}, "slices")
+    units = join(scores, labels, args.missing, {k for k in scores if k[:1] in not_chosen}, "slices",
+                 f"{args.slices} against {args.slice_labels}")
     if len(labels) < len(every_label):
         others = {"labelled, of scans without a scan label": len(every_label) - len(labels)}
         units = replace(units, left_out=units.left_out | others)
@@ -86,12 +98,18 @@ def own_threshold(scores: Path, evaluated: list[Key]) -> tuple[float | None, str
     says how many of the evaluated scans have no flag: their scores cannot be compared with the calibration's.
     """
     from detect.report import read_json
-    from evaluation.cohort import read_table
+    from evaluation.cohort import InputError, read_table
 
     path = scores.parent / "run.json"
     run = read_json(path) if path.is_file() else {}
-    calibration, how = run.get("calibration"), run.get("settings", {}).get("scan_score")
-    own, given = calibration and calibration["threshold"].get(how), run.get("threshold")
+    try:
+        calibration, how = run.get("calibration"), run.get("settings", {}).get("scan_score")
+        own, given = calibration["threshold"].get(how) if calibration else None, run.get("threshold")
+        own, given = (None if one is None else one + 0.0 for one in (own, given))
+        rate = None if own is None else f"{calibration['threshold']['fpr']:g}"
+    except (AttributeError, KeyError, TypeError, ValueError) as error:          # another program's, or changed by hand
+        raise InputError(f"{path}: settings, calibration or threshold are not as projector.py writes them ({error}); "
+                         "run it again, or evaluate a copy of the scores elsewhere") from error
     if run.get("seconds", 0) is None or (own is None and given is None):
         return None, ""
     if "settings" not in run:                             # healthygan.test writes none
@@ -99,13 +117,33 @@ def own_threshold(scores: Path, evaluated: list[Key]) -> tuple[float | None, str
     elif given is not None:
         source = "that of projector.py --threshold"
     else:
-        source = (f"the model's own, at a false-positive rate of {calibration['threshold']['fpr']:g} on the healthy "
-                  "scans of its calibration, none of which may be among these")
+        source = (f"the model's own, at a false-positive rate of {rate} on the healthy scans of its calibration, none "
+                  "of which may be among these")
     without = {(row["scan_id"],) for row in read_table(scores, ("scan_id", "status"))
                if row["status"] == "ok" and row.get("flagged") == ""}
     if count := len(without & set(evaluated)):
         source += f"; {count} of these scans projector.py has not flagged or cleared by it: their notes say why"
     return own if given is None else given, source
+
+
+def scan_origin(folder: Path, key: Key) -> str | None:
+    """The hash by which the result.json of a scan in a folder of results says which scan it is.
+
+    Of its series or, without one, of its pictures. Not of its place, which the scans of a zip file share. None for a
+    scan without a result there.
+    """
+    from detect.result import find_result_folder, read_result, result_folder
+    from evaluation.cohort import InputError
+
+    try:
+        result_folder(folder, key[0])
+    except ValueError:                                            # not an id that projector.py gives
+        return None
+    try:
+        result = read_result(find_result_folder(folder, key[0]))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return result and (result["origin"].get("uid") or result["origin"].get("content"))
 
 
 def find_maps(args, scan_id: str) -> tuple[Path, bool]:
@@ -137,18 +175,33 @@ def evaluate(args) -> None:
     from evaluation.cohort import InputError, join, read_labels, read_scores, threshold_from
     from evaluation.figures import level_figures, markdown, pixel_figures, plot_curves, table
     from evaluation.metrics import defined
+    from evaluation.origin import refuse_other_model
 
+    folder = args.scores.parent
+    if args.report:
+        refuse_folder(f"--report {args.report}", args.report.parent)
+        needed = [folder / name for name in ("scores.csv", "slices.csv", "run.json")]
+        if args.scores.name != "scores.csv" or not all(path.is_file() for path in needed):
+            raise InputError(f"--report: {args.scores} must be the scores.csv of a folder of results of projector.py; "
+                             f"expected {', '.join(map(str, needed))}")
     scores = read_scores(args.scores)
     labels, not_chosen = read_labels(args.labels, args.where)
-    units = {"scan": join(scores, labels, args.missing, not_chosen)}
+    units = {"scan": join(scores, labels, args.missing, not_chosen, tables=f"{args.scores} against {args.labels}")}
     thresholds = {"scan": (args.threshold, "--threshold"),
                   "slice": (args.slice_threshold, "--slice-threshold")}
     if args.threshold is None and not args.threshold_from:
         thresholds["scan"] = own_threshold(args.scores, units["scan"].keys)
     if args.threshold_from:
-        thresholds["scan"] = threshold_from(args.threshold_from, args.fpr, args.missing, units["scan"])
+        others = args.threshold_from[0]
+        unknown = refuse_other_model(folder, others.parent, f"--threshold-from {others}")
+        threshold, source = threshold_from(args.threshold_from, args.fpr, args.missing, units["scan"], scan_origin,
+                                           folder)
+        thresholds["scan"] = threshold, "; ".join(filter(None, (source, unknown)))
     if args.slices:
+        refuse_other_model(folder, args.slices.parent, f"--slices {args.slices}")
         units["slice"], contrary = slice_units(args, scores, labels, not_chosen)
+    if args.masks:
+        refuse_other_model(folder, args.maps, f"--maps {args.maps}")
     settings = FigureSettings(**{f.name: getattr(args, f.name) for f in fields(FigureSettings)})
     report = {level: level_figures(u, *thresholds[level], settings) for level, u in units.items()}
     if args.slices:
@@ -157,7 +210,8 @@ def evaluate(args) -> None:
         report["pixel"] = pixel_figures(units["scan"], args.masks, args.maps, args.mask_gaps, settings,
                                         partial(find_maps, args))
     if args.compare:
-        other = join(read_scores(args.compare), labels, args.missing, not_chosen)
+        other = join(read_scores(args.compare), labels, args.missing, not_chosen,
+                     tables=f"--compare {args.compare} against {args.labels}")
         if other.keys != units["scan"].keys:
             raise InputError(f"--compare {args.compare}: has scores for other scans than {args.scores}")
         report["comparison"] = {
@@ -184,7 +238,8 @@ def simulate_worklist(args) -> None:
     from evaluation.metrics import Undefined
 
     labels, not_chosen = read_labels(args.labels, args.where)
-    units = join(read_scores(args.scores), labels, args.missing, not_chosen)
+    units = join(read_scores(args.scores), labels, args.missing, not_chosen,
+                 tables=f"{args.scores} against {args.labels}")
     given = {f.name: getattr(args, f.name) for f in fields(TriageSettings)}
     settings = TriageSettings(**{name: value for name, value in given.items() if value is not None})
     intervals = read_seconds(args.arrival_intervals, may_be_0=True) if args.arrival_intervals else None
@@ -261,7 +316,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
         help="a scan is called abnormal above this score; set on other data (default: the model's own, from the "
              "run.json beside SCORES; right only where SCORES has no scan of its calibration)")
     add("--threshold-from", type=Path, nargs="+", metavar="CSV",
-        help="SCORES [LABELS] of other scans (without labels all healthy): threshold at --fpr on the healthy")
+        help="SCORES [LABELS] of other scans by the same model (without labels all healthy): threshold at --fpr on the "
+             "healthy")
     add("--fpr", type=_share, help="false-positive rate for --threshold-from (default 0.05)")
     add("--slice-threshold", type=_finite, help="the same for slices")
     add("--prevalence", type=_share, help="share of abnormal scans for 'PPV at prevalence'")
@@ -269,7 +325,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--report", type=Path, metavar="HTML",
         help="write projector.py's report anew with labels and ROC; SCORES must lie in its results folder")
     add("--level", type=_share, default=default.level, help="of the intervals (default %(default)s)")
-    add("--bootstrap", type=_at_least(int, 100), default=default.bootstrap, help="resamples (default %(default)s)")
+    add("--bootstrap", type=_at_least(int, 100), default=default.bootstrap, help="resamples for intervals, which are "
+        "too narrow with fewer than 50 patients of a class (default %(default)s)")
     return parser
 
 
@@ -315,6 +372,8 @@ def complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("give --threshold or --threshold-from, not both")
     if args.threshold_from and len(args.threshold_from) > 2:
         parser.error("--threshold-from takes SCORES or SCORES LABELS")
+    if args.report and args.report.suffix != ".html":             # a table would be lost
+        parser.error(f"--report {args.report}: expected a file named .html")
     if args.masks and not args.masks.is_dir():
         parser.error(f"--masks {args.masks}: no such folder")
     args.maps, args.mask_gaps = args.maps or args.scores.parent, args.mask_gaps or "error"
@@ -332,6 +391,7 @@ def main(argv: list[str] | None = None) -> int:
     from evaluation.cohort import InputError
 
     try:
+        refuse_folder(f"--out {args.out}", args.out)
         command(args)
     except (OSError, InputError, ReportError) as problem:
         print(f"{parser.prog}: error: {problem}", file=sys.stderr)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +57,10 @@ class Units:
 
 
 def name(key: Key) -> str:
-    """A key for messages, with leading and trailing spaces and unprintable characters made visible."""
+    """A key for messages, with leading and trailing spaces and unprintable or composed characters made visible."""
     shown = " slice ".join(map(str, key))
-    return shown if shown.isprintable() and shown == shown.strip() else ascii(shown)
+    plain = shown.isprintable() and shown == shown.strip() and unicodedata.is_normalized("NFC", shown)
+    return shown if plain else ascii(shown)
 
 
 def _names(keys: Sequence[Key]) -> str:
@@ -123,13 +125,13 @@ def read_labels(path: Path, where: Sequence[str] = (),
     """
     conditions: dict[str, set[str]] = {}
     for column, _, value in (condition.partition("=") for condition in where):
-        conditions.setdefault(column, set()).add(value)
-    labels, not_chosen, met = {}, set(), set()
+        conditions.setdefault(column, set()).add(value.strip())
+    labels, not_chosen = {}, set()
     rows = list(rows_by_key(path, ("label", *conditions), by_slice))
     _refuse_misspelt(path, rows[0][1] if rows else ())
+    _refuse_unmet(path, [row for _, row in rows], conditions)
     for key, row in rows:
-        met.update(f"{column}={row[column]}" for column in conditions)
-        if any(row[column] not in values for column, values in conditions.items()):
+        if any(row[column].strip() not in values for column, values in conditions.items()):
             not_chosen.add(key)
             continue
         types = tuple(sorted({t.strip() for t in row.get("types", "").split("|")} - {""}))
@@ -140,8 +142,7 @@ def read_labels(path: Path, where: Sequence[str] = (),
             raise InputError(f"{path}, line {row.line}: {name(key)} has label 0 and types {'|'.join(types)!r}; "
                              "expected no types beside label 0: leave that cell empty")
         labels[key] = Label(int(value), types, row.get("patient", "").strip() or row["scan_id"])
-    if unmet := [condition for condition in where if condition not in met]:
-        raise InputError(f"{path}: no row has {', '.join(unmet)}; correct --where, or leave that out")
+    _refuse_two_spellings(path, {one for label in labels.values() for one in label.types})
     if not labels:
         raise InputError(f"{path}: no labels" + (f" where {', '.join(where)}" if where else ""))
     return labels, not_chosen
@@ -154,6 +155,25 @@ def _refuse_misspelt(path: Path, columns: Collection[str]) -> None:
             raise InputError(f"{path}: has the column {meant[column]!r}, which would not be read; name it {column!r}")
 
 
+def _refuse_two_spellings(path: Path, types: set[str]) -> None:
+    """Of types: each would be a category of its own, and of a list with other separators all together."""
+    spelled: dict[str, str] = {}
+    for one in sorted(types):
+        if ";" in one:
+            raise InputError(f"{path}: has the type {one!r}; expected '|' between types")
+        other = spelled.setdefault(" ".join(one.casefold().split()), one)
+        if other != one:
+            raise InputError(f"{path}: has the types {other!r} and {one!r}; expected one spelling of each")
+
+
+def _refuse_unmet(path: Path, rows: Sequence[Row], conditions: dict[str, set[str]]) -> None:
+    for column, values in conditions.items():
+        there = sorted({row[column].strip() for row in rows})
+        if unmet := sorted(values.difference(there)):
+            raise InputError(f"{path}: no row has {', '.join(f'{column}={value}' for value in unmet)}; {column} has "
+                             f"{some([*map(repr, there)]) or 'no value'} there; correct --where, or leave that out")
+
+
 def refuse_contradiction(labels: dict[Key, Label], slice_labels: dict[Key, Label], path: Path) -> None:
     """InputError where a slice is labelled 1 of a scan that is labelled 0. path: of the slices' labels."""
     wrong = [key for key, label in slice_labels.items() if label.label and key[:1] in labels
@@ -163,9 +183,27 @@ def refuse_contradiction(labels: dict[Key, Label], slice_labels: dict[Key, Label
                          "correct one of the two")
 
 
+def refuse_counted_from_1(labels: Collection[Key], scores: Collection[Key], path: Path) -> None:
+    """InputError where the labels of slices count from 1: in every scan with scores from 0 on to one fewer."""
+    labelled, scored = _slices_by_scan(labels), _slices_by_scan(scores)
+    both = labelled.keys() & scored.keys()
+    if both and all(scored[scan][0] == 0 and labelled[scan] == (1, scored[scan][1] + 1) for scan in both):
+        raise InputError(f"{path}: counts slices from 1: in every scan the last label is of a slice more than there "
+                         "are, and slice 0 has none; expected them counted from 0")
+
+
+def _slices_by_scan(keys: Iterable[Key]) -> dict[str, tuple[int, int]]:
+    """The first and the last slice of each scan."""
+    found: dict[str, tuple[int, int]] = {}
+    for scan, number in keys:
+        first, last = found.get(scan, (number, number))
+        found[scan] = min(first, number), max(last, number)
+    return found
+
+
 def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
-         not_chosen: Iterable[Key] = (), what: str = "scans") -> Units:
-    """Scores and labels by key.
+         not_chosen: Iterable[Key] = (), what: str = "scans", tables: str = "scores against labels") -> Units:
+    """Scores and labels by key. tables: what they are from, for messages.
 
     missing: what to do with a unit without a score (failed or absent), with an unreliable one, or without a label:
     'error' (InputError), 'exclude', or 'worst'. With 'worst' a unit without a score is ranked wrongly, below all
@@ -179,11 +217,11 @@ def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
     faults = {why: keys for why, keys in faults.items() if keys}
     if missing == "error" and faults:
         listed = "; ".join(f"{len(keys)} {what} {why} ({_names(keys)})" for why, keys in faults.items())
-        raise InputError(f"scores against labels: {listed}. Mend the files, choose rows of the labels "
+        raise InputError(f"{tables}: {listed}. Mend the files, choose rows of the labels "
                          "with --where COLUMN=VALUE, or say --missing exclude or --missing worst")
     finite = {k: scores[k] for k in labels if k in scores and scores[k] not in UNSCORED}
     if not finite:
-        raise InputError(f"none of the labelled {what} has a score")
+        raise InputError(f"{tables}: none of the labelled {what} has a score")
     worst = {1: min(finite.values()) - 1, 0: max(finite.values()) + 1}
     kept = [k for k in labels if missing == "worst" or k in finite]
     left_out = {why: len(keys) for why, keys in faults.items()
@@ -196,8 +234,13 @@ def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
                  np.array([k not in finite for k in kept], bool))
 
 
-def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: Units) -> tuple[float, str]:
-    """Threshold at `fpr` on the normal scans of other data, SCORES (all healthy) or SCORES LABELS; and its source."""
+def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: Units,
+                   origin: Callable[[Path, Key], str | None], folder: Path) -> tuple[float, str]:
+    """Threshold at `fpr` on the normal scans of other data, SCORES (all healthy) or SCORES LABELS; and its source.
+
+    origin: from a folder of results and a key to a hash that says which scan it is, None where unknown. folder: of the
+    evaluated ones.
+    """
     scores = read_scores(paths[0])
     labels = read_labels(paths[1])[0] if len(paths) > 1 else {key: Label(0, (), key[0]) for key in scores}
     keys, patients = set(evaluated.keys), set(evaluated.clusters.tolist())
@@ -205,7 +248,15 @@ def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: Units
     if shared:
         raise InputError(f"--threshold-from {paths[0]}: {len(shared)} of its scans are evaluated here too, or "
                          f"others of their patients ({_names(shared)}); a threshold must come from other data")
-    units = join(scores, labels, missing)
+    here = {found: key for key in evaluated.keys if (found := origin(folder, key))}
+    again = [f"{name(key)}, here {name(here[found])}" for key in labels
+             if (found := origin(paths[0].parent, key)) in here]
+    if again:
+        raise InputError(f"--threshold-from {paths[0]}: {len(again)} of its scans are evaluated here too, under "
+                         f"another id ({some(again, 3, '; ')}: their result.json tell); a threshold must come from "
+                         "other data")
+    tables = f"--threshold-from {' '.join(map(str, paths))}"
+    units = join(scores, labels, missing, tables=tables)
     normal = np.where(units.worst, np.inf, units.scores)[units.labels == 0]         # no threshold clears the worst
     if not len(normal):
         raise InputError(f"--threshold-from {paths[-1]}: has no normal scans to set a threshold on")

@@ -19,6 +19,8 @@ import numpy as np
 from scipy import special, stats
 from sklearn.metrics import roc_curve
 
+FEW = 50                 # of fewer patients of a class bootstrap_interval is too narrow
+
 
 class Undefined(ValueError):
     """A figure that these data do not define; the message is the reason."""
@@ -194,6 +196,12 @@ def bootstrap_interval(statistic: Callable[[np.ndarray, np.ndarray], float], sco
     units as clusters this is resampling stratified by class. Raises Undefined when the statistic is
     undefined, is so in over 5 % of the resamples, or does not vary (an AUC of 1 stays 1 in every resample: no
     information, no interval), and when a class comes from one cluster alone, which no resample could replace.
+
+    Too narrow where few clusters tell: resamples of few vary less than new ones would, and an average precision of few
+    is too high on average. Simulated with as many patients of either class, alone or with ten slices each, AUC 0.7 to
+    0.97, 95 % intervals of the average precision held it, where they were defined, on average (and at the least) in 68
+    (51) of 100 cohorts with 2 patients of a class, 76 (67) with 3, 84 (74) with 5, 85 (80) with 10, 89 (84) with 20,
+    92 (88) with FEW, 93 (92) with 100; of the AUC in 72 (51), 80 (67), 87 (76), 89 (81), 91 (85), 94 (90), 93 (92).
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     statistic(scores, labels)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -82,8 +85,46 @@ def test_an_optional_column_in_another_spelling_is_refused(tmp_path, column, mea
 def test_a_condition_that_no_row_meets_is_refused(tmp_path):
     """A slip in one of two values of --where cost its scans without a word."""
     path = write_csv(tmp_path / "labels.csv", "scan_id,split,label", [["a", "test", 1], ["b", "train", 0]])
-    with pytest.raises(cohort.InputError, match="labels.csv: no row has split=tets; correct --where"):
+    with pytest.raises(cohort.InputError, match="labels.csv: no row has split=tets; split has 'test', 'train' there; "
+                                                "correct --where"):
         cohort.read_labels(path, ["split=train", "split=tets"])
+
+
+def test_a_row_is_chosen_whatever_spaces_are_around_its_cell(tmp_path):
+    """'test ' was no row of split=test, and left out as if on purpose."""
+    rows = [["a", "test ", 1], ["b", " test", 0], ["c", "train", 0]]
+    path = write_csv(tmp_path / "labels.csv", "scan_id,split,label", rows)
+    for where in ("split=test", "split= test"):
+        labels, not_chosen = cohort.read_labels(path, [where])
+        assert set(labels) == {("a",), ("b",)} and not_chosen == {("c",)}
+
+
+@pytest.mark.parametrize("types, message", [
+    (["Subdural", "subdural"], "has the types 'Subdural' and 'subdural'; expected one spelling of each"),
+    (["Sub  dural", "Sub dural"], "expected one spelling"),
+    (["Subdural;Epidural", ""], "has the type 'Subdural;Epidural'; expected '|' between types")])
+def test_types_that_would_be_categories_of_their_own_are_refused(tmp_path, types, message):
+    """'Subdural' and 'subdural' were two, each of half the scans."""
+    path = write_csv(tmp_path / "labels.csv", "scan_id,label,types", [["a", 1, types[0]], ["b", 1, types[1]]])
+    with pytest.raises(cohort.InputError, match=f"labels.csv: .*{re.escape(message)}"):
+        cohort.read_labels(path)
+
+
+def test_composed_letters_are_told_apart_from_single_ones():
+    """The message named two ids that looked alike."""
+    with pytest.raises(cohort.InputError, match=r"1 scans labelled without a score \('a\\u0308'\); 1 scans scored "
+                                                r"without a label \(ä\)"):
+        cohort.join({("ä",): 1.0}, {("a\u0308",): label(1)}, "error")
+
+
+def test_slices_counted_from_1_are_refused():
+    """With --missing exclude every label was that of the slice below."""
+    scores = [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("c", 0)]
+    from_1 = [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("other", 1)]
+    with pytest.raises(cohort.InputError, match="slice_labels.csv: counts slices from 1"):
+        cohort.refuse_counted_from_1(from_1, scores, Path("slice_labels.csv"))
+    for labels in ([*from_1, ("b", 0)], [("a", 1), ("b", 1)], [("a", 1), ("a", 2), ("b", 1)], [("other", 1)]):
+        cohort.refuse_counted_from_1(labels, scores, Path("slice_labels.csv"))
 
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from scipy.stats import t
 
 import evaluate
 from evaluation import cohort, metrics
-from evaluation.figures import NO_THRESHOLD, at_threshold, level_figures
+from evaluation.figures import NO_THRESHOLD, at_threshold, level_figures, ranking, resampled
 from evaluation.settings import FigureSettings
 from tests.evaluation_data import LABELS, SCORES, run, write_csv, write_results
 
@@ -242,6 +242,15 @@ def test_labels_of_slices_do_not_contradict_those_of_scans(results, capsys):
     assert "slice_labels.csv: 1 slices have label 1 though their scan has label 0 (e slice 1)" in said
 
 
+def test_labels_of_slices_from_1_are_refused_whatever_is_missing(results, capsys):
+    labels = results.parent / "slice_labels.csv"
+    write_csv(labels, "scan_id,slice,label", [[name, k, int(name in "abc" and k == 2)] for name in "abcdef"
+                                              for k in (1, 2, 3)])
+    flags = ["--slices", results / "slices.csv", "--slice-labels", labels, "--missing", "exclude"]
+    assert run(results, *flags) == (2, None)
+    assert f"{labels}: counts slices from 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("extra", [["--slices", "x.csv"], ["--threshold", "1", "--threshold-from", "x.csv"],
                                    ["--prevalence", "1.5"], ["--where", "split"], ["--level", "95"],
                                    ["--threshold", "nan"], ["--slice-threshold", "inf"], ["--masks", "nowhere"],
@@ -263,10 +272,66 @@ def test_labels_that_are_no_csv_are_exit_2(results, capsys, content, message):
     assert "labels.csv" in error and message in error
 
 
-def test_a_file_in_place_of_the_out_folder_is_exit_2(results, capsys):
-    (results.parent / "taken").write_text("x")
-    assert run(results, out="taken/metrics")[0] == 2
-    assert "taken" in capsys.readouterr().err
+@pytest.mark.parametrize("command", [[], ["triage"]])
+@pytest.mark.parametrize("out", ["taken", "taken/metrics"])
+def test_a_file_in_place_of_the_out_folder_is_told_before_any_work(results, command, out, capsys, monkeypatch):
+    """It was told by the system's words, after all figures."""
+    taken = results.parent / "taken"
+    taken.write_text("x")
+    monkeypatch.setattr(cohort, "read_labels", None)
+    wanted = [*command, str(results / "scores.csv"), str(results.parent / "labels.csv"), "--out"]
+    assert evaluate.main([*wanted, str(results.parent / out)]) == 2
+    assert (f"error: --out {results.parent / out}: {taken} is no folder that can be written to; choose another\n"
+            in capsys.readouterr().err)
+
+
+def test_a_report_that_cannot_be_is_told_before_any_work(results, capsys, monkeypatch):
+    monkeypatch.setattr(cohort, "read_labels", None)
+    (results / "run.json").write_text("{}")
+    flags = [results / "scores.csv", results.parent / "labels.csv", "--out", results.parent / "m", "--report"]
+    for report, told in ((results / "run.json" / "a.html", f"{results / 'run.json'} is no folder that can be written"),
+                         (results / "a.html", f"expected {results / 'scores.csv'}, {results / 'slices.csv'}, "
+                                              f"{results / 'run.json'}")):
+        assert evaluate.main([*map(str, flags), str(report)]) == 2
+        assert told in capsys.readouterr().err
+        (results / "run.json").unlink(missing_ok=True)
+    with pytest.raises(SystemExit):                                          # it would take the place of the scores
+        evaluate.main([*map(str, flags), str(results / "scores.csv")])
+
+
+@pytest.mark.parametrize("content", [
+    {"calibration": 3}, {"settings": [1]}, {"threshold": "0.5"},
+    {"calibration": {"threshold": {"mean": 0.5}}, "settings": {"scan_score": "mean"}}])
+def test_a_run_json_of_another_program_is_exit_2(results, content, capsys):
+    """Each was a traceback."""
+    (results / "run.json").write_text(json.dumps(content))
+    assert run(results) == (2, None)
+    assert "run.json: settings, calibration or threshold are not as projector.py writes" in capsys.readouterr().err
+
+
+def test_a_message_names_the_tables_it_is_about(results, capsys):
+    """'scores against labels' was said of any two of four tables."""
+    other = write_csv(results.parent / "other.csv", "scan_id,score,status", [["a", 1, "ok"]])
+    assert run(results, "--compare", other) == (2, None)
+    assert f"error: --compare {other} against {results.parent / 'labels.csv'}: 5 scans" in capsys.readouterr().err
+    write_csv(other, "scan_id,score,status", [["h", "", "failed"]])
+    assert run(results, "--threshold-from", other, "--missing", "exclude") == (2, None)
+    assert f"--threshold-from {other}: none of the labelled scans has a score" in capsys.readouterr().err
+
+
+def test_an_interval_of_few_patients_is_marked(results, capsys):
+    """Average precision has no other interval than the bootstrap's, which is too narrow for few."""
+    report = run(results)[1]
+    rows = {(level, figure): interval for level, figure, _, interval, _ in report["table"]["rows"]}
+    assert rows["scan", "average precision"].endswith(" (few patients)") and report["scan"]["few"]
+    assert rows["scan", ""].endswith(" (bootstrap, few patients)") and rows["scan", "AUC"].endswith(" (DeLong)")
+    assert "- few patients: fewer than 50 of a class" in capsys.readouterr().out
+    for patients, few in ((49, True), (50, False)):                          # two scans of each, of either class
+        labels = np.arange(4 * patients) // 2 % 2
+        found = ranking(labels * 0.5 + np.arange(4 * patients) % 7 / 7, labels, np.arange(4 * patients) // 2,
+                        FigureSettings(bootstrap=100))
+        assert found["few"] is few
+    assert resampled((0.5, 0.75), False) == "0.500 to 0.750" and resampled("undefined: x", True) == "undefined: x"
 
 
 @pytest.mark.parametrize("command", [[], ["triage"]])

@@ -60,6 +60,7 @@ def test_masks_nifti_and_pictures(results):
     pixel = report["pixel"]
     assert pixel["dice_by_scan"] == {"a": 0.5, "b": 0.5, "c": 0.5}           # 4 and 4 pixels, 2 in common
     assert pixel["dice_pooled"] == 0.5
+    assert pixel["few"]                                                      # three patients with a lesion
     # 2.5: 2 hits of 2; 2.0: 2 misses; 0.5: 2 hits of 6: AP = 0.5 * 1 + 0.5 * 4/6
     assert pixel["pixel_average_precision"] == pytest.approx(0.5 + 0.5 * 4 / 6)
     report = run(results, "--masks", base / "masks", "--mask-gaps", "skip")[1]
