@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.files import replace_text, sha256
+from common.files import no_folder, replace_text, sha256
 from evaluation.settings import FigureSettings, TriageSettings
 
 if TYPE_CHECKING:                         # what takes seconds to import, functions import: --help needs none of it
@@ -48,8 +48,7 @@ def refuse_folder(flag: str, folder: Path) -> None:
     """InputError, before any work, where a folder can be none that is written to."""
     from evaluation.cohort import InputError
 
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
+    if there := no_folder(folder):
         raise InputError(f"{flag}: {there} is no folder that can be written to; choose another")
 
 
@@ -153,6 +152,7 @@ def find_maps(args, scan_id: str) -> tuple[Path, bool]:
     in result.json says so. Raises InputError for an id that cannot be a folder's name.
     """
     from ct.whole_head import UPSIDE_DOWN
+    from detect.outputs import split_notes
     from detect.result import find_result_folder, read_result, result_folder
     from evaluation.cohort import InputError
 
@@ -166,7 +166,7 @@ def find_maps(args, scan_id: str) -> tuple[Path, bool]:
                          "--where") from error
     if result is None and (folder / "result.json").exists():
         raise InputError(f"{folder / 'result.json'}: cannot be read as JSON; project the scan again")
-    return folder, result is not None and UPSIDE_DOWN in result["scan"].get("notes", "").split(" | ")
+    return folder, result is not None and UPSIDE_DOWN in split_notes(result["scan"].get("notes", ""))
 
 
 def evaluate(args) -> None:

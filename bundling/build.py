@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import tempfile
 from collections import Counter
@@ -29,6 +28,7 @@ from bundling.origins import (
     reader_of,
     taught,
 )
+from common.files import no_folder
 from common.weights import CheckpointError
 from common.wording import some
 from dataset import SliceDataset
@@ -200,8 +200,7 @@ def write(trained: list[Trained], settings: Settings, known: dict[str, Any], tar
 
 def refuse_bundle(out: Path, overwrite: bool) -> None:
     """CheckpointError, before any work, where --out holds a bundle that is to stay or a run, or can be no folder."""
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
+    if there := no_folder(out):
         raise CheckpointError(f"--out {out}: {there} is no folder that can be written to; choose another --out")
     if snapshot_steps(out):                                    # beside it a bundle would be taken in its place
         raise CheckpointError(f"--out {out}: holds a training run; choose another --out")

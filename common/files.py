@@ -186,6 +186,13 @@ def full_disk_named(path: Path, needed: int = 0) -> Iterator[None]:
         raise FullDiskError(path, needed) from error
 
 
+def no_folder(path: Path) -> Path | None:
+    """What keeps `path` from being a folder that is written to: it, or the nearest of its parents that is there, where
+    that is a file or may not be written to. None where nothing does."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    return None if there.is_dir() and os.access(there, os.W_OK) else there
+
+
 def require_space(path: Path, needed: int) -> None:
     """Raise FullDiskError where `needed` bytes do not fit on the disk of `path`."""
     if _free(path) < needed:

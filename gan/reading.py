@@ -26,6 +26,7 @@ from dataset import SliceDataset
 from detect.inversion import EncoderMethod
 from detect.reader import Reader, grainless, reader_input
 from gan.augment import random_flip
+from gan.averaging import follow
 from gan.corrupt import draw_grained, scanner
 from gan.inpainting import bone_of
 from gan.quality import Measured
@@ -101,7 +102,7 @@ class ReadingTrainer:
         if self.config.mirrored:
             losses.append(self._step(*(t.flip(-1) for t in shown)))
         self.images_seen += self.global_batch
-        self._average()
+        follow(self.average, self.reader, self.global_batch, self.config.ema_images, self.images_seen, AVERAGED)
         return {"loss": torch.stack(losses).mean()}
 
     def _step(self, images: torch.Tensor, present: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -118,13 +119,6 @@ class ReadingTrainer:
         """What the reader sees of examples, [B, 6, N, N]."""
         query, brain, bone = (examples[name] for name in ("query_hu", "brain", "bone"))
         return reader_input(query, self.method.expected(query, bone), brain, bone)
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        half_life = min(self.config.ema_images, AVERAGED * self.images_seen)
-        kept = 0.5 ** (self.global_batch / half_life)
-        for mine, other in zip(self.average.parameters(), self.reader.parameters()):
-            mine.lerp_(other, 1 - kept)
 
     @torch.no_grad()
     def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 import distributed
+from gan.averaging import follow
 from gan.runlog import load_optimiser
 from healthygan import losses
 from healthygan.model import BF16_UNITS, Translation
@@ -132,16 +133,11 @@ class Trainer:
         distributed.average_gradients(net.parameters())
         optimiser.step()
 
-    @torch.no_grad()
     def _update_ema(self, iterations: int) -> None:
         """iterations: since the generator's last step."""
-        if self.g_ema is None:
-            return
-        half_life = self.config.ema_iterations
-        if self.config.ema_rampup:
-            half_life = min(half_life, (self.iteration + 1) * self.config.ema_rampup)
-        keep = 0.5 ** (iterations / max(half_life, 1e-8))
-        torch._foreach_lerp_(list(self.g_ema.parameters()), list(self.g.parameters()), 1 - keep)
+        if self.g_ema is not None:
+            follow(self.g_ema, self.g, iterations, self.config.ema_iterations, self.iteration + 1,
+                   self.config.ema_rampup)
 
     def _watch_mask(self, mean: torch.Tensor) -> None:
         low, high = MASK_LIMITS

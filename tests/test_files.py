@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from common.files import ABANDONED_S, locked, remove_abandoned, replace_text, replacing, replacing_folder
+from common.files import (
+    ABANDONED_S,
+    locked,
+    no_folder,
+    remove_abandoned,
+    replace_text,
+    replacing,
+    replacing_folder,
+)
 
 
 def test_two_that_write_one_file_at_once_both_end_well(tmp_path):
@@ -126,3 +134,11 @@ def test_two_may_remove_the_same_leftovers(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "glob", lambda self, pattern: [tmp_path / "gone", tmp_path])
     remove_abandoned(tmp_path, "*", -1)
     assert tmp_path.is_dir()                                             # folders are left alone
+
+
+def test_what_keeps_a_path_from_being_a_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    assert no_folder(tmp_path / "file") == no_folder(tmp_path / "file/below/it") == tmp_path / "file"
+    assert no_folder(tmp_path) is no_folder(tmp_path / "new/folder") is None
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert no_folder(tmp_path / "new/folder") == tmp_path
