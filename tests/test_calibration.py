@@ -76,17 +76,24 @@ def test_many_high_scans_of_one_patient_are_one_high_score():
 
 
 def test_the_slices_of_a_patients_scans_are_kept_apart():
-    positions = [[40.0, 30.0], [20.0, 15.0], [35.0, 25.0]]
+    positions = [[40.0, 30.0], [20.0, 15.0], [35.0, 23.0]]
     slices = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), torch.tensor([5.0, 6.0])]
     found = summary(positions, slices, [{"reconstruct": 3.0}] * 3, [30.0] * 3, 2, [0, 1, 0])
     assert found["scan_scores"]["max"] == [6.0, 4.0] and [one["scan"] for one in found["slice_scores"]] == [
         0, 0, 1, 1, 0, 0] and [one.get("nth") for one in found["slice_scores"]] == [None] * 4 + [1, 1]
-    assert spacing_range(found) == (5.0, 10.0) and depth_range(found) is None
+    assert spacing_range(found) == (5.0, 12.0) and depth_range(found) is None
     # One scan each: the same JSON as ever
     alone = summary(positions, slices, [{"reconstruct": 3.0}] * 3, [30.0] * 3, 3, [0, 1, 2])
     assert alone == summary(positions, slices, [{"reconstruct": 3.0}] * 3, [30.0] * 3, 3)
-    assert alone["slice_scores"][-1] == {"scan": 2, "below_vertex_mm": 25.0, "score": 6.0}
+    assert alone["slice_scores"][-1] == {"scan": 2, "below_vertex_mm": 23.0, "score": 6.0}
     assert alone["threshold"]["reason"].startswith("a false-positive rate of 0.05 needs 19 healthy scans, found 3")
+
+
+def test_errors_are_means_over_scans_and_a_searchs_is_that_of_its_code():
+    errors = [{"encode": 6.0, "latent": 4.0, "noise": 1.0}, {"encode": 4.0, "latent": 3.0, "noise": 0.0}]
+    found = summary([[5.0]] * 2, [torch.tensor([1.0])] * 2, errors, [30.0, 32.0], 2)
+    assert found["error_hu"] == {"encode": 5.0, "latent": 3.5, "noise": 0.5} and mean_error_hu(found) == 3.5
+    assert found["healthy"] == {"error_hu": [4.0, 3.0], "brain_hu": [30.0, 32.0]}
 
 
 def test_slices_weigh_in_a_scans_score_by_what_they_stand_for():

@@ -120,6 +120,14 @@ def test_the_thinnest_layer_by_hand(plain):
     assert share[20, 20:25].all() and share[20:25, 20].all() and (share & brain).sum() == 9 and share is rim
 
 
+@pytest.mark.parametrize("size", [128, 256])
+def test_lengths_of_a_shape_scale_with_the_image(plain, size):
+    """Fluid as far as 8 pixels of 128 from the corner: 8 pixels of its row and column, or 16 at 256."""
+    share, _ = corrupt._share_of("fluid", np.zeros((size, size), np.float32), np.ones((size, size), bool), size / 128,
+                                 Least())
+    assert share[0].sum() == share[:, 0].sum() == size / 16 and share[0, 0] == 1
+
+
 def test_the_share_of_fluid_is_all_at_10_hu_and_none_at_28(plain):
     hu, brain = np.array([[10.0, 19, 28, 5, 40]], np.float32), np.ones((1, 5), bool)
     share, _ = corrupt._share_of("fluid", hu, brain, 1.0, Least())

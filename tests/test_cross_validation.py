@@ -277,3 +277,11 @@ def test_the_command(tmp_path, capsys):
     assert "not one of train_encoder.py on this database" in capsys.readouterr().err
     assert main(["--fold", str(a), str(run_a), "--out", str(tmp_path / "no")]) == 2
     assert "3 different held-out scans at least" in capsys.readouterr().err
+
+
+def test_each_row_of_the_score_changes_one_thing_of_the_row_before():
+    """The later ones begin with the defaults: other defaults would change two things at once, under the name of one."""
+    rows = [dataclasses.asdict(settings) | {"scan_score": how} for settings, how in cross_validation.ROWS.values()]
+    changed = [[key for key in one if one[key] != before[key]] for before, one in zip(rows, rows[1:])]
+    assert changed == [["filter"], ["pool"], ["surprise_above"], ["scale"], ["hypodense"], ["scan_score"], ["filter"],
+                       ["read"], ["hypodense"]]

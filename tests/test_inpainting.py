@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from detect.inversion import bone_mask
 from detect.painter import Painter, blocks
 from gan import corrupt, encoder_loop, inpainting
 from gan.corrupt import hide
-from gan.inpainting import InpaintingTrainer, bone_of, open_noise, weighted_distance
+from gan.inpainting import Corruption, InpaintingTrainer, bone_of, open_noise, weighted_distance
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot
 from model import Encoder, Generator, ModelConfig
@@ -91,15 +92,19 @@ def test_hidden_parts_hang_on_seed_and_probability():
     assert (hide(8, 64, 1.0, torch.Generator().manual_seed(3)).float().mean((1, 2)) > 0.02).all()
 
 
-def test_every_second_block_of_a_chess_board(monkeypatch):
-    """Blocks of half a period touch at their corners: half of the image is hidden, and half a period on the rest."""
+@pytest.mark.parametrize("size", [128, 256])
+def test_every_second_block_of_a_chess_board(monkeypatch, size):
+    """Blocks of half a period touch at their corners: half of the image is hidden, and half a period on the rest.
+
+    A period of 32 pixels of 128 is one of 64 at 256.
+    """
     for name, value in (("GRID_SHARE", 1), ("CHESS", 1), ("CHESS_PERIOD", (32, 32)), ("CHESS_BLOCK", (0.5, 0.5))):
         monkeypatch.setattr(corrupt, name, value)
-    hidden = hide(16, 128, 1.0, torch.Generator().manual_seed(5))
+    hidden, half = hide(16, size, 1.0, torch.Generator().manual_seed(5)), size // 8
     straight = [h for h in hidden if all(len({tuple(r) for r in side.int().tolist()}) == 2 for side in (h, h.T))]
     assert len(straight) > 3
     for one in straight:
-        assert one.float().mean() == 0.5 and torch.equal(one[16:], ~one[:-16])
+        assert one.float().mean() == 0.5 and torch.equal(one[half:], ~one[:-half])
 
 
 def test_the_distance_by_hand():
@@ -179,6 +184,29 @@ def test_hidden_changed_and_bone_weigh_as_said(gan_run):
     assert torch.allclose(one.weight(brain, hidden, bone, changed)[0, 0], expected)
 
 
+def test_shapes_are_drawn_in_soft_brain_and_end_where_slices_do():
+    """Bone within the mask of the brain stays as it is, and counts as unchanged."""
+    config = EncoderConfig(hide=1.0, shapes=1.0, rotate=0, flip=False, jitter_hu=0)
+    hu, brain = torch.full((16, 32, 32), 50.0), torch.ones(16, 32, 32, dtype=torch.bool)
+    hu[:, :, 12:20] = 200
+    found = Corruption(config, (0.0, 60.0))({"hu": hu, "brain": brain}, torch.Generator().manual_seed(0))
+    query, changed, bone = (found[key] for key in ("query", "changed", "bone"))
+    assert torch.equal(bone, hu == 200) and (query[bone] == 60).all() and not changed[bone].any()
+    assert changed.any(2).any(1).sum() > 4 and query.min() >= 0 and query.max() == 60
+    assert (query[~bone] == 60).any()                                         # by a shape that would have been denser
+
+
+def test_what_is_to_be_drawn_is_the_slice_as_it_was(gan_run, slices32):
+    """Drawn so in place of the query with its shapes it is at no distance: the adversary's part of the loss is left."""
+    one = trainer(gan_run, adversarial=0.25)
+    batch, losses = examples(one, slices32), []
+    assert not torch.equal(batch["query"], batch["hu"])
+    one.draw = lambda images, hidden, bone: encode(batch["hu"])
+    one._update = lambda optimiser, loss: losses.append(loss.item())
+    stats = one.learn(batch, 1, full=True)
+    assert stats["distance"] == 0 and losses[0] == pytest.approx(0.25 * stats["adversarial"].item()) and losses[0] > 0
+
+
 def test_of_some_images_what_is_found_anomalous_is_hidden(gan_run, slices32):
     """With the adversary, of half of the batch; the gate's own answer for the queries, lesions and all."""
     one = trainer(gan_run, gated=0.5)
@@ -203,6 +231,18 @@ def test_the_adversary_sees_what_was_drawn(gan_run, slices32):
     stats = one.learn(batch, 1, full=True)
     assert {"distance", "adversarial", "loss_d"} <= stats.keys()
     assert any(not torch.equal(p, before[name]) for name, p in one.d.named_parameters())
+
+
+def test_errors_on_held_out_scans_by_hand(slices32, tmp_path, monkeypatch):
+    """Drawn 3 HU off, 10 HU where hidden, 50 HU in bone: 3 with nothing hidden, and 10 in what is, of soft brain."""
+    monkeypatch.setattr(inpainting, "bone_of", lambda hu, range_hu: (torch.arange(32) < 14).expand(hu.shape))
+
+    def draw(images, hidden, bone):
+        return encode(decode(images) + torch.where(bone, 50.0, torch.where(hidden, 10.0, 3.0)))
+
+    one = SimpleNamespace(config=EncoderConfig(hide=1.0), range_hu=(-20.0, 180.0), device="cpu", draw=draw)
+    found = InpaintingTrainer.validate(one, SliceDataset(slices32, "val"), tmp_path, 0)
+    assert found == {"val_error_hu": pytest.approx(3, abs=1e-3), "val_hidden_hu": pytest.approx(10, abs=1e-3)}
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
@@ -342,6 +382,32 @@ def test_specks_and_what_is_faint_are_no_anomaly():
     assert not found[1:].any()
     difference[2, 40:44, 40:44] = 20
     assert one.gate(difference, soft)[0][2, 40:44, 40:44].all()
+
+
+def test_one_bright_pixel_is_no_lesion():
+    """Of 1000 HU counts 40: 6.4 after the Gaussian of 1. As it is, 21 pixels around it would have 8 and more.
+
+    Of 3 x 3 such pixels together 21 have, too: their own 9, and 3 on each side.
+    """
+    one, soft = Filler(InpaintingSettings(), *networks(), (0.0, 70.0)), torch.ones(3, 128, 128, dtype=torch.bool)
+    one.size, difference = 128, torch.zeros(3, 128, 128)
+    difference[0, 40, 40], difference[1, 40, 40], difference[2, 40:43, 40:43] = 1000, -1000, 1000
+    found, hidden = one.gate(difference, soft)
+    assert not found[:2].any() and not hidden[:2].any() and found[2, 40:43, 40:43].all()
+
+
+def test_lengths_of_the_gate_scale_with_the_image():
+    """At 256 pixels the Gaussian is of 2, what has less than 48 pixels is a speck, and rims are twice as wide.
+
+    18 HU in a line 2 pixels wide are 6.8 after it. 20 HU in 6 x 6 pixels are 8 and more in all but the 4 corners, 32
+    pixels; in 8 x 8, in all but these, 60, and the rim is 6 to a side.
+    """
+    one, soft = Filler(InpaintingSettings(), *networks(), (0.0, 70.0)), torch.ones(3, 256, 256, dtype=torch.bool)
+    one.size, difference = 256, torch.zeros(3, 256, 256)
+    difference[0, 80:160, 80:82], difference[1, 80:86, 80:86], difference[2, 80:88, 80:88] = -18, 20, 20
+    found, hidden = one.gate(difference, soft)
+    assert not found[:2].any() and not hidden[:2].any()
+    assert torch.equal(found[2], hidden[2]) and found[2].any(1).sum() == found[2].any(0).sum() == 8 + 2 * 6
 
 
 def test_what_shifts_a_slice_as_a_whole_is_no_anomaly():

@@ -1,10 +1,12 @@
-"""The inversion benchmark: its three figures on arrays counted by hand, and what it does with the query."""
+"""The inversion benchmark: its three figures on arrays counted by hand, and what it does with the query; the method."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from benchmarks.inversion import HeldOut, erasure, evaluate, sharpness
 from ct.window import decode, encode
 from dataset import SliceDataset
 from detect.bundle import save_bundle
-from detect.inversion import Inversion, InversionSettings
+from detect.inversion import Inversion, InversionSettings, draw
 from detect.pca import PcaFit
 from detect.reconstruct import error_hu
 from detect.settings import Settings
@@ -172,3 +174,35 @@ def test_command_refuses_what_cannot_be_measured(slices32, tmp_path, capsys):
     pca.save(tmp_path / "pca.safetensors")
     assert inversion.main(["--data", str(slices32), "--baseline", str(tmp_path / "pca.safetensors")]) == 2
     assert "prepared in another way" in capsys.readouterr().err
+
+
+# ---- The method
+
+def test_the_closest_normal_by_hand():
+    """30 HU drawn everywhere; brain of 33 in bone of 900 in air: 3 HU off in the brain, within the windows' -20..180.
+
+    A reader is asked about just that, and told of the bone.
+    """
+    generator, _, encoder = networks()
+    asked = []
+    reader = SimpleNamespace(read=lambda *given: asked.extend(given) or torch.ones(1, 2, 32, 32))
+    one = Inversion(InversionSettings(), generator, encoder, reader)
+    one.invert = lambda query: encode(torch.full(query[:, 0].shape, 30.0))
+    hu, brain = torch.full((1, 32, 32), -1000.0), torch.zeros(1, 32, 32, dtype=torch.bool)
+    hu[:, 4:28, 4:28] = 900.0
+    hu[:, 8:24, 8:24], brain[:, 8:24, 8:24] = 33.0, True
+    found = one.closest_normal(hu, brain, np.zeros(1))
+    assert found.error_hu == {"reconstruct": pytest.approx(3.0, abs=1e-4)} and found.read.all()
+    assert torch.allclose(found.query_hu, hu.clamp(-20, 180), atol=1e-4)
+    assert torch.allclose(found.normal_hu, torch.full_like(hu, 30.0), atol=1e-4)
+    assert all(torch.equal(*pair) for pair in zip(asked, (found.query_hu, found.normal_hu, brain, hu == 900)))
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_each_slice_is_drawn_with_its_own_noise_in_any_batch(batch):
+    """By a generator whose images are the sum of code and maps, one of which is for all."""
+    generator = SimpleNamespace(synthesis=lambda w_plus, noise: w_plus[..., None] + sum(noise))
+    w_plus = torch.arange(1.0, 6.0).view(5, 1, 1)
+    drawn = draw(generator, w_plus, [10 * w_plus[..., None], torch.full((1, 1, 1, 1), 100.0)], batch)
+    assert drawn.flatten().tolist() == [111, 122, 133, 144, 155]

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -257,6 +258,24 @@ def test_folds_add_their_held_out_scans(tmp_path):
     assert meta["calibration"]["scans"] == 4
     assert [fold["held_out"] for fold in meta["provenance"]["folds"]] == [2, 2]
     assert all(score > 0 for score in meta["calibration"]["scan_scores"]["top3"])
+
+
+def test_the_first_of_several_is_the_model_and_each_calibrates_by_its_own_scans(tmp_path, monkeypatch):
+    """As readers of folds do: of one database, but not of the same held-out scans."""
+    saved, judged = [], []
+    monkeypatch.setattr(build, "check_held_out", lambda *_: None)
+    monkeypatch.setattr(build, "save_bundle", lambda out, method, *_, **__: saved.append((out, method)) or out)
+    monkeypatch.setattr(build, "load_bundle", lambda *_: SimpleNamespace(
+        with_settings=lambda _, method=saved[-1][1]: SimpleNamespace(reconstructor=method + ", as saved")))
+    monkeypatch.setattr(build, "SliceDataset", lambda path, split, check, scans=None: (path, split, scans))
+    monkeypatch.setattr(build, "calibration_of", lambda folds, settings: judged.extend(folds) or ({}, None))
+    data, out = SimpleNamespace(manifest={"settings": {}}), tmp_path / "model"
+    several = [Trained(data, tmp_path, {}, {}, lambda name=name: name, [scan])
+               for name, scan in (("a", "x"), ("b", "y"))]
+    assert build.write(several, Settings(), {}, build.Target(out, torch.device("cpu"))) == out
+    assert [(one.reconstructor, one.held_out) for one in judged] == [
+        ("a, as saved", (tmp_path, "val", ["x"])), ("b, as saved", (tmp_path, "val", ["y"]))]
+    assert saved[-1] == (out, "a") and [method for _, method in saved] == ["a", "b", "a"]
 
 
 def test_a_fold_of_another_split_is_refused(tmp_path, capsys):

@@ -2,7 +2,7 @@ from mutants.mutant import Mutant
 
 MUTANTS = (
     Mutant("a file as --out is found only after the calibration", "bundling/build.py",
-           "if not (there.is_dir() and", "if not (True and", "tests/test_calibrated_anew.py -k cannot_calibrate"),
+           "if there := no_folder(out):", "if there := None:", "tests/test_calibrated_anew.py -k cannot_calibrate"),
     Mutant("the published rate on noise maps that hold their strength", "bundling/build.py",
            'if settings.method != "search" or not has_open_noise(run)', 'if settings.method != "search" or True',
            "tests/test_coding.py -k resumes_to_the_bit"),
@@ -54,6 +54,9 @@ MUTANTS = (
     Mutant("held-out scans alone calibrate nothing", "bundling/build.py",
            'dataset = SliceDataset(path, "val")\n', 'dataset = SliceDataset(path, "train")\n',
            "tests/test_latent_stats.py -k alone_calibrate"),
+    Mutant("the model is the last of several folds", "bundling/build.py",
+           "first = first or reconstructor", "first = reconstructor",
+           "tests/test_latent_stats.py -k first_of_several"),
     Mutant("statistics of codes whatever the seed", "bundling/build.py",
            "torch.Generator().manual_seed(config.seed)", "torch.Generator().manual_seed(0)",
            "tests/test_build_settings.py -k seed"),

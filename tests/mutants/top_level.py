@@ -50,7 +50,7 @@ MUTANTS = (
     Mutant("maps of a run in parts not found", "evaluate.py",
            "find_result_folder(args.maps, scan_id)", "args.maps / scan_id", "tests/test_evaluate_masks.py -k in_parts"),
     Mutant("a stack that was put upright not known by its note", "evaluate.py",
-           "UPSIDE_DOWN in result", "UPSIDE_DOWN not in result", "tests/test_evaluate_masks.py -k put_upright"),
+           "UPSIDE_DOWN in split", "UPSIDE_DOWN not in split", "tests/test_evaluate_masks.py -k put_upright"),
     Mutant("slices of scans that are not to be trusted counted", "evaluate.py",
            "if scan_scores.get(k[:1]) in UNSCORED", "if False", "tests/test_evaluate.py -k to_be_trusted"),
     Mutant("checkpoint.py ends with 0 for a damaged bundle", "checkpoint.py",
