@@ -396,8 +396,8 @@ def _with_ids(found: list[tuple[Found, Path | None]], root: Path, ids: str) -> l
                      if path is not None]
             name = f"{name}-{_short(str(place))}"
         taken.add(name)
-        sources.append(ScanSource(name, one.kind, one.paths, one.options, within, one.uid, one.whose, one.error,
-                                  one.notes))
+        sources.append(ScanSource(name, one.kind, one.paths, one.options, within, uid=one.uid, whose=one.whose,
+                                  error=one.error, notes=one.notes))
     return sources
 
 

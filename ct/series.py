@@ -230,7 +230,7 @@ def _found(group: _Group, frames: Sequence[Frame] | None = None, alike: bool = F
                      *_signature(used), *([min(header.instance_uid for header in headers)] if alike else []))
     folder = Path(os.path.commonpath([path.parent for path in paths]))
     whose = tuple(sorted({key for header in headers for key in header.whose}))
-    return Found(KIND, paths, folder, "", uid, options, whose, group.error, group.notes)
+    return Found(KIND, paths, folder, "", uid, options, whose=whose, error=group.error, notes=group.notes)
 
 
 # ---- stacks that overlap

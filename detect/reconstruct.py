@@ -47,8 +47,8 @@ class Reconstruction:
     drawn_hu     float32 [S, N, N], HU: the normal before texture was copied into it, as the noise stage of the search
                  does; None: normal_hu
 
-    Raises ValueError where what was drawn or read is not finite: nothing is surprising about NaN, and the scan would
-    pass for healthy.
+    Raises ValueError where the slices, or what was drawn or read, are not finite: nothing is surprising about NaN, and
+    the scan would pass for healthy.
     """
 
     query_hu: torch.Tensor
@@ -60,7 +60,9 @@ class Reconstruction:
     drawn_hu: torch.Tensor | None = None
 
     def __post_init__(self):
-        for name in ("query_hu", "normal_hu", "expected_hu", "read", "drawn_hu"):
+        if not self.query_hu.isfinite().all():
+            raise ValueError("closest normal: the slices hold values that are no numbers; give HU")
+        for name in ("normal_hu", "expected_hu", "read", "drawn_hu"):
             values = getattr(self, name)
             if values is not None and not values.isfinite().all():
                 raise ValueError(f"closest normal: {name} is not finite: the networks cannot draw this scan; try "

@@ -108,8 +108,8 @@ class Measure(ABC):
         """ValueError, with the mend, unless scans can be assessed: for a measure that fit() has to come before."""
         if self.least_patients and self.normal is None:
             raise ValueError(f"measure {self.name}: this model holds no statistics of healthy residuals; make it anew "
-                             f"with latent_stats.py and at least {self.least_patients} held-out scans, or use "
-                             "--set measure=votes")
+                             f"with latent_stats.py and held-out healthy scans of at least {self.least_patients} "
+                             "patients, or choose another measure (--set measure=)")
 
     def watch(self, brain: torch.Tensor, below_vertex_mm: np.ndarray) -> Watch | None:  # noqa: B027 - most need none
         """What is to see every step of the reconstruction, for evidence(); None: the last one is enough.

@@ -263,11 +263,12 @@ def confusion(scores: np.ndarray, labels: np.ndarray, threshold: float,
 
 def proportion(hits: int, total: int, level: float = 0.95,
                independent: float | None = None) -> tuple[float, float, float]:
-    """hits / total with its Wilson interval: (value, low, high). Raises Undefined for total 0.
+    """hits / total with an interval, Wilson's unless units are correlated: (value, low, high).
 
     independent: of correlated units, how many independent ones they are worth (independent_units); the interval is then
     Clopper's and Pearson's of so many, which need be no whole number. It is still short for a share near 0 or 1 that
     few clusters tell.
+    Raises Undefined for total 0.
     """
     if total == 0:
         raise Undefined("0 of 0")

@@ -52,7 +52,7 @@ class Augmentation:
 
     def __call__(self, slices: dict[str, torch.Tensor], rng: torch.Generator) -> dict[str, torch.Tensor]:
         hu, (low, high) = slices["hu"].float(), self.range_hu
-        both = torch.stack([(hu - low) / (high - low), slices["brain"].float(), bone_of(hu, self.range_hu).float()], 1)
+        both = torch.stack([(hu - low) / (high - low), slices["brain"].float(), bone_mask(hu, high).float()], 1)
         both = 2 * both - 1                                                                        # outside is -1
         if self.config.flip:
             both = random_flip(both, rng)
@@ -165,7 +165,7 @@ class InpaintingTrainer(EncoderTrainer):
         for s in range(len(dataset.scan_ids)):
             scan = dataset.scan(s)
             hu, brain = scan["hu"].float().clamp(*self.range_hu), scan["brain"]
-            bone = bone_of(hu, self.range_hu)
+            bone = bone_mask(hu, self.range_hu[1])
             if self.config.halved:
                 hu, brain, bone = halved_slices({"hu": hu, "brain": brain, "bone": bone}).values()
             hidden = hide_for(self.config, len(hu), hu.shape[-1], 1.0, generator)
@@ -179,11 +179,6 @@ class InpaintingTrainer(EncoderTrainer):
                 rows += [hu[middle], torch.where(hidden & ~bone, 0.0, hu)[middle], parts[middle], whole[middle]]
         save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.stack(rows).numpy(), columns=8)
         return means({"val_error_hu": seen, "val_hidden_hu": hidden_from})
-
-
-def bone_of(hu: torch.Tensor, range_hu: tuple[float, float]) -> torch.Tensor:
-    """bool [B, N, N]; where slices end below BONE_HU, all that reaches their end: in healthy heads nothing else."""
-    return bone_mask(hu, range_hu[1])
 
 
 @torch.no_grad()

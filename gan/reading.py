@@ -23,12 +23,11 @@ from sklearn.metrics import average_precision_score
 import distributed
 from ct.picture import save_hu_grid
 from dataset import SliceDataset
-from detect.inversion import EncoderMethod
+from detect.inversion import EncoderMethod, bone_mask
 from detect.reader import Reader, grainless, reader_input
 from gan.augment import random_flip
 from gan.averaging import follow
 from gan.corrupt import draw_grained, scanner
-from gan.inpainting import bone_of
 from gan.quality import Measured
 from gan.runlog import load_optimiser
 from gan.settings import ReaderConfig
@@ -56,7 +55,7 @@ class Examples:
         hu, brain = slices["hu"].float().clamp(*self.range_hu), slices["brain"]
         both = random_flip(torch.stack([hu, brain.float()], dim=1), rng)
         hu, brain = both[:, 0], both[:, 1] > 0
-        bone = bone_of(hu, self.range_hu)
+        bone = bone_mask(hu, self.range_hu[1])
         soft = brain & ~bone
         seed = int(torch.randint(2**31, (), generator=rng))
         query = draw_grained(hu, soft, self.config.shapes, np.random.default_rng(seed))

@@ -57,7 +57,6 @@ def read_all(folder, **kwargs) -> list[Scan]:
     return [read_scan(source) for source in find_scans(folder, **kwargs)]
 
 
-
 def synthetic_head(slices=24, size=96, spacing_mm=(5.0, 2.4, 2.4), angle_deg=0.0, shift_mm=(0.0, 0.0), noise=3.0,
                    lesion=None, seed=0):
     """A head of ellipsoids: hu float32 [S, H, W] (inferior to superior) and its true brain mask, bool [S, H, W].

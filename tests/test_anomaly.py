@@ -84,6 +84,8 @@ def test_a_drawing_that_is_not_finite_is_refused(part):
     hu = torch.zeros(1, 2, 2)
     with pytest.raises(ValueError, match=f"{part} is not finite"):
         Reconstruction(**{"query_hu": hu, "normal_hu": hu, "error_hu": {}, "seconds": {}, part: hu / 0})
+    with pytest.raises(ValueError, match="the slices hold values that are no numbers; give HU"):
+        Reconstruction(hu / 0, hu, {}, {})
 
 
 def test_medians_are_over_a_part_of_each_slice():

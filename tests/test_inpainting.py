@@ -23,7 +23,7 @@ from detect.inversion import bone_mask
 from detect.painter import Painter, blocks
 from gan import corrupt, encoder_loop, inpainting
 from gan.corrupt import hide
-from gan.inpainting import Corruption, InpaintingTrainer, bone_of, open_noise, weighted_distance
+from gan.inpainting import Corruption, InpaintingTrainer, open_noise, weighted_distance
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot
 from model import Encoder, Generator, ModelConfig
@@ -235,7 +235,7 @@ def test_the_adversary_sees_what_was_drawn(gan_run, slices32):
 
 def test_errors_on_held_out_scans_by_hand(slices32, tmp_path, monkeypatch):
     """Drawn 3 HU off, 10 HU where hidden, 50 HU in bone: 3 with nothing hidden, and 10 in what is, of soft brain."""
-    monkeypatch.setattr(inpainting, "bone_of", lambda hu, range_hu: (torch.arange(32) < 14).expand(hu.shape))
+    monkeypatch.setattr(inpainting, "bone_mask", lambda hu, top_hu: (torch.arange(32) < 14).expand(hu.shape))
 
     def draw(images, hidden, bone):
         return encode(decode(images) + torch.where(bone, 50.0, torch.where(hidden, 10.0, 3.0)))
@@ -308,10 +308,10 @@ def test_a_bleed_that_is_the_densest_of_all_is_no_bone():
     head[:, 10:54, 10:54] = hu[:, 10:54, 10:54]
     skull = torch.ones(64, 64, dtype=torch.bool)
     skull[10:54, 10:54] = skull[:8] = skull[56:] = skull[:, :8] = skull[:, 56:] = False
-    for mask in (bone_mask(head), bone_mask(head, 70.0), bone_of(head, (0.0, 70.0))):
+    for mask in (bone_mask(head), bone_mask(head, 70.0)):
         assert (mask[:2] == skull).all() and skull.sum() == 48 * 48 - 44 * 44
     head[0, 8, 8] = 900.0                                      # of a whole head blood is no bone, whatever it reaches
-    for mask in (bone_mask(head), bone_mask(head, 180.0), bone_of(head, (-20.0, 180.0))):
+    for mask in (bone_mask(head), bone_mask(head, 180.0)):
         assert mask.sum() == 1 and mask[0, 8, 8]
 
 

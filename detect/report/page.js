@@ -107,7 +107,8 @@
     xOf = s => left + (right - left) * (far - s[1]) / Math.max(far - near, 1e-9);
     const yOf = score => bottom - (bottom - top) * Math.min(score / high, 1);
     const at = (s, value) => `${xOf(s).toFixed(1)},${yOf(value).toFixed(1)}`;
-    const inside = (data.compared ? levels : []).filter(([level]) => level >= near && level <= far).map(([level, low, up]) => [[0, level], low, up]);
+    const band = data.compared ? levels.filter(([level]) => level >= near && level <= far) : [];
+    const inside = band.map(([level, low, up]) => [[0, level], low, up]);
     if (inside.length > 1) {
       const edge = [...inside.map(([s, , up]) => at(s, up)), ...inside.reverse().map(([s, low]) => at(s, low))];
       add(plot, "polygon", {class: "band", points: edge.join(" ")});

@@ -16,6 +16,8 @@ def set_key(entry: Entry, calibration: HealthyScores) -> None:
     """Set key: the slices with a picture that rise highest above healthy ones at their level, or score highest.
 
     Not marked ones first, as DICOM's key slices are: slices.csv does not tell which are, and the page shows this band.
+    Of scans that are not compared, where it does not, by the same rule: healthy slices score more at the skull's base,
+    however scores are scaled.
     """
     pictured = sorted((s for s in entry.slices if s.number in entry.overlays),
                       key=lambda s: calibration.above(s.below_vertex_mm) - s.score)
