@@ -82,8 +82,16 @@ def load_state(path: str | Path, flag: str = "") -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:       # of text or damaged bytes the unpickler raises whatever the first odd one leads to
         raise CheckpointError(f"{where}: cannot be read as a state dict ({type(error).__name__})") from error
+    return check_state(state, where)
+
+
+def check_state(state: Any, where: str) -> dict[str, torch.Tensor]:
+    """`state`, if it is a dict of tensors by name. Raises CheckpointError that says where it is from."""
     if not isinstance(state, dict):
         raise CheckpointError(f"{where}: expected a state dict, found a {type(state).__name__}")
+    if unnamed := [name for name in state if not isinstance(name, str)]:
+        raise CheckpointError(f"{where}: expected a state dict, found a {type(unnamed[0]).__name__}, {unnamed[0]!r}, "
+                              "for a name")
     if strange := [name for name, value in state.items() if not torch.is_tensor(value)]:
         raise CheckpointError(f"{where}: expected a state dict, found a {type(state[strange[0]]).__name__} at "
                               f"{strange[0]!r}, no tensor")
@@ -160,6 +168,11 @@ def read_json(path: Path, mend: str, version: int) -> dict[str, Any]:
     if found != version:
         raise CheckpointError(f"{path}: format version {found}, this program reads {version}: "
                               + ("update it" if found > version else mend))
+    return unsealed(content, path, mend)
+
+
+def unsealed(content: dict[str, Any], path: Path, mend: str) -> dict[str, Any]:
+    """What write_json was given, of what it wrote to `path`. Raises CheckpointError, ending with `mend`."""
     if content.pop(SEAL, None) != _digest(content):
         raise CheckpointError(f"{path}: altered since it was written (its own SHA-256 is another): {mend}")
     return content

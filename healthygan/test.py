@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import platform
 import sys
 import time
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a sc
 
 import distributed
 from common.files import read_table, write_table
+from common.weights import CheckpointError
 from config import exit_code
 from dataset import DatasetError
 from healthygan.data import Pictures, class_folders, is_database, join, read_images, read_slices
@@ -64,6 +66,9 @@ def read_data(data: Path, model: Model) -> tuple[Pictures, dict[str, int] | None
         return read_slices(data, "all", model.settings), None
     base = data / "test" if (data / "test").is_dir() else data
     if not any((base / name).is_dir() for name in CLASSES):
+        if base == data and (data / "train").is_dir():
+            raise DatasetError(f"--data {data}: has train/ but no test/; expected images in {data}/test/{CLASSES[0]} "
+                               f"and {data}/test/{CLASSES[1]}. Give {data}/train/... if its images are meant")
         return read_images(base, model.settings), None
     parts = [read_images(folder, model.settings) for folder in class_folders(data, "test", CLASSES)]
     labels = {name: label for label, part in enumerate(parts) for name in (*part.names, *part.unreadable)}
@@ -96,13 +101,16 @@ def clear(out: Path) -> None:
 
 @torch.no_grad()
 def translate(model: Model, pictures: Pictures, out: Path, device: torch.device, batch: int) -> np.ndarray:
-    """Every picture's score, float64 [n]; writes its map and its panels."""
+    """Every picture's score, float64 [n]; writes its map and its panels. Raises CheckpointError for one that is NaN."""
     generator, scores = model.generator.to(device), []
     for indices in np.array_split(np.arange(len(pictures)), -(-len(pictures) // batch)):
         x = pictures[indices].to(device)
         of_x = generator(x)
         maps = difference(x, of_x.y).cpu()
         scores += maps.double().mean((1, 2)).tolist()
+        if strange := [i for i in indices if not math.isfinite(scores[i])]:
+            raise CheckpointError(f"--model: what it makes of {pictures.names[strange[0]]} is not finite: its weights "
+                                  f"are damaged, or too large for {model.generator.compute_dtype} (--precision fp32)")
         for i, one, side_by_side in zip(indices, maps.numpy(), panels(x, of_x)):
             paths = [out / kind / f"{pictures.names[i]}.png" for kind in ("maps", "overlays")]
             for path in paths:

@@ -12,12 +12,12 @@ data=${1:-datasets/covid}
 model=${MODEL:-$here/runs/covid}
 results=${RESULTS:-$here/results/covid}
 
-rm -f "$results/labels.csv"
-rm -rf "$results/metrics"                                    # of other data, perhaps without labels this time
 status=0
 "$python" "$here/test.py" --data "$data" --model "$model" --out "$results" "${@:2}" || status=$?
 [ $status -eq 0 ] || [ $status -eq 3 ] || exit $status      # 3: some images could not be read
+rm -rf "$results/metrics"                                    # of other data, perhaps without labels this time
 [ -f "$results/labels.csv" ] || exit $status
+[ "$results/scores.csv" -nt "$results/labels.csv" ] && exit $status      # labels that were there before, of whatever data
 
 flags=()
 [ $status -eq 0 ] || flags+=(--missing exclude)

@@ -10,21 +10,32 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import platform
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from common.files import read_object, replace_text, replacing, sha256
-from common.weights import CheckpointError, compact, load_state, load_strictly, load_tensors, save_tensors
+from common.files import read_object, replacing, sha256
+from common.weights import (
+    CheckpointError,
+    compact,
+    load_state,
+    load_strictly,
+    load_tensors,
+    save_tensors,
+    unsealed,
+    verify,
+    write_json,
+)
 from config import exit_code
-from healthygan.data import ImageSettings
+from healthygan.data import FULL, ImageSettings
 from healthygan.model import Generator, ModelConfig
 
 FORMAT = "healthygan"
+GENERATOR = "generator.safetensors"
 RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -46,28 +57,63 @@ def save_model(folder: Path, generator: Generator, meta: dict, dtype: torch.dtyp
     """
     state = compact(generator.state_dict(), dtype, str(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "generator.safetensors") as writing:
+    with replacing(folder / GENERATOR) as writing:
         save_tensors(state, writing)
-        digest = sha256(writing)
-    replace_text(folder / "model.json", json.dumps({"format": FORMAT, **meta, "sha256": digest}, indent=1) + "\n")
+        files = {GENERATOR: sha256(writing)}
+    # Without a format_version, by which latent_stats.py knows a bundle
+    write_json(folder / "model.json", {"format": FORMAT, **meta, "files": files})
 
 
 def load_model(folder: Path) -> Model:
-    """Read a model's folder. Raises CheckpointError naming the file and the mend."""
+    """Read a model's folder. Raises CheckpointError naming the file and the mend.
+
+    A model.json of an earlier version has no digest of its own, but that of the weights: it is read with a warning.
+    """
     path = folder / "model.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give a folder that healthygan.train has written (RUN/best)")
+    mend = "fetch the model again"
+    meta = read_object(path, CheckpointError, mend)
+    earlier = "files" not in meta
+    if not earlier:
+        meta = unsealed(meta, path, mend)
     try:
-        meta = read_object(path)
-        config, settings = ModelConfig(**meta["model"]), ImageSettings(**meta["image_settings"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: not the description of a HealthyGAN model ({error}); fetch it again") from error
-    weights = folder / "generator.safetensors"
-    if not weights.is_file():
-        raise CheckpointError(f"{weights}: no such file; fetch the model again")
-    if (digest := sha256(weights)) != meta.get("sha256"):
-        raise CheckpointError(f"{weights}: not the file that {path} was written for; fetch the model again")
-    return Model(load_generator(load_tensors(weights), config, weights), settings, meta, digest)
+        files = {GENERATOR: str(meta["sha256"] if earlier else meta["files"][GENERATOR])}
+        config, settings = _described(meta)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not the description of a HealthyGAN model ({error}); {mend}") from error
+    verify(folder, files, f"not the file that {path} was written for; {mend}")
+    if earlier:
+        warnings.warn(f"{path}: of an earlier version, without a digest of itself, so that damage to its threshold or "
+                      f"settings is not found; python -m healthygan.weights {folder} --out NEW writes one with it",
+                      stacklevel=2)
+    weights = folder / GENERATOR
+    return Model(load_generator(load_tensors(weights), config, weights), settings, meta, files[GENERATOR])
+
+
+def _described(meta: dict) -> tuple[ModelConfig, ImageSettings]:
+    """What model.json says of network and images. Raises ValueError and its kin for what cannot be meant."""
+    if strange := {key: value for key, value in meta["model"].items() if type(value) is not int}:
+        raise ValueError(f"expected whole numbers for the network, found {strange!r:.80}")
+    config, settings = ModelConfig(**meta["model"]), ImageSettings(**meta["image_settings"])
+    threshold, scores = meta.get("threshold"), meta.get("validation_scores")
+    for holds, expected, found in (
+        (settings.size == config.size, f"images of the network's size, {config.size}", settings.size),
+        (settings.kind in ("images", "slices"), "kind images or slices", settings.kind),
+        (settings.kind == "images" or isinstance(settings.slices, dict), "the settings of the slices", settings.slices),
+        (_is_part(settings.crop_top) and settings.crop_top < 1, "crop_top in [0, 1)", settings.crop_top),
+        (settings.white_16bit in range(1, FULL + 1), f"white_16bit in 1..{FULL}", settings.white_16bit),
+        (threshold is None or _is_part(threshold), "a threshold in [0, 1], or none", threshold),
+        (scores is None or isinstance(scores, list) and all(map(_is_part, scores)),
+         "validation_scores in [0, 1], or none", scores),
+    ):
+        if not holds:
+            raise ValueError(f"expected {expected}, found {found!r:.80}")
+    return config, settings
+
+
+def _is_part(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
 
 
 def load_released(path: Path) -> Model:
@@ -85,9 +131,12 @@ def without_running_statistics(state: Mapping[str, torch.Tensor]) -> dict[str, t
 
 
 def load_generator(state: dict[str, torch.Tensor], config: ModelConfig, source: Path) -> Generator:
-    """A generator with these weights. Raises CheckpointError for missing or unknown names and other shapes."""
+    """A generator with these weights. Raises CheckpointError for missing or unknown names, other shapes, and NaN."""
     generator = config.generator()
     load_strictly(generator, state, source)
+    if strange := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise CheckpointError(f"{source}: {strange[0]} is not finite: the training diverged, or the file is damaged; "
+                              "fetch it again, or use an earlier one")
     return generator.eval().requires_grad_(False)
 
 
@@ -105,9 +154,8 @@ def ship(source: Path, out: Path, notes: dict[str, str]) -> Path:
     if (out / "model.json").exists():
         raise CheckpointError(f"{out}: holds a model; choose another folder")
     model = find_model(source)
-    meta = {key: value for key, value in model.meta.items() if key not in ("format", "sha256")}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    save_model(out, model.generator, {**meta, "provenance": {**notes, "versions": versions}}, torch.float16)
+    save_model(out, model.generator, {**model.meta, "provenance": {**notes, "versions": versions}}, torch.float16)
     return out
 
 

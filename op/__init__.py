@@ -1,4 +1,8 @@
-"""Tensor operations that the models are built from. Each op in one file, its reference beside its fast paths."""
+"""Tensor operations that the models are built from, each with its reference in the file that it is imported from.
+
+Beside it is its fast path, but for those that ops share: fused.py (a CPU's, of between.py and bias_act.py), styled.py
+(a GPU's, of between.py) and winograd.py (of conv.py).
+"""
 
 from op.between import enlarged_beside, scaled_sum, styled_act
 from op.bias_act import bias_act

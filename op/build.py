@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -50,6 +51,15 @@ def load_c(name: str, *flags: str) -> ctypes.CDLL:
     except OSError as error:
         raise BuildError(f"cannot write or load {library}: {error}. Set XDG_CACHE_HOME to a folder that may "
                          "hold programs (writable, not mounted noexec)") from error
+
+
+def load_or_warn(name: str, what: str, *flags: str) -> ctypes.CDLL | None:
+    """load_c(name, *flags), or None and a warning of `what` runs slower where it cannot be built."""
+    try:
+        return load_c(name, *flags)
+    except BuildError as error:
+        warnings.warn(f"{what}: {error}", stacklevel=3)
+        return None
 
 
 def find_compiler() -> list[str]:

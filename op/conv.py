@@ -28,7 +28,7 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor | Ready, stride: int = 1, paddi
     """
     if isinstance(weight, Ready):
         if (weight.tiles is not None and stride == padding == 1 and x.is_cpu and not is_ref()
-                and not is_watched()):
+                and not is_watched() and not torch.is_autocast_enabled("cpu")):
             return winograd.conv3x3(x, weight.tiles)
         weight = weight.weight
     if (torch.is_grad_enabled() and stride == padding == 1 and x.is_cpu and x.dtype == weight.dtype

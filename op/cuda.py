@@ -36,8 +36,23 @@ def is_ref() -> bool:
 
 
 def is_watched() -> bool:
-    """Whether PyTorch looks on, to write down a program or a tangent: of what C does it sees nothing."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
+    """Whether PyTorch looks on, or what it hands out has no data: of what C does it sees nothing.
+
+    That is while it writes down a program or a tangent, in a dispatch mode (make_fx, FakeTensorMode, FlopCounterMode)
+    and within a transform of torch.func (vmap, grad).
+    """
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
+            or _modes() > 0 or _transform() is not None)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func hands out tensors: it goes through PyTorch's operations alone."""
+    return not torch.compiler.is_compiling() and _transform() is not None
+
+
+# Not public: of a torch without them nothing is known of modes or transforms
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 
 
 def choose(op: str, impl: str, x: torch.Tensor) -> str:
@@ -48,12 +63,16 @@ def choose(op: str, impl: str, x: torch.Tensor) -> str:
         raise ValueError(f"{op}: impl='cuda' needs a tensor on a CUDA device, got one on {x.device}; use 'auto'")
     if impl != "auto":
         return impl
-    return "cuda" if x.is_cuda and _default == "auto" else "ref"
+    return "cuda" if x.is_cuda and _default == "auto" and not is_transformed() else "ref"
 
 
 def layout_of(x: torch.Tensor) -> torch.memory_format:
-    """channels_last for a tensor that lies so and not otherwise, else contiguous: the layout that the ops keep."""
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+    """channels_last for a tensor that lies so and not otherwise, else contiguous: the layout that the ops keep.
+
+    What vmap hands out does not tell.
+    """
+    if (x.ndim == 4 and not is_transformed()
+            and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()):
         return torch.channels_last
     return torch.contiguous_format
 
@@ -65,8 +84,10 @@ def register(schema: str, run: Callable, fake: Callable, save: Callable, backwar
     data; save(ctx, inputs, output) and backward(call, ctx, grad), which composes the gradient of calls of `call`, the
     op itself, so that any order of differentiation is covered.
 
-    Compiled and exported programs hold the registered op. Eager ones take an autograd.Function of the same parts:
-    torch.library's own wrapper takes several times as long to call as a small kernel to run.
+    Where PyTorch looks on, as in compiled and exported programs, it is the registered op. Otherwise an
+    autograd.Function of the same parts: torch.library's own wrapper takes several times as long to call as a small
+    kernel to run. Transforms of torch.func take neither: for them `run` itself, of PyTorch's operations there
+    (but for median2d, which has no gradient and stays the registered op).
     """
     name, signature = schema.split("(", 1)
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=f"({signature}")
@@ -85,7 +106,9 @@ def register(schema: str, run: Callable, fake: Callable, save: Callable, backwar
             return backward(Eager.apply, ctx, grad)
 
     def call(*inputs):
-        return op(*inputs) if torch.compiler.is_compiling() else Eager.apply(*inputs)
+        if is_transformed():
+            return run(*inputs)
+        return op(*inputs) if is_watched() else Eager.apply(*inputs)
 
     return call
 

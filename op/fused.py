@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from collections.abc import Callable
 
 import torch
 
-from op.build import BuildError, load_c
+from op.build import load_or_warn
 from op.cuda import is_ref, is_watched
-from op.threads import pool
+from op.threads import spread
 
 LANES = 32                      # channels in multiples of these: what the compiler works on at a time
 FLAGS = {torch.bfloat16: (), torch.float32: ("-DFLOAT",)}
@@ -110,18 +109,16 @@ def enlarged_beside(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None
 
 def _for_here(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     tensors = [x, *(t for t in others if t is not None)]
-    return (x.dtype in FLAGS and all(t.is_cpu for t in tensors) and x.ndim == 4 and x.shape[1] % LANES == 0
-            and x.numel() > 0 and x.is_contiguous(memory_format=NHWC)
+    return (not is_watched() and x.dtype in FLAGS and all(t.is_cpu for t in tensors) and x.ndim == 4
+            and x.shape[1] % LANES == 0 and x.numel() > 0 and x.is_contiguous(memory_format=NHWC)
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-            and not is_ref() and not is_watched() and _library(x.dtype) is not None)
+            and not is_ref() and _library(x.dtype) is not None)
 
 
 @functools.cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    try:
-        library = load_c("fused", *FLAGS[dtype])
-    except BuildError as error:
-        warnings.warn(f"what lies between convolutions runs in PyTorch, slower: {error}", stacklevel=2)
+    library = load_or_warn("fused", "what lies between convolutions runs in PyTorch, slower", *FLAGS[dtype])
+    if library is None:
         return None
     for name, types in SIGNATURES.items():
         function = getattr(library, name)
@@ -134,11 +131,6 @@ def _at(x: torch.Tensor | None, image: int = 0) -> int | None:
 
 
 def _spread(run: Callable[[int, int], None], x: torch.Tensor) -> None:
-    """run(first, last) over the images of x, in as many threads as PyTorch's; ctypes lets go of the GIL."""
-    count, available = len(x), torch.get_num_threads()
-    threads = min(available, count, max(1, x.numel() // PIECE))
-    edges = [count * i // threads for i in range(threads + 1)]
-    if threads == 1:
-        run(0, count)
-    else:
-        list(pool(available).map(run, edges[:-1], edges[1:]))
+    """run(first, last) over the images of x, in as many threads as PyTorch's."""
+    threads = min(torch.get_num_threads(), len(x), max(1, x.numel() // PIECE))
+    spread(lambda _, first, last: run(first, last), len(x), threads)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -19,8 +17,9 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from op.banded import dilated
-from op.build import BuildError, load_c
-from op.cuda import DTYPES, NAMESPACE, choose, launch
+from op.build import load_c, load_or_warn
+from op.cuda import DTYPES, NAMESPACE, choose, is_watched, launch
+from op.threads import spread
 
 IMPLS = ("auto", "cpu", "scipy", "cuda", "ref")
 BORDERS = {"zero": "constant", "replicate": "replicate"}
@@ -43,8 +42,7 @@ def median2d(x: torch.Tensor, size: int, impl: str = "auto", border: str = "zero
     _check(x, size, impl, border)
     if impl == "auto" and x.device.type != "cpu":
         impl = choose("median2d", impl, x)
-    seen = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    call = _registered if seen else _median2d             # eagerly it would import torch's compiler
+    call = _registered if is_watched() else _median2d     # eagerly it would import torch's compiler
     return call(x.detach(), size, impl, border)
 
 
@@ -92,12 +90,8 @@ def _check(x: torch.Tensor, size: int, impl: str, border: str) -> None:
 
 @functools.cache                                          # also that it cannot be built: to try takes a compiler's time
 def _best_cpu_impl() -> str:
-    try:
-        load_c("median")
-    except BuildError as error:
-        warnings.warn(f"median2d runs on scipy, about 30 times slower at size 19: {error}", stacklevel=2)
-        return "scipy"
-    return "cpu"
+    found = load_or_warn("median", "median2d runs on scipy, about 30 times slower at size 19")
+    return "scipy" if found is None else "cpu"
 
 
 # --- on a GPU: [P, H, W] -> [P, H, W] ---
@@ -150,13 +144,11 @@ def _median_cpu(padded: torch.Tensor, size: int) -> torch.Tensor:
     median.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_int]
     threads = min(torch.get_num_threads(), planes)
 
-    def run(first: int, last: int) -> int:  # ctypes lets go of the GIL
+    def run(_: int, first: int, last: int) -> int:
         return median(padded[first:].data_ptr(), out[first:].data_ptr(), last - first, height, width, size)
 
-    edges = [planes * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        if any(pool.map(run, edges[:-1], edges[1:])):
-            raise MemoryError(f"median2d: no memory for windows of {size} x {size} pixels")
+    if any(spread(run, planes, threads)):
+        raise MemoryError(f"median2d: no memory for windows of {size} x {size} pixels")
     return out
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from op.bias_act import bias_act_gradient
-from op.cuda import DTYPES, choose, launch
+from op.cuda import DTYPES, choose, is_watched, launch
 
 NHWC = torch.channels_last
 THREADS, PACKS, PIXELS = 256, 4096, 1024                              # as op/csrc/styled_act.h has them
@@ -22,7 +22,7 @@ PACK_BYTES = 16
 def styled_act(y: torch.Tensor, factor: torch.Tensor, noise: torch.Tensor | None, strength: torch.Tensor,
                bias: torch.Tensor, slope: float) -> torch.Tensor | None:
     """op.styled_act, or None where it is not for here: the caller then does it with PyTorch."""
-    if choose("styled_act", "auto", y) != "cuda" or torch.compiler.is_compiling() or not _fits(y):
+    if choose("styled_act", "auto", y) != "cuda" or is_watched() or not _fits(y):
         return None
     return StyledAct.apply(y, factor, noise, strength, bias, slope)
 

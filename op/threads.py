@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -18,6 +19,14 @@ _singles: dict[int, ThreadPoolExecutor] = {}
 def pool(threads: int) -> ThreadPoolExecutor:
     """So many threads, for work in C."""
     return ThreadPoolExecutor(threads, "op.threads")
+
+
+def spread(run: Callable[[int, int, int], Any], count: int, threads: int) -> list:
+    """What run(thread, first, last) gives for each of so many shares of `count`; run is in C, without the GIL."""
+    if threads == 1:
+        return [run(0, 0, count)]
+    edges = [count * i // threads for i in range(threads + 1)]
+    return list(pool(torch.get_num_threads()).map(run, range(threads), edges[:-1], edges[1:]))
 
 
 def in_batches(run: Callable[..., torch.Tensor], batch: int, *tensors: torch.Tensor) -> torch.Tensor:
@@ -35,6 +44,8 @@ def in_batches(run: Callable[..., torch.Tensor], batch: int, *tensors: torch.Ten
         threads = 1
     parts = list(zip(*(tensor.split(max(1, min(batch // threads, -(-count // threads)))) for tensor in tensors)))
 
+    @torch.autocast(tensors[0].device.type, enabled=False)
+    @torch.inference_mode(False)                          # which allows gradients
     @torch.no_grad()
     def work(first: int) -> list[torch.Tensor]:
         return [run(*part) for part in parts[first::threads]]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from op.cuda import DTYPES, choose, launch, layout_of, register
+from op.cuda import DTYPES, choose, is_transformed, launch, layout_of, register
 
 
 def binomial_kernel(taps=(1, 3, 3, 1), gain: float = 1.0) -> torch.Tensor:
@@ -42,7 +42,11 @@ def _upfirdn2d_ref(x, kernel, up, down, pad):
     """Plain PyTorch: zero insertion, padding, one depthwise convolution."""
     b, c, h, w = x.shape
     if up > 1:
-        spread = torch.empty((b, c, h * up, w * up), dtype=x.dtype, device=x.device, memory_format=layout_of(x)).zero_()
+        if is_transformed():                                    # into which vmap may write
+            spread = x.new_zeros(b, c, h * up, w * up)
+        else:
+            spread = torch.empty((b, c, h * up, w * up), dtype=x.dtype, device=x.device,
+                                 memory_format=layout_of(x)).zero_()
         spread[:, :, ::up, ::up] = x
         x = spread
     left, right, top, bottom = pad

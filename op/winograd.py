@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from collections.abc import Callable
 
 import torch
 
-from op.build import BuildError, load_c
+from op.build import load_or_warn
 from op.cuda import is_ref, is_watched
-from op.threads import pool
+from op.threads import spread
 
 NHWC = torch.channels_last
 FLAGS = ("-ffp-contract=fast",)  # a product and a sum in one instruction
@@ -35,14 +34,14 @@ POINTS = ((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6), (1 /
 
 
 def is_for(weight: torch.Tensor) -> bool:
-    """Whether convolutions by weight [O, I, k, k] are faster so: float32 on a CPU with AVX2 or AVX512.
+    """Whether convolutions by weight [O, I, k, k] are faster so: float32 on a CPU with AVX2 or AVX512, no autocast.
 
     With gradients the channels are to be in PANELs on both sides: one of them is a convolution the other way.
     """
     step = PANEL if torch.is_grad_enabled() else LANES
     return (weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.shape[2:] == (3, 3)
             and not weight.shape[0] % PANEL and not weight.shape[1] % step
-            and not is_ref() and not is_watched()
+            and not is_ref() and not is_watched() and not torch.is_autocast_enabled("cpu")
             and torch.backends.cpu.get_cpu_capability() in VECTORS and _library() is not None)
 
 
@@ -84,6 +83,7 @@ def _turned(weight: torch.Tensor) -> torch.Tensor:
     return weight.flip(2, 3).transpose(0, 1)
 
 
+@torch.autocast("cpu", enabled=False)                    # of which the backward pass may still see one
 def transformed(weight: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """weight [O, I, 3, 3] as conv3x3 takes it, [PLACES, O / PANEL, I, PANEL] in float32, computed in dtype."""
     out, into = weight.shape[:2]
@@ -119,6 +119,7 @@ def conv3x3(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return y
 
 
+@torch.autocast("cpu", enabled=False)
 def weight_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """Gradient of F.conv2d(x, weight, padding=1) by weight, [O, I, 3, 3]: x [B, I, H, W], grad [B, O, H, W].
 
@@ -155,26 +156,18 @@ def _threads(shape: torch.Size) -> int:
 
 
 def _spread(run: Callable[..., None], x: torch.Tensor, out: int, threads: int) -> None:
-    """run(thread, room, first, last, block) for the tiles of x; ctypes lets go of the GIL."""
+    """run(thread, room, first, last, block) for the tiles of x."""
     tiles, into = _tiles(x.shape), x.shape[1]
     block = BLOCK if into * out < LARGE else LARGE_BLOCK
     room = torch.empty(threads, PLACES * (block * (into + out) + 2 * GAP), dtype=torch.float32, device=x.device)
 
-    def part(thread: int) -> None:
-        run(thread, room[thread], tiles * thread // threads, tiles * (thread + 1) // threads, block)
-
-    if threads == 1:
-        part(0)
-    else:
-        list(pool(torch.get_num_threads()).map(part, range(threads)))
+    spread(lambda thread, first, last: run(thread, room[thread], first, last, block), tiles, threads)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    try:
-        library = load_c("winograd", *FLAGS)
-    except BuildError as error:
-        warnings.warn(f"convolutions of 3 x 3 run in PyTorch, slower: {error}", stacklevel=2)
+    library = load_or_warn("winograd", "convolutions of 3 x 3 run in PyTorch, slower", *FLAGS)
+    if library is None:
         return None
     for function in (library.winograd, library.winograd_weight):
         function.argtypes, function.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 7, None

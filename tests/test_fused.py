@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from op import bias_act, binomial_kernel, enlarged_beside, fused, scaled_sum, set_impl, styled_act, winograd
+from op import bias_act, binomial_kernel, build, enlarged_beside, fused, scaled_sum, set_impl, styled_act, winograd
 from op.build import BuildError
 from op.layers import StyledConv
 from op.modulated_conv import unfolded
@@ -277,7 +277,7 @@ def test_without_a_compiler_pytorch_does_it(monkeypatch):
     def fails(*_):
         raise BuildError("no C compiler")
 
-    monkeypatch.setattr(fused, "load_c", fails)
+    monkeypatch.setattr(build, "load_c", fails)
     monkeypatch.setattr(fused, "_library", fused._library.__wrapped__)
     with pytest.warns(UserWarning, match="runs in PyTorch, slower: no C compiler"):
         assert fused.bias_act(rand(1, 32, 2, 2), torch.zeros(32), 0.2, 1.0) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -263,16 +264,25 @@ def test_test_names_what_is_wrong(finished, xrays, slices32, tmp_path, capsys):
 
 def test_the_script_leaves_no_metrics_of_other_data(tmp_path):
     script, results = tmp_path / "healthygan/test_covid.sh", tmp_path / "healthygan/results/covid"
-    python = tmp_path / ".venv/bin/python"                        # tests nothing, writes nothing
+    python = tmp_path / ".venv/bin/python"                        # writes scores alone, or finds no data
     for folder in (results / "metrics", python.parent):
         folder.mkdir(parents=True)
     shutil.copy(ROOT / "healthygan/test_covid.sh", script)
-    python.write_text("#!/bin/sh\n")
+    python.write_text(f'#!/bin/sh\n[ "$3" != TYPO ] || exit 2\necho run $1\ntouch {results}/scores.csv\n')
     python.chmod(0o755)
+    own = ["labels.csv", "metrics", "notes.txt"]                  # labels: somebody's, of other data
     for name in ("labels.csv", "metrics/metrics.json", "notes.txt"):
         (results / name).touch()
-    subprocess.run(["bash", str(script), "a folder without classes"], check=True, timeout=60)
-    assert [path.name for path in results.iterdir()] == ["notes.txt"]
+        os.utime(results / name, (0, 0))
+
+    def run(data: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", str(script), data], timeout=60, capture_output=True, text=True)
+
+    assert run("TYPO").returncode == 2                            # all was gone before the folder was looked for
+    assert sorted(path.name for path in results.iterdir()) == own and (results / "metrics/metrics.json").exists()
+    found = run("a folder without classes")
+    assert found.returncode == 0 and found.stdout == f"run {script.parent / 'test.py'}\n"
+    assert sorted(path.name for path in results.iterdir()) == ["labels.csv", "notes.txt", "scores.csv"]
 
 
 @pytest.mark.parametrize("labelled", [True, False])

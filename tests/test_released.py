@@ -57,6 +57,27 @@ def test_released_channels_are_inferred_at_512():
         assert (inferred.size, inferred.n_mlp, inferred.style_dim, inferred.n_latent) == (512, 8, 512, 16)
 
 
+@pytest.mark.parametrize("generator, message", [
+    (torch.zeros(1), r"c.pth \(g_ema\): expected a state dict, found a Tensor"),
+    ([torch.zeros(1)], r"c.pth \(g_ema\): expected a state dict, found a list"),
+    (None, r"c.pth \(g_ema\): expected a state dict, found a NoneType"),
+    ({1: torch.zeros(1)}, r"c.pth \(g_ema\): expected a state dict, found a int, 1, for a name"),
+    ({"style.1.weight": 3}, r"c.pth \(g_ema\): .* found a int at 'style.1.weight', no tensor"),
+    ({"style.1.weight": torch.zeros(3)}, r"c.pth \(g_ema\): not a StyleGAN2 generator with the released names"),
+])
+def test_a_checkpoint_of_other_content_is_named(tmp_path, generator, message):
+    """Each ended in a traceback."""
+    whole = {"g_ema": {"a": torch.zeros(1)}, "d": {}, "e": {}}
+    torch.save(whole | {"g_ema": generator}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match=message):
+        load_released(tmp_path / "c.pth")
+    if "expected a state dict" in message:                                # the same of the others
+        for key in "de":
+            torch.save(whole | {key: generator}, tmp_path / "c.pth")
+            with pytest.raises(CheckpointError, match=message.replace("g_ema", key)):
+                load_released(tmp_path / "c.pth")
+
+
 def test_released_checkpoint_must_fit_strictly(tmp_path):
     parts = networks(RELEASED)
     states = parts[2].state_dict() | {"final_linear.extra": torch.zeros(1)}
@@ -119,10 +140,25 @@ def test_released_statistics_are_read_from_every_pickle_protocol(tmp_path, proto
     np.testing.assert_array_equal(found["pca_components"], arrays["pca_components"])
 
 
+@pytest.mark.parametrize("protocol", range(6))
+def test_released_arrays_come_in_their_layout_and_byte_order(tmp_path, protocol):
+    whole = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    arrays = {"rows": whole, "columns": np.asfortranarray(whole), "turned": whole.transpose(1, 2, 0),
+              "swapped": whole.astype(">f4"), "bytes": whole.astype(np.uint8), "number": np.float64(2.5)}
+    (tmp_path / "s.pkl").write_bytes(pickle.dumps(arrays, protocol=protocol))
+    found = read_statistics(tmp_path / "s.pkl")
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype and found[name].shape == array.shape, name
+        np.testing.assert_array_equal(found[name], array, name)
+
+
 def test_pickles_that_hold_no_arrays_are_refused(tmp_path):
     path = tmp_path / "s.pkl"
     for content, message in [(pickle.dumps([1]), "expected a dict of arrays, found a list"),
                              (pickle.dumps({"mean": "x"}), "'mean' is not an array of numbers"),
+                             (pickle.dumps({"mean": [[1.0, 2.0]]}), "'mean' is not an array of numbers"),
+                             (pickle.dumps({1: np.zeros(1)}), "expected the name of an array, found a int"),
+                             (pickle.dumps({"mean": np.array(["a", None])}), "arrays of 'O8', which are no numbers"),
                              (b"", "not a pickle of arrays"), (b"\x80\x04}q", "not a pickle of arrays")]:
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=message):
@@ -152,7 +188,7 @@ def test_import_released_command(tmp_path, capsys):
     assert checkpoint.main(command) == 2                                   # a bundle is there
     assert "overwrite" in capsys.readouterr().err
     assert checkpoint.main([*command, "--overwrite"]) == 0
-    statistics_file(tmp_path / "s.pkl", std=0, pca_explained_variance=np.zeros((3, 8, 8)))
+    statistics_file(tmp_path / "s.pkl", std=np.zeros(3), pca_explained_variance=np.zeros((3, 8, 8)))
     assert checkpoint.main([*command, "--overwrite"]) == 2
     assert "s.pkl: variance: every variance must be" in capsys.readouterr().err
 

@@ -71,6 +71,25 @@ def test_no_gradient_is_kept_in_any_thread(two_threads):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_no_part_sees_autocast_or_inference_mode_of_the_caller(two_threads, count):
+    """Of one image, which stays in the caller's thread, it did."""
+    def run(part):
+        seen = torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()
+        return torch.tensor([seen]).expand(len(part), 2)
+
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert in_batches(run, 8, torch.zeros(count, 1)).tolist() == count * [[False, False]]
+        assert torch.is_autocast_enabled("cpu") and torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_shares_are_in_order_and_all_there_is(two_threads, threads):
+    torch.set_num_threads(threads)
+    found = op_threads.spread(lambda thread, first, last: (thread, first, last), 7, threads)
+    assert found == {1: [(0, 0, 7)], 2: [(0, 0, 3), (1, 3, 7)], 3: [(0, 0, 2), (1, 2, 4), (2, 4, 7)]}[threads]
+
+
 def test_an_error_of_a_part_is_raised(two_threads):
     def run(part):
         raise ValueError("of this part")
