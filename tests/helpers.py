@@ -6,14 +6,16 @@ import base64
 import gzip
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from common.weights import CheckpointError
 from ct.frame import PreprocessSettings
 from ct.read import find_scans, read_scan
 from ct.scan import Scan
@@ -55,6 +57,30 @@ def assert_identical(a, b, where=""):
 
 def read_all(folder, **kwargs) -> list[Scan]:
     return [read_scan(source) for source in find_scans(folder, **kwargs)]
+
+
+def assert_every_change_is_found(folder: Path, change: str, read: Callable[[], Any]) -> None:
+    """100 flipped bits ("flip") or 100 lengths ("cut") of each file of a model: read() refuses the file by name.
+
+    Or, as of white space in model.json, gives what it gave. The files are left as they were.
+    """
+    whole, rng = read(), np.random.default_rng(0)
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        for _ in range(100):
+            altered = bytearray(content)
+            if change == "flip":
+                altered[rng.integers(len(content))] ^= 1 << rng.integers(8)
+            else:
+                del altered[rng.integers(len(content)):]
+            path.write_bytes(altered)
+            try:
+                found = read()
+            except CheckpointError as error:
+                assert path.name in str(error)
+            else:
+                assert path.name == "model.json" and found == whole
+        path.write_bytes(content)
 
 
 def synthetic_head(slices=24, size=96, spacing_mm=(5.0, 2.4, 2.4), angle_deg=0.0, shift_mm=(0.0, 0.0), noise=3.0,
