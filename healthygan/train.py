@@ -8,9 +8,9 @@ Set B is known to be healthy, set A is unannotated: healthy and diseased mixed. 
 train/mixed; --healthy and --mixed name folders of images, or databases of head-CT slices made by prepare.py.
 Writes to --out: config.json, stats.jsonl, sample grids (x, t, y, m, |x-y|), TensorBoard curves, snapshots, and in
 best/ the generator with the highest AUCp (unannotated against known healthy: no labels) with its frozen threshold.
-Run the same command again to go on from the last snapshot. SIGINT, SIGTERM and SIGUSR1 end it with a snapshot after
-the step in progress. Exit codes: 0 done, 2 wrong usage, 4 diverged again after going back to the last snapshot (which
-is kept), 130 or 143 stopped by a signal.
+Run the same command again to go on from the last snapshot. SIGINT, SIGTERM, SIGHUP and SIGUSR1 end it with a snapshot
+after the step in progress. Exit codes: 0 done, 2 wrong usage, 4 diverged again after going back to the last snapshot
+(which is kept), 129, 130 or 143 stopped by a signal.
 """
 from __future__ import annotations
 
