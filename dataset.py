@@ -23,6 +23,7 @@ import struct
 import tempfile
 import uuid
 import zlib
+from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -438,8 +439,11 @@ class SliceDataset(Dataset):
 
     def of_same_patient(self, scans: Collection[str]) -> dict[str, set[str]]:
         """For each of these scans of the database, of either split, those of them that are of its patient."""
-        patient = {scan["scan_id"]: scan["patient"] for scan in self.manifest["scans"] if scan["scan_id"] in set(scans)}
-        return {one: {other for other in patient if patient[other] == patient[one]} for one in patient}
+        chosen, alike = set(scans), defaultdict(set)
+        patient = {scan["scan_id"]: scan["patient"] for scan in self.manifest["scans"] if scan["scan_id"] in chosen}
+        for one, whose in patient.items():
+            alike[whose].add(one)
+        return {one: alike[whose] for one, whose in patient.items()}
 
     def scan(self, scan: int) -> dict:
         """All slices of scan_ids[scan] as one stack."""

@@ -166,9 +166,13 @@ def print0(*args, **kwargs) -> None:
             os.close(nowhere)
 
 
-def seed_for_rank(seed: int, rank: int) -> int:
-    """A seed in [0, 2**63) whose random stream is independent of every other (seed, rank)'s; seed >= 0."""
-    return int(np.random.SeedSequence(seed, spawn_key=(rank,)).generate_state(1, np.uint64)[0] >> 1)
+def seed_for_rank(seed: int, rank: int, seen: int = 0) -> int:
+    """A seed in [0, 2**63) whose random stream is independent of every other (seed, rank, seen)'s.
+
+    0 <= seed < 2**64; seen: images so far, for streams that begin anew within a run.
+    """
+    sequence = np.random.SeedSequence(seed + (seen << 64), spawn_key=(rank,))
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 # ---- Collectives

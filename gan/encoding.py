@@ -109,7 +109,7 @@ class EncoderTrainer:
     def reseed(self, seed: int) -> None:
         """Random numbers from here on, of (seed, rank, images seen): later in a run none of its first steps' again."""
         self.seed = seed
-        self.rng.manual_seed(distributed.seed_for_rank(seed + (self.images_seen << 64), distributed.get_rank()))
+        self.rng.manual_seed(distributed.seed_for_rank(seed, distributed.get_rank(), self.images_seen))
 
     def set_rates(self, done: float) -> None:
         """The rates for a training that is done to this part, 0 to 1."""

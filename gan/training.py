@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from functools import partial
 
 import torch
 
@@ -48,9 +49,9 @@ class Trainer:
     def reseed(self, seed: int) -> None:
         """Random numbers from here on, of (seed, rank, images seen): later in a run none of its first steps' again."""
         self.seed = seed
-        here = seed + (self.images_seen << 64)
-        torch.manual_seed(distributed.seed_for_rank(here, self.rank))                  # noise maps
-        self.rng.manual_seed(distributed.seed_for_rank(here, self.world + self.rank))  # no rank's noise maps again
+        seed_of = partial(distributed.seed_for_rank, seed, seen=self.images_seen)
+        torch.manual_seed(seed_of(self.rank))                      # noise maps
+        self.rng.manual_seed(seed_of(self.world + self.rank))      # which are no rank's noise maps again
 
     @property
     def global_batch(self) -> int:
