@@ -80,9 +80,10 @@ def slice_units(args, scan_scores: dict[Key, Score], scan_labels: dict[Key, Labe
               if k[:1] in scan_scores or k not in labels}
     units = join(scores, labels, args.missing, {k for k in scores if k[:1] in not_chosen}, "slices",
                  f"{args.slices} against {args.slice_labels}")
-    if len(labels) < len(every_label):
-        others = {"labelled, of scans without a scan label": len(every_label) - len(labels)}
-        units = replace(units, left_out=units.left_out | others)
+    unchosen = sum(k[:1] in not_chosen for k in every_label)
+    others = {"labelled, of scans not chosen": unchosen,
+              "labelled, of scans without a scan label": len(every_label) - len(labels) - unchosen}
+    units = replace(units, left_out=units.left_out | {why: count for why, count in others.items() if count})
     abnormal = {k[:1] for k, label in labels.items() if label.label}
     unlabelled = {k[:1] for k in own if k not in labels}
     return units, sum(scan_labels[k].label for k in {k[:1] for k in labels} - abnormal - unlabelled)
@@ -93,8 +94,9 @@ def own_threshold(scores: Path, evaluated: list[Key]) -> tuple[float | None, str
 
     It is of projector.py or of healthygan.test.
 
-    None without one, and for an unfinished run, since the scores may be an earlier run's, by other settings. The source
-    says how many of the evaluated scans have no flag: their scores cannot be compared with the calibration's.
+    None without one, and for an unfinished run, since the scores may be an earlier run's, by other settings: the source
+    then says why. Else it says how many of the evaluated scans have no flag: their scores cannot be compared with the
+    calibration's.
     """
     from detect.report import read_json
     from evaluation.cohort import InputError, read_table
@@ -109,8 +111,11 @@ def own_threshold(scores: Path, evaluated: list[Key]) -> tuple[float | None, str
     except (AttributeError, KeyError, TypeError, ValueError) as error:          # another program's, or changed by hand
         raise InputError(f"{path}: settings, calibration or threshold are not as projector.py writes them ({error}); "
                          "run it again, or evaluate a copy of the scores elsewhere") from error
-    if run.get("seconds", 0) is None or (own is None and given is None):
+    if own is None and given is None:
         return None, ""
+    if run.get("seconds", 0) is None:
+        return None, (f"that of {path} is of a run that has not ended, and the scores beside it may be an earlier "
+                      "run's; start it again, or merge its parts, or give --threshold")
     if "settings" not in run:                             # healthygan.test writes none
         source = "the model's own, as healthygan.test has it in run.json: of healthy images kept aside in its training"
     elif given is not None:
@@ -223,6 +228,8 @@ def evaluate(args) -> None:
     report["scores_sha256"] = sha256(args.scores)
     report |= provenance(args)
     report["table"] = table(report)
+    if thresholds["scan"][0] is None and thresholds["scan"][1]:
+        report["table"]["notes"].append(f"no scan threshold: {thresholds['scan'][1]}")
     args.out.mkdir(parents=True, exist_ok=True)
     plot_curves(units, report, args.out)
     text = markdown(**report["table"])

@@ -144,15 +144,18 @@ def save_png(path: Path, picture: np.ndarray) -> None:
 def pack_overlay(path: Path, side: int, quality: int) -> tuple[str, float]:
     """An overlay's file as WebP in base64, its panels at most `side` pixels long; and a panel's width by height.
 
-    quality: 1 to 100, of WebP. Raises OSError where the file is no picture.
+    quality: 1 to 100, of WebP. Raises OSError where the file is no picture, or one of panels without a pixel.
     """
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
-    width, height = picture.width // len(PANELS), picture.height
-    scale = min(1.0, side / max(width, height))
-    if scale < 1:
-        size = (len(PANELS) * round(width * scale), round(height * scale))
-        picture = picture.resize(size, FILTER)
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+        width, height = picture.width // len(PANELS), picture.height
+        scale = min(1.0, side / max(width, height))
+        if scale < 1:
+            size = (len(PANELS) * round(width * scale), round(height * scale))
+            picture = picture.resize(size, FILTER)
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:       # a broken PNG: SyntaxError
+        raise OSError(f"{path}: cannot be read as a picture ({error})") from error
     packed = io.BytesIO()
     picture.save(packed, "WEBP", quality=quality, method=2)
     return base64.b64encode(packed.getvalue()).decode(), width / height

@@ -202,8 +202,9 @@ def _slices_by_scan(keys: Iterable[Key]) -> dict[str, tuple[int, int]]:
 
 
 def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
-         not_chosen: Iterable[Key] = (), what: str = "scans", tables: str = "scores against labels") -> Units:
-    """Scores and labels by key. tables: what they are from, for messages.
+         not_chosen: Iterable[Key] = (), what: str = "scans", tables: str = "scores against labels",
+         mend: str = "Mend the files, choose rows of the labels with --where COLUMN=VALUE") -> Units:
+    """Scores and labels by key. tables, mend: what they are from and how to make them fit, for messages.
 
     missing: what to do with a unit without a score (failed or absent), with an unreliable one, or without a label:
     'error' (InputError), 'exclude', or 'worst'. With 'worst' a unit without a score is ranked wrongly, below all
@@ -217,8 +218,7 @@ def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
     faults = {why: keys for why, keys in faults.items() if keys}
     if missing == "error" and faults:
         listed = "; ".join(f"{len(keys)} {what} {why} ({_names(keys)})" for why, keys in faults.items())
-        raise InputError(f"{tables}: {listed}. Mend the files, choose rows of the labels "
-                         "with --where COLUMN=VALUE, or say --missing exclude or --missing worst")
+        raise InputError(f"{tables}: {listed}. {mend}, or say --missing exclude or --missing worst")
     finite = {k: scores[k] for k in labels if k in scores and scores[k] not in UNSCORED}
     if not finite:
         raise InputError(f"{tables}: none of the labelled {what} has a score")
@@ -238,25 +238,27 @@ def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: Units
                    origin: Callable[[Path, Key], str | None], folder: Path) -> tuple[float, str]:
     """Threshold at `fpr` on the normal scans of other data, SCORES (all healthy) or SCORES LABELS; and its source.
 
-    origin: from a folder of results and a key to a hash that says which scan it is, None where unknown. folder: of the
-    evaluated ones.
+    LABELS may hold the evaluated scans, too. origin: from a folder of results and a key to a hash that says which scan
+    it is, None where unknown. folder: of the evaluated ones. Raises InputError.
     """
     scores = read_scores(paths[0])
     labels = read_labels(paths[1])[0] if len(paths) > 1 else {key: Label(0, (), key[0]) for key in scores}
+    scored = {key: label for key, label in labels.items() if key in scores}
     keys, patients = set(evaluated.keys), set(evaluated.clusters.tolist())
-    shared = sorted(key for key, label in labels.items() if key in keys or label.patient in patients)
+    shared = sorted(key for key, label in scored.items() if key in keys or label.patient in patients)
     if shared:
         raise InputError(f"--threshold-from {paths[0]}: {len(shared)} of its scans are evaluated here too, or "
                          f"others of their patients ({_names(shared)}); a threshold must come from other data")
     here = {found: key for key in evaluated.keys if (found := origin(folder, key))}
-    again = [f"{name(key)}, here {name(here[found])}" for key in labels
+    again = [f"{name(key)}, here {name(here[found])}" for key in scored
              if (found := origin(paths[0].parent, key)) in here]
     if again:
         raise InputError(f"--threshold-from {paths[0]}: {len(again)} of its scans are evaluated here too, under "
                          f"another id ({some(again, 3, '; ')}: their result.json tell); a threshold must come from "
                          "other data")
     tables = f"--threshold-from {' '.join(map(str, paths))}"
-    units = join(scores, labels, missing, tables=tables)
+    units = join(scores, {key: label for key, label in labels.items() if key not in keys}, missing, tables=tables,
+                 mend="Mend the files" + ", keep in LABELS only scans of SCORES" * (len(paths) > 1))
     normal = np.where(units.worst, np.inf, units.scores)[units.labels == 0]         # no threshold clears the worst
     if not len(normal):
         raise InputError(f"--threshold-from {paths[-1]}: has no normal scans to set a threshold on")
@@ -356,10 +358,15 @@ def pictures_by_slice(folder: Path) -> dict[int, Path]:
 
 
 def marked_pixels(picture: Path) -> np.ndarray:
-    """Pixels of a mask that are neither black nor transparent, bool [H, W]."""
-    with Image.open(picture) as image:
-        marked = np.asarray(image.convert("L")) > 0
-        return marked & (np.asarray(image.convert("RGBA"))[..., 3] > 0) if image.has_transparency_data else marked
+    """Pixels of a mask that are neither black nor transparent, bool [H, W]. Raises InputError."""
+    try:
+        with Image.open(picture) as image:
+            if image.mode != "P" and len(image.getbands()) == 1 and not image.has_transparency_data:
+                return np.asarray(image) > 0
+            pixels = np.asarray(image.convert("RGBA"))       # not as grey, which rounds dark colours to black
+            return pixels[..., :3].any(axis=-1) & (pixels[..., 3] > 0)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:    # a broken PNG: SyntaxError
+        raise InputError(f"{picture}: cannot be read as a picture ({error}); expected a mask: write it anew") from error
 
 
 def read_seconds(path: Path, may_be_0: bool = False) -> np.ndarray:

@@ -163,6 +163,27 @@ def test_transparent_pixels_of_a_mask_are_none(tmp_path):
     assert truth.tolist() == [[[False, True], [False, False]]] and counted.all()
 
 
+def test_dark_colours_of_a_mask_are_marked(tmp_path):
+    """As grey, (1, 0, 0) and (0, 0, 3) are rounded to 0: the mask was empty without a word."""
+    colours = np.zeros((4, 100, 3), np.uint8)
+    colours[:3] = np.array([(1, 0, 0), (0, 0, 3), (1, 1, 1)], np.uint8)[:, None]
+    alpha = np.full((4, 100, 1), 255, np.uint8)
+    alpha[2, :50] = 0
+    pictures = {"RGB": (colours, 300), "RGBA": (np.concatenate([colours, alpha], -1), 250),
+                "LA": (np.concatenate([colours.max(-1, keepdims=True), alpha], -1), 250),
+                "L": (colours[..., 0], 200), "I;16": (colours[..., 2] * np.uint16(256), 200)}
+    for mode, (pixels, marked) in pictures.items():
+        Image.fromarray(pixels).save(tmp_path / "0.png")
+        with Image.open(tmp_path / "0.png") as image:
+            assert image.mode == mode
+        assert cohort.marked_pixels(tmp_path / "0.png").sum() == marked, mode
+    for transparent, marked in ({}, 300), ({"transparency": 2}, 200):        # place 2 of the palette: (0, 0, 3)
+        palette = Image.fromarray(np.arange(4, dtype=np.uint8).repeat(100).reshape(4, 100))
+        palette.putpalette([0, 0, 0, 1, 0, 0, 0, 0, 3, 1, 1, 1])
+        palette.save(tmp_path / "0.png", **transparent)
+        assert cohort.marked_pixels(tmp_path / "0.png").sum() == marked
+
+
 def test_a_scan_that_is_there_twice_is_refused_whichever_row_is_chosen(tmp_path):
     path = tmp_path / "labels.csv"
     for twice in ([1, "a", 0], [2, "a", 0]):                                 # one that is not chosen, one that is

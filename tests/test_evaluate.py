@@ -146,6 +146,36 @@ def test_a_threshold_comes_from_other_patients(results, capsys):
     assert "1 of its scans are evaluated here too, or others of their patients (h3)" in capsys.readouterr().err
 
 
+def test_labels_of_all_splits_do_for_a_threshold(results, capsys):
+    """Scans that are labelled there and not in SCORES counted as its own: those evaluated, as evaluated twice."""
+    base = results.parent
+    other = write_csv(base / "other.csv", "scan_id,score,status", [[f"h{i}", i, "ok"] for i in range(4)])
+    healthy = [[f"h{i}", 0, f"p{i}"] for i in range(4)]
+    here = [[scan, int(i < 3), f"here{i}"] for i, scan in enumerate("abcdef")]
+    found = []
+    for rows in (healthy, healthy + here):
+        theirs = write_csv(base / "theirs.csv", "scan_id,label,patient", rows)
+        at = run(results, "--threshold-from", other, theirs, "--fpr", 0.3, "--missing", "worst")[1]["scan"][
+            "at_threshold"]
+        found.append((at["threshold"], at["threshold_source"]))
+    assert found[0] == found[1] and found[0][0] == 2 and "on 4 normal scans" in found[0][1]          # 3 lies above
+    write_csv(base / "labels.csv", "scan_id,label,patient", here)
+    for lacking in ("x", "here0"):                              # not evaluated here; one of a patient who is
+        write_csv(theirs, "scan_id,label,patient", [*healthy, *here, ["lacking", 0, lacking]])
+        assert run(results, "--threshold-from", other, theirs, out="none") == (2, None)
+        said = capsys.readouterr().err
+        assert (f"--threshold-from {other} {theirs}: 1 scans labelled without a score (lacking). Mend the files, keep "
+                "in LABELS only scans of SCORES, or say --missing exclude") in said
+    failed = write_csv(base / "failed.csv", "scan_id,score,status", [["h0", 0, "ok"], ["h1", "", "failed"]])
+    assert run(results, "--threshold-from", failed, out="none") == (2, None)
+    assert "1 scans failed (h1). Mend the files, or say --missing exclude" in capsys.readouterr().err
+    for row, scan in ((["h0", 0, "here0"], "h0"), (["a", 1, "here0"], "a")):
+        write_csv(other, "scan_id,score,status", [[name, 1, "ok"] for name in {"h0", "h1", scan}])
+        write_csv(theirs, "scan_id,label,patient", [healthy[1], *here[1:], row])
+        assert run(results, "--threshold-from", other, theirs, out="none") == (2, None)
+        assert f"1 of its scans are evaluated here too, or others of their patients ({scan})" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("failed, threshold", [("a", -5), ("d", 5)])
 def test_failed_scans_are_called_wrongly_whatever_the_threshold(results, failed, threshold):
     """All that have a score lie above -5 and below 5: the other two of the class are called rightly."""
@@ -203,9 +233,18 @@ def test_the_models_own_threshold_is_taken_from_run_json(results):
             assert at["threshold"] == 0.8 and "that of projector.py --threshold; 2 of" in at["threshold_source"]
         began = {"calibration": calibration, "settings": {"scan_score": "max"}, "seconds": None}
         run_json.write_text(json.dumps(began))                           # its scores are not there yet
-        assert run(results)[1]["scan"]["at_threshold"]["sensitivity"] == NO_THRESHOLD
-        run_json.write_text(json.dumps({"calibration": None, "settings": {"scan_score": "max"}}))
-        assert run(results)[1]["scan"]["at_threshold"]["sensitivity"] == NO_THRESHOLD
+        note = (f"no scan threshold: that of {run_json} is of a run that has not ended, and the scores beside it may "
+                "be an earlier run's; start it again, or merge its parts, or give --threshold")
+        for content in (began, given | {"calibration": None, "seconds": None}):
+            run_json.write_text(json.dumps(content))
+            report = run(results)[1]
+            assert report["scan"]["at_threshold"]["sensitivity"] == NO_THRESHOLD
+            assert note in report["table"]["notes"]                      # it was said that there is none
+        assert f"- {note}\n" in (results.parent / "metrics" / "metrics.md").read_text()
+        run_json.write_text(json.dumps({"calibration": None, "settings": {"scan_score": "max"}, "seconds": None}))
+        report = run(results)[1]
+        assert report["scan"]["at_threshold"]["sensitivity"] == NO_THRESHOLD
+        assert not any("threshold" in note for note in report["table"]["notes"])
     finally:
         run_json.unlink(missing_ok=True)
 
@@ -240,6 +279,21 @@ def test_labels_of_slices_do_not_contradict_those_of_scans(results, capsys):
     assert run(results, *flags)[0] == 2
     said = capsys.readouterr().err
     assert "slice_labels.csv: 1 slices have label 1 though their scan has label 0 (e slice 1)" in said
+
+
+def test_slices_of_scans_that_are_not_chosen_are_told_from_those_without_a_label(results):
+    """They were said to have no scan label: --where had left their scans out."""
+    base = results.parent
+    write_csv(base / "labels.csv", "scan_id,split,label", [[n, "train" if n in "bf" else "test", y]
+                                                           for n, y in zip("abcdef", LABELS)])
+    rows = [[n, k, int(n in "abc" and k == 2)] for n in "abcdefg" for k in range(3 if n != "g" else 4)]
+    write_csv(base / "slice_labels.csv", "scan_id,slice,label", rows)                   # g: in no other table
+    flags = ["--slices", results / "slices.csv", "--slice-labels", base / "slice_labels.csv"]
+    left_out = run(results, *flags, "--where", "split=test")[1]["slice"]["left_out"]
+    assert left_out == {"not chosen": 6, "labelled, of scans not chosen": 6,
+                        "labelled, of scans without a scan label": 4}
+    assert "slices left out: 6 (labelled, of scans not chosen)" in (base / "metrics" / "metrics.md").read_text()
+    assert run(results, *flags)[1]["slice"]["left_out"] == {"labelled, of scans without a scan label": 4}
 
 
 def test_labels_of_slices_from_1_are_refused_whatever_is_missing(results, capsys):

@@ -90,6 +90,19 @@ def test_two_masks_of_one_scan_are_refused_and_both_named(results, capsys):
     assert "expected the number of a slice" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", [lambda b: b[:-40], lambda b: b[:11] + bytes([b[11] ^ 8]) + b[12:]])
+def test_a_damaged_picture_of_a_truth_is_exit_2_and_named(results, damage, capsys):
+    """Cut short, its error named no file; another length of its header was a traceback."""
+    for kind in ("mask", "anomaly"):
+        display_to_nifti(np.zeros((3, 4, 5), np.uint8), results / "a" / f"{kind}.nii.gz")
+    picture = results.parent / "masks" / "a" / "01.png"
+    picture.parent.mkdir(parents=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 5, 3), np.uint8)).save(picture)
+    picture.write_bytes(damage(picture.read_bytes()))
+    assert run(results, "--masks", results.parent / "masks", "--mask-gaps", "empty") == (2, None)
+    assert f"error: {picture}: cannot be read as a picture (" in capsys.readouterr().err
+
+
 def test_a_mask_with_pixels_of_a_scan_labelled_normal_is_refused(results, capsys):
     masks, truth = results.parent / "masks", np.zeros((3, 4, 5), np.uint8)
     truth[0, 0, :2] = 1

@@ -250,6 +250,21 @@ def test_pictures_that_are_absent_damaged_or_strange_are_named(results):
     assert "overlay/7.png is left out" in text and "no pictures: its overlay folder is empty" in text
 
 
+def test_a_damaged_header_of_a_picture_does_not_end_the_page(results):
+    """Pillow raises ValueError for a header of another length, and SyntaxError for one of another checksum."""
+    folder = results()
+    for name, place in (("98", 11), ("100", 29)):
+        path = folder / "a" / "overlay" / f"{name}.png"
+        content = bytearray(path.read_bytes())
+        content[place] ^= 8
+        path.write_bytes(content)
+    Image.new("RGB", (2, 1000)).save(folder / "a" / "overlay" / "101.png")   # its panels reduced are of no width
+    page = page_of(folder)
+    assert [n for n, _ in scans_in(page)["a"]["pictures"]] == [99]
+    for number in (98, 100, 101):
+        assert text_of(page).count(f"overlay/{number}.png cannot be read as a picture") == 1
+
+
 def test_large_pictures_are_reduced_and_panels_keep_their_shape(tmp_path):
     Image.new("RGB", (4 * 500, 1000)).save(tmp_path / "00.png")
     packed, aspect = pack_overlay(tmp_path / "00.png", side=250, quality=60)
