@@ -1,7 +1,7 @@
 """What a user could build in an afternoon: simple detectors to stand beside ours, on the same masks and slices.
 
     python benchmarks/baselines.py fit dae --data healthy.lmdb --out dae.safetensors
-    python benchmarks/baselines.py score dae.safetensors SCANS --out results
+    python benchmarks/baselines.py score dae.safetensors SCANS --out dae
 
 hu   HU thresholds: how far a pixel lies above 55 HU, up to 95 HU where bone begins. Hyperdense findings only: healthy
      ventricles and sulci lie below 15 HU like what is ill, and a second threshold there costs more than it finds
@@ -43,6 +43,7 @@ from detect.fitted import Fitted, NoSettings
 from detect.folder import make_writable
 from detect.pca import PositionPca
 from detect.residual import residual, scale_median_size
+from detect.result import BY_HASH
 from detect.scores import SCAN_SCORES, scan_score, thickness_mm
 
 
@@ -178,8 +179,17 @@ def fit(args: argparse.Namespace) -> int:
     return 0
 
 
+def refuse_projected(out: Path) -> None:
+    """ValueError where projector.py has results: theirs would be lost, and its run.json would speak of ours."""
+    for found in ("run.json", "*/result.json", f"{BY_HASH}/??/*/result.json"):
+        if made := next(out.glob(found), None):
+            raise ValueError(f"--out {out}: holds results of projector.py ({made.relative_to(out)}); choose another "
+                             "--out")
+
+
 def score(args: argparse.Namespace) -> int:
     make_writable(args.out)
+    refuse_projected(args.out)
     baseline = load(args.baseline, distributed.pick_device(args.device))
     settings = PreprocessSettings.from_json(baseline.trained_on["data"]["settings"])
     scans, slices = [], []
@@ -228,7 +238,7 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("score", help="maps and scores of scans")
     one.add_argument("baseline", type=Path, help="file that fit wrote")
     one.add_argument("scans", type=Path, metavar="SCANS", help="folder that holds scans, or one scan")
-    one.add_argument("--out", type=Path, required=True, help="results folder")
+    one.add_argument("--out", type=Path, required=True, help="results folder, none of projector.py's")
     one.add_argument("--scan-score", choices=list(SCAN_SCORES), default="mean",
                      help="how slice scores become the scan's (default %(default)s)")
     one.add_argument("--mask-hu", type=float, help="also write mask.nii.gz: where the map exceeds this")

@@ -9,6 +9,7 @@ the healthy scans that it holds out; a bundle brings its calibration.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,6 +17,8 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +31,7 @@ import distributed
 from benchmarks import baselines
 from benchmarks.baselines import ScoredScan
 from bundling.origins import learnt_by_networks
-from common.files import sha256
+from common.files import replacing, sha256
 from common.wording import some
 from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan
 from ct.geometry import nominal_stack
@@ -220,9 +223,10 @@ def open_database(path: Path, flag: str, args: argparse.Namespace) -> SliceDatas
         raise ValueError(f"{flag} {path}: holds {held_out} held-out scans, but calibrating the baselines "
                          f"{', '.join(args.baselines)} needs {normative.MIN_SCANS}; prepare it with a larger "
                          "--val-fraction, or leave them out of --baselines")
-    names = [OURS, *args.baselines, *(bundle.resolve().name for bundle in args.beside)]
+    names = [OURS, *getattr(args, "rows", ()), *args.baselines, *(bundle.resolve().name for bundle in args.beside)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"--beside: {', '.join(twice)} is the name of two methods; give the folder another name")
+        raise ValueError(f"--beside: {', '.join(twice)} is the name of two methods; give the folder another name, "
+                         "and any other method once")
     for bundle in args.beside:
         read_bundle_meta(bundle)
     return data
@@ -284,17 +288,20 @@ def run_methods(source: ScanSource, results: Path, preprocessing: PreprocessSett
 
 
 def remembered(path: Path, key: str, measure: Callable[[], dict]) -> tuple[dict, bool]:
-    """measure()'s dict of arrays, kept in an .npz file under a key; and whether it was made now."""
+    """measure()'s dict of arrays, kept in an .npz file under a key; and whether it was made now.
+
+    A file that cannot be read, as one that a power cut has left short, is made anew.
+    """
     if path.is_file():
-        with np.load(path) as stored:
-            kept = dict(stored)
-        if kept.pop("key") == key:
-            return kept, False
+        with contextlib.suppress(EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error):
+            with np.load(path) as stored:
+                kept = dict(stored)
+            if kept.pop("key") == key:
+                return kept, False
     kept = measure()
     path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_suffix(".writing.npz")
-    np.savez_compressed(writing, key=key, **kept)
-    writing.replace(path)
+    with replacing(path) as writing, open(writing, "wb") as file:    # of a path, numpy would change the ending
+        np.savez_compressed(file, key=key, **kept)
     return kept, True
 
 

@@ -292,10 +292,10 @@ def table(figures: dict) -> str:
         cells = [" / ".join(shown(f[level]["auc"]) + differs(f[level]) for level in of) for f in by_method.values()]
         lines.append(f"| {' | '.join([kind, *counts, *cells])} |")
     notes = [f"p: paired DeLong test against ours, two-sided, Holm's correction for {len(methods) - 1} methods; by "
-             f"type, *: p < {SIGNIFICANT} after the correction for all methods and types.",
-             f"Scan score from slice scores: {figures['settings']['scan_score']}.",
-             f"Of projected slices: without {of['slice']['normal'] - methods[OURS]['projected']['normal']} normal ones "
-             "that were not, and have the score 0 by every method."]
+             f"type, *: p < {SIGNIFICANT} after the correction for all methods and types."] if len(methods) > 1 else []
+    unseen = of["slice"]["normal"] - methods[OURS]["projected"]["normal"]
+    notes += [f"Scan score from slice scores: {figures['settings']['scan_score']}.",
+              f"Of projected slices: without {unseen} normal ones that were not, and have the score 0 by every method."]
     if figures["without_slice_labels"]:
         notes.append(f"Without slice labels, so among scans alone: {', '.join(figures['without_slice_labels'])}.")
     if figures["no_slice_abnormal"]:

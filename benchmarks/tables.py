@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,11 +26,16 @@ RESULTS, README = ROOT / "docs" / "results.json", ROOT / "README.md"
 MARK = "<!-- by benchmarks/tables.py -->\n"
 
 
+def cell(value: float | str, interval: Sequence[float] | str) -> tuple | None:
+    """(value, low, high), or None where the data do not define one of them: 'undefined: <why>'."""
+    return None if isinstance(value, str) or isinstance(interval, str) else (value, *interval)
+
+
 def ct_ich(figures: dict) -> dict[str, dict]:
-    """By column: a cell (value, low, high) for every method."""
+    """By column: a cell for every method."""
     first = figures["methods"][OURS]["scan"]
     headers = {"scan": f"CT-ICH, {first['abnormal']} + {first['normal']}: scan AUC", "slice": "slice AUC"}
-    return {header: {method: (f[level]["auc"], *f[level]["auc_delong"]) for method, f in figures["methods"].items()}
+    return {header: {method: cell(f[level]["auc"], f[level]["auc_delong"]) for method, f in figures["methods"].items()}
             for level, header in headers.items()}
 
 
@@ -42,7 +47,8 @@ def phe_sich(figures: dict) -> dict[str, dict]:
 def phantoms(figures: dict) -> dict[str, dict]:
     first = figures["methods"][OURS]["all"]
     return {f"phantoms, {first['emergencies']} + {first['healthy']}, calibrated by others: scan AUC":
-            {method: (f["all"]["scan_auc"], *f["all"]["scan_auc_delong"]) for method, f in figures["methods"].items()}}
+            {method: cell(f["all"]["scan_auc"], f["all"]["scan_auc_delong"])
+             for method, f in figures["methods"].items()}}
 
 
 BENCHMARKS = {"ct_ich": ct_ich, "phe_sich": phe_sich, "phantoms": phantoms}
@@ -61,7 +67,7 @@ def take(results: dict, benchmark: str, figures: dict, names: Mapping[str, str] 
             row.pop(benchmark, None)
     for method in figures["methods"]:
         name = figures["model"]["name"] if method == OURS else (names or {}).get(method) or name_of(method)
-        results["rows"].setdefault(name, {})[benchmark] = [list(cells[method]) for cells in columns.values()]
+        results["rows"].setdefault(name, {})[benchmark] = [cells[method] for cells in columns.values()]
     results["rows"] = {name: row for name, row in results["rows"].items() if row}
 
 
@@ -93,8 +99,9 @@ def make(args: argparse.Namespace) -> int:
     for benchmark in BENCHMARKS:
         if folder := getattr(args, benchmark):
             take(results, benchmark, json.loads((folder / "metrics.json").read_text(encoding="utf-8")), names)
+    readme = placed(README.read_text(encoding="utf-8"), table(results))      # before either is written: it may fail
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    README.write_text(placed(README.read_text(encoding="utf-8"), table(results)), encoding="utf-8")
+    README.write_text(readme, encoding="utf-8")
     return 0
 
 

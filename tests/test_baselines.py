@@ -308,6 +308,22 @@ def test_an_error_that_is_no_scans_keeps_the_scores_before_it(fits, tmp_path, mo
     assert {key[0] for key in read_scores(tmp_path / "results/slices.csv", by_slice=True)} == {"a"}
 
 
+@pytest.mark.parametrize("there", ["run.json", "one/result.json", "scans/ab/one/result.json"])
+def test_results_of_the_projector_are_not_written_over(there, fits, tmp_path, capsys):
+    """Its scores.csv was lost, and evaluate.py then judged scores in HU by the threshold in run.json."""
+    fits["hu"].save(tmp_path / "hu.safetensors")
+    write_slice_folder(tmp_path / "scans" / "two", np.full((4, 64, 64), -1000.0), slice_spacing_mm=10.0)
+    out = tmp_path / "results"
+    (out / there).parent.mkdir(parents=True)
+    (out / there).write_text("{}")
+    (out / "scores.csv").write_bytes(b"scan_id,score\r\none,7.5\r\n")
+    assert baselines.main(["score", str(tmp_path / "hu.safetensors"), str(tmp_path / "scans"), "--out", str(out),
+                           "--device", "cpu"]) == 2
+    assert f"results: holds results of projector.py ({there}); choose another --out" in capsys.readouterr().err
+    assert (out / "scores.csv").read_bytes() == b"scan_id,score\r\none,7.5\r\n"
+    assert not (out / "slices.csv").exists()
+
+
 def test_a_missing_database_is_wrong_usage(tmp_path, capsys):
     assert baselines.main(["fit", "hu", "--data", str(tmp_path / "no.lmdb"), "--out", str(tmp_path / "x")]) == 2
     assert "no.lmdb" in capsys.readouterr().err

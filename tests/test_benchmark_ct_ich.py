@@ -17,6 +17,7 @@ import latent_stats
 from benchmarks import baselines, compare, ct_ich
 from benchmarks.ct_ich import Case
 from bundling.build import Target, build
+from common import files
 from ct.frame import preprocess_scan
 from ct.standardise import StandardiseSettings
 from dataset import DatasetError, ScanRecord, SliceDataset, SliceWriter
@@ -126,6 +127,16 @@ def test_the_table_shows_undefined_figures_as_a_dash_and_names_what_is_left_out(
     assert "| type | scans | slices | this project | HU above 55 |" in text
     assert "| Subdural | 1 | 0 | 0.50 / - | 0.00 / - |" in text and "slice scores: top3." in text
     assert "among scans alone: b, d." in text and "e (no head)" in text
+    assert "Holm's correction for 1 methods" in text
+
+
+def test_without_another_method_the_notes_tell_of_no_tests(cases):
+    """They told of Holm's correction for 0 methods."""
+    figures = ct_ich.report(cases, ["ours"]) | {"splits": ["test"], "failed": {}, "settings": {"scan_score": "top3"}}
+    assert [line for line in ct_ich.table(figures).splitlines() if line.startswith("- ")] == [
+        "- Scan score from slice scores: top3.",
+        "- Of projected slices: without 0 normal ones that were not, and have the score 0 by every method.",
+        "- Without slice labels, so among scans alone: b, d."]
 
 
 def test_an_abnormal_scan_without_an_abnormal_slice_is_named(cases):
@@ -317,6 +328,36 @@ def test_without_baselines_a_database_that_calibrates_will_do(bundle, database, 
         compare.open_database(own, "--data", args)
 
 
+def with_hole(whole: bytes) -> bytes:
+    """Zeros where the compressed array begins, 20 bytes of zip64 behind its name."""
+    start = whole.index(b"mm.npy") + len("mm.npy") + 20
+    return whole[:start] + bytes(8) + whole[start + 8:]
+
+
+@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:len(whole) // 2],
+                                    lambda whole: bytes(len(whole)), with_hole],
+                         ids=["empty", "short", "zeros", "with a hole"])
+def test_a_measure_that_cannot_be_read_is_made_anew(damage, tmp_path):
+    """As a power cut leaves it: every later run ended with a traceback."""
+    path = tmp_path / "measures" / "one.npz"
+
+    def take(key="k", value=3.0):
+        kept, fresh = compare.remembered(path, key, lambda: {"mm": np.arange(50) + value})
+        return kept["mm"][0], fresh
+
+    assert take() == (3, True) and take(value=4.0) == (3, False)
+    path.write_bytes(damage(path.read_bytes()))
+    assert take(value=5.0) == (5, True) and take() == (5, False) and take("other", 6.0) == (6, True)
+    assert [*path.parent.iterdir()] == [path]
+
+
+def test_a_measure_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(files, "flush", lambda path: flushed.append((path, path.is_file() and path.stat().st_size)))
+    compare.remembered(tmp_path / "one.npz", "k", lambda: {"mm": np.zeros(3)})
+    assert flushed[0][1] == (tmp_path / "one.npz").stat().st_size and flushed[1][0] == tmp_path
+
+
 def test_the_projector_gets_the_flags_and_its_failure_is_told(tmp_path, monkeypatch):
     write_slice_folder(tmp_path / "scans" / "one", head(1, False)[0].hu)
     (tmp_path / "projector.py").write_text(
@@ -392,6 +433,10 @@ def test_two_methods_of_one_name_are_refused(data, database, bundle, tmp_path, m
     command = ["--data", str(data), "--database", str(database), "--model", "m", "--out", str(tmp_path)]
     assert ct_ich.main([*command, "--beside", str(bundle), f"{bundle}/"]) == 2
     assert "--beside: another is the name of two methods" in capsys.readouterr().err
+    published = str(tmp_path / "published")                 # its figures took the place of the published search's
+    assert ct_ich.main([*command, "--rows", "published", "--beside", published]) == 2
+    assert ("--beside: published is the name of two methods; give the folder another name, and any other method once"
+            in capsys.readouterr().err)
 
 
 def test_wrong_files_are_wrong_usage(data, tmp_path, capsys):

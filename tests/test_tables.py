@@ -45,6 +45,40 @@ def test_the_other_benchmarks_columns():
         "phantoms, 4 + 3, calibrated by others: scan AUC": {"ours": (0.8, 0.7, 0.9)}}
 
 
+def test_what_the_data_do_not_define_is_an_empty_cell():
+    """An undefined interval got into docs/results.json letter by letter, and no later run could read it."""
+    found, results = figures(0.9), {"columns": {}, "rows": {}}
+    why = "undefined: needs two independent units of each class"
+    found["methods"]["ours"]["scan"] = found["methods"]["ours"]["scan"] | {"auc_delong": why}
+    found["methods"]["pca"]["slice"] = found["methods"]["pca"]["slice"] | {"auc": why, "auc_delong": why}
+    tables.take(results, "ct_ich", found)
+    results = json.loads(json.dumps(results))
+    assert results["rows"]["mine"]["ct_ich"][0] is None
+    assert tables.table(results).splitlines()[2:] == ["| mine |  | 0.90 (0.80-0.95) |",
+                                                      "| PCA by position | 0.50 (0.80-0.95) |  |"]
+    every = {"emergencies": 4, "healthy": 1, "scan_auc": 0.8, "scan_auc_delong": why}
+    assert [*tables.phantoms({"methods": {"ours": {"all": every}}}).values()] == [{"ours": None}]
+
+
+def test_without_a_table_both_files_stay(tmp_path, monkeypatch):
+    """docs/results.json was written first, and kept what README could not show."""
+    for name, text in (("README", f"{tables.MARK}\n| old |\n\nafter\n"), ("RESULTS", '{"columns": {}, "rows": {}}')):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(tables, name, tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "metrics.json").write_text(json.dumps(figures(0.9)))
+
+    def broken(results):
+        raise ValueError("no table")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "table", broken)
+        assert tables.main(["--ct-ich", str(tmp_path)]) == 2
+    assert {path: path.read_bytes() for path in before} == before
+    assert tables.main(["--ct-ich", str(tmp_path)]) == 0
+    assert all(path.read_bytes() != text for path, text in before.items())
+
+
 def test_only_the_table_after_the_mark_is_replaced(tmp_path, monkeypatch, capsys):
     text = f"before\n\n| a |\n\n{tables.MARK}\n| old |\n| --- |\n\nafter\n\n| b |\n"
     assert tables.placed(text, "| new |\n") == f"before\n\n| a |\n\n{tables.MARK}\n| new |\n\nafter\n\n| b |\n"
