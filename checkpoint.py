@@ -87,7 +87,9 @@ def rows(table: dict) -> list[str]:
 
 
 def in_short(value: Any) -> str:
-    """A value of model.json for people: databases and runs by their numbers, a list of objects by its length."""
+    """A value of model.json for people: databases and runs by their numbers, a list of texts in full, one of objects by
+    its length.
+    """
     if isinstance(value, dict) and "counts" in value:
         scans = {split: count["scans"] for split, count in value["counts"].items()}
         return f"database {value['digest'][:16]}: {scans['train']} scans to train on, {scans['val']} held out"
@@ -96,7 +98,9 @@ def in_short(value: Any) -> str:
             f" of database {value['data_digest'][:16]}" if "data_digest" in value else "")
     if isinstance(value, dict):
         return ", ".join(f"{key} {in_short(one)}" for key, one in value.items())
-    if isinstance(value, list) and any(isinstance(one, dict | str) for one in value):
+    if isinstance(value, list) and {type(one) for one in value} == {str}:
+        return "; ".join(value)
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
         return f"{len(value)} entries"
     return str(value)
 

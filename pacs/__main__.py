@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from zoneinfo import TZPATH
 
 import distributed
 from common.stopping import SIGNALS, orderly_end
@@ -31,6 +33,7 @@ from pacs.server import DAYS, serve
 from pacs.state import State, StateError
 
 DAY_S = 86_400
+POSIX_ZONE = re.compile(r"([A-Za-z]{3,}|<[\w+-]+>)[+-]?\d\S*")        # such as KST-9
 
 
 class NoPhi(argparse.Action):
@@ -88,8 +91,18 @@ def credentials() -> tuple[str | None, str | None]:
     return user, password
 
 
+def check_time_zone() -> None:
+    """Raises ValueError for a TZ that the C library does not find: it would date results in UTC without a word."""
+    zone = os.environ.get("TZ", "").removeprefix(":")
+    if zone not in ("", "UTC") and not POSIX_ZONE.fullmatch(zone) and not any(
+            Path(folder, zone).is_file() for folder in TZPATH):
+        raise ValueError(f"TZ={zone}: no time zone of this machine, so that results would be dated in UTC; expected a "
+                         "name such as Asia/Seoul with nothing behind it, and the system's package tzdata")
+
+
 def start(args: argparse.Namespace) -> tuple[Node, ThreadingHTTPServer]:
     """The node, and the server of its pages. Raises OSError and ValueError, with what is wrong and its mend."""
+    check_time_zone()
     orthanc = Orthanc(args.orthanc, *credentials(), args.timeout_s)
     link = None if args.link is None else checked_url("--link", args.link)
     memory.keep_freed()

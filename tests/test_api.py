@@ -12,6 +12,7 @@ import pytest
 
 from ct.read import find_scans
 from ct.write import write_nifti
+from detect import load_bundle
 from tests.helpers import synthetic_head, synthetic_scan
 from tests.writers import complete, write_dicom_series
 
@@ -48,6 +49,16 @@ def test_the_code_of_the_page_runs(checkout, capsys):
     write_nifti(checkout / "scans" / "head.nii.gz", scan.hu, scan)
     names = run("docs/API.md")
     assert "surprise_mask=" in capsys.readouterr().out and names["projection"].score > 0
+
+
+def test_a_precision_that_is_none_is_a_plain_value_error():
+    """As the page says; of its other errors load_bundle's are CheckpointErrors."""
+    with pytest.raises(ValueError, match="bfloat16: expected auto, bf16 or fp32") as raised:
+        load_bundle(ROOT / "models" / "head-128", precision="bfloat16")
+    assert raised.type is ValueError
+    text = (ROOT / "docs/API.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| `load_bundle` |"))
+    assert "Plain `ValueError`" in row and all(f'`"{one}"`' in row for one in ("auto", "bf16", "fp32"))
 
 
 def test_the_objects_of_the_dicom_page_are_written(checkout):

@@ -32,12 +32,31 @@ def test_where_a_bundle_comes_from_is_shown_in_short(tmp_path, bundle_parts):
                      "notes                non-commercial research, as the licences of CT-ICH",
                      "in full              " + str(ROOT / "models" / "head-128" / "model.json")):
         assert expected in shown
-    known = {"notes": "two\nlines", "folds": [{"held_out": 3}] * 2, "whatever": [1, 2], "encoder": None}
+    known = {"notes": "two\nlines", "folds": [{"held_out": 3}] * 2, "whatever": [1, 2], "none": [], "encoder": None}
     save(tmp_path / "bundle", *bundle_parts, {"preprocessing": None, "calibration": None, "provenance": known})
     shown = checkpoint.describe(tmp_path / "bundle")
     for expected in ("notes                two lines\n", "folds                2 entries\n",
-                     "whatever             [1, 2]\n", "calibration          none: scores without percentiles\n"):
+                     "whatever             [1, 2]\n", "none                 []\n",
+                     "calibration          none: scores without percentiles\n"):
         assert f"\n  {expected}" in shown
+
+
+def test_notes_are_shown_in_full():
+    """Of how head-256 was trained, for which models/README.md sends its reader here, `4 entries` were shown."""
+    assert checkpoint.comes_from({"notes": {"how": ["a", "b"]}}) == ["  note: how            a; b"]
+    shown = " ".join(checkpoint.describe(ROOT / "models" / "head-256").split())
+    assert "note: how slices: the 3,106 of SIZE=256 recipes/head-128.sh (2,086" in shown
+    assert "steps of 2 HU; no GAN: generator, encoder and discriminator start" in shown
+    shown = " ".join(checkpoint.describe(ROOT / "models" / "phantom-128").split())      # 1,525 steps of 8 images
+    assert " encoder 12200 images " in shown and "of its second run alone, with predicted noise: 12,200 images" in shown
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_model_of_healthygan_is_told_by_its_name(more, capsys):
+    """It was said to be no model bundle, which latent_stats.py were to write."""
+    assert checkpoint.main(["show", str(ROOT / "models" / "healthygan-cxr-128"), *more]) == 2
+    told = capsys.readouterr().err
+    assert "healthygan-cxr-128/model.json: a model of HealthyGAN, for python -m healthygan.test (healthygan/" in told
 
 
 def test_a_folder_that_may_not_be_read_is_told_so(tmp_path, capsys, monkeypatch):

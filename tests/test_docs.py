@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -79,6 +80,22 @@ def test_files_that_are_named_exist(page):
     for name in re.findall(r"`([\w./-]+)`", prose(page)):
         if name.endswith(SUFFIXES):
             assert any((folder / name).exists() for folder in (ROOT, (ROOT / page).parent)), f"{page}: {name}"
+
+
+def texts_in(value: object) -> list[str]:
+    """All texts in a value of JSON."""
+    if isinstance(value, dict | list):
+        return [text for one in (value.values() if isinstance(value, dict) else value) for text in texts_in(one)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize("model", sorted(path.parent.name for path in (ROOT / "models").glob("*/model.json")))
+def test_files_that_a_provenance_names_exist(model):
+    """head-256 named a recipe that there is not."""
+    endings = "|".join(map(re.escape, SUFFIXES))
+    named = [name for one in texts_in(json.loads(text(f"models/{model}/model.json"))["provenance"])
+             for name in re.findall(rf"[\w./-]+(?:{endings})\b", one)]
+    assert named and all((ROOT / name).exists() for name in named), f"models/{model}/model.json: {named}"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -9,6 +9,7 @@ import socket
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from zoneinfo import available_timezones
 
 import pytest
 
@@ -115,6 +116,31 @@ def test_the_containers_have_a_time_zone_and_can_be_given_a_gpu():
     node = compose[compose.index("\n  node:\n"):compose.index("\nconfigs:\n")]
     assert "{TZ: \"${TZ:-UTC}\"}" in node and "# deploy: {resources: {reservations: {devices:" in node
     assert " tzdata " in dockerfile and "2.23.1" in compose[:compose.index("\nservices:\n")]
+
+
+def test_the_example_of_an_environment_holds_values_alone():
+    """A comment behind TZ's value was part of it, and results were dated in UTC."""
+    example = Path(__file__).parents[1].joinpath(".env.example").read_text()
+    values = dict(re.findall(r"^(?:# ?)?([A-Z_]+)=(.*)$", example, re.M))
+    assert set(values) == {"ORTHANC_USER", "ORTHANC_PASSWORD", "TZ"}
+    assert not any(re.search(r"\s", value) for value in values.values()) and values["TZ"] in available_timezones()
+
+
+@pytest.mark.parametrize("zone, known", [
+    ("Here/Town", True), (":Here/Town", True), ("", True), ("UTC", True), ("{}/Here/Town", True),
+    ("KST-9", True), ("<+09>-9", True), ("KST-9 of the dates", False), ("KST", False),
+    ("Here/Town        of the dates", False), ("Here", False), ("Here/Village", False), ("{}/Here/Village", False)])
+def test_a_time_zone_that_the_machine_does_not_know_is_refused(tmp_path, monkeypatch, zone, known, capsys):
+    """The C library takes UTC for it without a word."""
+    (tmp_path / "Here").mkdir()
+    (tmp_path / "Here" / "Town").touch()
+    monkeypatch.setattr("pacs.__main__.TZPATH", ("/nowhere", str(tmp_path)))
+    monkeypatch.setenv("TZ", zone.format(tmp_path))
+    asked = ["--model", str(tmp_path / "none"), "--orthanc", "http://fake", "--state", str(tmp_path / "s")]
+    assert main(asked) == 2                               # for want of a model, at the latest
+    told = capsys.readouterr().err
+    assert ("none: no such folder" if known else "error: TZ=") in told
+    assert known != ("such as Asia/Seoul with nothing behind it" in told)
 
 
 def of_stub(monkeypatch, folder, archive, run=at_once):

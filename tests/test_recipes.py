@@ -18,10 +18,15 @@ from tests.command_lines import parse
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.sh"))
 
-# In Python's place: writes its arguments down, and an empty file where a command would write a database or a bundle
+# In Python's place: writes its arguments down, and an empty file where a command would write a database or a bundle.
+# $CODES: exit codes of programs, such as 'benchmarks/ct_ich.py=3 healthygan.test=2'
 STAND_IN = """#!/bin/sh
 printf '%s\\n' "$@" --END-- >> "$WORDS"
 [ "$1" != -c ] || { echo 2; exit; }
+for one in ${CODES-}; do
+    case $one in "$1="*) exit "${one#*=}" ;; esac
+    [ "$1" != -m ] || case $one in "$2="*) exit "${one#*=}" ;; esac
+done
 [ "$1" != latent_stats.py ] && [ "$1" != prepare.py ] && exit
 while [ "$1" != --out ]; do shift; done
 case $2 in *.lmdb) : > "$2" ;; *) mkdir -p "$2" && : > "$2/model.json" ;; esac
@@ -108,6 +113,25 @@ def test_head(run, tmp_path):
     assert str(args[10].held_out) == f"{work}/scans.lmdb"
     assert programs(run("head-128.sh", "a", "b", "c", str(work))) == [
         name for name in programs(commands) if name not in ("prepare.py", "latent_stats.py")]
+
+
+@pytest.mark.parametrize("recipe, arguments, partly", [
+    ("head-128.sh", ["a", "b", "c"], "benchmarks/ct_ich.py"), ("healthygan.sh", ["cxr", "data"], "healthygan.test")])
+def test_what_failed_in_part_keeps_no_later_program_from_being_run(recipe, arguments, partly, run, tmp_path):
+    """3: some scans or pictures could not be read, all others are done. The recipe ended there, each time."""
+    def started(place: str, **more) -> list[str]:
+        (tmp_path / place).mkdir()
+        commands = run(recipe, *arguments, str(tmp_path / place), **more)
+        return [next(word for word in command if word != "-m") if command[1] != "torch.distributed.run"
+                else next(word for word in command if word.endswith(".py")) for command in commands]
+
+    all_programs = started("well")
+    behind = all_programs[all_programs.index(partly) + 1:]
+    assert behind == {"head-128.sh": ["benchmarks/phe_sich.py"],
+                      "healthygan.sh": ["benchmarks.xray_map", "healthygan.trivial"]}[recipe]
+    assert started("partly", code=3, CODES=f"{partly}=3") == all_programs
+    assert started("wrong", code=2, CODES=f"{partly}=2") == all_programs[:-len(behind)]
+    assert started("then", code=2, CODES=f"{partly}=3 {behind[-1]}=2") == all_programs
 
 
 def test_heads(run, tmp_path):

@@ -118,6 +118,8 @@ MUTANTS = (
            "tests/test_pacs_command.py -k fails_while_the_node"),
     Mutant("a damaged row of the state ends in a traceback", "pacs/state.py",
            "or not set(expected) <= set(found):", ":", "tests/test_pacs_node.py -k damaged_file"),
+    Mutant("results are dated in UTC for a time zone that is mistyped", "pacs/__main__.py",
+           "    check_time_zone()\n", "", "tests/test_pacs_command.py -k machine_does_not_know"),
     Mutant("a page's port that cannot be ends in a traceback", "pacs/__main__.py",
            "if not 0 <= args.port <= 65535:", "if False:", "tests/test_pacs_command.py -k wrong_usage"),
     Mutant("a series put back keeps its place", "pacs/node.py",

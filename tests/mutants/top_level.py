@@ -3,6 +3,8 @@ from mutants.mutant import Mutant
 MUTANTS = (
     Mutant("a database that does not count loose slices is another", "dataset.py",
            '{"loose": 0, **facts', "{**facts", "tests/test_dataset.py -k as_many_scans"),
+    Mutant("training scans calibrate where as many others are held out", "dataset.py",
+           "and len(held_out) == 2:", "and False:", "tests/test_calibrated_anew.py -k split_otherwise"),
     Mutant("exit code 0 although scans failed", "projector.py", "in results) else 3", "in results) else 0",
            "tests/test_patient_data.py -k output"),
     Mutant("a threshold that is no number", "projector.py",
