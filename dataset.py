@@ -5,7 +5,8 @@ The file is written by prepare.py (gan.database.build_lmdb) and read by everythi
   00000000, ...  one record a slice: CRC-32 of what follows, index of the scan, mm below the vertex, pixels.
                  The pixels are HU + 1024 as uint16, as differences to the row above, zigzag-coded, high bytes
                  before low bytes, then the brain mask as bits; all of it through zlib
-  manifest       JSON: size, preprocessing settings, the split by patient, counts, scans, a digest of all CRCs
+  manifest       JSON: size, preprocessing settings, the split by patient, counts, scans, a digest of all CRCs and
+                 one of those of the held-out slices
   (the seal)     20 bytes after LMDB's last page: magic, length and CRC-32 of the file before them; checked
                  before LMDB maps the file, because LMDB answers a truncated or altered file with a signal
 """
@@ -38,6 +39,7 @@ from ct.settings import PreprocessSettings
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
+FACTS = ("digest", "counts", "val_digest")     # what is told of a database; of an earlier version's no val_digest
 HU_OFFSET = 1024
 HU_LIMITS = (-1024, 2**15 - 1)           # what fits both the uint16 of the record and the int16 handed out
 
@@ -222,9 +224,11 @@ class SliceWriter:
             count["scans"] += loose == 0
             count["slices"] += len(scan["slices"])
             count["loose"] += loose
+        held_out = [crc for scan in self._scans if scan["split"] == "val"
+                    for crc in self._crcs[scan["first"]:scan["first"] + len(scan["slices"])]]
         return {"format": "ct-slices", "format_version": FORMAT_VERSION, "size": self._size,
                 "settings": self.settings, "counts": counts, "scans": self._scans, **self.facts,
-                "digest": _digest(self._crcs)}
+                "digest": _digest(self._crcs), "val_digest": _digest(held_out)}
 
 
 def _key(index: int) -> bytes:
@@ -408,8 +412,8 @@ class SliceDataset(Dataset):
         return np.array([mm for scan in self._scans for mm in scan["below_vertex_mm"]], float)
 
     def facts(self) -> dict:
-        """What a bundle says of a database: digest and counts, no ids."""
-        return {key: self.manifest[key] for key in ("digest", "counts")}
+        """What a bundle says of a database: digests and counts, no ids."""
+        return facts_of(self.manifest)
 
     def known(self) -> dict:
         """What a run keeps of a database: facts() and settings, JSON."""
@@ -426,10 +430,11 @@ class SliceDataset(Dataset):
     def unlike(self, meta: dict) -> str | None:
         """What of the database that a run was trained on, as its meta has it, is not this one's; None: all is.
 
-        One of the keys of meta["data"], or 'held_out', which older runs do not have.
+        One of the keys of meta["data"], or 'held_out', which older runs do not have, and which tells all that the
+        val_digest does, which older databases do not have.
         """
         for key, trained_on in meta["data"].items():
-            if self.manifest[key] != trained_on:
+            if key != "val_digest" and self.manifest[key] != trained_on:
                 return key
         return "held_out" if meta.get("held_out", self.held_out_ids()) != self.held_out_ids() else None
 
@@ -453,15 +458,23 @@ class SliceDataset(Dataset):
         return {**stacked, "below_vertex_mm": mm}
 
 
+def facts_of(known: dict) -> dict:
+    """Of a manifest, or of what a run or a bundle knows of a database, what SliceDataset.facts() tells."""
+    return {key: known[key] for key in FACTS if key in known}
+
+
 def is_same(one: dict, other: dict, split: str | None = None) -> bool:
     """Whether two databases, by facts() of each, hold the same scans: in both of their splits alike, or in one.
 
-    By as many scans and slices, which hardly ever are another database's. By the digest it cannot be told: of the same
-    scans split otherwise it is the same, and of the same ones prepared anew, by another version or on another CPU, it
-    is another. Databases of earlier versions, and the bundles that tell of them, do not count loose slices: they hold
-    none.
+    By as many scans and slices, which hardly ever are another database's. By the digest alone it cannot be told: of the
+    same scans split otherwise it is the same, with another val_digest, and of the same ones prepared anew, by another
+    version or on another CPU, it is another. Databases of earlier versions, and the bundles that tell of them, have no
+    val_digest: of these the counts decide. Nor do some count loose slices: they hold none.
     """
     def counts(facts: dict, side: str) -> dict[str, int]:
         return {"loose": 0, **facts["counts"].get(side, {})}
 
+    held_out = {facts["val_digest"] for facts in (one, other) if "val_digest" in facts}
+    if one["digest"] == other["digest"] and len(held_out) == 2:
+        return False                                           # the same scans, and others of them held out
     return all(counts(one, side) == counts(other, side) for side in ([split] if split else SPLITS))

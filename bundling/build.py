@@ -44,7 +44,7 @@ from detect.settings import Settings
 from gan.augment import random_flip, random_rotation
 from gan.encoding import has_taught_discriminator, method_of, restore
 from gan.lineage import lineage, not_held_out, tell_of_seen
-from gan.snapshots import snapshot_steps
+from gan.snapshots import holds_bundle, snapshot_steps
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
 OPEN_NOISE_RATE = 0.02                # the published rate of 2 on maps that hold their strength, about a hundredth
@@ -83,7 +83,8 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, target
     surroundings: run of train_encoder.py --halved.
     """
     # ---- Set up
-    refuse_bundle(target.out, target.overwrite)
+    sources = [("--encoder", data, run), *(("--fold", *fold) for fold in further)]
+    refuse_bundle(target.out, target.overwrite, [(flag, one) for flag, _, one in sources])
     learns = MEASURES[settings.measure].least_patients > 0
     if config.calibrate == "none" and (further or learns):
         raise ValueError(f"--calibrate none: {'--fold' if further else f'measure={settings.measure}'} is of no use "
@@ -91,10 +92,8 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, target
     of_encoder = settings.method in OF_ENCODER_RUNS
     if surroundings and settings.method != "inpainting":
         raise ValueError(f"--surroundings: for method=inpainting, not {settings.method}; leave it out")
-    sources = [(data, run), *further]
-    flags = ["--encoder", *["--fold"] * len(further)]
-    trained = [open_encoder(*source, flag, config, settings, target, surroundings) if of_encoder
-               else open_file(*source, flag, settings, target.device) for source, flag in zip(sources, flags)]
+    trained = [open_encoder(database, one, flag, config, settings, target, surroundings) if of_encoder
+               else open_file(database, one, flag, settings, target.device) for flag, database, one in sources]
     if held_out:
         trained = [dataclasses.replace(trained[0], dataset=other_range(trained[0], held_out), path=held_out)]
     if readers:
@@ -198,12 +197,23 @@ def write(trained: list[Trained], settings: Settings, known: dict[str, Any], tar
     return save_bundle(target.out, first, settings, meta, normal, overwrite=target.overwrite)
 
 
-def refuse_bundle(out: Path, overwrite: bool) -> None:
-    """CheckpointError, before any work, where --out holds a bundle that is to stay or a run, or can be no folder."""
+def refuse_bundle(out: Path, overwrite: bool, sources: Sequence[tuple[str, Path]] = ()) -> None:
+    """CheckpointError, before any work, where --out holds a bundle that is to stay, a run, a model that is no bundle or
+    a file of the sources, or can be no folder.
+
+    sources: flags, and the runs or files that they name.
+    """
     if there := no_folder(out):
         raise CheckpointError(f"--out {out}: {there} is no folder that can be written to; choose another --out")
     if snapshot_steps(out):                                    # beside it a bundle would be taken in its place
         raise CheckpointError(f"--out {out}: holds a training run; choose another --out")
+    if (out / "model.json").exists() and not holds_bundle(out):
+        raise CheckpointError(f"--out {out}: holds a model.json that is no bundle's (HealthyGAN's?); choose another "
+                              "--out")
+    for flag, one in sources:
+        if one.is_file() and any(path.exists() and path.samefile(one) for path in out.glob("*.safetensors")):
+            raise CheckpointError(f"--out {out}: is the folder of {flag} {one}, whose file the bundle's would replace; "
+                                  "choose another --out")
     if (out / "model.json").exists() and not overwrite:
         raise CheckpointError(f"--out {out}: holds a model bundle; pass --overwrite, or another folder")
 
@@ -233,10 +243,11 @@ def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings
         raise ValueError(f"{named}: its {key} {dataset.manifest[key]} is not that of the database which the encoder in "
                          f"{run} was trained on, {snapshot.meta['data'][key]}; give that one: another's held-out scans "
                          "may be among the encoder's training scans")
-    if (any(one["data"]["digest"] != snapshot.meta["data"]["digest"] for one in lineage(snapshot.meta))
-            or not_held_out(dataset.held_out_ids(), snapshot.meta)):
-        print(f"warning: {run}: its GAN, or a run of --init, was trained on another database, or another part of it: "
-              "if held-out scans were among its training scans, the healthy scores come out too low")
+    for folder, meta in ((run, snapshot.meta), *([(surroundings, halves.meta)] if halves else [])):
+        if (any(one["data"]["digest"] != meta["data"]["digest"] for one in lineage(meta))
+                or not_held_out(dataset.held_out_ids(), meta)):
+            print(f"warning: {folder}: its GAN, or a run of --init, was trained on another database, or another part "
+                  "of it: if held-out scans were among its training scans, the healthy scores come out too low")
 
     if getattr(settings.reconstruction, "perceptual", "") == "discriminator" and not has_taught_discriminator(snapshot):
         raise ValueError(f"--set perceptual=discriminator: {run} began with a new discriminator, which has learnt "
@@ -267,8 +278,9 @@ def open_model(data: Path, bundle: Bundle, keep_reader: bool) -> Trained:
         raise ValueError(f"--data {data}: slices of {dataset.size} pixels, --encoder {model} takes {method.size}; "
                          f"prepare them with --like {model}")
     if seen := learnt_by_networks(dataset, known):
-        raise ValueError(f"--data {data}: is the database that --encoder {model} was trained on, with other scans held "
-                         f"out: {some(seen, 3)} may be among its training scans; give other scans")
+        raise ValueError(f"--data {data}: is the database that --encoder {model}, or what it began with, was trained "
+                         f"on, with other scans held out: {some(seen, 3)} may be among its training scans; give other "
+                         "scans")
     if getattr(method, "reader", None) and not (keep_reader and getattr(bundle.settings.scoring, "read", 0)):
         method.reader = None
         known = {key: value for key, value in known.items() if key not in ("reader", "readers")}

@@ -15,7 +15,7 @@ import torch
 import distributed
 from common.weights import CheckpointError, digest
 from ct.settings import PreprocessSettings
-from dataset import SliceDataset
+from dataset import SliceDataset, facts_of, is_same
 from detect.bundle import load_bundle
 from detect.inversion import EncoderMethod
 from detect.reader import Reader
@@ -85,7 +85,8 @@ def open_beside(folder: Path, device: torch.device, precision: str, surroundings
     method = method_of(snapshot, None, device, distributed.pick_precision(precision, device), halves)
     return Beside(folder, method, digest_of(method), PreprocessSettings.from_json(snapshot.meta["data"]["settings"]),
                   snapshot.known(),
-                  lambda dataset: sorted(set(dataset.held_out_ids()) - set(snapshot.meta["held_out"])))
+                  lambda dataset: sorted({scan for one in (snapshot, halves) if one
+                                          for scan in learnt_by_run(dataset, one.meta)}))
 
 
 def refuse_surroundings(run: Path | None, model: Path) -> None:
@@ -163,10 +164,12 @@ def taught(step: int, meta: dict[str, Any]) -> dict[str, Any]:
     """How a run of train_reader.py or train_encoder.py was taught, at a step: JSON-able; no paths, no ids.
 
     data: all scans of that database taught it, but for the `held_out` of those that it holds out; init: the same of
-    what the run began with.
+    what the run began with; gan: of its GAN, if it had one.
     """
+    gan = meta.get("gan")
     return {"images_seen": step, "config": meta["config"], "held_out": len(meta["held_out"]),
-            "data": {key: meta["data"][key] for key in ("digest", "counts")}, "init": began_with(meta)}
+            "data": facts_of(meta["data"]), "init": began_with(meta),
+            **({"gan": taught(gan["step"], gan)} if gan else {})}
 
 
 def taught_with(meta: dict[str, Any]) -> PreprocessSettings | None:
@@ -200,9 +203,9 @@ def provenance(step: int, meta: dict[str, Any], surroundings: Snapshot | None = 
     halves = {} if not surroundings else {"surroundings": {
         **run_facts(surroundings.step, surroundings.meta), "init": began_with(surroundings.meta)}}
     gan = meta["gan"]
-    return {"data": {key: meta["data"][key] for key in ("digest", "counts")}, "taught_with": meta["data"]["settings"],
-            "gan": run_facts(gan["step"], gan) if gan else None, "encoder": run_facts(step, meta),
-            "init": began_with(meta), **halves}
+    return {"data": facts_of(meta["data"]), "taught_with": meta["data"]["settings"],
+            "gan": run_facts(gan["step"], gan) | taught(gan["step"], gan) if gan else None,
+            "encoder": run_facts(step, meta), "init": began_with(meta), **halves}
 
 
 def run_facts(step: int, meta: dict[str, Any]) -> dict[str, Any]:
@@ -210,23 +213,38 @@ def run_facts(step: int, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def networks_known(known: dict[str, Any], which: str = "encoder") -> dict[str, Any]:
-    """How the networks of a bundle were taught, by its provenance, as taught() tells it of a run; which: of it."""
-    encoder, data = known.get(which) or {}, known["data"]
-    return {"images_seen": encoder.get("images_seen"), "config": encoder.get("config"), "data": data,
-            "held_out": data["counts"]["val"]["scans"], "init": encoder.get("init", known.get("init"))}
+    """How the networks of a bundle were taught, by its provenance, as taught() tells it of a run; which: of it.
+
+    Of its GAN bundles of earlier versions do not tell enough for that.
+    """
+    networks, data, whole = known.get(which) or {}, known["data"], which == "encoder"
+    gan = known.get("gan") if whole else None
+    return {"images_seen": networks.get("images_seen"), "config": networks.get("config"), "data": data,
+            "held_out": data["counts"]["val"]["scans"], "init": (known if whole else networks).get("init"),
+            "gan": gan if gan and "data" in gan else None}
 
 
 def learnt_by_networks(dataset: SliceDataset, known: dict[str, Any]) -> list[str]:
     """Scans that a database holds out and the networks of a bundle may have learnt from, by its provenance."""
-    data = known.get("data")
-    return seen_of(dataset, networks_known(known) if data else None)
+    parts = [part for part in ("encoder", "surroundings") if part == "encoder" or known.get(part)]
+    return sorted({scan for part in parts if known.get("data")
+                   for scan in seen_of(dataset, networks_known(known, part))})
+
+
+def learnt_by_run(dataset: SliceDataset, meta: dict[str, Any]) -> list[str]:
+    """The same of a run, by its meta: all that it does not hold out itself, and what the runs that it began with have
+    not held out of the same database, or may have learnt from by what a bundle told of them."""
+    scans = dataset.held_out_ids()
+    before = not_held_out(scans, {"data": dataset.facts(), "held_out": scans, "init": meta}, elsewhere=False)
+    return sorted(set(scans) - set(meta["held_out"]) | set(before))
 
 
 def learnt_by_reader(dataset: SliceDataset, known: dict[str, Any]) -> list[str]:
     """The same of its reader, or one that this began with; none without one."""
     runs = list(lineage(known["reader"])) if "reader" in known else []
     if "held_out" in known:            # the networks' database once more, what it holds out prepared as new scans are
-        runs += [one | {"data": known["held_out"]} for one in runs if one["data"] == known["data"]]
+        runs += [one | {"data": known["held_out"]} for one in runs
+                 if one["data"]["digest"] == known["data"]["digest"] and is_same(one["data"], known["data"])]
     return sorted({scan for one in runs for scan in seen_of(dataset, one)})
 
 

@@ -45,7 +45,7 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
         if not snapshot:
             check_alone(first, config, dataset)
     scans = dataset.held_out_ids()
-    if snapshot:
+    if snapshot and not config.halved:                             # of whose GAN nothing but the shape goes on
         tell_of_seen(scans, "--gan", gan, snapshot.meta)
     if first:
         tell_of_seen(scans, "--init", first.folder, {"data": known, "held_out": scans, "init": first.known})
@@ -64,7 +64,11 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
         distributed.check_same_state(trainer.e)
         batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen,
                                 prepare=trainer.prepare, device=device)
-        begun = f"GAN at {snapshot.step / 1000:g} kimg" if snapshot else "no GAN" + ", new discriminator" * new
+        begun = f"GAN at {snapshot.step / 1000:g} kimg" if snapshot else "no GAN"
+        if snapshot and config.halved and not first:
+            begun += ", new networks of the GAN's shape"
+        elif new:
+            begun += ", new discriminator"
         distributed.print0(f"{dataset.told()}, {len(held_out)} held out; "
                            f"{begun}; {trainer.e.compute_dtype} on {device}")
 
@@ -114,8 +118,10 @@ def go_through(config: EncoderConfig | ReaderConfig, run: Run, trainer: EncoderT
                device: torch.device) -> None:
     """Steps, learn(batch, index, part of the training that is done), until config.epochs or config.hours are over.
 
-    epoch_of: slices of an epoch. At every snapshot held-out scans are looked at.
+    epoch_of: slices of an epoch. At every snapshot held-out scans are looked at. Pictures are numbered by the epoch
+    that they end, or by the snapshot where these come more often: none replaces another.
     """
+    numbered = min(config.snapshot_epochs, 1)
     done = _done(config, trainer.images_seen / epoch_of, run)
     if run.resumed:
         distributed.print0(f"Resuming at {trainer.images_seen} images, after {run.seconds() / 3600:.2f} hours"
@@ -128,8 +134,9 @@ def go_through(config: EncoderConfig | ReaderConfig, run: Run, trainer: EncoderT
         done = _done(config, epochs, run)
         due = done >= 1 or before / epoch_of // config.snapshot_epochs < epochs // config.snapshot_epochs
         if due:
-            quality = trainer.validate(held_out, out, int(epochs)) if distributed.is_main() else {}
-            run.tick(trainer.images_seen, device, epoch=int(epochs), **distributed.gather(quality)[0])
+            number = int(before / epoch_of // numbered) + 1
+            quality = trainer.validate(held_out, out, number) if distributed.is_main() else {}
+            run.tick(trainer.images_seen, device, epoch=round(epochs, 3), **distributed.gather(quality)[0])
         run.end_step(trainer.images_seen, snapshot=due)
 
 

@@ -15,7 +15,7 @@ import distributed
 from common.weights import CheckpointError, digest
 from common.wording import some
 from ct.settings import PreprocessSettings
-from dataset import DatasetError, SliceDataset
+from dataset import DatasetError, SliceDataset, facts_of, is_same
 from detect.inversion import EncoderMethod
 from gan.batches import slice_batches
 from gan.encoder_loop import go_through
@@ -111,7 +111,8 @@ def check_database(dataset: SliceDataset, beside: Beside, config: ReaderConfig) 
                          "so often; give a smaller one")
     if seen := beside.seen(dataset):
         mend = "hold out scans that it has not seen (prepare.py --split)"
-        if "step" in beside.known and dataset.facts() != {key: beside.known["data"][key] for key in dataset.facts()}:
+        its, own = facts_of(beside.known.get("data") or {}), dataset.facts()
+        if "step" in beside.known and not (its["digest"] == own["digest"] and is_same(its, own)):
             mend += ("; a run does not tell of another database's scans that they are new to it: if these are, make a "
                      "model of it (latent_stats.py), and give that")
         raise DatasetError(f"--data {dataset.path}: holds out {some(seen, 3)}, "

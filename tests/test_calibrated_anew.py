@@ -1,5 +1,7 @@
 """latent_stats.py on a model bundle: calibrated by other scans, and who may not calibrate it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,10 @@ from bundling import origins
 from ct.frame import PreprocessSettings
 from ct.standardise import StandardiseSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
-from detect.bundle import load_bundle
+from detect.bundle import load_bundle, save_bundle
+from healthygan import data as healthygan_data
+from healthygan import model as healthygan_model
+from healthygan.weights import save_model
 from tests.calibration_data import PLAIN, autoencoder_file, command, write_slices
 
 
@@ -68,6 +73,50 @@ def test_what_cannot_calibrate_a_model_is_refused(shipped, tmp_path, capsys):
         said = capsys.readouterr()
         assert said.err == f"error: --out {out}: {own} is no folder that can be written to; choose another --out\n"
         assert not said.out
+
+
+def test_training_scans_of_a_database_split_otherwise_calibrate_nothing(shipped, tmp_path, capsys):
+    """As many scans and slices are held out, others of them: counts alone took them for the model's own."""
+    model, _, theirs = shipped
+    other = write_slices(tmp_path / "other.lmdb", held_out=(0, 1, 2, 3))
+    assert SliceDataset(other).manifest["counts"] == SliceDataset(theirs).manifest["counts"]
+    assert calibrated_anew(model, other, tmp_path / "no") == 2 and not (tmp_path / "no").exists()
+    assert "with other scans held out: head0, head1, head2 and 1 more may be among" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["encoder", "gan", "surroundings"])
+def test_scans_that_taught_what_any_of_the_networks_began_with_calibrate_nothing(part, shipped, tmp_path, capsys):
+    """Of those for the surroundings nobody asked; a training had the same scans, four of the five held out now."""
+    model, own, _ = shipped
+    bundle, first = load_bundle(model), {"data": SliceDataset(own).facts(), "held_out": 1, "init": None}
+    told = {"encoder": {"encoder": {}, "init": first}, "gan": {"encoder": {}, "gan": first},
+            "surroundings": {"encoder": {}, "surroundings": {"init": first}}}[part]
+    save_bundle(tmp_path / "model", bundle.reconstructor, bundle.settings, bundle.meta | {
+        "provenance": bundle.meta["provenance"] | told}, bundle.measure.normal)
+    assert calibrated_anew(tmp_path / "model", own, tmp_path / "no") == 2 and not (tmp_path / "no").exists()
+    assert "may be among its training scans; give other scans" in capsys.readouterr().err
+
+
+def test_what_the_encoder_began_with_is_not_what_its_surroundings_did(shipped):
+    known = {"data": {"digest": "theirs", "counts": {"val": {"scans": 1, "slices": 5}}}, "init": {"held_out": 3},
+             "encoder": {"images_seen": 8}, "gan": {"images_seen": 2}, "surroundings": {"images_seen": 4, "init": None}}
+    assert origins.networks_known(known)["init"] == {"held_out": 3}
+    assert origins.networks_known(known, "surroundings")["init"] is None
+    assert origins.networks_known(known)["gan"] is None                     # an earlier version told too little of it
+
+
+def test_a_healthygan_is_not_overwritten(shipped, tmp_path, capsys):
+    """It was called a model bundle, and lost its threshold to --overwrite."""
+    config = healthygan_model.ModelConfig(size=32, width=4, blocks=1, critic_width=4, critic_max=8, critic_layers=3)
+    meta = {"model": dataclasses.asdict(config), "threshold": 0.25,
+            "image_settings": dataclasses.asdict(healthygan_data.ImageSettings("images", 32))}
+    save_model(tmp_path / "gan", config.generator(), meta)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "gan").iterdir()}
+    for more in ((), ("--overwrite",)):
+        assert calibrated_anew(*shipped[:2], tmp_path / "gan", *more) == 2
+        assert capsys.readouterr().err == (f"error: --out {tmp_path / 'gan'}: holds a model.json that is no bundle's "
+                                           "(HealthyGAN's?); choose another --out\n")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "gan").iterdir()}
 
 
 def test_scans_prepared_in_another_way_are_told_of(shipped, tmp_path, capsys):

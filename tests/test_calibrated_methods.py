@@ -22,6 +22,24 @@ def inputs(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
+def test_a_bundle_does_not_replace_the_file_that_it_is_made_of(tmp_path, capsys):
+    """The fit was gone: the bundle's file of that name does not say what it was fitted to. Nor that of a --fold."""
+    (tmp_path / "fits").mkdir()
+    data = write_slices(tmp_path / "healthy.lmdb")
+    fit, before = autoencoder_file(data, tmp_path / "fits"), (tmp_path / "fits/autoencoder.safetensors").read_bytes()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/autoencoder.safetensors").symlink_to(fit)
+    flags = ["--set", "method=autoencoder", "measure=votes"]
+    for out, flag, run, more in (("fits", "--encoder", fit, ()), ("fits", "--encoder", fit, ("--overwrite",)),
+                                 ("linked", "--encoder", fit, ()),
+                                 ("fits", "--fold", tmp_path / "other", ("--fold", str(data), str(fit)))):
+        assert command(data, run, tmp_path / out, *more, *flags) == 2
+        assert capsys.readouterr().err == (
+            f"error: --out {tmp_path / out}: is the folder of {flag} {fit}, whose file the bundle's would replace; "
+            "choose another --out\n")
+    assert fit.read_bytes() == before and not (tmp_path / "fits/model.json").exists()
+
+
 def test_a_method_with_a_file_of_its_own_is_calibrated_like_ours(tmp_path, capsys):
     data = write_slices(tmp_path / "healthy.lmdb", held_out=(2, 3, 4, 5))
     pca = PositionPca(PcaFit(components=2, step_mm=20.0))

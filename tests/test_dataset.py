@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
+import struct
 import time
+import zlib
 
 import lmdb
 import numpy as np
@@ -279,6 +282,35 @@ def test_databases_of_as_many_scans_and_slices_are_the_same():
     assert is_same(now, before) and is_same(before, now) and is_same(before, now, "val")
     more = {"digest": "1", "counts": now["counts"] | {"train": train | {"loose": 3}}}
     assert not is_same(now, more) and is_same(now, more, "val") and not is_same(before, more, "train")
+
+
+def test_the_same_scans_split_otherwise_are_told_apart_where_they_are_as_many(database, tmp_path):
+    """By the digest of the held-out records, which databases of earlier versions do not have: there by the counts."""
+    with dataset._environment(database).begin() as transaction:
+        bodies = [transaction.get(b"%08d" % i)[4:] for i in (3, 4, 5)]                     # of b, after a's three
+    facts = SliceDataset(database).facts()
+    assert facts["val_digest"] == hashlib.sha256(struct.pack("<3I", *map(zlib.crc32, bodies))).hexdigest()
+    with SliceWriter(tmp_path / "other", {"slab_mm": 5.0}) as writer:
+        for number, name in enumerate("xyz"):                                              # ids are no part of it
+            writer.add(ScanRecord.encode(name, *random_scan(number)), "val" if name == "z" else "train", name)
+    other = SliceDataset(tmp_path / "other").facts()
+    assert (other["digest"], other["counts"]) == (facts["digest"], facts["counts"])
+    assert not is_same(facts, other) and not is_same(facts, other, "val") and is_same(facts, dict(facts))
+    assert is_same(facts | {"digest": "of a later version"}, other)
+    before = {key: facts[key] for key in ("digest", "counts")}
+    assert is_same(before, other) and is_same(other, before)
+
+
+def test_a_database_of_an_earlier_version_is_that_of_runs_of_both(database):
+    """It has no digest of what it holds out; a run on one prepared anew has."""
+    data = SliceDataset(database)
+    run = {"data": data.known(), "held_out": data.held_out_ids()}
+    del data.manifest["val_digest"]
+    earlier = {"data": data.known(), "held_out": data.held_out_ids()}
+    assert set(earlier["data"]) == {"digest", "counts", "settings"} and set(run["data"]) - set(earlier["data"]) == {
+        "val_digest"}
+    assert data.unlike(run) is data.unlike(earlier) is SliceDataset(database).unlike(earlier) is None
+    assert data.unlike(run | {"held_out": ["a"]}) == "held_out"
 
 
 def grey_jpeg_like(count: int, size: int = 256) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from gan.inpainting import InpaintingTrainer, hide_blocks
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot
 from model import Encoder, Generator, ModelConfig, has_mapping
-from tests.reader_data import with_held_out
+from tests.reader_data import with_held_out, with_meta
 
 SHAPE = dict(style_dim=16, n_mlp=2, channel_max=16, encoder_noise=True, noise_channels=True, encoder_masks=True,
              encoder_width=0.5, encoder_code=8)
@@ -209,6 +209,27 @@ def test_networks_that_learnt_from_other_slices_are_refused(slices32, hiding_run
     other = with_held_out(halves_run, ["another"], tmp_path / "other")
     assert stats(slices32, hiding_run, tmp_path / "m", "--surroundings", other, "--set", "method=inpainting") == 2
     assert "has other held-out scans than" in capsys.readouterr().err
+
+
+def test_what_networks_for_the_surroundings_began_with_is_told_of(slices32, hiding_run, halves_run, tmp_path, capsys):
+    """Of the encoder alone it was; their GAN, whose shape alone they have, teaches them nothing."""
+    known = load_snapshot(halves_run).known()
+    elsewhere = known | {"data": known["data"] | {"digest": "f" * 64, "val_digest": "e" * 64}}
+    for name, changes, told in (("init", {"init": elsewhere}, True), ("gan", {"gan": elsewhere}, False)):
+        half = with_meta(halves_run, tmp_path / name, **changes)
+        assert stats(slices32, hiding_run, tmp_path / f"m-{name}", "--surroundings", half, "--calibrate", "none",
+                     "--set", "method=inpainting", "measure=votes", "scan_score=mean") == 0
+        said = capsys.readouterr().out
+        assert (f"warning: {half}: its GAN, or a run of --init, was trained on another database" in said) == told
+        assert f"warning: {hiding_run}" not in said
+
+
+def test_a_run_says_what_of_it_is_new(slices32, gan_run, halves_run, tmp_path, capsys):
+    """Of a run with a GAN nothing was said to be."""
+    for flags, begun in ((("--gan", gan_run), "GAN at 0.032 kimg, new networks of the GAN's shape;"),
+                         (("--init", halves_run), "held out; no GAN, new discriminator;")):
+        assert halves(slices32, tmp_path / flags[0], *flags, "--epochs", 0.25) == 0
+        assert begun in capsys.readouterr().out
 
 
 def test_each_run_has_its_flag(slices32, hiding_run, halves_run, model, tmp_path, capsys):

@@ -111,7 +111,15 @@ def test_a_run_of_so_many_hours_ends_by_the_clock_and_another_goes_on(slices32, 
 
 def test_snapshots_come_as_often_as_asked(slices32, gan_run, tmp_path):
     assert run_encoder(slices32, gan_run, tmp_path, "--epochs", 2.5, "--snapshot-epochs", 2) == 0
-    assert [(row["step"], row["epoch"]) for row in rows(tmp_path)] == [(32, 2), (40, 2)]
+    assert [(row["step"], row["epoch"]) for row in rows(tmp_path)] == [(32, 2), (40, 2.5)]
+    assert sorted(path.stem for path in tmp_path.glob("*.png")) == ["reconstructions-002", "reconstructions-003"]
+
+
+def test_snapshots_within_an_epoch_have_pictures_of_their_own(slices32, gan_run, tmp_path):
+    """They were all of epoch 0, and each replaced the one before."""
+    assert run_encoder(slices32, gan_run, tmp_path, "--epochs", 1, "--snapshot-epochs", 0.5) == 0
+    assert [(row["step"], row["epoch"]) for row in rows(tmp_path)] == [(8, 0.5), (16, 1)]
+    assert sorted(path.stem for path in tmp_path.glob("*.png")) == ["reconstructions-001", "reconstructions-002"]
 
 
 @pytest.mark.parametrize("n, objective, networks", [(1, EncoderTrainer, {}), (4, InpaintingTrainer, {"hide": 0.9})])

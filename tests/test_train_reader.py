@@ -159,6 +159,21 @@ def test_a_database_that_holds_out_what_the_encoder_may_have_seen_is_refused(hid
     assert "hold out scans that it has not seen" in error and "make a model" not in error     # of the same database
 
 
+@pytest.mark.parametrize("flag", ["init", "gan"])
+def test_what_an_encoder_began_with_counts_for_its_run_as_for_its_model(flag, hiding_run, slices32, tmp_path, capsys):
+    """The same scans had taught it, another of the three held out. Of a run nobody asked, of its model for --init."""
+    first = load_snapshot(hiding_run).known()[flag] or load_snapshot(hiding_run).known() | {"gan": None}
+    first |= {"data": first["data"] | {"val_digest": "0" * 64}, "held_out": ["head0"]}
+    encoder, model = with_meta(hiding_run, tmp_path / "encoder", **{flag: first}), tmp_path / "model"
+    made = ["--data", slices32, "--encoder", encoder, "--out", model, "--preset", "ct128", "--calibrate", "none",
+            "--set", "measure=votes", "scan_score=mean"]
+    assert latent_stats.main([str(word) for word in made]) == 0
+    for beside in (encoder, model):
+        assert run(slices32, beside, tmp_path / "r", "--epochs", 0.25) == 2
+        assert f"holds out head2, which --encoder {beside} may have been trained on" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize(("held_out", "told"), ((["another"], True), (["another", "head2"], False)))
 def test_first_weights_that_may_have_seen_what_is_held_out_are_told_of(held_out, told, hiding_run, reader_run, gan_run,
                                                                        slices32, tmp_path, capsys):
