@@ -142,9 +142,9 @@ def save_png(path: Path, picture: np.ndarray) -> None:
 
 
 def pack_overlay(path: Path, side: int, quality: int) -> tuple[str, float]:
-    """An overlay's file as WebP in base64, its panels at most `side` pixels long; and a panel's width by height.
+    """An overlay's file as JPEG in base64, its panels at most `side` pixels long; and a panel's width by height.
 
-    quality: 1 to 100, of WebP. Raises OSError where the file is no picture, or one of panels without a pixel.
+    quality: 1 to 95, of JPEG. Raises OSError where the file is no picture, or one of panels without a pixel.
     """
     try:
         with Image.open(path) as opened:
@@ -157,5 +157,5 @@ def pack_overlay(path: Path, side: int, quality: int) -> tuple[str, float]:
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:       # a broken PNG: SyntaxError
         raise OSError(f"{path}: cannot be read as a picture ({error})") from error
     packed = io.BytesIO()
-    picture.save(packed, "WEBP", quality=quality, method=2)
+    picture.save(packed, "JPEG", quality=quality, optimize=True)
     return base64.b64encode(packed.getvalue()).decode(), width / height

@@ -2,7 +2,7 @@
 
     python -m detect.report RESULTS [--out FILE] [--evaluation metrics.json] [--megabytes 40]
 
-RESULTS holds scores.csv, slices.csv, run.json and <scan>/overlay/NN.png. Pictures are packed as WebP up to the limit:
+RESULTS holds scores.csv, slices.csv, run.json and <scan>/overlay/NN.png. Pictures are packed as JPEG up to the limit:
 first the key slices of every scan, reduced, then all slices of as many scans as fit, highest score first. The page
 says what it lacks. Exit 0 done, 2 unfit input.
 """

@@ -65,7 +65,7 @@
     shown = index;
     const [number, picture] = data.pictures[index];
     for (const image of images) {
-      image.src = "data:image/webp;base64," + picture;
+      image.src = "data:image/jpeg;base64," + picture;
       image.alt = `${image.dataset.title}, slice ${number}`;
     }
     const slice = data.bySlice.get(number);

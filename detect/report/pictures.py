@@ -9,7 +9,7 @@ from ct.picture import pack_overlay
 from detect.report.tables import Entry, HealthyScores
 from detect.scores import choose_key_slices
 
-FULL, REDUCED = (360, 75), (256, 60)         # a panel's longer side in pixels, WebP quality
+FULL, REDUCED = (360, 60), (256, 50)         # a panel's longer side in pixels, JPEG quality
 
 
 def set_key(entry: Entry, calibration: HealthyScores) -> None:

@@ -54,7 +54,7 @@ class Entry:
     slices: list[Slice] = dataclasses.field(default_factory=list)
     overlays: dict[int, Path] = dataclasses.field(default_factory=dict)    # by slice number
     key: list[Slice] = dataclasses.field(default_factory=list)             # what stands out most, first
-    pictures: list[tuple[int, str]] = dataclasses.field(default_factory=list)     # slice number, WebP in base64
+    pictures: list[tuple[int, str]] = dataclasses.field(default_factory=list)     # slice number, JPEG in base64
     aspect: float = 1.0                      # width by height of a panel
     label: str = ""                          # from an evaluation: 'normal', its types, or 'abnormal'
 
