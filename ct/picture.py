@@ -14,6 +14,8 @@ from isal import isal_zlib
 from PIL import Image
 from scipy import ndimage
 
+from common.pictures import UNREADABLE
+
 BRAIN_WINDOW_HU = (0.0, 80.0)
 RESIDUAL_FULL_HU = 30.0                 # shown in the last colour: yellow where hyperdense, pale blue where hypodense
 PANELS = ("query", "closest normal", "residual", "mask")          # of an overlay, from left to right
@@ -154,7 +156,7 @@ def pack_overlay(path: Path, side: int, quality: int) -> tuple[str, float]:
         if scale < 1:
             size = (len(PANELS) * round(width * scale), round(height * scale))
             picture = picture.resize(size, FILTER)
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:       # a broken PNG: SyntaxError
+    except UNREADABLE as error:
         raise OSError(f"{path}: cannot be read as a picture ({error})") from error
     packed = io.BytesIO()
     picture.save(packed, "JPEG", quality=quality, optimize=True)

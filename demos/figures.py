@@ -180,9 +180,10 @@ def table(figures: dict) -> str:
         cells = [f"{shown(f['scan_auc'])}{differs(f)} / {shown(f['pixel_ap'])}" for f in each]
         lines.append(f"| {' | '.join([kind.replace('_', ' '), str(ours['emergencies']), *cells])} |")
     notes = [f"p: paired DeLong test of the scan AUC against ours, Holm's correction for {len(methods) - 1} methods; "
-             f"by kind, *: p < {SIGNIFICANT} after the correction for all methods and kinds. Dice: surprise above "
-             f"{figures['surprise_mask']:g}. Scan score from slice scores: {figures['scan_score']}.",
-             f"Dice of the masks that projector.py writes, haemorrhage > 5 ml: {shown(figures['shipped_mask_dice'])}."]
+             f"by kind, *: p < {SIGNIFICANT} after the correction for all methods and kinds."] * (len(methods) > 1)
+    notes += [f"Dice: surprise above {figures['surprise_mask']:g}. Scan score from slice scores: "
+              f"{figures['scan_score']}.",
+              f"Dice of the masks that projector.py writes, haemorrhage > 5 ml: {shown(figures['shipped_mask_dice'])}."]
     if figures["failed"]:
         notes.append(f"Left out because they could not be projected: {', '.join(figures['failed'])}.")
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"

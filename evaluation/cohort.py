@@ -14,6 +14,7 @@ from PIL import Image
 
 from common.files import Row
 from common.files import read_table as read_rows
+from common.pictures import UNREADABLE
 from common.wording import some
 from evaluation.metrics import empirical_threshold
 
@@ -365,7 +366,7 @@ def marked_pixels(picture: Path) -> np.ndarray:
                 return np.asarray(image) > 0
             pixels = np.asarray(image.convert("RGBA"))       # not as grey, which rounds dark colours to black
             return pixels[..., :3].any(axis=-1) & (pixels[..., 3] > 0)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:    # a broken PNG: SyntaxError
+    except UNREADABLE as error:
         raise InputError(f"{picture}: cannot be read as a picture ({error}); expected a mask: write it anew") from error
 
 

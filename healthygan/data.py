@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from common.pictures import UNREADABLE
 from ct.window import encode
 from dataset import DatasetError, SliceDataset
 
@@ -164,7 +165,7 @@ def read_images(folder: Path, settings: ImageSettings) -> Pictures:
     def attempt(path):
         try:
             return read_image(path, settings)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:   # a broken PNG: SyntaxError
+        except UNREADABLE as error:
             return str(error) or type(error).__name__
 
     with ThreadPoolExecutor() as pool:

@@ -13,8 +13,9 @@ APART = {"healthygan", "demos", "benchmarks", "recipes", "examples"}         # f
 MAY_IMPORT = {                                                   # besides itself
     "op": set(),
     "common": set(),
-    "ct": {"common.files", "common.machine", "common.stopping", "common.version", "common.wording", "op.threads"},
-    "evaluation": {"common.files", "common.wording"},
+    "ct": {"common.files", "common.machine", "common.pictures", "common.stopping", "common.version",
+           "common.wording", "op.threads"},
+    "evaluation": {"common.files", "common.pictures", "common.wording"},
     "distributed": set(),
     "config": set(),
     "model": {"op"},

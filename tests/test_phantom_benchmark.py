@@ -103,7 +103,9 @@ def test_report_and_table_by_hand(small):
     text = figures.table(found | {"failed": {"healthy-0002": "no head"}})
     assert text.startswith("6 emergencies and 3 healthy")
     assert "| epidural | 3 | 1.00 / 1.00 | 0.67 / 1.00 |" in text and "| HU above 55 | 0.83" in text
-    assert "healthy-0002" in text
+    assert "healthy-0002" in text and "Holm's correction for 1 methods" in text
+    alone = figures.table(figures.report(small, [OURS], "mean", 5.0) | {"failed": {}})         # there is no test then
+    assert "Holm" not in alone and "Dice: surprise above 5." in alone
     assert json.loads(json.dumps(found))["scans"]["epidural0"]["kind"] == "epidural"
 
 
