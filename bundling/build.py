@@ -29,7 +29,7 @@ from bundling.origins import (
     taught,
 )
 from common.files import no_folder
-from common.weights import CheckpointError
+from common.weights import CheckpointError, refuse_other_model
 from common.wording import some
 from dataset import SliceDataset
 from detect.bundle import Bundle, load_bundle, save_bundle
@@ -44,7 +44,7 @@ from detect.settings import Settings
 from gan.augment import random_flip, random_rotation
 from gan.encoding import has_taught_discriminator, method_of, restore
 from gan.lineage import lineage, not_held_out, tell_of_seen
-from gan.snapshots import holds_bundle, snapshot_steps
+from gan.snapshots import snapshot_steps
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
 OPEN_NOISE_RATE = 0.02                # the published rate of 2 on maps that hold their strength, about a hundredth
@@ -207,9 +207,7 @@ def refuse_bundle(out: Path, overwrite: bool, sources: Sequence[tuple[str, Path]
         raise CheckpointError(f"--out {out}: {there} is no folder that can be written to; choose another --out")
     if snapshot_steps(out):                                    # beside it a bundle would be taken in its place
         raise CheckpointError(f"--out {out}: holds a training run; choose another --out")
-    if (out / "model.json").exists() and not holds_bundle(out):
-        raise CheckpointError(f"--out {out}: holds a model.json that is no bundle's (HealthyGAN's?); choose another "
-                              "--out")
+    refuse_other_model(out, f"--out {out}")
     for flag, one in sources:
         if one.is_file() and any(path.exists() and path.samefile(one) for path in out.glob("*.safetensors")):
             raise CheckpointError(f"--out {out}: is the folder of {flag} {one}, whose file the bundle's would replace; "

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import distributed
-from common.weights import CheckpointError, digest
+from common.weights import CheckpointError, digest, holds_bundle
 from ct.settings import PreprocessSettings
 from dataset import SliceDataset, facts_of, is_same
 from detect.bundle import load_bundle
@@ -23,7 +23,7 @@ from gan.encoding import FirstNetworks, has_taught_discriminator, method_of
 from gan.lineage import lineage, not_held_out
 from gan.reader_loop import Beside, First
 from gan.runlog import load_run
-from gan.snapshots import Snapshot, holds_bundle, snapshot_steps
+from gan.snapshots import Snapshot, snapshot_steps
 from model import NETWORKS, ModelConfig
 
 WITH_READER = ("inpainting", "inversion")                  # methods that a reader can read beside

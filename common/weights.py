@@ -111,6 +111,19 @@ def load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], source: 
     module.load_state_dict(state)
 
 
+def holds_bundle(folder: str | Path) -> bool:
+    """Whether a folder holds a model bundle, whole or not: HealthyGAN's runs have a model.json of their own."""
+    path = Path(folder) / "model.json"
+    return path.is_file() and b'"format_version"' in path.read_bytes()
+
+
+def refuse_other_model(folder: Path, named: str) -> None:
+    """CheckpointError, about the folder as it is named, where it holds a model.json that is no bundle's: what writes
+    bundles would put one over a model of HealthyGAN."""
+    if (folder / "model.json").exists() and not holds_bundle(folder):
+        raise CheckpointError(f"{named}: holds a model.json that is no bundle's (HealthyGAN's?); choose another folder")
+
+
 def verify(folder: Path, files: Mapping[str, str], mend: str) -> None:
     """CheckpointError, ending with `mend`, unless every file is there with its SHA-256."""
     for name, expected in files.items():

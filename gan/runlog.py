@@ -34,9 +34,9 @@ import torch
 import distributed
 from common.files import locked, replace_text
 from common.stopping import end_with_parent
-from common.weights import CheckpointError
+from common.weights import CheckpointError, holds_bundle
 from common.wording import differing, some
-from gan.snapshots import Snapshot, holds_bundle, load_snapshot, save_snapshot, snapshot_steps
+from gan.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_steps
 
 # SIGUSR1 is what SLURM is asked to send before a time limit. Exit codes are the shell's, 128 + signal, of the others
 STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 129}

@@ -70,12 +70,6 @@ def snapshot_steps(run: str | Path) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"snapshot-(\d+)", name)))
 
 
-def holds_bundle(folder: str | Path) -> bool:
-    """Whether a folder holds a model bundle, whole or not: HealthyGAN's runs have a model.json of their own."""
-    path = Path(folder) / "model.json"
-    return path.is_file() and b'"format_version"' in path.read_bytes()
-
-
 def save_snapshot(run: str | Path, step: int, modules: Mapping[str, nn.Module], state: Mapping[str, Any],
                   meta: Mapping[str, Any], keep: int = 2, distance: float | None = None) -> Path:
     """Write a snapshot atomically, then drop all but the newest `keep` and the best. Returns its folder.

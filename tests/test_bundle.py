@@ -188,6 +188,10 @@ def test_bundle_errors_name_the_file_and_the_mend(tmp_path, bundle_parts):
     save(tmp_path, parts, latent)
     with pytest.raises(CheckpointError, match="holds a model bundle; overwrite it"):
         save(tmp_path, parts, latent)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.json").write_text('{"format": "healthygan"}')
+    with pytest.raises(CheckpointError, match="other: holds a model.json that is no bundle's"):
+        save(tmp_path / "other", parts, latent, overwrite=True)
 
     original = (tmp_path / "model.json").read_text()
     edit_json(tmp_path / "model.json", format_version=99)
