@@ -29,7 +29,7 @@ from bundling.origins import (
     taught,
 )
 from common.files import no_folder
-from common.weights import CheckpointError, refuse_other_model
+from common.weights import CheckpointError, refuse_healthygan
 from common.wording import some
 from dataset import SliceDataset
 from detect.bundle import Bundle, load_bundle, save_bundle
@@ -198,7 +198,7 @@ def write(trained: list[Trained], settings: Settings, known: dict[str, Any], tar
 
 
 def refuse_bundle(out: Path, overwrite: bool, sources: Sequence[tuple[str, Path]] = ()) -> None:
-    """CheckpointError, before any work, where --out holds a bundle that is to stay, a run, a model that is no bundle or
+    """CheckpointError, before any work, where --out holds a bundle that is to stay, a run, a model of HealthyGAN or
     a file of the sources, or can be no folder.
 
     sources: flags, and the runs or files that they name.
@@ -207,7 +207,7 @@ def refuse_bundle(out: Path, overwrite: bool, sources: Sequence[tuple[str, Path]
         raise CheckpointError(f"--out {out}: {there} is no folder that can be written to; choose another --out")
     if snapshot_steps(out):                                    # beside it a bundle would be taken in its place
         raise CheckpointError(f"--out {out}: holds a training run; choose another --out")
-    refuse_other_model(out, f"--out {out}")
+    refuse_healthygan(out, f"--out {out}")
     for flag, one in sources:
         if one.is_file() and any(path.exists() and path.samefile(one) for path in out.glob("*.safetensors")):
             raise CheckpointError(f"--out {out}: is the folder of {flag} {one}, whose file the bundle's would replace; "

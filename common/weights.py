@@ -117,11 +117,12 @@ def holds_bundle(folder: str | Path) -> bool:
     return path.is_file() and b'"format_version"' in path.read_bytes()
 
 
-def refuse_other_model(folder: Path, named: str) -> None:
-    """CheckpointError, about the folder as it is named, where it holds a model.json that is no bundle's: what writes
-    bundles would put one over a model of HealthyGAN."""
-    if (folder / "model.json").exists() and not holds_bundle(folder):
-        raise CheckpointError(f"{named}: holds a model.json that is no bundle's (HealthyGAN's?); choose another folder")
+def refuse_healthygan(folder: Path, named: str) -> None:
+    """CheckpointError, about the folder as it is named, where it holds a model of HealthyGAN, over which a bundle would
+    be written. A damaged bundle is none."""
+    path = folder / "model.json"
+    if path.is_file() and b'"healthygan"' in path.read_bytes() and not holds_bundle(folder):
+        raise CheckpointError(f"{named}: holds a model of HealthyGAN; choose another folder")
 
 
 def verify(folder: Path, files: Mapping[str, str], mend: str) -> None:

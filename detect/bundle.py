@@ -24,7 +24,7 @@ from common.weights import (
     load_strictly,
     load_tensors,
     read_json,
-    refuse_other_model,
+    refuse_healthygan,
     save_tensors,
     sealed,
     to_json,
@@ -112,7 +112,7 @@ def save_bundle(folder: str | Path, reconstructor: Reconstructor, settings: Sett
     calibration in meta, and a folder that holds a bundle already, unless overwrite.
     """
     folder = Path(folder)
-    refuse_other_model(folder, str(folder))
+    refuse_healthygan(folder, str(folder))
     if (folder / "model.json").exists() and not overwrite:
         raise CheckpointError(f"{folder}: holds a model bundle; overwrite it, or choose another folder")
     if missing := [key for key in BUNDLE_META if key not in meta]:

@@ -190,7 +190,7 @@ def test_bundle_errors_name_the_file_and_the_mend(tmp_path, bundle_parts):
         save(tmp_path, parts, latent)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.json").write_text('{"format": "healthygan"}')
-    with pytest.raises(CheckpointError, match="other: holds a model.json that is no bundle's"):
+    with pytest.raises(CheckpointError, match="other: holds a model of HealthyGAN"):
         save(tmp_path / "other", parts, latent, overwrite=True)
 
     original = (tmp_path / "model.json").read_text()

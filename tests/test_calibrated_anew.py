@@ -114,8 +114,8 @@ def test_a_healthygan_is_not_overwritten(shipped, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in (tmp_path / "gan").iterdir()}
     for more in ((), ("--overwrite",)):
         assert calibrated_anew(*shipped[:2], tmp_path / "gan", *more) == 2
-        assert capsys.readouterr().err == (f"error: --out {tmp_path / 'gan'}: holds a model.json that is no bundle's "
-                                           "(HealthyGAN's?); choose another folder\n")
+        assert capsys.readouterr().err == (f"error: --out {tmp_path / 'gan'}: holds a model of HealthyGAN; choose "
+                                           "another folder\n")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "gan").iterdir()}
 
 
