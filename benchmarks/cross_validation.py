@@ -45,7 +45,16 @@ sys.path.insert(0, str(ROOT))                                      # run as a sc
 import distributed
 from benchmarks import pasted
 from benchmarks.compare import refuse_learnt
-from bundling.origins import WITH_READER, digest_of, learnt_by_reader, open_encoder_run, open_reader, reader_of
+from bundling.origins import (
+    WITH_READER,
+    digest_of,
+    learnt_by_reader,
+    learnt_by_run,
+    open_encoder_run,
+    open_reader,
+    reader_of,
+)
+from common.wording import some
 from config import exit_code
 from dataset import SliceDataset
 from detect import normative
@@ -100,11 +109,16 @@ class Case:
 
 
 def open_fold(data: Path, run: Path, device: torch.device) -> tuple[SliceDataset, Reconstructor]:
-    """Held-out scans and networks of a --fold. Raises DatasetError, CheckpointError; ValueError unless both fit."""
+    """Held-out scans and networks of a --fold. Raises DatasetError, CheckpointError; ValueError unless both fit, and
+    for scans that are known to have taught what the run began with."""
     snapshot = open_encoder_run(run, "--fold")
     held_out = SliceDataset(data, "val")
     if held_out.unlike(snapshot.meta):
         raise ValueError(f"--fold {data} {run}: the run is not one of train_encoder.py on this database")
+    if seen := learnt_by_run(held_out, snapshot.meta):
+        raise ValueError(f"--fold {data} {run}: what the run began with was trained on this database with other scans "
+                         f"held out, and may have learnt from {some(seen, 3)}; give a run that began with networks "
+                         "which have not seen them")
     return held_out, method_of(snapshot, None, device, distributed.pick_precision("auto", device))
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from bundling.origins import (
     has_open_noise,
     learnt_by_networks,
     learnt_by_reader,
+    learnt_by_run,
     open_encoder_run,
     open_reader,
     open_surroundings,
@@ -29,10 +30,10 @@ from bundling.origins import (
     taught,
 )
 from common.files import no_folder
-from common.weights import CheckpointError, refuse_healthygan
+from common.weights import CheckpointError, read_json, refuse_healthygan
 from common.wording import some
 from dataset import SliceDataset
-from detect.bundle import Bundle, load_bundle, save_bundle
+from detect.bundle import FORMAT_VERSION, Bundle, load_bundle, save_bundle
 from detect.calibration import Fold, Trained, calibrate, check_held_out, open_file, threshold_of
 from detect.codes import fit_codes
 from detect.measure import MEASURES
@@ -84,7 +85,7 @@ def build(config: StatsConfig, settings: Settings, data: Path, run: Path, target
     """
     # ---- Set up
     sources = [("--encoder", data, run), *(("--fold", *fold) for fold in further)]
-    refuse_bundle(target.out, target.overwrite, [(flag, one) for flag, _, one in sources])
+    refuse_bundle(target.out, target.overwrite, settings, [one for *_, one in sources])
     learns = MEASURES[settings.measure].least_patients > 0
     if config.calibrate == "none" and (further or learns):
         raise ValueError(f"--calibrate none: {'--fold' if further else f'measure={settings.measure}'} is of no use "
@@ -120,9 +121,9 @@ def build_anew(model: Path, data: Path, changes: Sequence[str], target: Target, 
     Raises as build(), and ValueError for scans that are known to be among those which its networks, or a reader that
     stays, have learnt from.
     """
-    refuse_bundle(target.out, target.overwrite)
     bundle = load_bundle(model, target.device, target.precision)
     settings = changed_settings(bundle.settings, changes, batch)
+    refuse_bundle(target.out, target.overwrite, settings)
     trained = [open_model(data, with_method(bundle, settings), keep_reader=not readers)]
     if readers:
         trained = with_readers(trained[0], readers, settings, target.device)
@@ -137,15 +138,23 @@ def with_method(bundle: Bundle, settings: Settings) -> Bundle:
     try:
         return bundle.with_settings(settings)
     except CheckpointError as error:
-        before, now = bundle.settings.method, settings.method
-        parts = ["generator", "encoder"] if now in OF_ENCODER_RUNS else [now]
-        parts += ["latent"] * (now == "search")
-        parts += ["discriminator"] * (getattr(settings.reconstruction, "perceptual", "") == "discriminator")
-        absent = [f"{part}.safetensors" for part in parts if f"{part}.safetensors" not in bundle.meta["files"]]
-        raise CheckpointError(f"--set method={now}: {bundle.folder} is a model of method {before}, "
+        absent = [name for name in files_of_method(settings) if name not in bundle.meta["files"]]
+        raise CheckpointError(f"--set method={settings.method}: {bundle.folder} is a model of method "
+                              f"{bundle.settings.method}, "
                               + (f"without {', '.join(absent)}" if absent else "made for that alone")
                               + "; leave the method as it is, or give what the training of the other has left as "
                                 "--encoder") from error
+
+
+def files_of_method(settings: Settings) -> list[str]:
+    """Names of the files that every bundle with these settings has its method's weights in."""
+    method = settings.method
+    parts = ["generator", "encoder"] if method in OF_ENCODER_RUNS else [method]
+    if method == "healthygan":
+        parts = ["generator"]
+    if method == "search":
+        parts += ["latent"] + ["discriminator"] * (settings.reconstruction.perceptual == "discriminator")
+    return [f"{part}.safetensors" for part in parts]
 
 
 def changed_settings(settings: Settings, changes: Sequence[str], batch: int | None = None) -> Settings:
@@ -197,23 +206,35 @@ def write(trained: list[Trained], settings: Settings, known: dict[str, Any], tar
     return save_bundle(target.out, first, settings, meta, normal, overwrite=target.overwrite)
 
 
-def refuse_bundle(out: Path, overwrite: bool, sources: Sequence[tuple[str, Path]] = ()) -> None:
-    """CheckpointError, before any work, where --out holds a bundle that is to stay, a run, a model of HealthyGAN or
-    a file of the sources, or can be no folder.
+def refuse_bundle(out: Path, overwrite: bool, settings: Settings, sources: Sequence[Path] = ()) -> None:
+    """CheckpointError, before any work, where --out holds a bundle that is to stay, a run, a model of HealthyGAN or, in
+    the place of a file of the bundle to come, one that is no bundle's, or can be no folder.
 
-    sources: flags, and the runs or files that they name.
+    settings: of the bundle to come. sources: what it is made of, which no model.json makes a bundle's.
     """
     if there := no_folder(out):
         raise CheckpointError(f"--out {out}: {there} is no folder that can be written to; choose another --out")
     if snapshot_steps(out):                                    # beside it a bundle would be taken in its place
         raise CheckpointError(f"--out {out}: holds a training run; choose another --out")
     refuse_healthygan(out, f"--out {out}")
-    for flag, one in sources:
-        if one.is_file() and any(path.exists() and path.samefile(one) for path in out.glob("*.safetensors")):
-            raise CheckpointError(f"--out {out}: is the folder of {flag} {one}, whose file the bundle's would replace; "
-                                  "choose another --out")
+    files = files_of_method(settings) + ["normal.safetensors"] * (MEASURES[settings.measure].least_patients > 0)
+    listed = listed_files(out, files)
+    for path in (out / name for name in files):
+        if path.exists() and (path.name not in listed or any(one.exists() and path.samefile(one) for one in sources)):
+            raise CheckpointError(f"--out {out}: holds {path.name}, of no bundle there, which the new one "
+                                  "would replace; choose another --out, or move that file")
     if (out / "model.json").exists() and not overwrite:
         raise CheckpointError(f"--out {out}: holds a model bundle; pass --overwrite, or another folder")
+
+
+def listed_files(out: Path, files: Collection[str]) -> Collection[str]:
+    """Names of the files of the bundle in a folder; where its model.json is damaged, `files`, none without one."""
+    if not (out / "model.json").exists():
+        return ()
+    try:
+        return read_json(out / "model.json", "", FORMAT_VERSION)["files"]
+    except CheckpointError:
+        return files
 
 
 def calibration_of(folds: Sequence[Fold], settings: Settings) -> tuple[dict[str, Any], Normal | None]:
@@ -230,7 +251,11 @@ def calibration_of(folds: Sequence[Fold], settings: Settings) -> tuple[dict[str,
 
 def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings: Settings, target: Target,
                  surroundings: Path | None = None) -> Trained:
-    """A run of train_encoder.py with its database, and one of its --halved. Raises unless they belong together."""
+    """A run of train_encoder.py with its database, and one of its --halved.
+
+    Raises unless they belong together, and ValueError where scans that are to calibrate are known to have taught what
+    one of the two began with. Where that may be, a warning is printed.
+    """
     snapshot = open_encoder_run(run, flag)
     halves = surroundings and open_surroundings(surroundings, snapshot)
     dataset, named = SliceDataset(data, "train"), f"{'--data' if flag == '--encoder' else flag} {data}"
@@ -241,7 +266,12 @@ def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings
         raise ValueError(f"{named}: its {key} {dataset.manifest[key]} is not that of the database which the encoder in "
                          f"{run} was trained on, {snapshot.meta['data'][key]}; give that one: another's held-out scans "
                          "may be among the encoder's training scans")
-    for folder, meta in ((run, snapshot.meta), *([(surroundings, halves.meta)] if halves else [])):
+    for of, folder, meta in ((flag, run, snapshot.meta),
+                             *([("--surroundings", surroundings, halves.meta)] if halves else [])):
+        if config.calibrate == "val" and (seen := learnt_by_run(dataset, meta)):
+            raise ValueError(f"{of} {folder}: its GAN, or a run of --init, was trained on {data}, with other scans "
+                             f"held out: {some(seen, 3)} may be among its training scans; give a run that began with "
+                             "networks which have not seen them")
         if (any(one["data"]["digest"] != meta["data"]["digest"] for one in lineage(meta))
                 or not_held_out(dataset.held_out_ids(), meta)):
             print(f"warning: {folder}: its GAN, or a run of --init, was trained on another database, or another part "

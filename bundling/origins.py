@@ -22,7 +22,7 @@ from detect.reader import Reader
 from gan.encoding import FirstNetworks, has_taught_discriminator, method_of
 from gan.lineage import lineage, not_held_out
 from gan.reader_loop import Beside, First
-from gan.runlog import load_run
+from gan.runlog import load_run, told_of
 from gan.snapshots import Snapshot, snapshot_steps
 from model import NETWORKS, ModelConfig
 
@@ -62,7 +62,7 @@ def open_surroundings(run: Path, beside: Snapshot) -> Snapshot:
     are, with the same held out."""
     snapshot = open_encoder_run(run, "--surroundings", halved=True)
     for key, told in (("data", "another database"), ("held_out", "other held-out scans")):
-        if snapshot.meta[key] != beside.meta[key]:
+        if told_of(snapshot.meta, key) != told_of(beside.meta, key):
             raise CheckpointError(f"--surroundings {run}: has {told} than {beside.path.parent}: scans that one "
                                   "holds out may have taught the other; give a run on the same --data")
     return snapshot

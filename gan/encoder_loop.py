@@ -65,10 +65,10 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
         batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen,
                                 prepare=trainer.prepare, device=device)
         begun = f"GAN at {snapshot.step / 1000:g} kimg" if snapshot else "no GAN"
-        if snapshot and config.halved and not first:
-            begun += ", new networks of the GAN's shape"
-        elif new:
-            begun += ", new discriminator"
+        if snapshot and config.halved:
+            begun = "shape of the GAN"
+        if new:
+            begun += ", new discriminator" if first else ", new networks"
         distributed.print0(f"{dataset.told()}, {len(held_out)} held out; "
                            f"{begun}; {trainer.e.compute_dtype} on {device}")
 
@@ -118,10 +118,9 @@ def go_through(config: EncoderConfig | ReaderConfig, run: Run, trainer: EncoderT
                device: torch.device) -> None:
     """Steps, learn(batch, index, part of the training that is done), until config.epochs or config.hours are over.
 
-    epoch_of: slices of an epoch. At every snapshot held-out scans are looked at. Pictures are numbered by the epoch
-    that they end, or by the snapshot where these come more often: none replaces another.
+    epoch_of: slices of an epoch. At every snapshot held-out scans are looked at: a row of statistics, and a picture
+    with the number of the row, so that none replaces another, however often a run goes on.
     """
-    numbered = min(config.snapshot_epochs, 1)
     done = _done(config, trainer.images_seen / epoch_of, run)
     if run.resumed:
         distributed.print0(f"Resuming at {trainer.images_seen} images, after {run.seconds() / 3600:.2f} hours"
@@ -134,8 +133,7 @@ def go_through(config: EncoderConfig | ReaderConfig, run: Run, trainer: EncoderT
         done = _done(config, epochs, run)
         due = done >= 1 or before / epoch_of // config.snapshot_epochs < epochs // config.snapshot_epochs
         if due:
-            number = int(before / epoch_of // numbered) + 1
-            quality = trainer.validate(held_out, out, number) if distributed.is_main() else {}
+            quality = trainer.validate(held_out, out, run.log.rows + 1) if distributed.is_main() else {}
             run.tick(trainer.images_seen, device, epoch=round(epochs, 3), **distributed.gather(quality)[0])
         run.end_step(trainer.images_seen, snapshot=due)
 

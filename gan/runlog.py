@@ -27,7 +27,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -154,8 +154,8 @@ class Run:
 class RunLog:
     """Collects scalars between ticks; at a tick their means over steps and ranks go to every place.
 
-    Only rank 0 writes. TensorBoard is used where it is installed; stats.jsonl always. Rows after step `begin`, which
-    a killed run wrote after its last snapshot, are dropped: they come again.
+    Only rank 0 writes, and knows how many `rows` there are. TensorBoard is used where it is installed; stats.jsonl
+    always. Rows after step `begin`, which a killed run wrote after its last snapshot, are dropped: they come again.
     """
 
     def __init__(self, folder: Path, begin: int = 0, state: list | None = None):
@@ -166,7 +166,7 @@ class RunLog:
         if state and len(state) == distributed.get_world_size():
             self.sums, self.counts = state[distributed.get_rank()]
         if distributed.is_main():
-            _drop_rows_after(self.folder / "stats.jsonl", begin)
+            self.rows = _drop_rows_after(self.folder / "stats.jsonl", begin)
             self.file = open(self.folder / "stats.jsonl", "a", encoding="utf-8")
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -204,6 +204,7 @@ class RunLog:
         if self.file:
             self.file.write(json.dumps({k: _short(v) for k, v in row.items()}) + "\n")
             self.file.flush()
+            self.rows += 1
         if self.board:
             for name, value in row.items():
                 self.board.add_scalar(name, value, step)
@@ -216,10 +217,11 @@ class RunLog:
                 sink.close()
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    """Also drops a last line that was cut short, and with a warning what is no row. The file is replaced whole."""
+def _drop_rows_after(path: Path, step: int) -> int:
+    """Also drops a last line that was cut short, and with a warning what is no row. The file is replaced whole. Returns
+    how many rows are left."""
     if not path.exists():
-        return
+        return 0
     lines = path.read_bytes().splitlines(keepends=True)
     kept = []
     for number, line in enumerate(lines, 1):
@@ -232,6 +234,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
             kept.append(line)
     if kept != lines:
         replace_text(path, b"".join(kept).decode())
+    return len(kept)
 
 
 def _step_of(line: bytes) -> float | None:
@@ -324,6 +327,14 @@ def load_optimiser(optimiser: torch.optim.Optimizer, state: dict) -> None:
     optimiser.load_state_dict({**state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
+def told_of(meta: dict, key: str) -> Any:
+    """An entry of a run's meta, to be compared with another's: of the database without the val_digest, which one of an
+    earlier version does not have, and `held_out` tells more."""
+    if key != "data":
+        return meta[key]
+    return {what: known for what, known in meta[key].items() if what != "val_digest"}
+
+
 def hold_folder(out: Path, held: contextlib.ExitStack) -> None:
     """Collective. Make the run folder, and lock it against other runs until `held` is closed.
 
@@ -353,11 +364,11 @@ def start_run(out: Path, meta: dict, modules: dict[str, torch.nn.Module]) -> Sna
     snapshot = load_snapshot(out) if snapshot_steps(out) else None
     if snapshot is not None:
         for key in [key for key in meta if key != "config"]:               # in order: the kind first
-            now = json.loads(json.dumps(meta[key]))
             if key not in snapshot.meta:
                 raise CheckpointError(f"{out}: the run there was started by an older version and does not tell its "
                                       f"{key}; go on with that version, or choose another --out")
-            if other := differing(snapshot.meta[key], now, key):
+            was, now = told_of(snapshot.meta, key), json.loads(json.dumps(told_of(meta, key)))
+            if other := differing(was, now, key):
                 raise CheckpointError(f"{out}: the run there has another {key} ({some(other, 3, '; ')}); go on with "
                                       "the same flags and database, or choose another --out")
         before, now = snapshot.meta.get("config", {}), json.loads(json.dumps(meta["config"]))

@@ -1,5 +1,8 @@
 """Methods other than ours are calibrated, stored and projected by the same code."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torchvision.models import vgg16
@@ -11,6 +14,7 @@ from dataset import SliceDataset
 from detect.bundle import load_bundle
 from detect.pca import PcaFit, PositionPca
 from detect.projection import Projector, project_frame
+from detect.settings import Settings
 from detect.votes import Votes
 from healthygan import model as healthygan_model
 from healthygan.weights import save_model
@@ -23,21 +27,38 @@ def inputs(tmp_path_factory):
 
 
 def test_a_bundle_does_not_replace_the_file_that_it_is_made_of(tmp_path, capsys):
-    """The fit was gone: the bundle's file of that name does not say what it was fitted to. Nor that of a --fold."""
+    """The fit was gone: the bundle's file of that name does not say what it was fitted to. Nor that of a --fold, nor
+    another fit that is there, which went without --overwrite."""
     (tmp_path / "fits").mkdir()
     data = write_slices(tmp_path / "healthy.lmdb")
     fit, before = autoencoder_file(data, tmp_path / "fits"), (tmp_path / "fits/autoencoder.safetensors").read_bytes()
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/autoencoder.safetensors").symlink_to(fit)
     flags = ["--set", "method=autoencoder", "measure=votes"]
-    for out, flag, run, more in (("fits", "--encoder", fit, ()), ("fits", "--encoder", fit, ("--overwrite",)),
-                                 ("linked", "--encoder", fit, ()),
-                                 ("fits", "--fold", tmp_path / "other", ("--fold", str(data), str(fit)))):
-        assert command(data, run, tmp_path / out, *more, *flags) == 2
+    other = Path(shutil.copy(fit, tmp_path / "dae.safetensors"))
+
+    def refused(run, out, *more, name="autoencoder"):
+        assert command(data, run, out, *more, *flags) == 2
         assert capsys.readouterr().err == (
-            f"error: --out {tmp_path / out}: is the folder of {flag} {fit}, whose file the bundle's would replace; "
-            "choose another --out\n")
+            f"error: --out {out}: holds {name}.safetensors, of no bundle there, which the new one would replace; "
+            "choose another --out, or move that file\n")
+
+    for out, run, more in (("fits", fit, ()), ("fits", fit, ("--overwrite",)), ("linked", fit, ()), ("fits", other, ()),
+                           ("fits", tmp_path / "none", ("--fold", str(data), str(fit)))):
+        refused(run, tmp_path / out, *more)
     assert fit.read_bytes() == before and not (tmp_path / "fits/model.json").exists()
+
+    # A file of another name stays, and the bundle's own make way; not for one that was put in their place
+    mine = tmp_path / "dae.safetensors"
+    assert command(data, mine, tmp_path, *flags) == 0 == command(data, mine, tmp_path, "--overwrite", *flags)
+    assert mine.read_bytes() == before and load_bundle(tmp_path).reconstructor.name == "autoencoder"
+    shutil.copy(fit, tmp_path / "autoencoder.safetensors")
+    refused(tmp_path / "autoencoder.safetensors", tmp_path, "--overwrite")
+    (tmp_path / "normal.safetensors").write_bytes(b"of no bundle")
+    flags[-1] = "measure=surprise"
+    refused(mine, tmp_path, "--overwrite", name="normal")
+    (tmp_path / "model.json").write_text("{")                        # damaged: what it may have listed is taken for its
+    build.refuse_bundle(tmp_path, True, Settings().changed(flags[1:]))
 
 
 def test_a_method_with_a_file_of_its_own_is_calibrated_like_ours(tmp_path, capsys):

@@ -211,6 +211,17 @@ def test_networks_that_learnt_from_other_slices_are_refused(slices32, hiding_run
     assert "has other held-out scans than" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("older", ["encoder", "surroundings"])
+def test_a_run_from_before_databases_told_their_held_out_slices_has_the_same(older, slices32, hiding_run, halves_run,
+                                                                             tmp_path):
+    """One of the two was said to be on another database."""
+    runs = {"encoder": hiding_run, "surroundings": halves_run}
+    earlier = {key: value for key, value in load_snapshot(runs[older]).meta["data"].items() if key != "val_digest"}
+    runs[older] = with_meta(runs[older], tmp_path / "older", data=earlier)
+    beside = origins.open_encoder_run(runs["encoder"])
+    assert origins.open_surroundings(runs["surroundings"], beside).meta["held_out"] == ["head2"]
+
+
 def test_what_networks_for_the_surroundings_began_with_is_told_of(slices32, hiding_run, halves_run, tmp_path, capsys):
     """Of the encoder alone it was; their GAN, whose shape alone they have, teaches them nothing."""
     known = load_snapshot(halves_run).known()
@@ -224,11 +235,32 @@ def test_what_networks_for_the_surroundings_began_with_is_told_of(slices32, hidi
         assert f"warning: {hiding_run}" not in said
 
 
+def test_what_is_known_to_have_taught_the_surroundings_calibrates_nothing(slices32, hiding_run, halves_run, tmp_path,
+                                                                          capsys):
+    """It held another scan of the same database out; there was no more than a warning."""
+    first = load_snapshot(halves_run).known() | {"held_out": ["head0"]}
+    half = with_meta(halves_run, tmp_path / "half", init=first)
+    assert stats(slices32, hiding_run, tmp_path / "m", "--surroundings", half, "--set", "method=inpainting") == 2
+    assert (f"--surroundings {half}: its GAN, or a run of --init, was trained on {slices32}, with other scans held "
+            "out: head2 may be among its training scans") in capsys.readouterr().err
+
+
+def test_a_gan_of_which_nothing_goes_on_but_its_shape_has_seen_nothing(slices32, gan_run, tmp_path, capsys):
+    other = with_held_out(gan_run, ["another"], tmp_path / "gan")
+    assert halves(slices32, tmp_path / "halves", "--gan", other, "--epochs", 0.25) == 0
+    assert "warning: --gan" not in capsys.readouterr().out
+    whole = [flag for flag in FLAGS if flag != "--halved"]
+    assert train_encoder.main([*map(str, ("--data", slices32, "--out", tmp_path / "whole", "--gan", other)), *whole,
+                               "--epochs", "0.25"]) == 0
+    assert f"warning: --gan {other}, or a run that it began with, did not hold out head2" in capsys.readouterr().out
+
+
 def test_a_run_says_what_of_it_is_new(slices32, gan_run, halves_run, tmp_path, capsys):
-    """Of a run with a GAN nothing was said to be."""
-    for flags, begun in ((("--gan", gan_run), "GAN at 0.032 kimg, new networks of the GAN's shape;"),
-                         (("--init", halves_run), "held out; no GAN, new discriminator;")):
-        assert halves(slices32, tmp_path / flags[0], *flags, "--epochs", 0.25) == 0
+    """Of a run with a GAN nothing was said to be, and with --init as well the GAN to go on."""
+    for flags, begun in ((("--gan", gan_run), "held out; shape of the GAN, new networks;"),
+                         (("--init", halves_run), "held out; no GAN, new discriminator;"),
+                         (("--gan", gan_run, "--init", halves_run), "held out; shape of the GAN, new discriminator;")):
+        assert halves(slices32, tmp_path / "".join(flags[::2]), *flags, "--epochs", 0.25) == 0
         assert begun in capsys.readouterr().out
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import latent_stats
+from benchmarks import cross_validation
 from bundling import build, origins
 from common.weights import CheckpointError
 from ct.frame import PreprocessSettings
@@ -28,6 +29,7 @@ from gan.snapshots import load_snapshot, save_snapshot
 from latent_stats import read_notes, report_size
 from model import Discriminator, Encoder, Generator
 from tests.calibration_data import PREPROCESSING, SETTINGS, TINY, command, write_inputs, write_run, write_slices
+from tests.reader_data import with_meta
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +288,29 @@ def test_a_fold_of_another_split_is_refused(tmp_path, capsys):
     save_snapshot(tmp_path / "told", 50, networks, {}, meta)
     assert command(other, tmp_path / "told", tmp_path / "mine") == 2
     assert "holds other scans out than the database" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["init", "gan"])
+def test_what_is_known_to_have_taught_a_run_calibrates_and_judges_nothing(flag, inputs, tmp_path, capsys):
+    """Its model was refused, and the run, which knows more, was taken with a warning or without a word. With a run on
+    another database, of which nothing is known, and without a calibration there is the warning alone."""
+    data, run = inputs
+    meta, cpu = load_snapshot(run).meta, torch.device("cpu")
+    first = {key: value for key, value in meta.items() if key != "gan"} | {"step": 7, "held_out": ["head0"]}
+    first["data"] = first["data"] | {"val_digest": "0" * 64}
+    encoder, model = with_meta(run, tmp_path / "encoder", **{flag: first}), tmp_path / "model"
+    elsewhere = first | {"data": first["data"] | {"digest": "f" * 64}}
+    other = with_meta(run, tmp_path / "other", **{flag: elsewhere})
+    for one, out, more in ((encoder, model, ("--calibrate", "none")), (other, tmp_path / "warned", ())):
+        assert command(data, one, out, *more) == 0
+        assert f"warning: {one}: its GAN, or a run of --init, was trained on another" in capsys.readouterr().out
+    for one in (encoder, model):
+        assert command(data, one, tmp_path / "no") == 2 and not (tmp_path / "no").exists()
+        assert "other scans held out: head5 may be among its training scans; give" in capsys.readouterr().err
+    for opened, one in ((cross_validation.open_fold, encoder), (cross_validation.open_model, model)):
+        with pytest.raises(ValueError, match="other scans held out, and may have learnt from head5; give"):
+            opened(data, one, cpu)
+    assert cross_validation.open_fold(data, other, cpu)[0].scan_ids == ["head5"]
 
 
 def test_a_scan_held_out_twice_is_refused(tmp_path, capsys):

@@ -20,7 +20,7 @@ import latent_stats
 import train_encoder
 import train_reader
 from bundling import origins
-from common.weights import write_json
+from common.weights import CheckpointError, write_json
 from ct.settings import PreprocessSettings, StandardiseSettings
 from ct.window import decode, encode
 from ct.write import write_nifti
@@ -29,6 +29,7 @@ from gan import quality
 from gan.augment import coarse_noise, erase, random_rotation
 from gan.encoding import EncoderTrainer
 from gan.inpainting import InpaintingTrainer
+from gan.runlog import start_run
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
 from tests.helpers import GradientRecorder, synthetic_scan, write_heads
@@ -112,7 +113,7 @@ def test_a_run_of_so_many_hours_ends_by_the_clock_and_another_goes_on(slices32, 
 def test_snapshots_come_as_often_as_asked(slices32, gan_run, tmp_path):
     assert run_encoder(slices32, gan_run, tmp_path, "--epochs", 2.5, "--snapshot-epochs", 2) == 0
     assert [(row["step"], row["epoch"]) for row in rows(tmp_path)] == [(32, 2), (40, 2.5)]
-    assert sorted(path.stem for path in tmp_path.glob("*.png")) == ["reconstructions-002", "reconstructions-003"]
+    assert sorted(path.stem for path in tmp_path.glob("*.png")) == ["reconstructions-001", "reconstructions-002"]
 
 
 def test_snapshots_within_an_epoch_have_pictures_of_their_own(slices32, gan_run, tmp_path):
@@ -120,6 +121,30 @@ def test_snapshots_within_an_epoch_have_pictures_of_their_own(slices32, gan_run,
     assert run_encoder(slices32, gan_run, tmp_path, "--epochs", 1, "--snapshot-epochs", 0.5) == 0
     assert [(row["step"], row["epoch"]) for row in rows(tmp_path)] == [(8, 0.5), (16, 1)]
     assert sorted(path.stem for path in tmp_path.glob("*.png")) == ["reconstructions-001", "reconstructions-002"]
+
+
+def test_a_run_that_goes_on_within_an_epoch_keeps_its_pictures(slices32, gan_run, tmp_path):
+    """That of one epoch and a half was replaced by that of two: a picture has the number of its row of statistics."""
+    assert run_encoder(slices32, gan_run, tmp_path, "--epochs", 1.5) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert sorted(before) == ["reconstructions-001.png", "reconstructions-002.png"]
+    assert run_encoder(slices32, gan_run, tmp_path, "--epochs", 2) == 0
+    assert [(row["step"], row["epoch"]) for row in rows(tmp_path)] == [(16, 1), (24, 1.5), (32, 2)]
+    after = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert after.keys() - before.keys() == {"reconstructions-003.png"} and before.items() <= after.items()
+
+
+def test_a_run_from_before_databases_told_their_held_out_slices_goes_on(slices32, gan_run, tmp_path, monkeypatch):
+    """Its database, prepared anew, was taken for another; one with other scans held out is another."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr("dataset.FACTS", ("digest", "counts"))
+        assert run_encoder(slices32, gan_run, tmp_path, "--epochs", 0.5) == 0
+    assert load_snapshot(tmp_path).meta["data"].keys() == {"digest", "counts", "settings"}
+    assert run_encoder(slices32, gan_run, tmp_path, "--epochs", 1) == 0
+    now = load_snapshot(tmp_path).meta
+    assert now["data"]["val_digest"] == SliceDataset(slices32).manifest["val_digest"]
+    with pytest.raises(CheckpointError, match="the run there has another held_out"):
+        start_run(tmp_path, now | {"held_out": ["another"]}, {})
 
 
 @pytest.mark.parametrize("n, objective, networks", [(1, EncoderTrainer, {}), (4, InpaintingTrainer, {"hide": 0.9})])
