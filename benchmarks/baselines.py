@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a sc
 import distributed
 from benchmarks import new_file
 from common.files import write_table
+from common.results import refuse_projected
 from config import add_options, exit_code, given, option
 from ct.frame import Preprocessed, PreprocessSettings, preprocess_scan
 from ct.read import find_scans, read_scan
@@ -43,7 +44,6 @@ from detect.fitted import Fitted, NoSettings
 from detect.folder import make_writable
 from detect.pca import PositionPca
 from detect.residual import residual, scale_median_size
-from detect.result import BY_HASH
 from detect.scores import SCAN_SCORES, scan_score, thickness_mm
 
 
@@ -179,17 +179,16 @@ def fit(args: argparse.Namespace) -> int:
     return 0
 
 
-def refuse_projected(out: Path) -> None:
-    """ValueError where projector.py has results: theirs would be lost, and its run.json would speak of ours."""
-    for found in ("run.json", "*/result.json", f"{BY_HASH}/??/*/result.json"):
-        if made := next(out.glob(found), None):
-            raise ValueError(f"--out {out}: holds results of projector.py ({made.relative_to(out)}); choose another "
-                             "--out")
+def refuse_other_results(out: Path) -> None:
+    """ValueError where another command has results: theirs would be lost, and their run.json would speak of ours."""
+    refuse_projected(out)
+    if (out / "run.json").exists():
+        raise ValueError(f"--out {out}: holds results of another command (run.json); choose another --out")
 
 
 def score(args: argparse.Namespace) -> int:
     make_writable(args.out)
-    refuse_projected(args.out)
+    refuse_other_results(args.out)
     baseline = load(args.baseline, distributed.pick_device(args.device))
     settings = PreprocessSettings.from_json(baseline.trained_on["data"]["settings"])
     scans, slices = [], []

@@ -152,6 +152,8 @@ def pack_overlay(path: Path, side: int, quality: int) -> tuple[str, float]:
         with Image.open(path) as opened:
             picture = opened.convert("RGB")
         width, height = picture.width // len(PANELS), picture.height
+        if not width:
+            raise ValueError(f"narrower than its {len(PANELS)} panels")
         scale = min(1.0, side / max(width, height))
         if scale < 1:
             size = (len(PANELS) * round(width * scale), round(height * scale))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.files import Row
 from common.files import read_table as read_rows
-from common.pictures import UNREADABLE
+from common.pictures import UNREADABLE, refuse_16_bit_colour
 from common.wording import some
 from evaluation.metrics import empirical_threshold
 
@@ -47,6 +47,7 @@ class Units:
     left_out: dict[str, int]               # why -> how many
     worst: np.ndarray                      # bool [n]: without a score that counts; ranked and, at any threshold,
                                            # called wrongly
+    not_chosen: frozenset[Key] = frozenset()   # labelled, and left out on purpose
 
     @property
     def counted_worst(self) -> int:
@@ -210,9 +211,9 @@ def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
     missing: what to do with a unit without a score (failed or absent), with an unreliable one, or without a label:
     'error' (InputError), 'exclude', or 'worst'. With 'worst' a unit without a score is ranked wrongly, below all
     others if abnormal and above them if normal, and called wrongly; one without a label is excluded. The result counts
-    them. not_chosen: scored keys left out on purpose.
+    them. not_chosen: keys left out on purpose.
     """
-    not_chosen = set(not_chosen)
+    not_chosen = frozenset(not_chosen)
     faults = {**{why: [k for k in labels if scores.get(k) == why] for why in UNSCORED},
               "labelled without a score": [k for k in labels if k not in scores],
               "scored without a label": [k for k in scores if k not in labels and k not in not_chosen]}
@@ -232,15 +233,16 @@ def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
     values = [finite.get(k, worst[labels[k].label]) for k in kept]
     return Units(kept, np.array(values, np.float64), np.array([labels[k].label for k in kept], np.int64),
                  [labels[k].types for k in kept], np.array([labels[k].patient for k in kept]), left_out,
-                 np.array([k not in finite for k in kept], bool))
+                 np.array([k not in finite for k in kept], bool), not_chosen)
 
 
 def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: Units,
                    origin: Callable[[Path, Key], str | None], folder: Path) -> tuple[float, str]:
     """Threshold at `fpr` on the normal scans of other data, SCORES (all healthy) or SCORES LABELS; and its source.
 
-    LABELS may hold the evaluated scans, too. origin: from a folder of results and a key to a hash that says which scan
-    it is, None where unknown. folder: of the evaluated ones. Raises InputError.
+    LABELS may hold the evaluated scans, too, and without a score what --where leaves out. origin: from a folder of
+    results and a key to a hash that says which scan it is, None where unknown. folder: of the evaluated ones. Raises
+    InputError.
     """
     scores = read_scores(paths[0])
     labels = read_labels(paths[1])[0] if len(paths) > 1 else {key: Label(0, (), key[0]) for key in scores}
@@ -258,7 +260,9 @@ def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: Units
                          f"another id ({some(again, 3, '; ')}: their result.json tell); a threshold must come from "
                          "other data")
     tables = f"--threshold-from {' '.join(map(str, paths))}"
-    units = join(scores, {key: label for key, label in labels.items() if key not in keys}, missing, tables=tables,
+    others = {key: label for key, label in labels.items()
+              if key not in keys and (key in scores or key not in evaluated.not_chosen)}
+    units = join(scores, others, missing, tables=tables,
                  mend="Mend the files" + ", keep in LABELS only scans of SCORES" * (len(paths) > 1))
     normal = np.where(units.worst, np.inf, units.scores)[units.labels == 0]         # no threshold clears the worst
     if not len(normal):
@@ -362,6 +366,7 @@ def marked_pixels(picture: Path) -> np.ndarray:
     """Pixels of a mask that are neither black nor transparent, bool [H, W]. Raises InputError."""
     try:
         with Image.open(picture) as image:
+            refuse_16_bit_colour(picture, image)
             if image.mode != "P" and len(image.getbands()) == 1 and not image.has_transparency_data:
                 return np.asarray(image) > 0
             pixels = np.asarray(image.convert("RGBA"))       # not as grey, which rounds dark colours to black

@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from common.pictures import UNREADABLE
+from common.pictures import UNREADABLE, refuse_16_bit_colour
 from ct.window import encode
 from dataset import DatasetError, SliceDataset
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 FULL = 65535                             # white, as images are kept
 DARK = FULL // 8                         # a folder with nothing brighter is likely 12 bits stored in 16
-TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262   # TIFF tags: the bits of each channel, and what 0 means
+TIFF_PHOTOMETRIC = 262                   # TIFF tag: what 0 means
 WHITE_IS_ZERO = 0                        # of the latter, as scanners of films write it
 
 
@@ -103,17 +103,15 @@ def read_image(path: Path, settings: ImageSettings) -> np.ndarray:
     """An image file as uint16 [C, N, N], C 1 (grey) or 3. Raises OSError or ValueError when it cannot be read.
 
     16 bits are scaled to 0..65535 by white_16bit, not clipped to 8; transparency is left out, and the image is turned
-    as its EXIF orientation says. Of 16-bit colour and grey with alpha Pillow hands out the upper 8 bits alone, of which
-    white_16bit says nothing: they are refused.
+    as its EXIF orientation says. 16-bit colour and grey with alpha come in 8 bits, of which white_16bit says nothing:
+    they are refused.
     """
     with Image.open(path) as image:
         if image.format == "TIFF" and image.n_frames > 1:
             raise ValueError(f"expected one image, found {image.n_frames} in a row: save each to a file of its own")
         if image.mode == "F":
             raise ValueError("expected 8 or 16 bits a pixel, found floating point")
-        if not image.mode.startswith("I") and stored_bits(path, image) > 8:
-            raise ValueError("expected 8 bits a channel, or grey of 16 bits; found 16-bit colour or grey with alpha: "
-                             "save it as 16-bit grey")
+        refuse_16_bit_colour(path, image)
         inverted = getattr(image, "tag_v2", {}).get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -133,14 +131,6 @@ def read_image(path: Path, settings: ImageSettings) -> np.ndarray:
     resized = [Image.fromarray(np.ascontiguousarray(channel)).resize(side, Image.Resampling.BILINEAR)
                for channel in pixels.transpose(2, 0, 1)]
     return np.stack([np.asarray(channel).clip(0, FULL).round().astype(np.uint16) for channel in resized])
-
-
-def stored_bits(path: Path, image: Image.Image) -> int:
-    """Bits of a channel in the file, of the formats that may have more than 8: PNG, by its header, and TIFF."""
-    if image.format == "PNG":
-        with path.open("rb") as file:
-            return file.read(25)[24]
-    return max(getattr(image, "tag_v2", {}).get(TIFF_BITS, (8,)))
 
 
 def centre_square(pixels: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ the released weights. Model and threshold were fixed before: nothing here looks 
     maps/, overlays/       |x - y| / 2 as 16-bit PNG; x, t, y, m, |x - y| and that over x, side by side
     run.json               versions, weights, settings
 
-What an earlier run wrote there is removed first; figures by evaluate.py are not.
+What an earlier run wrote there is removed first; figures by evaluate.py are not. Results of projector.py are refused.
 
 Exit codes: 0 done, 2 wrong usage, 3 some images could not be read (rows with a reason). For research only.
 """
@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # run as a sc
 
 import distributed
 from common.files import read_table, write_table
+from common.results import refuse_projected
 from common.weights import CheckpointError
 from config import exit_code
 from dataset import DatasetError
@@ -149,7 +150,11 @@ def write_results(out: Path, pictures: Pictures, scores: np.ndarray, rows: list[
 
 
 def test(args: argparse.Namespace) -> int:
-    """Does what the command line says; returns the exit code. Raises CheckpointError, DatasetError."""
+    """Does what the command line says; returns the exit code. Raises CheckpointError, DatasetError.
+
+    ValueError where projector.py has results in --out.
+    """
+    refuse_projected(args.out)
     memory.keep_freed()
     device = distributed.pick_device(args.device)
     model = find_model(args.model)
@@ -181,7 +186,8 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of images, or a database")
     parser.add_argument("--model", type=Path, required=True, help="model's or run's folder, or released *-G.ckpt")
-    parser.add_argument("--out", type=Path, default=Path("results/healthygan"), help="results folder")
+    parser.add_argument("--out", type=Path, default=Path("results/healthygan"),
+                        help="results folder, none of projector.py's")
     parser.add_argument("--white-16bit", type=int, help="value that is white in 16-bit images (default: as in the "
                                                         "training); 4095 for 12 bits stored in 16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -20,6 +20,7 @@ from detect import pca as position_pca
 from detect.autoencoder import Autoencoder, AutoencoderFit, coarse_noise
 from detect.fitted import Fitted
 from detect.pca import PcaFit, PositionPca
+from detect.result import BY_HASH
 from evaluation.cohort import read_scores
 from tests.helpers import synthetic_head, synthetic_scan
 from tests.writers import write_slice_folder
@@ -308,18 +309,21 @@ def test_an_error_that_is_no_scans_keeps_the_scores_before_it(fits, tmp_path, mo
     assert {key[0] for key in read_scores(tmp_path / "results/slices.csv", by_slice=True)} == {"a"}
 
 
-@pytest.mark.parametrize("there", ["run.json", "one/result.json", "scans/ab/one/result.json"])
-def test_results_of_the_projector_are_not_written_over(there, fits, tmp_path, capsys):
-    """Its scores.csv was lost, and evaluate.py then judged scores in HU by the threshold in run.json."""
+@pytest.mark.parametrize("there, text, whose", [
+    ("run.json", '{"settings": {}}', "projector.py"), ("one/result.json", "{}", "projector.py"),
+    (f"{BY_HASH}/ab/one/result.json", "{}", "projector.py"),
+    ("run.json", '{"image_settings": {}}', "another command"), ("run.json", "{", "another command")])
+def test_results_of_other_commands_are_not_written_over(there, text, whose, fits, tmp_path, capsys):
+    """Their scores.csv was lost, and evaluate.py then judged scores in HU by the threshold in run.json."""
     fits["hu"].save(tmp_path / "hu.safetensors")
     write_slice_folder(tmp_path / "scans" / "two", np.full((4, 64, 64), -1000.0), slice_spacing_mm=10.0)
     out = tmp_path / "results"
     (out / there).parent.mkdir(parents=True)
-    (out / there).write_text("{}")
+    (out / there).write_text(text)
     (out / "scores.csv").write_bytes(b"scan_id,score\r\none,7.5\r\n")
     assert baselines.main(["score", str(tmp_path / "hu.safetensors"), str(tmp_path / "scans"), "--out", str(out),
                            "--device", "cpu"]) == 2
-    assert f"results: holds results of projector.py ({there}); choose another --out" in capsys.readouterr().err
+    assert f"results: holds results of {whose} ({there}); choose another --out" in capsys.readouterr().err
     assert (out / "scores.csv").read_bytes() == b"scan_id,score\r\none,7.5\r\n"
     assert not (out / "slices.csv").exists()
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import io
 import json
+import struct
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -334,9 +337,30 @@ def with_hole(whole: bytes) -> bytes:
     return whole[:start] + bytes(8) + whole[start + 8:]
 
 
-@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:len(whole) // 2],
-                                    lambda whole: bytes(len(whole)), with_hole],
-                         ids=["empty", "short", "zeros", "with a hole"])
+def encrypted(whole: bytes) -> bytes:
+    """The flags of every entry say so in the zip's directory."""
+    first, *entries = whole.split(b"PK\1\2")
+    return b"PK\1\2".join([first, *(entry[:4] + b"\1" + entry[5:] for entry in entries)])
+
+
+def of_one_entry(content: bytes) -> bytes:
+    """An .npz of one array, mm, of these bytes, and no key."""
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as file:
+        file.writestr("mm.npy", content)
+    return written.getvalue()
+
+
+def array(header: bytes, values: bytes = b"") -> bytes:
+    """An array in the .npy format."""
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + values
+
+
+@pytest.mark.parametrize("damage", [
+    lambda whole: b"", lambda whole: whole[:len(whole) // 2], lambda whole: bytes(len(whole)), with_hole, encrypted,
+    lambda whole: of_one_entry(array(b"{" + bytes(100))),
+    lambda whole: of_one_entry(array(b"{'descr': '|u1', 'fortran_order': False, 'shape': (1,)}\n", b"\3"))],
+    ids=["empty", "short", "zeros", "with a hole", "encrypted", "half a header", "without a key"])
 def test_a_measure_that_cannot_be_read_is_made_anew(damage, tmp_path):
     """As a power cut leaves it: every later run ended with a traceback."""
     path = tmp_path / "measures" / "one.npz"

@@ -11,6 +11,7 @@ from PIL import Image
 
 from evaluation import cohort, metrics
 from tests.evaluation_data import write_csv
+from tests.writers import png_of_16_bits
 
 
 def label(value, *types, patient="p"):
@@ -182,6 +183,19 @@ def test_dark_colours_of_a_mask_are_marked(tmp_path):
         palette.putpalette([0, 0, 0, 1, 0, 0, 0, 0, 3, 1, 1, 1])
         palette.save(tmp_path / "0.png", **transparent)
         assert cohort.marked_pixels(tmp_path / "0.png").sum() == marked
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_a_mask_of_which_pillow_gives_the_upper_bits_alone_is_refused(tmp_path, channels):
+    """What lies below 256 of 65535 was not marked: the mask was empty without a word."""
+    pixels = np.zeros((2, 3, channels), int)
+    pixels[0] = 200
+    (tmp_path / "0.png").write_bytes(png_of_16_bits(pixels))
+    if channels == 1:
+        assert cohort.marked_pixels(tmp_path / "0.png").tolist() == [[True] * 3, [False] * 3]
+        return
+    with pytest.raises(cohort.InputError, match="0.png: .* found 16-bit colour or .* save it as 16-bit grey"):
+        cohort.marked_pixels(tmp_path / "0.png")
 
 
 def test_a_scan_that_is_there_twice_is_refused_whichever_row_is_chosen(tmp_path):

@@ -159,6 +159,13 @@ def test_labels_of_all_splits_do_for_a_threshold(results, capsys):
             "at_threshold"]
         found.append((at["threshold"], at["threshold_source"]))
     assert found[0] == found[1] and found[0][0] == 2 and "on 4 normal scans" in found[0][1]          # 3 lies above
+    rows = [[*row, split] for rows, split in ((healthy, "val"), (here, "test"), ([["n", 0, "n"]], "train"))
+            for row in rows]
+    write_csv(base / "labels.csv", "scan_id,label,patient,split", rows)
+    for missing in ("error", "exclude", "worst"):               # n, scored nowhere, was a fifth, above any threshold
+        at = run(results, "--threshold-from", other, base / "labels.csv", "--fpr", 0.3, "--missing", missing, "--where",
+                 "split=test", out=missing)[1]["scan"]["at_threshold"]
+        assert (at["threshold"], at["threshold_source"]) == found[0]
     write_csv(base / "labels.csv", "scan_id,label,patient", here)
     for lacking in ("x", "here0"):                              # not evaluated here; one of a patient who is
         write_csv(theirs, "scan_id,label,patient", [*healthy, *here, ["lacking", 0, lacking]])

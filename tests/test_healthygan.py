@@ -18,6 +18,7 @@ import evaluate
 from common.weights import CheckpointError
 from ct.window import encode
 from dataset import DatasetError
+from detect.result import BY_HASH
 from healthygan import sets, train, trivial, weights
 from healthygan import test as healthygan_test
 from healthygan.data import ImageSettings, read_slices
@@ -79,6 +80,27 @@ def test_a_second_run_leaves_nothing_of_the_first_ones_data(finished, xrays, tmp
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     pictures = {f"{kind}/mixed/{i:02d}.png" for kind in ("maps", "overlays") for i in range(10)}
     assert found == {"scores.csv", "run.json", *own, *pictures} and not (out / "maps/healthy").exists()
+
+
+@pytest.mark.parametrize("there, text", [("run.json", '{"settings": {}}'), ("one/result.json", "{}"),
+                                         (f"{BY_HASH}/ab/one/result.json", "{}")])
+def test_results_of_the_projector_are_not_written_over(there, text, finished, xrays, tmp_path, capsys):
+    """Its scores.csv and run.json were removed, or replaced."""
+    out = tmp_path / "results"
+    (out / there).parent.mkdir(parents=True)
+    (out / there).write_text(text)
+    (out / "scores.csv").write_text("scan_id,score\none,7.5\n")
+    assert healthygan_test.main(["--data", str(xrays), "--model", str(finished), "--out", str(out)]) == 2
+    assert f"results: holds results of projector.py ({there}); choose another --out" in capsys.readouterr().err
+    assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == {there, "scores.csv"}
+    assert (out / there).read_text() == text and "one,7.5" in (out / "scores.csv").read_text()
+
+
+def test_half_a_run_json_that_a_killed_run_left_is_replaced(finished, xrays, tmp_path):
+    (tmp_path / "run.json").write_text('{"settings"')
+    flags = ["--model", str(finished), "--out", str(tmp_path), "--device", "cpu", "--precision", "fp32"]
+    assert healthygan_test.main(["--data", str(xrays / "train/mixed"), *flags]) == 0
+    assert json.loads((tmp_path / "run.json").read_text())["images"] == 10
 
 
 def test_a_run_that_is_killed_leaves_no_scores_beside_other_maps(finished, xrays, tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import io
 import itertools
 import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from healthygan.data import (
     read_slices,
 )
 from healthygan.training_data import batches, load_sources, load_training, split_by_patient
+from tests.writers import png_of_16_bits
 
 SETTINGS = ImageSettings("images", 4, crop_top=0)
 ORIENTATION = 0x112                      # EXIF's tag
@@ -53,16 +53,6 @@ def test_every_kind_of_image_is_scaled_to_16_bits(tmp_path, pixels, settings, ex
     got = read_image(save(tmp_path / "x.png", pixels), settings)
     assert got.dtype == np.uint16 and got.shape == (len(expected), 4, 4)
     assert got[:, 0, 0].tolist() == expected and (got == got[:, :1, :1]).all()
-
-
-def png_of_16_bits(pixels: np.ndarray) -> bytes:
-    """[H, W, C] as a PNG; Pillow writes none of 16 bits but grey."""
-    height, width, channels = pixels.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
-    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts)
 
 
 def tiff_of_16_bits(pixels: np.ndarray) -> bytes:

@@ -258,7 +258,7 @@ def test_a_damaged_header_of_a_picture_does_not_end_the_page(results):
         content = bytearray(path.read_bytes())
         content[place] ^= 8
         path.write_bytes(content)
-    Image.new("RGB", (2, 1000)).save(folder / "a" / "overlay" / "101.png")   # its panels reduced are of no width
+    Image.new("RGB", (2, 1000)).save(folder / "a" / "overlay" / "101.png")   # its panels are of no width
     page = page_of(folder)
     assert [n for n, _ in scans_in(page)["a"]["pictures"]] == [99]
     for number in (98, 100, 101):
@@ -269,6 +269,14 @@ def test_large_pictures_are_reduced_and_panels_keep_their_shape(tmp_path):
     Image.new("RGB", (4 * 500, 1000)).save(tmp_path / "00.png")
     packed, aspect = pack_overlay(tmp_path / "00.png", side=250, quality=60)
     assert aspect == 0.5 and Image.open(io.BytesIO(base64.b64decode(packed))).size == (4 * 125, 250)
+
+
+@pytest.mark.parametrize("size", [(2, 1000), (3, 100), (7, 1000)], ids=["tall", "small", "once reduced"])
+def test_a_picture_of_panels_without_a_pixel_is_none(tmp_path, size):
+    """A small one was packed, its panels 0 times as wide as high."""
+    Image.new("RGB", size).save(tmp_path / "00.png")
+    with pytest.raises(OSError, match="00.png: cannot be read as a picture"):
+        pack_overlay(tmp_path / "00.png", side=250, quality=60)
 
 
 @pytest.mark.parametrize("name, old, new, message", [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,3 +198,13 @@ def second_stack(folder, hu, offset_mm=0.0, **values):
     """A further stack of the same series and study, beside the first."""
     write_dicom_series(folder, hu, position_mm=np.arange(len(hu)) * 5.0 + offset_mm, name=lambda k: f"second{k}",
                        edit=edited(**values))
+
+
+def png_of_16_bits(pixels: np.ndarray) -> bytes:
+    """[H, W, C] as a PNG; Pillow writes none of 16 bits but grey."""
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts)
