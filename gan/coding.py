@@ -116,7 +116,7 @@ class CodeTrainer(InpaintingTrainer):
             self.fitted = self.recent
 
     @torch.no_grad()
-    def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:
+    def validate(self, dataset: SliceDataset, out: Path, number: int) -> dict[str, float]:
         """HU error in the brain of held-out scans, `swd` of as many samples to their slices; grids of both as PNG."""
         self._fit_prior()
         slices = [dataset[i] for i in every_fourth(dataset)]
@@ -124,9 +124,9 @@ class CodeTrainer(InpaintingTrainer):
         hu = hu.float().clamp(*self.range_hu)
         found = torch.cat([self.reconstruction(x.to(self.device)).cpu() for x in encode(hu).split(16)])
         pick = torch.linspace(0, len(hu) - 1, 16).long()
-        save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.cat([hu[pick], found[pick]]).numpy(), columns=16)
+        save_hu_grid(out / f"reconstructions-{number:03d}.png", torch.cat([hu[pick], found[pick]]).numpy(), columns=16)
         drawn = decode(self.g_ema.sample(max(SHEET, len(hu)))).clamp(*self.range_hu)
-        save_hu_grid(out / f"samples-{epoch:03d}.png", drawn[:SHEET].numpy())
+        save_hu_grid(out / f"samples-{number:03d}.png", drawn[:SHEET].numpy())
         return {**means({"val_error_hu": errors_hu(found, hu, brain)}),
                 "swd": sliced_wasserstein(hu, drawn[: len(hu)])}
 

@@ -190,8 +190,9 @@ class EncoderTrainer:
         return F.avg_pool2d(images, 2) if self.config.perceptual == "lpips" else images
 
     @torch.no_grad()
-    def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:
-        """Mean PSNR (dB, over the three windows) and HU error in the brain, by scan; a grid of pairs as PNG.
+    def validate(self, dataset: SliceDataset, out: Path, number: int) -> dict[str, float]:
+        """Mean PSNR (dB, over the three windows) and HU error in the brain, by scan; a grid of pairs as PNG, with
+        this number in its name.
 
         No more than MOST_HELD_OUT slices are drawn; of as many scans as make so many pictures the grid shows pairs.
         """
@@ -209,7 +210,7 @@ class EncoderTrainer:
             if s in shown:
                 pick = torch.linspace(0, len(hu) - 1, 8).long()
                 pairs += [hu[pick], recon[pick]]
-        save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.cat(pairs).numpy(), columns=8)
+        save_hu_grid(out / f"reconstructions-{number:03d}.png", torch.cat(pairs).numpy(), columns=8)
         return means({"val_psnr_db": psnr, "val_error_hu": error})
 
     def modules(self) -> dict[str, torch.nn.Module]:

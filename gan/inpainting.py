@@ -152,7 +152,7 @@ class InpaintingTrainer(EncoderTrainer):
         return self.e.redraw(self.e.masked(images, hidden, bone), self.g)
 
     @torch.no_grad()
-    def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:
+    def validate(self, dataset: SliceDataset, out: Path, number: int) -> dict[str, float]:
         """HU error in the brain of held-out scans, where it is hidden and where nothing is; a grid of both as PNG.
 
         A scan whose brain happens to be hidden nowhere counts for the second alone; without any other the first is
@@ -177,7 +177,7 @@ class InpaintingTrainer(EncoderTrainer):
             if s in shown:
                 middle = len(hu) // 2
                 rows += [hu[middle], torch.where(hidden & ~bone, 0.0, hu)[middle], parts[middle], whole[middle]]
-        save_hu_grid(out / f"reconstructions-{epoch:03d}.png", torch.stack(rows).numpy(), columns=8)
+        save_hu_grid(out / f"reconstructions-{number:03d}.png", torch.stack(rows).numpy(), columns=8)
         return means({"val_error_hu": seen, "val_hidden_hu": hidden_from})
 
 

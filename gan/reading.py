@@ -120,7 +120,7 @@ class ReadingTrainer:
         return reader_input(query, self.method.expected(query, bone), brain, bone)
 
     @torch.no_grad()
-    def validate(self, dataset: SliceDataset, out: Path, epoch: int) -> dict[str, float]:
+    def validate(self, dataset: SliceDataset, out: Path, number: int) -> dict[str, float]:
         """Loss and average precision by pixel of the average on held-out slices with shapes; a picture of some."""
         self.held_out = self.held_out or self._examples(dataset)          # they and their surroundings stay the same
         losses, precisions, rows = [], [], []
@@ -134,7 +134,7 @@ class ReadingTrainer:
             middle = len(found) // 2
             rows += [examples["query_hu"][middle].cpu(), 30 + examples["change_hu"][middle].cpu(),
                      *(80 * found[middle].sigmoid().cpu())]
-        save_hu_grid(out / f"read-{epoch:03d}.png", torch.stack(rows).numpy(), columns=8)
+        save_hu_grid(out / f"read-{number:03d}.png", torch.stack(rows).numpy(), columns=8)
         return {"val_loss": torch.stack(losses).mean().item(),
                 "val_ap": float(np.mean(precisions)) if precisions else 0.0}
 
