@@ -430,11 +430,10 @@ class SliceDataset(Dataset):
     def unlike(self, meta: dict) -> str | None:
         """What of the database that a run was trained on, as its meta has it, is not this one's; None: all is.
 
-        One of the keys of meta["data"], or 'held_out', which older runs do not have, and which tells all that the
-        val_digest does, which older databases do not have.
+        One of the keys of meta["data"], or 'held_out', which older runs do not have.
         """
-        for key, trained_on in meta["data"].items():
-            if key != "val_digest" and self.manifest[key] != trained_on:
+        for key, trained_on in comparable(meta["data"]).items():
+            if self.manifest[key] != trained_on:
                 return key
         return "held_out" if meta.get("held_out", self.held_out_ids()) != self.held_out_ids() else None
 
@@ -461,6 +460,12 @@ class SliceDataset(Dataset):
 def facts_of(known: dict) -> dict:
     """Of a manifest, or of what a run or a bundle knows of a database, what SliceDataset.facts() tells."""
     return {key: known[key] for key in FACTS if key in known}
+
+
+def comparable(known: dict) -> dict:
+    """What a run knows of its database, to be compared with what others know: without the val_digest, which those of
+    earlier versions do not have. The ids of the held-out scans, which a run keeps as well, tell more."""
+    return {key: value for key, value in known.items() if key != "val_digest"}
 
 
 def is_same(one: dict, other: dict, split: str | None = None) -> bool:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from common.files import read_object
 
-RESULTS = ("*/result.json", "scans/??/*/result.json")      # of a scan, and with --part, as detect.result puts them
+BY_HASH = "scans"                        # with --part, scans' folders lie in folders by hash in this one
+RESULTS = ("*/result.json", f"{BY_HASH}/??/*/result.json")
 
 
 def refuse_projected(out: Path) -> None:

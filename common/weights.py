@@ -117,11 +117,15 @@ def holds_bundle(folder: str | Path) -> bool:
     return path.is_file() and b'"format_version"' in path.read_bytes()
 
 
-def refuse_healthygan(folder: Path, named: str) -> None:
-    """CheckpointError, about the folder as it is named, where it holds a model of HealthyGAN, over which a bundle would
-    be written. A damaged bundle is none."""
+def holds_healthygan(folder: Path) -> bool:
+    """Whether a folder holds a model of HealthyGAN, whole or not, by its model.json."""
     path = folder / "model.json"
-    if path.is_file() and b'"healthygan"' in path.read_bytes() and not holds_bundle(folder):
+    return path.is_file() and b'"format": "healthygan"' in path.read_bytes()
+
+
+def refuse_healthygan(folder: Path, named: str) -> None:
+    """CheckpointError, about the folder as it is named, where a bundle would be written over a model of HealthyGAN."""
+    if holds_healthygan(folder):
         raise CheckpointError(f"{named}: holds a model of HealthyGAN; choose another folder")
 
 

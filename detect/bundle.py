@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 import distributed
-from common.files import flush, read_object, replacing, sha256
+from common.files import flush, replacing, sha256
 from common.version import VERSION
 from common.weights import (
     CheckpointError,
+    holds_healthygan,
     load_strictly,
     load_tensors,
     read_json,
@@ -166,12 +167,9 @@ def read_bundle_meta(folder: str | Path) -> tuple[dict[str, Any], str]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder of a model bundle")
     path = folder / "model.json"
-    mend = "not a model bundle; latent_stats.py writes one"
-    with contextlib.suppress(FileNotFoundError):          # of which read_json tells
-        if read_object(path, CheckpointError, mend).get("format") == "healthygan":
-            raise CheckpointError(f"{path}: a model of HealthyGAN, for python -m healthygan.test "
-                                  "(healthygan/README.md)")
-    content = read_json(path, mend, FORMAT_VERSION)
+    if holds_healthygan(folder):
+        raise CheckpointError(f"{path}: a model of HealthyGAN, for python -m healthygan.test (healthygan/README.md)")
+    content = read_json(path, "not a model bundle; latent_stats.py writes one", FORMAT_VERSION)
     kinds = dict.fromkeys(("settings", "versions", "config", "files"), dict) | dict.fromkeys(BUNDLE_META, dict | None)
     if absent := [key for key, kind in kinds.items() if not isinstance(content.get(key, ""), kind)]:
         raise CheckpointError(f"{path}: must say {', '.join(absent)}; fetch the bundle again")

@@ -17,13 +17,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.files import read_object, remove_abandoned, replace_text, write_table
+from common.results import BY_HASH
 from common.wording import some
 from ct.read import ScanSource
 from detect.claims import STALE_S
 from detect.jobs import WORK
 from detect.outputs import OUTPUTS, SCORE_COLUMNS, SLICE_COLUMNS
 from detect.result import (
-    BY_HASH,
     Result,
     digest,
     find_result_folder,

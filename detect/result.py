@@ -24,12 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import known_sha256, read_object, replace_text
+from common.results import BY_HASH
 from common.wording import differing, some
 from ct import dicom
 from ct.read import RESERVED, ScanSource
 from detect.outputs import DICOM_ONLY, WRITTEN
-
-BY_HASH = "scans"
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from common.files import locked, replace_text
 from common.stopping import end_with_parent
 from common.weights import CheckpointError, holds_bundle
 from common.wording import differing, some
+from dataset import comparable
 from gan.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_steps
 
 # SIGUSR1 is what SLURM is asked to send before a time limit. Exit codes are the shell's, 128 + signal, of the others
@@ -328,11 +329,8 @@ def load_optimiser(optimiser: torch.optim.Optimizer, state: dict) -> None:
 
 
 def told_of(meta: dict, key: str) -> Any:
-    """An entry of a run's meta, to be compared with another's: of the database without the val_digest, which one of an
-    earlier version does not have, and `held_out` tells more."""
-    if key != "data":
-        return meta[key]
-    return {what: known for what, known in meta[key].items() if what != "val_digest"}
+    """An entry of a run's meta, to be compared with another's."""
+    return comparable(meta[key]) if key == "data" else meta[key]
 
 
 def hold_folder(out: Path, held: contextlib.ExitStack) -> None:

@@ -12,6 +12,7 @@ import torch
 import distributed
 from benchmarks import baselines
 from benchmarks.baselines import HuFit, HuThresholds, anomaly_map
+from common.results import BY_HASH
 from common.weights import save_tensors
 from ct.frame import PreprocessSettings, preprocess_scan
 from ct.standardise import StandardiseSettings
@@ -20,7 +21,6 @@ from detect import pca as position_pca
 from detect.autoencoder import Autoencoder, AutoencoderFit, coarse_noise
 from detect.fitted import Fitted
 from detect.pca import PcaFit, PositionPca
-from detect.result import BY_HASH
 from evaluation.cohort import read_scores
 from tests.helpers import synthetic_head, synthetic_scan
 from tests.writers import write_slice_folder

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import evaluate
+from common.results import BY_HASH
 from common.weights import CheckpointError
 from ct.window import encode
 from dataset import DatasetError
-from detect.result import BY_HASH
 from healthygan import sets, train, trivial, weights
 from healthygan import test as healthygan_test
 from healthygan.data import ImageSettings, read_slices

@@ -16,11 +16,12 @@ import pydicom
 import pytest
 from PIL import Image
 
+from common.results import BY_HASH
 from ct.read import FORMATS, RESERVED, Format, find_all, find_scans, read_scan
 from ct.scan import Found, Scan, ScanError
 from detect.folder import PARTS
 from detect.jobs import WORK
-from detect.result import BY_HASH, result_folder
+from detect.result import result_folder
 from tests.writers import (
     make_uid,
     write_dicom_series,
