@@ -22,6 +22,7 @@ from bundling.origins import (
     learnt_by_networks,
     learnt_by_reader,
     learnt_by_run,
+    needs_surroundings,
     open_encoder_run,
     open_reader,
     open_surroundings,
@@ -258,6 +259,7 @@ def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings
     """
     snapshot = open_encoder_run(run, flag)
     halves = surroundings and open_surroundings(surroundings, snapshot)
+    needs_surroundings(snapshot, halves, flag)
     dataset, named = SliceDataset(data, "train"), f"{'--data' if flag == '--encoder' else flag} {data}"
     if (key := dataset.unlike(snapshot.meta)) == "held_out":
         raise ValueError(f"{named}: holds other scans out than the database which the encoder in {run} was trained on: "

@@ -17,9 +17,10 @@ from common.weights import CheckpointError, digest, holds_bundle
 from ct.settings import PreprocessSettings
 from dataset import SliceDataset, facts_of, is_same
 from detect.bundle import load_bundle
+from detect.inpainting import surroundings_tensors
 from detect.inversion import EncoderMethod
 from detect.reader import Reader
-from gan.encoding import FirstNetworks, has_taught_discriminator, method_of
+from gan.encoding import FirstNetworks, has_taught_discriminator, method_of, restore
 from gan.lineage import lineage, not_held_out
 from gan.reader_loop import Beside, First
 from gan.runlog import load_run, told_of
@@ -40,15 +41,23 @@ def is_bundle(folder: Path, flag: str) -> bool:
     return bundle
 
 
-def open_encoder_run(folder: Path, flag: str = "--encoder", halved: bool = False) -> Snapshot:
-    """A run of train_encoder.py, of one with --halved or of another. Raises CheckpointError."""
+def open_encoder_run(folder: Path, flag: str = "--encoder", surroundings: bool = False) -> Snapshot:
+    """A run of train_encoder.py; surroundings: one with --halved and without --closest, whose networks draw what
+    surroundings call for beside those of another. Raises CheckpointError."""
     snapshot = load_run(folder, flag, "encoder", "train_encoder.py")
-    if snapshot.meta["config"].get("halved", False) != halved:
+    config = snapshot.meta["config"]
+    if (config.get("halved", False) and not config.get("closest", False)) != surroundings:
         raise CheckpointError(f"{flag} {folder}: " + (
-            "its networks were not taught to draw slices at half their size; give a run of train_encoder.py --halved"
-            if halved else "a run of train_encoder.py --halved, whose networks draw what surroundings call for beside "
-                           "those of another run; give it as --surroundings"))
+            "its networks were not taught to draw what surroundings call for at half the size; give a run of "
+            "train_encoder.py --halved without --closest"
+            if surroundings else "a run of train_encoder.py --halved, whose networks draw what surroundings call for "
+                                 "beside those of another run; give it as --surroundings"))
     return snapshot
+
+
+def slice_size(meta: dict[str, Any]) -> int:
+    """Side of the slices that a run of train_encoder.py has learnt from, by its meta."""
+    return meta["model"]["size"] * (2 if meta["config"].get("halved") else 1)
 
 
 def has_open_noise(meta: dict[str, Any]) -> bool:
@@ -60,12 +69,29 @@ def has_open_noise(meta: dict[str, Any]) -> bool:
 def open_surroundings(run: Path, beside: Snapshot) -> Snapshot:
     """What --surroundings names. Raises CheckpointError unless it learnt from the slices that those of an encoder's run
     are, with the same held out."""
-    snapshot = open_encoder_run(run, "--surroundings", halved=True)
+    snapshot = open_encoder_run(run, "--surroundings", surroundings=True)
     for key, told in (("data", "another database"), ("held_out", "other held-out scans")):
         if told_of(snapshot.meta, key) != told_of(beside.meta, key):
             raise CheckpointError(f"--surroundings {run}: has {told} than {beside.path.parent}: scans that one "
                                   "holds out may have taught the other; give a run on the same --data")
+    if (taught := beside.meta.get("surroundings")) and taught != digest(drawing_surroundings(snapshot)):
+        raise CheckpointError(f"--surroundings {run}: the networks of {beside.path.parent} were taught beside others; "
+                              "give the run that was --surroundings there")
     return snapshot
+
+
+def needs_surroundings(encoder: Snapshot, halves: Snapshot | None, flag: str) -> None:
+    """CheckpointError for a run with --closest without the one for the surroundings that it was taught beside."""
+    if encoder.meta["config"].get("closest") and not halves:
+        raise CheckpointError(f"{flag} {encoder.path.parent}: a run of train_encoder.py --closest, whose networks draw "
+                              "closest normals beside others; give the run that was --surroundings there, as "
+                              "--surroundings, too")
+
+
+def drawing_surroundings(run: Snapshot) -> dict[str, dict[str, torch.Tensor]]:
+    """Of a run with --halved what Inpainting.expecting() is with it."""
+    networks = restore(run, torch.device("cpu"), torch.float32)
+    return surroundings_tensors(networks["generator"], networks["encoder"], torch.float16)
 
 
 def open_beside(folder: Path, device: torch.device, precision: str, surroundings: Path | None = None) -> Beside:
@@ -82,6 +108,7 @@ def open_beside(folder: Path, device: torch.device, precision: str, surroundings
                       lambda dataset: learnt_by_networks(dataset, known))
     snapshot = open_encoder_run(folder)
     halves = surroundings and open_surroundings(surroundings, snapshot)
+    needs_surroundings(snapshot, halves, "--encoder")
     method = method_of(snapshot, None, device, distributed.pick_precision(precision, device), halves)
     return Beside(folder, method, digest_of(method), PreprocessSettings.from_json(snapshot.meta["data"]["settings"]),
                   snapshot.known(),
@@ -95,26 +122,26 @@ def refuse_surroundings(run: Path | None, model: Path) -> None:
                          "does without; leave it out, or give runs of train_encoder.py for both")
 
 
-def open_first_networks(folder: Path, halved: bool = False) -> FirstNetworks:
-    """What --init of train_encoder.py names, of a model with --halved its networks for the surroundings. Raises
-    CheckpointError."""
-    if is_bundle(folder, "--init"):
+def open_first_networks(folder: Path, halved: bool = False, flag: str = "--init") -> FirstNetworks:
+    """What --init or --surroundings of train_encoder.py names, of a model with --halved its networks for the
+    surroundings. Raises CheckpointError."""
+    if is_bundle(folder, flag):
         bundle = load_bundle(folder)
         method, prepared = bundle.reconstructor, taught_with(bundle.meta)
         if halved:
             method = getattr(method, "halves", None)
             if not method:
-                raise CheckpointError(f"--init {folder}: a model without networks of half the size, that draw what "
+                raise CheckpointError(f"{flag} {folder}: a model without networks of half the size, that draw what "
                                       "surroundings call for; give one that has them, or leave --halved out")
         if not prepared:
-            raise CheckpointError(f"--init {folder}: a model that holds no networks of train_encoder.py; leave --init "
+            raise CheckpointError(f"{flag} {folder}: a model that holds no networks of train_encoder.py; leave --init "
                                   "out, or give one that does (checkpoint.py show), or a run of train_encoder.py")
         distributed.print0(f"note: what is measured on held-out scans says too much where {folder} was trained on "
                            "scans that --data holds out: a bundle does not say on which")
         weights = {name: network.state_dict() for name in NETWORKS if (network := getattr(method, name, None))}
         return FirstNetworks(folder, weights, method.encoder.config, prepared,
                              networks_known(bundle.meta["provenance"], "surroundings" if halved else "encoder"))
-    snapshot = load_run(folder, "--init", "encoder", "train_encoder.py")
+    snapshot = load_run(folder, flag, "encoder", "train_encoder.py")
     weights = {name: tensors for name, tensors in snapshot.weights.items()
                if name != "discriminator" or has_taught_discriminator(snapshot)}
     return FirstNetworks(folder, weights, ModelConfig(**snapshot.meta["model"]),

@@ -34,7 +34,7 @@ from common.weights import CheckpointError
 from config import check_choices, check_range, option
 from ct.window import BONE_HU
 from detect.inversion import EncoderMethod, bone_mask, compact_pair, load_networks
-from detect.painter import AT, Painter
+from detect.painter import AT, Found, Painter, painter_of
 from detect.reader import Reader
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
 from detect.residual import components_touching, slice_medians, without_small_components
@@ -91,8 +91,12 @@ class Inpainting(EncoderMethod):
     def __init__(self, settings: InpaintingSettings, generator: Generator, encoder: Encoder,
                  range_hu: tuple[float, float], reader: Reader | None = None, surroundings: Painter | None = None):
         super().__init__(settings, generator, encoder, reader)
-        self.painter = Painter(generator, encoder, range_hu)
+        self.painter = painter_of(generator, encoder, range_hu)
+        self.size = self.painter.slice_size
         self.surroundings, self.range_hu = surroundings or self.painter, self.painter.range_hu
+        if self.painter.FILLED and not self.halves:
+            raise CheckpointError("method inpainting: networks that draw closest normals at half the size need others "
+                                  "beside them, for the surroundings (--surroundings)")
         if halves := self.halves:
             if (halves.size, halves.range_hu) != (self.size // 2, self.range_hu):
                 raise CheckpointError(
@@ -106,24 +110,25 @@ class Inpainting(EncoderMethod):
         bone = bone_mask(hu)
         query_hu, soft, stages = hu.clamp(self.range_hu[0], BONE_HU), brain & ~bone, Stages()
         with stages.stage("surroundings", lambda: error_hu(query_hu, expected_hu, soft)):
-            expected_hu, anomalous, hidden = self.find_anomalous(query_hu, soft, bone)
-            read = self.read(query_hu, expected_hu, brain, bone)
+            found = self.find_anomalous(query_hu, soft, bone)
+            read = self.read(query_hu, expected_hu := found.expected_hu, brain, bone)
         with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, soft)):
             kept = bone | (~brain & (query_hu <= self.range_hu[0]))            # and air: the networks draw it badly
-            normal_hu = torch.where(kept, query_hu, self.draw(self.painter.images(hu), hidden, bone))
-            normal_hu += self.detail(query_hu - normal_hu, soft, hidden, hidden & ~anomalous)
+            normal_hu = torch.where(kept, query_hu, self.painter.closest(hu, found, bone, self.settings.batch))
+            normal_hu += self.detail(query_hu - normal_hu, soft, found.hidden, found.hidden & ~found.anomalous)
         if watch:
             watch(query_hu, normal_hu)
         judged_hu = None
         if self.settings.judged == "surroundings":
-            judged_hu = torch.where(anomalous, expected_hu, torch.where(hidden, query_hu, normal_hu)).cpu()
+            as_it_is = torch.where(found.hidden, query_hu, normal_hu)
+            judged_hu = torch.where(found.anomalous, expected_hu, as_it_is).cpu()
         return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds, judged_hu, read)
 
     def find_anomalous(self, query_hu: torch.Tensor, soft: torch.Tensor, bone: torch.Tensor
-                       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Slices [S, N, N] as their surroundings call for, HU, and gate() of the difference from that."""
+                       ) -> Found:
+        """What slices [S, N, N], HU, show that their surroundings do not call for, by gate()."""
         expected_hu = self.from_surroundings(query_hu, bone)
-        return expected_hu, *self.gate(query_hu - expected_hu, soft)
+        return Found(expected_hu, *self.gate(query_hu - expected_hu, soft))
 
     def expected(self, hu: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
         return self.from_surroundings(hu.clamp(*self.range_hu), bone)
@@ -132,8 +137,9 @@ class Inpainting(EncoderMethod):
         """Painter.from_surroundings of the networks that are for it."""
         return self.surroundings.from_surroundings(hu, bone, self.settings.hidden, self.settings.batch)
 
-    def gate(self, difference_hu: torch.Tensor, soft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a difference [S, N, N], HU, from the surroundings is anomalous in soft brain; and what to hide."""
+    def gate(self, difference_hu: torch.Tensor, soft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where a difference [S, N, N], HU, from the surroundings is anomalous in soft brain; what to hide; and what of
+        that since it is too dense: Found's masks."""
         unit, gate = self.size / AT, self.settings.gate_hu
         if self.settings.level:
             shift = slice_medians(difference_hu[:, None], soft).clamp(-gate, gate)
@@ -146,7 +152,7 @@ class Inpainting(EncoderMethod):
         whole = _with_rim(components_touching(dark, smooth < -self.settings.grow_hu), AROUND * unit)
         if self.settings.spared:
             whole &= ~soft | (smoothed(clipped, soft, NEAR * unit) < -self.settings.spared * gate)
-        return bright | _with_rim(dark, AROUND * unit), bright | whole
+        return bright | _with_rim(dark, AROUND * unit), bright | whole, bright
 
     def detail(self, difference_hu: torch.Tensor, soft: torch.Tensor, drawn_anew: torch.Tensor,
                grown: torch.Tensor) -> torch.Tensor:
@@ -163,10 +169,6 @@ class Inpainting(EncoderMethod):
                             finer(hidden, GRAIN).clamp(-GRAIN_HU, GRAIN_HU))
         return torch.where(hidden, grain, finer(soft & ~drawn_anew, DETAIL)) * soft
 
-    def draw(self, images: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
-        """Painter.draw of the networks that draw closest normals."""
-        return self.painter.draw(images, hidden, bone, self.settings.batch)
-
     @property
     def halves(self) -> Painter | None:
         """The networks for the surroundings, where these have their own."""
@@ -182,8 +184,7 @@ class Inpainting(EncoderMethod):
     def expecting(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
         if not self.halves:
             return super().expecting(dtype)
-        return {OF_SURROUNDINGS + name: tensors
-                for name, tensors in compact_pair(self.halves.generator, self.halves.encoder, dtype).items()}
+        return surroundings_tensors(self.halves.generator, self.halves.encoder, dtype)
 
     def set_precision(self, dtype: torch.dtype) -> None:
         super().set_precision(dtype)
@@ -200,6 +201,12 @@ class Inpainting(EncoderMethod):
         if halves is not None:
             halves = Painter(**load_networks(folder, halves, Painter.NAMES, device, OF_SURROUNDINGS), range_hu=range_hu)
         return cls(settings, **cls.networks(folder, config, device), range_hu=range_hu, surroundings=halves)
+
+
+def surroundings_tensors(generator: Generator, encoder: Encoder, dtype: torch.dtype
+                         ) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of networks for the surroundings, as a bundle names them."""
+    return {OF_SURROUNDINGS + name: tensors for name, tensors in compact_pair(generator, encoder, dtype).items()}
 
 
 def _with_rim(mask: torch.Tensor, width: float) -> torch.Tensor:

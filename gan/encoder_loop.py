@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from common.weights import CheckpointError, digest
 from config import flag
 from dataset import DatasetError, SliceDataset
 from gan.batches import slice_batches
+from gan.closest import ClosestTrainer
 from gan.coding import CodeTrainer
 from gan.encoding import EncoderTrainer, FirstNetworks
 from gan.inpainting import InpaintingTrainer
@@ -23,15 +25,17 @@ from gan.settings import EncoderConfig, ReaderConfig
 from gan.snapshots import Snapshot
 
 # Settings that shape the networks
-OF_NETWORKS = ("noise", "hide", "halved", "encoder_width", "encoder_code", "code_channels")
+OF_NETWORKS = ("noise", "hide", "halved", "closest", "encoder_width", "encoder_code", "code_channels")
 
 
 def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device: torch.device, vgg16=None,
-          lpips=None, first: FirstNetworks | None = None, rollback: bool = False) -> None:
+          lpips=None, first: FirstNetworks | None = None, rollback: bool = False,
+          surroundings: FirstNetworks | None = None) -> None:
     """Train for config.epochs. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite.
 
     gan: a run of train.py; None: all networks are those of `first`, with a new discriminator where that holds none.
     rollback: the run diverged; go on from its last snapshot with other random numbers.
+    surroundings: with --closest, the networks that draw what surroundings call for; without first ones, these are.
     """
     # ---- Set up
     snapshot = load_run(gan, "--gan", "gan", "train.py") if gan else None
@@ -40,6 +44,7 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
         raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices, the GAN in {gan} draws "
                            f"{snapshot.meta['model']['size']}: prepare it with that --size")
     known = dataset.known()
+    began, first = "--init" if first else "--surroundings", first or surroundings
     if first:
         check_first(first, config, snapshot)
         if not snapshot:
@@ -48,8 +53,11 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
     if snapshot and not config.halved:                             # of whose GAN nothing but the shape goes on
         tell_of_seen(scans, "--gan", gan, snapshot.meta)
     if first:
-        tell_of_seen(scans, "--init", first.folder, {"data": known, "held_out": scans, "init": first.known})
-    objective = CodeTrainer if config.code_channels else InpaintingTrainer if config.hide else EncoderTrainer
+        tell_of_seen(scans, began, first.folder, {"data": known, "held_out": scans, "init": first.known})
+    if surroundings:
+        objective = functools.partial(ClosestTrainer, surroundings=surroundings)
+    else:
+        objective = CodeTrainer if config.code_channels else InpaintingTrainer if config.hide else EncoderTrainer
     trainer = objective(config, snapshot, dataset.prepared.standardise.hu_clip, device, vgg16, lpips, first)
     if first:
         trainer.start_from(first)
@@ -60,6 +68,8 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
             "init": first.known if first else None, "new_discriminator": new,
             "began_with": {"gan": snapshot.digest() if snapshot else None,
                            "init": digest(first.weights) if first else None}}
+    if surroundings:
+        meta["surroundings"] = digest(trainer.method.expecting(torch.float16))         # as bundles know them
     with Run(out, meta, trainer, config.seed, rollback) as run:
         distributed.check_same_state(trainer.e)
         batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen,
@@ -89,8 +99,9 @@ def check_first(first: FirstNetworks, config: EncoderConfig, gan: Snapshot | Non
     """CheckpointError unless the first weights fit the networks that config makes of the GAN's, or of their own."""
     theirs, alone = dataclasses.asdict(first.model), config.networks(dataclasses.asdict(first.model), of_gan=False)
     ours = config.networks(gan.meta["model"]) if gan else alone
-    if dataclasses.replace(first.model, encoder_noise=first.model.encoder_noise or ours.encoder_noise) == ours:
-        return                                                             # the noise head alone may be new
+    new = {name: getattr(first.model, name) or getattr(ours, name) for name in ("encoder_noise", "encoder_filled")}
+    if dataclasses.replace(first.model, **new) == ours:                    # the noise head may be new, and what is seen
+        return
     told = "; ".join(f"{key} {theirs[key]}, here {now}" for key, now in dataclasses.asdict(ours).items()
                      if theirs[key] != now)
     mend = ["leave --gan out, or give one of the same networks"] if ours != alone else []

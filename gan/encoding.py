@@ -267,7 +267,8 @@ def method_of(snapshot: Snapshot, settings: Any | None, device: torch.device, dt
     """The networks of an encoder run as the method whose settings these are, inpainting's or inversion's.
 
     settings      None: with the defaults of the one that the encoder is for, inpainting if it was trained with --hide
-    surroundings  a run with --halved, whose networks draw for inpainting what surroundings call for
+    surroundings  a run with --halved, whose networks draw for inpainting what surroundings call for; one with --closest
+                  needs the one that it was taught beside
 
     Raises CheckpointError where surroundings are not for that.
     """

@@ -26,6 +26,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +39,7 @@ from common.weights import CheckpointError, holds_bundle
 from common.wording import differing, some
 from dataset import comparable
 from gan.snapshots import Snapshot, load_snapshot, save_snapshot, snapshot_steps
+from model import ModelConfig
 
 # SIGUSR1 is what SLURM is asked to send before a time limit. Exit codes are the shell's, 128 + signal, of the others
 STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 129}
@@ -329,7 +331,9 @@ def load_optimiser(optimiser: torch.optim.Optimizer, state: dict) -> None:
 
 
 def told_of(meta: dict, key: str) -> Any:
-    """An entry of a run's meta, to be compared with another's."""
+    """An entry of a run's meta, to be compared with another's: of before a network had a setting, its default."""
+    if key == "model" and "size" in meta[key]:                                         # a reader has none
+        return asdict(ModelConfig(**meta[key]))
     return comparable(meta[key]) if key == "data" else meta[key]
 
 

@@ -26,6 +26,7 @@ def with_meta(run, copy, **changes):
     shutil.copytree(run, copy)
     path = copy / load_snapshot(run).path.name / "meta.json"
     content = json.loads(path.read_text())
-    content["meta"] = {key: value for key, value in (content["meta"] | changes).items() if value is not None}
+    content["meta"] = {key: value for key, value in (content["meta"] | changes).items()
+                       if key not in changes or value is not None}
     write_json(path, {key: value for key, value in content.items() if key != "digest"})
     return copy

@@ -127,7 +127,7 @@ MUTANTS = (
     Mutant("a discriminator that has learnt nothing measures a distance", "gan/encoding.py",
            'not snapshot.meta.get("new_discriminator")', "True", "tests/test_train_encoder.py -k measures_no_distance"),
     Mutant("a folder of scans is prepared otherwise than the first networks' slices", "train_encoder.py",
-           "None if args.gan else first.prepared", "None", "tests/test_train_encoder.py -k folder_of_scans"),
+           "None if args.gan else begun.prepared", "None", "tests/test_train_encoder.py -k folder_of_scans"),
     Mutant("a model's networks are taken to have learnt the HU of its scans", "bundling/origins.py",
            'meta["config"].get("range_hu"', '{}.get("range_hu"', "tests/test_prepare.py -k shipped"),
     Mutant("a model forgets how its networks' slices were prepared", "bundling/origins.py",
