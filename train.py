@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from gan.database import ensure_database  # only now: --help needs none of what takes seconds to import
     from gan.loop import train
-    from gan.runlog import run_command
+    from gan.run import run_command
     from op import memory, set_impl
 
     def work(device, rollback):

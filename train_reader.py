@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from bundling.origins import open_beside, open_first_reader
     from gan.reader_loop import train  # only now: --help needs none of what takes seconds to import
-    from gan.runlog import run_command
+    from gan.run import run_command
     from op import memory, set_impl
 
     def work(device, rollback):

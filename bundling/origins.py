@@ -23,7 +23,7 @@ from detect.reader import Reader
 from gan.encoding import FirstNetworks, has_taught_discriminator, method_of, restore
 from gan.lineage import lineage, not_held_out
 from gan.reader_loop import Beside, First
-from gan.runlog import load_run, told_of
+from gan.run_folder import load_run, told_of
 from gan.snapshots import Snapshot, snapshot_steps
 from model import NETWORKS, ModelConfig
 

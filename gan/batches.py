@@ -42,7 +42,7 @@ def slice_batches(slices: Dataset, batch: int, seed: int, workers: int, start: i
 
 
 def _ignore_signals(worker: int) -> None:
-    # Ctrl-C and a cluster's warning come to all processes of a job; the main one decides when to end (gan.runlog).
+    # Ctrl-C and a cluster's warning come to all processes of a job; the main one decides when to end (gan.run).
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

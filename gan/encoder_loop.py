@@ -20,7 +20,8 @@ from gan.encoding import EncoderTrainer, FirstNetworks
 from gan.inpainting import InpaintingTrainer
 from gan.lineage import tell_of_seen
 from gan.reading import ReadingTrainer
-from gan.runlog import Run, load_run
+from gan.run import Run
+from gan.run_folder import load_run
 from gan.settings import EncoderConfig, ReaderConfig
 from gan.snapshots import Snapshot
 

@@ -22,9 +22,8 @@ from detect.perceptual import build_perceptual
 from gan.augment import coarse_noise, erase, random_flip, random_rotation
 from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
 from gan.quality import MOST_HELD_OUT, Measured, errors_hu, evenly, means
-from gan.runlog import load_optimiser
 from gan.settings import EncoderConfig
-from gan.snapshots import Snapshot
+from gan.snapshots import Snapshot, load_optimiser
 from gan.training import tell_of_groups
 from model import MAPPING, NETWORKS, Discriminator, Generator, ModelConfig, build_encoder, has_mapping
 

@@ -13,7 +13,7 @@ from ct.window import decode, encode
 from dataset import DatasetError, SliceDataset
 from gan.batches import image_batches
 from gan.quality import MOST_HELD_OUT, InceptionFeatures, evenly, frechet_distance, sliced_wasserstein
-from gan.runlog import Run
+from gan.run import Run
 from gan.settings import TrainConfig
 from gan.training import Trainer
 

@@ -21,7 +21,7 @@ from gan.batches import slice_batches
 from gan.encoder_loop import go_through
 from gan.lineage import tell_of_seen
 from gan.reading import ReadingTrainer
-from gan.runlog import Run
+from gan.run import Run
 from gan.settings import EveryNth, ReaderConfig
 
 

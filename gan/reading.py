@@ -29,8 +29,8 @@ from gan.augment import random_flip
 from gan.averaging import follow
 from gan.corrupt import draw_grained, scanner
 from gan.quality import Measured
-from gan.runlog import load_optimiser
 from gan.settings import ReaderConfig
+from gan.snapshots import load_optimiser
 
 CHANGED_HU, SAME_HU = 4.0, 1.5           # a pixel that differs by more is to be found; by less, it is not
 PRESENT = 2.0                            # weight of a pixel that is to be found

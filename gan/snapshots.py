@@ -170,3 +170,8 @@ def _bytes(value: Any, where: str = "weights") -> int:
         raise CheckpointError(f"{where}: a {type(value).__module__}.{type(value).__name__} cannot be saved; "
                               "store a tensor, number, string, dict, list or tuple")
     return 0
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer, state: dict) -> None:
+    """Take the moments of a saved state, but keep the learning rate and the like: those are today's flags."""
+    optimiser.load_state_dict({**state, "param_groups": optimiser.state_dict()["param_groups"]})

@@ -12,8 +12,8 @@ import distributed
 from gan.augment import AdaptiveAugment, AugmentSettings
 from gan.averaging import follow
 from gan.losses import d_logistic, frozen, g_nonsaturating, path_lengths, r1_penalty
-from gan.runlog import load_optimiser
 from gan.settings import TrainConfig
+from gan.snapshots import load_optimiser
 from model import Discriminator, Generator
 
 

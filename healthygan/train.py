@@ -28,7 +28,7 @@ import distributed
 from config import parse
 from dataset import DatasetError
 from evaluation import metrics
-from gan.runlog import Run, run_command
+from gan.run import Run, run_command
 from healthygan.data import ImageSettings, class_folders, is_database
 from healthygan.pictures import save_grid
 from healthygan.scoring import aucp, image_scores, unit_scores

@@ -11,7 +11,7 @@ import torch
 
 import distributed
 from gan.averaging import follow
-from gan.runlog import load_optimiser
+from gan.snapshots import load_optimiser
 from healthygan import losses
 from healthygan.model import BF16_UNITS, Translation
 from healthygan.settings import TrainConfig

@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 
 import distributed
 from common.files import locked
-from gan import runlog
-from gan.runlog import Stopped, run_command
+from gan import run_folder
+from gan.run import Stopped, run_command
 from tests.processes import codes
 
 
@@ -117,13 +117,13 @@ def test_a_rank_that_fails_alone_says_so_and_ends(error, code, said, capfd):
 def rank_of_a_second_run(rank: int, port: int, out: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
-    runlog.LAST_RANKS_S = 0.1
-    os._exit(run_command(lambda *args: runlog.hold_folder(out, ExitStack()), "cpu", out))
+    run_folder.LAST_RANKS_S = 0.1
+    os._exit(run_command(lambda *args: run_folder.hold_folder(out, ExitStack()), "cpu", out))
 
 
 def test_all_ranks_end_where_another_run_is_at_work(tmp_path, capfd):
     port = free_port()
-    with locked(tmp_path / runlog.LOCK):
+    with locked(tmp_path / run_folder.LOCK):
         ranks = [mp.get_context("spawn").Process(target=rank_of_a_second_run, args=(rank, port, tmp_path))
                  for rank in range(2)]
         for process in ranks:

@@ -24,7 +24,8 @@ import train_encoder
 import train_reader
 from common.files import locked
 from gan import encoding, reading, training
-from gan.runlog import LOCK, _drop_rows_after
+from gan.run_folder import LOCK
+from gan.runlog import _drop_rows_after
 from gan.snapshots import load_snapshot, snapshot_steps
 from healthygan import train as healthygan_train
 from healthygan import training as healthygan_training

@@ -24,7 +24,7 @@ from detect.calibration import Trained
 from detect.reconstruct import METHODS
 from detect.search import SearchSettings
 from detect.settings import Settings
-from gan.runlog import load_run
+from gan.run_folder import load_run
 from gan.snapshots import load_snapshot, save_snapshot
 from latent_stats import read_notes, report_size
 from model import Discriminator, Encoder, Generator

@@ -19,7 +19,7 @@ from detect.bundle import load_bundle
 from detect.pca import PcaFit, PositionPca
 from detect.reader import Reader
 from gan import reader_loop
-from gan.runlog import load_run
+from gan.run_folder import load_run
 from gan.settings import EveryNth, ReaderConfig
 from gan.snapshots import load_snapshot
 from tests.helpers import write_heads

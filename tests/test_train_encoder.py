@@ -29,7 +29,7 @@ from gan import quality
 from gan.augment import coarse_noise, erase, random_rotation
 from gan.encoding import EncoderTrainer
 from gan.inpainting import InpaintingTrainer
-from gan.runlog import start_run
+from gan.run_folder import start_run
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
 from tests.helpers import GradientRecorder, synthetic_scan, write_heads

@@ -12,7 +12,7 @@ MUTANTS = (
            "tests/test_healthygan_steps.py -k generators_gradient"),
     Mutant("healthygan's rate falls from the start", "healthygan/settings.py",
            "round(self.decay * self.iterations)", "self.iterations", "tests/test_healthygan_steps.py -k learning_rate"),
-    Mutant("healthygan goes on from a run of unknown images", "gan/runlog.py",
+    Mutant("healthygan goes on from a run of unknown images", "gan/run_folder.py",
            "if key not in snapshot.meta:", "if False:", "tests/test_healthygan_train.py -k does_not_tell"),
     Mutant("healthygan's average forgets faster while it copies", "healthygan/training.py",
            "self._update_ema(1)", "self._update_ema(self.config.critic_steps)",
