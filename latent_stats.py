@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
                  "that it has not seen, and the first is kept")
         add("--surroundings", type=Path, metavar="RUN",
             help="run folder of train_encoder.py --halved, whose networks draw what surroundings call for; else those "
-                 "of --encoder do, in four times the time. A run with --closest needs the one it was taught beside")
+                 "of --encoder do, in four times the time; one with --closest has its own")
         add("--held-out", type=Path, metavar="DATA",
             help="a database with the same scans held out and prepared as new scans are to be: with all HU, say, where "
                  "training slices were cut to a range")

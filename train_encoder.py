@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
     config, args = parse(__doc__, PRESETS, arguments, argv)
     if config.closest != bool(args.surroundings) or config.closest and args.gan:
-        print("error: --surroundings: expected with --closest, in the place of --gan, and with nothing else",
+        print("error: --surroundings: expected with --closest, in the place of --gan, and without that no use",
               file=sys.stderr)
         return 2
     if not (args.gan or args.init or args.surroundings):

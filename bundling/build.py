@@ -22,7 +22,6 @@ from bundling.origins import (
     learnt_by_networks,
     learnt_by_reader,
     learnt_by_run,
-    needs_surroundings,
     open_encoder_run,
     open_reader,
     open_surroundings,
@@ -46,6 +45,7 @@ from detect.settings import Settings
 from gan.augment import random_flip, random_rotation
 from gan.encoding import has_taught_discriminator, method_of, restore
 from gan.lineage import lineage, not_held_out, tell_of_seen
+from gan.run_folder import told_of
 from gan.snapshots import snapshot_steps
 
 ROTATE_P, ROTATE_DEG = 0.5, 30.0      # Lee et al. 2022: rotations of the statistics' augmented passes
@@ -259,7 +259,9 @@ def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings
     """
     snapshot = open_encoder_run(run, flag)
     halves = surroundings and open_surroundings(surroundings, snapshot)
-    needs_surroundings(snapshot, halves, flag)
+    if snapshot.meta["model"].get("encoder_masks") and settings.method != "inpainting":
+        raise ValueError(f"{flag} {run}: a run of train_encoder.py --hide, which is for method=inpainting; leave "
+                         f"method={settings.method} out")
     dataset, named = SliceDataset(data, "train"), f"{'--data' if flag == '--encoder' else flag} {data}"
     if (key := dataset.unlike(snapshot.meta)) == "held_out":
         raise ValueError(f"{named}: holds other scans out than the database which the encoder in {run} was trained on: "
@@ -293,7 +295,8 @@ def open_encoder(data: Path, run: Path, flag: str, config: StatsConfig, settings
         return Search(settings.reconstruction, networks["generator"], networks["encoder"], latent.to(device),
                       networks["discriminator"])
 
-    return Trained(dataset, data, snapshot.meta["model"], provenance(snapshot.step, snapshot.meta, halves), make)
+    return Trained(dataset, data, told_of(snapshot.meta, "model"), provenance(snapshot.step, snapshot.meta, halves),
+                   make)
 
 
 def open_model(data: Path, bundle: Bundle, keep_reader: bool) -> Trained:

@@ -17,10 +17,10 @@ from common.weights import CheckpointError, digest, holds_bundle
 from ct.settings import PreprocessSettings
 from dataset import SliceDataset, facts_of, is_same
 from detect.bundle import load_bundle
-from detect.inpainting import surroundings_tensors
+from detect.inpainting import OF_SURROUNDINGS
 from detect.inversion import EncoderMethod
 from detect.reader import Reader
-from gan.encoding import FirstNetworks, has_taught_discriminator, method_of, restore
+from gan.encoding import FirstNetworks, has_taught_discriminator, method_of
 from gan.lineage import lineage, not_held_out
 from gan.reader_loop import Beside, First
 from gan.run_folder import load_run, told_of
@@ -70,28 +70,14 @@ def open_surroundings(run: Path, beside: Snapshot) -> Snapshot:
     """What --surroundings names. Raises CheckpointError unless it learnt from the slices that those of an encoder's run
     are, with the same held out."""
     snapshot = open_encoder_run(run, "--surroundings", surroundings=True)
+    if beside.meta["config"].get("closest"):
+        raise CheckpointError(f"--surroundings {run}: {beside.path.parent}, of train_encoder.py --closest, holds the "
+                              "networks for that which it was taught beside; leave it out")
     for key, told in (("data", "another database"), ("held_out", "other held-out scans")):
         if told_of(snapshot.meta, key) != told_of(beside.meta, key):
             raise CheckpointError(f"--surroundings {run}: has {told} than {beside.path.parent}: scans that one "
                                   "holds out may have taught the other; give a run on the same --data")
-    if (taught := beside.meta.get("surroundings")) and taught != digest(drawing_surroundings(snapshot)):
-        raise CheckpointError(f"--surroundings {run}: the networks of {beside.path.parent} were taught beside others; "
-                              "give the run that was --surroundings there")
     return snapshot
-
-
-def needs_surroundings(encoder: Snapshot, halves: Snapshot | None, flag: str) -> None:
-    """CheckpointError for a run with --closest without the one for the surroundings that it was taught beside."""
-    if encoder.meta["config"].get("closest") and not halves:
-        raise CheckpointError(f"{flag} {encoder.path.parent}: a run of train_encoder.py --closest, whose networks draw "
-                              "closest normals beside others; give the run that was --surroundings there, as "
-                              "--surroundings, too")
-
-
-def drawing_surroundings(run: Snapshot) -> dict[str, dict[str, torch.Tensor]]:
-    """Of a run with --halved what Inpainting.expecting() is with it."""
-    networks = restore(run, torch.device("cpu"), torch.float32)
-    return surroundings_tensors(networks["generator"], networks["encoder"], torch.float16)
 
 
 def open_beside(folder: Path, device: torch.device, precision: str, surroundings: Path | None = None) -> Beside:
@@ -108,7 +94,6 @@ def open_beside(folder: Path, device: torch.device, precision: str, surroundings
                       lambda dataset: learnt_by_networks(dataset, known))
     snapshot = open_encoder_run(folder)
     halves = surroundings and open_surroundings(surroundings, snapshot)
-    needs_surroundings(snapshot, halves, "--encoder")
     method = method_of(snapshot, None, device, distributed.pick_precision(precision, device), halves)
     return Beside(folder, method, digest_of(method), PreprocessSettings.from_json(snapshot.meta["data"]["settings"]),
                   snapshot.known(),
@@ -123,8 +108,8 @@ def refuse_surroundings(run: Path | None, model: Path) -> None:
 
 
 def open_first_networks(folder: Path, halved: bool = False, flag: str = "--init") -> FirstNetworks:
-    """What --init or --surroundings of train_encoder.py names, of a model with --halved its networks for the
-    surroundings. Raises CheckpointError."""
+    """What --init or --surroundings of train_encoder.py names; halved: of a model its networks for the surroundings.
+    Raises CheckpointError."""
     if is_bundle(folder, flag):
         bundle = load_bundle(folder)
         method, prepared = bundle.reconstructor, taught_with(bundle.meta)
@@ -132,7 +117,8 @@ def open_first_networks(folder: Path, halved: bool = False, flag: str = "--init"
             method = getattr(method, "halves", None)
             if not method:
                 raise CheckpointError(f"{flag} {folder}: a model without networks of half the size, that draw what "
-                                      "surroundings call for; give one that has them, or leave --halved out")
+                                      "surroundings call for; give one that has them, or a run of train_encoder.py "
+                                      "--halved")
         if not prepared:
             raise CheckpointError(f"{flag} {folder}: a model that holds no networks of train_encoder.py; leave --init "
                                   "out, or give one that does (checkpoint.py show), or a run of train_encoder.py")
@@ -141,9 +127,10 @@ def open_first_networks(folder: Path, halved: bool = False, flag: str = "--init"
         weights = {name: network.state_dict() for name in NETWORKS if (network := getattr(method, name, None))}
         return FirstNetworks(folder, weights, method.encoder.config, prepared,
                              networks_known(bundle.meta["provenance"], "surroundings" if halved else "encoder"))
-    snapshot = load_run(folder, flag, "encoder", "train_encoder.py")
-    weights = {name: tensors for name, tensors in snapshot.weights.items()
-               if name != "discriminator" or has_taught_discriminator(snapshot)}
+    snapshot = (open_encoder_run(folder, flag, surroundings=True) if flag == "--surroundings"
+                else load_run(folder, flag, "encoder", "train_encoder.py"))
+    weights = {name: tensors for name, tensors in snapshot.weights.items() if not name.startswith(OF_SURROUNDINGS)
+               and (name != "discriminator" or has_taught_discriminator(snapshot))}
     return FirstNetworks(folder, weights, ModelConfig(**snapshot.meta["model"]),
                          PreprocessSettings.from_json(snapshot.meta["data"]["settings"]),
                          snapshot.known())
@@ -196,6 +183,7 @@ def taught(step: int, meta: dict[str, Any]) -> dict[str, Any]:
     gan = meta.get("gan")
     return {"images_seen": step, "config": meta["config"], "held_out": len(meta["held_out"]),
             "data": facts_of(meta["data"]), "init": began_with(meta),
+            **({"surroundings": began_with(meta, "surroundings")} if meta.get("surroundings") else {}),
             **({"gan": taught(gan["step"], gan)} if gan else {})}
 
 
@@ -216,23 +204,32 @@ def taught_with(meta: dict[str, Any]) -> PreprocessSettings | None:
     return replace(settings, standardise=replace(settings.standardise, hu_clip=hu_clip))
 
 
-def began_with(meta: dict[str, Any]) -> dict[str, Any] | None:
-    """taught() of what a run of this meta began with by --init; a bundle tells it so already."""
-    first = meta.get("init")
+def began_with(meta: dict[str, Any], flag: str = "init") -> dict[str, Any] | None:
+    """taught() of what a run of this meta began with by --init, or by another flag; a bundle tells it so already."""
+    first = meta.get(flag)
     return taught(first["step"], first) if first and "step" in first else first
 
 
 def provenance(step: int, meta: dict[str, Any], surroundings: Snapshot | None = None) -> dict[str, Any]:
     """Where the weights of an encoder's run come from, at a step; gan: None for one without. JSON-able; no paths.
 
-    taught_with: how the slices were prepared that they learnt from. surroundings: of the run with --halved beside it.
+    taught_with: how the slices were prepared that they learnt from. surroundings: of the run with --halved beside it;
+    one with --closest tells of its own.
     """
-    halves = {} if not surroundings else {"surroundings": {
-        **run_facts(surroundings.step, surroundings.meta), "init": began_with(surroundings.meta)}}
+    halves = surroundings.known() if surroundings else meta.get("surroundings")
     gan = meta["gan"]
     return {"data": facts_of(meta["data"]), "taught_with": meta["data"]["settings"],
             "gan": run_facts(gan["step"], gan) | taught(gan["step"], gan) if gan else None,
-            "encoder": run_facts(step, meta), "init": began_with(meta), **halves}
+            "encoder": run_facts(step, meta), "init": began_with(meta),
+            **({"surroundings": facts_of_halves(halves)} if halves else {})}
+
+
+def facts_of_halves(known: dict[str, Any]) -> dict[str, Any]:
+    """The same of networks for the surroundings, by what a run, or a bundle, has told of them."""
+    if "step" in known:
+        return run_facts(known["step"], known) | {"init": began_with(known)}
+    return {"images_seen": known["images_seen"], "config": known["config"], "data_digest": known["data"]["digest"],
+            "init": known["init"]}
 
 
 def run_facts(step: int, meta: dict[str, Any]) -> dict[str, Any]:
@@ -246,9 +243,11 @@ def networks_known(known: dict[str, Any], which: str = "encoder") -> dict[str, A
     """
     networks, data, whole = known.get(which) or {}, known["data"], which == "encoder"
     gan = known.get("gan") if whole else None
+    beside = whole and (networks.get("config") or {}).get("closest")
     return {"images_seen": networks.get("images_seen"), "config": networks.get("config"), "data": data,
             "held_out": data["counts"]["val"]["scans"], "init": (known if whole else networks).get("init"),
-            "gan": gan if gan and "data" in gan else None}
+            "gan": gan if gan and "data" in gan else None,
+            **({"surroundings": networks_known(known, "surroundings")} if beside else {})}
 
 
 def learnt_by_networks(dataset: SliceDataset, known: dict[str, Any]) -> list[str]:

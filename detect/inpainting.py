@@ -184,7 +184,8 @@ class Inpainting(EncoderMethod):
     def expecting(self, dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
         if not self.halves:
             return super().expecting(dtype)
-        return surroundings_tensors(self.halves.generator, self.halves.encoder, dtype)
+        return {OF_SURROUNDINGS + name: tensors
+                for name, tensors in compact_pair(self.halves.generator, self.halves.encoder, dtype).items()}
 
     def set_precision(self, dtype: torch.dtype) -> None:
         super().set_precision(dtype)
@@ -201,12 +202,6 @@ class Inpainting(EncoderMethod):
         if halves is not None:
             halves = Painter(**load_networks(folder, halves, Painter.NAMES, device, OF_SURROUNDINGS), range_hu=range_hu)
         return cls(settings, **cls.networks(folder, config, device), range_hu=range_hu, surroundings=halves)
-
-
-def surroundings_tensors(generator: Generator, encoder: Encoder, dtype: torch.dtype
-                         ) -> dict[str, dict[str, torch.Tensor]]:
-    """The weights of networks for the surroundings, as a bundle names them."""
-    return {OF_SURROUNDINGS + name: tensors for name, tensors in compact_pair(generator, encoder, dtype).items()}
 
 
 def _with_rim(mask: torch.Tensor, width: float) -> torch.Tensor:

@@ -20,7 +20,7 @@ from ct.halves import halved
 from ct.picture import save_hu_grid
 from ct.window import encode
 from dataset import SliceDataset
-from detect.inpainting import Inpainting, InpaintingSettings
+from detect.inpainting import OF_SURROUNDINGS, Inpainting, InpaintingSettings
 from detect.painter import Found, Painter
 from gan.corrupt import hide
 from gan.encoding import FirstNetworks
@@ -50,15 +50,21 @@ class ClosestTrainer(InpaintingTrainer):
     def __init__(self, config: EncoderConfig, gan: None, range_hu: tuple[float, float], device: torch.device,
                  vgg16=None, lpips=None, first: FirstNetworks | None = None, *, surroundings: FirstNetworks):
         """The first weights are those of `surroundings`; start_from() may give others, of a run like this one."""
+        self.fixed: dict[str, torch.nn.Module] = {}
         super().__init__(config, gan, range_hu, device, vgg16, lpips, first or surroundings)
         self.start_from(surroundings)
-        plain, fixed = replace(self.model, encoder_filled=False), {}
+        fixed, plain = {}, replace(self.model, encoder_filled=False)
         for name, network in (("generator", self.g), ("encoder", self.e)):
             fixed[name] = NETWORKS[name](plain).to(device)
             fixed[name].load_state_dict(network.state_dict())
             fixed[name].eval().requires_grad_(False).compute_dtype = network.compute_dtype
+        self.fixed = {OF_SURROUNDINGS + name: network for name, network in fixed.items()}
         self.method = Inpainting(InpaintingSettings(), self.g, self.e, self.range_hu,
                                  surroundings=Painter(**fixed, range_hu=self.range_hu))
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """With those beside which it learns: the run is of no use without them."""
+        return super().modules() | self.fixed
 
     def learn(self, examples: dict[str, torch.Tensor], index: int, full: bool) -> dict[str, torch.Tensor]:
         """One step on what self.prepare makes of a batch."""

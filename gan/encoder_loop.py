@@ -23,7 +23,7 @@ from gan.reading import ReadingTrainer
 from gan.run import Run
 from gan.run_folder import load_run
 from gan.settings import EncoderConfig, ReaderConfig
-from gan.snapshots import Snapshot
+from model import ModelConfig
 
 # Settings that shape the networks
 OF_NETWORKS = ("noise", "hide", "halved", "closest", "encoder_width", "encoder_code", "code_channels")
@@ -45,16 +45,19 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
         raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices, the GAN in {gan} draws "
                            f"{snapshot.meta['model']['size']}: prepare it with that --size")
     known = dataset.known()
-    began, first = "--init" if first else "--surroundings", first or surroundings
-    if first:
-        check_first(first, config, snapshot)
-        if not snapshot:
-            check_alone(first, config, dataset)
     scans = dataset.held_out_ids()
     if snapshot and not config.halved:                             # of whose GAN nothing but the shape goes on
         tell_of_seen(scans, "--gan", gan, snapshot.meta)
-    if first:
-        tell_of_seen(scans, began, first.folder, {"data": known, "held_out": scans, "init": first.known})
+    if snapshot:
+        ours = config.networks(snapshot.meta["model"])
+    else:
+        ours = config.networks(dataclasses.asdict((surroundings or first).model), of_gan=False)
+    for flag_of, one in (("--surroundings", surroundings), ("--init", first)):
+        if one:
+            check_first(one, flag_of, config, ours)
+            if not snapshot:
+                check_alone(one, flag_of, config, dataset)
+            tell_of_seen(scans, flag_of, one.folder, {"data": known, "held_out": scans, "init": one.known})
     if surroundings:
         objective = functools.partial(ClosestTrainer, surroundings=surroundings)
     else:
@@ -70,7 +73,8 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
             "began_with": {"gan": snapshot.digest() if snapshot else None,
                            "init": digest(first.weights) if first else None}}
     if surroundings:
-        meta["surroundings"] = digest(trainer.method.expecting(torch.float16))         # as bundles know them
+        meta["surroundings"] = surroundings.known
+        meta["began_with"]["surroundings"] = digest(surroundings.weights)
     with Run(out, meta, trainer, config.seed, rollback) as run:
         distributed.check_same_state(trainer.e)
         batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen,
@@ -78,7 +82,9 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
         begun = f"GAN at {snapshot.step / 1000:g} kimg" if snapshot else "no GAN"
         if snapshot and config.halved:
             begun = "shape of the GAN"
-        if new:
+        if surroundings:
+            begun = "networks of a run like it" if first else "networks for the surroundings"
+        elif new:
             begun += ", new discriminator" if first else ", new networks"
         distributed.print0(f"{dataset.told()}, {len(held_out)} held out; "
                            f"{begun}; {trainer.e.compute_dtype} on {device}")
@@ -96,32 +102,36 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
         go_through(config, run, trainer, learn, batches, held_out, len(dataset), out, device)
 
 
-def check_first(first: FirstNetworks, config: EncoderConfig, gan: Snapshot | None) -> None:
-    """CheckpointError unless the first weights fit the networks that config makes of the GAN's, or of their own."""
+def check_first(first: FirstNetworks, flag_of: str, config: EncoderConfig, ours: ModelConfig) -> None:
+    """CheckpointError unless the first weights, of --init or --surroundings, fit the networks of a run."""
     theirs, alone = dataclasses.asdict(first.model), config.networks(dataclasses.asdict(first.model), of_gan=False)
-    ours = config.networks(gan.meta["model"]) if gan else alone
-    new = {name: getattr(first.model, name) or getattr(ours, name) for name in ("encoder_noise", "encoder_filled")}
-    if dataclasses.replace(first.model, **new) == ours:                    # the noise head may be new, and what is seen
+    for name in ("encoder_noise", "encoder_filled"):               # the noise head alone may be new, or what is seen
+        theirs[name] = theirs[name] or getattr(ours, name)
+    if ModelConfig(**theirs) == ours:
         return
     told = "; ".join(f"{key} {theirs[key]}, here {now}" for key, now in dataclasses.asdict(ours).items()
                      if theirs[key] != now)
-    mend = ["leave --gan out, or give one of the same networks"] if ours != alone else []
+    mend = ["leave --gan out, or give one of the same networks"] if ours != alone and not config.closest else []
     taught = dataclasses.asdict(EncoderConfig()) | first.known["config"]
-    if flags := [flag(name, taught[name]) for name in OF_NETWORKS if taught[name] != getattr(config, name)]:
+    other = [name for name in OF_NETWORKS if taught[name] != getattr(config, name)
+             and not (name == "closest" and config.closest)                # those for the surroundings are not, and fit
+             and not (name == "hide" and taught[name] and config.hide)]    # any of it makes the same networks
+    if flags := [flag(name, taught[name]) for name in other]:
         mend.append(f"give {' '.join(flags)}, or the --preset that has these")
-    raise CheckpointError(f"--init {first.folder}: its networks are not those of this run ({told}); "
+    raise CheckpointError(f"{flag_of} {first.folder}: its networks are not those of this run ({told}); "
                           + "; ".join(mend))
 
 
-def check_alone(first: FirstNetworks, config: EncoderConfig, dataset: SliceDataset) -> None:
+def check_alone(first: FirstNetworks, flag_of: str, config: EncoderConfig, dataset: SliceDataset) -> None:
     """CheckpointError or DatasetError unless a run can begin with first networks alone, without a GAN."""
     if other := dataset.prepared.other_than(first.prepared):
         raise DatasetError(f"--data {dataset.path}: its slices were prepared in another way than those that the "
-                           f"networks of --init {first.folder} have learnt from ({other}); prepare it with "
-                           f"{first.prepared.flags()}, or give --gan, a run of train.py on slices like these")
+                           f"networks of {flag_of} {first.folder} have learnt from ({other}); prepare it with "
+                           f"{first.prepared.flags()}"
+                           + ("" if config.closest else ", or give --gan, a run of train.py on slices like these"))
     features = config.perceptual == "discriminator" and not (config.hide or config.code_channels)
     if features and "discriminator" not in first.weights:
-        raise CheckpointError(f"--init {first.folder}: holds no discriminator, whose features are the distance of "
+        raise CheckpointError(f"{flag_of} {first.folder}: holds no discriminator, whose features are the distance of "
                               "--perceptual discriminator; give --gan, a run of train.py, or --perceptual pixels")
 
 

@@ -98,5 +98,5 @@ def load_run(folder: Path, flag: str, kind: str, command: str) -> Snapshot:
 def told_of(meta: dict, key: str) -> Any:
     """An entry of a run's meta, to be compared with another's: of before a network had a setting, its default."""
     if key == "model" and meta["kind"] in ("gan", "encoder"):
-        return asdict(ModelConfig(**meta[key]))
+        return asdict(ModelConfig()) | meta[key]
     return comparable(meta[key]) if key == "data" else meta[key]

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 import train_encoder
-from bundling import origins
+from bundling import build, origins
 from common.weights import CheckpointError
 from ct.window import decode, encode
 from dataset import SliceDataset
 from detect.bundle import load_bundle
 from detect.inpainting import Inpainting, InpaintingSettings
+from detect.options import StatsConfig
 from detect.painter import FilledPainter, Found, Painter
+from detect.settings import Settings
 from gan import closest
 from gan.closest import ClosestTrainer
 from gan.settings import EncoderConfig
@@ -168,6 +170,30 @@ def test_flags_of_no_part_in_it_are_refused(changes, said):
                       | changes)
 
 
+def test_what_is_healthy_is_what_counts(trainer, slices32, monkeypatch):
+    """The goal is the slice without shapes; a pixel weighs by what of it is hidden and changed, hardly outside."""
+    hu, nothing = torch.full((1, 32, 32), 30.0), torch.zeros(1, 32, 32, dtype=torch.bool)
+    changed, hidden, brain = torch.zeros(1, 32, 32), nothing.clone(), ~nothing
+    changed[:, :8], hidden[:, 4:12], brain[:, 24:] = 0.5, True, False
+    seen = {}
+    monkeypatch.setattr(closest, "weighted_distance", lambda real, fake, weight, knee, gradient: seen.update(
+        real=decode(real), weight=weight) or (fake * 0).sum())
+    trainer.found = lambda examples, gate: found(examples["hidden"], nothing)
+    trainer.learn({"hu": hu, "query": hu + 20, "brain": brain, "bone": nothing, "changed": changed, "hidden": hidden},
+                  0, False)
+    assert torch.allclose(seen["real"], torch.tensor(30.0), atol=1e-3)
+    h, c = CONFIG.hidden, CONFIG.changed
+    assert seen["weight"][0, ::2, 0].tolist() == pytest.approx(
+        [1.1 + c / 2, 1.1 + h + c / 2, 1.1 + h, 1.1, 1.1, 1.1, 0.1, 0.1], abs=1e-5)
+
+
+def test_some_are_hidden_besides(trainer, slices32):
+    """Of half of the slices something, by --hide."""
+    data, rng = SliceDataset(slices32, "train"), torch.Generator().manual_seed(1)
+    slices = {key: torch.stack([data[i % len(data)][key] for i in range(200)]) for key in ("hu", "brain")}
+    assert 80 <= trainer.prepare(slices, rng)["hidden"].any(2).any(1).sum() <= 120
+
+
 # ---- Runs and bundles
 
 def closest_run(slices: Path, out: Path, *flags) -> int:
@@ -185,46 +211,73 @@ def run(slices32, halves_run, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(slices32, run, halves_run, tmp_path_factory) -> Path:
+def model(slices32, run, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("models") / "model"
-    assert stats(slices32, run, out, "--surroundings", halves_run, "--set", "method=inpainting") == 0
+    assert stats(slices32, run, out, "--set", "method=inpainting") == 0
     return out
 
 
-def test_a_bundle_draws_as_its_runs_do(model, run, halves_run, slices32):
+def same(mine, theirs, tolerance: float = 1e-2) -> bool:
+    return all(torch.allclose(t, theirs[key].to(t), atol=tolerance, rtol=tolerance) for key, t in mine.items())
+
+
+def test_a_bundle_draws_as_its_run_does(model, run, halves_run, slices32):
+    """It holds the networks for the surroundings that the run was taught beside."""
     method, scan = load_bundle(model, "cpu", "fp32").reconstructor, SliceDataset(slices32, "val").scan(0)
     assert type(method.painter) is FilledPainter and method.size == 32 == 2 * method.generator.config.size
-    taught = load_snapshot(run).weights["encoder"]
-    assert all(torch.allclose(t, taught[key], atol=1e-2, rtol=1e-2) for key, t in method.encoder.state_dict().items())
+    assert same(method.encoder.state_dict(), load_snapshot(run).weights["encoder"])
+    assert same(method.halves.encoder.state_dict(), load_snapshot(halves_run).weights["encoder"])
     drawn = method.closest_normal(scan["hu"].float(), scan["brain"], scan["below_vertex_mm"].numpy())
     assert drawn.normal_hu.isfinite().all() and drawn.normal_hu.shape == scan["hu"].shape
     known = json.loads((model / "model.json").read_text())["provenance"]
-    assert known["encoder"]["config"]["closest"] and known["init"]["config"]["halved"]
-    assert not known["surroundings"]["config"].get("closest")
+    assert known["encoder"]["config"]["closest"] and known["init"] is None
+    assert known["surroundings"]["config"]["halved"] and not known["surroundings"]["config"].get("closest")
 
 
-def test_a_reader_and_further_training_have_their_networks(slices32, run, halves_run, model, tmp_path, capsys):
-    assert reader(slices32, run, tmp_path / "reader", "--surroundings", halves_run) == 0
-    assert load_snapshot(tmp_path / "reader").meta["beside"] == load_snapshot(run).meta["surroundings"]
+def test_a_run_goes_on_from_runs_and_models(slices32, run, halves_run, model, gan_run, tmp_path):
+    """Of --init come the weights, of --surroundings what they are taught beside."""
     slow = ("--lr", 1e-30, "--lr-trunk", 1e-30, "--lr-generator", 1e-30)
-    for surroundings, first in ((halves_run, run), (model, model)):
+    other = tmp_path / "halves"
+    assert halves(slices32, other, "--gan", gan_run, "--epochs", 0.25) == 0
+    for surroundings, first in ((other, run), (model, model)):
         out = tmp_path / first.name
         assert closest_run(slices32, out, "--surroundings", surroundings, "--init", first, *slow) == 0
-        mine, theirs = (load_snapshot(one).weights["encoder"] for one in (out, run))
-        assert all(torch.allclose(mine[key], theirs[key], atol=1e-2, rtol=1e-2) for key in theirs)
+        made = load_snapshot(out).weights
+        beside = other if surroundings == other else halves_run
+        assert same(made["encoder"], load_snapshot(run).weights["encoder"])
+        assert same(made["surroundings_encoder"], load_snapshot(beside).weights["encoder"])
+        assert not same(made["surroundings_encoder"], load_snapshot(run).weights["encoder"], 1e-4)
+    assert stats(slices32, tmp_path / "model", tmp_path / "bundle", "--set", "method=inpainting") == 0
 
 
-def test_each_run_has_its_flag(slices32, run, halves_run, gan_run, tmp_path, capsys):
-    other = with_meta(run, tmp_path / "other", surroundings="0" * 64)
+def test_a_reader_reads_beside_a_run_and_its_bundle(slices32, run, halves_run, model, tmp_path):
+    assert reader(slices32, run, tmp_path / "reader") == 0
+    beside = origins.digest_of(load_bundle(model).reconstructor)
+    assert load_snapshot(tmp_path / "reader").meta["beside"] == beside
+
+
+def test_what_taught_the_surroundings_has_taught_the_run(slices32, run, tmp_path, capsys):
+    """They held another scan of the same database out."""
+    first = load_snapshot(run).meta["surroundings"] | {"held_out": ["head0"]}
+    copy = with_meta(run, tmp_path / "run", surroundings=first)
+    assert stats(slices32, copy, tmp_path / "m", "--set", "method=inpainting") == 2
+    assert "head2 may be among its training scans" in capsys.readouterr().err
+    told = origins.taught(1, load_snapshot(copy).meta)
+    assert told["surroundings"]["held_out"] == 1
+
+
+def test_each_run_has_its_flag(slices32, run, halves_run, hiding_run, gan_run, tmp_path, capsys):
     out = tmp_path / "m"
     for call, said in (
-            (lambda: stats(slices32, run, out, "--set", "method=inpainting"), "was --surroundings there"),
-            (lambda: stats(slices32, run, out, "--set", "method=inversion"), "was --surroundings there"),
-            (lambda: reader(slices32, run, out), "was --surroundings there"),
-            (lambda: stats(slices32, run, out, "--surroundings", run, "--set", "method=inpainting"),
+            (lambda: stats(slices32, run, out, "--surroundings", halves_run, "--set", "method=inpainting"),
+             "holds the networks for that"),
+            (lambda: reader(slices32, run, out, "--surroundings", halves_run), "holds the networks for that"),
+            (lambda: stats(slices32, run, out, "--set", "method=inversion"), "for method=inpainting; leave"),
+            (lambda: stats(slices32, hiding_run, out, "--set", "method=search"), "for method=inpainting; leave"),
+            (lambda: stats(slices32, hiding_run, out, "--surroundings", run, "--set", "method=inpainting"),
              "--halved without --closest"),
-            (lambda: stats(slices32, other, out, "--surroundings", halves_run, "--set", "method=inpainting"),
-             "were taught beside others"),
+            (lambda: closest_run(slices32, out, "--surroundings", run), "--halved without --closest"),
+            (lambda: closest_run(slices32, out, "--surroundings", hiding_run), "--halved without --closest"),
             (lambda: closest_run(slices32, out, "--init", halves_run), "--surroundings: expected with --closest"),
             (lambda: closest_run(slices32, out, "--gan", gan_run, "--surroundings", halves_run),
              "--surroundings: expected with --closest"),
@@ -233,6 +286,22 @@ def test_each_run_has_its_flag(slices32, run, halves_run, gan_run, tmp_path, cap
         assert call() == 2
         assert said in capsys.readouterr().err
     assert not out.exists()
+    wide = ("--encoder-width", 0.5)
+    for flags, named in ((("--surroundings", halves_run), halves_run),
+                         (("--surroundings", halves_run, "--init", hiding_run), hiding_run)):
+        assert closest_run(slices32, out, *flags, *(wide if named == halves_run else ())) == 2
+        said = capsys.readouterr().err
+        assert f"{'--surroundings' if named == halves_run else '--init'} {named}: its networks are not" in said
+        assert "closest" not in said.split("; give")[1] and "--gan" not in said
+
+
+def test_folds_may_be_of_before_there_were_such_networks(slices32, hiding_run, tmp_path):
+    """Runs from before do not say that their encoder is not of this kind."""
+    told = load_snapshot(hiding_run).meta["model"]
+    earlier = with_meta(hiding_run, tmp_path / "run", model={key: told[key] for key in told if key != "encoder_filled"})
+    trained = [build.open_encoder(slices32, one, "--encoder", StatsConfig(), Settings().changed(["method=inpainting"]),
+                                  build.Target(tmp_path / "m", torch.device("cpu"))) for one in (hiding_run, earlier)]
+    assert trained[0].networks == trained[1].networks
 
 
 def test_a_run_of_before_there_were_such_networks_goes_on(slices32, gan_run, halves_run, tmp_path):
@@ -241,3 +310,10 @@ def test_a_run_of_before_there_were_such_networks_goes_on(slices32, gan_run, hal
     known = {key: known[key] for key in known if key != "encoder_filled"}
     earlier = with_meta(halves_run, tmp_path / "run", model=known)
     assert halves(slices32, earlier, "--gan", gan_run, "--epochs", 0.75) == 0
+
+
+def test_a_run_of_networks_that_are_not_known_is_told_apart(slices32, gan_run, halves_run, tmp_path, capsys):
+    known = load_snapshot(halves_run).meta["model"]
+    later = with_meta(halves_run, tmp_path / "run", model=known | {"encoder_later": True})
+    assert halves(slices32, later, "--gan", gan_run) == 2
+    assert "has another model (model.encoder_later" in capsys.readouterr().err

@@ -258,7 +258,10 @@ def test_a_reader_of_another_encoder_or_method_is_refused(reader_run, hiding_run
     assert train_encoder.main(["--data", str(slices32), "--gan", str(gan_run), "--out", str(other), *more]) == 0
     assert latent_stats.main([str(flag) for flag in (*flags, "--encoder", other)]) == 2
     assert "was taught beside other networks" in capsys.readouterr().err
-    assert latent_stats.main([str(flag) for flag in (*flags, "--encoder", hiding_run, "--set", "method=search")]) == 2
+    plain = tmp_path / "plain"
+    assert train_encoder.main(["--data", str(slices32), "--gan", str(gan_run), "--out", str(plain), "--preset",
+                               "smoke32", "--batch", "4", "--epochs", "0.25"]) == 0
+    assert latent_stats.main([str(flag) for flag in (*flags, "--encoder", plain, "--set", "method=search")]) == 2
     assert "--reader: for method=inpainting or inversion" in capsys.readouterr().err
 
 
