@@ -34,7 +34,7 @@ RECOMMENDED = EncoderConfig(epochs=18, perceptual_epochs=10, batch=16, lr=2e-4, 
 SURROUNDINGS = replace(RECOMMENDED, epochs=60, adversarial=0, snapshot_epochs=2, halved=True, gated=0, hide=1,
                        hidden=20, changed=0, gradient=0, encoder_width=1)
 # Networks beside those, of their size, that draw its closest normals
-CLOSEST = replace(SURROUNDINGS, closest=True, epochs=22, hide=0.1, hidden=6, changed=40, gradient=0.5, shapes=0.9,
+CLOSEST = replace(SURROUNDINGS, closest=True, epochs=40, hide=0.1, hidden=1, changed=50, gradient=0.5, shapes=0.9,
                   lr=1e-3)
 # phantom-128: predicted noise maps of one channel, no adversary
 NOISE = EncoderConfig(epochs=20, perceptual_epochs=20, lr=5e-5, lr_trunk=1e-3, lr_discriminator=5e-5,
