@@ -100,6 +100,7 @@ def own_threshold(scores: Path, evaluated: list[Key]) -> tuple[float | None, str
     """
     from detect.report import read_json
     from evaluation.cohort import InputError, read_table
+    from evaluation.origin import UNENDED
 
     path = scores.parent / "run.json"
     run = read_json(path) if path.is_file() else {}
@@ -114,8 +115,7 @@ def own_threshold(scores: Path, evaluated: list[Key]) -> tuple[float | None, str
     if own is None and given is None:
         return None, ""
     if run.get("seconds", 0) is None:
-        return None, (f"that of {path} is of a run that has not ended, and the scores beside it may be an earlier "
-                      "run's; start it again, or merge its parts, or give --threshold")
+        return None, f"that of {path} is {UNENDED}, or give --threshold"
     if "settings" not in run:                             # healthygan.test writes none
         source = "the model's own, as healthygan.test has it in run.json: of healthy images kept aside in its training"
     elif given is not None:
@@ -130,11 +130,11 @@ def own_threshold(scores: Path, evaluated: list[Key]) -> tuple[float | None, str
     return own if given is None else given, source
 
 
-def scan_origin(folder: Path, key: Key) -> str | None:
-    """The hash by which the result.json of a scan in a folder of results says which scan it is.
+def scan_origin(folder: Path, key: Key) -> tuple[str, str] | None:
+    """The hash by which the result.json of a scan in a folder of results says which scan it is, after its kind.
 
-    Of its series or, without one, of its pictures. Not of its place, which the scans of a zip file share. None for a
-    scan without a result there.
+    Of its series ('uid') or, without one, of its pictures ('content'). Not of its place, which the scans of a zip file
+    share. None for a scan without a result there.
     """
     from detect.result import find_result_folder, read_result, result_folder
     from evaluation.cohort import InputError
@@ -147,7 +147,8 @@ def scan_origin(folder: Path, key: Key) -> str | None:
         result = read_result(find_result_folder(folder, key[0]))
     except ValueError as error:
         raise InputError(str(error)) from error
-    return result and (result["origin"].get("uid") or result["origin"].get("content"))
+    found = result["origin"] if result else {}
+    return next(((kind, found[kind]) for kind in ("uid", "content") if found.get(kind)), None)
 
 
 def find_maps(args, scan_id: str) -> tuple[Path, bool]:
@@ -174,13 +175,25 @@ def find_maps(args, scan_id: str) -> tuple[Path, bool]:
     return folder, result is not None and UPSIDE_DOWN in split_notes(result["scan"].get("notes", ""))
 
 
+def compare(args, labels: dict[Key, Label], not_chosen: set[Key], own: Units) -> dict:
+    """The comparison with another method's scores, which are not those of a run that has not ended."""
+    from evaluation.cohort import join, read_scores
+    from evaluation.figures import comparison
+    from evaluation.origin import read_run
+
+    flag, beside = f"--compare {args.compare}", args.compare.parent / "run.json"
+    if beside.is_file() and beside.parent.resolve() != args.scores.parent.resolve():
+        read_run(beside, flag)
+    other = join(read_scores(args.compare), labels, args.missing, not_chosen, tables=f"{flag} against {args.labels}")
+    return comparison(own, other, args.scores, args.compare)
+
+
 def evaluate(args) -> None:
     from detect.report import read_json, write_report
-    from evaluation import metrics
+    from detect.report.tables import read_results
     from evaluation.cohort import InputError, join, read_labels, read_scores, threshold_from
     from evaluation.figures import level_figures, markdown, pixel_figures, plot_curves, table
-    from evaluation.metrics import defined
-    from evaluation.origin import refuse_other_model
+    from evaluation.origin import read_run, refuse_other_model
 
     folder = args.scores.parent
     if args.report:
@@ -189,6 +202,8 @@ def evaluate(args) -> None:
         if args.scores.name != "scores.csv" or not all(path.is_file() for path in needed):
             raise InputError(f"--report: {args.scores} must be the scores.csv of a folder of results of projector.py; "
                              f"expected {', '.join(map(str, needed))}")
+        read_run(folder / "run.json", "--report")
+        read_results(folder)                  # what no page can be made of is told before any work
     scores = read_scores(args.scores)
     labels, not_chosen = read_labels(args.labels, args.where)
     units = {"scan": join(scores, labels, args.missing, not_chosen, tables=f"{args.scores} against {args.labels}")}
@@ -207,6 +222,7 @@ def evaluate(args) -> None:
         units["slice"], contrary = slice_units(args, scores, labels, not_chosen)
     if args.masks:
         refuse_other_model(folder, args.maps, f"--maps {args.maps}")
+    compared = {"comparison": compare(args, labels, not_chosen, units["scan"])} if args.compare else {}
     settings = FigureSettings(**{f.name: getattr(args, f.name) for f in fields(FigureSettings)})
     report = {level: level_figures(u, *thresholds[level], settings) for level, u in units.items()}
     if args.slices:
@@ -214,15 +230,7 @@ def evaluate(args) -> None:
     if args.masks:
         report["pixel"] = pixel_figures(units["scan"], args.masks, args.maps, args.mask_gaps, settings,
                                         partial(find_maps, args))
-    if args.compare:
-        other = join(read_scores(args.compare), labels, args.missing, not_chosen,
-                     tables=f"--compare {args.compare} against {args.labels}")
-        if other.keys != units["scan"].keys:
-            raise InputError(f"--compare {args.compare}: has scores for other scans than {args.scores}")
-        report["comparison"] = {
-            "scores": str(args.compare), "auc": defined(metrics.auc, other.scores, other.labels),
-            "delong_p": defined(metrics.delong_paired_test, units["scan"].scores, other.scores, other.labels,
-                                other.clusters)}
+    report |= compared
     report["labels"] = {scan_id: {"label": int(label), "types": types} for (scan_id,), label, types in
                         zip(units["scan"].keys, units["scan"].labels, units["scan"].types)}
     report["scores_sha256"] = sha256(args.scores)

@@ -197,7 +197,7 @@ def score(args: argparse.Namespace) -> int:
     finally:                                           # what is done is kept, whatever ends the work
         for name, columns, rows in (("scores", ("scan_id", "score", "status", "reason"), scans),
                                     ("slices", ("scan_id", "slice", "score"), slices)):
-            write_table(args.out / f"{name}.csv", columns, rows)
+            write_table(args.out / f"{name}.csv", columns, rows, exact=("score",))
     return 3 if any(row["status"] == "failed" for row in scans) else 0
 
 

@@ -5,7 +5,8 @@
 
 Each folder is the --out of benchmarks/ct_ich.py, benchmarks/phe_sich.py or demos/benchmark.py. The rows of the methods
 in its metrics.json get these figures in its columns; --name gives the row of a further bundle, which the benchmarks
-call by its folder. Exit codes: 0 done, 2 wrong usage.
+call by its folder, and of any method that ran beside another model than the figures in its row.
+Exit codes: 0 done, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -57,18 +58,28 @@ BENCHMARKS = {"ct_ich": ct_ich, "phe_sich": phe_sich, "phantoms": phantoms}
 def take(results: dict, benchmark: str, figures: dict, names: Mapping[str, str] | None = None) -> None:
     """Puts a benchmark's figures into results. names: of rows, where they are not name_of() a method.
 
-    These are {'columns': {benchmark: [header]}, 'rows': {method: {benchmark: [cell]}}}. Ours goes by the name of its
-    model. Other methods keep their cells unless the headers, with the numbers of scans, are others.
+    These are {'columns': {benchmark: [header]}, 'rows': {method: {benchmark: [cell]}}, 'models': {method: {benchmark:
+    name}}}, the model whose run the cells are of. Ours goes by the name of its model. Other methods keep their cells
+    unless the headers, with the numbers of scans, are others. Raises ValueError where cells of a method would take the
+    place of those beside another model, and its row is not in names.
     """
-    columns = BENCHMARKS[benchmark](figures)
+    columns, model = BENCHMARKS[benchmark](figures), figures["model"]["name"]
+    models, names = results.setdefault("models", {}), names or {}
     if results["columns"].get(benchmark) != list(columns):
         results["columns"][benchmark] = list(columns)
-        for row in results["rows"].values():
+        for row in (*results["rows"].values(), *models.values()):
             row.pop(benchmark, None)
     for method in figures["methods"]:
-        name = figures["model"]["name"] if method == OURS else (names or {}).get(method) or name_of(method)
+        name = model if method == OURS else names.get(method) or name_of(method)
+        earlier = models.get(name, {}).get(benchmark, model)
+        if earlier != model and method != OURS and method not in names:
+            raise ValueError(f"--{benchmark.replace('_', '-')}: {method} is of a run of {model}, the row {name!r} of "
+                             f"one of {earlier}; give it a row of its own, --name {method}=ROW, or replace that one, "
+                             f"--name '{method}={name}'")
+        models.setdefault(name, {})[benchmark] = model
         results["rows"].setdefault(name, {})[benchmark] = [cells[method] for cells in columns.values()]
-    results["rows"] = {name: row for name, row in results["rows"].items() if row}
+    for kept in ("rows", "models"):
+        results[kept] = {name: row for name, row in results[kept].items() if row}
 
 
 def table(results: dict) -> str:
@@ -96,9 +107,14 @@ def placed(text: str, new: str) -> str:
 def make(args: argparse.Namespace) -> int:
     """Returns the exit code. Raises OSError and ValueError."""
     results, names = json.loads(RESULTS.read_text(encoding="utf-8")), dict(args.name)
-    for benchmark in BENCHMARKS:
-        if folder := getattr(args, benchmark):
-            take(results, benchmark, json.loads((folder / "metrics.json").read_text(encoding="utf-8")), names)
+    found = {benchmark: json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+             for benchmark in BENCHMARKS if (folder := getattr(args, benchmark))}
+    methods = {method for figures in found.values() for method in figures["methods"]} - {OURS}
+    if unknown := sorted(names.keys() - methods):
+        raise ValueError(f"--name {', '.join(unknown)}: no such method in what is given; expected one of "
+                         f"{', '.join(sorted(methods)) or 'a folder (as --ct-ich)'}; ours has its model's name")
+    for benchmark, figures in found.items():
+        take(results, benchmark, figures, names)
     readme = placed(README.read_text(encoding="utf-8"), table(results))      # before either is written: it may fail
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     README.write_text(readme, encoding="utf-8")

@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -300,18 +300,22 @@ def read_table(path: Path, columns: Sequence[str], error: type[ValueError] = Val
     return rows
 
 
-def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write CSV with these columns, replaced in one move. None and missing cells are empty, floats have six digits."""
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]],
+                exact: Collection[str] = ()) -> None:
+    """Write CSV with these columns, replaced in one move. None and missing cells are empty, floats have six digits;
+    those of the columns `exact` all that they need to read back as they are.
+    """
     with replacing(path) as writing, open(writing, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows({column: _cell(row.get(column)) for column in columns} for row in rows)
+        writer.writerows({column: _cell(row.get(column), "" if column in exact else ".6g") for column in columns}
+                         for row in rows)
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: Any, digits: str) -> Any:
     if isinstance(value, str):
         return to_cell(value)
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+    return "" if value is None else format(value, digits) if isinstance(value, float) else value
 
 
 def to_cell(text: str) -> str:

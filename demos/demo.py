@@ -43,7 +43,8 @@ def summary(scores: Path, labels: Path) -> str:
         for row in csv.DictReader(file):
             flagged = {"1": "yes", "0": "no"}.get(row["flagged"], "-")
             percentile = f"{rounded_down(float(row['percentile'])):.1f}" if row["percentile"] else "-"
-            lines.append(f"{row['scan_id']:16} {row['score']:>9} {percentile:>11} {flagged:>8}   "
+            score = f"{float(row['score']):.6g}" if row["score"] else ""
+            lines.append(f"{row['scan_id']:16} {score:>9} {percentile:>11} {flagged:>8}   "
                          f"{truth[row['scan_id']]}")
     return "\n".join(lines)
 

@@ -41,7 +41,9 @@ class Projection:
     below_vertex_mm    float64 [S]; projected bool [S]: False where there was too little brain
     score              of the scan
     percentile         among the healthy scans of the model's calibration; None where scores cannot be compared (notes)
-    threshold          of the calibration; None without one. flagged: score > threshold; None without one
+    threshold          of the calibration, or the one given, which stays where only the calibration does not fit (none,
+                       other settings or slice spacing); None without one and where the scan is not to be compared
+                       (reservations, unreliable). flagged: score > threshold; None without one
     error_hu           mean absolute difference between scan and closest normal in the brain
     anomalous_ml       volume of the mask; None where the source does not tell its pixel spacing
     unreliable         why the score is not to be trusted; None where nothing speaks against it. No percentile, no flag

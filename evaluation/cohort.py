@@ -32,7 +32,7 @@ class InputError(ValueError):
 class Label:
     label: int                             # 0 normal, 1 abnormal
     types: tuple[str, ...]                 # kinds of finding, none for a normal one
-    patient: str                           # the scan's id where no patient is given
+    patient: str                           # alone() where none is given
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Units:
         return self.scores[chosen], self.labels[chosen], self.clusters[chosen]
 
 
+def alone(scan_id: str) -> str:
+    """In place of a patient where none is given. No patient is read with a space before it, so an id is no name."""
+    return f" {scan_id}"
+
+
 def name(key: Key) -> str:
     """A key for messages, with leading and trailing spaces and unprintable or composed characters made visible."""
     shown = " slice ".join(map(str, key))
@@ -65,7 +70,8 @@ def name(key: Key) -> str:
     return shown if plain else ascii(shown)
 
 
-def _names(keys: Sequence[Key]) -> str:
+def key_names(keys: Sequence[Key]) -> str:
+    """The first few keys, for messages."""
     return some([*map(name, keys)], 3)
 
 
@@ -143,7 +149,7 @@ def read_labels(path: Path, where: Sequence[str] = (),
         if value == "0" and types:
             raise InputError(f"{path}, line {row.line}: {name(key)} has label 0 and types {'|'.join(types)!r}; "
                              "expected no types beside label 0: leave that cell empty")
-        labels[key] = Label(int(value), types, row.get("patient", "").strip() or row["scan_id"])
+        labels[key] = Label(int(value), types, row.get("patient", "").strip() or alone(row["scan_id"]))
     _refuse_two_spellings(path, {one for label in labels.values() for one in label.types})
     if not labels:
         raise InputError(f"{path}: no labels" + (f" where {', '.join(where)}" if where else ""))
@@ -181,8 +187,8 @@ def refuse_contradiction(labels: dict[Key, Label], slice_labels: dict[Key, Label
     wrong = [key for key, label in slice_labels.items() if label.label and key[:1] in labels
              and not labels[key[:1]].label]
     if wrong:
-        raise InputError(f"{path}: {len(wrong)} slices have label 1 though their scan has label 0 ({_names(wrong)}); "
-                         "correct one of the two")
+        raise InputError(f"{path}: {len(wrong)} slices have label 1 though their scan has label 0 "
+                         f"({key_names(wrong)}); correct one of the two")
 
 
 def refuse_counted_from_1(labels: Collection[Key], scores: Collection[Key], path: Path) -> None:
@@ -219,7 +225,7 @@ def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
               "scored without a label": [k for k in scores if k not in labels and k not in not_chosen]}
     faults = {why: keys for why, keys in faults.items() if keys}
     if missing == "error" and faults:
-        listed = "; ".join(f"{len(keys)} {what} {why} ({_names(keys)})" for why, keys in faults.items())
+        listed = "; ".join(f"{len(keys)} {what} {why} ({key_names(keys)})" for why, keys in faults.items())
         raise InputError(f"{tables}: {listed}. {mend}, or say --missing exclude or --missing worst")
     finite = {k: scores[k] for k in labels if k in scores and scores[k] not in UNSCORED}
     if not finite:
@@ -236,32 +242,46 @@ def join(scores: dict[Key, Score], labels: dict[Key, Label], missing: str,
                  np.array([k not in finite for k in kept], bool), not_chosen)
 
 
+def left_out_notes(what: str, left_out: dict[str, int], counted_worst: int) -> list[str]:
+    """Sentences for the reader on who of `what` ('scans') is left out or counted as ranked wrongly; [] where nobody."""
+    notes = [f"{what} left out: {count} ({why})" for why, count in left_out.items()]
+    return notes + [f"{what} that failed, are unreliable or have no score, counted as ranked wrongly: "
+                    f"{counted_worst}"] * bool(counted_worst)
+
+
 def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: Units,
-                   origin: Callable[[Path, Key], str | None], folder: Path) -> tuple[float, str]:
+                   origin: Callable[[Path, Key], tuple[str, str] | None], folder: Path) -> tuple[float, str]:
     """Threshold at `fpr` on the normal scans of other data, SCORES (all healthy) or SCORES LABELS; and its source.
 
     LABELS may hold the evaluated scans, too, and without a score what --where leaves out. origin: from a folder of
-    results and a key to a hash that says which scan it is, None where unknown. folder: of the evaluated ones. Raises
-    InputError.
+    results and a key to what says which scan it is, a kind and a hash, None where unknown. folder: of the evaluated
+    ones. Raises InputError.
     """
     scores = read_scores(paths[0])
-    labels = read_labels(paths[1])[0] if len(paths) > 1 else {key: Label(0, (), key[0]) for key in scores}
-    scored = {key: label for key, label in labels.items() if key in scores}
-    keys, patients = set(evaluated.keys), set(evaluated.clusters.tolist())
-    shared = sorted(key for key, label in scored.items() if key in keys or label.patient in patients)
-    if shared:
+    labels = read_labels(paths[1])[0] if len(paths) > 1 else {key: Label(0, (), alone(key[0])) for key in scores}
+    patient = dict(zip(evaluated.keys, evaluated.clusters.tolist()))
+    patients = set(patient.values())
+    here = {key: origin(folder, key) for key in patient}
+    there = {key: origin(paths[0].parent, key) for key in labels if key in scores}
+
+    def is_shared(key: Key) -> bool:
+        if key in here and labels[key].patient == patient[key] == alone(key[0]):     # their ids alone are the same
+            return not _are_others(here[key], there[key])
+        return key in here or labels[key].patient in patients
+
+    if shared := sorted(filter(is_shared, there)):
         raise InputError(f"--threshold-from {paths[0]}: {len(shared)} of its scans are evaluated here too, or "
-                         f"others of their patients ({_names(shared)}); a threshold must come from other data")
-    here = {found: key for key in evaluated.keys if (found := origin(folder, key))}
-    again = [f"{name(key)}, here {name(here[found])}" for key in scored
-             if (found := origin(paths[0].parent, key)) in here]
+                         f"others of their patients ({key_names(shared)}); a threshold must come from other data, or, "
+                         "where these are others of the same name, project with --ids uid")
+    known = {found: key for key, found in here.items() if found}
+    again = [f"{name(key)}, here {name(known[found])}" for key, found in there.items() if found in known]
     if again:
         raise InputError(f"--threshold-from {paths[0]}: {len(again)} of its scans are evaluated here too, under "
                          f"another id ({some(again, 3, '; ')}: their result.json tell); a threshold must come from "
                          "other data")
     tables = f"--threshold-from {' '.join(map(str, paths))}"
     others = {key: label for key, label in labels.items()
-              if key not in keys and (key in scores or key not in evaluated.not_chosen)}
+              if key in scores or (key not in here and key not in evaluated.not_chosen)}
     units = join(scores, others, missing, tables=tables,
                  mend="Mend the files" + ", keep in LABELS only scans of SCORES" * (len(paths) > 1))
     normal = np.where(units.worst, np.inf, units.scores)[units.labels == 0]         # no threshold clears the worst
@@ -272,7 +292,17 @@ def threshold_from(paths: list[Path], fpr: float, missing: str, evaluated: Units
         raise InputError(f"--threshold-from {paths[0]}: {np.isinf(normal).sum()} of {len(normal)} normal scans have no "
                          "score that counts, so with --missing worst no threshold has a false-positive rate of "
                          f"{fpr:g}; mend those scans, raise --fpr, or say --missing exclude")
-    return threshold, f"false-positive rate {fpr:g} on {len(normal)} normal scans of {paths[0]}"
+    told = [f"false-positive rate {fpr:g} on {len(normal)} normal scans of {paths[0]}"]
+    if units.left_out:
+        told.append("left out there: " + ", ".join(f"{count} ({why})" for why, count in units.left_out.items()))
+    if unscored := np.isinf(normal).sum():
+        told.append(f"of these without a score that counts, and above any threshold: {unscored}")
+    return threshold, "; ".join(told)
+
+
+def _are_others(one: tuple[str, str] | None, other: tuple[str, str] | None) -> bool:
+    """Whether two origins are known to be of two scans: hashes of one kind that differ."""
+    return bool(one and other) and one[0] == other[0] and one != other
 
 
 def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve
 
 from evaluation import metrics
-from evaluation.cohort import InputError, Units, read_truth, read_volume, slice_positions
+from evaluation.cohort import InputError, Units, key_names, left_out_notes, read_truth, read_volume, slice_positions
 from evaluation.metrics import defined
 from evaluation.settings import FigureSettings
 
@@ -146,6 +146,30 @@ def pixel_figures(units: Units, masks: Path, maps: Path, mask_gaps: str, setting
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Another method
+
+def comparison(own: Units, other: Units, scores: Path, compared: Path) -> dict:
+    """AUC of another method's scores and the paired test, on the scans of both; what is left out of it.
+
+    own, other: of the tables `scores` and `compared`, and of the same labels, whose order both are in. InputError where
+    they have no scan in common.
+    """
+    both = set(own.keys) & set(other.keys)
+    if not both:
+        raise InputError(f"--compare {compared}: none of its {len(other.keys)} labelled scans with a score "
+                         f"({key_names(other.keys)}) is among the {len(own.keys)} of {scores} ({key_names(own.keys)}); "
+                         "expected the same scans by another method: project them with it, too")
+    ours, labels, clusters = own.where(np.array([key in both for key in own.keys]))
+    theirs, _, _ = other.where(np.array([key in both for key in other.keys]))
+    more = len(other.keys) - len(both)
+    return {"scores": str(compared), "n": len(both), "auc": defined(metrics.auc, theirs, labels),
+            "own_auc": defined(metrics.auc, ours, labels),
+            "delong_p": defined(metrics.delong_paired_test, ours, theirs, labels, clusters),
+            "left_out": other.left_out | ({f"without a score in {scores}": more} if more else {}),
+            "counted_worst": other.counted_worst, "not_compared": len(own.keys) - len(both)}
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Report
 
 def shown(value) -> str:
@@ -196,16 +220,13 @@ def table(report: dict) -> dict[str, list]:
         if level in report:
             f = report[level]
             rows += level_rows(level, f)
-            notes += [f"{level}s left out: {count} ({why})" for why, count in f["left_out"].items()]
-            if f["counted_worst"]:
-                notes.append(f"{level}s that failed, are unreliable or have no score, counted as ranked wrongly: "
-                             f"{f['counted_worst']}")
+            notes += left_out_notes(f"{level}s", f["left_out"], f["counted_worst"])
             if f["abnormal_without_category"]:
                 notes.append(f"abnormal {level}s without a category: {f['abnormal_without_category']}")
             if contrary := f.get("abnormal_scans_without_abnormal_slice"):
                 notes.append(f"abnormal scans of which every slice is labelled, none of them abnormal: {contrary}")
             if "threshold" in f["at_threshold"]:
-                notes.append(f"{level} threshold {f['at_threshold']['threshold']:.6g}: "
+                notes.append(f"{level} threshold {f['at_threshold']['threshold']}: "
                              f"{f['at_threshold']['threshold_source']}")
     if "pixel" in report:
         f = report["pixel"]
@@ -218,7 +239,11 @@ def table(report: dict) -> dict[str, list]:
     if "comparison" in report:
         f = report["comparison"]
         p = f"p {shown(f['delong_p'])} (paired DeLong)"
-        rows.append(("scan", f"AUC of {f['scores']}", f["auc"], p, ""))
+        rows.append(("scan", f"AUC of {f['scores']}", f["auc"], p, f"{f['n']} scans"))
+        notes += left_out_notes(f"scans of {f['scores']}", f["left_out"], f["counted_worst"])
+        if f["not_compared"]:
+            notes.append(f"scans left out of the comparison: {f['not_compared']} (without a score in {f['scores']}); "
+                         f"on the {f['n']} compared, AUC {shown(f['own_auc'])} here")
     rows = [[shown(cell) for cell in row] for row in rows]
     if any(FEW_PATIENTS in interval for _, _, _, interval, _ in rows):
         notes.append(f"{FEW_PATIENTS}: fewer than {metrics.FEW} of a class, or with a lesion. This interval, by "

@@ -11,6 +11,9 @@ from evaluation.cohort import InputError
 # What scores hang on. A precision is not among these: a calibration, too, is compared across precisions
 HANG_ON = ("weights_sha256", "settings", "preprocessing", "image_settings", "calibration")
 VERSIONS = ("preprocessing", "measure")
+# Of a run.json whose run's seconds are null
+UNENDED = ("of a run that has not ended, and the scores beside it may be an earlier run's; start it again, or merge "
+           "its parts")
 
 
 def refuse_other_model(scores: Path, others: Path, flag: str) -> str:
@@ -24,7 +27,7 @@ def refuse_other_model(scores: Path, others: Path, flag: str) -> str:
     found = [folder / "run.json" for folder in (scores, others)]
     if absent := [str(path.parent) for path in found if not path.is_file()]:
         return f"not known whether by the same model: no run.json in {' and '.join(absent)}"
-    here, there = map(_hangs_on, found)
+    here, there = (_hangs_on(path, flag) for path in found)
     if where := [line for name in here for line in differing(here[name], there[name], name)]:
         raise InputError(f"{flag}: made by another model or calibration or by other settings than the scores in "
                          f"{scores} ({some(where, 3, '; ')}); expected what the same model made in the same way: "
@@ -32,13 +35,18 @@ def refuse_other_model(scores: Path, others: Path, flag: str) -> str:
     return ""
 
 
-def _hangs_on(path: Path) -> dict:
-    """The entries of a run.json that scores hang on. Masks are drawn when these are there; a threshold is put on them.
-    """
+def read_run(path: Path, flag: str) -> dict:
+    """The run.json of a run that has ended. InputError, naming the flag, for any other."""
     run = read_object(path, InputError, "project the scans again")
     if run.get("seconds", 0) is None:
-        raise InputError(f"{path}: of a run that has not ended: the tables beside it may be those of an earlier one; "
-                         "start it again, or merge its parts")
+        raise InputError(f"{flag}: {path} is {UNENDED}")
+    return run
+
+
+def _hangs_on(path: Path, flag: str) -> dict:
+    """The entries of a run.json that scores hang on. Masks are drawn when these are there; a threshold is put on them.
+    """
+    run = read_run(path, flag)
     found = {name: run.get(name) for name in HANG_ON}
     for name, own in (("settings", "mask"), ("calibration", "threshold")):
         if isinstance(found[name], dict):

@@ -24,6 +24,7 @@ import heapq
 import numpy as np
 from scipy import stats
 
+from evaluation.cohort import left_out_notes
 from evaluation.metrics import Undefined
 from evaluation.settings import TriageSettings
 
@@ -140,7 +141,7 @@ def _mean_by_cluster(cluster, wait):
 
 
 def markdown(report: dict) -> str:
-    """The simulation as a Markdown table."""
+    """The simulation as a Markdown table, and who is left out of it."""
     lines = ["| cases | order | wait, s: median (IQR) | turnaround, s: median (IQR) | Wilcoxon p |",
              "| --- | --- | --- | --- | --- |"]
     for group in ("emergency", "other"):
@@ -152,4 +153,5 @@ def markdown(report: dict) -> str:
                          f"| {wait['median']:.1f} ({wait['iqr']:.1f}) "
                          f"| {turnaround['median']:.1f} ({turnaround['iqr']:.1f}) "
                          f"| {p if policy == 'by_score' else ''} |")
-    return "\n".join(lines) + "\n"
+    notes = left_out_notes("scans", report["left_out"], report["counted_worst"])
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"

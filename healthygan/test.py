@@ -127,23 +127,23 @@ def score_rows(model: Model, pictures: Pictures, scores: np.ndarray, seconds: fl
     notes = "" if threshold is not None else "no threshold: no healthy images were kept aside in training"
     rows, slices = [], Counter(pictures.units)
     for unit, score in unit_scores(scores, pictures.units).items():
-        rows.append({"scan_id": unit, "score": f"{score:.6g}", "status": "ok", "slices": slices[unit],
+        rows.append({"scan_id": unit, "score": score, "status": "ok", "slices": slices[unit],
                      "percentile": f"{100 * np.mean(np.array([*healthy, np.inf]) < score):.6g}" if healthy else "",
                      "flagged": "" if threshold is None else int(score > threshold),
                      "seconds": f"{seconds * slices[unit] / len(pictures):.4g}", "notes": notes})
-    rows.sort(key=lambda row: -float(row["score"]))
+    rows.sort(key=lambda row: -row["score"])
     return rows + [{"scan_id": name, "status": "failed", "reason": reason}
                    for name, reason in sorted(pictures.unreadable.items())]
 
 
 def write_results(out: Path, pictures: Pictures, scores: np.ndarray, rows: list[dict], labels) -> None:
     """scores.csv; slices.csv of scans; labels.csv where they are known."""
-    write_table(out / "scores.csv", SCORE_COLUMNS, rows)
+    write_table(out / "scores.csv", SCORE_COLUMNS, rows, exact=("score",))
     if pictures.settings.kind == "slices":
         numbers = [int(name.rpartition("/")[2]) for name in pictures.names]
         write_table(out / "slices.csv", SLICE_COLUMNS, [
-            {"scan_id": unit, "slice": number, "score": f"{score:.6g}"}
-            for unit, number, score in zip(pictures.units, numbers, scores)])
+            {"scan_id": unit, "slice": number, "score": score}
+            for unit, number, score in zip(pictures.units, numbers, scores)], exact=("score",))
     if labels is not None:
         write_table(out / "labels.csv", LABEL_COLUMNS,
                   [{"scan_id": name, "label": label} for name, label in labels.items()])

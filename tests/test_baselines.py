@@ -273,7 +273,9 @@ def test_fit_and_score_write_what_evaluate_reads(slices32, tmp_path):
                            "--device", "cpu"]) == 0
     scores = read_scores(out / "scores.csv")
     assert scores["bleed",] > scores["normal",]
-    assert {key[0] for key in read_scores(out / "slices.csv", by_slice=True)} == {"bleed", "normal"}
+    slices = read_scores(out / "slices.csv", by_slice=True)
+    assert {key[0] for key in slices} == {"bleed", "normal"}
+    assert any(slices.values()) and all(score == float(np.float32(score)) for score in slices.values())
     mask, values = (nib.load(out / "bleed" / f"{name}.nii.gz").get_fdata() for name in ("mask", "anomaly"))
     assert np.array_equal(mask > 0, values > 5) and mask.any()
 

@@ -59,7 +59,7 @@ def test_labels_are_checked_and_chosen(tmp_path):
     path = write_csv(tmp_path / "labels.csv", "scan_id,split,label,types",
                      [["a", "test", "1", "Subdural|Epidural"], ["b", "train", "0", ""]])
     labels, not_chosen = cohort.read_labels(path, ["split=test"])
-    assert labels == {("a",): cohort.Label(1, ("Epidural", "Subdural"), "a")} and not_chosen == {("b",)}
+    assert labels == {("a",): cohort.Label(1, ("Epidural", "Subdural"), cohort.alone("a"))} and not_chosen == {("b",)}
     everything = cohort.read_labels(path)[0]
     for where in (["split=test", "split=train"], ["split=train", "split=test", "label=0", "label=1"]):
         assert cohort.read_labels(path, where) == (everything, set())            # any value of a column will do
@@ -72,7 +72,7 @@ def test_labels_are_checked_and_chosen(tmp_path):
         with pytest.raises(cohort.InputError, match=f"line 2: c has .*{message}"):
             cohort.read_labels(write_csv(path, "scan_id,split,label,types", [["c", "test", label, types]]))
     spaced = cohort.read_labels(write_csv(path, "scan_id,split,label,types", [["c", "test", " 1", " Epidural "]]))[0]
-    assert spaced == {("c",): cohort.Label(1, ("Epidural",), "c")}
+    assert spaced == {("c",): cohort.Label(1, ("Epidural",), cohort.alone("c"))}
 
 
 @pytest.mark.parametrize("column, meant", [(" patient", "patient"), ("Patient", "patient"), ("types ", "types")])
@@ -139,7 +139,15 @@ def test_a_patient_is_one_whatever_spaces_are_around(tmp_path):
     """'p1' and 'p1 ' counted as two, and intervals came out too narrow."""
     rows = [["a", 1, "p1 "], ["b", 0, " p1"], ["c", 0, " "]]
     path = write_csv(tmp_path / "labels.csv", "scan_id,label,patient", rows)
-    assert [label.patient for label in cohort.read_labels(path)[0].values()] == ["p1", "p1", "c"]
+    assert [label.patient for label in cohort.read_labels(path)[0].values()] == ["p1", "p1", cohort.alone("c")]
+
+
+def test_a_scan_without_a_patient_is_not_of_the_patient_of_its_name(tmp_path):
+    """Six scans without a patient and six of patients called as these scans are were six clusters."""
+    rows = [[i, i % 2, "" if i <= 6 else i - 6] for i in range(1, 13)]
+    labels, _ = cohort.read_labels(write_csv(tmp_path / "labels.csv", "scan_id,label,patient", rows))
+    units = cohort.join({(str(i),): float(i) for i in range(1, 13)}, labels, "error")
+    assert len(np.unique(units.clusters)) == 12
 
 
 @pytest.mark.parametrize("content, message", [

@@ -13,8 +13,11 @@ import pytest
 from scipy.stats import t
 
 import evaluate
+from detect.folder import write_tables
+from detect.result import Result
 from evaluation import cohort, metrics
 from evaluation.figures import NO_THRESHOLD, at_threshold, level_figures, ranking, resampled
+from evaluation.origin import UNENDED
 from evaluation.settings import FigureSettings
 from tests.evaluation_data import LABELS, SCORES, run, write_csv, write_results
 
@@ -146,6 +149,15 @@ def test_a_threshold_comes_from_other_patients(results, capsys):
     assert "1 of its scans are evaluated here too, or others of their patients (h3)" in capsys.readouterr().err
 
 
+def test_a_patient_is_not_a_scan_of_that_name(results):
+    """Scan a has no patient here: one that is called a there is another."""
+    other = write_csv(results.parent / "other.csv", "scan_id,score,status", [[f"h{i}", i, "ok"] for i in range(4)])
+    theirs = write_csv(results.parent / "theirs.csv", "scan_id,label,patient",
+                       [[f"h{i}", 0, patient] for i, patient in enumerate("abcd")])
+    assert "on 4 normal scans" in run(results, "--threshold-from", other, theirs)[1]["scan"]["at_threshold"][
+        "threshold_source"]
+
+
 def test_labels_of_all_splits_do_for_a_threshold(results, capsys):
     """Scans that are labelled there and not in SCORES counted as its own: those evaluated, as evaluated twice."""
     base = results.parent
@@ -206,6 +218,18 @@ def test_no_threshold_clears_healthy_scans_that_failed(results, capsys):
     assert "2 of 20 normal scans have no score" in capsys.readouterr().err
 
 
+def test_who_is_left_out_of_a_thresholds_data_is_told(results):
+    """Its source named as many normal scans as had a score, and not that others had none."""
+    status = {0: "failed", 1: "unreliable", 2: "unreliable"}
+    other = write_csv(results.parent / "healthy.csv", "scan_id,score,status",
+                      [[f"h{i}", i / 20, status.get(i, "ok")] for i in range(20)])
+    for missing, normal, told in (("exclude", 17, "left out there: 1 (failed), 2 (unreliable)"),
+                                  ("worst", 20, "of these without a score that counts, and above any threshold: 3")):
+        found = run(results, "--threshold-from", other, "--fpr", 0.2, "--missing", missing)[1]["scan"]["at_threshold"]
+        assert found["threshold_source"].startswith(
+            f"false-positive rate 0.2 on {normal} normal scans of {other}; {told}; not known")
+
+
 def test_the_level_of_the_intervals_is_told_in_full(results):
     for level, told in ((0.999, "99.9%"), (0.57, "57%")):
         assert run(results, "--level", level)[1]["table"]["columns"][3] == f"{told} interval"
@@ -217,6 +241,81 @@ def test_comparison_of_two_methods(results):
     report = run(results, "--compare", other)[1]
     assert report["comparison"]["auc"] == pytest.approx(5 / 9)
     assert 0 < report["comparison"]["delong_p"] < 1
+
+
+def test_a_comparison_tells_whom_it_counts_as_ranked_wrongly(results, capsys):
+    """The other method's failures were counted as wrong without a word: three rows alone gave a p of 0.04.
+
+    The same scores, but d, normal, failed: it is above all three abnormal, which leaves 6 of 9 pairs.
+    """
+    rows = [[n, s, "failed" if n == "d" else "ok"] for n, s in zip("abcdef", SCORES)]
+    other = write_csv(results.parent / "other.csv", "scan_id,score,status", [*rows, ["stray", 1, "ok"]])
+    write_csv(results / "scores.csv", "scan_id,score,status", [*([n, s, "ok"] for n, s, _ in rows), ["stray", 1, "ok"]])
+    found = run(results, "--compare", other, "--missing", "worst")[1]["comparison"]
+    assert (found["auc"], found["own_auc"]) == (pytest.approx(6 / 9), pytest.approx(8 / 9))
+    assert (found["n"], found["counted_worst"], found["not_compared"]) == (6, 1, 0)
+    assert found["left_out"] == {"scored without a label": 1}
+    said = capsys.readouterr().out
+    for told in ("that failed, are unreliable or have no score, counted as ranked wrongly: 1",
+                 "left out: 1 (scored without a label)"):
+        assert f"- scans of {other} {told}\n" in said
+    assert "left out of the comparison" not in said
+
+
+def test_a_comparison_is_of_the_scans_that_both_have(results, capsys):
+    """One that failed in either table was a dead end, which named neither it nor a remedy.
+
+    Here e fails, there b. Of the others ours ranks 3 of 4 pairs right (c below d), the other 2 (both below d).
+    """
+    def table(path, scores, failed):
+        return write_csv(path, "scan_id,score,status",
+                         [[n, s, "failed" if n == failed else "ok"] for n, s in zip("abcdef", scores)])
+
+    table(results / "scores.csv", SCORES, "e")
+    other = table(results.parent / "other.csv", [1, 5, 2, 4, 3, 0], "b")
+    report = run(results, "--compare", other, "--missing", "exclude")[1]
+    found = report["comparison"]
+    assert report["scan"]["n"] == 5 and (found["n"], found["not_compared"]) == (4, 1)
+    assert (found["own_auc"], found["auc"]) == (0.75, 0.5)
+    assert found["left_out"] == {"failed": 1, f"without a score in {results / 'scores.csv'}": 1}
+    said = capsys.readouterr().out
+    assert (f"- scans left out of the comparison: 1 (without a score in {other}); on the 4 compared, AUC 0.750 here\n"
+            in said) and f"- scans of {other} left out: 1 (failed)\n" in said
+    write_csv(results / "scores.csv", "scan_id,score,status", [["a", 1, "ok"], ["d", 1, "ok"]])
+    write_csv(other, "scan_id,score,status", [["b", 1, "ok"]])
+    assert run(results, "--compare", other, "--missing", "exclude", out="none") == (2, None)
+    assert (f"--compare {other}: none of its 1 labelled scans with a score (b) is among the 2 of "
+            f"{results / 'scores.csv'} (a, d); expected the same scans by another method") in capsys.readouterr().err
+
+
+def test_a_comparison_with_a_run_that_has_not_ended_is_refused(results, tmp_path, capsys):
+    """Its tables may be an earlier run's: --slices, --maps and --threshold-from refused them already."""
+    (tmp_path / "other").mkdir()
+    other = write_results(tmp_path / "other" / "results")
+    (other / "run.json").write_text(json.dumps({"seconds": None}))
+    assert run(results, "--compare", other / "scores.csv") == (2, None)
+    assert f"--compare {other / 'scores.csv'}: {other / 'run.json'} is {UNENDED}" in capsys.readouterr().err
+    (other / "run.json").write_text(json.dumps({"seconds": 1.0}))
+    assert run(results, "--compare", other / "scores.csv")[0] == 0
+
+
+def test_a_scan_is_called_as_it_was_flagged(results, capsys):
+    """Its score was cut to six digits in the table, the threshold was not: flagged there, and here a miss."""
+    score = 3.398482163747152
+    row = {"scan_id": "a", "status": "ok", "score": score, "flagged": 1, "seconds": 1.0}
+    of_slice = {"scan_id": "a", "slice": 0, "score": score}
+    (results / "a").mkdir()
+    (results / "a" / "result.json").write_text(json.dumps({"key": {}, "origin": {}, "scan": row, "slices": [of_slice],
+                                                           "seconds": {}}))
+    write_tables(results, [Result(results / "a", row, {}, {})])
+    for by_slice, key in ((False, ("a",)), (True, ("a", 0))):
+        assert cohort.read_scores(results / ("slices.csv" if by_slice else "scores.csv"), by_slice) == {key: score}
+    write_csv(results.parent / "labels.csv", "scan_id,label", [["a", 1]])
+    for threshold, hits in ((3.39848, 1), (score, 0)):
+        (results / "run.json").write_text(json.dumps({"settings": {"scan_score": "max"}, "calibration": None,
+                                                      "threshold": threshold, "seconds": 1.0}))
+        assert run(results)[1]["scan"]["at_threshold"]["sensitivity"]["hits"] == hits
+        assert f"- scan threshold {threshold!r}: that of projector.py --threshold" in capsys.readouterr().out
 
 
 def test_the_models_own_threshold_is_taken_from_run_json(results):
@@ -240,8 +339,7 @@ def test_the_models_own_threshold_is_taken_from_run_json(results):
             assert at["threshold"] == 0.8 and "that of projector.py --threshold; 2 of" in at["threshold_source"]
         began = {"calibration": calibration, "settings": {"scan_score": "max"}, "seconds": None}
         run_json.write_text(json.dumps(began))                           # its scores are not there yet
-        note = (f"no scan threshold: that of {run_json} is of a run that has not ended, and the scores beside it may "
-                "be an earlier run's; start it again, or merge its parts, or give --threshold")
+        note = f"no scan threshold: that of {run_json} is {UNENDED}, or give --threshold"
         for content in (began, given | {"calibration": None, "seconds": None}):
             run_json.write_text(json.dumps(content))
             report = run(results)[1]

@@ -79,7 +79,7 @@ def test_a_model_that_is_not_known_is_told(results, healthy):
 
 def test_tables_beside_a_run_that_has_not_ended_may_be_anothers(results, healthy):
     (healthy / "run.json").write_text(json.dumps(RUN | {"seconds": None}))
-    with pytest.raises(InputError, match="healthy/run.json: of a run that has not ended"):
+    with pytest.raises(InputError, match="^--threshold-from x: .*healthy/run.json is of a run that has not ended"):
         refuse_other_model(results, healthy, "--threshold-from x")
     assert refuse_other_model(healthy, healthy.parent / "healthy", "--slices x") == ""
 
@@ -114,3 +114,31 @@ def test_scans_of_one_place_are_not_yet_one(results, healthy):
     with (healthy / "scores.csv").open("a") as file:
         file.write("up/../h5,0.1,ok\n")
     assert run(results, "--threshold-from", healthy / "scores.csv")[0] == 0
+
+
+@pytest.mark.parametrize("here, there, patient, refused", [
+    ({"content": "1"}, {"content": "2"}, "", False), ({"content": "1"}, {"content": "1"}, "", True),
+    ({"uid": "1"}, {"content": "2"}, "", True), ({"uid": "1"}, None, "", True),
+    ({"uid": "1"}, {"uid": "2"}, "p", True)])
+def test_scans_of_the_same_name_may_be_others(results, healthy, here, there, patient, refused, capsys):
+    """Two cohorts of phantoms count their scans alike: each was refused as evaluated here, too.
+
+    Hashes of one kind tell, but not where a patient may have several scans.
+    """
+    with (healthy / "scores.csv").open("a") as file:
+        file.write("a,0.1,ok\n")
+    labels = write_csv(healthy / "labels.csv", "scan_id,label,patient", [["a", 0, patient], *(
+        [f"h{i}", 0, ""] for i in range(20))])
+    for folder, origin in ((results, here), (healthy, there)):
+        if origin:
+            write_result(folder, "a", origin)
+    for flags in [["--threshold-from", healthy / "scores.csv", labels]] + [
+            ["--threshold-from", healthy / "scores.csv"]] * (not patient):
+        code, report = run(results, *flags)
+        said = capsys.readouterr().err
+        assert code == (2 if refused else 0)
+        if refused:
+            assert "1 of its scans are evaluated here too" in said and "(a); a threshold" in said
+            assert said.endswith("or, where these are others of the same name, project with --ids uid\n")
+        else:
+            assert "on 21 normal scans" in report["scan"]["at_threshold"]["threshold_source"]

@@ -20,6 +20,7 @@ from common.files import (
     replace_text,
     replacing,
     replacing_folder,
+    write_table,
 )
 
 
@@ -142,3 +143,11 @@ def test_what_keeps_a_path_from_being_a_folder_is_named(tmp_path, monkeypatch):
     assert no_folder(tmp_path) is no_folder(tmp_path / "new/folder") is None
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert no_folder(tmp_path / "new/folder") == tmp_path
+
+
+def test_floats_of_exact_columns_read_back_as_they_are(tmp_path):
+    rows = [{"score": value, "ml": value, "note": "-1.5e-07"} for value in (3.398482163747152, 0.1 + 0.2, 2e-07, 5.0)]
+    write_table(tmp_path / "t.csv", ("score", "ml", "note"), [*rows, {"score": None}], exact=("score",))
+    assert (tmp_path / "t.csv").read_text().splitlines() == [
+        "score,ml,note", "3.398482163747152,3.39848,-1.5e-07", "0.30000000000000004,0.3,-1.5e-07",
+        "2e-07,2e-07,-1.5e-07", "5.0,5,-1.5e-07", ",,"]

@@ -155,7 +155,7 @@ def test_slices_are_scored_by_scan(slices32, tmp_path):
     slices = rows(out / "slices.csv")
     for row in rows(out / "scores.csv"):
         own = [float(s["score"]) for s in slices if s["scan_id"] == row["scan_id"]]
-        assert len(own) == int(row["slices"]) == 8 and float(row["score"]) == pytest.approx(np.mean(own), rel=1e-4)
+        assert len(own) == int(row["slices"]) == 8 and float(row["score"]) == pytest.approx(np.mean(own), rel=1e-12)
 
 
 def test_slices_are_shrunk_by_a_whole_factor(slices32):

@@ -22,6 +22,7 @@ from ct.picture import pack_overlay
 from detect.outputs import SCORE_COLUMNS
 from detect.report import ReportError, read_json, tables, words, write_report
 from detect.report.__main__ import main
+from evaluation import cohort
 
 RUN = {"weights_sha256": "f00d", "model": {"name": "tiny"},
        "settings": {"method": "search", "measure": "votes", "scoring": {"threshold_hu": 5.0}, "scan_score": "mean"},
@@ -450,6 +451,19 @@ def test_an_evaluation_of_other_scores_is_refused(results, capsys):
         page_of(folder, evaluation={"scan": {}})
     with pytest.raises(ReportError, match="has no labels; expected"):
         page_of(folder, evaluation=read_json(folder.parent / "metrics" / "metrics.json") | {"labels": []})
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"seconds": None}, "--report: {path} is of a run that has not ended, and the scores beside it may be an earlier"),
+    ({"device": 3}, "{path}: has no device; run projector.py again")])
+def test_evaluate_refuses_a_report_that_cannot_be_before_any_work(results, capsys, monkeypatch, change, told):
+    """After all bootstraps it was told that an unfinished run has no seconds."""
+    folder = results()
+    path = folder / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    monkeypatch.setattr(cohort, "read_labels", None)
+    assert evaluated(folder, "--report", folder / "report.html") == 2
+    assert told.format(path=path) in capsys.readouterr().err
 
 
 def test_evaluate_refuses_a_report_of_what_is_no_results_folder(results, capsys):

@@ -37,6 +37,34 @@ def test_figures_take_the_place_of_earlier_ones_and_leave_other_benchmarks():
         "| another | 0.30 (0.20-0.40) | 0.20 (0.10-0.30) |  |"]
 
 
+def test_a_baseline_beside_another_model_does_not_take_a_rows_place():
+    """At another resolution it did, and the rows beside the first model were no longer of its run."""
+    results = {"columns": {}, "rows": {}}
+    tables.take(results, "ct_ich", figures(0.9))
+    assert results["models"] == {"mine": {"ct_ich": "mine"}, "PCA by position": {"ct_ich": "mine"}}
+    larger = figures(0.7) | {"model": {"name": "larger"}}
+    before = json.dumps(results["rows"]["PCA by position"])
+    told = ("--ct-ich: pca is of a run of larger, the row 'PCA by position' of one of mine; give it a row of its own, "
+            "--name pca=ROW, or replace that one, --name 'pca=PCA by position'")
+    with pytest.raises(ValueError, match=told):
+        tables.take(results, "ct_ich", larger)
+    assert json.dumps(results["rows"]["PCA by position"]) == before
+    tables.take(results, "ct_ich", larger, {"pca": "PCA at 256"})
+    assert [*results["rows"]] == ["mine", "PCA by position", "larger", "PCA at 256"]
+    tables.take(results, "ct_ich", larger, {"pca": "PCA by position"})                   # as was asked for
+    assert results["models"]["PCA by position"] == {"ct_ich": "larger"}
+    more = figures(0.9)                                                      # of other scans: all cells are new
+    more["methods"]["ours"]["scan"] = more["methods"]["ours"]["scan"] | {"normal": 3}
+    tables.take(results, "ct_ich", more)
+    assert [*results["rows"]] == [*results["models"]] == ["mine", "PCA by position"]
+
+
+def test_every_cell_of_results_json_has_its_model():
+    results = json.loads(tables.RESULTS.read_text(encoding="utf-8"))
+    assert {name: set(row) for name, row in results["rows"].items()} == {
+        name: set(row) for name, row in results["models"].items()}
+
+
 def test_the_other_benchmarks_columns():
     near = {"scans": {"a": {}, "b": {}}, "methods": {"ours": {"near": [0.5, 0.1, 0.9]}}}
     assert tables.phe_sich(near) == {"PHE-SICH, 2: peak within 15 mm": {"ours": (0.5, 0.1, 0.9)}}
@@ -95,5 +123,11 @@ def test_only_the_table_after_the_mark_is_replaced(tmp_path, monkeypatch, capsys
     assert "[Counts](counts.md)" in json.loads(results.read_text())["rows"]
     with pytest.raises(SystemExit):
         tables.main(["--name", "hu"])
+    kept = results.read_bytes()
+    given = ["--ct-ich", str(tmp_path)]
+    for name, flags, told in (("pac", given, "pca; ours"), ("ours", given, "pca; ours"), ("pca", [], "a folder")):
+        assert tables.main([*flags, "--name", f"{name}=Row"]) == 2           # it was passed over
+        assert f"--name {name}: no such method" in (said := capsys.readouterr().err) and f"one of {told}" in said
+    assert results.read_bytes() == kept
     readme.write_text("no mark")
     assert tables.main([]) == 2 and "expected the line <!-- by" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 import evaluate
 from evaluation import cohort, triage
 from evaluation.metrics import Undefined
-from tests.evaluation_data import write_results
+from tests.evaluation_data import SCORES, write_csv, write_results
 
 
 def test_scans_may_come_at_once_and_a_spreadsheet_may_mark_its_text(tmp_path):
@@ -105,6 +105,25 @@ def test_triage_command(results):
     assert "| emergency (3 scans) | by score |" in (base / "triage" / "triage.md").read_text()
     (base / "reading.txt").write_text("20\n-1\n")
     assert evaluate.main([*command, "--reading-times", str(base / "reading.txt")]) == 2
+
+
+@pytest.mark.parametrize("missing, counted, told", [
+    ("exclude", 5, ["scans left out: 1 (failed)", "scans left out: 1 (scored without a label)"]),
+    ("worst", 6, ["scans left out: 1 (scored without a label)",
+                  "scans that failed, are unreliable or have no score, counted as ranked wrongly: 1"])])
+def test_the_table_tells_who_is_left_out(results, missing, counted, told, capsys):
+    """triage.json alone did."""
+    base = results.parent
+    rows = [[name, score, "failed" if name == "d" else "ok"] for name, score in zip("abcdefg", [*SCORES, 0.1])]
+    write_csv(results / "scores.csv", "scan_id,score,status", rows)
+    command = ["triage", str(results / "scores.csv"), str(base / "labels.csv"), "--out", str(base / "triage"),
+               "--repeats", "2", "--missing", missing]
+    assert evaluate.main(command) == 0
+    text = (base / "triage" / "triage.md").read_text()
+    assert text == capsys.readouterr().out and f"| other ({counted - 3} scans) |" in text
+    assert text.endswith("|\n\n" + "".join(f"- {line}\n" for line in told))
+    write_csv(results / "scores.csv", "scan_id,score,status", [[*row[:2], "ok"] for row in rows[:6]])
+    assert evaluate.main(command) == 0 and "- " not in (base / "triage" / "triage.md").read_text().split("---")[-1]
 
 
 @pytest.mark.parametrize("modelled, observed", [

@@ -29,6 +29,8 @@ MUTANTS = (
     Mutant("half a measure stops every later run", "benchmarks/compare.py",
            "contextlib.suppress(Exception)", "contextlib.suppress(EOFError, OSError, ValueError)",
            "tests/test_benchmark_ct_ich.py -k made_anew"),
+    Mutant("a baseline beside another model takes a row's place", "benchmarks/tables.py",
+           "if earlier != model and", "if False and", "tests/test_tables.py -k another_model"),
     Mutant("what is undefined is in the table letter by letter", "benchmarks/tables.py",
            "isinstance(value, str) or isinstance(interval, str)", "isinstance(value, str)",
            "tests/test_tables.py -k empty_cell"),
