@@ -11,7 +11,8 @@ reconstruct    where the slice differs from that, smoothed a little, by gate_hu 
                highest slices are in part, another scanner's calibration.
                Networks that were taught with such holes (train_encoder.py --gated) draw fluid in one of the shape of a
                ventricle or a sulcus, and tissue in one of any other
-grain          what they smooth away of it there comes back; of the rest no more than grain has: a bleed is not grain
+grain          what they smooth away of it there comes back; the rest has that of the head's other side, and where
+               this is drawn anew, too, its own, no more than grain has: a bleed is not grain
 
 So the closest normal is the same head, as sharp as it is, without what does not belong in it: the order of the paper's
 inversion (code, what is anomalous, detail elsewhere: Lee et al. 2022, Methods) with a code in space in place of W+.
@@ -48,7 +49,8 @@ SPECK = 12                                # what is anomalous in fewer pixels to
 CLIP_HU = 40.0                            # a residual counts as no more than this: one bright pixel is no lesion
 DETAIL = 2.0                              # what is finer than this Gaussian comes back where all is normal,
 GROWN, GROWN_HU = 1.2, 5.0                # than this in what grow_hu adds, up to so much,
-GRAIN, GRAIN_HU = 0.7, 3.0                # and than this in all else that is drawn anew
+GRAIN, GRAIN_HU = 0.7, 3.0                # and than this in all else that is drawn anew; but first that of the other
+OTHER_HU = 8.0                            # side's detail, up to so much, where it is normal: none of a lesion is in it
 
 
 @dataclass(frozen=True)
@@ -160,14 +162,17 @@ class Inpainting(EncoderMethod):
 
         grown: the part of drawn_anew that grow_hu has added.
         """
-        unit, hidden = self.size / AT, soft & drawn_anew
+        unit, hidden, seen = self.size / AT, soft & drawn_anew, soft & ~drawn_anew
 
         def finer(where: torch.Tensor, gaussian: float) -> torch.Tensor:
             return difference_hu - smoothed(difference_hu, where, gaussian * unit)
 
         grain = torch.where(grown, finer(hidden, GROWN).clamp(-GROWN_HU, GROWN_HU),
                             finer(hidden, GRAIN).clamp(-GRAIN_HU, GRAIN_HU))
-        return torch.where(hidden, grain, finer(soft & ~drawn_anew, DETAIL)) * soft
+        detail = finer(seen, DETAIL)
+        if self.settings.judged == "surroundings":           # else the residual would hold the grain of both sides
+            grain = torch.where(seen.flip(-1), detail.flip(-1).clamp(-OTHER_HU, OTHER_HU), grain)
+        return torch.where(hidden, grain, detail) * soft
 
     @property
     def halves(self) -> Painter | None:

@@ -495,12 +495,32 @@ def test_grain_comes_back_whole_where_all_is_normal_and_up_to_3_hu_elsewhere():
     hidden = torch.zeros_like(soft)
     hidden[:, 64:] = True
     grown = torch.zeros_like(soft)
-    grown[:, :, 64:] = True
+    grown[:, :, 64:] = True                                          # of no place is the other side as it is
     detail = one.detail(fine + 20, soft, hidden, hidden & grown)
     assert torch.allclose(detail[:, 8:56, 8:120], fine[:, 8:56, 8:120], atol=0.02)
     assert torch.equal(detail[:, 72:120, 8:64], fine[:, 72:120, 8:64] * 3 / 6)
     assert torch.equal(detail[:, 72:120, 64:120], fine[:, 72:120, 64:120] * 5 / 6)
     assert not one.detail(fine, ~soft, hidden, grown).any()
+
+
+def test_what_is_drawn_anew_has_the_grain_of_the_other_side():
+    """+-6 HU from pixel to pixel on the left, and +-12 HU on the right, of which no more than 8 come.
+
+    What is hidden on both sides has its own, up to 3 HU, and so has all that is judged as it is drawn.
+    """
+    sign = 1.0 - 2 * (torch.arange(128) + torch.arange(128)[:, None]).remainder(2)
+    fine = torch.where(torch.arange(128) < 64, 6 * sign, 12 * sign)[None]
+    soft, hidden = torch.ones(1, 128, 128, dtype=torch.bool), torch.zeros(1, 128, 128, dtype=torch.bool)
+    hidden[:, 20:40, :64], hidden[:, 60:80], hidden[:, 100:120, 64:] = True, True, True
+    one, nothing = Filler(InpaintingSettings(), *networks(), (0.0, 70.0)), torch.zeros_like(soft)
+    one.size = 128
+    detail, mirrored = one.detail(fine, soft, hidden, nothing), sign.flip(-1)
+    inside = slice(16, 48)
+    assert torch.equal(detail[0, 26:34, inside], 8 * mirrored[26:34, inside])
+    assert torch.allclose(detail[0, 106:114, 80:112], 6 * mirrored[106:114, 80:112], atol=0.02)
+    assert torch.equal(detail[0, 66:74, inside], 3 * sign[66:74, inside])
+    one.settings = dataclasses.replace(one.settings, judged="normal")
+    assert torch.equal(one.detail(fine, soft, hidden, nothing)[0, 26:34, inside], 3 * sign[26:34, inside])
 
 
 def test_what_is_no_soft_brain_is_no_anomaly_of_what_is():
