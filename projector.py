@@ -211,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
 
         import distributed
         from common.machine import usable_cores
+        from common.time_zone import check_time_zone
         from ct.read import find_all
         from detect.folder import further_results, remove_leftovers
         from detect.processes import suitable
@@ -220,6 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         loaded = load(args)
         found = find_all(args.scans, args.unknown_slice_spacing_mm, args.ids)
+        if args.dicom_out and any(source.kind == "dicom" for source in found):
+            check_time_zone()
         number, count = args.part or (0, 1)
         sources = found[number::count]
         if args.part:

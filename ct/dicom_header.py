@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ MIPS = {"MIP", "MINIP"}                               # also within a value, as 
 # Contrast agents that are none. Not NON IONIC, which one may be, nor NO ORAL, beside which another may be given.
 NO_AGENT = re.compile(r"0?|N/?A?|NIL|PLAIN|NATIVE?|UNENHANCED|(NONE?|NOT?|W/?O|WITHOUT)([\s_-]*(ANY|IV|I\.V\.|"
                       r"INTRAVENOUS|CONTRAST|ENHANCE(D|MENT)|CM|AGENTS?|MEDI(A|UM)|GIVEN|USED))*", re.IGNORECASE)
+# What a machine short of memory, processes or open files says, or one whose disk fails
+MACHINE_ERRNOS = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.EIO)
+MACHINE_FAILED = ": memory, open files or a disk of this machine failed; try again"       # ends such a file's reason
 OVERLAYS = tuple((group, 0x0102) for group in range(0x6000, 0x6020, 2))            # OverlayBitPosition
 HEADER_TAGS = (
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality",
@@ -111,13 +115,19 @@ def read_header(path: Path) -> Header | None:
                       str(ds.get("SOPInstanceUID", "")), tuple(_frames(path, ds)))
     except ScanError:
         raise
-    except OSError as error:
-        raise ScanError(f"{path.name}: cannot be read ({error.strerror or type(error).__name__})") from error
+    except (OSError, MemoryError) as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise ScanError(f"{path.name}: cannot be read ({why}){MACHINE_FAILED * is_of_machine(error)}") from error
     except RecursionError as error:
         raise ScanError(f"{path.name}: its header nests sequences deeper than any CT image's: it is damaged, or made "
                         "to harm") from error
     except Exception as error:     # a broken header can fail anywhere in pydicom; its message may quote patient data
         raise ScanError(f"{path.name}: cannot be read as DICOM ({type(error).__name__})") from error
+
+
+def is_of_machine(error: BaseException | None) -> bool:
+    """Whether memory, open files or a disk of this machine failed: the same file may be read another time."""
+    return isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno in MACHINE_ERRNOS
 
 
 def _hash(text: str) -> str:

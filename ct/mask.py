@@ -21,6 +21,7 @@ from highdicom.seg import Segmentation, SegmentDescription
 from pydicom.sr.codedict import codes
 
 from common.files import replacing
+from common.time_zone import check_time_zone
 from common.version import VERSION
 from ct.brain import brain_mask
 from ct.derived import MANUFACTURER, Derived, Maker
@@ -58,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     failed = 0
     try:
+        if args.dicom:
+            check_time_zone()
         sources = find_scans(args.scans)
         written = {args.out.resolve() / (source.scan_id + suffix) for source in sources for suffix in SUFFIXES}
         if scans := sorted(written & {path.resolve() for source in sources for path in source.files}):

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from common.wording import some
 from ct import archive, dicom, nifti, slices
+from ct.dicom_header import MACHINE_FAILED, is_of_machine
 from ct.plausible import coarse_steps, refuse_odd_slices, without_blanks
 from ct.scan import Found, Scan, ScanError, ScanSource, printable
 from ct.settings import UNKNOWN_SLICE_SPACING_MM
@@ -246,8 +247,8 @@ class _Search:
 
     def _add_closed_folder(self, error: OSError) -> None:
         folder = Path(error.filename or self.root)
-        self._add_closed("folder", folder, folder, f"{folder.name}: this folder cannot be read ({error.strerror}); "
-                         "mend that, or leave it out")
+        self._add_closed("folder", folder, folder, f"{folder.name}: this folder cannot be read ({error.strerror})"
+                         + (MACHINE_FAILED if is_of_machine(error) else "; mend that, or leave it out"))
 
     def _files(self, folder: Path) -> Iterator[Path]:
         """Files, sorted, links followed but no folder twice, hidden ones and this program's results left aside.

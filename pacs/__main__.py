@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import sys
+from datetime import datetime
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from zoneinfo import TZPATH
 
 import distributed
 from common.stopping import SIGNALS, orderly_end
+from common.time_zone import check_time_zone
 from detect import Projector, load_bundle
 from detect.dicom_out import identity_of
 from op import memory, set_impl
@@ -33,7 +33,6 @@ from pacs.server import DAYS, serve
 from pacs.state import State, StateError
 
 DAY_S = 86_400
-POSIX_ZONE = re.compile(r"([A-Za-z]{3,}|<[\w+-]+>)[+-]?\d\S*")        # such as KST-9
 
 
 class NoPhi(argparse.Action):
@@ -91,15 +90,6 @@ def credentials() -> tuple[str | None, str | None]:
     return user, password
 
 
-def check_time_zone() -> None:
-    """Raises ValueError for a TZ that the C library does not find: it would date results in UTC without a word."""
-    zone = os.environ.get("TZ", "").removeprefix(":")
-    if zone not in ("", "UTC") and not POSIX_ZONE.fullmatch(zone) and not any(
-            Path(folder, zone).is_file() for folder in TZPATH):
-        raise ValueError(f"TZ={zone}: no time zone of this machine, so that results would be dated in UTC; expected a "
-                         "name such as Asia/Seoul with nothing behind it, and the system's package tzdata")
-
-
 def start(args: argparse.Namespace) -> tuple[Node, ThreadingHTTPServer]:
     """The node, and the server of its pages. Raises OSError and ValueError, with what is wrong and its mend."""
     check_time_zone()
@@ -150,7 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     host, port = server.server_address[:2]
-    print(f"worklist: http://{host}:{port}/ (projects on {distributed.pick_device(args.device)})", flush=True)
+    offset = datetime.now().astimezone().isoformat(timespec="minutes")[-6:]             # +09:00
+    print(f"worklist: http://{host}:{port}/ (projects on {distributed.pick_device(args.device)}, dates results "
+          f"{offset})", flush=True)
     try:
         return run(node)
     except (OrthancRefused, StateError) as error:

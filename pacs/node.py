@@ -14,6 +14,7 @@ import pydicom
 import torch
 
 from common.files import FullDiskError, full_disk_named
+from ct.dicom_header import MACHINE_FAILED, is_of_machine
 from ct.read import find_scans, read_scan
 from ct.scan import Scan, ScanError
 from detect.dicom_out import Identity, notes_of, write_dicom
@@ -32,8 +33,23 @@ CHECKED, CHECK_S = 20, 3600.0                         # done series asked after 
 RECOGNISED = 20                                       # series, those announced last, by which an Orthanc is known
 UIDS = ("study_uid", "series_uid")                    # of a row, beside what each has
 STILL_THERE = "its earlier results are still in the archive: it does not let them be deleted"
-MACHINE_ERRORS = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+GPU_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+MACHINE_WORDS = ("allocate memory", "can't start new thread", "CUBLAS_STATUS", "cuDNN error")      # of a RuntimeError
 STUCK_S = 1800.0                                      # no scan takes so long
+
+
+def machine_failure(error: BaseException | None) -> str | None:
+    """What failed, where that is memory, GPU, open files or a disk of the node's machine; None where it is the series.
+
+    A reader's ScanError has the system's as its cause; of one that a search has met only the words are left.
+    """
+    if isinstance(error, ScanError):
+        return str(error) if MACHINE_FAILED in str(error) else machine_failure(error.__cause__)
+    words = str(error) if isinstance(error, RuntimeError) else ""
+    if isinstance(error, GPU_ERRORS) or is_of_machine(error) or any(one in words for one in MACHINE_WORDS):
+        return (f"{type(error).__name__}: memory, GPU, open files or a disk of the node have failed; where is in its "
+                "log")
+    return None
 
 
 class Metrics:
@@ -192,26 +208,22 @@ class Node:
             self._not_before[series_id] = time.monotonic() + RETRY_S[0]
             self._no_room.add(series_id)
             raise
-        except ScanError as error:
-            result = {"state": REFUSED, "reason": str(error)}
-        except OrthancRefused as error:
-            if error.for_all:
-                raise
-            result = {"state": FAILED, "reason": str(error)}
-        except OrthancAway as error:
-            self.orthanc.system()                     # raises where it is away for every series
+        except (OrthancAway, OrthancRefused) as error:
+            raise_if_general(self.orthanc, error)     # for every series
             result = self._put_back(series_id, row, str(error))
-        except MACHINE_ERRORS as error:               # it may fail every series, until somebody mends it
-            traceback.print_tb(error.__traceback__)
-            result = self._put_back(series_id, row, f"{type(error).__name__}: memory or GPU of the node have failed; "
-                                                    "where is in its log")
-        except (KeyboardInterrupt, SystemExit):
-            raise
         except Exception as error:                    # a series that breaks us must not stop the others
-            traceback.print_tb(error.__traceback__)   # without the message: a decoder's may quote patient data
-            result = {"state": FAILED, "reason": f"{type(error).__name__}; where it came from is in the node's log"}
+            failure = machine_failure(error)
+            if failure or not isinstance(error, ScanError):
+                traceback.print_tb(error.__traceback__)              # no message: a decoder's may quote patient data
+            if failure:                               # it may fail every series, until somebody mends it
+                result = self._put_back(series_id, row, failure)
+            elif isinstance(error, ScanError):
+                result = {"state": REFUSED, "reason": str(error)}
+            else:
+                result = {"state": FAILED, "reason": f"{type(error).__name__}; where it came from is in the node's log"}
         finally:
-            self.state.clear_work()
+            with contextlib.suppress(OSError):        # of a machine that fails: before the next series, or at the end
+                self.state.clear_work()
         if result is None:
             self._no_room.discard(series_id)
             return
@@ -312,8 +324,8 @@ class Node:
             folder = self.state.clear_work() / series_id
             folder.mkdir()
             try:
-                for number, instance in enumerate(row["instances"]):
-                    self.orthanc.fetch(instance, folder / f"{number:05d}.dcm")
+                for instance in row["instances"]:
+                    self.orthanc.fetch(instance, folder / f"{instance}.dcm")       # the name that a reason gives
                 return folder, row
             except OrthancRefused as error:
                 if error.status != 404:

@@ -18,6 +18,7 @@ BASE = re.compile('[!"$->@-~]+')                       # of a URL's characters, 
 STORED = ("Success", "AlreadyStored")
 TIMEOUT_S = 30.0
 FILTERED = "; let the server's ReceivedInstanceFilter take SR, SEG, KO and OT from this node"
+TOO_LARGE = "; let the proxy before Orthanc take larger bodies (nginx: client_max_body_size)"
 SERIES = {"ID": str, "MainDicomTags": dict, "Instances": list, "ParentStudy": str, "IsStable": bool,
           "LastUpdate": str}
 
@@ -194,7 +195,8 @@ class Orthanc:
                 if error.code == 404 and path != "/system" and self._was_there:
                     self.system()                     # a proxy's 404 before a server that is away deletes nothing
                 if error.code < 500 and error.code not in (408, 429):
-                    raise OrthancRefused(f"{self.url}{path}: {error.code} {error.reason}", error.code) from error
+                    raise OrthancRefused(f"{self.url}{path}: {error.code} {error.reason}"
+                                         + TOO_LARGE * (error.code == 413), error.code) from error
                 raise OrthancAway(f"{self.url}{path}: {error.code} {error.reason}") from error
         except (OSError, HTTPException) as error:                        # URLError and time-outs are OSErrors
             reason = getattr(error, "reason", None) or error

@@ -135,8 +135,9 @@ class State:
         self.advance(self.sequence)
 
     def clear_work(self) -> Path:
-        """An empty work folder."""
-        shutil.rmtree(self.work, ignore_errors=True)
+        """An empty work folder. Raises OSError where it cannot be emptied."""
+        if self.work.exists():
+            shutil.rmtree(self.work)
         self.work.mkdir(mode=0o700)
         return self.work
 

@@ -141,7 +141,7 @@ class Archive(FakeOrthanc):
     def series(self, series_id):
         if series_id not in self.files:
             raise OrthancRefused("gone", 404)
-        instances = [f"{series_id}/{number}" for number in range(len(self.files[series_id]))]
+        instances = [f"{series_id}.{number}" for number in range(len(self.files[series_id]))]
         self.turned_down("series", series_id)
         return super().series(series_id) | {"Instances": instances, "IsStable": series_id not in self.unstable,
                                             "ParentStudy": self.parents.get(series_id, "s")}
@@ -166,7 +166,7 @@ class Archive(FakeOrthanc):
     def fetch(self, instance_id, path):
         self.fetched.append(instance_id)
         self.turned_down("fetch", instance_id)
-        series_id, number = instance_id.split("/")
+        series_id, number = instance_id.split(".")
         shutil.copy(self.files[series_id][int(number)], path)
 
     def store(self, path):

@@ -13,8 +13,8 @@ APART = {"healthygan", "demos", "benchmarks", "recipes", "examples"}         # f
 MAY_IMPORT = {                                                   # besides itself
     "op": set(),
     "common": set(),
-    "ct": {"common.files", "common.machine", "common.pictures", "common.stopping", "common.version",
-           "common.wording", "op.threads"},
+    "ct": {"common.files", "common.machine", "common.pictures", "common.stopping", "common.time_zone",
+           "common.version", "common.wording", "op.threads"},
     "evaluation": {"common.files", "common.pictures", "common.wording"},
     "distributed": set(),
     "config": set(),
@@ -24,7 +24,7 @@ MAY_IMPORT = {                                                   # besides itsel
             "detect.perceptual", "detect.inpainting", "detect.painter", "detect.inversion", "detect.reader"},
     "detect": {"op", "model", "common", "ct", "dataset", "distributed", "config"},
     "bundling": {"common", "ct.settings", "dataset", "detect", "distributed", "gan", "model"},
-    "pacs": {"op", "common.files", "common.stopping", "ct", "detect", "distributed"},
+    "pacs": {"op", "common.files", "common.stopping", "common.time_zone", "ct", "detect", "distributed"},
     "healthygan": {"op", "common", "ct", "gan", "dataset", "distributed", "config", "evaluation",
                    "detect.reconstruct"},
 }

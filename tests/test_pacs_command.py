@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from zoneinfo import available_timezones
@@ -126,21 +127,15 @@ def test_the_example_of_an_environment_holds_values_alone():
     assert not any(re.search(r"\s", value) for value in values.values()) and values["TZ"] in available_timezones()
 
 
-@pytest.mark.parametrize("zone, known", [
-    ("Here/Town", True), (":Here/Town", True), ("", True), ("UTC", True), ("{}/Here/Town", True),
-    ("KST-9", True), ("<+09>-9", True), ("KST-9 of the dates", False), ("KST", False),
-    ("Here/Town        of the dates", False), ("Here", False), ("Here/Village", False), ("{}/Here/Village", False)])
-def test_a_time_zone_that_the_machine_does_not_know_is_refused(tmp_path, monkeypatch, zone, known, capsys):
-    """The C library takes UTC for it without a word."""
-    (tmp_path / "Here").mkdir()
-    (tmp_path / "Here" / "Town").touch()
-    monkeypatch.setattr("pacs.__main__.TZPATH", ("/nowhere", str(tmp_path)))
-    monkeypatch.setenv("TZ", zone.format(tmp_path))
-    asked = ["--model", str(tmp_path / "none"), "--orthanc", "http://fake", "--state", str(tmp_path / "s")]
-    assert main(asked) == 2                               # for want of a model, at the latest
-    told = capsys.readouterr().err
-    assert ("none: no such folder" if known else "error: TZ=") in told
-    assert known != ("such as Asia/Seoul with nothing behind it" in told)
+def test_the_first_line_tells_the_offset_of_the_dates(tmp_path, monkeypatch, default_signals, capsys):
+    monkeypatch.setenv("TZ", "<+0545>-5:45")
+    time.tzset()
+    try:
+        main(of_stub(monkeypatch, tmp_path, Archive(tmp_path, S1), lambda scan: os.kill(os.getpid(), signal.SIGTERM)))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert "/ (projects on cpu, dates results +05:45)\n" in capsys.readouterr().out
 
 
 def of_stub(monkeypatch, folder, archive, run=at_once):
@@ -182,7 +177,8 @@ def test_a_signal_ends_the_node_after_the_series_in_work(tmp_path, monkeypatch, 
             super().set()
     monkeypatch.setattr("pacs.node.threading", SimpleNamespace(Event=Event))
     assert main(of_stub(monkeypatch, tmp_path, archive, run)) == code
-    assert re.search(r"^worklist: http://127\.0\.0\.1:\d+/ \(projects on cpu\)$", capsys.readouterr().out, re.M)
+    assert re.search(r"^worklist: http://127\.0\.0\.1:\d+/ \(projects on cpu, dates results [+-]\d\d:\d\d\)$",
+                     capsys.readouterr().out, re.M)
     node = archive_node(tmp_path, archive)
     assert states(node) == {S1: "done", S2: "waiting"} and archive.uids() == set(node.state.rows[S1]["objects"])
 

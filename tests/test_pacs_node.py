@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import pkgutil
 import time
 from threading import Thread
 
 import pytest
 import torch
 
+from ct.scan import ScanError
 from pacs.orthanc import OrthancAway, OrthancRefused
 from pacs.server import page
 from pacs.state import State, StateError
@@ -23,6 +25,7 @@ from tests.pacs_archive import (
     at_once,
     dashed,
     log_of,
+    more_images,
     one_answers_500,
     states,
     wait_for,
@@ -53,7 +56,8 @@ def test_a_damaged_image_is_the_reason_of_its_series(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     node = archive_node(tmp_path, archive)
     node.step()
-    assert states(node) == {S1: "refused"} and "00002.dcm: not a DICOM image" in node.state.rows[S1]["reason"]
+    assert states(node) == {S1: "refused"}
+    assert f"{S1}.2.dcm: not a DICOM image" in node.state.rows[S1]["reason"]         # Orthanc's id of the instance
 
 
 def test_an_image_that_is_named_but_not_there_is_tried_again_and_fails_in_the_end(tmp_path, monkeypatch):
@@ -61,7 +65,7 @@ def test_an_image_that_is_named_but_not_there_is_tried_again_and_fails_in_the_en
     monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
 
     def turned_down(verb, what):
-        if verb == "fetch" and what == f"{S1}/2":
+        if verb == "fetch" and what == f"{S1}.2":
             raise OrthancRefused(f"http://fake/{what}: 404 Not Found", 404)
     archive.turned_down = turned_down
     node = archive_node(tmp_path, archive)
@@ -72,12 +76,12 @@ def test_an_image_that_is_named_but_not_there_is_tried_again_and_fails_in_the_en
 
 def test_a_series_that_orthanc_does_not_serve_lets_the_others_go_first_and_fails_in_the_end(tmp_path, monkeypatch):
     archive = Archive(tmp_path, S1, S2, S3)
-    one_answers_500(archive, f"{S1}/2")
+    one_answers_500(archive, f"{S1}.2")
     monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
     node = archive_node(tmp_path, archive, queue=3)
     node.step()
     assert states(node) == dict.fromkeys((S1, S2, S3), "waiting") and node.state.waiting() == [S2, S3, S1]
-    assert f"try 1 failed, another will follow: http://fake/{S1}/2: 500" in page(node, "http://fake")
+    assert f"try 1 failed, another will follow: http://fake/{S1}.2: 500" in page(node, "http://fake")
     archive.files[S4] = archive.files[S3]
     archive.log = log_of(S1, S2, S3, S4)
     node.log.follow()
@@ -87,8 +91,8 @@ def test_a_series_that_orthanc_does_not_serve_lets_the_others_go_first_and_fails
     while again.step():
         pass
     assert states(again) == {S1: "failed", S2: "done", S3: "done", S4: "done"}
-    assert again.state.rows[S1]["reason"] == f"given up after 5 tries: http://fake/{S1}/2: 500 Internal Server Error"
-    assert archive.fetched.count(f"{S1}/2") == 5 and again.metrics.put_back == 3
+    assert again.state.rows[S1]["reason"] == f"given up after 5 tries: http://fake/{S1}.2: 500 Internal Server Error"
+    assert archive.fetched.count(f"{S1}.2") == 5 and again.metrics.put_back == 3
     assert "cn_stylegan_put_back_total 3" in again.metrics.text(0)
 
 
@@ -98,7 +102,7 @@ def test_a_series_is_not_failed_for_a_storage_that_serves_none(tmp_path, monkeyp
     node = archive_node(tmp_path, archive)
     for _ in range(3):
         node.step()
-    assert archive.fetched == [f"{S1}/0", f"{S2}/0"]                       # a pause before each further try
+    assert archive.fetched == [f"{S1}.0", f"{S2}.0"]                       # a pause before each further try
     monkeypatch.setattr("pacs.node.time.monotonic", lambda: 1e12)
     monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
     for _ in range(18):
@@ -110,11 +114,18 @@ def test_a_series_is_not_failed_for_a_storage_that_serves_none(tmp_path, monkeyp
     assert states(node) == {S1: "done", S2: "done"} and not node.state.rows[S1].get("reason")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   torch.AcceleratorError("CUDA error: unspecified launch failure")])
+MACHINE = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory"),
+           torch.AcceleratorError("CUDA error: unspecified launch failure"), RuntimeError("can't start new thread"),
+           RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+           RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), "torch.empty"]
+
+
+@pytest.mark.parametrize("error", MACHINE, ids=str)
 def test_a_gpu_that_fails_costs_no_series(tmp_path, monkeypatch, error):
     """Each that came was failed for good, until somebody looked at the page."""
     def broken(scan):
+        if error == "torch.empty":
+            torch.empty(10**15)                                      # bytes x 4: more than any address space
         raise error
     archive = Archive(tmp_path, S1, S2)
     monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
@@ -122,11 +133,113 @@ def test_a_gpu_that_fails_costs_no_series(tmp_path, monkeypatch, error):
     for _ in range(14):
         node.step()
     assert states(node) == {S1: "waiting", S2: "waiting"} and node.metrics.put_back == 14
-    assert f"another will follow: {type(error).__name__}: memory or GPU" in page(node, "http://fake")
+    name = "RuntimeError" if error == "torch.empty" else type(error).__name__
+    assert f"another will follow: {name}: memory, GPU, open files" in page(node, "http://fake")
     node.project = at_once                                           # mended
     while node.step():
         pass
     assert states(node) == {S1: "done", S2: "done"}
+
+
+@pytest.mark.parametrize("name, number, error", [
+    ("ct.dicom_header._read_tags", 0, MemoryError()),                             # when the series is searched
+    ("ct.dicom_header._read_tags", 0, OSError(errno.ENOMEM, "Cannot allocate memory")),
+    ("ct.dicom_header._read_tags", 3, OSError(errno.EIO, "Input/output error")),  # of the last image
+    ("os.scandir", 0, OSError(errno.EMFILE, "Too many open files")),              # of the work folder, to clear it
+    ("os.scandir", 2, OSError(errno.EMFILE, "Too many open files")),              # of the series' folder
+    ("ct.dicom_header._read_tags", 4, MemoryError()),                             # when it is read
+    ("ct.dicom_pixels.open_dicom", 0, MemoryError()),
+    ("ct.dicom_pixels.open_dicom", 0, OSError(errno.EIO, "Input/output error")),
+    ("pathlib.Path.write_bytes", 0, OSError(errno.EMFILE, "Too many open files"))])
+def test_a_machine_that_fails_while_a_series_is_fetched_or_read_costs_none(tmp_path, monkeypatch, name, number, error):
+    """It was refused, as a file that is no DICOM. number: of calls that go well, of a series of 4 images."""
+    archive = Archive(tmp_path, S1)
+    monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
+    archive.fetch = lambda instance, path: path.write_bytes(archive.files[S1][int(instance[-1])].read_bytes())
+    node = archive_node(tmp_path, archive)
+    node.log.follow()
+    (node.state.work / "left").touch()
+    target, _, attribute = name.rpartition(".")
+    own, calls = pkgutil.resolve_name(name), []
+
+    def short_of_it(*args, **how):
+        calls.append(args)
+        if len(calls) > number:
+            raise error
+        return own(*args, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(pkgutil.resolve_name(target), attribute, short_of_it)
+        node.do(S1)
+    row = node.state.rows[S1]
+    assert len(calls) > number and (row["state"], row["tries"]) == ("waiting", 1)
+    assert "a disk of" in row["reason"] and "SECRET" not in row["reason"]
+    node.step()
+    assert states(node) == {S1: "done"}
+
+
+def test_a_series_that_breaks_the_node_is_failed_at_once(tmp_path):
+    """What is no fault of the machine is tried once, whatever its kind."""
+    errors = {S1: RuntimeError("broken"), S2: OSError(errno.EINVAL, "Invalid argument"), S3: ScanError("no head")}
+    left = list(errors.values())
+
+    def broken(scan):
+        raise left.pop(0)
+    node = archive_node(tmp_path, Archive(tmp_path, *errors), broken)
+    for _ in errors:
+        node.step()
+    assert states(node) == {S1: "failed", S2: "failed", S3: "refused"} and node.metrics.put_back == 0
+
+
+def test_a_late_image_while_memory_fails_takes_no_results_back(tmp_path, monkeypatch):
+    archive = Archive(tmp_path, S1, slices=6)
+    monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
+    node = archive_node(tmp_path, archive)
+    node.step()
+    stored = archive.uids()
+    more_images(archive, tmp_path, S1)
+    node.project = lambda scan: torch.empty(10**15)
+    for _ in range(7):
+        node.step()
+    assert states(node) == {S1: "waiting"} and archive.uids() == stored and len(stored) == 7
+    node.project = at_once                                           # mended
+    node.step()
+    assert states(node) == {S1: "done"} and len(archive.uids()) == 7 and not archive.uids() & stored
+
+
+def test_a_proxy_that_takes_no_result_fails_no_series(tmp_path, monkeypatch):
+    """nginx takes 1 MB: every series was failed at its first try, and earlier results were taken back."""
+    archive = Archive(tmp_path, S1, S2)
+    monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
+    node = archive_node(tmp_path, archive)
+
+    def turned_down(verb, what):
+        if verb == "store" and what == "map.dcm":
+            raise OrthancRefused("http://fake/instances: 413 Request Entity Too Large", 413)
+    archive.turned_down = turned_down
+    for _ in range(14):
+        node.step()
+    assert states(node) == {S1: "waiting", S2: "waiting"} and node.metrics.put_back == 14
+    archive.turned_down = lambda *_: None                            # mended
+    while node.step():
+        pass
+    assert states(node) == {S1: "done", S2: "done"}
+
+
+def test_one_series_whose_result_is_not_taken_fails_after_five_tries(tmp_path, monkeypatch):
+    archive = Archive(tmp_path, S1, S2)
+    monkeypatch.setattr("pacs.node.RETRY_S", (0, 0))
+    node = archive_node(tmp_path, archive)
+
+    def turned_down(verb, what):
+        if verb == "store" and node.in_work == S1:
+            raise OrthancRefused("http://fake/instances: 413 Request Entity Too Large", 413)
+    archive.turned_down = turned_down
+    while node.step():
+        pass
+    assert states(node) == {S1: "failed", S2: "done"} and node.metrics.put_back == 4
+    assert node.state.rows[S1]["reason"] == ("given up after 5 tries: http://fake/instances: 413 Request Entity Too "
+                                             "Large")
+    assert archive.uids() == set(node.state.rows[S2]["objects"])
 
 
 def test_orthanc_away_as_a_whole_is_no_try_of_a_series(tmp_path):

@@ -165,6 +165,14 @@ def test_a_url_with_a_password_is_refused_without_repeating_it():
         Orthanc("127.0.0.1:8042")
 
 
+def test_a_body_that_a_proxy_does_not_take_names_the_proxys_setting(tmp_path, answering):
+    (tmp_path / "map.dcm").write_bytes(b"x")
+    for answering.status, mend in ((413, True), (400, False)):
+        with pytest.raises(OrthancRefused, match=f"/instances: {answering.status}") as error:
+            Orthanc(answering.url).store(tmp_path / "map.dcm")
+        assert not error.value.for_all and ("nginx: client_max_body_size" in str(error.value)) == mend
+
+
 @pytest.mark.parametrize("status", ["FilteredOut", "Failure", "StorageFull"])
 def test_what_orthanc_answers_that_it_has_not_stored_is_not_stored(tmp_path, answering, status):
     answering.body = json.dumps({"ID": S1, "ParentStudy": S2, "Status": status}).encode()

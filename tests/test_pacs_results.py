@@ -38,7 +38,7 @@ def test_an_image_that_was_deleted_before_it_was_read_does_not_take_its_series_a
     node.log.follow()
     assert node.state.rows[S1]["images"] == 7
     archive.files[S1].pop()                                          # one is deleted while its series waits
-    gone = f"{S1}/6"
+    gone = f"{S1}.6"
 
     def turned_down(verb, what):
         if verb == "fetch" and what == gone:
@@ -129,7 +129,7 @@ def test_images_deleted_while_their_series_is_in_work_take_its_results_along(tmp
     row = node.state.rows[S1]
     assert row["state"] == "waiting" and "1 of its images were deleted while it was in work" in row["reason"]
     assert not archive.stored
-    gone = f"{S1}/5"
+    gone = f"{S1}.5"
 
     def turned_down(verb, what):
         if verb == "fetch" and what == gone:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from common.results import BY_HASH
+from ct import dicom_header
 from ct.read import FORMATS, RESERVED, Format, find_all, find_scans, read_scan
 from ct.scan import Found, Scan, ScanError
 from detect.folder import PARTS
@@ -586,6 +587,25 @@ def test_ids_by_uid_are_the_same_whatever_the_inputs(tmp_path):
     assert sorted(source.scan_id for source in find_all([tmp_path], ids="uid")) == ids
     with pytest.raises(ScanError, match=f"^{', '.join(ids)}: found more than once; leave one out"):
         find_all([tmp_path, tmp_path / "a", tmp_path / "b"], ids="uid")
+
+
+@pytest.mark.parametrize("error, why", [(MemoryError(), "MemoryError"),
+                                        (OSError(errno.EIO, "Input/output error", "/Doe"), "Input/output error")])
+def test_a_machine_that_fails_for_a_header_costs_its_scan_alone(tmp_path, monkeypatch, error, why):
+    """And the reason says so: it was that of a damaged file, 'cannot be read as DICOM'."""
+    write_dicom_series(tmp_path / "head", CT)
+    write_dicom_series(tmp_path / "other", CT, study="other", series="other")
+    own = dicom_header._read_tags
+
+    def short_of_it(path):
+        if path.parent.name == "other":
+            raise error
+        return own(path)
+    monkeypatch.setattr(dicom_header, "_read_tags", short_of_it)
+    head, other = find_all([tmp_path])
+    assert head.scan_id == "head" and read_scan(head).hu.shape == CT.shape
+    assert other.error == (f"000.dcm: cannot be read ({why}): memory, open files or a disk of this machine failed; try "
+                           "again; and 3 more in this folder")
 
 
 def test_ids_by_uid_hang_on_all_that_is_in_a_file(tmp_path):

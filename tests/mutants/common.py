@@ -16,6 +16,8 @@ MUTANTS = (
     Mutant("a folder that is not replaced is lost", "common/files.py",
            "if old.exists() and not path.exists():", "if False:",
            "tests/test_files.py -k breaks_off"),
+    Mutant("UTC+9 is taken for the time of Seoul", "common/time_zone.py",
+           ".upper() in REVERSED and", ".upper() in () and", "tests/test_time_zone.py -k westward"),
     Mutant("SIGTERM ends a process on the spot", "common/stopping.py",
            "signal.signal(number, end)", "pass", "tests/test_stopping.py -k raises"),
     Mutant("a second SIGTERM breaks off the cleaning up", "common/stopping.py",

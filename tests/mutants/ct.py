@@ -9,6 +9,8 @@ MUTANTS = (
     Mutant("a broken header's value in the reason", "ct/dicom_header.py",
            "cannot be read as DICOM ({type(error).__name__})", "cannot be read as DICOM ({error})",
            "tests/test_patient_data.py"),
+    Mutant("a header read while memory fails is a damaged file", "ct/dicom_header.py",
+           "{MACHINE_FAILED * is_of_machine(error)}", "", "tests/test_pacs_node.py -k fetched_or_read"),
     Mutant("how a lossy source was compressed is lost", "ct/derived.py",
            '"LossyImageCompression", "LossyImageCompressionRatio",', '"LossyImageCompression",',
            "tests/test_dicom_frames.py -k ratio_and_method"),

@@ -1,6 +1,8 @@
 from mutants.mutant import Mutant
 
 MUTANTS = (
+    Mutant("projector.py dates DICOM in UTC for a time zone that is mistyped", "projector.py",
+           "            check_time_zone()\n", "            pass\n", "tests/test_time_zone.py -k projector"),
     Mutant("a database that does not count loose slices is another", "dataset.py",
            '{"loose": 0, **facts', "{**facts", "tests/test_dataset.py -k as_many_scans"),
     Mutant("training scans calibrate where as many others are held out", "dataset.py",
