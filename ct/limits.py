@@ -25,7 +25,7 @@ def check_size(name: str, slices: int, rows: int, columns: int) -> None:
     if needed > free:
         raise ScanError(f"{name}: {slices} slices of {rows} x {columns} pixels take {needed / 1e9:.1f} GB to read, "
                         f"{free / 1e9:.1f} GB of memory are free; crop or downsample the scan, or use a machine with "
-                        "more memory")
+                        "more memory") from MemoryError()           # a node may have more later
 
 
 def check_ratio(name: str, unpacked: int, packed: int) -> None:

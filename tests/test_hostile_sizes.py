@@ -25,7 +25,7 @@ from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
 
-from ct import decoder_process
+from ct import decoder_process, limits
 from ct.dicom_header import read_header
 from ct.read import find_scans, read_scan
 from ct.scan import ScanError
@@ -265,7 +265,7 @@ def fresh_decoder(monkeypatch):
 BREAKING = """
 import os, signal, time
 from importlib import import_module
-from ct import decoder_process
+from ct import decoder_process, limits
 module = import_module(decoder_process.TASKS["{task}"])
 decode = module.decode
 def breaking(path):
@@ -324,3 +324,14 @@ def test_a_deflated_scan_is_read(tmp_path):
     source, = find_scans(tmp_path)
     with pytest.raises(ScanError, match="cannot be read as DICOM"):
         read_scan(source)
+
+
+def test_what_another_hour_may_have_memory_for_is_told_from_what_is_wrong(monkeypatch):
+    """A node tries the first again (pacs.node.machine_failure)."""
+    monkeypatch.setattr(limits, "free_memory", lambda: 10**6)
+    with pytest.raises(ScanError, match="0.0 GB of memory are free") as caught:
+        limits.check_size("a.dcm", 30, 512, 512)
+    assert isinstance(caught.value.__cause__, MemoryError)
+    with pytest.raises(ScanError) as caught:
+        limits.check_size("a.dcm", 30, 5000, 512)
+    assert caught.value.__cause__ is None
