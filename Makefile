@@ -5,7 +5,7 @@
 # make test-lowest  the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # make audit   known vulnerabilities of the lock (asks the index it was resolved from), and every licence
 # make demo    build .venv, make phantoms, project them with the shipped model, write demos/out/report.html
-# make bench   speed and memory of every job against the plain reference path, on this machine
+# make bench   speed and memory of every job against the plain reference path, on this machine: runs/bench/speed.json
 # make bench-gpu  on a GPU: the kernels checked, then the GPU rows of the table, each in under ten minutes
 # make lock    resolve pyproject.toml into requirements.lock again
 # make clean   remove .venv and caches; runs, results and models stay
@@ -51,7 +51,7 @@ demo: venv
 	$(BIN)/python demos/demo.py
 
 bench: venv
-	$(BIN)/python -m benchmarks.speed --out benchmarks/speed.json
+	$(BIN)/python -m benchmarks.speed --out runs/bench/speed.json
 
 bench-gpu: venv
 	sh benchmarks/gpu_session.sh check

@@ -42,7 +42,7 @@ NOISE = EncoderConfig(epochs=20, perceptual_epochs=20, lr=5e-5, lr_trunk=1e-3, l
                       coarse=0.8, workers=0)
 PRESETS = {
     "paper512": EncoderConfig(),
-    # For a GPU: models/head-256, six minutes of a shared H200, but without gated
+    # For a GPU: models/head-256, five minutes of a shared H200, but without gated
     "ct256": replace(RECOMMENDED, epochs=51, perceptual_epochs=33, batch=64, encoder_width=0.75, snapshot_epochs=10,
                      workers=8),
     "ct128": replace(RECOMMENDED, workers=0),

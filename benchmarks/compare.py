@@ -38,7 +38,7 @@ from ct.scan import Scan
 from ct.standardise import standardise
 from dataset import SliceDataset, is_same
 from detect import normative
-from detect.bundle import load_bundle, read_bundle_meta
+from detect.bundle import absent_files, load_bundle, published_settings, read_bundle_meta, read_settings
 from detect.calibration import Fold, calibrate
 from detect.fitted import Fitted
 from detect.measure import Measure
@@ -157,10 +157,21 @@ def fitted(kinds: list[str], data: SliceDataset, folder: Path, device: torch.dev
             baseline = baselines.KINDS[kind](device=device)
             baseline.fit(data)
             baseline.save(path)
-        found[kind] = baselines.load(path, device)
-        if key := data.unlike(found[kind].trained_on):
-            raise ValueError(f"{path}: fitted to another database than {data.path} (another {key}); remove the file")
+        found[kind] = fitted_before(path, data, device)
     return found
+
+
+def fitted_before(path: Path, data: SliceDataset, device: torch.device) -> Fitted:
+    """A baseline from its file. ValueError for one of other data."""
+    baseline = baselines.load(path, device)
+    if key := data.unlike(baseline.trained_on):
+        raise ValueError(f"{path}: fitted to another database than {data.path} (another {key}); remove the file")
+    return baseline
+
+
+def fits_of(args: argparse.Namespace) -> Path:
+    """The folder of the baselines' files."""
+    return args.fits or args.out / "baselines"
 
 
 def calibrated(baseline: Fitted, held_out: SliceDataset, settings: Settings) -> Method:
@@ -185,7 +196,7 @@ def beside(path: Path, settings: Settings, preprocessing: PreprocessSettings,
     """Another model bundle as a method, with its own calibration, and the hash of its weights.
 
     settings, preprocessing: of our projection. Its surprises are counted and pooled as ours are, and it gets its own
-    HU range of the same slices. ValueError where its calibration does not allow that.
+    HU range of the same slices. ValueError where its calibration does not allow that, or there is none.
     """
     bundle = load_bundle(path, device)
     own, ours = bundle.settings.scoring, settings.scoring
@@ -193,12 +204,18 @@ def beside(path: Path, settings: Settings, preprocessing: PreprocessSettings,
             getattr(own, name) != getattr(ours, name) for name in ("median_at_512", "filter") if hasattr(ours, name)):
         raise ValueError(f"--beside {path}: is calibrated for other residuals (measure, filter, median) than --model; "
                          "calibrate it with the same (latent_stats.py --encoder)")
+    if bundle.preprocessing is None:
+        raise ValueError(f"--beside {path}: does not tell how its slices were prepared, as an imported bundle; "
+                         "calibrate it (latent_stats.py --encoder)")
     frames = [replace(one, standardise=replace(one.standardise, hu_clip=None, bone_apart=False))
               for one in (bundle.preprocessing, preprocessing)]
     if frames[0] != frames[1]:
         raise ValueError(f"--beside {path}: takes slices of another size or frame than --model")
     bundle = bundle.with_settings(replace(bundle.settings, scoring=ours, mask=settings.mask))
-    bundle.measure.check()
+    try:
+        bundle.measure.check()
+    except ValueError as error:
+        raise ValueError(f"--beside {path}: {error}") from error
 
     def score_scan(pre: Preprocessed) -> ScoredScan:
         seen = standardise(pre.slabs.scan, pre.brain, bundle.preprocessing.standardise)
@@ -215,7 +232,8 @@ def open_database(path: Path, flag: str, args: argparse.Namespace) -> SliceDatas
     All that can be wrong with the methods is found here, before hours of work. args: of add_arguments.
     """
     data = SliceDataset(path, "train" if args.baselines else "all")
-    refuse_other_data(read_bundle_meta(args.model)[0], args.model, data, flag)
+    meta, _ = read_bundle_meta(args.model)
+    refuse_other_data(meta, args.model, data, flag)
     held_out = data.manifest["counts"]["val"]["scans"]
     if args.baselines and held_out < normative.MIN_SCANS:
         raise ValueError(f"{flag} {path}: holds {held_out} held-out scans, but calibrating the baselines "
@@ -225,8 +243,15 @@ def open_database(path: Path, flag: str, args: argparse.Namespace) -> SliceDatas
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--beside: {', '.join(twice)} is the name of two methods; give the folder another name, "
                          "and any other method once")
-    for bundle in args.beside:
-        read_bundle_meta(bundle)
+    settings, cpu = read_settings(args.model, meta), torch.device("cpu")
+    if "published" in getattr(args, "rows", ()) and (absent := absent_files(meta, published_settings(meta, settings))):
+        raise ValueError(f"--rows published: --model {args.model} holds no search (it lacks {', '.join(absent)}); give "
+                         "a bundle that does, or leave the row out")
+    for kind in args.baselines:
+        if (fit := fits_of(args) / f"{kind}.safetensors").is_file():
+            fitted_before(fit, data, cpu)
+    for bundle in args.beside:                   # what make_methods() will do, with what run.json will say of ours
+        beside(bundle, settings, PreprocessSettings.from_json(meta["preprocessing"]), cpu)
     return data
 
 
@@ -235,7 +260,7 @@ def make_methods(args: argparse.Namespace, data: SliceDataset, run: dict) -> tup
 
     data: of open_database(). run: the run.json of our projection, whose settings of the surprise all share.
     """
-    device, folder = distributed.pick_device(args.device), args.fits or args.out / "baselines"
+    device, folder = distributed.pick_device(args.device), fits_of(args)
     found: dict[str, Method] = {}
     settings, preprocessing = Settings.from_json(run["settings"]), PreprocessSettings.from_json(run["preprocessing"])
     made_from = []

@@ -9,7 +9,8 @@ where it was stopped.
 
 Nothing is chosen on the scans that are reported on:
   ours        projector.py with the settings of the bundle, and its own scan score
-  published   with --rows published: projector.py --preset published, minutes per scan on a CPU; its own score, by votes
+  published   with --rows published: projector.py --preset published, minutes per scan on a CPU; its own score, by
+              votes; for bundles that hold a search (heads-128, phantom-128)
   baselines   fitted to the training split of --database, calibrated on the scans it holds out, scored as ours
   --beside    further bundles, with their own calibration, scored as ours
 All get the same brain masks. Intervals and tests go by patient (the scan where no patient is given): DeLong's, for
@@ -352,7 +353,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="of scans.csv, one or more, reported on together (default test)")
     others = [row for row in ROWS if row != OURS]
     parser.add_argument("--rows", nargs="*", choices=others, default=[], metavar="ROW",
-                        help=f"of ours besides the bundle's own settings: {', '.join(others)} (default none)")
+                        help=f"of ours besides the bundle's own settings: {', '.join(others)}, for bundles that hold "
+                             "a search: heads-128, phantom-128 (default none)")
     return parser.parse_args(argv)
 
 

@@ -24,7 +24,6 @@ from multiprocessing.connection import Connection
 
 import torch
 
-import distributed
 import train
 from benchmarks import new_file
 from benchmarks.measure import LOG, Row, machine, table
@@ -178,10 +177,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--repeats must be at least 1, got {args.repeats}")
     if not args.limit_s > 0:
         parser.error(f"--limit-s must be above 0, got {args.limit_s:g}")
-    try:
-        device = distributed.pick_device("cuda")
-    except ValueError as error:
-        parser.error(str(error))
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU, and found none that PyTorch can use (nvidia-smi must list one, and torch be a CUDA "
+                     "build); python -m benchmarks.speed measures the rows of the CPU")
+    device = torch.device("cuda", 0)
     facts = machine(device)
 
     def save(rows):

@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed                                   # all rows this machine can measure
     python -m benchmarks.speed --only generator,median --repeats 7
-    python -m benchmarks.speed --only paper512,ct256 --out benchmarks/gpu.json
+    python -m benchmarks.speed --only paper512,ct256 --out runs/bench/gpu.json
 
 Figures of a row come from one run in which reference and ours take turns; each is the median of --repeats. Rows that
 need a GPU are measured where there is one, and those in bf16 where the CPU computes in it (AMX). Elsewhere

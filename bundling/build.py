@@ -33,7 +33,7 @@ from common.files import no_folder
 from common.weights import CheckpointError, read_json, refuse_healthygan
 from common.wording import some
 from dataset import SliceDataset
-from detect.bundle import FORMAT_VERSION, Bundle, load_bundle, save_bundle
+from detect.bundle import FORMAT_VERSION, Bundle, files_of_method, load_bundle, save_bundle
 from detect.calibration import Fold, Trained, calibrate, check_held_out, open_file, threshold_of
 from detect.codes import fit_codes
 from detect.measure import MEASURES
@@ -145,17 +145,6 @@ def with_method(bundle: Bundle, settings: Settings) -> Bundle:
                               + (f"without {', '.join(absent)}" if absent else "made for that alone")
                               + "; leave the method as it is, or give what the training of the other has left as "
                                 "--encoder") from error
-
-
-def files_of_method(settings: Settings) -> list[str]:
-    """Names of the files that every bundle with these settings has its method's weights in."""
-    method = settings.method
-    parts = ["generator", "encoder"] if method in OF_ENCODER_RUNS else [method]
-    if method == "healthygan":
-        parts = ["generator"]
-    if method == "search":
-        parts += ["latent"] + ["discriminator"] * (settings.reconstruction.perceptual == "discriminator")
-    return [f"{part}.safetensors" for part in parts]
 
 
 def changed_settings(settings: Settings, changes: Sequence[str], batch: int | None = None) -> Settings:

@@ -45,6 +45,8 @@ from model import NETWORKS, Discriminator, Encoder, Generator
 
 FORMAT_VERSION = 2                             # the only one that is read
 BUNDLE_META = ("preprocessing", "calibration", "provenance")        # required; may be None
+FILES = {"inpainting": ("generator", "encoder"), "inversion": ("generator", "encoder"),      # others: one of their name
+         "search": ("generator", "encoder", "latent"), "healthygan": ("generator",)}
 
 
 @dataclass(frozen=True)
@@ -74,27 +76,48 @@ class Bundle:
         if settings.method == self.settings.method:
             reconstructor = self.reconstructor.with_settings(settings.reconstruction)
         else:
+            refused = (f"{self.folder}: is a model of method {self.settings.method} and does not hold what "
+                       f"{settings.method} needs; give one that does")
+            if absent := absent_files(self.meta, settings):
+                raise CheckpointError(f"{refused} (it lacks {', '.join(absent)})")
             try:
                 reconstructor = _load_method(self.folder, self.meta, settings, self.reconstructor.device)
             except CheckpointError as error:
-                raise CheckpointError(f"{self.folder}: is a model of method {self.settings.method} and does not hold "
-                                      f"what {settings.method} needs; give one that does ({error})") from error
+                raise CheckpointError(f"{refused} ({error})") from error
             reconstructor.set_precision(self.reconstructor.precision)
         fitted = MEASURES[settings.measure](settings.scoring, settings.mask, self.measure.normal)
         return replace(self, reconstructor=reconstructor, measure=fitted, settings=settings)
 
     def published(self) -> Settings:
-        """Settings of the published search and votes, whatever the bundle is calibrated for.
+        """Settings of the published search and votes, whatever the bundle is calibrated for."""
+        return published_settings(self.meta, self.settings)
 
-        The perceptual distance is the bundle's own if it is one of a search, else that of its encoder's training. So is
-        the rate on the noise maps, which hangs on how the generator holds them.
-        """
-        if self.settings.method == "search":
-            known = asdict(self.settings.reconstruction)
-        else:
-            known = ((self.meta["provenance"] or {}).get("encoder") or {}).get("config", {})
-        own = {name: known[name] for name in ("perceptual", "pixels", "knee", "lr_noise") if name in known}
-        return Settings("search", SearchSettings(predicted_noise=False, **own))
+
+def published_settings(meta: Mapping[str, Any], settings: Settings) -> Settings:
+    """Settings of the published search and votes for a bundle with this model.json and these settings.
+
+    The perceptual distance is the bundle's own if it is one of a search, else that of its encoder's training. So is
+    the rate on the noise maps, which hangs on how the generator holds them.
+    """
+    if settings.method == "search":
+        known = asdict(settings.reconstruction)
+    else:
+        known = ((meta["provenance"] or {}).get("encoder") or {}).get("config", {})
+    own = {name: known[name] for name in ("perceptual", "pixels", "knee", "lr_noise") if name in known}
+    return Settings("search", SearchSettings(predicted_noise=False, **own))
+
+
+def files_of_method(settings: Settings) -> list[str]:
+    """Names of the files that every bundle with these settings has its method's weights in."""
+    parts = FILES.get(settings.method, (settings.method,))
+    if settings.method == "search" and settings.reconstruction.perceptual == "discriminator":
+        parts = (*parts, "discriminator")
+    return [f"{part}.safetensors" for part in parts]
+
+
+def absent_files(meta: Mapping[str, Any], settings: Settings) -> list[str]:
+    """Those of files_of_method() that a bundle with this model.json does not hold."""
+    return [name for name in files_of_method(settings) if name not in meta["files"]]
 
 
 def versions() -> dict[str, Any]:
@@ -178,6 +201,14 @@ def read_bundle_meta(folder: str | Path) -> tuple[dict[str, Any], str]:
     return content, hashlib.sha256(listing.encode()).hexdigest()
 
 
+def read_settings(folder: Path, meta: Mapping[str, Any]) -> Settings:
+    """The settings in the model.json of a bundle. Raises CheckpointError for those of another version."""
+    try:
+        return Settings.from_json(meta["settings"])
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'model.json'}: {error}: run latent_stats.py again") from error
+
+
 def load_bundle(folder: str | Path, device: torch.device | str = "cpu", precision: str = "auto") -> Bundle:
     """Read a model bundle onto a device. Raises CheckpointError naming the file and the fix.
 
@@ -185,10 +216,7 @@ def load_bundle(folder: str | Path, device: torch.device | str = "cpu", precisio
     """
     folder, device = Path(folder), torch.device(device)
     meta, weights_hash = read_bundle_meta(folder)
-    try:
-        settings = Settings.from_json(meta["settings"])
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'model.json'}: {error}: run latent_stats.py again") from error
+    settings = read_settings(folder, meta)
     reconstructor = _load_method(folder, meta, settings, device)
     reconstructor.set_precision(distributed.pick_precision(precision, device))
     normal = _load_normal(folder / "normal.safetensors") if "normal.safetensors" in meta["files"] else None

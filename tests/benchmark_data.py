@@ -15,12 +15,14 @@ from ct.read import find_scans, read_scan
 from ct.standardise import StandardiseSettings
 from ct.write import write_nifti
 from dataset import ScanRecord, SliceDataset, SliceWriter
+from detect.bundle import files_of_method
 from detect.pca import PcaFit
 from detect.settings import Settings
 from tests.helpers import synthetic_scan
 from tests.writers import write_dicom_series, write_slice_folder
 
 SETTINGS = PreprocessSettings(StandardiseSettings(size=32, hu_clip=(-20.0, 100.0)), min_brain_fraction=0.01)
+OURS = Settings("search", measure="surprise")                     # of the stand-in's model
 FAILS = "broken"                # a scan of this name cannot be projected by the stand-in
 MM = (10.0, 3.6, 3.6)
 
@@ -90,9 +92,10 @@ def write_fits(folder: Path, database: Path) -> Path:
 
 
 def bundle_meta(database: Path):
-    """A stand-in for read_bundle_meta: a model that was trained on this database."""
-    facts = SliceDataset(database).facts()
-    return lambda folder: ({"provenance": {"data": facts}}, "0")
+    """A stand-in for read_bundle_meta: project()'s model, of a search, trained on this database."""
+    meta = {"provenance": {"data": SliceDataset(database).facts()}, "settings": OURS.to_json(),
+            "preprocessing": SETTINGS.to_json(), "files": dict.fromkeys(files_of_method(OURS))}
+    return lambda folder: (meta, "0")
 
 
 def project(scans: Path, model: Path, out: Path, device: str, flags=(), name: str = "") -> dict:
@@ -119,7 +122,7 @@ def project(scans: Path, model: Path, out: Path, device: str, flags=(), name: st
             writer.writeheader()
             writer.writerows(found)
     run = {"weights_sha256": "0", "model": {}, "versions": {}, "device": "cpu", "threads": 1,
-           "settings": Settings("search", measure="surprise").to_json(), "preprocessing": SETTINGS.to_json()}
+           "settings": OURS.to_json(), "preprocessing": SETTINGS.to_json()}
     return json.loads(json.dumps(run))
 
 

@@ -219,6 +219,13 @@ def test_the_autoencoder_refuses_slices_it_cannot_halve(data):
         Autoencoder(AutoencoderFit(width=8, depth=5)).fit(data)
 
 
+@pytest.mark.parametrize("width, groups", [(12, 1), (20, 2), (28, 1), (32, 4), (44, 1)])
+def test_any_width_has_groups_of_channels_alike(width, groups):
+    """28 ended in 'num_channels (28) must be divisible by num_groups (3)'."""
+    net = Autoencoder(AutoencoderFit(width=width, depth=1)).net
+    assert net.down[0][1].num_groups == groups and net(torch.zeros(1, 1, 8, 8)).shape == (1, 1, 8, 8)
+
+
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"noise_hu": -1.0}, {"seed": -1}])
 def test_settings_that_cannot_be_meant_name_their_flag(wrong):
     with pytest.raises(ValueError, match="--" + next(iter(wrong)).replace("_", "-")):

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import json
+import shutil
 import struct
 import sys
 import zipfile
@@ -21,6 +22,7 @@ from benchmarks import baselines, compare, ct_ich
 from benchmarks.ct_ich import Case
 from bundling.build import Target, build
 from common import files
+from common.weights import write_json
 from ct.frame import preprocess_scan
 from ct.standardise import StandardiseSettings
 from dataset import DatasetError, ScanRecord, SliceDataset, SliceWriter
@@ -34,6 +36,7 @@ from evaluation.cohort import InputError, Label
 from tests.benchmark_data import (
     FAILS,
     MM,
+    OURS,
     SETTINGS,
     head,
     prepared,
@@ -450,6 +453,69 @@ def test_too_few_held_out_scans_are_told_before_the_projection(data, slices32, t
     command = ["--data", str(data), "--database", str(slices32), "--model", "m", "--out", str(tmp_path)]
     assert ct_ich.main([*command, "--baselines", "pca"]) == 2
     assert "holds 1 held-out scans, but calibrating the baselines pca needs 3" in capsys.readouterr().err
+
+
+def refused(data, database, out, monkeypatch, capsys, *more: str) -> str:
+    """What ct_ich.py says as it ends with 2, before any scan was projected."""
+    monkeypatch.setattr(compare, "project", lambda *_: pytest.fail("projected"))
+    command = ["--data", str(data), "--database", str(database), "--model", "m", "--out", str(out), "--device", "cpu"]
+    assert ct_ich.main([*command, *more]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ours, told", [
+    ({"settings": dataclasses.replace(OURS, scoring=SurpriseSettings(filter="median")).to_json()},
+     "another: is calibrated for other residuals (measure, filter, median) than --model"),
+    ({"settings": Settings("search", measure="votes").to_json()}, "another: is calibrated for other residuals"),
+    ({"preprocessing": dataclasses.replace(SETTINGS, slab_mm=6.0).to_json()},
+     "another: takes slices of another size or frame than --model")], ids=["filter", "measure", "slabs"])
+def test_a_bundle_that_cannot_stand_beside_is_told_before_the_projection(ours, told, data, database, bundle, tmp_path,
+                                                                         monkeypatch, capsys):
+    """It was told after it, 25 minutes of 300 phantoms."""
+    stand_in(monkeypatch, database)
+    meta = compare.read_bundle_meta("m")[0] | ours
+    monkeypatch.setattr(compare, "read_bundle_meta", lambda folder: (meta, "0"))
+    assert told in refused(data, database, tmp_path, monkeypatch, capsys, "--baselines", "--beside", str(bundle))
+
+
+@pytest.mark.parametrize("lost, told", [
+    ("normal", "measure surprise: this model holds no statistics of healthy residuals"),
+    ("preprocessing", "does not tell how its slices were prepared, as an imported bundle; calibrate it")])
+def test_a_bundle_beside_that_lacks_what_scores_it_is_told_by_its_flag(lost, told, data, database, bundle, tmp_path,
+                                                                       monkeypatch, capsys):
+    """One that was imported ended with a traceback, after the projection."""
+    stand_in(monkeypatch, database)
+    folder = shutil.copytree(bundle, tmp_path / "bare")
+    meta = json.loads((folder / "model.json").read_text()) | {lost: None}
+    meta["files"].pop(f"{lost}.safetensors", None)
+    write_json(folder / "model.json", meta)
+    said = refused(data, database, tmp_path / "out", monkeypatch, capsys, "--baselines", "--beside", str(folder))
+    assert f"error: --beside {folder}: {told}" in said
+
+
+def test_a_model_without_a_search_has_no_published_row_and_that_is_told_before_the_projection(
+        data, database, tmp_path, monkeypatch, capsys):
+    """head-128 was projected first, and what it said was of a Python constructor."""
+    stand_in(monkeypatch, database)
+    meta = json.loads((compare.ROOT / "models" / "head-128" / "model.json").read_text())
+    meta["provenance"]["data"] = SliceDataset(database).facts()
+    monkeypatch.setattr(compare, "read_bundle_meta", lambda folder: (meta, "0"))
+    said = refused(data, database, tmp_path, monkeypatch, capsys, "--rows", "published")
+    assert "--rows published: --model m holds no search (it lacks latent.safetensors" in said and "__init__" not in said
+    monkeypatch.setattr(compare, "project", lambda *_: (_ for _ in ()).throw(ValueError("projected")))
+    command = ["--data", str(data), "--database", str(database), "--model", "m", "--out", str(tmp_path)]
+    assert ct_ich.main(command) == 2 and "error: projected" in capsys.readouterr().err         # its own row is
+
+
+def test_baselines_of_other_data_are_told_before_the_projection(data, database, slices32, tmp_path, monkeypatch,
+                                                                capsys):
+    stand_in(monkeypatch, database)
+    other = baselines.HuThresholds()
+    other.fit(SliceDataset(slices32))
+    (tmp_path / "baselines").mkdir()
+    other.save(tmp_path / "baselines" / "hu.safetensors")
+    said = refused(data, database, tmp_path, monkeypatch, capsys, "--baselines", "hu")
+    assert "hu.safetensors: fitted to another database than" in said and "remove the file" in said
 
 
 def test_two_methods_of_one_name_are_refused(data, database, bundle, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import types
 
@@ -25,6 +26,7 @@ from evaluation.cohort import read_volume
 from tests.helpers import synthetic_scan
 
 SETTINGS = PreprocessSettings(StandardiseSettings(size=32), min_brain_fraction=0.01)
+OURS_SETTINGS = Settings("search", measure="surprise")
 
 
 def measured(values, truth, slices=(0.0,), truth_mm2=None, shown=None, score=0.0, outside=0) -> dict:
@@ -175,11 +177,11 @@ def make_cohort(healthy, emergency, seed, folder, **_):
             write_nifti(folder / "masks" / f"{job.scan_id}.nii.gz", truth, scan)
 
 
-def project(folder, model, device):
+def project(folder, model, device, fails="healthy-0002"):
     """What projector.py writes, with HU thresholds in its place and one scan that fails."""
     ours, scans, slices = baselines.HuThresholds(), [], []
     for source in find_scans(folder / "scans"):
-        if source.scan_id == "healthy-0002":
+        if source.scan_id == fails:
             scans.append({"scan_id": source.scan_id, "status": "failed", "reason": "no head"})
             continue
         results, scan = folder / "results" / source.scan_id, read_scan(source)
@@ -199,13 +201,14 @@ def project(folder, model, device):
             table.writeheader()
             table.writerows(rows)
     return {"weights_sha256": "0", "model": {}, "versions": {},
-            "settings": Settings("search", measure="surprise").to_json(), "preprocessing": SETTINGS.to_json()}
+            "settings": OURS_SETTINGS.to_json(), "preprocessing": SETTINGS.to_json()}
 
 
 @pytest.fixture
 def patched(healthy, monkeypatch):
     """The stand-ins in place, with a model whose provenance names the database."""
-    bundle = {"provenance": {"data": SliceDataset(healthy).facts()}}
+    bundle = {"provenance": {"data": SliceDataset(healthy).facts()}, "settings": OURS_SETTINGS.to_json(),
+              "preprocessing": SETTINGS.to_json()}
     monkeypatch.setattr(benchmark, "make_cohort", make_cohort)
     monkeypatch.setattr(benchmark, "project", project)
     monkeypatch.setattr(compare, "read_bundle_meta", lambda folder: (bundle, "0"))
@@ -219,7 +222,7 @@ def command(data, out, *more):
 
 def test_every_stage_going_on_and_another_mask(patched, healthy, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    assert benchmark.main(command(healthy, out)) == 0
+    assert benchmark.main(command(healthy, out)) == 3            # one phantom failed
     printed = capsys.readouterr().out
     found = json.loads((out / "metrics.json").read_text())
     ours, hu = (found["methods"][m]["all"] for m in (OURS, "hu"))
@@ -236,7 +239,7 @@ def test_every_stage_going_on_and_another_mask(patched, healthy, tmp_path, capsy
     (out / "run.json").write_text(json.dumps({key: found[key] for key in (
         "weights_sha256", "model", "settings", "versions")} | {"preprocessing": SETTINGS.to_json()}))
     monkeypatch.delattr(benchmark, "measure")                        # a finished scan is not measured again
-    assert benchmark.main(command(healthy, out)) == 0
+    assert benchmark.main(command(healthy, out)) == 3
     assert json.loads((out / "metrics.json").read_text()) == found
 
     monkeypatch.setattr(benchmark, "measure", own, raising=False)
@@ -245,13 +248,13 @@ def test_every_stage_going_on_and_another_mask(patched, healthy, tmp_path, capsy
     for name in ("anomaly", "mask"):
         write_nifti(maps / f"{name}.nii.gz", np.zeros(scan.hu.shape, np.float32), scan)
         before, found = found, json.loads((out / "metrics.json").read_text()) if (
-            benchmark.main(command(healthy, out)) == 0) else None
+            benchmark.main(command(healthy, out)) == 3) else None
         assert found["shipped_mask_dice" if name == "mask" else "methods"] != before[
             "shipped_mask_dice" if name == "mask" else "methods"]
     path = out / "test" / "masks" / "emergency-0001.nii.gz"                # a scan whose truth is another now is, too
     truth, before = read_volume(path)[0], found
     write_nifti(path, np.roll(truth, 3, axis=2), scan)
-    assert benchmark.main(command(healthy, out)) == 0
+    assert benchmark.main(command(healthy, out)) == 3
     assert json.loads((out / "metrics.json").read_text())["methods"] != before["methods"]
     (out / "test" / "measures" / "emergency-0001.npz").unlink()
     brain = out / "test" / "results" / "emergency-0001" / "brain.nii.gz"
@@ -259,6 +262,13 @@ def test_every_stage_going_on_and_another_mask(patched, healthy, tmp_path, capsy
     write_nifti(brain, ~(read_volume(brain)[0] > 0), scan)
     assert benchmark.main(command(healthy, out)) == 2
     assert "not the mask that the baselines get" in capsys.readouterr().err
+
+
+def test_where_no_phantom_failed_all_is_done(patched, healthy, tmp_path, monkeypatch):
+    """With one that failed it ends with 3, as the other benchmarks do: the test above."""
+    monkeypatch.setattr(benchmark, "project", functools.partial(project, fails=None))
+    assert benchmark.main(command(healthy, tmp_path / "out")) == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["failed"] == {}
 
 
 def test_a_phantom_taken_for_upside_down_has_its_truth_on_its_slices(tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from functools import partial
@@ -25,6 +26,7 @@ from model import Discriminator, Generator, ModelConfig
 from op import memory
 from op.conv import conv2d
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 TINY = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=64, channel_multiplier=1, channel_max=8)
 close = partial(torch.testing.assert_close, atol=1e-5, rtol=3e-4)
@@ -420,8 +422,18 @@ def test_without_anomalib_it_is_said_how_to_get_it(monkeypatch, tmp_path, capsys
     assert "pip install -r requirements.lock anomalib==2.7.0" in capsys.readouterr().err
 
 
+def test_make_writes_no_figures_over_those_that_the_docs_cite():
+    """`make bench` wrote over the record of another machine, in a file that git keeps."""
+    written = re.findall(r"--out[= ](\S+)", (ROOT / "Makefile").read_text())
+    assert written and all(f"{path.split('/')[0]}/" in (ROOT / ".gitignore").read_text().split() for path in written)
+    cited = re.findall(r"benchmarks/(speed[^)]*\.json)\)", (ROOT / "docs" / "SPEED.md").read_text())
+    assert sorted(cited) == sorted(path.name for path in (ROOT / "benchmarks").glob("speed*.json")) and len(cited) == 4
+
+
 def test_the_command_of_the_gpu_says_that_there_is_none(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="2"):
         gpu.main(["--only", "median512"])
-    assert "no usable CUDA GPU was found" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "error: needs a GPU" in told and "python -m benchmarks.speed measures the rows of the CPU" in told
+    assert "--device" not in told                                           # a flag that it does not have
