@@ -53,16 +53,18 @@ class Preprocessed:
     def maps_to_scan(self, maps: np.ndarray, fill: float = 0.0) -> np.ndarray:
         """Maps [K, N, N] of the kept slices in the scan's own geometry, [S, H, W]: frame to pixels, slabs to slices.
 
-        float32, or bool of bool. `fill` is what slices that were not kept or are in no slab and pixels outside the
-        frame get.
+        float32, or bool of bool. `fill` is what slices whose slab was not kept or that are in none and pixels outside
+        the frame get. Between a slab that was kept and one that was not, the map of the former goes on.
         """
-        frame = self.standardised.frame
-        full = np.full((len(self.kept), frame.size, frame.size), fill, bool if maps.dtype == bool else np.float32)
-        full[self.kept] = maps
-        found = self.slabs.from_slabs(from_frame(full, frame, fill=fill))
-        if not self.slabs.covered.all():
-            found[~self.slabs.covered] = fill
+        maps = maps if maps.dtype == bool else maps.astype(np.float32, copy=False)
+        found = self.slabs.from_slabs(self._nearest_kept(from_frame(maps, self.standardised.frame, fill=fill)))
+        found[~self.values_to_scan(self.kept)] = fill
         return found
+
+    def below_vertex_mm(self) -> np.ndarray:
+        """Of each slice of the scan, float64 [S]: by its own position, also beyond the outermost slabs' centres."""
+        vertex_mm = self.slabs.scan.position_mm[0] + self.standardised.below_vertex_mm[0]
+        return vertex_mm - self.slabs.position_mm
 
     def values_to_scan(self, values: np.ndarray) -> np.ndarray:
         """One value per slab [T] as one per slice of the scan [S]; bool of bool."""
@@ -70,9 +72,18 @@ class Preprocessed:
 
     def scores_to_scan(self, scores: np.ndarray) -> np.ndarray:
         """Scores [K] of the kept slices, float32 [S] per slice of the scan; 0 where it was not projected."""
-        full = np.zeros(len(self.kept), np.float32)
-        full[self.kept] = scores
-        return self.values_to_scan(full) * self.values_to_scan(self.kept)
+        scores = self._nearest_kept(scores.astype(np.float32, copy=False))
+        return self.values_to_scan(scores) * self.values_to_scan(self.kept)
+
+    def _nearest_kept(self, values: np.ndarray) -> np.ndarray:
+        """Values [K, ...] of the kept slices for all slabs, [T, ...]: of each that of the nearest kept one.
+
+        Raises ValueError if there are not K of them.
+        """
+        mm = self.slabs.scan.position_mm
+        if len(values) != self.kept.sum():
+            raise ValueError(f"expected one map or score for each of {self.kept.sum()} kept slices, got {len(values)}")
+        return values[np.abs(mm[:, None] - mm[self.kept]).argmin(1)]
 
 
 def clipped_below(scan: Scan, settings: PreprocessSettings) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ Kascenas, Pugeault and O'Neil, Denoising autoencoders for unsupervised anomaly d
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -152,6 +153,7 @@ class UNet(nn.Module):
 
 def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
     layers: list[nn.Module] = []
+    groups = math.gcd(max(1, outputs // 8), outputs)          # of 8 channels where that divides them
     for channels in (inputs, outputs):
-        layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.GroupNorm(max(1, outputs // 8), outputs), nn.SiLU()]
+        layers += [nn.Conv2d(channels, outputs, 3, padding=1), nn.GroupNorm(groups, outputs), nn.SiLU()]
     return nn.Sequential(*layers)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -39,12 +40,15 @@ BLUR_AT_512 = 12.0           # of the Gaussian that lends a place its neighbours
 REACH_MM = 5.0               # and of the one along the body axis
 SPACING_MM = 5.0             # from position to position
 PRIOR_SCANS = 2.0            # a place's variance is drawn to its position's as if by so many scans
+LEAST_SCANS = 1e-3           # at a position where scans count less than this, all together, nothing is known
 FLOOR_HU = 0.5               # no healthy spread is taken to be under this
 SCALES = ("fine", "coarse")
 FILTERS = ("median", "band", "hyperdense")
 COMBINED = ("both", "sides")
 LEVELS = torch.arange(0.5, 4.51, 0.25)       # surprises whose z is kept; beyond the last one a line goes on
 MIN_SCANS = 3                # each scan is judged by the statistics of the others, and needs two of them
+LEAST_PIXELS = 10            # so many healthy pixels have to be as surprising as a level whose z is looked up
+GROUPS = 60                  # patients beyond so many share groups that are left out together: work grows by its square
 HIGHEST = 8.0                # no surprise is higher: nobody has seen so much healthy brain
 BIN, BINS = 0.02, 2500       # of the histograms that the tails come from: z up to 50
 
@@ -103,10 +107,16 @@ class ResidualStats:
 
     @classmethod
     def fit(cls, moments: Sequence[torch.Tensor], positions_mm: torch.Tensor, frame_size: int) -> ResidualStats:
-        """From the moments() of healthy scans. Leave some out by leaving them out of the list."""
+        """From the moments() of healthy scans. Leave some out by leaving them out of the list.
+
+        A position that no slice comes near, by LEAST_SCANS, takes what is known at the nearest one that has some.
+        """
         if not moments:
             raise ValueError("residual statistics: at least one healthy scan is needed")
         sums = torch.stack(list(moments)).sum(0)
+        unknown = sums[:, 0].amax((1, 2, 3)) < LEAST_SCANS
+        away = (positions_mm[:, None] - positions_mm).abs()
+        sums = sums[away.masked_fill(unknown, torch.inf).argmin(1)]
         count, first, second = ((sums + sums.flip(-1)) / 2).unbind(1)                       # each (P, K, n, n)
         sigma = BLUR_AT_512 * frame_size / 512 / 2                                          # on the grid
         overall = [m.sum((2, 3), keepdim=True) for m in (count, first, second)]
@@ -127,7 +137,7 @@ class ResidualStats:
         if not (torch.isfinite(residuals).all(1) | ~brain).all():
             raise ValueError("residuals: not finite in the brain: nothing can be said of this scan; look for values of "
                              "it that are no numbers, or try --precision fp32")
-        mm = torch.as_tensor(np.asarray(below_vertex_mm), dtype=torch.float32)
+        mm = torch.as_tensor(np.ascontiguousarray(below_vertex_mm), dtype=torch.float32)      # also of a reversed view
         step = (mm - self.positions_mm[0]) / SPACING_MM
         low = step.floor().clamp(0, len(self.positions_mm) - 1).long()
         high = (low + 1).clamp(max=len(self.positions_mm) - 1)
@@ -154,13 +164,21 @@ class Tails:
 
     @classmethod
     def fit(cls, histograms: Sequence[torch.Tensor]) -> Tails:
-        """From the histogram() of healthy scans, each in the z of the others. Scans weigh alike."""
+        """From the histogram() of healthy scans, or sums of these, each in the z of others. Scans weigh alike.
+
+        Levels that fewer than LEAST_PIXELS healthy pixels can have reached lie on the line over the last four before.
+        """
         if not histograms:
             raise ValueError("residual statistics: a surprise needs at least two healthy scans")
-        share = torch.stack([h / h.sum(-1, keepdim=True).clamp(min=1) for h in histograms]).mean(0)
+        pixels, share = sum(histograms)                                   # each (K, 2, BINS)
+        share = share / share.sum(-1, keepdim=True).clamp(min=1)
         beyond = share.flip(-1).cumsum(-1).flip(-1)                       # of the brain at or above a bin's lower edge
         reached = (beyond[..., None, :] >= 10 ** -LEVELS.double()[:, None]).sum(-1)       # (K, 2, L)
-        return cls((reached * BIN + 1e-3 * torch.arange(len(LEVELS))).float())            # strictly increasing
+        z = (reached * BIN + 1e-3 * torch.arange(len(LEVELS))).float()                    # strictly increasing
+        last = max(4, int((pixels[0, 0].sum() * 10 ** -LEVELS.double() >= LEAST_PIXELS).sum()) - 1)
+        slope = (z[..., last] - z[..., last - 4]) / 4                                     # a level
+        z[..., last + 1:] = z[..., last, None] + slope[..., None] * torch.arange(1, len(LEVELS) - last)
+        return cls(z)
 
     def surprise(self, z: torch.Tensor) -> torch.Tensor:
         """z [S, K, N, N] -> signed surprise [S, K, N, N], positive where hyperdense."""
@@ -234,23 +252,39 @@ def fit_leaving_out(residuals: Sequence[torch.Tensor], brains: Sequence[torch.Te
     """The statistics of healthy scans, and for every scan those of the other patients. Arguments as of fit_normal.
 
     A scan that helped to make the mean would look less unusual than a new one does, and so would another of the same
-    head. So its z comes from the other patients' statistics, and its surprise from the tails of their z.
+    head. So its z comes from the other patients' statistics, and its surprise from the tails of their z, each by the
+    statistics of the rest: it is judged as if it came after a calibration on the others. Of more than GROUPS patients
+    whole groups are left out.
     """
     patients = list(range(len(residuals))) if patients is None else patients
     if (count := len(set(patients))) < MIN_SCANS:
         raise ValueError(f"residual statistics: healthy scans of at least {MIN_SCANS} patients are needed, found "
                          f"{count}: each is judged by the statistics of the others")
-    size = brains[0].shape[-1]
-    places = positions(max(float(np.max(mm)) for mm in below_vertex_mm))
-    sums = [moments(r, b, mm, places) for r, b, mm in zip(residuals, brains, below_vertex_mm)]
+    numbers = {patient: number % GROUPS for number, patient in enumerate(dict.fromkeys(patients))}
+    scans = list(zip(residuals, brains, below_vertex_mm, strict=True))
+    groups: list[list[tuple]] = [[] for _ in range(min(count, GROUPS))]
+    for scan, patient in zip(scans, patients, strict=True):
+        groups[numbers[patient]].append(scan)
+    deepest = [max(float(np.max(mm)) for _, _, mm in group) for group in groups]
+    places, size = positions(max(deepest)), brains[0].shape[-1]
+    sums = [sum(moments(*scan, places) for scan in group) for group in groups]
 
-    def others(items: Sequence, left_out: int) -> list:
-        return [item for item, patient in zip(items, patients, strict=True) if patient != patients[left_out]]
+    def stats_without(*left_out: int) -> ResidualStats:
+        others = [g for g in range(len(groups)) if g not in left_out]
+        reach = len(positions(max(deepest[g] for g in others)))          # no deeper than these scans show
+        return ResidualStats.fit([sums[g][:reach] for g in others], places[:reach], size)
 
-    stats = [ResidualStats.fit(others(sums, i), places, size) for i in range(len(sums))]
-    histograms = [histogram(one.z(r, b, mm), b) for one, r, b, mm in zip(stats, residuals, brains, below_vertex_mm)]
-    by_others = [Normal(one, Tails.fit(others(histograms, i))) for i, one in enumerate(stats)]
-    return Normal(ResidualStats.fit(sums, places, size), Tails.fit(histograms)), by_others
+    def histogram_of(group: list[tuple], stats: ResidualStats) -> torch.Tensor:
+        return sum(histogram(stats.z(*scan), scan[1]) for scan in group)
+
+    seen: list[torch.Tensor | int] = [0] * len(groups)                   # by each group, of the z of all others
+    for one, other in combinations(range(len(groups)), 2):
+        stats = stats_without(one, other)
+        seen[one] += histogram_of(groups[other], stats)
+        seen[other] += histogram_of(groups[one], stats)
+    without = [Normal(stats_without(g), Tails.fit([seen[g]])) for g in range(len(groups))]
+    own = [histogram_of(group, normal.stats) for group, normal in zip(groups, without)]
+    return Normal(stats_without(), Tails.fit(own)), [without[numbers[patient]] for patient in patients]
 
 
 def combine(surprise: torch.Tensor, which: str, hypodense: float = 1.0) -> torch.Tensor:
@@ -268,9 +302,10 @@ def combine(surprise: torch.Tensor, which: str, hypodense: float = 1.0) -> torch
 
 
 def histogram(z: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
-    """Counts of |z| over the brain by kind and side (hyperdense, hypodense), float64 [K, 2, BINS]; z [S, K, N, N].
+    """Pixels of one healthy scan's brain, and shares of it, by kind, side (hyperdense, hypodense) and |z|.
 
-    The sums over a side fall short of the brain's pixels by those of the other side, which count as 0 here.
+    float64 [2, K, 2, BINS], of z [S, K, N, N]. What lies to the other side counts in the first bin: over the bins the
+    pixels sum to those of the brain, the shares to 1. Histograms of scans may be added: in shares scans weigh alike.
     """
     counts = []
     for kind in range(z.shape[1]):
@@ -278,7 +313,8 @@ def histogram(z: torch.Tensor, brain: torch.Tensor) -> torch.Tensor:
         for side in (1, -1):
             bins = (side * values / BIN).clamp(0, BINS - 1).long()
             counts.append(torch.bincount(bins, minlength=BINS).double())
-    return torch.stack(counts).unflatten(0, (-1, 2))
+    pixels = torch.stack(counts).unflatten(0, (-1, 2))
+    return torch.stack([pixels, pixels / pixels.sum(-1, keepdim=True).clamp(min=1)])
 
 
 def positions(deepest_mm: float) -> torch.Tensor:
@@ -293,7 +329,7 @@ def moments(residuals: torch.Tensor, brain: torch.Tensor, below_vertex_mm: Seque
     residuals [S, K, N, N], HU; brain bool [S, N, N]. A slice counts for the positions about it by a Gaussian of
     REACH_MM, made to sum to 1 over the slices of the scan, so that a scan is one observation however thin its slices.
     """
-    mm = torch.as_tensor(np.asarray(below_vertex_mm), dtype=torch.float32)
+    mm = torch.as_tensor(np.ascontiguousarray(below_vertex_mm), dtype=torch.float32)
     near = torch.exp(-0.5 * ((positions_mm[:, None] - mm) / REACH_MM).square())
     near = near / near.sum(1, keepdim=True).clamp(min=1)                     # beyond the scan's ends it says little
     inside = brain[:, None].to(residuals).expand_as(residuals)

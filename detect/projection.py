@@ -35,7 +35,7 @@ class Projection:
     reconstruction_hu  float32, HU: the closest normal
     residual_hu        float32, HU: scan minus closest normal in the brain, median-filtered, signed
     anomaly            float32, the further from 0 the more abnormal, positive where hyperdense and negative where
-                       hypodense: surprise, or votes times residual in HU
+                       hypodense: weighted surprise, or votes times residual in HU
     mask, brain        bool: what is predicted anomalous, large components and what they extend to; the brain
     slice_scores       float32 [S], 0 where a slice was not projected
     below_vertex_mm    float64 [S]; projected bool [S]: False where there was too little brain
@@ -171,7 +171,7 @@ class Projector:
             residual_hu=pre.maps_to_scan(evidence.residual.numpy()), anomaly=pre.maps_to_scan(findings.anomaly.numpy()),
             mask=mask, brain=pre.slabs.from_slabs(pre.brain),
             slice_scores=pre.scores_to_scan(findings.slice_scores.numpy()),
-            below_vertex_mm=pre.values_to_scan(pre.standardised.below_vertex_mm),
+            below_vertex_mm=pre.below_vertex_mm(),
             projected=pre.values_to_scan(pre.kept), score=score, percentile=percentile, threshold=threshold,
             flagged=None if threshold is None else score > threshold, error_hu=found.error,
             anomalous_ml=volume_ml(mask, scan), unreliable=unreliable, notes=tuple(dict.fromkeys(notes)),

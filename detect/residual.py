@@ -52,7 +52,7 @@ class Evidence:
 class Findings:
     """The verdict of a measure on a scan; S slices.
 
-    anomaly       float32 [S, N, N], signed: votes times residual (HU), or surprise
+    anomaly       float32 [S, N, N], signed: votes times residual (HU), or weighted surprise
     predicted     bool [S, N, N]: what is predicted anomalous
     mask          bool [S, N, N]: predicted without small components; by surprise those left are grown to half of
                   their contrast

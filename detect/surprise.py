@@ -74,10 +74,16 @@ class Surprise(Measure):
                 f"powers of ten of rarity {SLICE_SCORES[self.settings.pool].words}")
 
     def criterion(self) -> str:
-        places = round(10 ** self.mask.surprise_mask)
+        s, above = self.settings, self.mask.surprise_mask
+        weight = s.hypodense if s.scale == "sides" else 1.0
         further = ", and what adjoins it with at least half of that difference" if self.mask.extent_hu else ""
-        return (f"Marked is what differs by more than {places - 1:,} of {places:,} places of healthy brain at that "
-                f"position{further}.")
+        differs, less_dense = "differs", ""
+        if weight * normative.HIGHEST <= above:                   # no hypodense surprise comes to so much
+            differs = "is denser"
+        elif weight != 1:
+            less_dense = f" if denser, more than {_of_places(above / weight)} if less dense"
+        return (f"Marked is what {differs} by more than {_of_places(above)} places of healthy brain at that "
+                f"position{less_dense}{further}.")
 
     def evidence(self, found: Reconstruction, brain: torch.Tensor, below_vertex_mm: np.ndarray,
                  watch: Watch | None = None) -> Evidence:
@@ -127,6 +133,12 @@ class Surprise(Measure):
         return Findings(combined, predicted, mask, scores)
 
 
+def _of_places(surprise: float) -> str:
+    """'315 of 316': one place in 316 of healthy brain is as surprising."""
+    places = round(10 ** surprise)
+    return f"{places - 1:,} of {places:,}"
+
+
 # --- scores of slices ---
 
 
@@ -164,7 +176,7 @@ def pool_along_axis(maps: torch.Tensor, positions_mm: Sequence[float] | None = N
     without them slices are SLICE_MM apart.
     """
     mm = SLICE_MM * torch.arange(len(maps), dtype=torch.float64) if positions_mm is None else torch.as_tensor(
-        np.asarray(positions_mm), dtype=torch.float64)
+        np.ascontiguousarray(positions_mm), dtype=torch.float64)
     steps = mm.diff()
     if not ((steps > 0).all() or (steps < 0).all()):
         raise ValueError("pool_along_axis: positions_mm must run steadily up or down; sort the slices by position")

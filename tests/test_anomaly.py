@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -448,6 +450,30 @@ def test_a_slice_scores_over_what_was_searched_with_what_is_hypodense_at_its_wei
     seen = Evidence(torch.zeros(1, 16, 16), brain, np.zeros(1), surprise[:, 0] < 0)
     found = Surprise(SurpriseSettings(pool="area", hypodense=0.6, surprise_above=2.0)).findings(surprise, seen)
     assert found.slice_scores.tolist() == pytest.approx([1])
+
+
+@pytest.mark.parametrize(("scoring", "sentence"), [
+    (SurpriseSettings(hypodense=1.0),
+     "what differs by more than 315 of 316 places of healthy brain at that position, and what"),
+    (SurpriseSettings(scale="both", filter="band", hypodense=0.65),
+     "what differs by more than 315 of 316 places of healthy brain at that position, and what"),
+    (SurpriseSettings(hypodense=0.65),                           # 10^(2.5 / 0.65): it said 1 in 316 of these, too
+     "what differs by more than 315 of 316 places of healthy brain at that position if denser, more than 7,016 of "
+     "7,017 if less dense, and what"),
+    (SurpriseSettings(hypodense=0.3),                            # 0.3 * 8 is the highest there is
+     "what is denser by more than 315 of 316 places of healthy brain at that position, and what"),
+])
+def test_the_sentence_says_what_is_marked_on_either_side(scoring, sentence):
+    """One place in the first number printed is the limit where denser, in the last one where less dense."""
+    measure = Surprise(scoring, MaskSettings(surprise_mask=2.5))
+    assert measure.criterion() == f"Marked is {sentence} adjoins it with at least half of that difference."
+    limits = [float(np.log10(int(n.replace(",", "")))) for n in re.findall(r"of ([\d,]+)", sentence)]
+    brain = torch.ones(1, 1, 1, dtype=torch.bool)
+    seen = Evidence(torch.zeros(1, 1, 1), brain, np.zeros(1), brain)
+    for side, limit in ((1, limits[0]), (-1, 8.1 if "is denser" in sentence else limits[-1])):
+        for rarer in (-0.01, 0.01):
+            surprise = torch.full((1, 2, 1, 1), side * min(limit + rarer, 8.0))
+            assert measure.findings(surprise, seen).predicted.item() == (rarer > 0 and limit < 8)
 
 
 def test_what_is_predicted_is_rarer_than_the_limit_to_either_side():

@@ -60,6 +60,24 @@ def test_every_measure_goes_from_healthy_scans_to_findings(cls):
 
 
 @EVERY
+def test_slices_may_come_from_either_end(cls):
+    """Positions as a reversed view, which torch takes none of, made an error about strides."""
+    bare, count = cls(), max(cls.least_patients, 1)
+    healthy = [evidence_of(bare, seed) for seed in range(count)]
+    fitted, _ = bare.fit(healthy, [f"patient {i}" for i in range(count)])
+    away = 6 * torch.randn(S, N, N, generator=torch.Generator().manual_seed(9))
+    away[0] *= 2                                                 # no slice scores as another
+    scores = []
+    for mm, query in ((MM, 30 + away), (MM[::-1], (30 + away).flip(0))):
+        found = Reconstruction(query, torch.full((S, N, N), 30.0), {"reconstruct": 6.0}, {})
+        if (watch := fitted.watch(BRAIN, mm)) is not None:
+            watch(found.query_hu, found.normal_hu)
+        scores.append(fitted.assess(fitted.evidence(found, BRAIN, mm, watch)).slice_scores)
+    assert scores[0][0] > scores[0][2] and scores[0].min() > 0
+    torch.testing.assert_close(scores[1].flip(0), scores[0])
+
+
+@EVERY
 def test_a_measure_that_learns_needs_its_patients(cls):
     """calibration.py and latent_stats.py asked for three of them by the measure's name."""
     bare = cls()

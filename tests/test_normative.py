@@ -42,11 +42,80 @@ def test_a_scan_is_judged_by_other_patients_alone():
     brains, mm = [BRAIN] * 5, [MM] * 5
     _, others = normative.fit_leaving_out(scans, brains, mm, ["A", "B", "C", "D", "A"])
     assert all(torch.equal(others[i].stats.mean, fitted(scans[1:4]).mean) for i in (0, 4))
-    assert torch.equal(others[1].stats.mean, fitted([scans[i] for i in (0, 2, 3, 4)]).mean)
+    torch.testing.assert_close(others[1].stats.mean, fitted([scans[i] for i in (0, 2, 3, 4)]).mean)
     apart, siblings = (fit_normal(scans, brains, mm, of)[1][0].abs().mean() for of in (["A", "B", "C", "D", "A"], None))
     assert apart > siblings                                      # the same head once more would hide what is odd
     with pytest.raises(ValueError, match="3 patients are needed, found 2"):
         fit_normal(scans, brains, mm, ["A", "B", "A", "B", "A"])
+
+
+def assert_same(one: Normal, other: Normal) -> None:
+    for ours, theirs in zip(one.to_tensors().values(), other.to_tensors().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_scan_has_no_say_in_the_tails_that_judge_it():
+    """The others' z came from statistics that it widened: the odder it was, the shorter the tails it was judged by."""
+    scans, brains, mm = healthy(5), [BRAIN] * 5, [MM] * 5
+    normal, others = normative.fit_leaving_out(scans, brains, mm)
+    odd_normal, odd = normative.fit_leaving_out([5 * scans[0], *scans[1:]], brains, mm)
+    assert_same(odd[0], others[0])
+    assert_same(others[0], normative.fit_leaving_out(scans[1:], brains[1:], mm[1:])[0])       # as a new scan is judged
+    assert not torch.equal(odd[1].tails.z, others[1].tails.z) and not torch.equal(odd_normal.tails.z, normal.tails.z)
+
+
+def test_a_patients_other_scans_have_no_say_in_the_tails_either():
+    scans, brains, mm, patients = healthy(6), [BRAIN] * 6, [MM] * 6, ["A", "A", "B", "C", "D", "D"]
+    _, others = normative.fit_leaving_out(scans, brains, mm, patients)
+    assert others[0] is others[1] and others[4] is others[5]
+    assert_same(others[1], normative.fit_leaving_out(scans[2:], brains[2:], mm[2:], patients[2:])[0])
+    _, odd = normative.fit_leaving_out([*scans[:5], 5 * scans[5]], brains, mm, patients)
+    assert_same(odd[4], others[4])
+
+
+def test_many_patients_are_left_out_in_groups(monkeypatch):
+    """Of seven patients in five groups the first and the sixth, and the second and the seventh, go together."""
+    scans, brains, mm = healthy(7), [BRAIN] * 7, [MM] * 7
+    fit, fits = ResidualStats.fit, []
+    monkeypatch.setattr(ResidualStats, "fit", lambda *args: fits.append(1) or fit(*args))
+    monkeypatch.setattr(normative, "GROUPS", 5)
+    _, others = normative.fit_leaving_out(scans, brains, mm)
+    assert len(fits) == 10 + 5 + 1                               # pairs of groups, groups, all
+    assert others[0] is others[5] and others[1] is others[6] and len(set(map(id, others))) == 5
+    rest = [scans[i] for i in (1, 2, 3, 4, 6)]
+    torch.testing.assert_close(others[0].stats.mean, fitted(rest).mean)
+    _, odd = normative.fit_leaving_out([*scans[:5], 5 * scans[5], scans[6]], brains, mm)
+    assert_same(odd[0], others[0])
+
+
+def test_a_scan_that_reaches_deeper_than_all_others_spoils_no_calibration():
+    """Left out, it was judged below the others' reach by a mean of 0 and a spread of 0.5 HU: z of 10 in all tails."""
+    brains, mm = [torch.ones(15, N, N, dtype=torch.bool), *[BRAIN] * 4], [np.arange(70.0, -5, -5), *[MM] * 4]
+    rng = torch.Generator().manual_seed(5)
+    scans = [5 + 5 * torch.randn(15, 2, N, N, generator=rng), *healthy(4, std=5.0, mean=5.0)]
+    normal, surprises = fit_normal(scans, brains, mm)
+    rest, _ = fit_normal(scans[1:], brains[1:], mm[1:])
+    torch.testing.assert_close(surprises[0], rest.surprise(scans[0], brains[0], mm[0]), atol=1e-4, rtol=1e-4)
+    assert surprises[0].abs().mean() < 1 and normal.tails.z[:, :, 8].max() < 4          # one place in 300
+
+
+def test_a_position_that_no_slice_is_near_takes_the_nearest_ones_statistics():
+    """Slices at 0 and 80 mm: 25 mm off 4e-6 of a slice says something; at 40 mm neither does."""
+    places = normative.positions(80.0)
+    residuals = torch.stack([torch.full((1, N, N), hu) for hu in (10.0, 20.0)])
+    stats = ResidualStats.fit([moments(residuals, BRAIN[:2], [0.0, 80.0], places)], places, N)
+    assert stats.mean[:, 0, 3, 3].tolist() == pytest.approx([10] * 9 + [20] * 8, abs=1e-3)
+    new = torch.full((1, 1, N, N), 11.0)
+    assert stats.z(new, BRAIN[:1], [40.0])[0, 0, 3, 3] == pytest.approx(2, abs=0.01)      # spread: FLOOR_HU
+
+
+def test_positions_may_be_a_reversed_view():
+    """'strides are negative' for [::-1] of positions, though they may run either way."""
+    mm, r = np.array(MM), healthy(1)[0]
+    places = normative.positions(10.0)
+    torch.testing.assert_close(moments(r.flip(0), BRAIN, mm[::-1], places), moments(r, BRAIN, MM, places))
+    stats = fitted(healthy(3))
+    assert torch.equal(stats.z(r.flip(0), BRAIN, mm[::-1]), stats.z(r, BRAIN, MM).flip(0))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -166,13 +235,14 @@ def test_moments_by_hand():
 
 
 def test_what_is_no_brain_has_no_say():
-    """Brain in the upper half of 4 x 4 pixels: z = 1.01 lies in bin 50 of 0.02, and what is below is in none."""
+    """Brain in the upper half of 4 x 4 pixels: z = 1.01 lies in bin 50 of 0.02, and to the other side in bin 0."""
     brain = torch.zeros(1, 4, 4, dtype=torch.bool)
     brain[:, :2] = True
     sums = moments(torch.full((1, 1, 4, 4), 7.0), brain, [0.0], torch.tensor([0.0]))
     assert sums[0, :, 0, 0, 0].tolist() == [1, 7, 49] and not sums[0, :, 0, 1].any()
-    counts = histogram(torch.full((1, 1, 4, 4), 1.01), brain)[0, 0]
-    assert counts[50] == counts.sum() == 8
+    pixels, shares = histogram(torch.full((1, 1, 4, 4), 1.01), brain)[:, 0]
+    assert pixels[0, 50] == pixels[1, 0] == 8 and pixels.sum(-1).tolist() == [8, 8]
+    assert shares[0, 50] == shares[1, 0] == 1 and shares.sum(-1).tolist() == [1, 1]
 
 
 def sums_of(count: float, first: float, second: float) -> torch.Tensor:
@@ -207,9 +277,10 @@ def test_no_healthy_spread_is_under_half_a_hu():
 
 def test_scans_weigh_alike_in_the_tails_whatever_their_size():
     """100 pixels at z = 0 and 10 at 5: half of the brain, not a tenth, is at 5 or above. 10^-0.5 is the first level."""
-    low, high = torch.zeros(2, 1, 2, normative.BINS, dtype=torch.float64)
-    low[..., 0], high[..., 250] = 100, 10
-    assert Tails.fit([low, high]).z[0, :, 0].tolist() == pytest.approx([5.02, 5.02])
+    brain = torch.ones(1, 10, 10, dtype=torch.bool)
+    low, high = histogram(torch.zeros(1, 1, 10, 10), brain), histogram(torch.full((1, 1, 1, 10), 5.01), brain[:, :1])
+    for histograms in ([low, high], [low + high]):
+        assert Tails.fit(histograms).z[0, :, 0].tolist() == pytest.approx([5.02, 0.02])
 
 
 def test_each_kind_has_its_own_tails():
@@ -238,6 +309,25 @@ def test_surprise_grows_beyond_what_was_seen_up_to_a_limit():
     steps = told[0, 0].flatten()
     assert (steps[:4].diff() > 0).all() and steps[3] > LEVELS[-1]
     assert steps[4] == normative.HIGHEST and steps[5] == -normative.HIGHEST
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_next_to_no_healthy_pixel_reaches_is_not_known(seed):
+    """Just above the highest of 5,376 pixels the surprise was 4.5, which one in 31,623 reaches, at it 3.7."""
+    z = torch.randn(2, 1, 84, 64, generator=torch.Generator().manual_seed(seed))
+    inside = torch.ones(1, 84, 64, dtype=torch.bool)
+    one, both = (Tails.fit([histogram(part, inside) for part in parts]) for parts in (z[:1, None], z[:, None]))
+    highest = z[0].max().expand(1, 1, 1, 1)
+    assert abs(one.surprise(highest) - both.surprise(highest)) < 0.3
+    assert 0 < one.surprise(highest + 0.03) - one.surprise(highest) < 0.1
+
+
+def test_levels_that_are_not_known_lie_on_the_line_before_them():
+    """Of 100 pixels ten reach the level 1, so all of the first five are kept: a fifth at each of z = 0 to 4."""
+    z = torch.arange(5.0).repeat_interleave(20).reshape(1, 1, 10, 10)
+    at = Tails.fit([histogram(z, torch.ones(1, 10, 10, dtype=torch.bool))]).z[0, 0]
+    assert at[:5].tolist() == pytest.approx([3.02, 4.021, 4.022, 4.023, 4.024])
+    assert at[5:].tolist() == pytest.approx([4.024 + (4.024 - 3.02) / 4 * i for i in range(1, 13)])
 
 
 def test_no_scan_is_told_by_its_own_statistics():

@@ -186,8 +186,9 @@ def test_what_is_marked_is_said_in_a_sentence(results, tmp_path):
     assert "Marked is what differs by more than 5 HU, steadily" in text_of(page_of(folder))
     settings = {"method": "inpainting", "measure": "surprise", "mask": {"surprise_mask": 2.5}, "scan_score": "mean"}
     (folder / "run.json").write_text(json.dumps(RUN | {"calibration": CALIBRATION, "settings": settings}))
-    assert ("Marked is what differs by more than 315 of 316 places of healthy brain at that position, and what adjoins "
-            "it with at least half of that difference.") in text_of(page_of(folder))
+    assert ("Marked is what differs by more than 315 of 316 places of healthy brain at that position if denser, more "
+            "than 14,677 of 14,678 if less dense, and what adjoins it with at least half of that difference."
+            ) in text_of(page_of(folder))
 
 
 def test_without_a_threshold_or_a_calibration_it_says_so(results):
