@@ -150,7 +150,7 @@ def shade(hu: torch.Tensor, brain: torch.Tensor, strength_hu: float, generator: 
 
 
 def _draw_one(hu: np.ndarray, brain: np.ndarray, other: np.ndarray, rng: np.random.Generator,
-              shares: Sequence[float] = SHARES) -> tuple[np.ndarray, np.ndarray]:
+              shares: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """One image [N, N] with one shape, and the share of every pixel that it changes."""
     unit = hu.shape[-1] / AT
     kind = rng.choice(KINDS, p=shares)
