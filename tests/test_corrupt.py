@@ -99,7 +99,7 @@ def test_a_shape_is_drawn_in_part_and_its_rim_is_darker(monkeypatch):
     monkeypatch.setattr(corrupt, "_filling", lambda *_: 60.0)
     middles, losses = [], []
     for seed in range(12):
-        drawn, changed = corrupt._draw_one(hu, brain, hu, np.random.default_rng(seed))
+        drawn, changed = corrupt._draw_one(hu, brain, hu, np.random.default_rng(seed), corrupt.SHARES)
         middle, rim, beyond = (drawn[where] for where in (away < 8, (away > 22) & (away < 32), away > 49))
         assert np.ptp(middle) < 1e-3 and np.ptp(rim) < 1e-3 and (beyond == 30).all()
         assert changed[away < 32] == pytest.approx(1) and not changed[away > 49].any()
