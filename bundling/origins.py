@@ -182,8 +182,8 @@ def taught(step: int, meta: dict[str, Any]) -> dict[str, Any]:
     """
     gan = meta.get("gan")
     return {"images_seen": step, "config": meta["config"], "held_out": len(meta["held_out"]),
-            "data": facts_of(meta["data"]), "init": began_with(meta),
-            **({"surroundings": began_with(meta, "surroundings")} if meta.get("surroundings") else {}),
+            "data": facts_of(meta["data"]), "init": as_taught(meta.get("init")),
+            **({"surroundings": as_taught(meta["surroundings"])} if meta.get("surroundings") else {}),
             **({"gan": taught(gan["step"], gan)} if gan else {})}
 
 
@@ -204,10 +204,9 @@ def taught_with(meta: dict[str, Any]) -> PreprocessSettings | None:
     return replace(settings, standardise=replace(settings.standardise, hu_clip=hu_clip))
 
 
-def began_with(meta: dict[str, Any], flag: str = "init") -> dict[str, Any] | None:
-    """taught() of what a run of this meta began with by --init, or by another flag; a bundle tells it so already."""
-    first = meta.get(flag)
-    return taught(first["step"], first) if first and "step" in first else first
+def as_taught(known: dict[str, Any] | None) -> dict[str, Any] | None:
+    """taught() of a run of which this is known (Snapshot.known); a bundle tells it so already. None for none."""
+    return taught(known["step"], known) if known and "step" in known else known
 
 
 def provenance(step: int, meta: dict[str, Any], surroundings: Snapshot | None = None) -> dict[str, Any]:
@@ -216,20 +215,11 @@ def provenance(step: int, meta: dict[str, Any], surroundings: Snapshot | None = 
     taught_with: how the slices were prepared that they learnt from. surroundings: of the run with --halved beside it;
     one with --closest tells of its own.
     """
-    halves = surroundings.known() if surroundings else meta.get("surroundings")
-    gan = meta["gan"]
+    halves, gan = as_taught(surroundings.known() if surroundings else meta.get("surroundings")), meta["gan"]
     return {"data": facts_of(meta["data"]), "taught_with": meta["data"]["settings"],
             "gan": run_facts(gan["step"], gan) | taught(gan["step"], gan) if gan else None,
-            "encoder": run_facts(step, meta), "init": began_with(meta),
-            **({"surroundings": facts_of_halves(halves)} if halves else {})}
-
-
-def facts_of_halves(known: dict[str, Any]) -> dict[str, Any]:
-    """The same of networks for the surroundings, by what a run, or a bundle, has told of them."""
-    if "step" in known:
-        return run_facts(known["step"], known) | {"init": began_with(known)}
-    return {"images_seen": known["images_seen"], "config": known["config"], "data_digest": known["data"]["digest"],
-            "init": known["init"]}
+            "encoder": run_facts(step, meta), "init": as_taught(meta.get("init")),
+            **({"surroundings": {"data_digest": halves["data"]["digest"], **halves}} if halves else {})}
 
 
 def run_facts(step: int, meta: dict[str, Any]) -> dict[str, Any]:
@@ -241,11 +231,14 @@ def networks_known(known: dict[str, Any], which: str = "encoder") -> dict[str, A
 
     Of its GAN bundles of earlier versions do not tell enough for that.
     """
-    networks, data, whole = known.get(which) or {}, known["data"], which == "encoder"
-    gan = known.get("gan") if whole else None
+    networks, whole = known.get(which) or {}, which == "encoder"
+    data, gan = known["data"], known.get("gan") if whole else None
+    held_out = data["counts"]["val"]["scans"]
+    if not whole and "data" in networks:                       # those for the surroundings may be of another database
+        data, held_out = networks["data"], networks["held_out"]
     beside = whole and (networks.get("config") or {}).get("closest")
     return {"images_seen": networks.get("images_seen"), "config": networks.get("config"), "data": data,
-            "held_out": data["counts"]["val"]["scans"], "init": (known if whole else networks).get("init"),
+            "held_out": held_out, "init": (known if whole else networks).get("init"),
             "gan": gan if gan and "data" in gan else None,
             **({"surroundings": networks_known(known, "surroundings")} if beside else {})}
 

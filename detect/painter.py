@@ -62,11 +62,12 @@ class Painter:
     def draw(self, images: torch.Tensor, hidden: torch.Tensor, bone: torch.Tensor, batch: int) -> torch.Tensor:
         """HU [S, N, N] within range_hu of images [S, 3, N, N] of which `hidden`, bool [S, N, N], is not seen; `batch`
         of them at a time. Without gradients."""
-        def drawn(*part: torch.Tensor) -> torch.Tensor:
-            found = self.encoder.redraw(self.encoder.masked(*part), self.generator)
-            return torch.cat([decode(some) for some in found.split(AT_ONCE)]).clamp(*self.range_hu)
+        return in_batches(lambda *part: self._redrawn(self.encoder.masked(*part)), batch, images, hidden, bone)
 
-        return in_batches(drawn, batch, images, hidden, bone)
+    def _redrawn(self, images: torch.Tensor) -> torch.Tensor:
+        """HU [S, N, N] within range_hu of images with masks, [S, 5, N, N]."""
+        found = self.encoder.redraw(images, self.generator)
+        return torch.cat([decode(some) for some in found.split(AT_ONCE)]).clamp(*self.range_hu)
 
     def closest(self, hu: torch.Tensor, found: Found, bone: torch.Tensor, batch: int) -> torch.Tensor:
         """HU [S, N, N] of slices, HU, drawn without what was found in them; bone, bool [S, N, N], may be drawn."""
@@ -113,13 +114,11 @@ class FilledPainter(Painter):
         return torch.cat([encode(small), told[:, None], small_bone[:, None].to(hu)], 1), small_bone
 
     def closest(self, hu: torch.Tensor, found: Found, bone: torch.Tensor, batch: int) -> torch.Tensor:
-        def drawn(hu: torch.Tensor, expected_hu: torch.Tensor, anomalous: torch.Tensor, hidden: torch.Tensor,
-                  denser: torch.Tensor, bone: torch.Tensor) -> torch.Tensor:
-            images, small_bone = self.filled(hu, Found(expected_hu, anomalous, hidden, denser), bone)
-            small = torch.cat([decode(some) for some in self.encoder.redraw(images, self.generator).split(AT_ONCE)])
-            return doubled(small.clamp(*self.range_hu), small_bone)
+        def drawn(hu: torch.Tensor, bone: torch.Tensor, *found: torch.Tensor) -> torch.Tensor:
+            images, small_bone = self.filled(hu, Found(*found), bone)
+            return doubled(self._redrawn(images), small_bone)
 
-        return in_batches(drawn, batch, hu, *found, bone)
+        return in_batches(drawn, batch, hu, bone, *found)
 
 
 def painter_of(generator: Generator, encoder: Encoder, range_hu: tuple[float, float]) -> Painter:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_encoder
 from bundling import build, origins
 from common.weights import CheckpointError
 from ct.window import decode, encode
@@ -23,8 +22,9 @@ from gan.closest import ClosestTrainer
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot
 from model import Encoder, Generator, ModelConfig
+from tests.halves_data import SHAPE, halves, reader, stats
+from tests.halves_data import closest as closest_run
 from tests.reader_data import with_meta
-from tests.test_halves import SHAPE, halves, reader, stats
 
 
 def networks(filled: bool, size: int = 16) -> tuple[Generator, Encoder]:
@@ -79,13 +79,6 @@ def test_each_kind_of_networks_has_its_part():
 
 
 # ---- Their training
-
-@pytest.fixture(scope="module")
-def halves_run(slices32, gan_run, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "halves"
-    assert halves(slices32, out, "--gan", gan_run) == 0
-    return out
-
 
 CONFIG = EncoderConfig(hide=0.5, halved=True, closest=True, adversarial=0, lr_generator=2e-3, lr_trunk=2e-3, knee=0.05,
                        encoder_code=8, precision="fp32", batch=4, rotate=0, flip=False, jitter_hu=0)
@@ -196,13 +189,6 @@ def test_some_are_hidden_besides(trainer, slices32):
 
 # ---- Runs and bundles
 
-def closest_run(slices: Path, out: Path, *flags) -> int:
-    return train_encoder.main([*map(str, ("--data", slices, "--out", out, "--preset", "smoke32", "--hide", 0.2,
-                                          "--halved", "--closest", "--adversarial", 0, "--batch", 4, "--encoder-code",
-                                          8, "--epochs", 0.5, "--lr-generator", 1e-3, "--precision", "fp32",
-                                          "--device", "cpu", *flags))])
-
-
 @pytest.fixture(scope="module")
 def run(slices32, halves_run, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "closest"
@@ -264,6 +250,16 @@ def test_what_taught_the_surroundings_has_taught_the_run(slices32, run, tmp_path
     assert "head2 may be among its training scans" in capsys.readouterr().err
     told = origins.taught(1, load_snapshot(copy).meta)
     assert told["surroundings"]["held_out"] == 1
+
+
+def test_a_bundle_tells_the_data_of_its_surroundings_where_these_are_others(slices32, run):
+    """A run on other scans, beside networks that were taught on these, with none held out."""
+    meta, dataset = load_snapshot(run).meta, SliceDataset(slices32, "val")
+    elsewhere = meta["data"] | {"digest": "f" * 64, "val_digest": "e" * 64}
+    known = origins.provenance(1, meta | {"data": elsewhere, "surroundings": meta["surroundings"] | {"held_out": []}})
+    assert known["data"]["digest"] == "f" * 64 and origins.learnt_by_networks(dataset, known) == ["head2"]
+    own = origins.provenance(1, meta | {"data": elsewhere})
+    assert origins.learnt_by_networks(dataset, own) == []
 
 
 def test_each_run_has_its_flag(slices32, run, halves_run, hiding_run, gan_run, tmp_path, capsys):

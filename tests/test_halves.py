@@ -10,9 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import latent_stats
 import train_encoder
-import train_reader
 from bundling import origins
 from common.weights import CheckpointError
 from ct.halves import doubled, halved
@@ -25,10 +23,8 @@ from gan.inpainting import InpaintingTrainer, hide_blocks
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot
 from model import Encoder, Generator, ModelConfig, has_mapping
+from tests.halves_data import FLAGS, SHAPE, halves, reader, stats
 from tests.reader_data import with_held_out, with_meta
-
-SHAPE = dict(style_dim=16, n_mlp=2, channel_max=16, encoder_noise=True, noise_channels=True, encoder_masks=True,
-             encoder_width=0.5, encoder_code=8)
 
 
 def painter(size: int, range_hu=(0.0, 70.0)) -> Painter:
@@ -141,31 +137,6 @@ def test_new_networks_that_would_never_learn_are_refused(changes):
 
 
 # ---- Runs and bundles
-
-FLAGS = ["--preset", "smoke32", "--hide", "0.9", "--halved", "--batch", "4", "--encoder-code", "8", "--epochs", "0.5",
-         "--lr-generator", "1e-3", "--precision", "fp32", "--device", "cpu"]
-
-
-def halves(slices: Path, out: Path, *flags) -> int:
-    return train_encoder.main(["--data", str(slices), "--out", str(out), *FLAGS, *map(str, flags)])
-
-
-def reader(slices: Path, encoder: Path, out: Path, *flags) -> int:
-    return train_reader.main([*map(str, ("--data", slices, "--encoder", encoder, "--out", out, "--preset", "smoke32",
-                                         "--epochs", 0.25, "--batch", 4, "--device", "cpu", *flags))])
-
-
-def stats(slices: Path, encoder: Path, out: Path, *flags) -> int:
-    return latent_stats.main([*map(str, ("--data", slices, "--encoder", encoder, "--out", out, "--preset", "smoke32",
-                                         "--precision", "fp32", "--device", "cpu", *flags))])
-
-
-@pytest.fixture(scope="module")
-def halves_run(slices32, gan_run, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "halves"
-    assert halves(slices32, out, "--gan", gan_run) == 0
-    return out
-
 
 @pytest.fixture(scope="module")
 def model(slices32, hiding_run, halves_run, tmp_path_factory) -> Path:
