@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 C = TypeVar("C")
+MOST_SEED = 2**32 - 1                   # what is above these bits tells how often a run has gone back (gan/run.py)
 
 
 def option(default: Any, help: str, choices: tuple | None = None, stored: bool = True) -> Any:
@@ -32,10 +33,10 @@ def check_range(config: Any, names: tuple[str, ...], low: float, high: float = m
     for name in names:
         value = getattr(config, name)
         if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
-            limit = f" and at most {high:g}" if math.isfinite(high) else ""
+            limit = f" and at most {high:.10g}" if math.isfinite(high) else ""
             least = "above" if above else "at least"
             shown = f"--{name.replace('_', '-')}" if flags else name
-            raise ValueError(f"{shown} must be {least} {low:g}{limit}, got {value:g}")
+            raise ValueError(f"{shown} must be {least} {low:g}{limit}, got {value:.10g}")
 
 
 def check_choices(config: Any) -> None:

@@ -16,6 +16,7 @@ ventricle, with fluid in it or blood, and that one of the shape of a lesion is n
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ from gan.settings import EncoderConfig
 from model import Generator
 
 OUTSIDE = 0.1                            # weight of a pixel that is no brain; one in the brain weighs 1 and more
+ROUNDING = 1e-6                          # a part of some images that is whole but for a computer's rounding is whole
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class InpaintingTrainer(EncoderTrainer):
         examples = {name: t.to(self.device, non_blocking=True) for name, t in examples.items()}
         hidden, bone, real = examples["hidden"], examples["bone"], encode(examples["hu"])
         if full:
-            found = self.found_anomalous(examples, round(self.config.gated * len(hidden)))
+            found = self.found_anomalous(examples, self._gated(len(hidden)))
             hidden = torch.cat([found, hidden[len(found):]])
         fake = self.draw(encode(examples["query"]), hidden, bone)
         weight = self.weight(examples["brain"], hidden, bone, examples["changed"])
@@ -139,6 +141,12 @@ class InpaintingTrainer(EncoderTrainer):
             stats |= self._discriminator_step(real, index, fake.detach())
         self.images_seen += self.global_batch
         return stats
+
+    def _gated(self, batch: int) -> int:
+        """Of how many of this rank's images in this step: over ranks and steps together, of --gated of all."""
+        first = self.images_seen + distributed.get_rank() * batch
+        before, after = (math.floor(self.config.gated * seen + ROUNDING) for seen in (first, first + batch))
+        return after - before
 
     def found_anomalous(self, examples: dict[str, torch.Tensor], count: int) -> torch.Tensor:
         """What the networks, as they are, would hide of the first `count` queries as anomalous: bool [count, N, N]."""

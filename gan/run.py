@@ -32,7 +32,7 @@ import distributed
 from common.stopping import end_with_parent
 from gan.run_folder import hold_folder, start_run, write_config
 from gan.runlog import RunLog
-from gan.snapshots import save_snapshot, snapshot_steps
+from gan.snapshots import save_snapshot, set_aside_newer, snapshot_steps
 
 # SIGUSR1 is what SLURM is asked to send before a time limit. Exit codes are the shell's, 128 + signal, of the others
 STOP_SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 129}
@@ -136,8 +136,10 @@ class Run:
         state = {**self.trainer.state(), "log": self.log.state(), "rollbacks": self.rollbacks,
                  "seconds": self.seconds()}
         if distributed.is_main():
+            set_aside_newer(self.out, self.saved_at)           # every rank has loaded by now
             save_snapshot(self.out, step, modules, state, self.meta, distance=distance)
             write_config(self.out, self.meta)
+        self.saved_at = step
         distributed.barrier()
 
 

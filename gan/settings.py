@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from config import check_range, option
+from config import MOST_SEED, check_range, option
 from detect.options import KNEE, PERCEPTUAL
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class TrainConfig:
                            "path_shrink"), 1)
         check_range(self, ("channel_multiplier", "kimg", "lr", "ada_kimg", "tick_kimg", "grid_kimg", "snapshot_kimg"),
                     0, above=True)
-        check_range(self, ("r1_gamma", "r1_every", "path_weight", "path_every", "ema_kimg", "ema_rampup", "workers",
-                           "seed"), 0)
+        check_range(self, ("r1_gamma", "r1_every", "path_weight", "path_every", "ema_kimg", "ema_rampup", "workers"), 0)
+        check_range(self, ("seed",), 0, MOST_SEED)
         check_range(self, ("path_decay", "mixing", "ada_max", "ada_cutout"), 0, 1)
         check_range(self, ("ada_target",), -2, 1)            # of a mean sign; below -1 the probability always rises
         if self.batch % self.accumulate:
@@ -109,7 +109,8 @@ class ReaderConfig:
     def __post_init__(self):
         check_range(self, ("batch", "depth"), 1)
         check_range(self, ("epochs", "snapshot_epochs", "lr", "ema_images"), 0, above=True)
-        check_range(self, ("hours", "warm_up", "weight_decay", "workers", "seed"), 0)
+        check_range(self, ("hours", "warm_up", "weight_decay", "workers"), 0)
+        check_range(self, ("seed",), 0, MOST_SEED)
         check_range(self, ("shapes",), 0, 1)
         if self.depth > 6:
             raise ValueError(f"--depth must be at most 6, got {self.depth}")
@@ -209,7 +210,8 @@ class EncoderConfig:
         check_range(self, ("batch",), 1)
         check_range(self, ("epochs", "snapshot_epochs", "knee", "lr", "lr_trunk"), 0, above=True)
         check_range(self, ("hours", "perceptual_epochs", "lr_discriminator", "lr_generator", "adversarial", "domain",
-                           "r1_gamma", "r1_every", "pixels", "workers", "seed"), 0)
+                           "r1_gamma", "r1_every", "pixels", "workers"), 0)
+        check_range(self, ("seed",), 0, MOST_SEED)
         check_range(self, ("decay", "code_alone", "erase", "coarse", "rotate", "hide", "gated", "shapes"), 0, 1)
         check_range(self, ("hidden", "changed", "gradient", "jitter_hu", "rotate_deg", "encoder_code"), 0)
         check_range(self, ("encoder_width", "code_nats"), 0, above=True)

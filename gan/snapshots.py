@@ -109,6 +109,18 @@ def save_snapshot(run: str | Path, step: int, modules: Mapping[str, nn.Module], 
     return final
 
 
+def set_aside_newer(run: str | Path, step: int) -> None:
+    """Rename what is newer than the snapshot of this step, which a run went on from or wrote last: it was passed over
+    as damaged, and must not count among those that are kept."""
+    run = Path(run)
+    for newer in [other for other in snapshot_steps(run) if other > step]:
+        folder = _snapshot_path(run, newer)
+        aside = run / f"damaged-{folder.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        warnings.warn(f"{folder}: damaged, now {aside.name}, which may be deleted", stacklevel=2)
+
+
 def load_snapshot(run: str | Path) -> Snapshot:
     """Read the newest whole snapshot of a run, checked against its hashes, with a warning for each passed over.
 

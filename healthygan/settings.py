@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from config import check_range, option
+from config import MOST_SEED, check_range, option
 from healthygan import losses
 from healthygan.model import ModelConfig
 
@@ -61,7 +61,8 @@ class TrainConfig:
         check_range(self, ("iterations", "batch", "critic_steps", "tick", "choose", "snapshot"), 1)
         check_range(self, ("lr",), 0, above=True)
         check_range(self, ("penalty", "identity", "reconstruction", "mask", "indecision", "copy_first",
-                           "translate_first", "ema_iterations", "ema_rampup", "shift", "seed"), 0)
+                           "translate_first", "ema_iterations", "ema_rampup", "shift"), 0)
+        check_range(self, ("seed",), 0, MOST_SEED)
         check_range(self, ("shift",), 0, self.size - 1)
         check_range(self, ("decay",), 0, 1)
         check_range(self, ("white_16bit",), 1, 65535)

@@ -32,7 +32,8 @@ loose=$3
 size=${SIZE:-128}
 work=${4:-runs/head-$size}
 case $size in 128) batch=16 ranks=${RANKS:-2} ;; *) batch=64 ranks=${RANKS:-1} ;; esac
-case $ranks in 1 | 2 | 4 | 8 | 16) ;; *) echo "RANKS=$ranks: expected 1, 2, 4, 8 or 16" >&2; exit 2 ;; esac
+case $ranks in 1 | 2 | 4) ;; *) echo "RANKS=$ranks: expected 1, 2 or 4: fewer than 4 images each are another training" >&2
+    exit 2 ;; esac
 
 # learn train_encoder.py ...: in $ranks processes, which share a batch
 learn() {

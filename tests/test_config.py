@@ -40,7 +40,7 @@ def read(*argv):
     ({"lr": float("nan")}, "--lr must be above 0, got nan"),
     ({"kimg": float("inf")}, "--kimg must be above 0, got inf"),
     ({"r1_every": -1}, "--r1-every must be at least 0, got -1"),
-    ({"seed": -1}, "--seed must be at least 0, got -1"),
+    ({"seed": -1}, "--seed must be at least 0 and at most 4294967295, got -1"),
     ({"size": 0}, "--size must be at least 1, got 0"),
     ({"style_dim": 0}, "--style-dim must be at least 1, got 0"),
     ({"channel_base": 0}, "--channel-base must be at least 1, got 0"),

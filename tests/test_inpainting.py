@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import distributed
 import latent_stats
 import train_encoder
 from common.weights import CheckpointError
@@ -222,6 +224,18 @@ def test_of_some_images_what_is_found_anomalous_is_hidden(gan_run, slices32):
     assert torch.equal(hidden[:2], (first["query"] - expected).abs() > 5) and hidden[:2].any()
     assert torch.equal(hidden[2:], batch["hidden"][2:]) and torch.equal(bone, batch["bone"])
     assert torch.equal(without, batch["hidden"])
+
+
+@pytest.mark.parametrize("part, ranks, batch", [(0.5, 16, 1), (0.5, 1, 16), (0.5, 2, 3), (0.1, 1, 4), (0.3, 4, 5)])
+def test_over_ranks_and_steps_the_part_that_is_gated_is_as_said(gan_run, monkeypatch, part, ranks, batch):
+    """Of 160 images or a few less, whatever a rank's share of a batch is; it was rounded on each, to none of one."""
+    one, steps, counts = trainer(gan_run, gated=part), 160 // (ranks * batch), []
+    for step in range(steps):
+        one.images_seen = step * ranks * batch
+        for rank in range(ranks):
+            monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+            counts.append(one._gated(batch))
+    assert sum(counts) == math.floor(part * steps * ranks * batch + 1e-6) and max(counts) <= math.ceil(part * batch)
 
 
 def test_the_adversary_sees_what_was_drawn(gan_run, slices32):

@@ -3,6 +3,7 @@
 import argparse
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common.weights import CheckpointError
+from gan.run import Run
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
 
 
@@ -112,6 +114,27 @@ def test_a_damaged_snapshot_is_passed_over(tmp_path, name):
     path.unlink()
     with pytest.warns(UserWarning, match=f"{name}: no such file.*falling back"):
         assert load_snapshot(tmp_path).step == 1
+
+
+def test_what_was_passed_over_as_damaged_is_not_what_is_kept(tmp_path):
+    """Two damaged snapshots were the newest two, so the one gone on from and the next one written were dropped."""
+    trainer = SimpleNamespace(modules=lambda: {"net": nn.Linear(2, 2)}, state=dict, load_state=lambda state: None,
+                              reseed=lambda seed: None)
+    meta = {"kind": "gan", "config": {}}
+
+    def go_on_to(*steps: tuple[int, float]) -> None:
+        with Run(tmp_path, meta, trainer, 0) as run:
+            for step, distance in steps:
+                run.end_step(step, True, distance)
+
+    go_on_to((100, 1.0), (200, 3.0), (300, 4.0))
+    for step in (200, 300):
+        weights = tmp_path / f"snapshot-{step:08d}" / "net.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.warns(UserWarning, match="damaged, now damaged-snapshot-00000300, which may be deleted"):
+        go_on_to((150, 2.0))
+    assert snapshot_steps(tmp_path) == [100, 150] and load_snapshot(tmp_path).step == 150
+    assert (tmp_path / "damaged-snapshot-00000200").is_dir()
 
 
 def test_state_that_would_need_unpickling_is_refused(tmp_path):

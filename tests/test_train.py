@@ -20,8 +20,10 @@ from safetensors.torch import load_file
 import distributed
 import train
 from gan import loop, training
+from gan.settings import EncoderConfig, ReaderConfig
 from gan.snapshots import load_snapshot, snapshot_steps
 from gan.training import lazy_adam
+from healthygan.settings import TrainConfig as HealthyConfig
 from tests.helpers import GradientRecorder, assert_identical, without_clock
 
 CPU = torch.device("cpu")
@@ -376,6 +378,14 @@ def test_batches_that_cannot_be_are_refused(values):
     with pytest.raises(ValueError, match="--batch|--accumulate"):
         train.TrainConfig(**values)
     assert train.TrainConfig(batch=16, accumulate=4).accumulate == 4
+
+
+@pytest.mark.parametrize("config", [train.TrainConfig, ReaderConfig, EncoderConfig, HealthyConfig])
+def test_a_seed_that_would_be_that_of_a_run_gone_back_is_refused(config):
+    """Or more than a random generator takes."""
+    assert config(seed=2**32 - 1)
+    with pytest.raises(ValueError, match="--seed must be at least 0 and at most"):
+        config(seed=2**32)
 
 
 def test_how_far_augmentation_goes_is_a_setting(tiny_gan_config):
