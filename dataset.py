@@ -126,7 +126,8 @@ class SliceWriter:
     """Writes a slice database; nothing appears at `path` before a `with` block has ended well.
 
     Until then it grows in a hidden file beside `path`, locked for as long as this process lives. What killed ones have
-    left of theirs an hour ago or more is removed.
+    left of theirs an hour ago or more is removed. Where another run has written `path` by then, which only overwrite
+    replaces, a DatasetError tells what the finished database is called instead.
 
     settings  the preprocessing, JSON-able; kept in the manifest as it is
     flag      the command's flag that names `path`, for what is said when it cannot be written
@@ -138,7 +139,7 @@ class SliceWriter:
         self.path = Path(path)
         if self.path.is_dir():
             raise DatasetError(f"{self.path} is a folder: {flag} names a file, such as {self.path / 'healthy.lmdb'}")
-        if self.path.exists() and not overwrite:
+        if os.path.lexists(self.path) and not overwrite:           # a link that leads nowhere, too
             raise DatasetError(f"{self.path} exists already: choose another {flag}, or pass --overwrite")
         if not self.path.parent.is_dir():
             raise DatasetError(f"{self.path}: the folder {self.path.parent} does not exist: create it first")
@@ -149,6 +150,7 @@ class SliceWriter:
             raise DatasetError(f"{self.path}: the folder {self.path.parent} cannot be written ({error.strerror}): "
                                f"choose another {flag}") from error
         self.settings, self.facts = settings, {}
+        self._overwrite, self._flag = overwrite, flag
         self._scans: list[dict] = []
         self._ids: set[str] = set()
         self._crcs: list[int] = []
@@ -197,11 +199,27 @@ class SliceWriter:
             if kind is None:
                 with self._space([]):
                     _seal(self._partial)
-                os.replace(self._partial, self.path)
+                self._put_in_place()
         finally:
             self._env.close()                          # again: nothing but the first time does anything
             self._partial.unlink(missing_ok=True)
             os.close(self._lock)
+
+    def _put_in_place(self) -> None:
+        """Moves what is complete to `path`; DatasetError where that has been taken since, with the name it is kept by.
+        """
+        try:
+            if self._overwrite:
+                os.replace(self._partial, self.path)
+            else:
+                _move_to_new(self._partial, self.path)
+        except (FileExistsError, IsADirectoryError) as error:
+            # Not by its hidden name, under which the next writer would remove it
+            kept = self.path.with_name(f"{self.path.stem}.{uuid.uuid4().hex[:8]}{self.path.suffix}")
+            os.replace(self._partial, kept)
+            raise DatasetError(f"{self.path} has been taken by another run since this one began. Its own "
+                               f"database is complete and kept as {kept}: use it there or rename it, and give each "
+                               f"run a {self._flag} of its own") from error
 
     def _put(self, items: list[tuple[bytes, bytes]]) -> None:
         while True:
@@ -229,6 +247,19 @@ class SliceWriter:
         return {"format": "ct-slices", "format_version": FORMAT_VERSION, "size": self._size,
                 "settings": self.settings, "counts": counts, "scans": self._scans, **self.facts,
                 "digest": _digest(self._crcs), "val_digest": _digest(held_out)}
+
+
+def _move_to_new(file: Path, path: Path) -> None:
+    """Rename a file to a path that is not there yet; FileExistsError where it is: os.rename would replace it."""
+    try:
+        os.link(file, path)
+    except FileExistsError:
+        raise
+    except OSError:                                    # a file system without hard links: an empty file takes the name
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(file, path)
+    else:
+        file.unlink()
 
 
 def _key(index: int) -> bytes:

@@ -31,10 +31,14 @@ from ct.settings import UNKNOWN_SLICE_SPACING_MM, PreprocessSettings, Standardis
 
 OF_SETTINGS = ("size", "slab-mm", "hu-clip", "bone-apart", "min-brain-fraction", "max-below-vertex-mm")
 OF_DRAWN_SPLIT = ("val-fraction", "seed")
+BASE = PreprocessSettings()
+# Not argparse's: a flag that is given with its default's value must be known to be given
+DEFAULTS = {"size": BASE.standardise.size, "slab_mm": BASE.slab_mm, "bone_apart": BASE.standardise.bone_apart,
+            "min_brain_fraction": BASE.min_brain_fraction, "max_below_vertex_mm": BASE.max_below_vertex_mm,
+            "val_fraction": 0.15, "seed": 0}
 
 
 def parser() -> argparse.ArgumentParser:
-    base = PreprocessSettings()
     text = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=text)
     p.add_argument("scans", nargs="+", metavar="SCANS", help="folders of scans, searched at any depth")
@@ -51,21 +55,23 @@ def parser() -> argparse.ArgumentParser:
                        help="as this model bundle takes them, in place of --" + ", --".join(OF_SETTINGS))
     group.add_argument("--teach", action="store_true",
                        help="with --like: as its networks' own training slices were, to teach them on")
-    group.add_argument("--size", type=int, default=base.standardise.size, metavar="N",
-                       help="pixels of a slice's side (default %(default)s)")
-    group.add_argument("--slab-mm", type=float, default=base.slab_mm, metavar="MM",
-                       help=f"slices thinner than {base.thin_mm:g} mm are averaged to this (%(default)g)")
+    group.add_argument("--size", type=int, metavar="N",
+                       help=f"pixels of a slice's side (default {DEFAULTS['size']})")
+    group.add_argument("--slab-mm", type=float, metavar="MM",
+                       help=f"slices thinner than {BASE.thin_mm:g} mm are averaged to this ({DEFAULTS['slab_mm']:g})")
     group.add_argument("--unknown-slice-spacing-mm", type=float, default=UNKNOWN_SLICE_SPACING_MM, metavar="MM",
                        help="assumed, and noted, where a scan does not tell (default %(default)g; 0: refuse)")
     group.add_argument("--hu-clip", type=float, nargs=2, metavar=("LOW", "HIGH"),
                        help="HU range kept (default: the part of -20..180 that no scan's source has clipped)")
-    group.add_argument("--bone-apart", action="store_true",
+    group.add_argument("--bone-apart", action="store_true", default=None,
                        help="pixels across the edge of a bone show their soft tissue alone: thin blood under the skull "
                             "would else be lost in the mean")
-    group.add_argument("--min-brain-fraction", type=float, default=base.min_brain_fraction, metavar="F",
-                       help="leave out slices with less brain than this part of the frame (%(default)g)")
-    group.add_argument("--max-below-vertex-mm", type=float, default=base.max_below_vertex_mm, metavar="MM",
-                       help="leave out slices further below the top of the brain (default %(default)g)")
+    group.add_argument("--min-brain-fraction", type=float, metavar="F",
+                       help="leave out slices with less brain than this part of the frame "
+                            f"({DEFAULTS['min_brain_fraction']:g})")
+    group.add_argument("--max-below-vertex-mm", type=float, metavar="MM",
+                       help="leave out slices further below the top of the brain (default "
+                            f"{DEFAULTS['max_below_vertex_mm']:g})")
     group.add_argument("--slices", metavar="FILE.csv",
                        help="columns scan_id, slice (0: the most inferior): keep only these, of these scans; "
                             "loose slices are kept as they are")
@@ -77,16 +83,25 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--patients", metavar="FILE.csv",
                        help="columns scan_id, patient (default: by PatientID, study and series of DICOM; every other "
                             "scan is a patient of its own)")
-    group.add_argument("--val-fraction", type=float, default=0.15, metavar="F",
-                       help="part of the patients kept for validation; 0: none, 1: all (default %(default)g)")
-    group.add_argument("--seed", type=int, default=0, help="draws the patients (default %(default)s)")
+    group.add_argument("--val-fraction", type=float, metavar="F",
+                       help="part of the patients kept for validation; 0: none, 1: all (default "
+                            f"{DEFAULTS['val_fraction']:g})")
+    group.add_argument("--seed", type=int, help=f"draws the patients (default {DEFAULTS['seed']})")
     group.add_argument("--split", metavar="FILE.csv",
                        help="columns scan_id, split (train or val): use this split, and draw none")
     return p
 
 
 def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program with code 2 where a value cannot be meant."""
+    """Ends the program with code 2 where a value cannot be meant; fills in DEFAULTS."""
+    for flag, says, others in (("like", "how slices are prepared", OF_SETTINGS),
+                               ("split", "who is held out", OF_DRAWN_SPLIT)):
+        given = [f"--{other}" for other in others if getattr(args, other.replace("-", "_")) is not None]
+        if (value := getattr(args, flag)) and given:
+            p.error(f"--{flag} {value}: says {says}; leave out {', '.join(given)}")
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     for flag, value in (("--size", args.size), ("--slab-mm", args.slab_mm), ("--workers", args.workers),
                         ("--max-below-vertex-mm", args.max_below_vertex_mm)):
         if not 0 < value < math.inf:
@@ -102,12 +117,6 @@ def check(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         p.error(f"--hu-clip expects LOW below HIGH, both finite, got {args.hu_clip[0]:g} {args.hu_clip[1]:g}")
     if not 0 <= args.min_brain_fraction < 1:
         p.error(f"--min-brain-fraction must be at least 0 and below 1, got {args.min_brain_fraction:g}")
-    for flag, says, others in (("like", "how slices are prepared", OF_SETTINGS),
-                               ("split", "who is held out", OF_DRAWN_SPLIT)):
-        given = [f"--{other}" for other in others
-                 if (name := other.replace("-", "_")) and getattr(args, name) != p.get_default(name)]
-        if (value := getattr(args, flag)) and given:
-            p.error(f"--{flag} {value}: says {says}; leave out {', '.join(given)}")
     if args.teach and not args.like:
         p.error("--teach: of which model's networks? Give --like MODEL")
 

@@ -136,6 +136,10 @@ def _check_alike(frames: list[Frame]) -> None:
         if frame.rescale is None or frame.rescale[0] == 0:
             raise ScanError(f"{name} has no valid RescaleSlope and RescaleIntercept, so its HU are unknown; export the "
                             "series again with them, or leave this image out")
+        if frame.high_bit not in (None, frame.bits - 1):
+            raise ScanError(f"{name}: HighBit is {frame.high_bit}, BitsStored {frame.bits}: which bits hold its values "
+                            f"is unknown, and so are its HU; expected HighBit {frame.bits - 1}; export the series "
+                            "again, or correct the attribute")
         if frame.size != first.size:
             raise ScanError(f"{name} has {frame.size} rows and columns, {first.path.name} has {first.size}; "
                             "put the images of different size in folders and series of their own")

@@ -42,9 +42,10 @@ HEADER_TAGS = (
     "PatientID", "PatientName", "PatientBirthDate", "ImageType", "InstanceNumber", "AcquisitionNumber",
     "ConvolutionKernel", "KVP", "SliceThickness", "ContrastBolusAgent", "ContrastBolusAgentSequence",
     "TemporalPositionIdentifier", "LossyImageCompression", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
-    "BitsStored", "PixelRepresentation", "PhotometricInterpretation", "PixelPaddingValue", "PixelPaddingRangeLimit",
-    "RescaleSlope", "RescaleIntercept", "RescaleType", "ImageOrientationPatient", "ImagePositionPatient",
-    "PixelSpacing", "GantryDetectorTilt", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "BitsStored", "HighBit", "PixelRepresentation", "PhotometricInterpretation", "PixelPaddingValue",
+    "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept", "RescaleType", "ImageOrientationPatient",
+    "ImagePositionPatient", "PixelSpacing", "GantryDetectorTilt", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
 )
 
 
@@ -63,6 +64,7 @@ class Frame:
     wide_padding: int | None = None                   # 16 bits, more than BitsStored, that mean the same
     monochrome1: bool = False
     bits: int = 16                                    # BitsStored
+    high_bit: int | None = None                       # HighBit, where both are given
     signed: bool = False
     overlay: bool = False                             # the header tells of one in the bits above these
     number: int | None = None                         # InstanceNumber, or the frame's in its file
@@ -217,6 +219,7 @@ def _frame(path: Path, index: int, count: int, size: tuple[int, int], ds: pydico
         wide_padding=_wide_padding(ds, bits, signed),
         monochrome1=text("PhotometricInterpretation") == "MONOCHROME1",
         bits=bits,
+        high_bit=int(ds.HighBit) if ds.get("BitsStored") and ds.get("HighBit") is not None else None,
         signed=signed,
         overlay=any(tag in ds and ds[tag].value for tag in OVERLAYS),
         number=index if count > 1 else int(number) if number.lstrip("-").isdecimal() else None,

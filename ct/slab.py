@@ -8,6 +8,8 @@ import numpy as np
 
 from ct.scan import Scan, ScanError
 
+SAME_MM = 0.01      # lengths that differ by less are one: files round positions, and those along a tilt are sums
+
 
 @dataclass(frozen=True)
 class Slabs:
@@ -63,20 +65,20 @@ def to_slabs(scan: Scan, slab_mm: float = 5.0, thin_mm: float = 4.0) -> Slabs:
     if not slab_mm > 0:
         raise ScanError(f"{scan.scan_id}: --slab-mm must be above 0, got {slab_mm}")
     count = len(scan.hu)
-    if count == 1 or scan.slice_spacing_mm >= thin_mm or scan.slice_spacing_mm >= slab_mm:
+    if count == 1 or scan.slice_spacing_mm >= min(thin_mm, slab_mm) - SAME_MM:
         return Slabs(scan, scan.position_mm, np.eye(count, dtype=bool), np.ones(count, bool), averaged=False)
     shares, whole = _shares(scan.position_mm, slab_mm, thin_mm)
     weights = shares / shares.sum(axis=1, keepdims=True)
     brain = None if scan.brain is None else _average(weights, scan.brain) >= 0.5
     slabs = replace(scan, hu=_average(weights, scan.hu), position_mm=weights @ scan.position_mm, brain=brain)
-    return Slabs(slabs, scan.position_mm, shares > 1e-6, shares.sum(axis=0) >= whole / 2 - 1e-6, averaged=True)
+    return Slabs(slabs, scan.position_mm, shares > SAME_MM, shares.sum(axis=0) >= whole / 2 - SAME_MM, averaged=True)
 
 
 def _shares(position_mm: np.ndarray, slab_mm: float, thin_mm: float) -> tuple[np.ndarray, np.ndarray]:
     """How much of each slice is in each slab, float64 [T, S], inferior to superior, and all of it [S]: mm, or 1 of a
     thick slice."""
     low, high = _extents(position_mm)
-    thick, rows, s = _nearest(position_mm) >= thin_mm, [], 0
+    thick, rows, s = _nearest(position_mm) >= thin_mm - SAME_MM, [], 0
     while s < len(position_mm):
         end = s + 1
         while not thick[s] and end < len(position_mm) and not thick[end]:
@@ -93,16 +95,16 @@ def _overlaps(low: np.ndarray, high: np.ndarray, slab_mm: float, bottom: bool) -
     A slab is kept if slices cover half of what they cover in the fullest, or if more of one lies there than in those
     that are kept. What is left below the lowest falls off at the scan's bottom; elsewhere it is part of the lowest.
     """
-    count = max(1, int((high[-1] - low[0]) / slab_mm + 0.5))
+    count = max(1, int((high[-1] - low[0] + SAME_MM) / slab_mm + 0.5))
     tops = high[-1] - slab_mm * np.arange(count)[::-1, None]
     bottoms = tops - slab_mm
     if not bottom:
         bottoms[0] = min(bottoms[0], low[0])
     overlap = np.clip(np.minimum(high, tops) - np.maximum(low, bottoms), 0, None)
     covered = overlap.sum(axis=1)
-    kept = covered >= covered.max() / 2 - 1e-6
+    kept = covered >= covered.max() / 2 - SAME_MM
     for slice_mm in overlap.T:
-        if slice_mm[kept].sum() < slice_mm.sum() / 2:
+        if slice_mm[kept].sum() < slice_mm.sum() / 2 - SAME_MM:
             kept[slice_mm.argmax()] = True
     return overlap[kept]
 

@@ -6,6 +6,7 @@ import codecs
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -105,22 +106,25 @@ def _find_in(directory: Path, pictures: list[Path]) -> list[Found]:
 def natural_key(path: Path) -> tuple:
     """Sort key under which '2.png' comes before '10.png'."""
     parts = re.split(r"(\d+)", path.stem)
-    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts), path.name
+    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in parts), path.name
 
 
 def in_order(pictures: Sequence[Path]) -> list[tuple[Fraction, Path]]:
     """Pictures with the number that their names give, in its order. ScanError where the names give no order.
 
     All names must read alike but for their numbers, and if several numbers change they must rise together. A sign and
-    decimals belong to the number where names are told apart by them (z-60.0, z5.0), and at the start of a name.
+    decimals belong to the number where names are told apart by them (z-60.0, z5.0), and at the start of a name. A dash
+    that is in all names says nothing: it is refused where it may be a sign (z-60.0, z-55.0).
     """
     stems = [path.stem for path in pictures]
-    plain, signed = r"\d+", r"[-+]?\d+(?:\.\d+)?"
-    for reading in (signed,) if any(re.match(r"[-+]\d", stem) for stem in stems) else (plain, signed):
+    plain, decimal, signed = r"\d+", r"(?:^[-+])?\d+(?:\.\d+)?", r"[-+]?\d+(?:\.\d+)?"
+    at_start = any(re.match(r"[-+]\d", stem) for stem in stems)
+    for reading in (decimal, signed) if at_start else (plain, decimal, signed):
         texts = {tuple(re.split(reading, stem)) for stem in stems}
         if len(texts) > 1:
             continue
-        exact = [[Fraction(number) for number in re.findall(reading, stem)] for stem in stems]    # a UID has 20 digits
+        found = [re.findall(reading, stem) for stem in stems]
+        exact = [[Fraction(number) for number in numbers] for numbers in found]                   # a UID has 20 digits
         order = sorted(range(len(stems)), key=exact.__getitem__)
         for before, k in zip(order, order[1:]):
             if exact[before] == exact[k]:
@@ -131,26 +135,26 @@ def in_order(pictures: Sequence[Path]) -> list[tuple[Fraction, Path]]:
         changing = [column for column in range(ranked.shape[1]) if np.ptp(ranked[:, column]) > 0]
         if not all((np.diff(ranked[:, column]) > 0).all() for column in changing):
             continue
-        if reading is plain and any(_sign_or_dash(stems, texts, ranked, column) for column in changing):
-            continue
+        (text,), columns = texts, list(zip(*found))
+        if any(all(number.startswith("-") for number in columns[column]) and (column or text[0])
+               for column in changing):
+            continue                                   # no sign by which names are told apart, though the others rise
+        for column in changing:
+            if text[column].endswith("-"):
+                whole = text[column + 1] != "." and not any("." in number for number in columns[column])
+                _refuse_sign(stems, columns[column], whole and (np.diff(ranked[:, column]) == 1).all())
         return [(exact[k][changing[0]] if changing else Fraction(0), pictures[k]) for k in order]
     raise ScanError(f"the names of the pictures give no order ({min(pictures).name}, {max(pictures).name}): they must "
                     "be alike but for one number, or for numbers that rise together; name the slices by number, and "
                     "put each series in a folder of its own")
 
 
-def _sign_or_dash(stems: list[str], texts: set[tuple[str, ...]], numbers: np.ndarray, column: int) -> bool:
-    """Whether a dash before a number may be its sign: with decimals (z-60.0), not where it counts one by one or is
-    padded with zeros (im-0001). ScanError where there is no telling."""
-    text, = texts
-    if not text[column].endswith("-"):
-        return False
-    if any(re.search(r"-\d+\.\d", stem) for stem in stems):
-        return True
-    if (np.diff(numbers[:, column]) == 1).all() or any(re.search(r"-0\d", stem) for stem in stems):
-        return False
-    raise ScanError(f"{min(stems)}, {max(stems)}: is the dash before the number a sign? Name the slices by numbers "
-                    "without one")
+def _refuse_sign(stems: list[str], numbers: Sequence[str], one_by_one: bool) -> None:
+    """ScanError where the dash before these numbers, which all names have, may be their sign. Not where they count one
+    by one, without decimals, or are padded with zeros (im-0001)."""
+    if not one_by_one and not any(re.match(r"0\d", number) for number in numbers):
+        raise ScanError(f"{min(stems)}, {max(stems)}: is the dash before the number a sign? Name the slices by numbers "
+                        "without one")
 
 
 # ---- scan.json
@@ -189,7 +193,8 @@ def load_spec(path: Path) -> SliceSpec:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is one that a float holds: JSON's may have any number of digits."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _windows(path: Path, value) -> tuple[tuple[float, float], ...]:

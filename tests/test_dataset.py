@@ -267,6 +267,42 @@ def test_the_writer_refuses_what_cannot_be_right(database, tmp_path):
             writer.add(ScanRecord.encode("b", *random_scan(1)), "test", "b")
 
 
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("taken", ["file", "folder", "link"])
+def test_of_two_runs_to_one_place_the_second_replaces_nothing(tmp_path, monkeypatch, links, taken):
+    """The first one's database was replaced, without --overwrite and without a word. Some disks know no hard links."""
+    def no_links(*args):
+        raise PermissionError(1, "Operation not permitted")
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    out = tmp_path / "x.lmdb"
+    with pytest.raises(DatasetError, match=r"x\.lmdb has been taken .* kept as .*x\.[0-9a-f]{8}\.lmdb: .* --mixed"):
+        with SliceWriter(out, {}, flag="--mixed") as second:
+            second.add(ScanRecord.encode("b", *random_scan(1)), "train", "b")
+            if taken == "file":
+                with SliceWriter(out, {}) as first:
+                    first.add(ScanRecord.encode("a", *random_scan(0)), "train", "a")
+            elif taken == "folder":
+                out.mkdir()
+            else:
+                out.symlink_to("nowhere")
+    kept, = set(tmp_path.iterdir()) - {out}
+    assert [scan["scan_id"] for scan in dataset.verify(kept)["scans"]] == ["b"]
+    if taken == "file":
+        assert [scan["scan_id"] for scan in dataset.verify(out)["scans"]] == ["a"]
+    with pytest.raises(DatasetError, match="--overwrite" if taken != "folder" else "is a folder"):
+        SliceWriter(out, {})
+
+
+def test_a_folder_that_has_taken_the_place_of_a_database_costs_no_work(tmp_path):
+    with pytest.raises(DatasetError, match="x.lmdb has been taken"):
+        with SliceWriter(tmp_path / "x.lmdb", {}, overwrite=True) as writer:
+            writer.add(ScanRecord.encode("a", *random_scan(0)), "train", "a")
+            (tmp_path / "x.lmdb").mkdir()
+    kept, = tmp_path.glob("x.*.lmdb")
+    assert len(dataset.verify(kept)["scans"]) == 1
+
+
 def test_the_same_input_gives_the_same_bytes(tmp_path):
     for name in ("x", "y"):
         with SliceWriter(tmp_path / name, {"a": 1}) as writer:

@@ -326,6 +326,18 @@ def test_series_that_do_not_hold_together_are_refused(tmp_path, edit, words):
     assert "Secret" not in str(error.value)
 
 
+def test_pixels_in_the_high_bits_are_refused(tmp_path):
+    """12 bits that end at bit 15 were read as those that end at bit 11."""
+    def edit(ds, k):
+        stored = np.frombuffer(ds.PixelData, "<u2") << 4
+        ds.BitsStored, ds.HighBit, ds.PixelData = 12, 15, stored.astype("<u2").tobytes()
+    folder = write_dicom_series(tmp_path / "case", HU, edit=edit)
+    with pytest.raises(ScanError, match="000.dcm: HighBit is 15, BitsStored 12: .*; expected HighBit 11; export the"):
+        read_only(folder)
+    write_dicom_series(tmp_path / "without", HU, edit=lambda ds, k: delattr(ds, "HighBit"))
+    np.testing.assert_array_equal(read_only(tmp_path / "without").hu, HU)
+
+
 def test_truncated_pixels_are_refused_by_name(tmp_path):
     folder = write_dicom_series(tmp_path / "case", HU)
     path = folder / "003.dcm"

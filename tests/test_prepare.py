@@ -465,13 +465,34 @@ def test_slices_to_teach_are_those_of_a_model(capsys):
     assert "--teach: of which model's networks? Give --like MODEL" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag, value", [("--val-fraction", "0.3"), ("--seed", "1")])
+@pytest.mark.parametrize("flag, value", [("--val-fraction", "0.3"), ("--seed", "1"), ("--val-fraction", "0.15"),
+                                         ("--seed", "0")])
 def test_a_given_split_and_how_to_draw_one_are_refused(flag, value, tmp_path, capsys):
-    """The drawn one's flags were passed over."""
+    """The drawn one's flags were passed over, and those with their defaults' values still were."""
     with pytest.raises(SystemExit) as stop:
         prepare.main([str(tmp_path), "--out", str(tmp_path / "own.lmdb"), "--split", "split.csv", flag, value])
     assert stop.value.code == 2
     assert f"--split split.csv: says who is held out; leave out {flag}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag, value", [("--size", "256"), ("--slab-mm", "5"), ("--min-brain-fraction", "0.02"),
+                                         ("--max-below-vertex-mm", "160"), ("--hu-clip", "-20 180")])
+def test_a_flag_with_its_defaults_value_is_given_all_the_same(flag, value, capsys):
+    """--like MODEL --size 256 made slices of 128."""
+    with pytest.raises(SystemExit):
+        prepare.main(["scans", "--out", "own.lmdb", "--like", "model", flag, *value.split()])
+    assert f"--like model: says how slices are prepared; leave out {flag}" in capsys.readouterr().err
+
+
+def test_what_is_not_given_has_the_default_that_help_tells(monkeypatch):
+    p, asked = prepare.parser(), {}
+    monkeypatch.setattr(database_module, "build_lmdb", lambda scans, out, settings, **options: asked.update(
+        options, settings=settings) or {}["far enough"])
+    args = p.parse_args(["a", "--out", "x.lmdb"])
+    prepare.check(p, args)
+    with pytest.raises(KeyError):
+        prepare.prepare(args)
+    assert asked["settings"] == PreprocessSettings() and (asked["val_fraction"], asked["seed"]) == (0.15, 0)
 
 
 def test_an_out_that_cannot_be_written_is_refused_before_the_work(folder, tmp_path, capsys):

@@ -150,6 +150,32 @@ def test_linear_ramp_survives_there_and_back():
     np.testing.assert_allclose(slabs.from_slabs(slabs.scan.hu)[4:-4, 0, 0], z[4:-4], atol=1e-4)
 
 
+@pytest.mark.parametrize("step_mm, count, made, averaged", [
+    (4.0, 36, 36, False), (2.5, 61, 31, True), (1.25, 118, 30, True), (0.625, 236, 30, True)])
+def test_tilt_and_offset_do_not_change_the_slabs(step_mm, count, made, averaged):
+    """At borders the last digits of floats decided: whether 4 mm are thick, and half a slab at the bottom one."""
+    rng = np.random.default_rng(0)
+    for digits in (1, 3, 6):
+        tilts = np.zeros(10) if digits == 1 else np.deg2rad(rng.uniform(0, 25, 10))
+        for tilt, offset in zip(tilts, rng.uniform(-900, 100, 10)):
+            normal = np.array([0, np.sin(tilt), np.cos(tilt)])
+            first, along = np.array([-115, -115, np.round(offset, 1)]), step_mm * np.arange(count)[:, None]
+            origins = np.round(first + along * normal, max(digits, 3))     # as the header of a DICOM file has them
+            slabs = to_slabs(_scan(np.zeros(count), origins @ np.round(normal, 6)))
+            exact = to_slabs(_scan(np.zeros(count), step_mm * np.arange(count)))
+            assert (slabs.averaged, len(slabs.scan.hu)) == (averaged, made)
+            np.testing.assert_array_equal(slabs.made_of, exact.made_of)
+            np.testing.assert_array_equal(slabs.covered, exact.covered)
+
+
+@pytest.mark.parametrize("noise", [0, 1e-4, -1e-4])
+def test_thick_slices_at_the_border_stay_as_they_are(noise):
+    """A thin base, and above it slices 4 mm apart."""
+    positions = np.concatenate([np.arange(20) * 1.25, 19 * 1.25 + (4 + noise) * np.arange(1, 9)])
+    slabs = to_slabs(_scan(np.arange(28), positions))
+    assert slabs.scan.hu[-8:, 0, 0].tolist() == list(range(20, 28))
+
+
 def test_given_brain_mask_is_averaged_too():
     brain = np.zeros((5, 2, 3), bool)
     brain[3:] = True                                                            # 4 of the 5 mm of the upper slab

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ct.scan import ScanError
-from ct.slices import in_order
+from ct.slices import in_order, load_spec, natural_key
 from tests.helpers import read_all
 from tests.writers import write_scan_json, write_slice_folder
 
@@ -30,10 +30,42 @@ def test_signs_and_decimals_belong_to_the_number():
 
 
 @pytest.mark.parametrize("names", [("a.png", "b.png"), ("IM-1-2.png", "IM-2-1.png"), ("z-60.png", "z-55.png"),
-                                   ("slice1.png", "Slice2.png")])
+                                   ("slice1.png", "Slice2.png"), ("z-60.0.png", "z-55.0.png"),
+                                   ("slice-0.0.png", "slice-2.5.png", "slice-5.0.png"),
+                                   ("head-0.0.png", "head-5.0.png", "head-10.0.png"),
+                                   ("t-1.0.png", "t-2.0.png", "t-3.0.png"), ("p-12.5mm.png", "p-15.0mm.png"),
+                                   ("h-05-z-60.png", "h-05-z-55.png"), ("-5.0-3.png", "-5.0-6.png"),
+                                   ("z-5.0-001.png", "z-10.0-002.png"),
+                                   ("z5.0-001.png", "z0.0-002.png", "z-5.0-003.png")])
 def test_names_without_an_order_are_refused(names):
     with pytest.raises(ScanError, match="no order|sign"):
         order(*names)
+
+
+@pytest.mark.parametrize("name", ["Head-5.0-H31s-{:03d}", "scan-3.0mm-{:02d}", "scan-3.0mm-{}", "-5.0mm-{:03d}",
+                                  "s-{:03d}.5"])
+def test_a_dash_before_a_counter_is_no_sign(name):
+    """A decimal elsewhere in the name turned heads upside down."""
+    names = [f"{name.format(k)}.png" for k in range(1, 12)]
+    assert order(*names[::-1]) == names
+
+
+@pytest.mark.parametrize("value", ["1" + 400 * "0", "-1" + 400 * "0", "NaN", "1e999"])
+@pytest.mark.parametrize("key", ["windows_hu", "clipped_hu", "slice_spacing_mm", "pixel_spacing_mm"])
+def test_numbers_that_no_float_holds_are_refused(tmp_path, key, value):
+    """An integer of 400 digits in one scan.json ended the run for all scans."""
+    texts = {"windows_hu": "[[-20, 100]]", "slice_spacing_mm": "5", "pixel_spacing_mm": "null",
+             "order": '"inferior-to-superior"', key: {"windows_hu": f"[[-20, {value}]]",
+                                                      "clipped_hu": f"[0, {value}]"}.get(key, value)}
+    (tmp_path / "scan.json").write_text("{" + ", ".join(f'"{name}": {text}' for name, text in texts.items()) + "}")
+    with pytest.raises(ScanError, match=f"scan.json: '{key}' must be"):
+        load_spec(tmp_path / "scan.json")
+
+
+def test_names_with_any_digits_have_a_key():
+    """A superscript is a digit, but no number: int() ended the run."""
+    assert sorted([Path("x²10.png"), Path("x²5.png"), Path("².png")], key=natural_key) == [
+        Path("x²5.png"), Path("x²10.png"), Path("².png")]
 
 
 @settings(max_examples=50, deadline=None)
