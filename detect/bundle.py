@@ -31,6 +31,7 @@ from common.weights import (
     to_json,
     verify,
 )
+from common.wording import some
 from ct import frame
 from ct.frame import PreprocessSettings
 from detect import measure
@@ -132,8 +133,8 @@ def save_bundle(folder: str | Path, reconstructor: Reconstructor, settings: Sett
     If the move is interrupted, the hashes do not fit and load_bundle refuses the bundle.
     Weights and principal components are stored in dtype; a tensor with values beyond its range, or not of floats,
     stays as it is. meta needs the keys BUNDLE_META. normal: of healthy residuals; None without a calibration. Raises
-    CheckpointError for weights that are not finite, parts that do not fit together, settings other than those of the
-    calibration in meta, and a folder that holds a bundle already, unless overwrite.
+    CheckpointError for weights and statistics that are not finite, parts that do not fit together, settings other than
+    those of the calibration in meta or of normal, and a folder that holds a bundle already, unless overwrite.
     """
     folder = Path(folder)
     refuse_healthygan(folder, str(folder))
@@ -147,7 +148,14 @@ def save_bundle(folder: str | Path, reconstructor: Reconstructor, settings: Sett
     to_json(meta, folder)
     tensors = reconstructor.tensors(dtype)
     if normal is not None:
+        try:
+            MEASURES[settings.measure](settings.scoring, settings.mask, normal).check()
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
         tensors["normal"] = normal.to_tensors()
+    for name, content in tensors.items():                 # what is no network has not gone through compact()
+        if odd := [key for key, tensor in content.items() if not tensor.isfinite().all()]:
+            raise CheckpointError(f"{folder}: {name}: {some(odd, 3)} not finite as stored; fit or train it anew")
 
     folder.mkdir(parents=True, exist_ok=True)
     earlier, files = _files_of_bundle(folder), {}
@@ -219,7 +227,8 @@ def load_bundle(folder: str | Path, device: torch.device | str = "cpu", precisio
     settings = read_settings(folder, meta)
     reconstructor = _load_method(folder, meta, settings, device)
     reconstructor.set_precision(distributed.pick_precision(precision, device))
-    normal = _load_normal(folder / "normal.safetensors") if "normal.safetensors" in meta["files"] else None
+    has_normal = "normal.safetensors" in meta["files"]
+    normal = _load_normal(folder / "normal.safetensors", settings) if has_normal else None
     fitted = MEASURES[settings.measure](settings.scoring, settings.mask, normal)
     return Bundle(reconstructor, fitted, settings, meta, weights_hash, folder)
 
@@ -232,9 +241,9 @@ def _load_method(folder: Path, meta: Mapping[str, Any], settings: Settings, devi
         raise CheckpointError(f"{folder / 'model.json'}: config: not of method {settings.method} ({error})") from error
 
 
-def _load_normal(path: Path) -> Normal:
+def _load_normal(path: Path, settings: Settings) -> Normal:
     try:
-        return Normal.from_tensors(load_tensors(path))
+        return Normal.from_tensors(load_tensors(path), settings.scoring)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -30,6 +30,8 @@ import torch.nn.functional as F
 SLOPE = 0.2                      # of the encoder's last leaky ReLU, as published
 RELEASED_SPACING_MM = 5.0        # the released statistics go by slice number, 0 at the vertex
 VARIANCE_FLOOR = 1e-4            # of a layer's average variance: keeps p finite along directions never seen
+MEND = "fetch the file again, or fit the statistics anew (latent_stats.py)"
+ORTHONORMAL = 1e-2               # so far components' overlap may be from the identity: float16 leaves 5e-4
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,16 @@ class LatentStats:
 
     positions_mm       [P], mm below the vertex, bin centres, increasing; 0 is the vertex
     mean               [P, L, D], of leaky_5(w)
-    components         [P, L, D, K], orthonormal columns, by falling variance (an imported set: as it came)
+    components         [P, L, D, K], orthonormal columns, by falling variance (an imported set: in the order it has)
     variance           [P, L, K], along the components, after shrinkage
     remainder_variance [P, L], of each of the D - K directions left; 0 for K = D
     n_codes            [P] int64, codes used; 0 where not known (imported)
     reach_mm           [P], how far from the position codes were taken; more than asked for where borrowed
     shrinkage          [P, L], share of the average variance in every variance
     slope              float32 [], of the activation that the codes have gone through; 1 for none
+
+    Raises ValueError for shapes that do not fit together, numbers that are not finite, variances that are not above 0,
+    and components that are no basis: p and back would be another code.
     """
 
     positions_mm: torch.Tensor
@@ -131,6 +136,8 @@ class LatentStats:
                                  f"got {list(found)}")
         if not 1 <= K <= D:
             raise ValueError(f"components: between 1 and {D} can be kept of codes of {D} numbers, got {K}")
+        if odd := [f.name for f in fields(self) if not getattr(self, f.name).isfinite().all()]:
+            raise ValueError(f"{', '.join(odd)}: every number must be finite; {MEND}")
         if not (self.positions_mm.diff() > 0).all():
             raise ValueError("positions_mm: must increase, from the vertex down")
         spread = [self.variance] if K == D else [self.variance, self.remainder_variance]
@@ -139,6 +146,7 @@ class LatentStats:
                              "fit the statistics on more codes, or keep fewer components")
         if not 0 < float(self.slope) <= 1:
             raise ValueError(f"slope: expected one above 0, at most 1, got {float(self.slope):g}")
+        _check_orthonormal(self.components)
 
     # ------------------------------------------------------------------ use
 
@@ -211,7 +219,7 @@ class LatentStats:
         the right, so its COLUMNS act as directions, while scikit-learn's components_ are rows. They are used
         as stored: the matrix is orthogonal either way, so the map is invertible, and p is what the formula
         says. `std` is in the file but in no formula, and is left out. Raises ValueError on missing or
-        misshapen arrays.
+        misshapen arrays, and as LatentStats.
         """
         wanted = ("mean", "pca_components", "pca_explained_variance")
         missing = [name for name in wanted if name not in arrays]
@@ -240,7 +248,7 @@ class LatentStats:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> LatentStats:
-        """Back from to_tensors. Raises ValueError on missing tensors or shapes that do not fit together.
+        """Back from to_tensors. Raises ValueError on missing tensors, and as LatentStats.
 
         Statistics made before there was a slope are of SLOPE.
         """
@@ -252,6 +260,7 @@ class LatentStats:
         stored = values["components"]
         values["components"] = stored.float()
         if stored.dtype != torch.float32 and stored.ndim == 4 and stored.shape[-1] < stored.shape[-2]:
+            _check_orthonormal(stored.float())              # the step would take any column's length for the fault
             values["components"] = _nearest_orthonormal(stored.float())
         return cls(**values)
 
@@ -310,6 +319,17 @@ def _principal(x: torch.Tensor, components: int) -> _Spectrum:
     variance = singular**2 / (n - 1)
     return _Spectrum(mean, rows[:, :components].transpose(1, 2).contiguous(), variance[:, :components],
                      variance.sum(dim=-1), (variance**2).sum(dim=-1))
+
+
+def _check_orthonormal(components: torch.Tensor) -> None:
+    """ValueError unless the columns of components [P, L, D, K] are orthonormal to ORTHONORMAL, NaN included."""
+    identity = torch.eye(components.shape[-1], device=components.device)
+    for p, bases in enumerate(components):               # one position at a time: overlaps take up to as much memory
+        away = (bases.transpose(-1, -2) @ bases - identity).abs().amax((-2, -1))
+        if not (away <= ORTHONORMAL).all():
+            layer = int((~(away <= ORTHONORMAL)).nonzero()[0])
+            raise ValueError(f"components: expected orthonormal columns, but at position {p}, layer {layer} their "
+                             f"products are up to {float(away[layer]):.2g} away from those of such columns; {MEND}")
 
 
 def _nearest_orthonormal(basis: torch.Tensor) -> torch.Tensor:

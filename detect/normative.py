@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -203,10 +204,15 @@ class Tails:
 
 @dataclass(frozen=True)
 class Normal:
-    """What healthy residuals look like: what a residual's surprise is read from."""
+    """What healthy residuals look like: what a residual's surprise is read from.
+
+    of: the settings of the measure that the residuals were taken by; None: not told. Those of others are another
+    quantity, of which this tells nothing.
+    """
 
     stats: ResidualStats
     tails: Tails
+    of: Any = None
 
     def surprise(self, residuals: torch.Tensor, brain: torch.Tensor, below_vertex_mm: Sequence[float]) -> torch.Tensor:
         """residuals [S, K, N, N], HU -> signed surprise [S, K, N, N]; 0 outside brain [S, N, N].
@@ -224,14 +230,14 @@ class Normal:
                 "tails": self.tails.z}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Normal:
-        """Back from to_tensors. Raises ValueError on missing tensors or shapes that do not fit together."""
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], of: Any = None) -> Normal:
+        """Back from to_tensors, with `of`. Raises ValueError on missing tensors or shapes that do not fit together."""
         if missing := [name for name in ("positions_mm", "mean", "std", "tails") if name not in tensors]:
             raise ValueError(f"residual statistics: no {', '.join(missing)}")
         stats = ResidualStats(tensors["positions_mm"], tensors["mean"].float(), tensors["std"].float())
         if len(tensors["tails"]) != stats.mean.shape[1]:
             raise ValueError(f"residual statistics: of {stats.mean.shape[1]} kinds, tails of {len(tensors['tails'])}")
-        return cls(stats, Tails(tensors["tails"]))
+        return cls(stats, Tails(tensors["tails"]), of)
 
 
 def fit_normal(residuals: Sequence[torch.Tensor], brains: Sequence[torch.Tensor],

@@ -131,7 +131,7 @@ def threshold_at_fpr(healthy_scores: Sequence[float], fpr: float) -> float:
     if may_exceed == 0:
         raise ValueError(f"a false-positive rate of {fpr} needs {least_healthy(fpr)} "
                          f"healthy scans, found {len(healthy)}; add scans or allow a higher rate")
-    return float(healthy[-may_exceed])
+    return float(healthy[-min(may_exceed, len(healthy))])     # all n + 1 at a rate just under 1
 
 
 def _sorted_healthy(healthy_scores: Sequence[float]) -> np.ndarray:

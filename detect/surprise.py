@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -59,6 +59,17 @@ class SurpriseSettings:
                              "hypodense")
 
 
+def before_surprise(settings: Any) -> dict[str, Any]:
+    """Of a measure's settings those that the judged residuals hang on, by name; none of another measure's.
+
+    The others act on the surprise, or on the mask alone, as the median filter does in all but 'median'.
+    """
+    if not isinstance(settings, SurpriseSettings):
+        return {}
+    names = ("filter", "median_at_512") if settings.filter == "median" else ("filter",)
+    return {name: getattr(settings, name) for name in names}
+
+
 class Surprise(Measure):
     """How rare the residual is at its place among healthy scans (normative.py)."""
 
@@ -85,6 +96,17 @@ class Surprise(Measure):
         return (f"Marked is what {differs} by more than {_of_places(above)} places of healthy brain at that "
                 f"position{less_dense}{further}.")
 
+    def check(self) -> None:
+        """ValueError besides where the statistics are of residuals by other settings: of ours they tell nothing."""
+        super().check()
+        ours, theirs = (before_surprise(one) for one in (self.settings, self.normal.of))
+        if ours != theirs:
+            asked, known = (" ".join(f"{name}={value}" for name, value in one.items()) for one in (ours, theirs))
+            raise ValueError(f"measure {self.name}: this model's statistics of healthy residuals are of "
+                             f"{known or 'settings that it does not tell'}, not of {asked}; leave that as the model "
+                             f"has it, calibrate it anew (latent_stats.py --encoder MODEL --set {asked}), or choose "
+                             "another measure (--set measure=)")
+
     def evidence(self, found: Reconstruction, brain: torch.Tensor, below_vertex_mm: np.ndarray,
                  watch: Watch | None = None) -> Evidence:
         """watch is of no use: only the last reconstruction counts."""
@@ -108,7 +130,7 @@ class Surprise(Measure):
         """With the statistics of all, and the findings in each scan by those of the other patients."""
         normal, surprises = normative.fit_normal([e.scales for e in healthy], [e.searched for e in healthy],
                                                  [e.below_vertex_mm for e in healthy], patients)
-        fitted = Surprise(self.settings, self.mask, normal)
+        fitted = Surprise(self.settings, self.mask, replace(normal, of=self.settings))
         return fitted, [self.findings(surprise, e) for surprise, e in zip(surprises, healthy)]
 
     def assess(self, evidence: Evidence) -> Findings:

@@ -373,6 +373,7 @@ def test_threshold_at_fpr():
     assert threshold_at_fpr(healthy, 0.09) == 19      # ceil(18.2)
     assert threshold_at_fpr(healthy, 0.1) == 18
     assert threshold_at_fpr(healthy, 0.5) == 10
+    assert threshold_at_fpr(healthy, 1 - 1e-12) == 1  # all 20 of 20: an IndexError
 
 
 @pytest.mark.parametrize("fpr", (0.05, 0.1, 0.3, 0.7))

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.files import sha256
 from common.weights import CheckpointError, load_tensors, read_json, save_tensors, to_json, write_json
 from detect.bundle import load_bundle, read_bundle_meta, save_bundle, versions
 from detect.inversion import Inversion, InversionSettings
+from detect.projection import Projector
 from detect.search import Search, SearchSettings
 from detect.settings import Settings
 from gan.snapshots import save_snapshot
@@ -87,6 +89,39 @@ def test_values_beyond_half_precision_stay_float32(tmp_path):
     encoder.final_linear.bias.data[0] = torch.nan
     with pytest.raises(CheckpointError, match="encoder: final_linear.bias is not finite"):
         save(tmp_path, (generator, discriminator, encoder), latent_stats(), overwrite=True)
+
+
+def test_latent_statistics_that_are_no_numbers_are_neither_saved_nor_loaded(tmp_path, bundle_parts):
+    """Only the networks' weights were looked at."""
+    parts, latent = bundle_parts
+    broken = latent_stats()
+    broken.mean[0, 0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match="new: latent: mean not finite as stored; fit or train it anew"):
+        save(tmp_path / "new", parts, broken)
+    assert not (tmp_path / "new").exists()
+    path = save(tmp_path / "m", parts, latent) / "latent.safetensors"
+    save_tensors(broken.to_tensors(), path)
+    files = json.loads((tmp_path / "m" / "model.json").read_text())["files"]
+    edit_json(tmp_path / "m" / "model.json", files=files | {path.name: sha256(path)})
+    with pytest.raises(CheckpointError, match="latent.safetensors: mean: every number must be finite"):
+        load_bundle(tmp_path / "m")
+
+
+def test_a_bundle_judges_no_residuals_by_another_filter_than_its_calibrations(tmp_path):
+    """It did, by the healthy statistics of another quantity, and said how many healthy places are less unusual."""
+    bundle = load_bundle(ROOT / "models" / "phantom-128")
+    for changes, asked in (({"filter": "hyperdense"}, "filter=hyperdense"),
+                           ({"filter": "median"}, "filter=median median_at_512=19")):
+        other = bundle.settings.replace(**changes)
+        with pytest.raises(ValueError, match=f"are of filter=band, not of {asked}; .* --set {asked}"):
+            Projector(bundle, other)
+        with pytest.raises(CheckpointError, match=f"m: measure surprise: .* are of filter=band, not of {asked}"):
+            save_bundle(tmp_path / "m", bundle.reconstructor, other, bundle.meta | {"calibration": None},
+                        bundle.measure.normal)
+    later = {"hypodense": 0.3, "pool": "area", "surprise_above": 0.7, "read": 0.0, "scale": "both",
+             "median_at_512": 9, "surprise_mask": 2.0, "measure": "votes"}        # the median draws the mask alone
+    for name, value in later.items():
+        Projector(bundle, bundle.settings.replace(**{name: value}))
 
 
 def test_a_bundle_holds_only_the_files_that_its_method_uses(tmp_path, bundle_parts):

@@ -95,6 +95,38 @@ def test_shapes_and_variances_are_checked():
         LatentStats(**fields | {"positions_mm": torch.tensor([0.0, 10.0, 5.0])})
 
 
+def released_arrays(rng, dim=4):
+    return {"mean": rng.normal(size=(3, 2, dim)), "std": rng.random((3, 2, dim)),
+            "pca_components": np.linalg.qr(rng.normal(size=(3, 2, dim, dim)))[0],
+            "pca_explained_variance": rng.random((3, 2, dim)) + 0.1}
+
+
+@pytest.mark.parametrize(("name", "place", "factor", "message"), [
+    ("mean", (1, 0, 2), np.nan, "^mean: every number must be finite; fetch the file again, or fit"),
+    ("pca_components", (2, 1, 0, 0), np.inf, "^components: every number must be finite"),
+    ("pca_components", (2, 1, slice(None), 3), 0.0, "orthonormal columns, but at position 2, layer 1 .* up to 1 away"),
+    ("pca_components", (2, 1, slice(None), 3), 2.0, "orthonormal columns, but at position 2, layer 1 .* up to 3 away"),
+    ("pca_components", (2, 1, slice(None), 3), 1.01, "orthonormal columns"),
+])
+def test_statistics_that_are_no_numbers_or_no_basis_are_refused(name, place, factor, message):
+    """They were imported, and drew NaN, or another code than the one that went in."""
+    arrays = released_arrays(np.random.default_rng(0))
+    LatentStats.from_released(arrays)
+    arrays[name][place] *= factor
+    with pytest.raises(ValueError, match=message):
+        LatentStats.from_released(arrays)
+
+
+@pytest.mark.parametrize("kept", [3, 6])
+def test_a_stored_basis_is_one_by_as_much_as_its_precision_leaves(kept):
+    for dtype in (torch.float16, torch.bfloat16):
+        tensors = make_stats(kept=kept).to_tensors(dtype)
+        LatentStats.from_tensors(tensors)
+        tensors["components"][1, 0, :, 2] *= 2                # of 3 in 6 the step to the nearest basis made -1
+        with pytest.raises(ValueError, match="orthonormal columns, but at position 1, layer 0"):
+            LatentStats.from_tensors(tensors)
+
+
 # ---- fit
 
 CROSS = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])       # variances 6 and 2/3, average 10/3
@@ -206,9 +238,7 @@ def test_store_keeps_components_orthonormal_in_half_precision():
 
 def test_released_statistics_follow_the_papers_formula():
     rng = np.random.default_rng(0)
-    arrays = {"mean": rng.normal(size=(3, 2, 4)), "std": rng.random((3, 2, 4)),
-              "pca_components": np.linalg.qr(rng.normal(size=(3, 2, 4, 4)))[0],
-              "pca_explained_variance": rng.random((3, 2, 4)) + 0.1}
+    arrays = released_arrays(rng)
     stats = LatentStats.from_released(arrays)
     assert stats.positions_mm.tolist() == [0.0, 5.0, 10.0]
     w = rng.normal(size=(2, 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from dataclasses import fields, is_dataclass
 
@@ -13,6 +14,7 @@ from detect.measure import MEASURES
 from detect.normative import MIN_SCANS
 from detect.reconstruct import Reconstruction
 from detect.residual import Evidence, Findings, MaskSettings, Measure
+from detect.surprise import Surprise, SurpriseSettings
 
 S, N = 3, 32
 MM = np.array([10.0, 5.0, 0.0])
@@ -90,6 +92,27 @@ def test_a_measure_that_learns_needs_its_patients(cls):
     few = [f"patient {i % (cls.least_patients - 1)}" for i in range(cls.least_patients)]
     with pytest.raises(ValueError, match=f"found {cls.least_patients - 1}"):
         bare.fit([evidence_of(bare, seed) for seed in range(cls.least_patients)], few)
+
+
+def test_a_surprise_is_not_judged_by_healthy_residuals_of_other_settings():
+    """Map, mask and score were made all the same."""
+    def fitted(**settings):
+        bare = Surprise(SurpriseSettings(**settings))
+        return bare.fit([evidence_of(bare, seed) for seed in range(MIN_SCANS)])[0].normal
+
+    band, median = fitted(filter="band"), fitted(filter="median", median_at_512=19)
+    for normal, told, changes in (
+            (band, "filter=band, not of filter=hyperdense;", {}),
+            (band, "filter=band, not of filter=median median_at_512=19;", {"filter": "median"}),
+            (median, "median_at_512=19, not of filter=median median_at_512=99;",
+             {"filter": "median", "median_at_512": 99}),
+            (dataclasses.replace(band, of=None), "settings that it does not tell, not of filter=band;",
+             {"filter": "band"})):
+        other = Surprise(SurpriseSettings(**changes), None, normal)
+        for refused in (other.check, lambda other=other: other.assess(evidence_of(other, 9))):
+            with pytest.raises(ValueError, match=f"measure surprise: .* are of .*{told} .*latent_stats.py"):
+                refused()
+    Surprise(SurpriseSettings(filter="band", median_at_512=99, pool="area", hypodense=0.1), None, band).check()
 
 
 def test_a_newcomer_is_told_what_it_lacks():

@@ -191,6 +191,9 @@ def test_import_released_command(tmp_path, capsys):
     statistics_file(tmp_path / "s.pkl", std=np.zeros(3), pca_explained_variance=np.zeros((3, 8, 8)))
     assert checkpoint.main([*command, "--overwrite"]) == 2
     assert "s.pkl: variance: every variance must be" in capsys.readouterr().err
+    statistics_file(tmp_path / "s.pkl", mean=np.full((3, 8, 8), np.nan))
+    assert checkpoint.main([*command, "--overwrite"]) == 2
+    assert "s.pkl: mean: every number must be finite" in capsys.readouterr().err
 
 
 def test_a_bundle_that_cannot_be_written_is_told_so(tmp_path, capsys, monkeypatch):
