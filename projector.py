@@ -17,8 +17,8 @@ SCANS is a folder that is searched for DICOM series, NIfTI files and folders of 
                                 slices (docs/DICOM.md); with the source's patient data, unless --no-phi
 
 A scan is named after its place under SCANS; with --ids uid by a hash of its series UID or, without one, of its files,
-wherever they lie. A rerun skips finished scans; runs into one folder share the work, and the last to finish writes the
-tables.
+wherever they lie, and no output names its files or folders: SECURITY.md tells how to list which is which. A rerun
+skips finished scans; runs into one folder share the work, and the last to finish writes the tables.
 Exit codes: 0 done, 2 wrong usage, 3 some scans failed (rows with a reason) or are absent (named: of merge, or their
 files changed meanwhile), 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP: temporary files are removed, and the
 same command goes on.
@@ -57,17 +57,18 @@ def merge(argv: list[str]) -> int:
                                      "without a result are named (exit code 3).")
     parser.add_argument("out", type=Path, help="results folder")
     out = parser.parse_args(argv).out
+    from detect.jobs import say
     from detect.run import merge as merge_results
 
     try:
         results, missed, others = merge_results(out)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return 2
     if others:
-        print(f"also in the tables: {others}")
+        say(f"also in the tables: {others}")
     for words in missed:
-        print(f"not in the tables: {words}", file=sys.stderr)
+        say(f"not in the tables: {words}", sys.stderr)
     return 3 if missed else exit_code(results)
 
 
@@ -214,19 +215,20 @@ def main(argv: list[str] | None = None) -> int:
         from common.time_zone import check_time_zone
         from ct.read import find_all
         from detect.folder import further_results, remove_leftovers
+        from detect.jobs import say
         from detect.processes import suitable
-        from detect.run import begin_report, run_report, write_all
+        from detect.run import begin_report, run_report
 
     threads = torch.get_num_threads()
     try:
         loaded = load(args)
-        found = find_all(args.scans, args.unknown_slice_spacing_mm, args.ids)
+        found = find_all(args.scans, args.unknown_slice_spacing_mm, args.ids, say)
         if args.dicom_out and any(source.kind == "dicom" for source in found):
             check_time_zone()
         number, count = args.part or (0, 1)
         sources = found[number::count]
         if args.part:
-            print(f"part {number} of {count} of {len(found)} scans; all of them: --part 0/1", flush=True)
+            say(f"part {number} of {count} of {len(found)} scans; all of them: --part 0/1")
         run = make_run(args, sources, loaded)
         run.begin(args.scans, found, number, count)
         rank, ranks = distributed.launched()
@@ -245,25 +247,26 @@ def main(argv: list[str] | None = None) -> int:
             run.project(range(rank, len(sources), ranks), tables=ranks == 1)
         results, missing, changed = run.finish(tables=ranks == 1)
         if changed:
-            print(f"not in the tables: {len(changed)} scans whose files changed while they were projected, also the "
-                  f"second time: {', '.join(changed)}; run this again when they are written", file=sys.stderr)
+            say(f"not in the tables: {len(changed)} scans whose files changed while they were projected, also the "
+                f"second time: {', '.join(changed)}; run this again when they are written", sys.stderr)
         if missing:                       # no waiting: the run that finishes last finds nothing missing
-            print(f"{len(missing)} scans are not finished by other runs, such as {missing[0]}; the last run writes the "
-                  f"tables. Should it be gone: run this again, or projector.py merge {args.out}", flush=True)
-            return 3 if changed else 0
+            say(f"{len(missing)} scans are not finished by other runs, such as {missing[0]}; the last run writes the "
+                f"tables. Should it be gone: run this again, or projector.py merge {args.out}")
+            # torchrun would stop the other ranks for it; the result is marked, and the last run or merge tells
+            return 3 if changed and ranks == 1 else 0
         if args.part:
-            print(f"part {number} of {count}: {len(results)} scans are done; when all parts are: "
-                  f"projector.py merge {args.out}", flush=True)
-        else:
-            write_all(args.out, results, report, time.perf_counter() - started)
+            say(f"part {number} of {count}: {len(results)} scans are done; when all parts are: "
+                f"projector.py merge {args.out}")
+        elif results:                     # none where all scans have changed, which was told
+            results = run.write_all(results, report, time.perf_counter() - started)
             if others := further_results(args.out, results, changed):
-                print(f"not in the tables: {others}")
+                say(f"not in the tables: {others}")
             remove_leftovers(args.out)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:
-        print("stopped; the same command goes on with the scans that are left", file=sys.stderr)
+        say("stopped; the same command goes on with the scans that are left", sys.stderr)
         return stop.code if isinstance(stop, Terminated) else 130
     finally:
         torch.set_num_threads(threads)                       # whoever calls main() from Python keeps theirs

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,6 +76,7 @@ def find_scans(folder: Path, unknown_slice_spacing_mm: float = UNKNOWN_SLICE_SPA
     from the series UID or the files' content, wherever they lie. An id by uid stays whatever other scans come; one by
     path, unless a second scan comes to the same name, as a second series in the folder or a file beside it: then both
     have new ones, so that none means another scan.
+    With ids by uid no name of a file or folder goes to `log`, or into reasons and notes (without_names).
     What else lies in a folder of results is no id: a scan in a folder called scans is scans-HASH. A link counts by its
     own name, with a slash behind it or without.
     What killed runs have left of archives in the temporary folder is removed.
@@ -99,7 +101,7 @@ def find_scans(folder: Path, unknown_slice_spacing_mm: float = UNKNOWN_SLICE_SPA
     if not search.sources:
         raise ScanError(f"{folder}: no scans found; looked for {LOOKED_FOR}"
                         + "".join(f"; {line}" for line in search.remarks()))
-    return sorted(_with_ids(_with_other_parts(search.sources), root, ids), key=lambda source: source.scan_id)
+    return sorted(_with_ids(_with_other_parts(search.sources, ids), root, ids), key=lambda source: source.scan_id)
 
 
 def as_given(path: Path) -> Path:
@@ -108,17 +110,17 @@ def as_given(path: Path) -> Path:
     return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
 
 
-def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = UNKNOWN_SLICE_SPACING_MM, ids: str = "path"
-             ) -> list[ScanSource]:
+def find_all(inputs: Sequence[Path], unknown_slice_spacing_mm: float = UNKNOWN_SLICE_SPACING_MM, ids: str = "path",
+             log: Callable[[str], None] = print) -> list[ScanSource]:
     """find_scans of one input or several; of several, each id by path begins with its input's name, or is it.
 
     Raises ScanError as find_scans does, and where two inputs give the same id or the same scan.
     """
     if len(inputs) == 1:
-        return find_scans(inputs[0], unknown_slice_spacing_mm, ids)
+        return find_scans(inputs[0], unknown_slice_spacing_mm, ids, log)
     several = []
     for folder in inputs:
-        name, sources = printable(as_given(folder).name), find_scans(folder, unknown_slice_spacing_mm, ids)
+        name, sources = printable(as_given(folder).name), find_scans(folder, unknown_slice_spacing_mm, ids, log)
         is_scan = len(sources) == 1 and (Path(folder).is_file() or sources[0].scan_id in (name, _hashed(name, ())))
         if not is_scan and ids == "path":
             sources = [replace(source, scan_id=_within(name, source.scan_id)) for source in sources]
@@ -158,14 +160,20 @@ def _which(source: ScanSource) -> tuple:
 @contextmanager
 def open_scan(source: ScanSource) -> Iterator[Scan]:
     """read_scan, with the scan's files there while the block lasts: those in an archive lie unpacked for so long."""
-    if source.error is not None:
-        raise ScanError(source.error)
-    if source.archive is None:
-        yield _read(source)
-        return
-    names = [*source.paths, *(value for value in source.options.values() if isinstance(value, Path))]
-    with archive.unpacked(source.archive, {name.as_posix() for name in names}) as folder:
-        yield _read(_moved(source, lambda path: folder / path))
+    try:
+        if source.error is not None:
+            raise ScanError(source.error)
+        if source.archive is None:
+            yield _read(source)
+            return
+        names = [*source.paths, *(value for value in source.options.values() if isinstance(value, Path))]
+        with archive.unpacked(source.archive, {name.as_posix() for name in names}) as folder:
+            yield _read(_moved(source, lambda path: folder / path))
+    except ScanError as error:
+        told = without_names(str(error), source)
+        if told == str(error):
+            raise
+        raise ScanError(told) from error.__cause__        # by which a failing machine is known
 
 
 def _read(source: ScanSource) -> Scan:
@@ -175,7 +183,8 @@ def _read(source: ScanSource) -> Scan:
         scan = without_blanks(read(source))
         refuse_odd_slices(scan)
         scan = upright(scan)
-        return replace(scan, notes=(*source.notes, *scan.notes, *coarse_steps(scan)))
+        notes = (*source.notes, *scan.notes, *coarse_steps(scan))
+        return replace(scan, notes=tuple(without_names(note, source) for note in notes))
     except OSError as error:
         name = Path(error.filename).name if isinstance(error.filename, str) else source.paths[0].name
         raise ScanError(f"{name}: cannot be read ({error.strerror or type(error).__name__})") from error
@@ -185,6 +194,35 @@ def read_scan(source: ScanSource) -> Scan:
     """Read a scan that find_scans found. Raises ScanError with the reason where it cannot be used."""
     with open_scan(source) as scan:
         return scan
+
+
+def without_names(text: str, source: ScanSource) -> str:
+    """A reason or note, in which 'file 3 of 28' stands for the names of a scan's files, where its id is by uid.
+
+    Whoever asks for such ids wants no name of a file or folder in any output. The numbers count source.paths, which
+    SECURITY.md tells how to list. Numbers of up to four digits stay: they tell of nobody, and are in many a text.
+    """
+    if not source.scan_id.startswith(_id_by_uid(source)):
+        return text
+    words: dict[str, str] = {}
+
+    def put(name: str, instead: str) -> None:
+        for written in (name, printable(name)):
+            if written in text and not (written.isdecimal() and len(written) < 5):
+                words.setdefault(written, instead)
+
+    kind = "folder" if source.kind == "folder" else "file"
+    for number, path in enumerate(source.paths, 1):
+        for name in (str(path), path.name, *([path.stem] if any(map(str.isdigit, path.stem)) else [])):
+            put(name, f"{kind} {number} of {len(source.paths)}")
+    if source.archive is not None:
+        put(str(source.archive), "its archive")
+        put(source.archive.name, "its archive")
+    for folder in {parent for path in (*source.paths, *source.files) for parent in path.parents if parent.name}:
+        put(f"/{str(folder).lstrip('/')}", "/its folder")
+    longest_first = sorted(words, key=len, reverse=True)
+    either = "|".join(map(re.escape, longest_first))
+    return re.sub(rf"(?<![\w.-])(?:{either})(?![\w-])", lambda match: words[match.group()], text) if words else text
 
 
 # ---- search
@@ -278,7 +316,13 @@ class _Search:
             yield from (path for path in files if path.is_file() or (path.is_symlink() and not path.exists()))
 
     def remarks(self) -> list[str]:
-        """One line for the results that were left aside, one for the files that were not read."""
+        """One line for the results that were left aside, one for the files that were not read; by content only counts:
+        suffixes, too, are part of a name.
+        """
+        if self.by_content:
+            return [f"{what}: {len(paths)} {kind} (named with ids by path)" for what, paths, kind in (
+                ("left aside", self.results, "folders with results of this program"),
+                ("not read, no scans", self.unread, "files")) if paths]
         lines = []
         if self.results:
             lines.append(f"left aside: {len(self.results)} folders with results of this program "
@@ -324,7 +368,7 @@ def _moved(found, move: Callable[[Path], Path]):
     return replace(found, paths=tuple(map(move, found.paths)), options=options)
 
 
-def _with_other_parts(found: list[tuple[Found, Path | None]]) -> list[tuple[Found, Path | None]]:
+def _with_other_parts(found: list[tuple[Found, Path | None]], ids: str) -> list[tuple[Found, Path | None]]:
     """With a note on scans of which a part lies in another archive: each archive is searched alone."""
     series: dict[tuple, dict[Path, set[Path]]] = {}
     for one, within in found:
@@ -336,7 +380,11 @@ def _with_other_parts(found: list[tuple[Found, Path | None]]) -> list[tuple[Foun
         others = [printable(other.name) for other in parts if other != within and not _copies(parts, within, other)]
         if others:
             whole = "both" if len(others) == 1 else "all"
-            note = f"another part of this series lies in {some(others)}: unpack {whole} into one folder"
+            where = some(others)
+            if ids == "uid":                              # of one uid: what differs is behind it
+                where = ("another archive" if len(others) == 1 else f"{len(others)} other archives") + (
+                    ", with an id that begins alike")
+            note = f"another part of this series lies in {where}: unpack {whole} into one folder"
             one = replace(one, notes=(*one.notes, note))
         noted.append((one, within))
     return noted
@@ -404,12 +452,16 @@ def _with_ids(found: list[tuple[Found, Path | None]], root: Path, ids: str) -> l
 
 def _id(found: Found, root: Path, ids: str) -> str:
     if ids == "uid":
-        return f"{found.kind}-{_short(found.uid, 12)}"
+        return _id_by_uid(found)
     top = root if root.is_dir() else root.parent
     parts = found.anchor.relative_to(top).parts if found.anchor.is_relative_to(top) else (found.anchor.name,)
     name = printable(SEPARATOR.join(parts) or top.name or "scan") + (f"-{found.suffix}" if found.suffix else "")
     odd = any(SEPARATOR in part or part != part.strip("-") for part in parts) or len(name.encode()) > LONGEST_ID
     return _hashed(name, parts) if odd or name in RESERVED else name
+
+
+def _id_by_uid(found: Found | ScanSource) -> str:
+    return f"{found.kind}-{_short(found.uid, 12)}"
 
 
 def _within(name: str, scan_id: str) -> str:

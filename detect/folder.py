@@ -92,11 +92,14 @@ def _of(folder: Path, found: dict) -> Result:
 def write_tables(out: Path, results: list[Result]) -> None:
     """scores.csv: highest score first, then what is not to be trusted, then failed scans; slices.csv; seconds.csv,
     which alone differs each time. Scores in full: a threshold may lie on one, and flags are by the score itself.
+
+    Raises ReplacedError where another run has replaced a result since: then no table has changed, as only the slices
+    are read here, and are written first.
     """
     by_id = sorted(results, key=lambda result: result.scan["scan_id"])
     ranked = sorted((r.scan for r in by_id if r.ok), key=lambda row: (row["status"] != "ok", -row["score"]))
-    write_table(out / "scores.csv", SCORE_COLUMNS, [*ranked, *(r.scan for r in by_id if not r.ok)], exact=("score",))
     write_table(out / "slices.csv", SLICE_COLUMNS, (row for result in by_id for row in result.slices), exact=("score",))
+    write_table(out / "scores.csv", SCORE_COLUMNS, [*ranked, *(r.scan for r in by_id if not r.ok)], exact=("score",))
     write_table(out / "seconds.csv", ("scan_id", "seconds"), [r.scan for r in by_id if r.ok])
 
 

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
+from typing import TextIO
 
+import distributed
 from common.files import FullDiskError, full_disk_named, replacing_folder
 from ct.frame import Preprocessed
-from ct.read import ScanSource, open_scan
+from ct.read import ScanSource, open_scan, without_names
 from ct.scan import Scan, ScanError, printable
 from detect.claims import Claims
 from detect.outputs import OUTPUTS, Writer, scan_row, slice_rows
@@ -42,6 +45,16 @@ LARGE_BYTES = 1 << 28            # of HU in float32, 256 slices of 512 x 512: a 
 HU_TO_FILES = 2                  # bytes of HU per byte of files of 16 bits a pixel, not compressed
 
 
+def say(words: str, file: TextIO | None = None) -> None:
+    """print0() of a line, in one write, since two threads print: nobody who stops reading ends the run.
+
+    Nor does a character that the stream's encoding lacks, as an id may have: it is written as an escape.
+    """
+    stream = file or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    distributed.print0(words.encode(encoding, "backslashreplace").decode(encoding) + "\n", end="", file=stream)
+
+
 def project_all(projector: Projector, sources: list[ScanSource], out: Path, writers: Mapping[str, Writer] = OUTPUTS,
                 by_hash: bool = False, numbers: Iterable[int] | None = None, overwrite: bool = False
                 ) -> Iterator[None]:
@@ -61,8 +74,8 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
         range(len(sources)) if numbers is None else numbers))
     waiting: list[tuple[int, ScanSource]] = []
 
-    def say(number: int, source: ScanSource, outcome: str) -> None:      # one write: two threads print
-        print(f"{number + 1}/{len(sources)} {source.scan_id}: {outcome}\n", end="", flush=True)
+    def tell(number: int, source: ScanSource, outcome: str) -> None:
+        say(f"{number + 1}/{len(sources)} {source.scan_id}: {outcome}")
 
     def read(numbered: tuple[int, ScanSource]) -> Job | None:
         number, source = numbered
@@ -89,13 +102,13 @@ def project_all(projector: Projector, sources: list[ScanSource], out: Path, writ
                     job.read()
                     job.number, job.held = number, held.pop_all()
                     return job
-        say(number, source, outcome)
+        tell(number, source, outcome)
         return None
 
     def write(job: Job) -> None:
         with job.held:
             outcome = job.write()
-        say(job.number, job.source, outcome)
+        tell(job.number, job.source, outcome)
 
     @contextmanager
     def alone() -> Iterator[None]:
@@ -123,8 +136,8 @@ def stage(do: Callable[[Job], None]) -> Callable[[Job], None]:
         except Exception as error:       # a scan that breaks us must not cost the others their results
             job.reason = str(error)
             if not isinstance(error, ScanError):
-                traceback.print_exc()
-                job.reason = printable(f"{type(error).__name__}: {error}")
+                say(without_names(traceback.format_exc().rstrip(), job.source), sys.stderr)
+                job.reason = printable(without_names(f"{type(error).__name__}: {error}", job.source))
     return run
 
 
@@ -203,7 +216,7 @@ class Job:
     def _write_outputs(self, folder: Path) -> None:
         with self._timed("write"), full_disk_named(folder, 4 * self.scan.hu.nbytes):
             for write in self.writers.values():
-                self.notes += write(folder, self.projection)
+                self.notes += [without_names(note, self.source) for note in write(folder, self.projection)]
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -31,6 +31,10 @@ from ct.read import RESERVED, ScanSource
 from detect.outputs import DICOM_ONLY, WRITTEN
 
 
+class ReplacedError(ValueError):
+    """Another run has replaced a result since it was collected: what is there now has to be collected anew."""
+
+
 @dataclass(frozen=True)
 class Result:
     """The part of a scan's result.json that the tables need; its slices stay on the disk."""
@@ -46,17 +50,21 @@ class Result:
         return self.scan["status"] != "failed"
 
     @property
-    def written(self) -> tuple[int, int]:
-        """Differs between a result and the one that replaces it."""
-        found = (self.folder / "result.json").stat()
+    def written(self) -> tuple[int, int] | None:
+        """Differs between a result and the one that replaces it; None while another run does that."""
+        try:
+            found = (self.folder / "result.json").stat()
+        except FileNotFoundError:
+            return None
         return found.st_ino, found.st_mtime_ns
 
     @property
     def slices(self) -> list[dict]:
+        """Raises ReplacedError."""
         found = read_result(self.folder)
         if found is None or found["scan"] != self.scan:
-            raise ValueError(f"{self.folder}: another run has replaced its results while tables were made of them; "
-                             "start this run again, or projector.py merge")
+            raise ReplacedError(f"{self.folder}: another run has replaced its results while tables were made of them; "
+                                "start this run again, or projector.py merge")
         return found["slices"]
 
 

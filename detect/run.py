@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import sys
@@ -31,14 +32,15 @@ from detect.folder import (
     unexpected_results,
     write_tables,
 )
-from detect.jobs import WORK, project_all
+from detect.jobs import WORK, project_all, say
 from detect.outputs import Writer
 from detect.processes import shared
 from detect.projection import Projector
 from detect.report import write_report
-from detect.result import Result, find_result_folder, is_made_alike, made_with, mark_changed, read_result
+from detect.result import ReplacedError, Result, find_result_folder, is_made_alike, made_with, mark_changed, read_result
 
 TABLES_EVERY_S = 60.0                     # a run of its own keeps its tables so fresh
+TRIES = 5                                 # to make tables while other runs replace results
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class Run:
         left = set(missing)
         if again := [number for number, source in enumerate(self.sources)
                      if source.scan_id in left and self._has_changed(source)]:
-            print(f"{len(again)} scans have changed since they were read: "
-                  f"{some([self.sources[number].scan_id for number in again])}; once more", flush=True)
+            say(f"{len(again)} scans have changed since they were read: "
+                f"{some([self.sources[number].scan_id for number in again])}; once more")
             self.project(again, tables)
             results, missing = self.collect()
             left = set(missing)
@@ -108,12 +110,34 @@ class Run:
             for _ in project_all(self.projector, self.sources, self.out, self.writers, self.is_part, numbers,
                                  self.overwrite):
                 if tables and time.perf_counter() - written > TABLES_EVERY_S:
-                    write_tables(self.out, self.collect()[0])
+                    self._write_tables_so_far()
                     written = time.perf_counter()
         except (KeyboardInterrupt, Terminated):
             if tables:
-                write_tables(self.out, self.collect()[0])
+                self._write_tables_so_far()
             raise
+
+    def _write_tables_so_far(self) -> None:
+        """A convenience: not while another run replaces a result, and none without a row."""
+        with contextlib.suppress(ReplacedError):
+            if results := self.collect()[0]:
+                write_tables(self.out, results)
+
+    def write_all(self, results: list[Result], report: dict, seconds: float) -> list[Result]:
+        """write_all() of the folder; returns the results that are in it, collected anew where other runs replace some.
+
+        Raises ReplacedError where that does not end, or the new ones are not of this run's settings or files.
+        """
+        for tries_left in reversed(range(TRIES)):
+            try:
+                write_all(self.out, results, report, seconds)
+                break
+            except ReplacedError:
+                again = self.collect()[0]
+                if not tries_left or len(again) < len(results):
+                    raise
+                results = again
+        return results
 
     def share_out(self, processes: int, make: Callable[[], Run]) -> None:
         """Project all scans, by so many processes; this is the first, and does what one that dies leaves undone.
@@ -189,15 +213,22 @@ def write_all(out: Path, results: list[Result], report: dict, seconds: float) ->
                        "seconds_per_scan_by_stage": stages}
     replace_text(out / "run.json", json.dumps(report, indent=2) + "\n")
     page = write_report(out, out / "report.html")
-    print(f"{len(done)} scans projected, {len(results) - len(done)} failed: {out / 'scores.csv'}, {page}", flush=True)
+    say(f"{len(done)} scans projected, {len(results) - len(done)} failed: {out / 'scores.csv'}, {page}")
 
 
 def merge(out: Path) -> tuple[list[Result], list[str], str | None]:
     """Write tables, run.json and page of all results in a folder, but of those whose files have changed since.
 
     Returns these results, sentences on what is missing, and unexpected_results() of them. Raises ValueError where they
-    are not of one run, or run.json is not theirs.
+    are not of one run, run.json is not theirs, or there are none. Begins anew where other runs replace some meanwhile.
     """
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(ReplacedError):
+            return _merge(out)
+    return _merge(out)
+
+
+def _merge(out: Path) -> tuple[list[Result], list[str], str | None]:
     refuse_other_tables(out)
     if not (out / "run.json").is_file():
         raise ValueError(f"{out}: no run.json; give a folder of results of projector.py")
@@ -207,8 +238,11 @@ def merge(out: Path) -> tuple[list[Result], list[str], str | None]:
         missed.append(f"{len(changed)} scans have changed while they were projected: {some(changed)}; start their runs "
                       "again")
         results = [result for result in results if not result.changed]
+    if not results:                                  # before the tables of an earlier run are emptied
+        raise ValueError("; ".join([f"{out}: no results, of which tables could be made; expected at least one scan's "
+                                    "folder with its result.json: run projector.py into it first", *missed]))
     report = _read_report(out / "run.json")
-    if results and report.get("key") != results[0].key:
+    if report.get("key") != results[0].key:
         raise ValueError(f"{out / 'run.json'}: is of a run with another model or calibration, other settings or "
                          "another version of this program than the results, or damaged; start the run that made "
                          "the results again, or the other one with --overwrite until it is done")

@@ -260,6 +260,18 @@ def test_a_whole_run_that_leaves_a_scan_to_another_can_be_merged(two, model, tmp
     assert json.loads((out / "run.json").read_text()) == finished
 
 
+def test_a_merge_without_results_leaves_the_tables(whole, tmp_path, capsys):
+    """It emptied them before it said that there was nothing."""
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    before = tables(out)
+    for place in out.glob("scan-*"):
+        shutil.rmtree(place)
+    assert projector.main(["merge", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert f"{out}: no results, of which tables could be made; expected at least one scan's folder with" in said
+    assert "4 scans have no result" in said and tables(out) == before
+
+
 @pytest.mark.soak
 def test_four_parts_of_200_scans_one_killed_and_restarted(model, tmp_path):
     scans, out = make_scans(tmp_path / "scans", 200), tmp_path / "out"

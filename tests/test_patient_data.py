@@ -10,7 +10,9 @@ import base64
 import gzip
 import io
 import logging
+import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,9 @@ from PIL import Image, PngImagePlugin
 import evaluate
 import prepare
 import projector
+from ct.read import find_scans, read_scan
+from ct.scan import ScanError
+from detect import Projector
 from tests.helpers import leaks, synthetic_head
 from tests.writers import PATIENT, PATIENT_MARKERS, make_uid, write_dicom_series
 
@@ -83,6 +88,52 @@ def test_no_log_holds_patient_data(outputs):
     assert "broken" in said and "head-" in said       # the log is that of this run
     assert "000.dcm: cannot be read as DICOM (ValueError)" in said
     assert [m for m in (*PATIENT_MARKERS, *UIDS) if m in said.lower().encode()] == []
+
+
+def test_ids_by_uid_keep_names_of_files_out_of_everything(tmp_path, monkeypatch, capfd):
+    """Reasons named the file, remarks of the search the first folder, notes the other archive."""
+    hu = np.random.default_rng(0).integers(-1000, 600, (12, 10, 8)).astype(np.float32)
+    scans = tmp_path / "scans" / "DOE_JOHN"
+    scans.mkdir(parents=True)
+    (scans / "DOE_JOHN.nii.gz").write_bytes(b"no header")
+    (scans / "letter.DOE_JOHN").touch()
+    (scans / "DOE_JOHN.zip").write_bytes(b"PK\3\4 no archive")
+    files = sorted(write_dicom_series(tmp_path / "files", hu, name=lambda k: f"DOE_JOHN{k:03d}.dcm").iterdir())
+    for part, some in (("DOE_JOHN 1.zip", files[:7]), ("DOE_JOHN 2.zip", files[6:])):
+        with zipfile.ZipFile(scans / part, "w") as archive:
+            for path in some:
+                archive.write(path, f"DOE_JOHN/{path.name}")
+    write_dicom_series(scans / "DOE_JOHN", hu, series="cut", study="cut", name=lambda k: f"DOE_JOHN{k}")
+    cut = scans / "DOE_JOHN" / "DOE_JOHN4"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    (scans / "results").mkdir()
+    (scans / "results" / "result.json").write_text('{"key": {}, "scan": {}, "slices": []}')
+    prepare_scan = Projector.prepare
+
+    def odd(self, scan):                                                 # an error of the system, which quotes a path
+        if scan.source == "dicom" and len(scan.hu) == 7:
+            raise FileNotFoundError(2, "No such file or directory", str(scans / "DOE_JOHN 1.zip"))
+        return prepare_scan(self, scan)
+
+    monkeypatch.setattr(Projector, "prepare", odd)
+    out = tmp_path / "out"
+    assert projector.main([str(tmp_path / "scans"), "--model", str(MODEL), "--device", "cpu", "--jobs", "1", "--out",
+                           str(out), "--ids", "uid"]) == 3
+    said = "".join(capfd.readouterr())
+    rows = (out / "scores.csv").read_text()
+    assert len(rows.splitlines()) == 6 and "file 1 of 1: cannot be read as NIfTI" in rows
+    assert re.search(r"file \d+ of 12", rows) and "DOE" not in rows
+    assert "left aside: 1 folders" in said and "not read, no scans: 1 files" in said and "its archive" in said
+    assert "DOE" not in said
+    written = [path for path in out.rglob("*") if path.is_file()]
+    assert written and not any("DOE" in str(path) or b"DOE" in path.read_bytes() for path in written)
+    found = find_scans(tmp_path / "scans", ids="uid", log=lambda line: None)
+    notes = [note for source in found for note in source.notes]
+    assert notes == 2 * ["another part of this series lies in another archive, with an id that begins alike: unpack "
+                         "both into one folder"]
+    by_path = {source.scan_id: source for source in find_scans(tmp_path / "scans", log=lambda line: None)}
+    with pytest.raises(ScanError, match="DOE_JOHN.nii.gz: cannot be read as NIfTI"):
+        read_scan(next(source for source in by_path.values() if source.kind == "nifti"))
 
 
 def test_every_attribute_has_a_marker_and_reaches_the_commands(tmp_path):

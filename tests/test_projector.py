@@ -406,7 +406,7 @@ def test_a_threshold_that_is_no_number_is_refused_by_the_api_too():
 def test_ids_reach_the_search(monkeypatch, capsys):
     asked = []
 
-    def find(scans, spacing, ids):
+    def find(scans, spacing, ids, log):
         asked.append((scans, spacing, ids))
         raise ValueError("far enough")
     monkeypatch.setattr("ct.read.find_all", find)

@@ -21,8 +21,9 @@ from pathlib import Path
 import pytest
 
 import projector
+from common.files import replace_text
 from ct.read import find_scans
-from detect import Projector, jobs, load_bundle
+from detect import Projector, jobs, load_bundle, run
 from detect.claims import Claims
 from detect.folder import collect_all, remove_leftovers
 from detect.jobs import WORK
@@ -214,6 +215,67 @@ def test_what_a_process_that_died_was_to_redo_is_redone(two, scans, model, tmp_p
     assert tables(out) == before
 
 
+@pytest.mark.parametrize("when", ["now and then", "at the end", "merge"])
+def test_a_result_that_is_replaced_while_tables_are_made_ends_nothing(two, scans, model, tmp_path, monkeypatch, when):
+    """It ended the run, and its other processes, with exit code 2."""
+    out = tmp_path / "out"
+    shutil.copy(scans / f"{BROKEN}.nii", two)
+    assert projector.main(flags(two, model, out, "--jobs", "1")) == 3
+    before, finished, write = tables(out), read_result(out / "scan-001"), run.write_tables
+    for name in ("scan-000", "scan-001"):
+        if when == "now and then" or name == "scan-001":
+            fail(out / name)
+    monkeypatch.setattr(run, "TABLES_EVERY_S", 0.0 if when == "now and then" else 60.0)
+    if when == "at the end":                                             # this run finds nothing left to do
+        monkeypatch.setattr(run.Run, "project", lambda *args, **named: None)
+    tries = []
+
+    def replaced_by_another_run(folder, results):
+        tries.append(len(results))
+        if len(tries) == 1:
+            replace_text(out / "scan-001" / "result.json", json.dumps(finished))
+        write(folder, results)
+
+    monkeypatch.setattr(run, "write_tables", replaced_by_another_run)
+    assert projector.main(["merge", str(out)] if when == "merge" else flags(two, model, out, "--jobs", "1")) == 3
+    assert len(tries) >= 2 and tables(out) == before
+
+
+def test_a_result_that_is_replaced_each_time_is_an_error_in_the_end(two, model, tmp_path, monkeypatch, capsys):
+    out, write = tmp_path / "out", run.write_tables
+    assert projector.main(flags(two, model, out, "--jobs", "1")) == 0
+    before, found, tries = tables(out), read_result(out / "scan-001"), []
+
+    def replaced(folder, results):
+        tries.append(1)
+        scan = found["scan"] | {"seconds": float(len(tries))}
+        replace_text(out / "scan-001" / "result.json", json.dumps(found | {"scan": scan}))
+        write(folder, results)
+
+    monkeypatch.setattr(run, "write_tables", replaced)
+    assert projector.main(["merge", str(out)]) == 2 and len(tries) == 5 and tables(out) == before
+    assert "another run has replaced its results while tables were made of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["closed pipe", "latin-1"])
+def test_a_run_goes_on_where_nobody_reads_or_a_name_cannot_be_shown(two, model, tmp_path, monkeypatch, kind):
+    """`projector.py ... | head -1` ended with 2 and no tables; so did an id that the terminal's encoding lacks."""
+    (two / "scan-001.nii").rename(two / "\u8111.nii")
+    (two / "\u8111.txt").touch()                                         # the search tells of it
+    log = tmp_path / "log"
+    if kind == "closed pipe":
+        read, opened = os.pipe()
+        os.close(read)
+    else:
+        opened = os.open(log, os.O_WRONLY | os.O_CREAT)
+    with os.fdopen(opened, "w", encoding="latin-1") as stream, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stream)
+        assert projector.main(flags(two, model, tmp_path / "out", "--jobs", "1")) == 0
+        assert projector.main(["merge", str(tmp_path / "out")]) == 0
+    assert scan_ids(tmp_path / "out") == ["scan-000", "\u8111"]
+    assert kind == "closed pipe" or "2/2 \\u8111: score" in log.read_text()
+
+
 @pytest.mark.parametrize("told_by", ["files", "reading"])
 def test_a_large_scan_is_in_memory_only_while_no_other_is(two, model, tmp_path, monkeypatch, told_by):
     """Each process had its own read, and held it while it waited for its turn."""
@@ -265,6 +327,19 @@ def test_ranks_need_no_process_group(scans, model, whole, tmp_path):
         assert processes.codes([run]) == [code]
         assert (out / "scores.csv").exists() == (rank == 0)
     assert tables(out) == tables(whole)
+
+
+@pytest.mark.parametrize("ranks, missing, code", [(2, ["scan-001"], 0), (1, ["scan-001"], 3), (1, [], 3)])
+def test_a_scan_that_changes_stops_no_other_rank(two, model, tmp_path, monkeypatch, ranks, missing, code):
+    """torchrun stops all ranks when one ends with anything but 0: the others still had scans. Where all scans change,
+    it was an error that the tables, emptied, held none.
+    """
+    out = tmp_path / "out"
+    monkeypatch.setattr(run.Run, "finish", lambda self, tables: ([], missing, ["scan-000"]))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    assert projector.main(flags(two, model, out, *(() if ranks > 1 else ("--jobs", "1")))) == code
+    assert not (out / "scores.csv").exists()
 
 
 def test_leftovers_are_removed_when_they_are_old_and_nobody_is_at_work(tmp_path):

@@ -22,6 +22,7 @@ from ct.picture import pack_overlay
 from detect.outputs import SCORE_COLUMNS
 from detect.report import ReportError, read_json, tables, words, write_report
 from detect.report.__main__ import main
+from detect.report.page import _slices_json
 from evaluation import cohort
 
 RUN = {"weights_sha256": "f00d", "model": {"name": "tiny"},
@@ -98,7 +99,7 @@ def test_every_scan_with_its_slices_in_order_and_pictures_that_open(results):
     scans = scans_in(page_of(results()))
     assert list(scans) == ["a", "b", "c"]
     assert [number for number, _ in scans["a"]["pictures"]] == [98, 99, 100, 101]      # not 100, 101, 98, 99
-    assert scans["a"]["slices"][1] == [99, 30.0, 2.0, 1]
+    assert scans["a"]["slices"][1] == [99, 30.0, 2.0, 1, 30]
     for _, packed in scans["b"]["pictures"]:
         picture = Image.open(io.BytesIO(base64.b64decode(packed)))
         assert (picture.format, picture.size) == ("JPEG", (96, 24))
@@ -149,6 +150,22 @@ def test_slices_above_the_top_are_said_to_be(results):
     text = (folder / "slices.csv").read_text()
     (folder / "slices.csv").write_text(text.replace("a,100,20", "a,100,-20").replace("a,101,10", "a,101,-30"))
     assert "a: slice 100, 20 mm above the top." in text_of(page_of(folder))
+
+
+def test_a_slice_has_one_level_and_one_score_on_a_page(results):
+    """The viewer's own rounding made 13 mm of what the sentence called 12; scores from 1000 on lost digits there."""
+    folder = results()
+    text = (folder / "slices.csv").read_text()
+    (folder / "slices.csv").write_text(text.replace("a,100,20", "a,100,12.5").replace("a,101,10", "a,101,-12.46"))
+    page = page_of(folder)
+    assert "a: slice 100, 12 mm below the top." in text_of(page)
+    data = next(json.loads(found) for found in re.findall(r'<script type="application/json">(.*?)</script>', page, re.S)
+                if json.loads(found)["slices"])
+    assert {s[0]: s[4] for s in data["slices"] if s[0] >= 100} == {100: 12, 101: -12}
+    assert "Math.round" not in page                                      # words.py has done it
+    assert [words.digits(score) for score in (1234.5, 999.6, 999.4, 12.345)] == ["1234", "1000", "999", "12.3"]
+    entry = replace(entry_of("ok"), slices=[tables.Slice(0, 12.5, True, 1234.5)])
+    assert _slices_json(entry) == [[0, 12.5, 1234.0, 1, 12]]
 
 
 def test_pictures_are_reached_by_keys(results):

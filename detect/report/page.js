@@ -58,8 +58,8 @@
     return data.pictures.reduce((best, _, i) => distance(i) < distance(best) ? i : best, 0);
   }
 
-  const level = mm => `${Math.abs(Math.round(mm))} mm ${Math.round(mm) < 0 ? "above" : "below"} the top`;
-  const said = ([number, mm, score]) => `slice ${number}, ${level(mm)}, score ${score}`;
+  const level = mm => `${Math.abs(mm)} mm ${mm < 0 ? "above" : "below"} the top`;      // whole: level_mm of words.py
+  const said = ([number, , score, , mm]) => `slice ${number}, ${level(mm)}, score ${score}`;
 
   function show(index) {
     shown = index;
@@ -103,6 +103,7 @@
     const right = Math.max(plot.clientWidth, 260) - 8;
     plot.setAttribute("viewBox", `0 0 ${right + 8} 126`);
     const mm = data.slices.map(s => s[1]), far = Math.max(...mm), near = Math.min(...mm);
+    const told = data.slices.map(s => s[4]);
     const high = Math.max(1e-9, ...projected.map(s => s[2]));
     xOf = s => left + (right - left) * (far - s[1]) / Math.max(far - near, 1e-9);
     const yOf = score => bottom - (bottom - top) * Math.min(score / high, 1);
@@ -122,9 +123,9 @@
     }
     add(plot, "text", {x: left - 5, y: top + 8, "text-anchor": "end"}, high.toPrecision(2));
     add(plot, "text", {x: left - 5, y: bottom, "text-anchor": "end"}, "0");
-    add(plot, "text", {x: left, y: bottom + 17}, level(far));
-    add(plot, "text", {x: right, y: bottom + 17, "text-anchor": "end"}, level(near));
-    const best = projected.reduce((a, b) => b[2] > a[2] ? b : a, projected[0] || [0, 0, 0]);
+    add(plot, "text", {x: left, y: bottom + 17}, level(Math.max(...told)));
+    add(plot, "text", {x: right, y: bottom + 17, "text-anchor": "end"}, level(Math.min(...told)));
+    const best = projected.reduce((a, b) => b[2] > a[2] ? b : a, projected[0] || [0, 0, 0, 0, 0]);
     plot.setAttribute("aria-label", `Scores of ${projected.length} slices from skull base to vertex; highest: ${said(best)}`);
   }
 

@@ -13,7 +13,7 @@ from ct.picture import PANELS, RESIDUAL_FULL_HU
 from detect.measure import MEASURES
 from detect.report.pictures import add_pictures
 from detect.report.tables import Entry, ReportError, attach_labels, read_calibration, read_results
-from detect.report.words import coverage, digits, facts, found, healthy_below, sure, unshown, where
+from detect.report.words import coverage, digits, facts, found, healthy_below, level_mm, sure, unshown, where
 from detect.scores import SCAN_SCORES, rounded_down
 from detect.settings import Settings
 
@@ -21,7 +21,9 @@ MEGABYTES = 40.0
 
 
 def _slices_json(entry: Entry) -> list:
-    return [[s.number, round(s.below_vertex_mm, 1), float(f"{s.score:.3g}"), int(s.projected)] for s in entry.slices]
+    """By slice: number, mm below the vertex for the plot, score as told, projected or not, level as told."""
+    return [[s.number, round(s.below_vertex_mm, 1), float(digits(s.score)), int(s.projected),
+             level_mm(s.below_vertex_mm)] for s in entry.slices]
 
 
 def write_report(results: Path, out: Path, evaluation: dict | None = None, megabytes: float = MEGABYTES) -> Path:

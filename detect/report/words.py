@@ -10,12 +10,17 @@ from detect.scores import rounded_up
 
 def digits(value: float | None) -> str:
     """Three significant digits, whole numbers from 1000 on; a dash for None."""
-    return "–" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "–" if value is None else f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
+
+
+def level_mm(below_vertex_mm: float) -> int:
+    """The level as it is told, also by page.js: JavaScript would round halves up, and Python rounds them to even."""
+    return round(below_vertex_mm)
 
 
 def level_of(below_vertex_mm: float) -> str:
     """The level of a slice in words; the highest slices lie above the top of the brain."""
-    mm = round(below_vertex_mm)
+    mm = level_mm(below_vertex_mm)
     return f"{abs(mm)} mm {'above' if mm < 0 else 'below'} the top"
 
 
