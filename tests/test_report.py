@@ -206,6 +206,8 @@ def test_what_is_marked_is_said_in_a_sentence(results, tmp_path):
     assert ("Marked is what differs by more than 315 of 316 places of healthy brain at that position if denser, more "
             "than 14,677 of 14,678 if less dense, and what adjoins it with at least half of that difference."
             ) in text_of(page_of(folder))
+    (folder / "run.json").write_text(json.dumps(RUN | {"calibration": None, "settings": settings}))
+    assert "Marked is" not in text_of(page_of(folder))       # other settings: what healthy brain has by them is unknown
 
 
 def test_without_a_threshold_or_a_calibration_it_says_so(results):

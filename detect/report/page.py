@@ -53,6 +53,9 @@ def write_report(results: Path, out: Path, evaluation: dict | None = None, megab
     end = max([*(e.score for e in entries if e.ok), *calibration.scores, calibration.threshold or 0, 1e-9])
     common = set.intersection(*(set(e.notes) for e in entries if e.ok)) if sum(e.ok for e in entries) > 1 else set()
 
+    # Of healthy brain it tells by residuals as the calibration had them: other settings may give others
+    said_of_marks = measure.criterion() if run.get("calibration") or not measure.least_patients else ""
+
     def render() -> str:
         return template.render(
             entries=entries, run=run, calibration=calibration, evaluation=evaluation, common=common, end=end,
@@ -62,7 +65,7 @@ def write_report(results: Path, out: Path, evaluation: dict | None = None, megab
             facts=facts(run, hashes), panels=PANELS, full_hu=RESIDUAL_FULL_HU,
             settings={k: v for k, v in run.items() if k != "calibration"},
             score_words=f"{measure.words}, {SCAN_SCORES[chosen.scan_score].words}",
-            criterion=measure.criterion(), marked=measure.marked,
+            criterion=said_of_marks, marked=measure.marked,
             read=getattr(chosen.scoring, "read", 0) if (run["model"] or {}).get("reader") else 0)
 
     # 2 kB for what is yet to be said about pictures that did not fit or could not be read.
