@@ -6,6 +6,8 @@
 #       -v /path/to/scans:/scans:ro -v "$PWD/results:/results" \
 #       cn-stylegan projector.py /scans --model models/head-128 --out /results
 #
+# Without a GPU leave out --gpus all. For a machine without network: docker save cn-stylegan | gzip > image.tar.gz on
+# another, there docker load < image.tar.gz.
 # --read-only needs --tmpfs /tmp:exec beside it: compiled ops and what is being written lie there.
 # For training add --ipc=host: the loader's processes hand over slices in shared memory.
 

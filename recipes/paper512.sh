@@ -32,10 +32,14 @@ mkdir -p "$work"
 # A store of its own for every start of the workers: several nodes count their restarts separately (distributed.py)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
+# Runs may share a node: the port and the name of a rendezvous are those of the folder
+own=$(printf %s "$work" | cksum | cut -d " " -f 1)
+
 # launch train.py ...: on every GPU of every node
 launch() {
     "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$gpus" --max-restarts=3 \
-        --rdzv-id="paper512-${1%.py}" --rdzv-backend=c10d --rdzv-endpoint="${HEAD:-127.0.0.1}:${PORT:-29500}" "$@"
+        --rdzv-id="paper512-$own-${1%.py}" --rdzv-backend=c10d \
+        --rdzv-endpoint="${HEAD:-127.0.0.1}:${PORT:-$((20000 + own % 12000))}" "$@"
 }
 
 if [ "$node" = 0 ] && [ ! -e "$work/healthy.lmdb" ]; then

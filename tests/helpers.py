@@ -190,9 +190,9 @@ def write_smooth_images(folder: Path, count: int) -> None:
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02d}.png")
 
 
-def tiny_bundle(folder: Path) -> Path:
+def tiny_bundle(folder: Path, seed: int = 0) -> Path:
     """A model of 32 x 32 pixels with random weights that inverts and counts votes: quick, and good for nothing."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = ModelConfig(size=32, style_dim=8, n_mlp=2, channel_base=128, channel_max=16)
     inversion = Inversion(InversionSettings(), Generator(config), Encoder(config))
     preprocessing = PreprocessSettings(StandardiseSettings(size=32), min_brain_fraction=0.01)

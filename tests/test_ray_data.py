@@ -38,3 +38,7 @@ def test_its_folder_of_results_is_that_of_a_whole_run(tmp_path, monkeypatch, cap
     assert (out / "report.html").is_file() and made(capsys) == 3
     assert projector.main(["merge", str(out)]) == 3 and tables(out) == found
     assert projector.main(flags(scans, model, out, "--precision", "auto")) == 3 and made(capsys) == 0
+    before = (out / "run.json").read_bytes()                  # it was the other model's, whose results there are none
+    for other, told in ((tiny_bundle(tmp_path / "other", seed=1), "another model"), (tmp_path / "none", "none")):
+        monkeypatch.setattr(sys, "argv", ["ray_data.py", str(scans), "--model", str(other), "--out", str(out)])
+        assert example.main() == 2 and told in capsys.readouterr().err and (out / "run.json").read_bytes() == before

@@ -48,6 +48,9 @@ def test_training_starts_a_torchrun_on_each_node(job):
                            "--nproc-per-node=4 --max-restarts=3 --rdzv-id=7-2 --rdzv-backend=c10d --rdzv-endpoint=n1:")
     assert step.endswith("train.py --data a b.lmdb --out runs/gan OMP_NUM_THREADS=1 SRUN_CPUS_PER_TASK=3")
     assert "SIGUSR1" in step
+    assert job("train.sbatch", STEP="exit 0", SLURM_JOB_ID="8").wait(30) == 0
+    one, other = (call.partition("--rdzv-endpoint=")[2].split()[0] for call in job.calls()[1::2])
+    assert one != other                                       # on a node of both, the first to end took the other's
 
 
 @pytest.mark.parametrize("told, processes", [({}, 8), ({"SLURM_GPUS_ON_NODE": "2"}, 2),
