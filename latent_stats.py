@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
                  "that it has not seen, and the first is kept")
         add("--surroundings", type=Path, metavar="RUN",
             help="run folder of train_encoder.py --halved, whose networks draw what surroundings call for; else those "
-                 "of --encoder do, in four times the time; one with --closest has its own")
+                 "of --encoder do, in four times the time")
         add("--held-out", type=Path, metavar="DATA",
             help="a database with the same scans held out and prepared as new scans are to be: with all HU, say, where "
                  "training slices were cut to a range")
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import distributed  # only now: --help needs none of what takes seconds to import
     from bundling.build import Target, build, build_anew, changed_settings, noise_rate
-    from bundling.origins import OF_ENCODER_RUNS, is_bundle, open_encoder_run, refuse_surroundings, slice_size
+    from bundling.origins import OF_ENCODER_RUNS, is_bundle, open_encoder_run, refuse_surroundings
     from detect.settings import Settings
     from gan.database import ensure_database
     from op import memory, set_impl
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         if settings.method in OF_ENCODER_RUNS:                      # the encoder's own database, where it made one
             run = open_encoder_run(args.encoder)
             settings = noise_rate(settings, args.changes, run.meta)
-            data = ensure_database(data, args.encoder, slice_size(run.meta))
+            data = ensure_database(data, args.encoder, run.meta["model"]["size"])
         folder = build(config, settings, data, args.encoder, target, further=args.fold, held_out=args.held_out,
                        readers=args.reader, surroundings=args.surroundings)
     except (OSError, ValueError) as error:

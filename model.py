@@ -48,7 +48,6 @@ class ModelConfig:
     encoder_noise: bool = False    # the encoder predicts the generator's noise maps, too
     noise_channels: bool = False   # and these have a channel for each of their layer's, not one for all
     encoder_masks: bool = False    # the encoder is told what is hidden from it, and what is bone
-    encoder_filled: bool = False   # and sees there what surroundings call for, told whether the slice is denser or less
     encoder_width: float = 1       # the encoder's channels over the generator's
     encoder_code: int = 0          # numbers that its W+ code goes through; 0: one plain layer, as published
     code_channels: int = 0         # of a code in space, CODE_SIDE pixels wide, in place of W+; 0: none, as published

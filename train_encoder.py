@@ -2,7 +2,6 @@
 
     python train_encoder.py --data healthy.lmdb --gan runs/gan --out runs/encoder --preset ct128
     python train_encoder.py --data teach.lmdb --init models/head-128 --out runs/own --preset ct128
-    python train_encoder.py --data healthy.lmdb --surroundings runs/halves --out runs/closest --preset closest128
     torchrun --nproc-per-node=8 train_encoder.py --data healthy.lmdb --gan runs/gan --out runs/encoder
 
 The generator stays as it is, unless --lr-generator says otherwise. With --init all three networks start from another
@@ -33,9 +32,6 @@ RECOMMENDED = EncoderConfig(epochs=18, perceptual_epochs=10, batch=16, lr=2e-4, 
 # Networks that draw for models/head-128 what surroundings call for: no adversary, which would only sharpen it
 SURROUNDINGS = replace(RECOMMENDED, epochs=60, adversarial=0, snapshot_epochs=2, halved=True, gated=0, hide=1,
                        hidden=20, changed=0, gradient=0, encoder_width=1)
-# Networks beside those, of their size, that draw its closest normals
-CLOSEST = replace(SURROUNDINGS, closest=True, epochs=40, hide=0.1, hidden=1, changed=50, gradient=0.5, shapes=0.9,
-                  lr=1e-3)
 # phantom-128: predicted noise maps of one channel, no adversary
 NOISE = EncoderConfig(epochs=20, perceptual_epochs=20, lr=5e-5, lr_trunk=1e-3, lr_discriminator=5e-5,
                       lr_generator=2e-3, decay=0.35, r1_gamma=1, perceptual="pixels", knee=0.2, noise=True, erase=0.1,
@@ -48,8 +44,6 @@ PRESETS = {
     "ct128": replace(RECOMMENDED, workers=0),
     "half256": replace(SURROUNDINGS, batch=64, snapshot_epochs=10, workers=8),
     "half128": replace(SURROUNDINGS, workers=0),
-    "closest256": replace(CLOSEST, batch=64, snapshot_epochs=10, workers=8),
-    "closest128": replace(CLOSEST, workers=0),
     "noise128": NOISE,
     # A generator of heads from random codes (gan/coding.py): docs/RESULTS.md
     "heads128": EncoderConfig(epochs=20, perceptual_epochs=11, batch=16, lr_trunk=1e-3, lr_discriminator=1e-3,
@@ -67,9 +61,6 @@ def main(argv: list[str] | None = None) -> int:
                             help="run folder of train.py; may be left out with --init")
         parser.add_argument("--init", type=Path, metavar="RUN",
                             help="run of this command whose networks are the first weights, or a model bundle")
-        parser.add_argument("--surroundings", type=Path, metavar="RUN",
-                            help="with --closest: run of this command with --halved, or a model bundle, whose networks "
-                                 "draw what surroundings call for; without --init they are the first weights, too")
         parser.add_argument("--out", type=Path, default=Path("runs/encoder"),
                             help="run folder; an unfinished run goes on")
         parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -78,11 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--lpips", type=Path, help="the linear weights of LPIPS-VGG; else all channels weigh alike")
 
     config, args = parse(__doc__, PRESETS, arguments, argv)
-    if config.closest != bool(args.surroundings) or config.closest and args.gan:
-        print("error: --surroundings: expected with --closest, in the place of --gan, and without that no use",
-              file=sys.stderr)
-        return 2
-    if not (args.gan or args.init or args.surroundings):
+    if not (args.gan or args.init):
         print("error: --gan: expected a run folder of train.py to begin with; only with --init may it be left out",
               file=sys.stderr)
         return 2
@@ -102,13 +89,11 @@ def main(argv: list[str] | None = None) -> int:
     def work(device, rollback):
         memory.keep_freed()
         set_impl(args.ops)
-        first = args.init and open_first_networks(args.init, config.halved and not config.closest)
-        surroundings = args.surroundings and open_first_networks(args.surroundings, True, "--surroundings")
-        begun = first or surroundings
+        first = open_first_networks(args.init, config.halved) if args.init else None
         size = (load_run(args.gan, "--gan", "gan", "train.py").meta["model"]["size"] if args.gan
-                else begun.model.size * (2 if config.halved else 1))
-        data = ensure_database(args.data, args.out, size, None if args.gan else begun.prepared)
-        train(config, data, args.gan, args.out, device, args.vgg16, args.lpips, first, rollback, surroundings)
+                else first.model.size * (2 if config.halved else 1))
+        data = ensure_database(args.data, args.out, size, None if args.gan else first.prepared)
+        train(config, data, args.gan, args.out, device, args.vgg16, args.lpips, first, rollback)
 
     return run_command(work, args.device, args.out)
 

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
                             help="run folder of train_encoder.py, or a model bundle")
         parser.add_argument("--surroundings", type=Path, metavar="RUN",
                             help="run folder of train_encoder.py --halved, whose networks draw what surroundings call "
-                                 "for; the model is to have them, too. A run with --closest has its own")
+                                 "for; the model is to have them, too")
         parser.add_argument("--init", type=Path, metavar="RUN",
                             help="run of this command whose averaged weights are the first ones, or a model bundle: "
                                  "those of its reader")

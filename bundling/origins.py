@@ -17,7 +17,6 @@ from common.weights import CheckpointError, digest, holds_bundle
 from ct.settings import PreprocessSettings
 from dataset import SliceDataset, facts_of, is_same
 from detect.bundle import load_bundle
-from detect.inpainting import OF_SURROUNDINGS
 from detect.inversion import EncoderMethod
 from detect.reader import Reader
 from gan.encoding import FirstNetworks, has_taught_discriminator, method_of
@@ -41,23 +40,15 @@ def is_bundle(folder: Path, flag: str) -> bool:
     return bundle
 
 
-def open_encoder_run(folder: Path, flag: str = "--encoder", surroundings: bool = False) -> Snapshot:
-    """A run of train_encoder.py; surroundings: one with --halved and without --closest, whose networks draw what
-    surroundings call for beside those of another. Raises CheckpointError."""
+def open_encoder_run(folder: Path, flag: str = "--encoder", halved: bool = False) -> Snapshot:
+    """A run of train_encoder.py, of one with --halved or of another. Raises CheckpointError."""
     snapshot = load_run(folder, flag, "encoder", "train_encoder.py")
-    config = snapshot.meta["config"]
-    if (config.get("halved", False) and not config.get("closest", False)) != surroundings:
+    if snapshot.meta["config"].get("halved", False) != halved:
         raise CheckpointError(f"{flag} {folder}: " + (
-            "its networks were not taught to draw what surroundings call for at half the size; give a run of "
-            "train_encoder.py --halved without --closest"
-            if surroundings else "a run of train_encoder.py --halved, whose networks draw what surroundings call for "
-                                 "beside those of another run; give it as --surroundings"))
+            "its networks were not taught to draw slices at half their size; give a run of train_encoder.py --halved"
+            if halved else "a run of train_encoder.py --halved, whose networks draw what surroundings call for beside "
+                           "those of another run; give it as --surroundings"))
     return snapshot
-
-
-def slice_size(meta: dict[str, Any]) -> int:
-    """Side of the slices that a run of train_encoder.py has learnt from, by its meta."""
-    return meta["model"]["size"] * (2 if meta["config"].get("halved") else 1)
 
 
 def has_open_noise(meta: dict[str, Any]) -> bool:
@@ -69,10 +60,7 @@ def has_open_noise(meta: dict[str, Any]) -> bool:
 def open_surroundings(run: Path, beside: Snapshot) -> Snapshot:
     """What --surroundings names. Raises CheckpointError unless it learnt from the slices that those of an encoder's run
     are, with the same held out."""
-    snapshot = open_encoder_run(run, "--surroundings", surroundings=True)
-    if beside.meta["config"].get("closest"):
-        raise CheckpointError(f"--surroundings {run}: {beside.path.parent}, of train_encoder.py --closest, holds the "
-                              "networks for that which it was taught beside; leave it out")
+    snapshot = open_encoder_run(run, "--surroundings", halved=True)
     for key, told in (("data", "another database"), ("held_out", "other held-out scans")):
         if told_of(snapshot.meta, key) != told_of(beside.meta, key):
             raise CheckpointError(f"--surroundings {run}: has {told} than {beside.path.parent}: scans that one "
@@ -107,30 +95,28 @@ def refuse_surroundings(run: Path | None, model: Path) -> None:
                          "does without; leave it out, or give runs of train_encoder.py for both")
 
 
-def open_first_networks(folder: Path, halved: bool = False, flag: str = "--init") -> FirstNetworks:
-    """What --init or --surroundings of train_encoder.py names; halved: of a model its networks for the surroundings.
-    Raises CheckpointError."""
-    if is_bundle(folder, flag):
+def open_first_networks(folder: Path, halved: bool = False) -> FirstNetworks:
+    """What --init of train_encoder.py names, of a model with --halved its networks for the surroundings. Raises
+    CheckpointError."""
+    if is_bundle(folder, "--init"):
         bundle = load_bundle(folder)
         method, prepared = bundle.reconstructor, taught_with(bundle.meta)
         if halved:
             method = getattr(method, "halves", None)
             if not method:
-                raise CheckpointError(f"{flag} {folder}: a model without networks of half the size, that draw what "
-                                      "surroundings call for; give one that has them, or a run of train_encoder.py "
-                                      "--halved")
+                raise CheckpointError(f"--init {folder}: a model without networks of half the size, that draw what "
+                                      "surroundings call for; give one that has them, or leave --halved out")
         if not prepared:
-            raise CheckpointError(f"{flag} {folder}: a model that holds no networks of train_encoder.py; leave --init "
+            raise CheckpointError(f"--init {folder}: a model that holds no networks of train_encoder.py; leave --init "
                                   "out, or give one that does (checkpoint.py show), or a run of train_encoder.py")
         distributed.print0(f"note: what is measured on held-out scans says too much where {folder} was trained on "
                            "scans that --data holds out: a bundle does not say on which")
         weights = {name: network.state_dict() for name in NETWORKS if (network := getattr(method, name, None))}
         return FirstNetworks(folder, weights, method.encoder.config, prepared,
                              networks_known(bundle.meta["provenance"], "surroundings" if halved else "encoder"))
-    snapshot = (open_encoder_run(folder, flag, surroundings=True) if flag == "--surroundings"
-                else load_run(folder, flag, "encoder", "train_encoder.py"))
-    weights = {name: tensors for name, tensors in snapshot.weights.items() if not name.startswith(OF_SURROUNDINGS)
-               and (name != "discriminator" or has_taught_discriminator(snapshot))}
+    snapshot = load_run(folder, "--init", "encoder", "train_encoder.py")
+    weights = {name: tensors for name, tensors in snapshot.weights.items()
+               if name != "discriminator" or has_taught_discriminator(snapshot)}
     return FirstNetworks(folder, weights, ModelConfig(**snapshot.meta["model"]),
                          PreprocessSettings.from_json(snapshot.meta["data"]["settings"]),
                          snapshot.known())
@@ -183,7 +169,6 @@ def taught(step: int, meta: dict[str, Any]) -> dict[str, Any]:
     gan = meta.get("gan")
     return {"images_seen": step, "config": meta["config"], "held_out": len(meta["held_out"]),
             "data": facts_of(meta["data"]), "init": as_taught(meta.get("init")),
-            **({"surroundings": as_taught(meta["surroundings"])} if meta.get("surroundings") else {}),
             **({"gan": taught(gan["step"], gan)} if gan else {})}
 
 
@@ -212,10 +197,9 @@ def as_taught(known: dict[str, Any] | None) -> dict[str, Any] | None:
 def provenance(step: int, meta: dict[str, Any], surroundings: Snapshot | None = None) -> dict[str, Any]:
     """Where the weights of an encoder's run come from, at a step; gan: None for one without. JSON-able; no paths.
 
-    taught_with: how the slices were prepared that they learnt from. surroundings: of the run with --halved beside it;
-    one with --closest tells of its own.
+    taught_with: how the slices were prepared that they learnt from. surroundings: of the run with --halved beside it.
     """
-    halves, gan = as_taught(surroundings.known() if surroundings else meta.get("surroundings")), meta["gan"]
+    halves, gan = as_taught(surroundings and surroundings.known()), meta["gan"]
     return {"data": facts_of(meta["data"]), "taught_with": meta["data"]["settings"],
             "gan": run_facts(gan["step"], gan) | taught(gan["step"], gan) if gan else None,
             "encoder": run_facts(step, meta), "init": as_taught(meta.get("init")),
@@ -236,11 +220,9 @@ def networks_known(known: dict[str, Any], which: str = "encoder") -> dict[str, A
     held_out = data["counts"]["val"]["scans"]
     if not whole and "data" in networks:                       # those for the surroundings may be of another database
         data, held_out = networks["data"], networks["held_out"]
-    beside = whole and (networks.get("config") or {}).get("closest")
     return {"images_seen": networks.get("images_seen"), "config": networks.get("config"), "data": data,
             "held_out": held_out, "init": (known if whole else networks).get("init"),
-            "gan": gan if gan and "data" in gan else None,
-            **({"surroundings": networks_known(known, "surroundings")} if beside else {})}
+            "gan": gan if gan and "data" in gan else None}
 
 
 def learnt_by_networks(dataset: SliceDataset, known: dict[str, Any]) -> list[str]:

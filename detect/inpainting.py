@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from common.weights import CheckpointError
 from config import check_choices, check_range, option
 from ct.window import BONE_HU
 from detect.inversion import EncoderMethod, bone_mask, compact_pair, load_networks
-from detect.painter import AT, Found, Painter, painter_of
+from detect.painter import AT, Painter
 from detect.reader import Reader
 from detect.reconstruct import Reconstruction, Stages, Watch, error_hu
 from detect.residual import components_touching, slice_medians, without_small_components
@@ -82,6 +82,19 @@ class InpaintingSettings:
         check_range(self, ("bright_rim",), AROUND, flags=False)
 
 
+class Found(NamedTuple):
+    """What is anomalous in slices: all [S, N, N], bool but for the first.
+
+    expected_hu  what their surroundings call for, float32, HU
+    anomalous    where the slices are not so
+    hidden       what is drawn anew: that, and what goes on beyond it
+    """
+
+    expected_hu: torch.Tensor
+    anomalous: torch.Tensor
+    hidden: torch.Tensor
+
+
 class Inpainting(EncoderMethod):
     """range_hu: the HU that the networks were trained on. What is denser, up to BONE_HU, is no bone, but blood.
 
@@ -93,12 +106,8 @@ class Inpainting(EncoderMethod):
     def __init__(self, settings: InpaintingSettings, generator: Generator, encoder: Encoder,
                  range_hu: tuple[float, float], reader: Reader | None = None, surroundings: Painter | None = None):
         super().__init__(settings, generator, encoder, reader)
-        self.painter = painter_of(generator, encoder, range_hu)
-        self.size = self.painter.slice_size
+        self.painter = Painter(generator, encoder, range_hu)
         self.surroundings, self.range_hu = surroundings or self.painter, self.painter.range_hu
-        if self.painter.FILLED and not self.halves:
-            raise CheckpointError("method inpainting: networks that draw closest normals at half the size need others "
-                                  "beside them, for the surroundings (--surroundings)")
         if halves := self.halves:
             if (halves.size, halves.range_hu) != (self.size // 2, self.range_hu):
                 raise CheckpointError(
@@ -116,7 +125,8 @@ class Inpainting(EncoderMethod):
             read = self.read(query_hu, expected_hu := found.expected_hu, brain, bone)
         with stages.stage("reconstruct", lambda: error_hu(query_hu, normal_hu, soft)):
             kept = bone | (~brain & (query_hu <= self.range_hu[0]))            # and air: the networks draw it badly
-            normal_hu = torch.where(kept, query_hu, self.painter.closest(hu, found, bone, self.settings.batch))
+            drawn_hu = self.painter.draw(self.painter.images(hu), found.hidden, bone, self.settings.batch)
+            normal_hu = torch.where(kept, query_hu, drawn_hu)
             normal_hu += self.detail(query_hu - normal_hu, soft, found.hidden, found.hidden & ~found.anomalous)
         if watch:
             watch(query_hu, normal_hu)
@@ -126,8 +136,7 @@ class Inpainting(EncoderMethod):
             judged_hu = torch.where(found.anomalous, expected_hu, as_it_is).cpu()
         return Reconstruction(query_hu.cpu(), normal_hu.cpu(), stages.error_hu, stages.seconds, judged_hu, read)
 
-    def find_anomalous(self, query_hu: torch.Tensor, soft: torch.Tensor, bone: torch.Tensor
-                       ) -> Found:
+    def find_anomalous(self, query_hu: torch.Tensor, soft: torch.Tensor, bone: torch.Tensor) -> Found:
         """What slices [S, N, N], HU, show that their surroundings do not call for, by gate()."""
         expected_hu = self.from_surroundings(query_hu, bone)
         return Found(expected_hu, *self.gate(query_hu - expected_hu, soft))
@@ -139,9 +148,8 @@ class Inpainting(EncoderMethod):
         """Painter.from_surroundings of the networks that are for it."""
         return self.surroundings.from_surroundings(hu, bone, self.settings.hidden, self.settings.batch)
 
-    def gate(self, difference_hu: torch.Tensor, soft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where a difference [S, N, N], HU, from the surroundings is anomalous in soft brain; what to hide; and what of
-        that since it is too dense: Found's masks."""
+    def gate(self, difference_hu: torch.Tensor, soft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a difference [S, N, N], HU, from the surroundings is anomalous in soft brain; and what to hide."""
         unit, gate = self.size / AT, self.settings.gate_hu
         if self.settings.level:
             shift = slice_medians(difference_hu[:, None], soft).clamp(-gate, gate)
@@ -154,7 +162,7 @@ class Inpainting(EncoderMethod):
         whole = _with_rim(components_touching(dark, smooth < -self.settings.grow_hu), AROUND * unit)
         if self.settings.spared:
             whole &= ~soft | (smoothed(clipped, soft, NEAR * unit) < -self.settings.spared * gate)
-        return bright | _with_rim(dark, AROUND * unit), bright | whole, bright
+        return bright | _with_rim(dark, AROUND * unit), bright | whole
 
     def detail(self, difference_hu: torch.Tensor, soft: torch.Tensor, drawn_anew: torch.Tensor,
                grown: torch.Tensor) -> torch.Tensor:

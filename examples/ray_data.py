@@ -22,8 +22,8 @@ class Project:
     def __init__(self, model: str, out: str, sources: list):
         from detect import Projector, load_bundle
         from detect.dicom_out import dicom_writer
-        from detect.outputs import OUTPUTS
         from detect.folder import refuse_other_results
+        from detect.outputs import OUTPUTS
         from detect.run import begin_report, run_report
         from distributed import pick_device
 

@@ -51,12 +51,11 @@ SHARED_HU, SHARED = 60.0, (0.6, 1.2, 1.8)      # of what shares pixels with bone
 #                                            Gaussians of the bone
 
 
-def draw_shapes(hu: torch.Tensor, brain: torch.Tensor, p: float, rng: np.random.Generator,
-                shares: Sequence[float] = SHARES) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_shapes(hu: torch.Tensor, brain: torch.Tensor, p: float, rng: np.random.Generator
+                ) -> tuple[torch.Tensor, torch.Tensor]:
     """hu float32 [B, N, N], brain bool [B, N, N] -> (hu with shapes, share of every pixel that is changed, 0 to 1).
 
-    p: probability for each image; shares: of KINDS. An image without brain stays as it is. Pieces come from the same
-    batch.
+    p: probability for each image. An image without brain stays as it is. Pieces come from the same batch.
     """
     images, inside = hu.numpy(), brain.numpy()
     out, changed = images.copy(), np.zeros_like(images)
@@ -65,7 +64,7 @@ def draw_shapes(hu: torch.Tensor, brain: torch.Tensor, p: float, rng: np.random.
             continue
         for _ in range(1 + int(rng.random() < SECOND)):
             other = images[int(rng.integers(len(images)))]
-            out[b], share = _draw_one(out[b], inside[b], other, rng, shares)
+            out[b], share = _draw_one(out[b], inside[b], other, rng)
             changed[b] = np.maximum(changed[b], share)
     return torch.from_numpy(out), torch.from_numpy(changed)
 
@@ -149,11 +148,11 @@ def shade(hu: torch.Tensor, brain: torch.Tensor, strength_hu: float, generator: 
     return hu
 
 
-def _draw_one(hu: np.ndarray, brain: np.ndarray, other: np.ndarray, rng: np.random.Generator,
-              shares: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def _draw_one(hu: np.ndarray, brain: np.ndarray, other: np.ndarray, rng: np.random.Generator
+              ) -> tuple[np.ndarray, np.ndarray]:
     """One image [N, N] with one shape, and the share of every pixel that it changes."""
     unit = hu.shape[-1] / AT
-    kind = rng.choice(KINDS, p=shares)
+    kind = rng.choice(KINDS, p=SHARES)
     share, rim = _share_of(kind, hu, brain, unit, rng)
     soft = rng.uniform(0.3, 1.5) * unit
     share, rim = (ndimage.gaussian_filter(part.astype(np.float32), soft) * brain for part in (share, rim))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from common.weights import CheckpointError, digest
 from config import flag
 from dataset import DatasetError, SliceDataset
 from gan.batches import slice_batches
-from gan.closest import ClosestTrainer
 from gan.coding import CodeTrainer
 from gan.encoding import EncoderTrainer, FirstNetworks
 from gan.inpainting import InpaintingTrainer
@@ -23,20 +21,18 @@ from gan.reading import ReadingTrainer
 from gan.run import Run
 from gan.run_folder import load_run
 from gan.settings import EncoderConfig, ReaderConfig
-from model import ModelConfig
+from gan.snapshots import Snapshot
 
 # Settings that shape the networks
-OF_NETWORKS = ("noise", "hide", "halved", "closest", "encoder_width", "encoder_code", "code_channels")
+OF_NETWORKS = ("noise", "hide", "halved", "encoder_width", "encoder_code", "code_channels")
 
 
 def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device: torch.device, vgg16=None,
-          lpips=None, first: FirstNetworks | None = None, rollback: bool = False,
-          surroundings: FirstNetworks | None = None) -> None:
+          lpips=None, first: FirstNetworks | None = None, rollback: bool = False) -> None:
     """Train for config.epochs. Raises DatasetError, CheckpointError; FloatingPointError when a loss is not finite.
 
     gan: a run of train.py; None: all networks are those of `first`, with a new discriminator where that holds none.
     rollback: the run diverged; go on from its last snapshot with other random numbers.
-    surroundings: with --closest, the networks that draw what surroundings call for; without first ones, these are.
     """
     # ---- Set up
     snapshot = load_run(gan, "--gan", "gan", "train.py") if gan else None
@@ -45,23 +41,16 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
         raise DatasetError(f"{data} holds {dataset.size}x{dataset.size} slices, the GAN in {gan} draws "
                            f"{snapshot.meta['model']['size']}: prepare it with that --size")
     known = dataset.known()
+    if first:
+        check_first(first, config, snapshot)
+        if not snapshot:
+            check_alone(first, config, dataset)
     scans = dataset.held_out_ids()
     if snapshot and not config.halved:                             # of whose GAN nothing but the shape goes on
         tell_of_seen(scans, "--gan", gan, snapshot.meta)
-    if snapshot:
-        ours = config.networks(snapshot.meta["model"])
-    else:
-        ours = config.networks(dataclasses.asdict((surroundings or first).model), of_gan=False)
-    for flag_of, one in (("--surroundings", surroundings), ("--init", first)):
-        if one:
-            check_first(one, flag_of, config, ours)
-            if not snapshot:
-                check_alone(one, flag_of, config, dataset)
-            tell_of_seen(scans, flag_of, one.folder, {"data": known, "held_out": scans, "init": one.known})
-    if surroundings:
-        objective = functools.partial(ClosestTrainer, surroundings=surroundings)
-    else:
-        objective = CodeTrainer if config.code_channels else InpaintingTrainer if config.hide else EncoderTrainer
+    if first:
+        tell_of_seen(scans, "--init", first.folder, {"data": known, "held_out": scans, "init": first.known})
+    objective = CodeTrainer if config.code_channels else InpaintingTrainer if config.hide else EncoderTrainer
     trainer = objective(config, snapshot, dataset.prepared.standardise.hu_clip, device, vgg16, lpips, first)
     if first:
         trainer.start_from(first)
@@ -72,9 +61,6 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
             "init": first.known if first else None, "new_discriminator": new,
             "began_with": {"gan": snapshot.digest() if snapshot else None,
                            "init": digest(first.weights) if first else None}}
-    if surroundings:
-        meta["surroundings"] = surroundings.known
-        meta["began_with"]["surroundings"] = digest(surroundings.weights)
     with Run(out, meta, trainer, config.seed, rollback) as run:
         distributed.check_same_state(trainer.e)
         batches = slice_batches(dataset, config.batch, run.seed, config.workers, trainer.images_seen,
@@ -82,9 +68,7 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
         begun = f"GAN at {snapshot.step / 1000:g} kimg" if snapshot else "no GAN"
         if snapshot and config.halved:
             begun = "shape of the GAN"
-        if surroundings:
-            begun = "networks of a run like it" if first else "networks for the surroundings"
-        elif new:
+        if new:
             begun += ", new discriminator" if first else ", new networks"
         distributed.print0(f"{dataset.told()}, {len(held_out)} held out; "
                            f"{begun}; {trainer.e.compute_dtype} on {device}")
@@ -102,36 +86,34 @@ def train(config: EncoderConfig, data: Path, gan: Path | None, out: Path, device
         go_through(config, run, trainer, learn, batches, held_out, len(dataset), out, device)
 
 
-def check_first(first: FirstNetworks, flag_of: str, config: EncoderConfig, ours: ModelConfig) -> None:
-    """CheckpointError unless the first weights, of --init or --surroundings, fit the networks of a run."""
+def check_first(first: FirstNetworks, config: EncoderConfig, gan: Snapshot | None) -> None:
+    """CheckpointError unless the first weights fit the networks that config makes of the GAN's, or of their own."""
     theirs, alone = dataclasses.asdict(first.model), config.networks(dataclasses.asdict(first.model), of_gan=False)
-    for name in ("encoder_noise", "encoder_filled"):               # the noise head alone may be new, or what is seen
-        theirs[name] = theirs[name] or getattr(ours, name)
-    if ModelConfig(**theirs) == ours:
+    ours = config.networks(gan.meta["model"]) if gan else alone
+    theirs["encoder_noise"] = theirs["encoder_noise"] or ours.encoder_noise        # the noise head alone may be new
+    if theirs == dataclasses.asdict(ours):
         return
     told = "; ".join(f"{key} {theirs[key]}, here {now}" for key, now in dataclasses.asdict(ours).items()
                      if theirs[key] != now)
-    mend = ["leave --gan out, or give one of the same networks"] if ours != alone and not config.closest else []
+    mend = ["leave --gan out, or give one of the same networks"] if ours != alone else []
     taught = dataclasses.asdict(EncoderConfig()) | first.known["config"]
     other = [name for name in OF_NETWORKS if taught[name] != getattr(config, name)
-             and not (name == "closest" and config.closest)                # those for the surroundings are not, and fit
              and not (name == "hide" and taught[name] and config.hide)]    # any of it makes the same networks
     if flags := [flag(name, taught[name]) for name in other]:
         mend.append(f"give {' '.join(flags)}, or the --preset that has these")
-    raise CheckpointError(f"{flag_of} {first.folder}: its networks are not those of this run ({told}); "
+    raise CheckpointError(f"--init {first.folder}: its networks are not those of this run ({told}); "
                           + "; ".join(mend))
 
 
-def check_alone(first: FirstNetworks, flag_of: str, config: EncoderConfig, dataset: SliceDataset) -> None:
+def check_alone(first: FirstNetworks, config: EncoderConfig, dataset: SliceDataset) -> None:
     """CheckpointError or DatasetError unless a run can begin with first networks alone, without a GAN."""
     if other := dataset.prepared.other_than(first.prepared):
         raise DatasetError(f"--data {dataset.path}: its slices were prepared in another way than those that the "
-                           f"networks of {flag_of} {first.folder} have learnt from ({other}); prepare it with "
-                           f"{first.prepared.flags()}"
-                           + ("" if config.closest else ", or give --gan, a run of train.py on slices like these"))
+                           f"networks of --init {first.folder} have learnt from ({other}); prepare it with "
+                           f"{first.prepared.flags()}, or give --gan, a run of train.py on slices like these")
     features = config.perceptual == "discriminator" and not (config.hide or config.code_channels)
     if features and "discriminator" not in first.weights:
-        raise CheckpointError(f"{flag_of} {first.folder}: holds no discriminator, whose features are the distance of "
+        raise CheckpointError(f"--init {first.folder}: holds no discriminator, whose features are the distance of "
                               "--perceptual discriminator; give --gan, a run of train.py, or --perceptual pixels")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from ct.picture import save_hu_grid
 from ct.settings import PreprocessSettings
 from ct.window import decode, encode
 from dataset import SliceDataset
-from detect.inpainting import OF_SURROUNDINGS, Inpainting
+from detect.inpainting import Inpainting
 from detect.inversion import EncoderMethod, Inversion
-from detect.painter import Painter
 from detect.perceptual import build_perceptual
 from gan.augment import coarse_noise, erase, random_flip, random_rotation
 from gan.losses import d_logistic, frozen, g_nonsaturating, in_domain, r1_penalty
@@ -267,8 +266,7 @@ def method_of(snapshot: Snapshot, settings: Any | None, device: torch.device, dt
     """The networks of an encoder run as the method whose settings these are, inpainting's or inversion's.
 
     settings      None: with the defaults of the one that the encoder is for, inpainting if it was trained with --hide
-    surroundings  a run with --halved, whose networks draw for inpainting what surroundings call for; one with --closest
-                  has its own
+    surroundings  a run with --halved, whose networks draw for inpainting what surroundings call for
 
     Raises CheckpointError where surroundings are not for that.
     """
@@ -282,16 +280,4 @@ def method_of(snapshot: Snapshot, settings: Any | None, device: torch.device, dt
         return Inversion(settings, generator, encoder)
     range_hu = snapshot.meta["data"]["settings"]["standardise"]["hu_clip"]
     halves = surroundings and method_of(surroundings, None, device, dtype).painter
-    if snapshot.meta["config"].get("closest"):
-        halves = Painter(**restore_fixed(snapshot, device, dtype), range_hu=range_hu)
     return Inpainting(settings, generator, encoder, range_hu, surroundings=halves)
-
-
-def restore_fixed(snapshot: Snapshot, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-    """Of a run with --closest the networks for the surroundings that it was taught beside, by their names."""
-    model = replace(ModelConfig(**snapshot.meta["model"]), encoder_filled=False)
-    networks = {name: NETWORKS[name](model) for name in Painter.NAMES}
-    snapshot.restore({OF_SURROUNDINGS + name: network for name, network in networks.items()})
-    for network in networks.values():
-        network.eval().requires_grad_(False).to(device).compute_dtype = dtype
-    return networks

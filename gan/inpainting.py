@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from detect.inpainting import Inpainting, InpaintingSettings
 from detect.inversion import bone_mask
 from detect.painter import block_sides
 from gan.augment import random_flip, random_rotation
-from gan.corrupt import SHARES, draw_shapes, hide
+from gan.corrupt import draw_shapes, hide
 from gan.encoding import EncoderTrainer
 from gan.losses import frozen, g_nonsaturating
 from gan.quality import MOST_HELD_OUT, Measured, errors_hu, evenly, means
@@ -73,14 +72,11 @@ class Corruption(Augmentation):
         found = super().__call__(slices, rng)
         if self.config.halved:
             found = halved_slices(found)
-        batch, size = found["hu"].shape[:2]
-        return self.with_shapes(found, rng) | {"hidden": hide_for(self.config, batch, size, self.config.hide, rng)}
-
-    def with_shapes(self, found: dict[str, torch.Tensor], rng: torch.Generator, shares: Sequence[float] = SHARES
-                    ) -> dict[str, torch.Tensor]:
-        seed, soft = int(torch.randint(2**31, (), generator=rng)), found["brain"] & ~found["bone"]
-        query, changed = draw_shapes(found["hu"], soft, self.config.shapes, np.random.default_rng(seed), shares)
-        return found | {"query": query.clamp(*self.range_hu), "changed": changed}
+        seed, hu = int(torch.randint(2**31, (), generator=rng)), found["hu"]
+        query, changed = draw_shapes(hu, found["brain"] & ~found["bone"], self.config.shapes,
+                                     np.random.default_rng(seed))
+        return found | {"query": query.clamp(*self.range_hu), "changed": changed,
+                        "hidden": hide_for(self.config, len(hu), hu.shape[-1], self.config.hide, rng)}
 
 
 def hide_for(config: EncoderConfig, *args) -> torch.Tensor:

@@ -11,10 +11,10 @@ from dataset import is_same
 
 
 def lineage(meta: dict) -> Iterator[dict]:
-    """The meta of a run and of all whose weights its first ones come from, through --init and --gan, or show it what
-    surroundings call for: of a run with --halved no GAN, whose shape alone it has."""
+    """The meta of a run and of all whose weights its first ones come from, through --init and --gan: of a run with
+    --halved no GAN, whose shape alone it has."""
     yield meta
-    for flag in ("init", "surroundings") if (meta.get("config") or {}).get("halved") else ("init", "gan"):
+    for flag in ("init",) if (meta.get("config") or {}).get("halved") else ("init", "gan"):
         if meta.get(flag):
             yield from lineage(meta[flag])
 

@@ -181,8 +181,6 @@ class EncoderConfig:
                               "--code-alone, --erase and --coarse none")
     halved: bool = option(False, "with --hide: new networks of half the GAN's size and channels, to be the ones that "
                                  "draw what surroundings call for, which is blurred anyway, in a quarter of the time")
-    closest: bool = option(False, "with --halved: networks that draw closest normals, and begin as those of "
-                                  "--surroundings, by which they see what is anomalous (gan/closest.py); no adversary")
     gated: float = option(0.0, "with --hide, in the part with the adversary: of this part of the images is hidden what "
                                "the networks find anomalous in them, as in a new scan")
     shapes: float = option(0.5, "probability of shapes that do not belong there, to be drawn without them")
@@ -221,12 +219,6 @@ class EncoderConfig:
         if self.halved and not (self.hide and self.lr_generator):
             raise ValueError("--halved: its networks are new, and learn to draw what is hidden: give --hide and "
                              "--lr-generator above 0, or a preset that does (half128)")
-        if self.closest and not self.halved:
-            raise ValueError("--closest: its networks begin as those of --surroundings, of half the size: give "
-                             "--halved, too, or a preset that does (closest128)")
-        if self.closest and (self.adversarial or self.gated):
-            raise ValueError("--closest: has no adversary, and always hides what is anomalous: give --adversarial 0 "
-                             "and --gated 0, or a preset that does (closest128)")
         if self.code_channels and not self.lr_generator:
             raise ValueError(f"--code-channels {self.code_channels}: the generator's layers that read the code are new "
                              "and would never learn with --lr-generator 0; give a rate above 0, such as 1e-3")
@@ -245,6 +237,5 @@ class EncoderConfig:
         if self.halved and of_gan:
             model = model | {key: model[key] // 2 for key in ("size", "channel_base", "channel_max")}
         return ModelConfig(**{**model, "encoder_noise": self.noise or self.hide > 0, "noise_channels": self.hide > 0,
-                              "encoder_masks": self.hide > 0, "encoder_filled": self.closest,
-                              "encoder_width": self.encoder_width, "encoder_code": self.encoder_code,
-                              "code_channels": self.code_channels})
+                              "encoder_masks": self.hide > 0, "encoder_width": self.encoder_width,
+                              "encoder_code": self.encoder_code, "code_channels": self.code_channels})

@@ -19,7 +19,6 @@ import train_encoder
 from ct.frame import PreprocessSettings
 from ct.standardise import StandardiseSettings
 from dataset import ScanRecord, SliceWriter
-from tests.halves_data import halves
 from tests.helpers import synthetic_head
 
 LOCAL = (None, "", "localhost", socket.gethostname(), "127.0.0.1", "::1", "0.0.0.0", "::")
@@ -110,14 +109,6 @@ def hiding_run(slices32, gan_run, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "hiding"
     flags = ["--preset", "smoke32", "--hide", "0.9", "--batch", "4", "--epochs", "0.5", "--encoder-code", "8"]
     assert train_encoder.main(["--data", str(slices32), "--gan", str(gan_run), "--out", str(out), *flags]) == 0
-    return out
-
-
-@pytest.fixture(scope="session")
-def halves_run(slices32, gan_run, tmp_path_factory) -> Path:
-    """The same of networks of half the size, which draw what surroundings call for."""
-    out = tmp_path_factory.mktemp("runs") / "halves"
-    assert halves(slices32, out, "--gan", gan_run) == 0
     return out
 
 

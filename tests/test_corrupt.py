@@ -47,11 +47,11 @@ def test_shapes_hang_on_the_seed_and_leave_the_input_alone(slices):
 @pytest.mark.parametrize("kind", corrupt.KINDS)
 def test_each_kind_draws_where_it_belongs(slices, kind, monkeypatch):
     hu, brain = slices
-    shares = tuple(float(one == kind) for one in corrupt.KINDS)
+    monkeypatch.setattr(corrupt, "SHARES", tuple(float(one == kind) for one in corrupt.KINDS))
     monkeypatch.setattr(corrupt, "DARK_RIM", 0.0)
     rng, reached = np.random.default_rng(3), torch.zeros(64, 64)
     for _ in range(10):
-        reached += corrupt.draw_shapes(hu, brain, 1.0, rng, shares)[1].sum(0)
+        reached += corrupt.draw_shapes(hu, brain, 1.0, rng)[1].sum(0)
     if kind == "fluid":                          # only about the fluid in the middle
         y, x = np.ogrid[:64, :64]
         assert reached[32, 32] > 0 and not reached[torch.from_numpy(np.hypot(y - 32, x - 32) > 12)].any()
@@ -99,7 +99,7 @@ def test_a_shape_is_drawn_in_part_and_its_rim_is_darker(monkeypatch):
     monkeypatch.setattr(corrupt, "_filling", lambda *_: 60.0)
     middles, losses = [], []
     for seed in range(12):
-        drawn, changed = corrupt._draw_one(hu, brain, hu, np.random.default_rng(seed), corrupt.SHARES)
+        drawn, changed = corrupt._draw_one(hu, brain, hu, np.random.default_rng(seed))
         middle, rim, beyond = (drawn[where] for where in (away < 8, (away > 22) & (away < 32), away > 49))
         assert np.ptp(middle) < 1e-3 and np.ptp(rim) < 1e-3 and (beyond == 30).all()
         assert changed[away < 32] == pytest.approx(1) and not changed[away > 49].any()

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import latent_stats
 import train_encoder
+import train_reader
 from bundling import origins
 from common.weights import CheckpointError
 from ct.halves import doubled, halved
@@ -23,8 +25,10 @@ from gan.inpainting import InpaintingTrainer, hide_blocks
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot
 from model import Encoder, Generator, ModelConfig, has_mapping
-from tests.halves_data import FLAGS, SHAPE, halves, reader, stats
 from tests.reader_data import with_held_out, with_meta
+
+SHAPE = dict(style_dim=16, n_mlp=2, channel_max=16, encoder_noise=True, noise_channels=True, encoder_masks=True,
+             encoder_width=0.5, encoder_code=8)
 
 
 def painter(size: int, range_hu=(0.0, 70.0)) -> Painter:
@@ -138,6 +142,31 @@ def test_new_networks_that_would_never_learn_are_refused(changes):
 
 # ---- Runs and bundles
 
+FLAGS = ["--preset", "smoke32", "--hide", "0.9", "--halved", "--batch", "4", "--encoder-code", "8", "--epochs", "0.5",
+         "--lr-generator", "1e-3", "--precision", "fp32", "--device", "cpu"]
+
+
+def halves(slices: Path, out: Path, *flags) -> int:
+    return train_encoder.main(["--data", str(slices), "--out", str(out), *FLAGS, *map(str, flags)])
+
+
+def reader(slices: Path, encoder: Path, out: Path, *flags) -> int:
+    return train_reader.main([*map(str, ("--data", slices, "--encoder", encoder, "--out", out, "--preset", "smoke32",
+                                         "--epochs", 0.25, "--batch", 4, "--device", "cpu", *flags))])
+
+
+def stats(slices: Path, encoder: Path, out: Path, *flags) -> int:
+    return latent_stats.main([*map(str, ("--data", slices, "--encoder", encoder, "--out", out, "--preset", "smoke32",
+                                         "--precision", "fp32", "--device", "cpu", *flags))])
+
+
+@pytest.fixture(scope="module")
+def halves_run(slices32, gan_run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "halves"
+    assert halves(slices32, out, "--gan", gan_run) == 0
+    return out
+
+
 @pytest.fixture(scope="module")
 def model(slices32, hiding_run, halves_run, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("models") / "model"
@@ -216,6 +245,16 @@ def test_what_is_known_to_have_taught_the_surroundings_calibrates_nothing(slices
             "out: head2 may be among its training scans") in capsys.readouterr().err
 
 
+def test_a_bundle_tells_the_data_of_its_surroundings_where_these_are_others(slices32, hiding_run, halves_run):
+    """A run on other scans, beside networks that were taught on these, with none held out."""
+    meta, dataset, half = load_snapshot(hiding_run).meta, SliceDataset(slices32, "val"), load_snapshot(halves_run)
+    meta = meta | {"gan": None, "data": meta["data"] | {"digest": "f" * 64, "val_digest": "e" * 64}}
+    half = dataclasses.replace(half, meta=half.meta | {"held_out": []})
+    known = origins.provenance(1, meta, half)
+    assert known["data"]["digest"] == "f" * 64 and origins.learnt_by_networks(dataset, known) == ["head2"]
+    assert origins.learnt_by_networks(dataset, origins.provenance(1, meta)) == []
+
+
 def test_a_gan_of_which_nothing_goes_on_but_its_shape_has_seen_nothing(slices32, gan_run, tmp_path, capsys):
     other = with_held_out(gan_run, ["another"], tmp_path / "gan")
     assert halves(slices32, tmp_path / "halves", "--gan", other, "--epochs", 0.25) == 0
@@ -243,6 +282,8 @@ def test_each_run_has_its_flag(slices32, hiding_run, halves_run, model, tmp_path
                            "--set", "method=inpainting"), "give a run of train_encoder.py --halved"),
             (lambda: stats(slices32, hiding_run, tmp_path / "m", "--surroundings", halves_run,
                            "--set", "method=inversion"), "--surroundings: for method=inpainting, not inversion"),
+            (lambda: stats(slices32, hiding_run, tmp_path / "m", "--set", "method=search"),
+             "a run of train_encoder.py --hide, which is for method=inpainting; leave method=search out"),
             (lambda: stats(slices32, model, tmp_path / "m", "--surroundings", halves_run), "which has its own"),
             (lambda: reader(slices32, model, tmp_path / "r", "--surroundings", halves_run), "which has its own")):
         assert call() == 2
@@ -259,8 +300,9 @@ def test_a_run_and_a_models_halves_give_first_weights(slices32, gan_run, hiding_
         mine, theirs = (load_snapshot(run).weights["encoder"] for run in (out, halves_run))
         assert all(torch.allclose(mine[key], theirs[key], atol=tolerance, rtol=tolerance) for key in theirs)
     capsys.readouterr()
-    assert halves(slices32, tmp_path / "other", "--init", hiding_run, "--gan", gan_run) == 2
-    assert "its networks are not those of this run" in capsys.readouterr().err
+    assert halves(slices32, tmp_path / "other", "--init", hiding_run, "--gan", gan_run, "--hide", 0.5) == 2
+    said = capsys.readouterr().err                                              # any --hide makes the same networks
+    assert "its networks are not those of this run" in said and "--no-halved" in said and "--hide" not in said
     assert stats(slices32, hiding_run, tmp_path / "plain", "--set", "method=inpainting") == 0
     assert halves(slices32, tmp_path / "none", "--init", tmp_path / "plain") == 2
     assert "a model without networks of half the size" in capsys.readouterr().err

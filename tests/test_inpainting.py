@@ -213,7 +213,7 @@ def test_of_some_images_what_is_found_anomalous_is_hidden(gan_run, slices32):
     """With the adversary, of half of the batch; the gate's own answer for the queries, lesions and all."""
     one = trainer(gan_run, gated=0.5)
     batch, seen = examples(one, slices32), []
-    one.method.gate = lambda difference_hu, soft: (None, difference_hu.abs() > 5, None)
+    one.method.gate = lambda difference_hu, soft: (None, difference_hu.abs() > 5)
     draw = one.draw
     one.draw = lambda images, hidden, bone: seen.append((hidden, bone)) or draw(images, hidden, bone)
     first = {name: t[:2] for name, t in batch.items()}
@@ -391,7 +391,7 @@ def test_specks_and_what_is_faint_are_no_anomaly():
     difference[0, 40:80, 40:80] = -10
     difference[1, 40:80, 40:80] = 6
     difference[2, 40:42, 40:42] = 20                     # 8 HU and more in 4 pixels after the Gaussian of 1
-    found, *_ = one.gate(difference, soft)
+    found, _ = one.gate(difference, soft)
     assert found[0, 40:80, 40:80].all() and not found[0, :36].any()
     assert not found[1:].any()
     difference[2, 40:44, 40:44] = 20
@@ -406,7 +406,7 @@ def test_one_bright_pixel_is_no_lesion():
     one, soft = Filler(InpaintingSettings(), *networks(), (0.0, 70.0)), torch.ones(3, 128, 128, dtype=torch.bool)
     one.size, difference = 128, torch.zeros(3, 128, 128)
     difference[0, 40, 40], difference[1, 40, 40], difference[2, 40:43, 40:43] = 1000, -1000, 1000
-    found, hidden, _ = one.gate(difference, soft)
+    found, hidden = one.gate(difference, soft)
     assert not found[:2].any() and not hidden[:2].any() and found[2, 40:43, 40:43].all()
 
 
@@ -419,7 +419,7 @@ def test_lengths_of_the_gate_scale_with_the_image():
     one, soft = Filler(InpaintingSettings(), *networks(), (0.0, 70.0)), torch.ones(3, 256, 256, dtype=torch.bool)
     one.size, difference = 256, torch.zeros(3, 256, 256)
     difference[0, 80:160, 80:82], difference[1, 80:86, 80:86], difference[2, 80:88, 80:88] = -18, 20, 20
-    found, hidden, _ = one.gate(difference, soft)
+    found, hidden = one.gate(difference, soft)
     assert not found[:2].any() and not hidden[:2].any()
     assert torch.equal(found[2], hidden[2]) and found[2].any(1).sum() == found[2].any(0).sum() == 8 + 2 * 6
 
@@ -436,7 +436,7 @@ def test_what_shifts_a_slice_as_a_whole_is_no_anomaly():
     for level in (True, False):
         one = Filler(InpaintingSettings(level=level), *networks(), (0.0, 70.0))
         one.size = 128
-        found, *_ = one.gate(difference, soft)
+        found, _ = one.gate(difference, soft)
         assert found[0][bleed].all() and found[1, 45:, 20:].all()
         assert found[0, 85:95, 45:55].all() if level else not found[0, 85:95, 45:55].any()
         assert not found[0, rest, 20:].any() if level else found[0, rest, 20:].all()
@@ -450,7 +450,7 @@ def test_around_what_is_bright_more_is_hidden():
     def rows(spared):
         one = Filler(InpaintingSettings(spared=spared, grow_hu=8), *networks(), (0.0, 70.0))
         one.size = 128
-        return [mask.any(2).sum(1).tolist() for mask in one.gate(difference, torch.ones(2, 128, 128) > 0)[:2]]
+        return [mask.any(2).sum(1).tolist() for mask in one.gate(difference, torch.ones(2, 128, 128) > 0)]
 
     assert rows(spared=0) == 2 * [[10 + 2 + 2, 10 + 2 + 6]]
     assert rows(spared=0.5) == [[10 + 2 + 2, 10 + 2 + 6], [10 + 2, 10 + 2 + 6]]     # the rim is not dark by itself
@@ -464,7 +464,7 @@ def test_what_is_not_dark_by_itself_is_spared():
     def gate(spared):
         one = Filler(InpaintingSettings(gate_hu=8, grow_hu=8, spared=spared), *networks(), (0.0, 70.0))
         one.size = 128
-        return one.gate(difference, soft)[:2]
+        return one.gate(difference, soft)
 
     (found, hidden), (whole, same) = gate(0.5), gate(0)
     assert torch.equal(found, whole) and torch.equal(same, whole)                    # what is judged hangs not on it
@@ -482,7 +482,7 @@ def test_a_hypodense_place_is_drawn_anew_as_far_as_it_goes_on():
     for grow_hu in (8, 5):
         one = Filler(InpaintingSettings(grow_hu=grow_hu), *networks(), (0.0, 70.0))
         one.size = 128
-        gate[grow_hu] = one.gate(difference, soft)[:2]
+        gate[grow_hu] = one.gate(difference, soft)
     (found, hidden), (same, grown) = gate[8], gate[5]
     assert torch.equal(found, same) and not (hidden & ~grown).any()                  # what is judged hangs not on it
     assert grown[0, 42:58, 40:80].all() and not hidden[0, :, 64:].any()

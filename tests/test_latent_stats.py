@@ -21,6 +21,7 @@ from ct.frame import PreprocessSettings
 from dataset import ScanRecord, SliceDataset, SliceWriter
 from detect.bundle import load_bundle
 from detect.calibration import Trained
+from detect.options import StatsConfig
 from detect.reconstruct import METHODS
 from detect.search import SearchSettings
 from detect.settings import Settings
@@ -260,6 +261,17 @@ def test_folds_add_their_held_out_scans(tmp_path):
     assert meta["calibration"]["scans"] == 4
     assert [fold["held_out"] for fold in meta["provenance"]["folds"]] == [2, 2]
     assert all(score > 0 for score in meta["calibration"]["scan_scores"]["top3"])
+
+
+def test_a_fold_may_be_of_before_a_setting_of_its_networks(inputs, tmp_path):
+    """It does not tell of the setting, and has the default."""
+    data, run = inputs
+    told = load_snapshot(run).meta["model"]
+    earlier = with_meta(run, tmp_path / "run", model={key: told[key] for key in told if key != "code_channels"})
+    target = build.Target(tmp_path / "model", torch.device("cpu"))
+    one, other = (build.open_encoder(data, folder, "--encoder", StatsConfig(), Settings("inversion"), target)
+                  for folder in (run, earlier))
+    assert one.networks == other.networks
 
 
 def test_the_first_of_several_is_the_model_and_each_calibrates_by_its_own_scans(tmp_path, monkeypatch):

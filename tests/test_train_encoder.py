@@ -33,6 +33,7 @@ from gan.run_folder import start_run
 from gan.settings import EncoderConfig
 from gan.snapshots import load_snapshot, save_snapshot, snapshot_steps
 from tests.helpers import GradientRecorder, synthetic_scan, write_heads
+from tests.reader_data import with_meta
 
 FLAGS = ["--preset", "smoke32", "--device", "cpu", "--precision", "fp32", "--batch", "4", "--epochs", "2",
          "--perceptual-epochs", "0.5", "--r1-every", "2"]
@@ -145,6 +146,17 @@ def test_a_run_from_before_databases_told_their_held_out_slices_goes_on(slices32
     assert now["data"]["val_digest"] == SliceDataset(slices32).manifest["val_digest"]
     with pytest.raises(CheckpointError, match="the run there has another held_out"):
         start_run(tmp_path, now | {"held_out": ["another"]}, {})
+
+
+def test_a_run_from_before_a_setting_of_its_networks_goes_on(slices32, gan_run, half_run, tmp_path, capsys):
+    """Its model does not tell it, and has the default; one that tells of a setting that is not known is another."""
+    known = load_snapshot(half_run).meta["model"]
+    before = {key: known[key] for key in known if key != "code_channels"}
+    earlier = with_meta(half_run, tmp_path / "earlier", model=before)
+    assert run_encoder(slices32, gan_run, earlier, "--epochs", 1) == 0
+    later = with_meta(half_run, tmp_path / "later", model=known | {"encoder_later": True})
+    assert run_encoder(slices32, gan_run, later, "--epochs", 1) == 2
+    assert "has another model (model.encoder_later" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("n, objective, networks", [(1, EncoderTrainer, {}), (4, InpaintingTrainer, {"hide": 0.9})])
