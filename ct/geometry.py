@@ -12,6 +12,7 @@ from scipy import ndimage
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 EVEN = 0.02                                           # of a step: headers round, a smaller offset is none
 SHEAR_DEG = 1.0                                       # less is none, by the same reason
+HALF = 0.5 - 0.01                                     # of a step, half way: the upper slice, however files round
 ASIDE_MM = 3.0                                        # in plane, beyond what a tilted gantry or rounding moves
 
 
@@ -151,9 +152,9 @@ def _resample(volume: np.ndarray, position_mm: np.ndarray, nearest: bool) -> tup
     steps = np.diff(position_mm)
     smallest = steps[steps >= np.median(steps) / 2].min()
     even = np.linspace(position_mm[0], position_mm[-1], round(np.ptp(position_mm) / smallest) + 1)
-    upper = np.clip(np.searchsorted(position_mm, even), 1, len(position_mm) - 1)
+    upper = np.clip(np.searchsorted(position_mm, even), 1, len(position_mm) - 1)           # as evaluation.cohort has it
     weight = (even - position_mm[upper - 1]) / (position_mm[upper] - position_mm[upper - 1])
     if nearest:
-        return volume[np.where(weight < 0.5, upper - 1, upper)], float(even[1] - even[0])
+        return volume[np.where(weight < HALF, upper - 1, upper)], float(even[1] - even[0])
     weight = weight[:, None, None].astype(volume.dtype)
     return volume[upper - 1] * (1 - weight) + volume[upper] * weight, float(even[1] - even[0])

@@ -52,33 +52,54 @@ class Slabs:
 
 
 def to_slabs(scan: Scan, slab_mm: float = 5.0, thin_mm: float = 4.0) -> Slabs:
-    """Averages slices into slabs of slab_mm if their median spacing is below thin_mm; else leaves them as they are.
+    """Averages runs of slices that stand for less than thin_mm into slabs of slab_mm; without any, nothing changes.
 
-    A slice that is thin_mm or more from both its neighbours is a slab of its own, as in series whose base is thin and
-    whose upper slices are thick. The others reach halfway to their neighbours and count in a slab by their overlap with
-    it, so uneven spacing keeps its millimetres. Slabs are counted from the top, where position is measured from; what
-    is left at the bottom is a slab of its own if it is at least half as thick. Where slices are missing there is no
-    slab. A brain mask that came with the scan is averaged likewise and cut at a half.
+    A thick slice (_thick) is a slab of its own, as in series whose base is thin and whose upper slices are thick. The
+    others reach halfway to their neighbours and count in a slab by their overlap with it, so uneven spacing keeps its
+    millimetres. Slabs are counted from the top of a run, where position is measured from; what is left at the scan's
+    bottom is a slab of its own if it is at least half as thick. Where slices are missing there is no slab. A brain mask
+    that came with the scan is averaged likewise and cut at a half. Slices of slab_mm are thick, too.
 
     Raises ScanError if slab_mm is not above zero.
     """
     if not slab_mm > 0:
         raise ScanError(f"{scan.scan_id}: --slab-mm must be above 0, got {slab_mm}")
     count = len(scan.hu)
-    if count == 1 or scan.slice_spacing_mm >= min(thin_mm, slab_mm) - SAME_MM:
+    thick = np.ones(1, bool) if count == 1 else _thick(scan.position_mm, min(thin_mm, slab_mm))
+    if thick.all():
         return Slabs(scan, scan.position_mm, np.eye(count, dtype=bool), np.ones(count, bool), averaged=False)
-    shares, whole = _shares(scan.position_mm, slab_mm, thin_mm)
+    shares, whole = _shares(scan.position_mm, slab_mm, thick)
     weights = shares / shares.sum(axis=1, keepdims=True)
     brain = None if scan.brain is None else _average(weights, scan.brain) >= 0.5
     slabs = replace(scan, hu=_average(weights, scan.hu), position_mm=weights @ scan.position_mm, brain=brain)
     return Slabs(slabs, scan.position_mm, shares > SAME_MM, shares.sum(axis=0) >= whole / 2 - SAME_MM, averaged=True)
 
 
-def _shares(position_mm: np.ndarray, slab_mm: float, thin_mm: float) -> tuple[np.ndarray, np.ndarray]:
+def _thick(position_mm: np.ndarray, thin_mm: float) -> np.ndarray:
+    """Which of two slices or more stand for thin_mm or more, bool [S].
+
+    Those that lie so far from both neighbours; and the first and the last of thick ones beside thin ones, which may lie
+    nearer to these. Slices that touch are half of both thicknesses apart: a step to a thin slice, twice, less that
+    slice's own spacing (the step beyond) is how thick the other one is, and the step to its other side must say so,
+    too. Not where that is a gap (slice_thickness_mm): beside missing slices thin ones stay thin. Nor does a single
+    slice between thin ones, or at a scan's end beside them, count as thick for what touching would make of it.
+    """
+    steps = np.diff(position_mm)
+    below, above = np.append(steps[:1], steps), np.append(steps, steps[-1:])     # at the ends as on the other side
+    beyond_below, beyond_above = np.append(below[:1], below[:-1]), np.append(above[1:], above[-1:])
+    least = thin_mm - SAME_MM
+    thick = np.minimum(below, above) >= least
+    for near, far, beyond_near, beyond_far in ((below, above, beyond_below, beyond_above),
+                                               (above, below, beyond_above, beyond_below)):
+        thick |= (2 * near - beyond_near >= least) & (far >= least) & (far <= 1.5 * np.maximum(near, beyond_far))
+    return thick
+
+
+def _shares(position_mm: np.ndarray, slab_mm: float, thick: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How much of each slice is in each slab, float64 [T, S], inferior to superior, and all of it [S]: mm, or 1 of a
     thick slice."""
     low, high = _extents(position_mm)
-    thick, rows, s = _nearest(position_mm) >= thin_mm - SAME_MM, [], 0
+    rows, s = [], 0
     while s < len(position_mm):
         end = s + 1
         while not thick[s] and end < len(position_mm) and not thick[end]:

@@ -136,23 +136,38 @@ def in_order(pictures: Sequence[Path]) -> list[tuple[Fraction, Path]]:
         if not all((np.diff(ranked[:, column]) > 0).all() for column in changing):
             continue
         (text,), columns = texts, list(zip(*found))
-        if any(all(number.startswith("-") for number in columns[column]) and (column or text[0])
-               for column in changing):
-            continue                                   # no sign by which names are told apart, though the others rise
-        for column in changing:
-            if text[column].endswith("-"):
-                whole = text[column + 1] != "." and not any("." in number for number in columns[column])
-                _refuse_sign(stems, columns[column], whole and (np.diff(ranked[:, column]) == 1).all())
+        behind = [column for column in changing if column and text[column] == "." and text[column - 1].endswith("-")]
+        dashed = [column for column in changing if text[column].endswith("-")] + behind
+        signed_at = [column for column in changing if (column or text[0])
+                     and any(number.startswith("-") for number in columns[column])]
+        if len({*dashed, *signed_at}) == len(changing):              # else a number without a dash tells the order
+            if any(all(number.startswith("-") for number in columns[column]) for column in signed_at):
+                continue                               # no sign by which names are told apart, though the others rise
+            for column in dashed:
+                numbers = columns[column]
+                if column in behind:                                   # zeros there are digits, and pad nothing
+                    numbers = [number.lstrip("0") or "0" for number in numbers]
+                decimals = columns[column + 1] if text[column + 1] == "." else None
+                _refuse_sign(stems, numbers, ranked[:, column], decimals)
         return [(exact[k][changing[0]] if changing else Fraction(0), pictures[k]) for k in order]
     raise ScanError(f"the names of the pictures give no order ({min(pictures).name}, {max(pictures).name}): they must "
                     "be alike but for one number, or for numbers that rise together; name the slices by number, and "
                     "put each series in a folder of its own")
 
 
-def _refuse_sign(stems: list[str], numbers: Sequence[str], one_by_one: bool) -> None:
-    """ScanError where the dash before these numbers, which all names have, may be their sign. Not where they count one
-    by one, without decimals, or are padded with zeros (im-0001)."""
-    if not one_by_one and not any(re.match(r"0\d", number) for number in numbers):
+def _refuse_sign(stems: list[str], numbers: Sequence[str], ranked: np.ndarray, decimals: Sequence[str] | None) -> None:
+    """ScanError where the dash before these numbers, which all names have, may be their sign.
+
+    ranked: their values, in order, less the lowest; decimals: what comes after a point behind them, if that is a number
+    of its own. Not where they count: whole, one by one or padded with zeros (im-0005), or from 0 or 1 with few gaps;
+    with decimals, which positions have, padded or not (z-060.0), only if these stay, padded and from 0 or 1.
+    """
+    steps, padded = np.diff(ranked), any(re.match(r"0\d", number) for number in numbers)
+    decimals = decimals or [number.partition(".")[2] for number in numbers]
+    few_gaps = min(map(float, numbers)) <= 1 and (steps == 1).sum() >= len(steps) / 2
+    counts = padded and few_gaps and len(set(decimals)) == 1 if any(decimals) else (
+        padded or few_gaps or (steps == 1).all())
+    if not counts:
         raise ScanError(f"{min(stems)}, {max(stems)}: is the dash before the number a sign? Name the slices by numbers "
                         "without one")
 

@@ -17,6 +17,7 @@ import torch
 
 from common.wording import some
 from ct import frame
+from ct.slab import slice_thickness_mm
 from dataset import SliceDataset
 from detect.measure import MEASURES, Measure
 from detect.reconstruct import Reconstruction, Reconstructor, method
@@ -289,6 +290,24 @@ def _positions_mm(calibration: Mapping[str, Any]) -> list[list[float]]:
 def usual_spacing(positions_mm: Sequence[float]) -> float:
     """The median distance of neighbouring slices, mm; SLICE_MM for a single slice."""
     return float(np.median(np.abs(np.diff(positions_mm)))) if len(positions_mm) > 1 else SLICE_MM
+
+
+def share_outside(positions_mm: Sequence[float], least_mm: float, most_mm: float) -> float:
+    """The share of a scan's height in slices whose nearer neighbour is closer than least_mm or farther than most_mm.
+
+    The nearer one, so that a scan of one spacing has one with slices missing, too. 0 for a single slice.
+    """
+    if len(positions_mm) < 2:
+        return 0.0
+    steps = np.abs(np.diff(positions_mm))
+    nearest_mm = np.minimum(np.append(np.inf, steps), np.append(steps, np.inf))
+    height_mm = slice_thickness_mm(np.asarray(positions_mm, float))
+    return float(height_mm[(nearest_mm < least_mm) | (nearest_mm > most_mm)].sum() / height_mm.sum())
+
+
+def largest_share_outside(calibration: Mapping[str, Any], least_mm: float, most_mm: float) -> float:
+    """That of the healthy scan where it is largest."""
+    return max(share_outside(mm, least_mm, most_mm) for mm in _positions_mm(calibration))
 
 
 def at_rate(calibration: dict[str, Any], rate: float) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from detect.scores import percentile_of, scan_score, thickness_mm
 from detect.settings import Settings, stored
 
 OTHER_SPACING = 1.25    # slices further apart than those of the calibration by this factor, or closer, do not compare
+UNEVEN = 0.1            # of a scan's height may have another spacing (a slice at an end or between two spacings), or as
+                        # much as of a healthy scan's
 ROUNDED_MM = 0.01       # headers round positions: slices this much further apart are as far apart
 TOO_FAR = 2.0           # times the mean error of healthy scans, where not each one's is known: did not come close
 TOO_MUCH = 0.35         # predicted part of the brain from which the reconstruction, not the brain, is at fault
@@ -190,11 +192,17 @@ class Projector:
         if how not in healthy:
             return None, self.threshold, [f"the calibration holds no scores by {how}: no percentile"]
         spacing_mm = calibration.usual_spacing(below_vertex_mm)
-        least, most = self.spacing_mm[0] / OTHER_SPACING, self.spacing_mm[1] * OTHER_SPACING
-        if not least - ROUNDED_MM <= spacing_mm <= most + ROUNDED_MM:
-            low, high = (f"{mm:.3g}" for mm in self.spacing_mm)
+        least = self.spacing_mm[0] / OTHER_SPACING - ROUNDED_MM
+        most = self.spacing_mm[1] * OTHER_SPACING + ROUNDED_MM
+        low, high = (f"{mm:.3g}" for mm in self.spacing_mm)
+        usual_mm = low if low == high else f"{low} to {high}"
+        if not least <= spacing_mm <= most:
             return None, self.threshold, [f"slices {spacing_mm:.3g} mm apart, those of the calibration "
-                                f"{low if low == high else f'{low} to {high}'} mm: no percentile"]
+                                          f"{usual_mm} mm: no percentile"]
+        outside = calibration.share_outside(below_vertex_mm, least, most)
+        if outside > UNEVEN and outside > calibration.largest_share_outside(self.calibration, least, most):
+            return None, self.threshold, [f"{outside:.0%} of what the scan shows has slices closer together or further "
+                                          f"apart than those of the calibration, {usual_mm} mm: no percentile"]
         stored = calibration.threshold_of(self.calibration, how)
         threshold = stored.value if self.threshold is None else self.threshold
         notes = [] if threshold is not None else [f"no threshold: {stored.reason}"]

@@ -20,6 +20,7 @@ from evaluation.metrics import empirical_threshold
 
 Key = tuple                                # (scan_id,) or (scan_id, slice)
 Score = float | str                        # or one of UNSCORED where there is none that counts
+HALF = 0.5 - 0.01                          # of a step between slices: as ct.geometry has it, which draws the maps
 OPTIONAL = ("types", "patient")            # columns of a table of labels
 UNSCORED = ("failed", "unreliable")        # status of a scan in scores.csv other than 'ok'
 
@@ -371,10 +372,12 @@ def read_truth(folder: Path, scan_id: str, like: tuple[int, ...], affine: np.nda
     if gaps == "error" and not given.all():
         raise InputError(f"{folder / scan_id}: {given.sum()} of {count} slices have a mask; say with "
                          "--mask-gaps whether the others are 'empty' or to 'skip'")
-    nearest = np.arange(count)
-    if position_mm is not None:
+    nearest = np.arange(count) if position_mm is None else np.zeros(like[0], int)
+    if position_mm is not None and count > 1:
         even = np.linspace(position_mm[0], position_mm[-1], like[0])
-        nearest = count - 1 - np.abs(even[:, None] - position_mm[::-1]).argmin(axis=1)        # half way: the upper
+        upper = np.clip(np.searchsorted(position_mm, even), 1, count - 1)
+        weight = (even - position_mm[upper - 1]) / (position_mm[upper] - position_mm[upper - 1])
+        nearest = np.where(weight < HALF, upper - 1, upper)
     nearest = nearest[::-1] if upended else nearest
     return masks[nearest], given[nearest] | (gaps == "empty")
 

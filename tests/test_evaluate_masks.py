@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ct.geometry import SliceStack
 from ct.read import find_scans, read_scan
 from ct.scan import Scan
 from ct.write import write_nifti
@@ -155,6 +156,31 @@ def test_an_id_that_is_no_folders_name_is_exit_2(results, capsys):
     assert run(results, "--masks", results.parent / "masks")[0] == 2
     error = capsys.readouterr().err
     assert "'../a' cannot" in error and "--maps" in error and "labels.csv" in error
+
+
+@pytest.mark.parametrize("tilt_deg", [0.0, 12.0, -17.0])
+def test_half_way_between_slices_truth_and_map_are_of_one_slice(tmp_path, tilt_deg):
+    """Of slices 2.5 mm and, above, 5 mm apart, half of the map's upper ones lie there: floats chose, and a perfect
+    mask had a Dice of 0.9."""
+    tilt, along = np.deg2rad(tilt_deg), np.append(0, np.cumsum([2.5] * 16 + [5.0] * 20))
+    row, column = np.array([0, np.cos(tilt), -np.sin(tilt)]), np.array([1.0, 0, 0])
+    truth = np.zeros((37, 6, 7), bool)
+    for k in range(37):
+        truth[k, :1 + k % 5, :1 + k % 6] = True                           # no two neighbours alike
+    (tmp_path / "a").mkdir()
+    for k in range(37):
+        Image.fromarray(truth[k].astype(np.uint8) * 255).save(tmp_path / "a" / f"{k:02d}.png")
+    for bottom in (0.0, -87.25, -312.3, -641.7):
+        origins = np.round(np.stack([0 * along - 120, 0 * along - 130, bottom + along / np.cos(tilt)], axis=1), 6)
+        position = origins @ np.cross(column, row)
+        scan = Scan("a", np.zeros(truth.shape, np.float32), position, (0.5, 0.5),
+                    geometry=SliceStack(origins, row / 2, column / 2))
+        write_nifti(tmp_path / "mask.nii.gz", truth, scan)
+        write_csv(tmp_path / "slices.csv", "scan_id,slice,position_mm",
+                  [["a", k, f"{mm:.6g}"] for k, mm in enumerate(position)])
+        mask, affine = read_volume(tmp_path / "mask.nii.gz")
+        found, _ = read_truth(tmp_path, "a", mask.shape, affine, "error", slice_positions(tmp_path / "slices.csv")["a"])
+        assert len(mask) == 57 and (found == mask).all()
 
 
 def test_pictures_of_an_unevenly_spaced_scan_go_where_its_slices_lie(results):

@@ -271,6 +271,24 @@ def test_the_rounding_of_headers_costs_no_percentile(spacing_mm, compared):
     assert alarmed([1.0, 2.0, 3.0], spacing_mm=spacing_mm)[0] == (50 if compared else None)
 
 
+@pytest.mark.parametrize("thin, thick, healthy, compared", [
+    (0, 20, None, True), (2, 26, None, True), (12, 14, None, False), (12, 14, (12, 14), True), (20, 12, None, False)])
+def test_a_part_of_other_spacing_takes_the_percentile(thin, thick, healthy, compared):
+    """Only the median counted: 30 mm in slices 2.5 mm apart below 70 mm in slices 5 mm apart were compared."""
+    def below_mm(thin, thick):
+        return np.append(0, np.cumsum([5.0] * thick + [2.5] * thin))[::-1]
+
+    mm = [below_mm(*(healthy or (0, 20))).tolist()] * 20
+    calibrated = calibration.summary(mm, [torch.ones(len(mm[0]))] * 20, [{"reconstruct": 3.0}] * 20, [30.0] * 20, 20)
+    self = SimpleNamespace(settings=Settings(scan_score="mean"), calibration=calibrated, threshold=1.5,
+                           spacing_mm=(5.0, 5.0), depth_mm=None)
+    percentile, threshold, notes = Projector._compare(self, 2.5, 3.0, 30.0, below_mm(thin, thick))
+    assert (percentile is not None) == compared and threshold == 1.5 and len(notes) == 1 - compared
+    if (thin, healthy) == (12, None):
+        assert notes == ["33% of what the scan shows has slices closer together or further apart than those of the "
+                         "calibration, 5 mm: no percentile"]
+
+
 def test_without_a_threshold_a_note_says_why():
     """The finding in DICOM is then undetermined, and the notes are where its reader learns of what."""
     def notes(error_of_rest=3.0, threshold=None, how="mean"):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from ct.scan import Scan, ScanError
-from ct.slab import slice_thickness_mm, to_slabs
+from ct.slab import _thick, slice_thickness_mm, to_slabs
 from ct.whole_head import _thickness_mm
+from detect.calibration import share_outside
 from detect.scores import thickness_mm
 
 
@@ -60,12 +61,19 @@ def test_a_slice_far_from_all_others_is_a_slab_of_its_own():
     np.testing.assert_allclose(slabs.scan.position_mm, [(0.5 * 0.5 + 0.625 * 1) / 1.625, 30])
 
 
-@pytest.mark.parametrize("fine, coarse", [(1.25, 5.0), (0.625, 5.0), (2.0, 6.0), (2.5, 7.5), (3.75, 8.0), (3.75, 10.0)])
-def test_thick_slices_above_thin_ones_stay_as_they_are(fine, coarse):
-    """As many old protocols have them: a thin base and thick slices above. Each shows its own number."""
+@pytest.mark.parametrize("touching", [True, False])
+@pytest.mark.parametrize("fine, coarse", [(1.25, 5.0), (0.625, 5.0), (2.0, 6.0), (2.5, 7.5), (3.75, 8.0), (3.75, 10.0),
+                                          (2.5, 5.0), (2.5, 4.5)])
+def test_thick_slices_above_thin_ones_stay_as_they_are(fine, coarse, touching):
+    """As many old protocols have them: a thin base and thick slices above. Each shows its own number.
+
+    The first thick slice, where it touches the last thin one, was averaged with it: it is less than 4 mm away.
+    """
     base = np.arange(0, 40, fine)
-    positions = np.concatenate([base, base[-1] + coarse * np.arange(1, 10)])
+    first = base[-1] + ((fine + coarse) / 2 if touching else coarse)
+    positions = np.concatenate([base, first + coarse * np.arange(9)])
     values = np.where(np.arange(len(positions)) < len(base), 1.0, 100.0 + np.arange(len(positions)))
+    assert _thick(positions, 4.0).tolist() == [False] * len(base) + [True] * 9
     slabs = to_slabs(_scan(values, positions))
     shown = slabs.scan.hu[:, 0, 0]
     assert shown[-9:].tolist() == values[-9:].tolist()
@@ -73,6 +81,47 @@ def test_thick_slices_above_thin_ones_stay_as_they_are(fine, coarse):
     np.testing.assert_array_equal(slabs.scan.position_mm[-9:], positions[-9:])
     assert 7 <= len(shown) - 9 <= 9 and (np.diff(slabs.scan.position_mm) > 0).all()
     np.testing.assert_allclose(slabs.from_slabs(slabs.scan.hu)[-9:, 0, 0], values[-9:])
+
+
+def test_thick_slices_below_and_around_thin_ones_stay_as_they_are():
+    def shown(steps):
+        positions = np.concatenate([[0.0], np.cumsum(steps)])
+        return to_slabs(_scan(np.arange(len(positions)), positions)).scan.hu[:, 0, 0].tolist()
+
+    thin, thick = [2.5] * 9, [5.0] * 5
+    assert shown([*thick, 3.75, *thin])[:6] == [0, 1, 2, 3, 4, 5] and len(shown([*thick, 3.75, *thin])) == 11
+    both = shown([*thick, 3.75, *thin, 3.75, *thick])
+    assert both[:6] == [0, 1, 2, 3, 4, 5] and both[-6:] == [16, 17, 18, 19, 20, 21] and len(both) == 17
+    assert shown([*thin, 3.75, 5.0, 3.75, *thin])[5:7] == [10, 11]
+    single = np.cumsum([0, *thin, 3.75, 3.75, *thin])                    # stands for 3.75 mm, as far as steps tell
+    assert not _thick(single, 4.0).any()
+
+
+@pytest.mark.parametrize("steps", [[2.5, 5.0], [2.5, 7.5], [1.0, 3.0, 5.0], [1.25, 2.5, 2.5], [3.0, 3.0, 6.0]])
+def test_thin_slices_beside_missing_ones_stay_thin(steps):
+    fine = steps[0]
+    positions = np.concatenate([[0.0], np.cumsum([*[fine] * 10, *steps[1:], *[fine] * 10])])
+    assert not _thick(positions, 4.0).any() and not _thick(-positions[::-1], 4.0).any()
+
+
+@pytest.mark.parametrize("count", [18, 19, 20, 21])
+def test_one_slice_more_or_less_does_not_decide_on_thin_slices(count):
+    """With 17 of 2.5 mm the median spacing of 20 or more of 5 mm was 5, and nothing was averaged."""
+    positions = np.concatenate([2.5 * np.arange(17), 43.75 + 5.0 * np.arange(count)])
+    slabs = to_slabs(_scan(np.arange(17 + count), positions))
+    assert slabs.scan.hu[-count:, 0, 0].tolist() == [*range(17, 17 + count)] and len(slabs.scan.hu) == 9 + count
+    np.testing.assert_array_equal(slabs.from_slabs(slabs.scan.hu)[-count:], slabs.scan.hu[-count:])
+    assert share_outside(-slabs.scan.position_mm, 4.0, 6.25) < 0.1
+
+
+@pytest.mark.parametrize("step_mm", [0.4, 0.625, 1.0, 1.25, 2.0, 2.4, 2.5, 3.0, 3.2, 3.75, 3.9, 4.0, 5.0, 6.25])
+@pytest.mark.parametrize("height_mm", [130.0, 137.0])
+def test_a_scan_of_one_spacing_has_one(step_mm, height_mm):
+    """Slabs of slices that do not divide them lie unevenly, by their means."""
+    positions = np.arange(0, height_mm, step_mm)
+    below_mm = -to_slabs(_scan(np.zeros(len(positions)), positions)).scan.position_mm
+    for missing in (0, 1, 2):
+        assert share_outside(np.delete(below_mm, slice(9, 9 + missing)), 3.99, 6.26) < 0.1
 
 
 def test_fine_and_finer_slices_keep_their_millimetres():

@@ -36,7 +36,8 @@ def test_signs_and_decimals_belong_to_the_number():
                                    ("t-1.0.png", "t-2.0.png", "t-3.0.png"), ("p-12.5mm.png", "p-15.0mm.png"),
                                    ("h-05-z-60.png", "h-05-z-55.png"), ("-5.0-3.png", "-5.0-6.png"),
                                    ("z-5.0-001.png", "z-10.0-002.png"),
-                                   ("z5.0-001.png", "z0.0-002.png", "z-5.0-003.png")])
+                                   ("z5.0-001.png", "z0.0-002.png", "z-5.0-003.png"), ("z-1.0.png", "z-1.5.png"),
+                                   ("z-0.060.png", "z-0.055.png")])
 def test_names_without_an_order_are_refused(names):
     with pytest.raises(ScanError, match="no order|sign"):
         order(*names)
@@ -47,6 +48,27 @@ def test_names_without_an_order_are_refused(names):
 def test_a_dash_before_a_counter_is_no_sign(name):
     """A decimal elsewhere in the name turned heads upside down."""
     names = [f"{name.format(k)}.png" for k in range(1, 12)]
+    assert order(*names[::-1]) == names
+
+
+@pytest.mark.parametrize("name", ["img-{}", "2024-03-05-{}", "patient-05_img-{}", "Image-{:04d}.00", "IM-0001-{}",
+                                  "s-1.{}", "CT-1.2.840.113.{}"])
+def test_a_counter_with_gaps_is_one(name):
+    names = [f"{name.format(k)}.png" for k in range(1, 30) if k not in (7, 9)]
+    assert order(*names[::-1]) == names
+
+
+@pytest.mark.parametrize("name", ["z{:06.1f}", "z{:05.1f}", "z{:07.2f}"])
+@pytest.mark.parametrize("step", [2.5, 5.0])
+def test_padded_positions_with_a_dash_are_refused(name, step):
+    """z-060.0 to z-012.5 were taken from the last to the first, as if padded numbers only counted."""
+    with pytest.raises(ScanError, match="sign"):
+        order(*(f"{name.format(-60 + step * k)}.png" for k in range(10)))
+
+
+@pytest.mark.parametrize("name", ["img{0:03d}_z-{1}", "{0:03d}_z-{1:.1f}", "{0:03d}_-{1:.2f}", "img{0:03d}_z-{0:03d}"])
+def test_a_number_without_a_dash_tells_the_order(name):
+    names = [f"{name.format(k, 200 - 5 * k)}.png" for k in range(1, 31)]
     assert order(*names[::-1]) == names
 
 

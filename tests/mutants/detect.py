@@ -121,6 +121,8 @@ MUTANTS = (
            "p.abs() > p_encoder.abs()", "p.abs() < p_encoder.abs()", "tests/test_losses.py -k prior"),
     Mutant("a peak needs no neighbours", "detect/surprise.py",
            "pool_along_axis(near, positions_mm).amax", "near.amax", "tests/test_anomaly.py -k peak"),
+    Mutant("a percentile where a part of the scan has another slice spacing", "detect/projection.py",
+           "if outside > UNEVEN and", "if False and", "tests/test_projector.py -k other_spacing"),
     Mutant("a percentile among scans of another slice spacing", "detect/projection.py",
            "self.spacing_mm[0] / OTHER_SPACING", "self.spacing_mm[0] / 100",
            "tests/test_end_to_end.py -k files_changed"),

@@ -34,6 +34,8 @@ MUTANTS = (
            "np.unique(np.abs(", "np.unique(-np.abs(", "tests/test_evaluate_masks.py -k nifti_and_pictures"),
     Mutant("pictures of a stack that was put upright compared upside down", "evaluation/cohort.py",
            "nearest[::-1] if upended else nearest", "nearest", "tests/test_evaluate_masks.py -k put_upright"),
+    Mutant("half way, rounded positions choose the slice", "evaluation/cohort.py",
+           "HALF = 0.5 - 0.01 ", "HALF = 0.5 ", "tests/test_evaluate_masks.py -k half_way"),
     Mutant("unreliable scans counted as failed", "evaluation/cohort.py",
            "scores[key] = status if status in UNSCORED", 'scores[key] = "failed" if status in UNSCORED',
            "tests/test_evaluate.py -k to_be_trusted"),
