@@ -147,7 +147,7 @@ def in_order(pictures: Sequence[Path]) -> list[tuple[Fraction, Path]]:
                 numbers = columns[column]
                 if column in behind:                                   # zeros there are digits, and pad nothing
                     numbers = [number.lstrip("0") or "0" for number in numbers]
-                decimals = columns[column + 1] if text[column + 1] == "." else None
+                decimals = columns[column + 1] if text[column + 1] == "." and column + 1 < len(columns) else None
                 _refuse_sign(stems, numbers, ranked[:, column], decimals)
         return [(exact[k][changing[0]] if changing else Fraction(0), pictures[k]) for k in order]
     raise ScanError(f"the names of the pictures give no order ({min(pictures).name}, {max(pictures).name}): they must "

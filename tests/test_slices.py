@@ -52,7 +52,7 @@ def test_a_dash_before_a_counter_is_no_sign(name):
 
 
 @pytest.mark.parametrize("name", ["img-{}", "2024-03-05-{}", "patient-05_img-{}", "Image-{:04d}.00", "IM-0001-{}",
-                                  "s-1.{}", "CT-1.2.840.113.{}"])
+                                  "s-1.{}", "CT-1.2.840.113.{}", "s-{}."])
 def test_a_counter_with_gaps_is_one(name):
     names = [f"{name.format(k)}.png" for k in range(1, 30) if k not in (7, 9)]
     assert order(*names[::-1]) == names
