@@ -42,7 +42,7 @@ from detect.bundle import load_bundle
 from detect.folder import make_writable
 from gan.quality import sliced_wasserstein
 from gan.snapshots import load_snapshot
-from model import Generator, ModelConfig, SpatialGenerator, build_generator
+from model import Generator, SpatialGenerator, build_generator
 from op import memory
 
 SHEET, SHEET_PSI = 64, (0.7, 1.0)
@@ -126,7 +126,7 @@ def open_generator(args: argparse.Namespace, train: SliceDataset) -> Generator:
         if "generator_ema" not in snapshot.weights:
             raise ValueError(f"--run {args.run}: its generator draws from an encoder's maps, not from random codes; "
                              "give a run of train.py, or one of train_encoder.py with --code-channels")
-        generator = build_generator(ModelConfig(**snapshot.meta["model"]))
+        generator = build_generator(snapshot.model())
         snapshot.restore({"generator_ema": generator})
         generator.eval().requires_grad_(False).to(device)
     generator.compute_dtype = distributed.pick_precision("auto", device)

@@ -24,7 +24,7 @@ from gan.lineage import lineage, not_held_out
 from gan.reader_loop import Beside, First
 from gan.run_folder import load_run, told_of
 from gan.snapshots import Snapshot, snapshot_steps
-from model import NETWORKS, ModelConfig
+from model import NETWORKS
 
 WITH_READER = ("inpainting", "inversion")                  # methods that a reader can read beside
 OF_ENCODER_RUNS = (*WITH_READER, "search")                 # made of a run of train_encoder.py; others bring a file
@@ -117,7 +117,7 @@ def open_first_networks(folder: Path, halved: bool = False) -> FirstNetworks:
     snapshot = load_run(folder, "--init", "encoder", "train_encoder.py")
     weights = {name: tensors for name, tensors in snapshot.weights.items()
                if name != "discriminator" or has_taught_discriminator(snapshot)}
-    return FirstNetworks(folder, weights, ModelConfig(**snapshot.meta["model"]),
+    return FirstNetworks(folder, weights, snapshot.model(),
                          PreprocessSettings.from_json(snapshot.meta["data"]["settings"]),
                          snapshot.known())
 

@@ -252,7 +252,7 @@ def has_taught_discriminator(snapshot: Snapshot) -> bool:
 
 def restore(snapshot: Snapshot, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
     """The three networks of an encoder run, by their names, in eval mode and frozen."""
-    model = ModelConfig(**snapshot.meta["model"])
+    model = snapshot.model()
     networks = {name: build(model) for name, build in NETWORKS.items()}
     averaged = [name for name in networks if f"{name}_ema" in snapshot.weights]       # of a run that keeps an average
     snapshot.restore({f"{name}_ema" if name in averaged else name: network for name, network in networks.items()})

@@ -33,6 +33,7 @@ from common.weights import (
     verify,
     write_json,
 )
+from model import ModelConfig
 
 FORMAT_VERSION = 2                       # the only one that is read
 _PLAIN = (bool, int, float, str, bytes, type(None))
@@ -55,6 +56,14 @@ class Snapshot:
     def digest(self) -> str:
         """Of the weights: runs that tell the same of themselves may differ in these, such as from --init or machine."""
         return digest(self.weights)
+
+    def model(self) -> ModelConfig:
+        """Of the networks of train.py and train_encoder.py. Raises CheckpointError where another version made them."""
+        try:
+            return ModelConfig(**self.meta["model"])
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: its networks are not as this version knows them ({error}); use the "
+                                  "version that made the run, or make it anew") from error
 
     def restore(self, modules: Mapping[str, nn.Module]) -> None:
         """Load the weights into modules, strictly. Raises CheckpointError when names or shapes do not fit."""

@@ -222,6 +222,17 @@ def test_a_run_from_before_databases_told_their_held_out_slices_has_the_same(old
     assert origins.open_surroundings(runs["surroundings"], beside).meta["held_out"] == ["head2"]
 
 
+def test_networks_of_another_version_are_refused(slices32, hiding_run, halves_run, tmp_path, capsys):
+    """A setting that this one does not know ended in a TypeError."""
+    encoder, half = (with_meta(run, tmp_path / name, model=load_snapshot(run).meta["model"] | {"encoder_later": False})
+                     for name, run in (("encoder", hiding_run), ("half", halves_run)))
+    for call in (lambda: reader(slices32, encoder, tmp_path / "m"),
+                 lambda: reader(slices32, hiding_run, tmp_path / "m", "--surroundings", half),
+                 lambda: halves(slices32, tmp_path / "out", "--init", half)):
+        assert call() == 2
+        assert "not as this version knows them" in capsys.readouterr().err
+
+
 def test_what_networks_for_the_surroundings_began_with_is_told_of(slices32, hiding_run, halves_run, tmp_path, capsys):
     """Of the encoder alone it was; their GAN, whose shape alone they have, teaches them nothing."""
     known = load_snapshot(halves_run).known()
