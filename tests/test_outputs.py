@@ -37,7 +37,7 @@ def test_maps_are_stored_in_steps_and_read_back_to_half_of_one(tmp_path):
 
 def test_two_slabs_that_are_nearest_to_one_slice_give_one_picture(tmp_path, monkeypatch):
     """Two threads wrote one file at once. The pictures show where slabs lie: those of the upper one are 30 HU here."""
-    position = np.array([0, 3.58, 5.99, 10.41, 13.25, 15.92, 17.75, 20.75, 22.33, 27.05, 30.25, 30.85, 32.82])
+    position = np.array([0, 0.84, 4.76, 8.49, 9.97, 14.06, 14.8, 16.68, 17.79, 20.14, 23.91, 25.35, 26.07])
     scan = Scan("uneven", np.zeros((13, 16, 16), np.float32), position, (1.0, 1.0))
     slabs = to_slabs(scan, slab_mm=3.0)
     nearest = [int(np.abs(position - mm).argmin()) for mm in slabs.scan.position_mm]
