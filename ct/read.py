@@ -207,7 +207,7 @@ def without_names(text: str, source: ScanSource) -> str:
     words: dict[str, str] = {}
 
     def put(name: str, instead: str) -> None:
-        for written in (name, printable(name)):
+        for written in (name,) if name.isprintable() else (name, printable(name)):
             if written in text and not (written.isdecimal() and len(written) < 5):
                 words.setdefault(written, instead)
 
@@ -218,7 +218,8 @@ def without_names(text: str, source: ScanSource) -> str:
     if source.archive is not None:
         put(str(source.archive), "its archive")
         put(source.archive.name, "its archive")
-    for folder in {parent for path in (*source.paths, *source.files) for parent in path.parents if parent.name}:
+    folders = {path.parent for path in (*source.paths, *source.files)}               # few, of however many files
+    for folder in {parent for inner in folders for parent in (inner, *inner.parents) if parent.name}:
         put(f"/{str(folder).lstrip('/')}", "/its folder")
     longest_first = sorted(words, key=len, reverse=True)
     either = "|".join(map(re.escape, longest_first))

@@ -130,9 +130,9 @@ def _overlaps(low: np.ndarray, high: np.ndarray, slab_mm: float, bottom: bool) -
     return overlap[kept]
 
 
-def _nearest(position_mm: np.ndarray) -> np.ndarray:
-    """From each of two slices or more to its nearer neighbour, mm [S]."""
-    steps = np.diff(position_mm)
+def nearest_mm(position_mm: np.ndarray) -> np.ndarray:
+    """From each of two slices or more to its nearer neighbour, mm [S]. Positions rise, or fall all the way."""
+    steps = np.abs(np.diff(position_mm))
     return np.minimum(np.append(np.inf, steps), np.append(steps, np.inf))
 
 
@@ -158,7 +158,7 @@ def _extents(position_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     half = np.diff(position_mm) / 2
     below, above = np.append(half[:1], half), np.append(half, half[-1:])
-    most = 1.5 * _nearest(position_mm) / 2
+    most = 1.5 * nearest_mm(position_mm) / 2
     return position_mm - np.minimum(below, most), position_mm + np.minimum(above, most)
 
 

@@ -136,23 +136,37 @@ def in_order(pictures: Sequence[Path]) -> list[tuple[Fraction, Path]]:
         if not all((np.diff(ranked[:, column]) > 0).all() for column in changing):
             continue
         (text,), columns = texts, list(zip(*found))
-        behind = [column for column in changing if column and text[column] == "." and text[column - 1].endswith("-")]
-        dashed = [column for column in changing if text[column].endswith("-")] + behind
-        signed_at = [column for column in changing if (column or text[0])
-                     and any(number.startswith("-") for number in columns[column])]
-        if len({*dashed, *signed_at}) == len(changing):              # else a number without a dash tells the order
-            if any(all(number.startswith("-") for number in columns[column]) for column in signed_at):
-                continue                               # no sign by which names are told apart, though the others rise
-            for column in dashed:
-                numbers = columns[column]
-                if column in behind:                                   # zeros there are digits, and pad nothing
-                    numbers = [number.lstrip("0") or "0" for number in numbers]
-                decimals = columns[column + 1] if text[column + 1] == "." and column + 1 < len(columns) else None
-                _refuse_sign(stems, numbers, ranked[:, column], decimals)
+        if not _rises_by_more_than_dashes(stems, text, columns, ranked, changing):
+            continue
         return [(exact[k][changing[0]] if changing else Fraction(0), pictures[k]) for k in order]
     raise ScanError(f"the names of the pictures give no order ({min(pictures).name}, {max(pictures).name}): they must "
                     "be alike but for one number, or for numbers that rise together; name the slices by number, and "
                     "put each series in a folder of its own")
+
+
+def _rises_by_more_than_dashes(stems: list[str], text: tuple[str, ...], columns: Sequence[Sequence[str]],
+                               ranked: np.ndarray, changing: list[int]) -> bool:
+    """Whether an order that the changing numbers rise in stands: not where they do only with a dash as a sign that all
+    names have. ScanError where a dash that is read as none may be one.
+
+    text: what all names have before, between and behind their numbers; columns: the numbers as written, in the order of
+    stems; ranked: their values, in the order found, less the lowest of each.
+    """
+    behind = [column for column in changing if column and text[column] == "." and text[column - 1].endswith("-")]
+    dashed = [column for column in changing if text[column].endswith("-")] + behind
+    signed = [column for column in changing if (column or text[0])
+              and any(number.startswith("-") for number in columns[column])]
+    if len({*dashed, *signed}) < len(changing):
+        return True                                    # a number without a dash tells the order
+    if any(all(number.startswith("-") for number in columns[column]) for column in signed):
+        return False                                   # no sign by which names are told apart, though the others rise
+    for column in dashed:
+        numbers = columns[column]
+        if column in behind:                           # zeros there are digits, and pad nothing
+            numbers = [number.lstrip("0") or "0" for number in numbers]
+        decimals = columns[column + 1] if text[column + 1] == "." and column + 1 < len(columns) else None
+        _refuse_sign(stems, numbers, ranked[:, column], decimals)
+    return True
 
 
 def _refuse_sign(stems: list[str], numbers: Sequence[str], ranked: np.ndarray, decimals: Sequence[str] | None) -> None:

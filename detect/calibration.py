@@ -17,7 +17,7 @@ import torch
 
 from common.wording import some
 from ct import frame
-from ct.slab import slice_thickness_mm
+from ct.slab import nearest_mm, slice_thickness_mm
 from dataset import SliceDataset
 from detect.measure import MEASURES, Measure
 from detect.reconstruct import Reconstruction, Reconstructor, method
@@ -299,10 +299,9 @@ def share_outside(positions_mm: Sequence[float], least_mm: float, most_mm: float
     """
     if len(positions_mm) < 2:
         return 0.0
-    steps = np.abs(np.diff(positions_mm))
-    nearest_mm = np.minimum(np.append(np.inf, steps), np.append(steps, np.inf))
-    height_mm = slice_thickness_mm(np.asarray(positions_mm, float))
-    return float(height_mm[(nearest_mm < least_mm) | (nearest_mm > most_mm)].sum() / height_mm.sum())
+    position_mm = np.asarray(positions_mm, float)
+    step_mm, height_mm = nearest_mm(position_mm), slice_thickness_mm(position_mm)
+    return float(height_mm[(step_mm < least_mm) | (step_mm > most_mm)].sum() / height_mm.sum())
 
 
 def largest_share_outside(calibration: Mapping[str, Any], least_mm: float, most_mm: float) -> float:
